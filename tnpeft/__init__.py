@@ -1,0 +1,104 @@
+"""tnpeft: a compiler for parameter-efficient fine-tuning adapters.
+
+A YAML file declares the adapter's tensor network; `attach` puts it on a model:
+
+    handle = tnpeft.attach(model, "tenvoo_l", match=r"conv[12]\\.conv$", r=4)
+
+The rooms import only to the left:
+
+    errors <- spec <- network <- plan <- program <- modules <- surgery <- recipe <- io <- cli
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tnpeft.errors import (
+    AdapterFileError,
+    AttachError,
+    BindError,
+    ExecutionError,
+    Position,
+    Problem,
+    SpecError,
+    TnpeftError,
+)
+from tnpeft.network import Layer, Network, layer_of
+from tnpeft.plan import Plan, plan
+from tnpeft.spec import Spec, list_specs, load_spec, register_init
+
+if TYPE_CHECKING:
+    from tnpeft.io import load, save
+    from tnpeft.modules import Adapter, compile
+    from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
+    from tnpeft.surgery import activate, detach, disabled, merge, unmerge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterFileError",
+    "AttachError",
+    "BindError",
+    "ExecutionError",
+    "Handle",
+    "Layer",
+    "Network",
+    "Plan",
+    "Position",
+    "Problem",
+    "Recipe",
+    "Report",
+    "Spec",
+    "SpecError",
+    "TnpeftError",
+    "__version__",
+    "activate",
+    "attach",
+    "compile",
+    "detach",
+    "disabled",
+    "layer_of",
+    "list_recipes",
+    "list_specs",
+    "load",
+    "load_recipe",
+    "load_spec",
+    "merge",
+    "plan",
+    "register_init",
+    "save",
+    "unmerge",
+]
+
+# The rooms that need torch load on first use, so that checking a spec takes no torch import.
+_LAZY = {
+    "Adapter": "modules",
+    "compile": "modules",
+    "activate": "surgery",
+    "detach": "surgery",
+    "disabled": "surgery",
+    "merge": "surgery",
+    "unmerge": "surgery",
+    "Handle": "recipe",
+    "Recipe": "recipe",
+    "Report": "recipe",
+    "attach": "recipe",
+    "list_recipes": "recipe",
+    "load_recipe": "recipe",
+    "load": "io",
+    "save": "io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tnpeft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tnpeft.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

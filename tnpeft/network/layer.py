@@ -1,0 +1,51 @@
+"""What the compiler knows of a layer: its signature, nothing of its values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["Layer"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's signature.
+
+    `in_channels` and `out_channels` are the layer's own numbers (`in_features` and
+    `out_features` for a Linear); `kernel_size` has one number per kernel axis, none for Linear.
+    """
+
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def transposed(self) -> bool:
+        return self.kind.startswith("ConvTranspose")
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The canonical shape (out_channels, in_channels // groups, *kernel_size), for every kind."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of torch's `layer.weight`: transposed convolutions store the input side first."""
+        if not self.transposed:
+            return self.weight_shape
+        return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.weight_shape)
+
+    def __str__(self) -> str:
+        numbers = [str(self.in_channels), str(self.out_channels)]
+        if self.kernel_size:
+            numbers.append("x".join(map(str, self.kernel_size)))
+        if self.groups > 1:
+            numbers.append(f"groups={self.groups}")
+        return f"{self.kind}({', '.join(numbers)})"
