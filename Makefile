@@ -1,0 +1,72 @@
+# Every target sets up what it needs: Python (3.10 or newer, with venv) and make are enough.
+#   make test PYTHON=python3.12        another interpreter for .venv
+#   make test WORKERS=4                more test processes
+#   make demo ARGS="--set steps=50"    arguments for the driver
+# Paths are relative, so that a folder with spaces in its name works.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+ARGS    ?=
+VENV    := .venv
+RUN     := $(VENV)/bin/python
+PIP     := $(RUN) -m pip --disable-pip-version-check install --quiet
+# One thread per process: two workers on two cores are faster than two that fight for both.
+ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types specs unit bench format install clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: $(VENV)/.demo ## fine-tune a small 3D diffusion model on brain volumes; results in runs/demo
+	@$(RUN) examples/ddpm.py demo $(ARGS)
+
+test: lint types specs unit ## what CI runs: lint, types, specs and the test suite
+
+check: test ## the same as `make test`
+
+lint: $(VENV)/.test ## ruff
+	@$(RUN) -m ruff check --quiet .
+	@$(RUN) -m ruff format --check --quiet .
+
+types: $(VENV)/.test ## mypy --strict
+	@$(RUN) -m mypy --no-error-summary
+
+specs: $(VENV)/.test ## tnpeft check on every shipped spec and recipe
+	@$(RUN) -m tnpeft check specs
+
+unit: $(VENV)/.test ## the test suite alone
+	@$(ONE) $(RUN) -m pytest -q -n $(WORKERS) $(ARGS)
+
+bench: $(VENV)/.bench ## step time against full fine-tuning and the other libraries
+	@$(RUN) benchmarks/step_time.py $(ARGS)
+
+format: $(VENV)/.test ## ruff, mending what it can
+	@$(RUN) -m ruff check --quiet --fix .
+	@$(RUN) -m ruff format --quiet .
+
+install: $(VENV)/.demo ## the environment of `make demo`, nothing run
+
+clean: ## remove the environment, caches and results
+	rm -rf $(VENV) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and by itself: its pin decides what everything else may bring.
+$(VENV)/.torch: constraints.txt
+	@echo "Setting up $(VENV) (once, a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@$(PIP) -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@$(PIP) -c constraints.txt -e ".[demo,test,dev]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+	@$(PIP) -c constraints.txt -e ".[demo,peers]"
+	@touch $@
