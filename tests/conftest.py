@@ -1,0 +1,14 @@
+"""What every test shares: one thread per process, and Hypothesis runs that can be repeated."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: two test processes on two cores must not fight for threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=explore
+settings.load_profile("repeatable")
