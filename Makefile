@@ -9,7 +9,7 @@ WORKERS ?= 2
 ARGS    ?=
 VENV    := .venv
 RUN     := $(VENV)/bin/python
-PIP     := $(RUN) -m pip --disable-pip-version-check install --quiet
+PIP     := $(RUN) -m pip --disable-pip-version-check install -qq
 # One thread per process: two workers on two cores are faster than two that fight for both.
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
