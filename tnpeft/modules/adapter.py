@@ -1,0 +1,208 @@
+"""The adapter: a network's cores as a module, and the delta weight they make."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.errors import ExecutionError, Problem
+from tnpeft.modules.inits import initial_core
+from tnpeft.network import Network
+from tnpeft.plan import Plan, plan
+from tnpeft.program import Program, build_program
+
+__all__ = ["Adapter", "memory_order"]
+
+_CORE, _START = "core_", "start_"
+
+
+class _Prepared(NamedTuple):
+    """What a forward needs beside the cores; never copied, moved, pickled or saved."""
+
+    strides: tuple[int, ...]
+    start: tuple[Tensor, ...] | None
+    program: Program
+    constants: tuple[Tensor, ...]
+
+
+class Adapter(nn.Module):
+    """The cores of one network on one layer.
+
+    Trainable cores are parameters `core_<name>`, frozen ones persistent buffers of that name, and
+    with `start: frozen_copy` every trainable core has its copy in the persistent buffer
+    `start_<name>`. They are contiguous, on the weight's device, fp32 or (on fp64 layers) fp64
+    whatever the model is cast to, and hold no value until `reset_parameters` if made on meta.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        weight: Tensor,
+        *,
+        seed: int | None = None,
+        name: str = "",
+        mode: str = "dense",
+        initialise: bool = True,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.plan: Plan = plan(network, mode=mode)
+        self.seed = network.spec.seed if seed is None else seed
+        self.layer_name = name
+        self._prepared: _Prepared | None = None
+        self._initialised = False
+        self._strides = weight.stride()
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        copies = network.start == "frozen_copy"
+        # Tensors made under inference mode could never be trained.
+        with torch.inference_mode(False):
+            for core in network.cores:
+                tensor = torch.empty(core.shape, dtype=dtype, device=weight.device)
+                if core.frozen:
+                    self.register_buffer(_CORE + core.name, tensor)
+                    continue
+                self.register_parameter(_CORE + core.name, nn.Parameter(tensor))
+                if copies:
+                    self.register_buffer(_START + core.name, torch.empty_like(tensor))
+        self._core_keys = tuple(_CORE + core.name for core in network.cores)
+        self._start_keys = tuple((_CORE if core.frozen else _START) + core.name for core in network.cores)
+        if initialise:
+            self.reset_parameters(weight)
+
+    @property
+    def cores(self) -> dict[str, Tensor]:
+        """Every core by name, in file order, frozen ones included."""
+        return {core.name: self._tensor(_CORE + core.name) for core in self.network.cores}
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """The frozen copies by core name; empty with `start: zero`."""
+        names = [core.name for core in self.network.cores if not core.frozen]
+        return {name: self._tensor(_START + name) for name in names if _START + name in self._buffers}
+
+    def network_weight(self) -> Tensor:
+        """T(θ) in the shape of the layer's weight: the contracted cores, without scale and frozen copy."""
+        self._require_values()
+        return self._program(self._strides).value([self._tensor(key) for key in self._core_keys])
+
+    def delta_weight(self) -> Tensor:
+        """What is added to the layer's weight: scale * (T(θ) - T(θ₀)), or scale * T(θ)."""
+        return self._delta(self._strides)
+
+    def delta_for(self, weight: Tensor) -> Tensor:
+        """The delta weight in the memory order of `weight`, a tensor that nothing else holds."""
+        return self._delta(weight.stride())
+
+    def reset_parameters(self, weight: Tensor | None = None) -> None:
+        """Draw the initial cores and copy them to the frozen copy; on meta, do nothing.
+
+        `weight` is the layer's weight, which only `svd_us` and `svd_vs` need.
+        """
+        if any(tensor.device.type == "meta" for tensor in self.cores.values()):
+            return
+        drawn = {
+            core.name: initial_core(self.network, core, self.seed, self.layer_name, weight)
+            for core in self.network.cores
+        }
+        with torch.no_grad():
+            for name, tensor in self.cores.items():
+                tensor.copy_(drawn[name])
+            for name, tensor in self.start.items():
+                tensor.copy_(drawn[name])
+        self._prepared = None
+        self._initialised = True
+
+    def extra_repr(self) -> str:
+        return f"{self.network.spec.name}, parameters={self.network.num_parameters}, mode={self.plan.mode}"
+
+    def _tensor(self, key: str) -> Tensor:
+        found = self._parameters[key] if key in self._parameters else self._buffers[key]
+        assert found is not None
+        return found
+
+    def _delta(self, strides: tuple[int, ...]) -> Tensor:
+        if not self._initialised:
+            self._require_values()
+        cores = [self._tensor(key) for key in self._core_keys]
+        start = tuple(self._tensor(key) for key in self._start_keys) if self.start_copied else None
+        prepared = self._prepared
+        if prepared is None or prepared.strides != strides or not _same(prepared.start, start):
+            prepared = self._prepare(strides, start)
+        return prepared.program.delta(cores, start, prepared.constants)
+
+    @property
+    def start_copied(self) -> bool:
+        return self.network.start == "frozen_copy"
+
+    def _prepare(self, strides: tuple[int, ...], start: tuple[Tensor, ...] | None) -> _Prepared:
+        program = self._program(strides)
+        constants: tuple[Tensor, ...] = ()
+        if start is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                constants = program.constants(start)
+        prepared = _Prepared(strides, start, program, constants)
+        if not torch.compiler.is_compiling():  # a graph must not leave its own tensors behind
+            self._prepared, self._strides = prepared, strides
+        return prepared
+
+    def _program(self, strides: tuple[int, ...]) -> Program:
+        return build_program(self.plan, memory_order(strides))
+
+    def _require_values(self) -> None:
+        if self._initialised or any(tensor.device.type == "meta" for tensor in self.cores.values()):
+            return
+        raise ExecutionError(
+            Problem(
+                "cores",
+                "initial or loaded values",
+                "memory without values (they were made on the meta device)",
+                "Call `reset_parameters` of the adapted layer, or load the adapter, before the first forward.",
+                where=f"layer '{self.layer_name}'" if self.layer_name else None,
+            )
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        self._prepared = None
+        super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)
+        if any(tensor.device.type == "meta" for tensor in self.cores.values()):
+            self._initialised = False
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        self._prepared = None
+        if all(prefix + key in state_dict for key in {*self._core_keys, *self._parameters, *self._buffers}):
+            self._initialised = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        # Network and plan never change: copies share them.
+        memo[id(self.network)], memo[id(self.plan)] = self.network, self.plan
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+
+def memory_order(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes from the slowest varying to the fastest; equal strides keep their order."""
+    return tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
+
+
+def _same(left: tuple[Tensor, ...] | None, right: tuple[Tensor, ...] | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return all(one is other for one, other in zip(left, right, strict=True))
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """`after`, but never narrower than `before` and never restrided."""
+    if before.is_floating_point() and after.dtype.itemsize < before.dtype.itemsize:
+        after = before.to(after.device)
+    return after.contiguous()

@@ -1,0 +1,34 @@
+"""From a spec and a layer to an adapter."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tnpeft.modules.adapter import Adapter
+from tnpeft.modules.layers import AdaptedLayer
+from tnpeft.spec import Spec, load_spec
+
+__all__ = ["compile"]
+
+
+def compile(
+    spec: Spec | str,
+    layer: nn.Module,
+    /,
+    *,
+    seed: int | None = None,
+    name: str = "",
+    mode: str = "dense",
+    **params: float,
+) -> Adapter:
+    """The adapter of `spec` (or of a shipped spec's name, or a path) for `layer`, which is only read.
+
+    `name` is the layer's name in its model: with `seed` (the spec's own where None) it decides the
+    initial values. Raises SpecError and BindError.
+    """
+    if not isinstance(spec, Spec):
+        spec = load_spec(spec)
+    if isinstance(layer, AdaptedLayer):
+        layer = layer.base
+    network = spec.bind(layer, **params)
+    return Adapter(network, layer.weight, seed=seed, name=name, mode=mode)

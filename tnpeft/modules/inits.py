@@ -1,0 +1,166 @@
+"""Initial values of cores: the same bits on any machine, in any order of attaching."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from tnpeft.errors import BindError, Problem
+from tnpeft.network import BoundCore, Layer, Network
+from tnpeft.spec import init_function
+
+__all__ = ["canonical_weight", "initial_core", "stream"]
+
+_Shape = tuple[int, ...]
+
+_OTHER = "Give the core another `init`."
+
+
+def stream(seed: int, layer: str, core: str, shape: _Shape) -> torch.Generator:
+    """The random stream of one core, which depends on nothing but its arguments."""
+    key = json.dumps([seed, layer, core, list(shape)]).encode()
+    generator = torch.Generator(device="cpu")
+    generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
+    return generator
+
+
+def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None) -> Tensor:
+    """Draw one core: fp32, on the CPU. `weight` is the base weight, which `svd_us` and `svd_vs` read.
+
+    Raises BindError where the distribution does not fit the core.
+    """
+    name, arguments = core.init.name, core.init.arguments
+    if name in ("svd_us", "svd_vs"):
+        return _svd(network, core, weight)
+    generator = stream(seed, layer, core.name, core.shape)
+    draw = _DRAWS.get(name)
+    if draw is not None:
+        return draw(core, generator, arguments)
+    function = init_function(name)
+    return _checked(core, function(core.shape, generator, **arguments))
+
+
+def canonical_weight(layer: Layer, weight: Tensor) -> Tensor:
+    """A stored weight as (out_channels, in_channels // groups, kernel axes...).
+
+    A grouped transposed convolution stores [g * a + i, o] where the canonical weight has [g * b + o, i].
+    """
+    if not layer.transposed:
+        return weight
+    groups, kernel = layer.groups, layer.kernel_size
+    split = weight.reshape(groups, layer.in_channels // groups, layer.out_channels // groups, *kernel)
+    return split.transpose(1, 2).reshape(layer.weight_shape)
+
+
+def _constant(value: float) -> Callable[[BoundCore, torch.Generator, Mapping[str, float]], Tensor]:
+    return lambda core, generator, arguments: torch.full(core.shape, value, dtype=torch.float32, device="cpu")
+
+
+def _given(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, float]) -> Tensor:
+    return torch.full(core.shape, float(arguments["value"]), dtype=torch.float32, device="cpu")
+
+
+def _eye(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, float]) -> Tensor:
+    if len(core.shape) != 2:
+        raise BindError(_misfit(core, "two legs", str(len(core.shape)), _OTHER))
+    return torch.eye(*core.shape, dtype=torch.float32, device="cpu")
+
+
+def _normal(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, float]) -> Tensor:
+    # torch's fp32 normal is vectorised and differs between processors in the last bit; rounding the fp64 one hides it.
+    drawn = torch.randn(core.shape, dtype=torch.float64, device="cpu", generator=generator)
+    return (drawn * float(arguments["std"])).float()
+
+
+def _uniform(core: BoundCore, generator: torch.Generator, bound: float) -> Tensor:
+    drawn = torch.rand(core.shape, dtype=torch.float32, device="cpu", generator=generator)
+    return (drawn * 2 - 1) * bound
+
+
+def _bounded(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, float]) -> Tensor:
+    return _uniform(core, generator, float(arguments["bound"]))
+
+
+def _kaiming(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, float]) -> Tensor:
+    """U(-b, b) with b = gain * sqrt(3 / fan), torch's `kaiming_uniform_`."""
+    return _uniform(core, generator, float(arguments["gain"]) * math.sqrt(3 / float(arguments["fan"])))
+
+
+def _orthogonal(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, float]) -> Tensor:
+    """Orthonormal columns, or rows where there are fewer, of the core unfolded as first leg x rest."""
+    if len(core.shape) < 2:
+        raise BindError(_misfit(core, "two legs or more", str(len(core.shape)), _OTHER))
+    rows, columns = core.shape[0], math.prod(core.shape[1:])
+    size = (max(rows, columns), min(rows, columns))
+    q, r = torch.linalg.qr(torch.randn(size, dtype=torch.float64, device="cpu", generator=generator))
+    q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # uniform over the group, and free of LAPACK's choice of signs
+    flat = q if rows >= columns else q.T
+    return (flat * float(arguments.get("gain", 1))).float().reshape(core.shape).contiguous()
+
+
+_DRAWS: dict[str, Callable[[BoundCore, torch.Generator, Mapping[str, float]], Tensor]] = {
+    "zeros": _constant(0.0),
+    "ones": _constant(1.0),
+    "constant": _given,
+    "eye": _eye,
+    "normal": _normal,
+    "uniform": _bounded,
+    "kaiming_uniform": _kaiming,
+    "orthogonal": _orthogonal,
+}
+
+
+def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
+    """U sqrt(S) or V sqrt(S) of the base weight unfolded as out x rest, cut to the core's bond."""
+    left = core.init.name == "svd_us"
+    axes = slice(0, 1) if left else slice(1, None)
+    legs = [leg for axis in network.weight[axes] for leg in axis]
+    bonds = [leg for leg in core.legs if leg not in network.open_legs]
+    if len(bonds) != 1 or sorted(core.legs) != sorted(legs + bonds):
+        wanted = f"the legs {', '.join(map(repr, legs))} and one bond"
+        raise BindError(_misfit(core, wanted, ", ".join(map(repr, core.legs)), _OTHER))
+    if weight is None or weight.device.type == "meta":
+        fix = "Give the model its weights first, then call `reset_parameters` with the layer's weight."
+        raise BindError(_misfit(core, "the base weight's values", "none", fix))
+    matrix = canonical_weight(network.layer, weight.detach()).to("cpu", torch.float64)
+    rank, limit = network.sizes[bonds[0]], min(matrix.shape[0], matrix[0].numel())
+    if rank > limit:
+        fix = f"Lower the size of `{bonds[0]}`."
+        raise BindError(_misfit(core, f"a bond of at most {limit}, the rank of the weight", str(rank), fix))
+    values = _singular_vectors(matrix, left)[:, :rank].reshape(*matrix.shape[axes], rank)
+    full = values.new_zeros(*network.padded_shape[axes], rank)
+    full[tuple(slice(0, size) for size in values.shape)] = values  # a padded axis is zero where no weight is
+    legs += bonds
+    folded = full.reshape([network.sizes[leg] for leg in legs])
+    return folded.permute([legs.index(leg) for leg in core.legs]).float().contiguous()
+
+
+def _singular_vectors(matrix: Tensor, left: bool) -> Tensor:
+    """The left or right singular vectors of out x rest, as columns times the root of their values."""
+    u, s, vh = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
+    # The sign of a singular pair is LAPACK's whim: the largest entry of each left vector is made positive.
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()[0]
+    return (u if left else vh.T) * (signs * s.sqrt())
+
+
+def _checked(core: BoundCore, value: object) -> Tensor:
+    """What a registered function returned, or the BindError that says why it cannot be used."""
+    fix = f"Mend the function registered as `{core.init.name}`."
+    if not isinstance(value, Tensor):
+        raise BindError(_misfit(core, "a tensor", type(value).__name__, fix))
+    if tuple(value.shape) != core.shape:
+        raise BindError(_misfit(core, f"the shape {core.shape}", str(tuple(value.shape)), fix))
+    if not value.is_floating_point():
+        raise BindError(_misfit(core, "floating-point numbers", str(value.dtype), fix))
+    if not bool(torch.isfinite(value).all()):
+        raise BindError(_misfit(core, "finite numbers", "nan or inf", fix))
+    return value.detach().to("cpu", torch.float32).contiguous()
+
+
+def _misfit(core: BoundCore, expected: str, found: str, fix: str) -> Problem:
+    return Problem(f"core `{core.name}`, init `{core.init.name}`", expected, found, fix, core=core.name)

@@ -1,0 +1,43 @@
+"""Putting compiled adapters on a model, switching them and taking them off.
+
+Every name is that of the plain model, as if nothing were adapted (`plain_modules`,
+`plain_parameters`). An attach is
+
+    modules = plain_modules(model)              # "" and every name a module is reached by
+    layer_problem(name, modules[name])          # a Problem where a layer cannot be adapted, else None
+    adapter = compile(spec, modules[name], seed=seed, name=name, mode=mode, **params)
+    install(model, "default", {name: adapter}, trained=["conv.bias"], about={"recipe": ...})
+
+and `names_of`, `record_of`, `adapters_of`, `trained_of`, `statistics_of` tell what is attached.
+They and the switches find the adapted model inside wrappers such as DistributedDataParallel.
+"""
+
+from tnpeft.surgery.checks import SUPPORTED, layer_problem
+from tnpeft.surgery.detach import detach
+from tnpeft.surgery.install import install
+from tnpeft.surgery.queries import adapters_of, names_of, record_of, statistics_of, trained_of
+from tnpeft.surgery.state import AdapterRecord, ModelState, adapted, find
+from tnpeft.surgery.switch import activate, disabled, merge, unmerge
+from tnpeft.surgery.tree import plain_modules, plain_parameters
+
+__all__ = [
+    "SUPPORTED",
+    "AdapterRecord",
+    "ModelState",
+    "activate",
+    "adapted",
+    "adapters_of",
+    "detach",
+    "disabled",
+    "find",
+    "install",
+    "layer_problem",
+    "merge",
+    "names_of",
+    "plain_modules",
+    "plain_parameters",
+    "record_of",
+    "statistics_of",
+    "trained_of",
+    "unmerge",
+]

@@ -1,0 +1,151 @@
+"""What surgery refuses, before anything is changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from tnpeft.errors import Problem, near_miss
+from tnpeft.modules import AdaptedLayer, Adapter
+from tnpeft.network import layer_of
+from tnpeft.surgery.state import ModelState, find
+from tnpeft.surgery.tree import Slot, places, plain_modules
+
+__all__ = ["SUPPORTED", "layer_problem", "model_problems", "name_problems", "target_problems", "trained_problems"]
+
+SUPPORTED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_METHODS = ("forward", "_conv_forward", "_output_padding")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def layer_problem(name: str, layer: nn.Module) -> Problem | None:
+    """Why `layer` cannot carry an adapter, or None if it can."""
+    kind, where = type(layer).__name__, f"layer '{name}'"
+    plain = next((supported for supported in SUPPORTED if isinstance(layer, supported)), None)
+    if plain is None:
+        kinds = ", ".join(supported.__name__ for supported in SUPPORTED)
+        return Problem("layer type", f"one of {kinds}", kind, "Match other layers.", where=where)
+    if parametrize.is_parametrized(layer) or not {"weight", "bias"} <= layer._parameters.keys():
+        fix = "Remove the parametrization (weight norm, spectral norm, pruning) before attaching."
+        return Problem("layer", "`weight` and `bias` as plain parameters", "ones that are computed", fix, where=where)
+    if any(is_lazy(parameter) for parameter in layer._parameters.values()):
+        return Problem(
+            "layer", "known sizes", f"a {kind} without sizes yet", "Run the model once, then attach.", where=where
+        )
+    for method in _METHODS:
+        if method in layer.__dict__ or getattr(type(layer), method, None) is not getattr(plain, method, None):
+            found = f"{kind} with a `{method}` of its own"
+            fix = "An adapter would bypass it: match other layers, or use the plain class."
+            return Problem("layer", f"the forward of {plain.__name__}", found, fix, where=where)
+    dtype = layer._parameters["weight"].dtype  # type: ignore[union-attr]
+    if dtype not in _DTYPES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        found = str(dtype).removeprefix("torch.")
+        return Problem("weight dtype", f"one of {known}", found, "Attach to the unquantised model.", where=where)
+    return None
+
+
+def model_problems(model: nn.Module) -> Iterator[Problem]:
+    """Why nothing can be attached to `model` itself as it stands."""
+    if hasattr(model, "_orig_mod") or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        fix = "Attach to the plain model first, then wrap it."
+        yield Problem("model", "a plain module", f"a {type(model).__name__}", fix)
+        return
+    if isinstance(model, (*SUPPORTED, AdaptedLayer)):
+        fix = "Put it into a container, for example `torch.nn.Sequential(layer)`, and attach to that."
+        yield Problem("model", "a module that holds the layers", f"the layer {type(model).__name__} itself", fix)
+        return
+    found = find(model)
+    if found is not None and found[0] is not model:
+        name = next(name for name, module in model.named_modules() if module is found[0])
+        yield Problem(
+            "model", "the model that the other adapters were attached to", f"one that holds it at '{name}'",
+            f"Attach to the part '{name}', or detach the other adapters first.",
+        )  # fmt: skip
+    elif found is None and any(isinstance(place.module, AdaptedLayer) for place in places(model)):
+        fix = "Attach to that model instead."
+        yield Problem("model", "the model that the other adapters were attached to", "a part of it", fix)
+
+
+def name_problems(name: str, state: ModelState) -> Iterator[Problem]:
+    """Why an adapter cannot be called `name`, or why none can be attached now."""
+    if not _NAME.fullmatch(name):
+        yield Problem("adapter name", "letters, digits, `_` and `-`", f"'{name}'", "Choose another name.")
+    if name in state.adapters:
+        fix = "Choose another name, or detach that adapter first."
+        yield Problem("adapter name", "a new name", f"'{name}', which is attached already", fix)
+    if state.merged:
+        yield Problem("model", "an unmerged model", "a merged one", "Call `tnpeft.unmerge(model)` first.")
+    if state.disabled:
+        fix = "Leave the `disabled` context first."
+        yield Problem("model", "enabled adapters", "adapters disabled by `tnpeft.disabled`", fix)
+
+
+def target_problems(root: nn.Module, targets: Mapping[str, Adapter]) -> Iterator[Problem]:
+    """Why some of the targets cannot be adapted."""
+    modules = plain_modules(root)
+    adapted = [place.name for place in places(root) if isinstance(place.module, AdaptedLayer)]
+    claimed: dict[int, str] = {}
+    for name, adapter in targets.items():
+        where = f"layer '{name}'"
+        layer = modules.get(name)
+        if layer is None:
+            outer = next((outer for outer in adapted if name.startswith(outer + ".")), None)
+            found = "no such layer" if outer is None else f"a part of the adapted layer '{outer}'"
+            fix = near_miss(name, modules) or "Use a name from `model.named_modules()`."
+            fix = fix if outer is None else f"Name '{outer}' itself."
+            yield Problem("target", "a layer of the model", found, fix, where=where)
+            continue
+        problem = layer_problem(name, layer)
+        if problem is not None:
+            yield problem
+        elif id(layer) in claimed:
+            found = f"the layer that is also called '{claimed[id(layer)]}'"
+            yield Problem("target", "a layer of its own", found, "Name it once: it is adapted at both.", where=where)
+        elif adapter.network.layer != layer_of(layer):
+            fix = "Compile the adapter for this layer."
+            yield Problem("adapter", f"one for {layer_of(layer)}", f"one for {adapter.network.layer}", fix, where=where)
+        claimed[id(layer)] = name
+
+
+def trained_problems(
+    root: nn.Module, found: Mapping[str, Slot], targets: Iterable[str], trained: Iterable[str]
+) -> Iterator[Problem]:
+    """Why some of the parameters cannot train beside the cores."""
+    modules = plain_modules(root)
+    adapted = {
+        id(place.module.base.weight): place.name for place in places(root) if isinstance(place.module, AdaptedLayer)
+    }
+    adapted |= {
+        id(modules[name].weight): name for name in targets if name in modules and hasattr(modules[name], "weight")
+    }
+    for name in trained:
+        where = f"parameter '{name}'"
+        if name not in found:
+            fix = near_miss(name, found) or "Use a name from `model.named_parameters()`."
+            yield Problem("training", "a parameter of the model", "no such parameter", fix, where=where)
+        elif id(found[name].tensor) in adapted:
+            layer = adapted[id(found[name].tensor)]
+            fix = "Train the layer as a whole or adapt it, not both."
+            yield Problem("training", "a parameter that is not adapted", f"the weight of '{layer}'", fix, where=where)
+        elif is_lazy(found[name].tensor):
+            fix = "Run the model once, then attach."
+            yield Problem("training", "a parameter of known size", "one without a size yet", fix, where=where)
+        elif not found[name].tensor.is_floating_point():
+            dtype = str(found[name].tensor.dtype).removeprefix("torch.")
+            fix = "Leave it out."
+            yield Problem("training", "a floating-point parameter", dtype, fix, where=where)

@@ -1,0 +1,118 @@
+"""Attaching: everything is checked and built first, then the model changes in one pass that cannot fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from tnpeft.errors import AttachError
+from tnpeft.modules import AdaptedLayer, Adapter, wrap
+from tnpeft.surgery.checks import model_problems, name_problems, target_problems, trained_problems
+from tnpeft.surgery.state import AdapterRecord, ModelState, find
+from tnpeft.surgery.switch import apply_state
+from tnpeft.surgery.trained import Tied, all_tied
+from tnpeft.surgery.tree import Slot, places, plain_modules, slots, ties
+
+__all__ = ["install"]
+
+
+def install(
+    model: nn.Module,
+    name: str,
+    targets: Mapping[str, Adapter],
+    trained: Iterable[str] = (),
+    about: Mapping[str, Any] | None = None,
+) -> AdapterRecord:
+    """Put the adapter `name` on `model`: compiled adapters on the target layers, own copies of the trained parameters.
+
+    All names are those of the plain model (`plain_modules`, `plain_parameters`), whatever is adapted
+    already; a layer or parameter with several names is given once, by any of them. Every other parameter is
+    frozen. The new adapter alone is active, at scale 1, so that the model computes what the base computes.
+    `about` is kept in the record and in saved files; it must be JSON-like.
+
+    Raises AttachError with every problem found; the model is then as it was.
+    """
+    state, found = _checked(model, name, targets, trained := tuple(dict.fromkeys(trained)))
+    record = _record(model, found, name, targets, trained, about or {})
+    wrappers = _wrappers(model, targets)
+    copies = _copies(model, found, state, record)
+
+    for tied, copy in copies:
+        tied.add(name, copy)
+    for place in [*places(model)]:
+        if id(place.module) in wrappers:
+            place.parent._modules[place.key] = wrappers[id(place.module)]
+    for target, layer in zip(targets.values(), wrappers.values(), strict=True):
+        layer.add_adapter(name, target)
+    for slot in found.values():
+        slot.tensor.requires_grad_(False)
+    state.adapters[name] = record
+    state.active = {name: 1.0}
+    state.keep_on(model)
+    apply_state(model, state)
+    return record
+
+
+def _checked(
+    model: nn.Module, name: str, targets: Mapping[str, Adapter], trained: Iterable[str]
+) -> tuple[ModelState, dict[str, Slot]]:
+    """The model's state (a new one at the first attach) and its parameters. Raises AttachError."""
+    problems = [*model_problems(model)]
+    if problems:
+        raise AttachError(*problems)
+    found = slots(model)
+    existing = find(model)
+    state = existing[1] if existing else ModelState({key: slot.tensor.requires_grad for key, slot in found.items()})
+    problems += name_problems(name, state)
+    problems += target_problems(model, targets)
+    problems += trained_problems(model, found, targets, trained)
+    if problems:
+        raise AttachError(*problems)
+    return state, found
+
+
+def _record(
+    model: nn.Module,
+    found: dict[str, Slot],
+    name: str,
+    targets: Iterable[str],
+    trained: Iterable[str],
+    about: Mapping[str, Any],
+) -> AdapterRecord:
+    names = ties(found)
+    tied = dict.fromkeys(names[id(found[key].tensor)] for key in trained)
+    return AdapterRecord(name, tuple(targets), tuple(tied), tuple(_statistics(model)), dict(about))
+
+
+def _statistics(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """The running statistics of every norm that keeps some: a forward in training mode changes them."""
+    norms = {id(module) for module in model.modules() if isinstance(module, _NormBase)}
+    found = {name: slot for name, slot in slots(model, "_buffers").items() if id(slot.owner) in norms}
+    return iter(ties(found).values())
+
+
+def _wrappers(model: nn.Module, targets: Iterable[str]) -> dict[int, AdaptedLayer]:
+    """For each target, in order: its wrapper by the `id` of what hangs in the tree now."""
+    modules = plain_modules(model)
+    adapted = {id(place.module.base): place.module for place in places(model) if isinstance(place.module, AdaptedLayer)}
+    wrappers: dict[int, AdaptedLayer] = {}
+    for name in targets:
+        layer = modules[name]
+        wrapper = adapted.get(id(layer))
+        wrappers[id(layer if wrapper is None else wrapper)] = wrap(layer) if wrapper is None else wrapper
+    return wrappers
+
+
+def _copies(
+    model: nn.Module, found: dict[str, Slot], state: ModelState, record: AdapterRecord
+) -> list[tuple[Tied, Tensor]]:
+    """The new adapter's own copy of everything it trains."""
+    known = {tied.names: tied for tied in all_tied(model, state)}
+    everything = {**slots(model, "_buffers"), **found}
+    fresh = (
+        known.get(names) or Tied(everything[name] for name in names) for names in (*record.trained, *record.statistics)
+    )
+    return [(tied, tied.new_copy()) for tied in fresh]

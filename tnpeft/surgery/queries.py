@@ -1,0 +1,50 @@
+"""What is attached to a model, for reports and files."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tnpeft.modules import Adapter
+from tnpeft.surgery.state import AdapterRecord, adapted, known_adapter
+from tnpeft.surgery.trained import all_tied
+from tnpeft.surgery.tree import places
+
+__all__ = ["adapters_of", "names_of", "record_of", "statistics_of", "trained_of"]
+
+
+def names_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of the attached adapters, oldest first. Raises AttachError where there is none."""
+    return tuple(adapted(model)[1].adapters)
+
+
+def record_of(model: nn.Module, name: str) -> AdapterRecord:
+    """The record of one adapter. Raises AttachError for an unknown name."""
+    return known_adapter(adapted(model)[1], name)
+
+
+def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """The compiled adapters by the layer they adapt, in the order they were attached in."""
+    root, state = adapted(model)
+    record = known_adapter(state, name)
+    wrappers = {place.name: place.module for place in places(root)}
+    return {target: wrappers[target].adapter(name) for target in record.targets}
+
+
+def trained_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's own copies of the parameters that train beside its cores, by the first of their names."""
+    return _copies(model, name, parameters=True)
+
+
+def statistics_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's own running statistics of norms, by the first of their names."""
+    return _copies(model, name, parameters=False)
+
+
+def _copies(model: nn.Module, name: str, parameters: bool) -> dict[str, Tensor]:
+    root, state = adapted(model)
+    known_adapter(state, name)
+    return {
+        tied.names[0]: tied.copy_of(name)
+        for tied in all_tied(root, state)
+        if name in tied.trainers and tied.is_parameter is parameters
+    }

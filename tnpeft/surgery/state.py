@@ -1,0 +1,87 @@
+"""What a model knows of its adapters: a record of plain Python on the root module.
+
+The record lives in the root's `__dict__`, holds no tensor and no module, and so travels through
+deepcopy and pickle by itself. Names in it are those of the plain model, as if nothing were adapted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tnpeft.errors import AttachError, Problem, near_miss
+
+__all__ = ["AdapterRecord", "ModelState", "adapted", "find", "known_adapter"]
+
+_KEY = "_tnpeft"
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One named adapter of a model.
+
+    `targets` are the adapted layers. `trained` lists every parameter that trains beside the cores
+    with all the names it has (tied ones have several), `statistics` likewise the running statistics
+    of norms, which training changes too. `about` is the caller's own, JSON-like.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    trained: tuple[tuple[str, ...], ...] = ()
+    statistics: tuple[tuple[str, ...], ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ModelState:
+    """All adapters of a model and which of them act.
+
+    `requires_grad` holds the flags from before the first attach, `active` the scales of the
+    adapters that act, `disabled` how many `disabled` contexts are open.
+    """
+
+    requires_grad: dict[str, bool]
+    adapters: dict[str, AdapterRecord] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    merged: bool = False
+    disabled: int = 0
+
+    def keep_on(self, root: nn.Module) -> None:
+        root.__dict__[_KEY] = self
+
+    @staticmethod
+    def drop_from(root: nn.Module) -> None:
+        del root.__dict__[_KEY]
+
+
+def find(model: nn.Module) -> tuple[nn.Module, ModelState] | None:
+    """The adapted root in `model` (itself, or inside wrappers such as DistributedDataParallel) and its state.
+
+    Raises AttachError where two parts of `model` are adapted on their own.
+    """
+    found = {name: (module, module.__dict__[_KEY]) for name, module in model.named_modules() if _KEY in module.__dict__}
+    if len(found) > 1:
+        parts = ", ".join(f"'{name}'" for name in found)
+        raise AttachError(Problem("model", "one adapted model", f"several, at {parts}", "Pass the part that is meant."))
+    return next(iter(found.values()), None)
+
+
+def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
+    """The adapted root in `model` and its state. Raises AttachError where nothing is attached."""
+    found = find(model)
+    if found is None:
+        fix = "Attach one with `tnpeft.attach`, or pass the whole model that it was attached to."
+        raise AttachError(Problem("model", "an attached adapter", "none", fix))
+    return found
+
+
+def known_adapter(state: ModelState, name: str) -> AdapterRecord:
+    """The record of the adapter `name`. Raises AttachError with a near miss."""
+    if name not in state.adapters:
+        known = ", ".join(f"'{known}'" for known in state.adapters)
+        fix = near_miss(name, state.adapters) or "Use one of these names."
+        raise AttachError(Problem("adapter name", f"one of {known}", f"'{name}'", fix))
+    return state.adapters[name]

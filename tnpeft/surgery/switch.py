@@ -1,0 +1,109 @@
+"""Which adapters act: activate, merge, unmerge, disabled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from tnpeft.errors import AttachError, Problem
+from tnpeft.surgery.state import ModelState, adapted, known_adapter
+from tnpeft.surgery.trained import all_tied
+from tnpeft.surgery.tree import adapted_layers
+
+__all__ = ["activate", "apply_state", "disabled", "merge", "refuse_disabled", "unmerge"]
+
+
+def activate(model: nn.Module, scales: Mapping[str, float] | str) -> None:
+    """Let the named adapters act, each at its scale, and no others; `{}` leaves the base model.
+
+    ΔW and the trained biases and norms of several adapters add up, scaled. Only active adapters
+    train: their cores do, and what else they train while one of them acts alone at scale 1.
+
+    Raises AttachError for unknown names, scales that are not finite, and merged models.
+    """
+    root, state = adapted(model)
+    scales = {scales: 1.0} if isinstance(scales, str) else {name: float(scale) for name, scale in scales.items()}
+    refuse_disabled(state)
+    if state.merged:
+        fix = "Call `tnpeft.unmerge(model)` first."
+        raise AttachError(Problem("model", "an unmerged model", "a merged one", fix))
+    for name, scale in scales.items():
+        known_adapter(state, name)
+        if not math.isfinite(scale):
+            fix = "Use a finite scale, or leave the adapter out."
+            raise AttachError(Problem(f"scale of adapter '{name}'", "a finite number", str(scale), fix))
+    state.active = scales
+    apply_state(root, state)
+
+
+def merge(model: nn.Module) -> None:
+    """Compute every adapted layer's weight once, beside the base weight, for faster inference.
+
+    A merged model does not train. Merging a merged model changes nothing.
+    """
+    root, state = adapted(model)
+    refuse_disabled(state)
+    if state.merged:
+        return
+    for layer in adapted_layers(root):
+        layer.merge()
+    state.merged = True
+    apply_state(root, state)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`, to the bit. An unmerged model is left as it is."""
+    root, state = adapted(model)
+    refuse_disabled(state)
+    if not state.merged:
+        return
+    for layer in adapted_layers(root):
+        layer.unmerge()
+    state.merged = False
+    apply_state(root, state)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes exactly what its base computes, merged or not; contexts nest."""
+    root, state = adapted(model)
+    _disable(root, state, 1)
+    try:
+        yield
+    finally:
+        _disable(root, state, -1)
+
+
+def apply_state(root: nn.Module, state: ModelState) -> None:
+    """Bring layers and trained tensors to what the state says. Nothing in here can be refused."""
+    for layer in adapted_layers(root):
+        layer.scales = {name: scale for name, scale in state.active.items() if name in layer.names}
+        for name in layer.names:
+            layer.adapter(name).requires_grad_(name in state.active and not state.merged)
+    _show(root, state)
+
+
+def refuse_disabled(state: ModelState) -> None:
+    """Raises AttachError inside a `disabled` context, which could not end after the change."""
+    if state.disabled:
+        fix = "Leave the `disabled` context first."
+        raise AttachError(Problem("model", "enabled adapters", "adapters disabled by `tnpeft.disabled`", fix))
+
+
+def _disable(root: nn.Module, state: ModelState, step: int) -> None:
+    before, state.disabled = state.disabled, state.disabled + step
+    if bool(before) == bool(state.disabled):
+        return
+    for layer in adapted_layers(root):
+        layer.disabled = bool(state.disabled)
+    _show(root, state)
+
+
+def _show(root: nn.Module, state: ModelState) -> None:
+    """Install the biases, norms and statistics that act."""
+    for tied in all_tied(root, state):
+        flag = bool(state.disabled) and state.requires_grad.get(tied.names[0], False)
+        tied.show({} if state.disabled else state.active, flag, training=not state.merged)

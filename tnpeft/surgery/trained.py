@@ -1,0 +1,132 @@
+"""What trains beside the cores: biases, norms, whole layers of a joint training.
+
+One mechanism for all. Each adapter has its own copy of every such tensor. The one that acts is
+installed where the base's was, and those that do not act (the original among them) wait in
+buffers of the same owner under mangled names, so that moving, copying, pickling and saving the
+model need to know nothing of it. A tensor with several names is one tensor at all of them.
+
+The running statistics of norms are handled alike: a forward in training mode changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.surgery.state import ModelState
+from tnpeft.surgery.tree import MANGLED, Slot, slots
+
+__all__ = ["Tied", "all_tied"]
+
+_ORIGINAL = "original"
+
+
+class Tied:
+    """One tensor of the plain model at all its names, with the copies of the adapters that train it."""
+
+    def __init__(self, places: Iterable[Slot], trainers: Iterable[str] = ()) -> None:
+        self.slots = tuple(places)
+        self.trainers = list(trainers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(slot.name for slot in self.slots)
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.slots[0].table == "_parameters"
+
+    @property
+    def original(self) -> Tensor:
+        return self._held(_ORIGINAL)
+
+    def copy_of(self, name: str) -> Tensor:
+        """What adapter `name` trains, installed or not."""
+        return self._held(f"of_{name}")
+
+    def new_copy(self) -> Tensor:
+        """The start of an adapter's own copy: the original's bits."""
+        with torch.inference_mode(False):
+            copy = self.original.detach().clone()
+        return nn.Parameter(copy, requires_grad=False) if self.is_parameter else copy
+
+    def add(self, name: str, copy: Tensor) -> None:
+        """Let adapter `name` train this tensor; its copy waits until `show`."""
+        self._wait(f"of_{name}", copy)
+        self.trainers.append(name)
+
+    def drop(self, name: str) -> None:
+        """Forget the copy of an adapter that does not act; without trainers the original is all there is."""
+        self.trainers.remove(name)
+        self._forget(f"of_{name}")
+
+    def show(self, active: Mapping[str, float], original_flag: bool, training: bool) -> None:
+        """Install what acts: b₀ + Σ s (b - b₀) over the active trainers, which is the original or a copy where it can."""
+        acting = {name: active[name] for name in self.trainers if name in active}
+        if acting and list(acting.values()) != [1.0]:
+            content, flag = self._combined(acting), False
+            self._put_back()
+        else:
+            self._put_back()
+            who = f"of_{next(iter(acting))}" if acting else _ORIGINAL
+            content, flag = self._held(who), training if acting else original_flag
+            self._forget(who)
+        for slot in self.slots:
+            slot.put(self._as_found(content, flag))
+
+    def settle(self) -> None:
+        """Forget every copy: what is installed becomes the model's own."""
+        for who in (_ORIGINAL, *(f"of_{name}" for name in self.trainers)):
+            self._forget(who)
+
+    def _as_found(self, content: Tensor, flag: bool) -> Tensor:
+        if not self.is_parameter:
+            return content
+        # Moving a model turns the parameters that wait in buffers into plain tensors.
+        parameter = content if isinstance(content, nn.Parameter) else nn.Parameter(content, requires_grad=flag)
+        return parameter.requires_grad_(flag)
+
+    def _combined(self, acting: Mapping[str, float]) -> Tensor:
+        original = self.original.detach()
+        if not original.is_floating_point():
+            return original.clone()
+        wide = original.to(torch.promote_types(original.dtype, torch.float32))
+        total = wide.clone()
+        for name, scale in acting.items():
+            total.add_(self.copy_of(name).detach().to(wide.dtype) - wide, alpha=scale)
+        if self.slots[0].key == "running_var":
+            total.clamp_(min=0)
+        return total.to(original.dtype)
+
+    def _put_back(self) -> None:
+        for who in (_ORIGINAL, *(f"of_{name}" for name in self.trainers)):
+            if self._waiting(who) is None:
+                self._wait(who, self.slots[0].tensor)
+
+    def _held(self, who: str) -> Tensor:
+        waiting = self._waiting(who)
+        return self.slots[0].tensor if waiting is None else waiting
+
+    def _waiting(self, who: str) -> Tensor | None:
+        slot = self.slots[0]
+        return slot.owner._buffers.get(f"{MANGLED}{who}__{slot.key}")
+
+    def _wait(self, who: str, tensor: Tensor) -> None:
+        for slot in self.slots:
+            slot.owner._buffers[f"{MANGLED}{who}__{slot.key}"] = tensor.requires_grad_(False)
+
+    def _forget(self, who: str) -> None:
+        for slot in self.slots:
+            slot.owner._buffers.pop(f"{MANGLED}{who}__{slot.key}", None)
+
+
+def all_tied(root: nn.Module, state: ModelState) -> list[Tied]:
+    """Every tensor that some adapter of the model trains beside its cores."""
+    found = {**slots(root, "_buffers"), **slots(root)}
+    trainers: dict[tuple[str, ...], list[str]] = {}
+    for record in state.adapters.values():
+        for names in (*record.trained, *record.statistics):
+            trainers.setdefault(names, []).append(record.name)
+    return [Tied((found[name] for name in names), who) for names, who in trainers.items()]

@@ -1,0 +1,89 @@
+"""A model's tree with the names it has when nothing is adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from tnpeft.modules import AdaptedLayer
+
+__all__ = ["MANGLED", "Place", "Slot", "adapted_layers", "places", "plain_modules", "plain_parameters", "slots", "ties"]
+
+MANGLED = "_tnpeft_"
+
+
+class Place(NamedTuple):
+    """Where a module hangs: `parent._modules[key]`, reached as `name`."""
+
+    name: str
+    parent: nn.Module
+    key: str
+    module: nn.Module
+
+
+class Slot(NamedTuple):
+    """Where a tensor hangs: in the owner's `_parameters` or `_buffers`, reached as `name`."""
+
+    name: str
+    owner: nn.Module
+    table: str
+    key: str
+
+    @property
+    def tensor(self) -> Tensor:
+        tensor = self.owner.__dict__[self.table][self.key]
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def put(self, tensor: Tensor) -> None:
+        self.owner.__dict__[self.table][self.key] = tensor
+
+
+def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
+    """Every place below `root`, a module reached by two names at both; adapted layers are leaves."""
+    for key, module in root._modules.items():
+        if module is None:
+            continue
+        yield Place(prefix + key, root, key, module)
+        if not isinstance(module, AdaptedLayer):
+            yield from places(module, f"{prefix}{key}.")
+
+
+def plain_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """Every module by name, adapted layers as their base layers; a module reached by two names stands at both."""
+    found = {"": root}
+    for place in places(root):
+        found[place.name] = place.module.base if isinstance(place.module, AdaptedLayer) else place.module
+    return found
+
+
+def slots(root: nn.Module, table: str = "_parameters") -> dict[str, Slot]:
+    """Every parameter (or buffer) of the plain model by name, tied ones at each of their names."""
+    found: dict[str, Slot] = {}
+    for prefix, module in plain_modules(root).items():
+        for key, tensor in module.__dict__[table].items():
+            if tensor is not None and not key.startswith(MANGLED):
+                name = f"{prefix}.{key}" if prefix else key
+                found[name] = Slot(name, module, table, key)
+    return found
+
+
+def ties(found: dict[str, Slot]) -> dict[int, tuple[str, ...]]:
+    """All names of each tensor, by the tensor's `id`, in the order of the tree."""
+    names: dict[int, tuple[str, ...]] = {}
+    for name, slot in found.items():
+        key = id(slot.tensor)
+        names[key] = (*names.get(key, ()), name)
+    return names
+
+
+def plain_parameters(root: nn.Module) -> dict[str, Tensor]:
+    """Every parameter by the name it has in the plain model, tied ones at each of their names."""
+    return {name: slot.tensor for name, slot in slots(root).items()}
+
+
+def adapted_layers(root: nn.Module) -> list[AdaptedLayer]:
+    """Every adapted layer, once."""
+    return [module for module in root.modules() if isinstance(module, AdaptedLayer)]
