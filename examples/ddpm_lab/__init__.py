@@ -1,0 +1,7 @@
+"""The parts of `examples/ddpm.py`, a driver that fine-tunes MONAI's 3D diffusion U-Net.
+
+Each imports only what stands to its left:
+
+    faults <- config <- files <- volumes, population <- unet, diffusion <- training, sampling
+           <- encoder, metrics <- plots, summary <- finetune <- demo
+"""

@@ -1,0 +1,59 @@
+"""Progress bars and lines for people; silent in all processes but the first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Bar", "Screen"]
+
+
+class Bar:
+    """One progress bar: call it with the number of things done and a short text."""
+
+    def __init__(self, move: Callable[[int, str], None]) -> None:
+        self._move = move
+
+    def __call__(self, done: int, note: str = "") -> None:
+        self._move(done, note)
+
+
+class Screen:
+    """Where a run shows what it does, and how long each phase took (`seconds`, by title)."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(quiet=quiet)
+        self.seconds: dict[str, float] = {}
+
+    def line(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Bar]:
+        """A bar for one phase; its time is added to `seconds`."""
+        columns = (
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with self.phase(title), Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(title, total=total, note="")
+
+            def move(done: int, note: str) -> None:
+                progress.update(task, completed=done, **({"note": note} if note else {}))
+
+            yield Bar(move)
+
+    @contextmanager
+    def phase(self, title: str) -> Iterator[None]:
+        """Time a phase that has no bar."""
+        started = time.perf_counter()
+        yield
+        self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - started

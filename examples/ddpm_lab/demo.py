@@ -1,0 +1,167 @@
+"""`demo`: from a template brain to a fine-tuned model, with the two runs that put its gain in proportion."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ddpm_lab.config import Base, Config, DemoConfig, Method, Training
+from ddpm_lab.console import Screen
+from ddpm_lab.diffusion import noise_schedule
+from ddpm_lab.driver import finish
+from ddpm_lab.finetune import Run, Setup, prepare, prepare_volumes, run_training
+from ddpm_lab.plots import Curve, plot_curves
+from ddpm_lab.population import template_tissues, write_population
+from ddpm_lab.summary import describe_run, error_table, sample_table, time_line, write_json
+from ddpm_lab.training import History, Step, make_accelerator, steps_of, train
+from ddpm_lab.unet import build_unet, save_weights
+
+__all__ = ["demo"]
+
+CAVEAT = (
+    "All subjects are deformations of one average brain (the MNI152 template) at low resolution: "
+    "the numbers compare methods, they say nothing about patients."
+)
+
+
+def demo(config: DemoConfig, out: Path, screen: Screen) -> dict[str, Any]:
+    """Run the demonstration in `out`; what an earlier run left there is used where it was made from the same settings."""
+    started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    _population(config, out, screen)
+    pretraining = _pretrained(config, out, screen)
+    target = _tuned(config, out, "target", config.method, config.training)
+    setup = prepare(target, out, screen)
+    run = run_training(setup, screen, "fine-tune on the target")
+    baseline = _baseline(config, out, screen)
+    control = _control(config, out, screen, setup)
+    summary = finish(setup, run, screen)
+    runs = {run.trained.title: run, "biases and norms alone": baseline, "control: tuned on source": control}
+    with screen.phase("pictures"):
+        curves = [Curve(name, each.history, each.before, each.after) for name, each in runs.items()]
+        plot_curves(out / "loss_curves.png", curves, pretraining, "MNI152 population: T1-like source, T2-like target")
+    summary |= {"caveat": CAVEAT, "comparison": {name: describe_run(each) for name, each in runs.items()}}
+    summary["checks"] = _checks(run, baseline, control)
+    summary["pretraining"] = {"steps": len(pretraining.losses), "training_seconds": pretraining.seconds}
+    summary["seconds"] = {name: round(value, 2) for name, value in screen.seconds.items()}
+    summary["seconds_total"] = round(time.perf_counter() - started, 2)
+    write_json(out / "summary.json", summary)
+    _show(summary, out, screen)
+    return summary
+
+
+def _checks(run: Run, baseline: Run, control: Run) -> dict[str, bool]:
+    """What the demonstration is meant to show, and whether this run showed it."""
+    return {
+        "the adapter lowers the target error by 25 % or more": run.change <= -25,
+        "8 points or more beyond biases and norms alone": run.change <= baseline.change - 8,
+        "the control gains 2 % at most": control.change >= -2,
+        "the adapted model started exactly as the base": run.start_difference == 0,
+    }
+
+
+def _population(config: DemoConfig, out: Path, screen: Screen) -> None:
+    """Write the subjects as NIfTI files, unless they are there."""
+    people = config.population
+    done = out / "data" / "population.json"
+    wanted = people.model_dump(mode="json")
+    if _says(done, wanted):
+        screen.line(f"Population: {people.source} source and {people.target} target subjects, from an earlier run")
+        return
+    with screen.bar("population from MNI152", people.source + people.target) as bar:
+        tissues = template_tissues(people.side)
+        write_population(out / "data" / "source", tissues, "t1", people.source, people.seed, bar)
+        write_population(
+            out / "data" / "target", tissues, "t2", people.target, people.seed, lambda done: bar(people.source + done)
+        )
+    write_json(done, wanted)
+
+
+def _pretrained(config: DemoConfig, out: Path, screen: Screen) -> History:
+    """Train the base on the source subjects, unless an earlier run did with the same settings."""
+    source = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"root": out / "data" / "source"}),
+            "training": config.pretraining,
+            "method": Method(kind="full"),
+        }
+    )
+    wanted = {"key": _key(source, config)}
+    record, weights = out / "base.json", out / "base.safetensors"
+    if weights.is_file() and _says(record, wanted):
+        screen.line("Base: pretrained by an earlier run with the same settings")
+        return History.from_data(json.loads(record.read_text(encoding="utf-8"))["history"])
+    accelerator = make_accelerator(config.pretraining)
+    volumes = prepare_volumes(source, out / "source", screen, accelerator.num_processes)
+    unet = build_unet(config.model, None, config.pretraining.seed)
+    scheduler = noise_schedule(config.diffusion)
+    with screen.bar("pretrain on the source", steps_of(config.pretraining, len(volumes.train))) as bar:
+
+        def show(step: Step) -> None:
+            bar(step.number, f"loss {step.loss:.4f}")
+
+        history = train(unet, volumes.train, scheduler, config.pretraining, accelerator, on_step=show)
+    save_weights(unet, weights)
+    write_json(record, {**wanted, "history": history.as_data()})
+    return history
+
+
+def _key(source: Config, config: DemoConfig) -> str:
+    """A name for everything that changes the pretrained base."""
+    parts = source.model_dump(mode="json", include={"data", "model", "diffusion", "training"})
+    parts["population"] = config.population.model_dump(mode="json")
+    parts["data"].pop("root")
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _says(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a JSON file of an earlier run holds these entries."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items())
+
+
+def _tuned(config: DemoConfig, out: Path, domain: str, method: Method, training: Training) -> Config:
+    """A fine-tuning run of the demonstration's base on one domain."""
+    return Config(
+        data=config.data.model_copy(update={"root": out / "data" / domain}),
+        model=config.model,
+        base=Base(checkpoint=out / "base.safetensors"),
+        diffusion=config.diffusion,
+        method=method,
+        training=training,
+        validation=config.validation,
+        sampling=config.sampling,
+        metrics=config.metrics,
+    )
+
+
+def _baseline(config: DemoConfig, out: Path, screen: Screen) -> Run:
+    """Biases and norms alone, on the target: they explain a part of every adapter's gain."""
+    method = Method(kind="bias_norm")
+    setup = prepare(_tuned(config, out, "target", method, config.bias_norm), out / "bias_norm", screen)
+    return run_training(setup, screen, "baseline: biases and norms")
+
+
+def _control(config: DemoConfig, out: Path, screen: Screen, target: Setup) -> Run:
+    """The same adapter tuned on the *source*, measured on the target: more training alone must not help."""
+    setup = prepare(_tuned(config, out, "source", config.method, config.training), out / "control", screen)
+    return run_training(dataclasses.replace(setup, held_out=target.held_out), screen, "control: tune on the source")
+
+
+def _show(summary: dict[str, Any], out: Path, screen: Screen) -> None:
+    screen.line("")
+    screen.console.print(error_table(summary["comparison"]))
+    if "samples" in summary:
+        screen.console.print(sample_table(summary["samples"]))
+    for text, met in summary["checks"].items():
+        screen.console.print(f"[green]yes[/]  {text}" if met else f"[red]no[/]   {text}", highlight=False)
+    screen.line(CAVEAT)
+    screen.line(time_line(summary["seconds"], summary["seconds_total"]))
+    screen.line(f"Results in {out}: summary.json, adapter.safetensors, loss_curves.png, montage.png")

@@ -1,0 +1,108 @@
+"""The noise schedule, the training target and the held-out error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
+from torch import nn
+
+from ddpm_lab.config import Data, Diffusion, Validation
+
+__all__ = ["HeldOut", "HeldOutError", "noise_schedule", "predict", "sampling_schedule"]
+
+
+def noise_schedule(diffusion: Diffusion) -> DDPMScheduler:
+    """The forward process, which adds noise."""
+    return DDPMScheduler(**_arguments(diffusion))
+
+
+def sampling_schedule(diffusion: Diffusion, kind: str, data: Data) -> DDPMScheduler | DDIMScheduler:
+    """The reverse process; predicted volumes are held to the range of the data."""
+    low, high = data.intensity
+    bounds = {"clip_sample": True, "clip_sample_min": low, "clip_sample_max": high}
+    kinds = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+    return kinds[kind](**_arguments(diffusion), **bounds)
+
+
+def _arguments(diffusion: Diffusion) -> dict[str, Any]:
+    arguments = {
+        "num_train_timesteps": diffusion.timesteps,
+        "schedule": diffusion.schedule,
+        "prediction_type": diffusion.prediction,
+    }
+    if diffusion.schedule != "cosine":
+        arguments |= {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
+    return arguments
+
+
+def predict(
+    unet: nn.Module, scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The network's output for noised volumes and what it should have been: the noise, or the velocity."""
+    noised = scheduler.add_noise(original_samples=clean, noise=noise, timesteps=timesteps)
+    if scheduler.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(clean, noise, timesteps)
+    else:
+        target = noise
+    return unet(noised, timesteps=timesteps), target
+
+
+@dataclass(frozen=True)
+class HeldOutError:
+    """The mean squared error on held-out volumes, whole and for equal ranges of timesteps."""
+
+    mean: float
+    buckets: tuple[float, ...]
+
+    def change(self, before: HeldOutError) -> float:
+        """The relative change since `before`, in percent; negative is better."""
+        return 100 * (self.mean / before.mean - 1)
+
+
+class HeldOut:
+    """Held-out volumes with noise and timesteps that never change, so that errors can be compared.
+
+    `volumes` is a dataset of (1, D, H, W) tensors. Noise is drawn anew from the seed each time, not kept.
+    """
+
+    def __init__(self, volumes: Any, scheduler: DDPMScheduler, validation: Validation, batch_size: int) -> None:
+        self.volumes = volumes
+        self.scheduler = scheduler
+        self.validation = validation
+        self.batch_size = validation.batch_size or batch_size
+
+    @property
+    def evaluations(self) -> int:
+        """Volumes that one measurement sends through the network."""
+        return len(self.volumes) * self.validation.buckets * self.validation.draws
+
+    @torch.no_grad()
+    def error(
+        self, unet: nn.Module, device: torch.device | str = "cpu", progress: Callable[[int], None] = lambda _: None
+    ) -> HeldOutError:
+        """Measure `unet` in evaluation mode; its mode is put back."""
+        generator = torch.Generator().manual_seed(self.validation.seed)
+        buckets = self.validation.buckets
+        edges = torch.linspace(0, self.scheduler.num_train_timesteps, buckets + 1).long().tolist()
+        sums = torch.zeros(buckets, dtype=torch.float64)
+        was_training = unet.training
+        unet.eval()
+        done = 0
+        for bucket, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            for start in range(0, len(self.volumes) * self.validation.draws, self.batch_size):
+                stop = min(start + self.batch_size, len(self.volumes) * self.validation.draws)
+                clean = torch.stack([self.volumes[index % len(self.volumes)] for index in range(start, stop)])
+                noise = torch.randn(clean.shape, generator=generator)
+                timesteps = torch.randint(low, max(high, low + 1), (len(clean),), generator=generator)
+                found, target = predict(unet, self.scheduler, clean.to(device), noise.to(device), timesteps.to(device))
+                errors = (found.float() - target.float()).pow(2).flatten(1).mean(1)
+                sums[bucket] += errors.double().sum().cpu()
+                done += len(clean)
+                progress(done)
+        unet.train(was_training)
+        means = sums / (len(self.volumes) * self.validation.draws)
+        return HeldOutError(float(means.mean()), tuple(means.tolist()))

@@ -1,0 +1,33 @@
+"""The mistakes a user can make, found before training starts, and how they are worded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tnpeft.errors import Position, Problem, TnpeftError
+
+__all__ = ["LabError", "fault", "raise_all"]
+
+MOST = 8
+
+
+class LabError(TnpeftError):
+    """A configuration, a folder, a volume or a checkpoint that the driver refuses."""
+
+
+def fault(where: object, what: str, expected: str, found: str, fix: str) -> LabError:
+    """One mistake as an exception; `where` is a path, a position in a file or an option."""
+    place = where if isinstance(where, Position) else str(where)
+    return LabError(Problem(what, expected, found, fix, place))
+
+
+def raise_all(problems: Iterable[Problem], whole: str) -> None:
+    """Raise `LabError` with the first few problems and the number of all; do nothing when there are none."""
+    found = list(problems)
+    if len(found) > MOST:
+        rest = Problem(
+            f"{len(found) - MOST} more like these", "none", f"{len(found)} in all", "Mend or move them.", whole
+        )
+        found = [*found[:MOST], rest]
+    if found:
+        raise LabError(*found)

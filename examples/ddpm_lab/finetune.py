@@ -1,0 +1,168 @@
+"""One run: check everything, adapt, train, sample, measure, write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from monai.networks.schedulers import DDPMScheduler
+from torch import nn
+
+from ddpm_lab.config import Config, Training
+from ddpm_lab.console import Screen
+from ddpm_lab.diffusion import HeldOut, HeldOutError, noise_schedule
+from ddpm_lab.encoder import Encoder, load_encoder
+from ddpm_lab.faults import fault
+from ddpm_lab.files import Split, check_volumes, find_volumes, split_volumes
+from ddpm_lab.method import Trained, apply_method, check_method
+from ddpm_lab.sampling import check_sampling, draw_samples
+from ddpm_lab.training import History, Step, make_accelerator, measure, steps_of, train
+from ddpm_lab.unet import build_unet, divisor, load_base, recompute_activations
+from ddpm_lab.volumes import check_sizes, dataset
+
+__all__ = ["Run", "Setup", "Volumes", "prepare", "prepare_volumes", "probe", "run_training", "sample"]
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """The data of a run: two datasets of (1, D, H, W) tensors."""
+
+    split: Split
+    train: Any
+    validation: Any
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, checked; nothing has trained yet."""
+
+    config: Config
+    out: Path
+    volumes: Volumes
+    unet: nn.Module
+    scheduler: DDPMScheduler
+    held_out: HeldOut
+    encoder: Encoder
+    accelerator: Accelerator
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained method and its errors on the same held-out volumes, before and after."""
+
+    trained: Trained
+    history: History
+    before: HeldOutError
+    after: HeldOutError
+    start_difference: float  # largest difference between the base and the adapted model before the first step
+
+    @property
+    def change(self) -> float:
+        return self.after.change(self.before)
+
+
+def prepare(config: Config, out: Path, screen: Screen) -> Setup:
+    """Check everything a user can get wrong, cheapest first; raises TnpeftError, and writes only the split."""
+    if config.data.root is None:
+        raise fault("data.root", "the data", "a folder of NIfTI files", "nothing", "Pass `--set data.root=FOLDER`.")
+    check_method(config.method, config.base)
+    check_sampling(config.diffusion, config.sampling)
+    steps_of(config.training, 1)
+    unet = build_unet(config.model, config.base, config.training.seed)
+    if config.base.checkpoint is not None:
+        load_base(unet, config.base)
+    encoder = load_encoder(config.metrics.medicalnet)
+    accelerator = make_accelerator(config.training)
+    volumes = prepare_volumes(config, out, screen, accelerator.num_processes)
+    if config.model.checkpointing:
+        recompute_activations(unet)
+    scheduler = noise_schedule(config.diffusion)
+    held_out = HeldOut(volumes.validation, scheduler, config.validation, config.training.batch_size)
+    unet.to(accelerator.device)
+    return Setup(config, out, volumes, unet, scheduler, held_out, encoder, accelerator)
+
+
+def prepare_volumes(config: Config, out: Path, screen: Screen, processes: int = 1) -> Volumes:
+    """Find, read and split the files; raises LabError for whatever is wrong with one of them."""
+    data = config.data
+    paths = find_volumes(data)
+    with screen.bar(f"check {len(paths)} files", len(paths)) as bar:
+        check_volumes(paths, bar)
+    split = split_volumes(paths, data)
+    needed = config.training.batch_size * processes
+    if len(split.train) < needed:
+        found = f"{len(split.train)} of {len(paths)} after holding {len(split.validation)} out"
+        fix = "Lower `training.batch_size` or add files."
+        raise fault(str(data.root), "files to train on", f"at least {needed}, one batch", found, fix)
+    assert data.root is not None
+    out.mkdir(parents=True, exist_ok=True)
+    split.write(out / "split.json", data.root)
+    with screen.phase("load volumes"):
+        train_set, validation_set = (dataset(files, data, out / "cache") for files in (split.train, split.validation))
+    shape = None
+    for volumes, files in ((train_set, split.train), (validation_set, split.validation)):
+        if data.cache != "none":
+            with screen.bar("prepare volumes", len(files)) as bar:
+                shape = check_sizes(volumes, files, divisor(config.model), bar, shape)
+    if shape is None:
+        shape = check_sizes(train_set[:1], split.train[:1], divisor(config.model))
+    return Volumes(split, train_set, validation_set, shape)
+
+
+def run_training(setup: Setup, screen: Screen, title: str, training: Training | None = None) -> Run:
+    """Measure the base, apply the method, train, measure again."""
+    config, accelerator = setup.config, setup.accelerator
+    training = training or config.training
+    before = _measured(setup, screen, f"{title}: error before")
+    start = probe(setup, setup.unet)
+    trained = apply_method(setup.unet, config.method)
+    setup.unet.to(accelerator.device)
+    difference = (probe(setup, setup.unet) - start).abs().max().item()
+    total = steps_of(training, len(setup.volumes.train), accelerator.num_processes)
+    with screen.bar(title, total) as bar:
+
+        def show(step: Step) -> None:
+            held_out = f"  held-out {step.held_out.mean:.4f}" if step.held_out is not None else ""
+            bar(step.number, f"loss {step.loss:.4f}{held_out}")
+
+        every = config.validation.every
+        history = train(
+            setup.unet, setup.volumes.train, setup.scheduler, training, accelerator, setup.held_out, every, show
+        )
+    after = _measured(setup, screen, f"{title}: error after")
+    return Run(trained, history, before, after, difference)
+
+
+def _measured(setup: Setup, screen: Screen, title: str) -> HeldOutError:
+    with screen.bar(title, setup.held_out.evaluations) as bar:
+        return measure(setup.held_out, setup.unet, setup.accelerator, bar)
+
+
+@torch.no_grad()
+def probe(setup: Setup, unet: nn.Module) -> torch.Tensor:
+    """The network's output for one fixed input: an adapter must not change it before its first step."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((1, 1, *setup.volumes.shape), generator=generator).to(setup.accelerator.device)
+    timesteps = torch.tensor([setup.scheduler.num_train_timesteps // 2], device=setup.accelerator.device)
+    unet.eval()
+    with setup.accelerator.autocast():
+        return torch.as_tensor(unet(noise, timesteps=timesteps)).float()
+
+
+def sample(setup: Setup, screen: Screen, title: str, unet: nn.Module | None = None) -> torch.Tensor:
+    """Samples of a network, of the setup's own as it is now when none is given."""
+    sampling = setup.config.sampling
+    with screen.bar(title, sampling.count * sampling.steps) as bar, setup.accelerator.autocast():
+        return draw_samples(
+            unet or setup.unet,
+            setup.volumes.shape,
+            setup.config.diffusion,
+            sampling,
+            setup.config.data,
+            setup.accelerator.device,
+            bar,
+        )

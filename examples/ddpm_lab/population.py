@@ -1,0 +1,154 @@
+"""A population of brains made from one real template, for machines that have no MRI data.
+
+The tissue maps of the MNI152 template (which nilearn carries in its wheel) are deformed, painted
+with the contrast of a sequence and passed through the faults of a scanner. Every subject is a
+deformation of the same average brain: what is learnt from them says nothing about patients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import nibabel
+import numpy as np
+import torch
+from monai.transforms import AdjustContrast, Compose, RandBiasField, RandGibbsNoise, RandRicianNoise
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from torch.nn.functional import grid_sample, interpolate
+
+__all__ = ["Contrast", "Tissues", "paint_subject", "template_tissues", "write_population"]
+
+Contrast = Literal["t1", "t2"]
+
+FIELD_OF_VIEW = 208.0  # mm, the side of the cube that holds the brain
+CENTRE = (0.0, -18.0, 8.0)  # mm in MNI space, the middle of the brain mask's bounding box
+
+# Mean signal of cerebrospinal fluid, grey matter and white matter.
+SIGNAL: dict[Contrast, tuple[float, float, float]] = {
+    "t1": (0.22, 0.58, 0.88),
+    "t2": (0.95, 0.62, 0.38),
+}
+SIGNAL_SPREAD = 0.04
+ROTATION = 0.08  # rad
+SCALING = 0.08
+SHIFT = 0.03  # of half the field of view
+DISPLACEMENT = 0.035  # of half the field of view, at 6 x 6 x 6 knots
+STORED_AXES = ("RAS", "LPS", "LAS", "PIR")  # scanners disagree about axes, and so do these files
+
+
+@dataclass(frozen=True)
+class Tissues:
+    """Probabilities of the three tissues on a cube: `maps` is (3, side, side, side), axes R, A, S."""
+
+    maps: torch.Tensor
+    spacing: float  # mm
+
+    @property
+    def affine(self) -> np.ndarray:
+        """Voxel indices to millimetres in MNI space."""
+        affine = np.diag([self.spacing] * 3 + [1.0])
+        affine[:3, 3] = np.array(CENTRE) - FIELD_OF_VIEW / 2 + self.spacing / 2
+        return affine
+
+
+def template_tissues(side: int) -> Tissues:
+    """The MNI152 tissue maps on a cube of `side` voxels around the brain; no network is needed."""
+    from nilearn import datasets
+
+    images = (
+        datasets.load_mni152_brain_mask(resolution=2),
+        datasets.load_mni152_gm_template(resolution=2),
+        datasets.load_mni152_wm_template(resolution=2),
+    )
+    mask, grey, white = (_on_cube(image, side) for image in images)
+    fluid = (mask - grey - white).clamp(0, 1)
+    return Tissues(torch.stack([fluid, grey * mask, white * mask]), FIELD_OF_VIEW / side)
+
+
+def _on_cube(image: nibabel.Nifti1Image, side: int) -> torch.Tensor:
+    """Resample an image to the cube; fine samples are averaged, so that thin cortex survives."""
+    finer = 2
+    steps = (torch.arange(side * finer, dtype=torch.float64) + 0.5) / (side * finer) - 0.5
+    axes = [centre + FIELD_OF_VIEW * steps for centre in CENTRE]
+    points = torch.stack([*torch.meshgrid(*axes, indexing="ij"), torch.ones((side * finer,) * 3)], dim=-1)
+    to_voxels = torch.from_numpy(np.linalg.inv(image.affine))
+    voxels = (points.to(torch.float64) @ to_voxels.T)[..., :3]
+    size = torch.tensor(image.shape[:3], dtype=torch.float64)
+    grid = (2 * voxels / (size - 1) - 1).flip(-1).to(torch.float32)  # grid_sample counts axes from the last
+    data = torch.from_numpy(image.get_fdata(dtype=np.float32))
+    fine = grid_sample(data[None, None], grid[None], align_corners=True)
+    return torch.nn.functional.avg_pool3d(fine, finer)[0, 0]
+
+
+def paint_subject(tissues: Tissues, contrast: Contrast, generator: torch.Generator) -> torch.Tensor:
+    """One subject, (side, side, side) in [0, 1]; the same generator state gives the same subject."""
+    shape = grid_sample(tissues.maps[None], _deformation(tissues.maps.shape[-1], generator), align_corners=False)[0]
+    spread = 1 + SIGNAL_SPREAD * (2 * torch.rand(3, generator=generator) - 1)
+    signal = torch.tensor(SIGNAL[contrast]) * spread
+    clean = torch.einsum("t,tdhw->dhw", signal, shape)
+    gamma = float(0.9 + 0.2 * torch.rand((), generator=generator))
+    acquisition = Compose(
+        [
+            RandBiasField(degree=3, coeff_range=(0.0, 0.06), prob=1.0),
+            AdjustContrast(gamma=gamma),
+            RandGibbsNoise(prob=1.0, alpha=(0.1, 0.4)),
+            RandRicianNoise(prob=1.0, std=0.015),
+        ]
+    )
+    acquisition.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
+    return torch.as_tensor(acquisition(clean[None]))[0].clamp(0, 1).to(torch.float32)
+
+
+def _deformation(side: int, generator: torch.Generator) -> torch.Tensor:
+    """A sampling grid, (1, side, side, side, 3): rotation, scaling, shift and a smooth displacement."""
+
+    def uniform(*size: int) -> torch.Tensor:
+        return 2 * torch.rand(size, generator=generator) - 1
+
+    angles = ROTATION * uniform(3)
+    skew = torch.zeros(3, 3)
+    skew[0, 1], skew[0, 2], skew[1, 2] = angles.tolist()
+    rotation = torch.linalg.matrix_exp(skew - skew.T)
+    matrix = torch.cat([rotation @ torch.diag(1 + SCALING * uniform(3)), SHIFT * uniform(3, 1)], dim=1)
+    grid = torch.nn.functional.affine_grid(matrix[None], [1, 1, side, side, side], align_corners=False)
+    knots = DISPLACEMENT * uniform(1, 3, 6, 6, 6)
+    smooth = interpolate(knots, size=(side,) * 3, mode="trilinear", align_corners=True)
+    return grid + smooth.movedim(1, -1)
+
+
+def write_population(
+    folder: Path,
+    tissues: Tissues,
+    contrast: Contrast,
+    count: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Path]:
+    """Write `count` subjects as NIfTI files; existing files with these names are replaced.
+
+    Each subject has a random stream of its own, drawn from `seed`, its contrast and its name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number in range(1, count + 1):
+        name = f"sub-{number:03d}_{contrast}w"
+        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+        volume = paint_subject(tissues, contrast, generator)
+        axes = STORED_AXES[int(torch.randint(len(STORED_AXES), (), generator=generator))]
+        path = folder / f"{name}.nii.gz"
+        nibabel.save(_stored_as(volume, tissues.affine, axes), path)
+        paths.append(path)
+        progress(number)
+    return paths
+
+
+def _stored_as(volume: torch.Tensor, affine: np.ndarray, axes: str) -> nibabel.Nifti1Image:
+    """A NIfTI image whose voxel axes run as `axes` says, for instance LPS; space stays the same."""
+    image = nibabel.Nifti1Image(volume.numpy(), affine)
+    turn = ornt_transform(io_orientation(affine), axcodes2ornt(axes))
+    return image.as_reoriented(turn)

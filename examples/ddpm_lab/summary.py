@@ -1,0 +1,184 @@
+"""What a run found, as data for `summary.json` and as tables for people."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+import tnpeft
+from ddpm_lab.config import Config
+from ddpm_lab.encoder import Encoder
+from ddpm_lab.finetune import Run, Setup
+from ddpm_lab.metrics import frechet_distance, mmd_gaussian, mmd_linear, ms_ssim, ssim_scales
+from ddpm_lab.volumes import voxels
+
+__all__ = [
+    "describe_run",
+    "describe_samples",
+    "describe_setup",
+    "error_table",
+    "headline",
+    "sample_table",
+    "time_line",
+    "write_json",
+]
+
+SampleData = dict[str, Any]
+
+
+def describe_setup(setup: Setup) -> dict[str, Any]:
+    """The data, the machine and the versions behind the numbers."""
+    split = setup.volumes.split
+    return {
+        "data": {
+            "root": str(setup.config.data.root),
+            "train": len(split.train),
+            "validation": len(split.validation),
+            "shape": list(setup.volumes.shape),
+        },
+        "machine": {
+            "device": str(setup.accelerator.device),
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "processes": setup.accelerator.num_processes,
+            "precision": {"no": "fp32"}.get(setup.accelerator.mixed_precision, setup.accelerator.mixed_precision),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "tnpeft": tnpeft.__version__,
+            **{name: version(name) for name in ("torch", "monai", "accelerate")},
+        },
+        "config": setup.config.model_dump(mode="json"),
+    }
+
+
+def _processor() -> str:
+    """The processor's name: a number of seconds means little without it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """One trained method: its size, its errors and its speed."""
+    steps = len(run.history.losses)
+    return {
+        "method": run.trained.title,
+        "trainable_parameters": run.trained.parameters,
+        "base_parameters": run.trained.total,
+        "steps": steps,
+        "held_out_error_before": run.before.mean,
+        "held_out_error_after": run.after.mean,
+        "change_percent": run.change,
+        "by_timestep_before": list(run.before.buckets),
+        "by_timestep_after": list(run.after.buckets),
+        "start_difference": run.start_difference,
+        "training_seconds": run.history.seconds,
+        "seconds_per_step": run.history.seconds / max(1, steps),
+    }
+
+
+def describe_samples(setup: Setup, samples: Mapping[str, torch.Tensor]) -> SampleData:
+    """FID, MMD and MS-SSIM of each set of samples against real volumes, and of held-out against training volumes.
+
+    The last is what a perfect generator would show with as few volumes.
+    """
+    held_out, train = voxels(setup.volumes.validation), voxels(setup.volumes.train)
+    both = setup.config.metrics.reference == "all"
+    reference = torch.cat([held_out, train]) if both else held_out
+    sets = {name: (volumes, reference) for name, volumes in samples.items()}
+    sets["real, held out"] = (held_out, train)
+    return {
+        "count": setup.config.sampling.count,
+        "reference": f"{len(reference)} real volumes" + ("" if both else ", held out"),
+        "encoder": setup.encoder.note,
+        "encoder_mark": setup.encoder.mark,
+        "ms_ssim": ssim_scales(setup.volumes.shape).note,
+        "sets": {name: _distances(setup, one, other) for name, (one, other) in sets.items()},
+    }
+
+
+def _distances(setup: Setup, one: torch.Tensor, other: torch.Tensor) -> dict[str, float | None]:
+    encoder: Encoder = setup.encoder
+    first, second = (encoder.features(volumes, setup.accelerator.device) for volumes in (one, other))
+    enough = min(len(first), len(second)) > 1  # a covariance needs two
+    low, high = setup.config.data.intensity
+    return {
+        "fid": frechet_distance(first, second) if enough else None,
+        "mmd_linear": mmd_linear(first, second) if enough else None,
+        "mmd_gaussian": mmd_gaussian(first, second) if enough else None,
+        "ms_ssim": ms_ssim(one, other, high - low, setup.config.metrics.pairs),
+    }
+
+
+def error_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Held-out errors before and after, a row for each run."""
+    table = Table(title="Error on held-out target volumes", title_justify="left", title_style="bold")
+    table.add_column("run", no_wrap=True)
+    for name in ("trains", "of base", "before", "after", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, run in runs.items():
+        share = run["trainable_parameters"] / run["base_parameters"]
+        table.add_row(
+            name,
+            f"{run['trainable_parameters']:,}",
+            f"{share:.2%}",
+            f"{run['held_out_error_before']:.5f}",
+            f"{run['held_out_error_after']:.5f}",
+            f"{run['change_percent']:+.1f} %",
+        )
+    return table
+
+
+def sample_table(samples: SampleData) -> RenderableType:
+    """Distances of samples to real volumes, with what the labels leave out as notes."""
+    mark = samples["encoder_mark"]
+    table = Table(title=f"{samples['count']} samples against {samples['reference']}", title_justify="left")
+    table.title_style = "bold"
+    table.add_column("volumes")
+    names = {
+        "fid": f"FID{mark} (lower)",
+        "mmd_linear": f"MMD{mark} linear (lower)",
+        "mmd_gaussian": f"MMD{mark} Gaussian (lower)",
+        "ms_ssim": "MS-SSIM (higher)",
+    }
+    for name in names.values():
+        table.add_column(name, justify="right")
+    for title, values in samples["sets"].items():
+        table.add_row(title, *("-" if values[key] is None else f"{values[key]:.4g}" for key in names))
+    note = f"{samples['encoder']}. MS-SSIM: {samples['ms_ssim']}. The last row compares real volumes with real volumes."
+    return Group(table, Text(note, style="dim"))
+
+
+def time_line(seconds: Mapping[str, float], total: float) -> str:
+    """Where the time went, the longest first; what took under a second is left out."""
+    parts = sorted(seconds.items(), key=lambda item: -item[1])
+    return f"{total:.0f} s in all: " + ", ".join(f"{name} {value:.0f} s" for name, value in parts if value >= 1)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write data whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def headline(config: Config, shape: tuple[int, ...]) -> str:
+    """The run in one line, for pictures."""
+    sampling = config.sampling
+    size = "x".join(str(side) for side in shape)
+    return f"{sampling.scheduler.upper()}, {sampling.steps} steps, {size} voxels (drawn with bicubic interpolation)"

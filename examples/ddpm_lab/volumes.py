@@ -1,0 +1,106 @@
+"""NIfTI files → tensors of one shape: MONAI's transforms and datasets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import CacheDataset, Dataset, PersistentDataset
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirst,
+    EnsureType,
+    LoadImage,
+    Orientation,
+    Resize,
+    ResizeWithPadOrCrop,
+    ScaleIntensity,
+    Spacing,
+)
+
+from ddpm_lab.config import Data
+from ddpm_lab.faults import fault
+
+__all__ = ["check_sizes", "dataset", "transforms", "voxels"]
+
+
+def transforms(data: Data) -> Compose:
+    """The pipeline of one volume; its last step drops MONAI's MetaTensor, which would travel through the network.
+
+    The axes are turned to R, A, S before anything is cropped. The paper's code crops first, so that the same
+    brain stored along other axes loses other parts of itself; `paper_order` keeps that order.
+    """
+    turn = [Orientation(axcodes="RAS", labels=None)]
+    crop = [ResizeWithPadOrCrop(data.crop, mode="minimum")] if data.crop else []
+    space = [Spacing(pixdim=data.spacing)] if data.spacing else []
+    resize = [Resize(data.resize, mode="area")] if data.resize else []
+    placed = [*crop, *turn, *space] if data.paper_order else [*turn, *space, *crop]
+    low, high = data.intensity
+    return Compose(
+        [
+            LoadImage(image_only=True, dtype=torch.float32),
+            EnsureChannelFirst(),
+            *placed,
+            *resize,
+            ScaleIntensity(minv=low, maxv=high),
+            EnsureType(dtype=torch.float32, track_meta=False),
+        ]
+    )
+
+
+def dataset(paths: Sequence[Path], data: Data, cache: Path) -> Any:
+    """A dataset of (1, D, H, W) tensors, kept in memory, in files under `cache`, or not at all."""
+    steps = transforms(data)
+    files = [str(path) for path in paths]
+    if data.cache == "memory":
+        return CacheDataset(files, steps, cache_rate=1.0, num_workers=None, progress=False)
+    if data.cache == "disk":
+        folder = cache / _key(data)
+        folder.mkdir(parents=True, exist_ok=True)
+        return PersistentDataset(files, steps, cache_dir=folder)
+    return Dataset(files, steps)
+
+
+def _key(data: Data) -> str:
+    """A name for everything that changes a cached volume."""
+    parts = data.model_dump(mode="json", include={"paper_order", "spacing", "crop", "resize", "intensity"})
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_sizes(
+    volumes: Iterable[torch.Tensor],
+    paths: Sequence[Path],
+    divisor: int,
+    progress: Callable[[int], None] = lambda _: None,
+    first: tuple[int, ...] | None = None,
+) -> tuple[int, ...]:
+    """Read every volume through its transforms (which fills a cache) and return their one shape, `first` if given.
+
+    Raises LabError where shapes differ or an axis is no multiple of `divisor`, the network's downsampling.
+    """
+    for done, (path, volume) in enumerate(zip(paths, volumes, strict=True), 1):
+        shape = tuple(volume.shape[1:])
+        first = first or shape
+        if volume.shape[0] != 1 or shape != first:
+            found = f"{volume.shape[0]} channel(s) of {_times(shape)} after the transforms"
+            fix = "Set `data.crop` or `data.resize`."
+            raise fault(path, "a volume of another size", f"1 channel of {_times(first)}", found, fix)
+        if any(size % divisor for size in shape):
+            fix = "Set `data.crop` or `data.resize`."
+            raise fault(path, "the volume's size", f"multiples of {divisor}, for the network", _times(shape), fix)
+        progress(done)
+    assert first is not None
+    return first
+
+
+def voxels(volumes: Any) -> torch.Tensor:
+    """All volumes of a dataset as one tensor, (N, 1, D, H, W)."""
+    return torch.stack([torch.as_tensor(volume) for volume in volumes])
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(str(size) for size in shape)
