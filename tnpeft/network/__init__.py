@@ -1,0 +1,7 @@
+"""A spec bound to a layer: a bipartite graph of cores and indices with every size known."""
+
+from tnpeft.network.bind import layer_of
+from tnpeft.network.layer import Layer
+from tnpeft.network.model import BoundCore, BoundInit, Network
+
+__all__ = ["BoundCore", "BoundInit", "Layer", "Network", "layer_of"]

@@ -1,0 +1,165 @@
+"""A spec meets a layer: every size worked out and checked."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tnpeft.errors import BindError, Problem, near_miss
+from tnpeft.network.formula import parameter_formula
+from tnpeft.network.layer import Layer
+from tnpeft.network.model import BoundCore, BoundInit, Network
+from tnpeft.spec import Spec
+from tnpeft.spec.document import clip
+from tnpeft.spec.model import provide
+from tnpeft.spec.pattern import ELLIPSIS, KINDS
+from tnpeft.spec.resolve import Resolved, layer_names, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["bind", "layer_of"]
+
+_LAYER_ARGUMENTS = ("in_channels", "out_channels", "in_features", "out_features", "kernel_size", "groups")
+
+
+def layer_of(module: nn.Module) -> Layer:
+    """The signature of a `torch.nn` layer.
+
+    Subclasses that keep the class's `forward` count as their class. Raises BindError for every
+    other module, and for a lazy one that has not seen an input.
+    """
+    import torch  # only those who have a module pay for the import
+
+    for kind in KINDS:
+        layer_class = getattr(torch.nn, kind)
+        if isinstance(module, layer_class):
+            break
+    else:
+        expected = f"one of {', '.join(KINDS)}"
+        fix = "Adapt the layers inside it, or train it as a whole with `also`."
+        raise BindError(Problem("unsupported layer", expected, type(module).__name__, fix))
+    for method in ("forward", "_conv_forward"):
+        if getattr(type(module), method, None) is not getattr(layer_class, method, None):
+            found = f"{type(module).__name__}, which overrides `{method}`"
+            raise BindError(Problem("unsupported layer", f"a plain {kind}", found, f"Use {kind} itself."))
+    if isinstance(module.weight, torch.nn.parameter.UninitializedTensorMixin):
+        fix = "Run the model once on a sample first."
+        raise BindError(Problem("lazy layer", "a weight of known shape", "none yet", fix))
+    if kind == "Linear":
+        return Layer(kind, module.in_features, module.out_features)
+    kernel = tuple(int(size) for size in module.kernel_size)
+    return Layer(kind, module.in_channels, module.out_channels, kernel, module.groups)
+
+
+def bind(spec: Spec, layer: Any, params: Mapping[str, Any]) -> Network:
+    """The body of `Spec.bind`."""
+    given = dict(params)
+    if isinstance(layer, str):
+        layer = _layer_from(layer, {key: given.pop(key) for key in _LAYER_ARGUMENTS if key in given})
+    elif not isinstance(layer, Layer):
+        layer = layer_of(layer)
+    _check_kind(spec, layer)
+    values = _check_params(spec, given)
+    resolved = resolve(spec, layer.kind, layer_names(layer.weight_shape, layer.groups), values)
+    if resolved.faults:
+        raise BindError(
+            *(
+                Problem(
+                    f"{fault.what}, on {layer}",
+                    fault.expected,
+                    fault.found,
+                    fault.fix,
+                    fault.where,
+                    fault.core,
+                    fault.index,
+                )
+                for fault in dict.fromkeys(resolved.faults)
+            )
+        )
+    return _network(spec, layer, resolved)
+
+
+def _network(spec: Spec, layer: Layer, resolved: Resolved) -> Network:
+    cores = tuple(
+        BoundCore(
+            core.name,
+            resolved.legs[core.name],
+            tuple(resolved.sizes[leg] for leg in resolved.legs[core.name]),
+            BoundInit(core.init.name, resolved.inits[core.name]),
+            core.frozen,
+        )
+        for core in spec.cores
+    )
+    order = [ELLIPSIS if name == ELLIPSIS else name for rule in spec.sizes for name in rule.names]
+    trained = [core.legs for core in cores if not core.frozen]
+    formula = parameter_formula(trained, resolved.symbols, order)
+    return Network(spec, layer, resolved.params, resolved.sizes, cores, resolved.weight, resolved.scale, formula)
+
+
+def _check_kind(spec: Spec, layer: Layer) -> None:
+    if layer.kind not in spec.layers:
+        expected = f"one of {', '.join(spec.layers)}"
+        fix = "Choose another spec, or add the kind to its `layers`."
+        raise BindError(Problem(f"spec '{spec.name}'", expected, str(layer), fix, spec.file))
+
+
+def _check_params(spec: Spec, given: Mapping[str, Any]) -> dict[str, int | float]:
+    problems = []
+    values: dict[str, int | float] = {}
+    for name, value in given.items():
+        if name not in spec.params:
+            known = ", ".join(spec.params) or "no params"
+            fix = near_miss(name, spec.params) or "Remove it."
+            problems.append(
+                Problem(f"spec '{spec.name}', param {clip(name)}", f"one of {known}", "none of them", fix, spec.file)
+            )
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            fix = f"Write `{name}=4`."
+            problems.append(
+                Problem(f"spec '{spec.name}', param '{name}'", "a finite number", clip(value), fix, spec.file)
+            )
+        else:
+            values[name] = (
+                int(value) if isinstance(value, numbers.Integral) or float(value).is_integer() else float(value)
+            )
+    if problems:
+        raise BindError(*problems)
+    return values
+
+
+def _layer_from(kind: str, arguments: dict[str, Any]) -> Layer:
+    """A layer from a kind's name and numbers, as `bind("Conv3d", in_channels=64, ...)` gives them."""
+    if kind not in KINDS:
+        fix = near_miss(kind, KINDS) or "Choose one of them."
+        raise BindError(Problem("layer kind", f"one of {', '.join(KINDS)}", clip(kind), fix))
+    sides = {}
+    for side in ("in", "out"):
+        given = [arguments[key] for key in (f"{side}_channels", f"{side}_features") if key in arguments]
+        key = f"{side}_features" if kind == "Linear" else f"{side}_channels"
+        if len(given) != 1:
+            raise BindError(Problem(kind, f"`{key}` once", f"it {len(given)} times", f"Give `{key}=...`."))
+        sides[side] = _whole(kind, key, given[0])
+    spatial = KINDS[kind]
+    kernel_size = arguments.get("kernel_size", ())
+    kernel = (kernel_size,) * spatial if isinstance(kernel_size, numbers.Integral) else tuple(kernel_size)
+    if len(kernel) != spatial or (spatial and "kernel_size" not in arguments):
+        expected = f"{spatial} kernel sizes" if spatial else "no `kernel_size`"
+        fix = "Give one number, or one per kernel axis." if spatial else "Remove it."
+        raise BindError(Problem(kind, expected, str(len(kernel)), fix))
+    groups = _whole(kind, "groups", arguments.get("groups", 1))
+    if sides["in"] % groups or sides["out"] % groups:
+        found = f"{sides['in']} and {sides['out']} with groups={groups}"
+        raise BindError(Problem(kind, "channels that `groups` divides", found, "Change `groups`."))
+    return Layer(kind, sides["in"], sides["out"], tuple(_whole(kind, "kernel_size", size) for size in kernel), groups)
+
+
+def _whole(kind: str, key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise BindError(Problem(f"{kind}, `{key}`", "a positive whole number", clip(value), f"Give `{key}=64`, say."))
+    return int(value)
+
+
+provide("bind", bind)

@@ -1,0 +1,202 @@
+"""Initial distributions: their names, their arguments, and those that users register."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tnpeft.errors import Position, Problem, SpecError, near_miss
+from tnpeft.spec.document import Node, Problems, clip
+from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
+from tnpeft.spec.pattern import ELLIPSIS, expand
+
+__all__ = ["DEFAULT_INIT", "Init", "Last", "Legs", "init_function", "init_names", "parse_init", "register_init"]
+
+_BUILT_IN: dict[str, tuple[str, ...]] = {  # name → arguments in order
+    "zeros": (),
+    "ones": (),
+    "eye": (),
+    "constant": ("value",),
+    "normal": ("std",),
+    "uniform": ("bound",),
+    "kaiming_uniform": ("fan", "gain"),
+    "orthogonal": ("gain",),
+    "svd_us": (),
+    "svd_vs": (),
+}
+_OPTIONAL = {"gain": "1", "std": "1", "bound": "1"}
+_GAINS = {"linear": 1.0, "relu": math.sqrt(2.0), "tanh": 5.0 / 3.0, "sigmoid": 1.0, "selu": 0.75}
+
+InitFunction = Callable[..., Any]
+_registered: dict[str, InitFunction] = {}
+
+
+@dataclass(frozen=True)
+class Legs:
+    """`fan=[i, k...]`: the product of these legs' sizes."""
+
+    legs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Last:
+    """`fan=last(n)`: the product of the core's last n legs' sizes."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Init:
+    """An init as a file writes it; `arguments` are worked out when the layer is known."""
+
+    name: str
+    arguments: Mapping[str, Expression | Legs | Last]
+    text: str
+    position: Position | None = None
+
+    def legs_of_fan(self, legs: Sequence[str], spatial: int) -> tuple[str, ...] | None:
+        """The legs whose sizes multiply to the fan, or None where `fan` is an expression."""
+        fan = self.arguments.get("fan")
+        if isinstance(fan, Legs):
+            return expand(fan.legs, spatial)
+        if isinstance(fan, Last):
+            return tuple(legs[-fan.count :])
+        return None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _default_init() -> Init:
+    gain = parse_expression("1 / sqrt(3)")
+    return Init(
+        "kaiming_uniform", {"gain": gain}, "kaiming_uniform(fan=product of the legs after the first, gain=1/sqrt(3))"
+    )
+
+
+# What `torch.nn` layers do with a weight of the core's shape: uniform within 1 / sqrt(fan).
+DEFAULT_INIT = _default_init()
+
+
+def register_init(name: str, function: InitFunction) -> None:
+    """Make `name` an init of the language: `function(shape, generator, **arguments) -> Tensor`.
+
+    `shape` is the core's shape as a tuple, `generator` a CPU `torch.Generator` of the core's own.
+    Arguments that a spec may pass are the function's further parameters. Raises SpecError for a
+    name that is built in or no ASCII word.
+    """
+    if not is_name(name) or name in _BUILT_IN:
+        fix = "Choose another name."
+        raise SpecError(Problem("register_init", "a new ASCII word", clip(name), fix))
+    _registered[name] = function
+
+
+def init_function(name: str) -> InitFunction | None:
+    """The function registered under `name`, or None for built-in inits."""
+    return _registered.get(name)
+
+
+def init_names() -> tuple[str, ...]:
+    """Every init a spec may name."""
+    return (*_BUILT_IN, *_registered)
+
+
+def _arguments(name: str) -> tuple[str, ...]:
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    return tuple(inspect.signature(_registered[name]).parameters)[2:]
+
+
+def parse_init(node: Node, problems: Problems) -> Init | None:
+    """`name` or `name(argument, key=argument)`; None, with the reason reported, where it is neither."""
+    match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", node.text, re.ASCII | re.DOTALL)
+    if match is None:
+        fix = "For example `kaiming_uniform(fan=last(2), gain=relu)`."
+        problems.add(node.position, "init", "a name with arguments in parentheses", clip(node.text), fix)
+        return None
+    name = match.group(1)
+    if name not in init_names():
+        fix = near_miss(name, init_names()) or "Use one of them, or register yours with `tnpeft.register_init`."
+        problems.add(
+            node.position,
+            f"unknown init '{clip(name)[1:-1]}'",
+            f"one of {', '.join(init_names())}",
+            "none of them",
+            fix,
+        )
+        return None
+    given = _bind_arguments(name, _split(match.group(2) or ""), node, problems)
+    parsed: dict[str, Expression | Legs | Last] = {}
+    for key, text in given.items():
+        value = _parse_argument(key, text, node, problems)
+        if value is None:
+            return None
+        parsed[key] = value
+    for key in _BUILT_IN.get(name, ()):
+        if key in _OPTIONAL and key not in parsed:
+            parsed[key] = parse_expression(_OPTIONAL[key])
+    missing = [key for key in _required(name) if key not in parsed]
+    if missing:
+        problems.add(
+            node.position, f"init `{name}`", f"`{missing[0]}`", "it missing", f"Write `{name}({missing[0]}=...)`."
+        )
+        return None
+    return Init(name, parsed, node.text.strip(), node.position)
+
+
+def _required(name: str) -> tuple[str, ...]:
+    if name in _BUILT_IN:
+        return tuple(key for key in _BUILT_IN[name] if key not in _OPTIONAL and key != "fan")
+    parameters = list(inspect.signature(_registered[name]).parameters.values())[2:]
+    return tuple(p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas outside all brackets."""
+    parts, depth, start = [], 0, 0
+    for place, char in enumerate(text):
+        depth += (char in "([") - (char in ")]")
+        if char == "," and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
+    parts.append(text[start:])
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _bind_arguments(name: str, parts: list[str], node: Node, problems: Problems) -> dict[str, str]:
+    known = _arguments(name)
+    given: dict[str, str] = {}
+    for place, part in enumerate(parts):
+        match = re.match(r"([A-Za-z_]\w*)\s*=(?!=)\s*(.*)", part, re.ASCII | re.DOTALL)
+        key, text = match.groups() if match else (known[place] if place < len(known) else "", part)
+        if key not in known or key in given:
+            expected = " and ".join(f"`{word}`" for word in known) or "no arguments"
+            fix = near_miss(key, known) or "Remove it."
+            problems.add(node.position, f"init `{name}`", expected, clip(part), fix)
+        else:
+            given[key] = text
+    return given
+
+
+def _parse_argument(key: str, text: str, node: Node, problems: Problems) -> Expression | Legs | Last | None:
+    if key == "fan":
+        if match := re.fullmatch(r"last\(\s*([1-9]\d{0,2})\s*\)", text):
+            return Last(int(match.group(1)))
+        if match := re.fullmatch(r"\[(.*)\]", text, re.DOTALL):
+            words = tuple(re.split(r"[\s,]+", match.group(1).strip()))
+            return Legs(words)
+        if ELLIPSIS in text.split():
+            return Legs(tuple(text.split()))
+        text = re.sub(r"\bk\.\.\.", "prod(kernel_size)", text)
+    if key == "gain" and text in _GAINS:
+        text = repr(_GAINS[text])
+    try:
+        return parse_expression(text)
+    except ExpressionError as error:
+        fix = f"Gains are {', '.join(_GAINS)} or a number." if key == "gain" else error.fix
+        problems.add(node.position, f"`{key}` of init", error.expected, error.found, fix)
+        return None

@@ -1,0 +1,108 @@
+"""Where specs come from: text, files, and the ones that ship with tnpeft."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from tnpeft.errors import Problem, SpecError, near_miss
+from tnpeft.spec.checks import check
+from tnpeft.spec.document import Problems, read_file
+from tnpeft.spec.factorize import Table
+from tnpeft.spec.model import Core, SizeRule, Spec, provide
+from tnpeft.spec.reader import parse_draft, parse_table
+
+__all__ = ["find_shipped", "list_specs", "load_spec", "shipped_folder", "shipped_tables"]
+
+
+def shipped_folder() -> Path:
+    """The shipped specs: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "_specs"
+    return inside if inside.is_dir() else package.parent / "specs"
+
+
+@lru_cache(maxsize=1)
+def shipped_tables() -> Mapping[str, Table]:
+    """The shipped factor tables by name."""
+    problems = Problems()
+    tables = {
+        path.stem: parse_table(read_file(path), problems) for path in sorted(shipped_folder().glob("factors/*.yaml"))
+    }
+    problems.raise_if_any()
+    return tables
+
+
+def list_specs() -> tuple[str, ...]:
+    """The names of the shipped specs."""
+    return tuple(sorted(path.stem for path in shipped_folder().glob("*.yaml")))
+
+
+def find_shipped(name: str | Path, folder: str, what: str) -> Path:
+    """The file of a shipped name or of a path; raises SpecError, with near misses, where there is none."""
+    path = Path(name)
+    plain = isinstance(name, str) and path.suffix not in (".yaml", ".yml") and path.name == name
+    shipped = shipped_folder() / folder / f"{name}.yaml" if plain else path
+    if plain and name not in ("", ".", "..") and shipped.is_file():
+        return shipped
+    if path.suffix in (".yaml", ".yml") or (not plain and path.is_file()):
+        return path
+    known = sorted(found.stem for found in (shipped_folder() / folder).glob("*.yaml"))
+    fix = near_miss(str(name), known) or "Give a path that ends in .yaml, or one of these names."
+    raise SpecError(Problem(f"{what} {str(name)!a}", f"a file, or one of {', '.join(known)}", "neither", fix))
+
+
+def load_spec(name: str | Path) -> Spec:
+    """A shipped spec by name (`tenvoo_l`) or a spec file by path.
+
+    Raises SpecError with every mistake in the file, each with file, line and column.
+    """
+    path = find_shipped(name, "", "spec")
+    node = _read_bytes(path)
+    return Spec.from_yaml(node, str(path))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        problem = Problem("cannot read this spec", "a readable file", reason, "Check the path.", str(path))
+        raise SpecError(problem) from error
+
+
+def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None) -> Spec:
+    """The body of `Spec.from_yaml`."""
+    problems = Problems()
+    draft = parse_draft(text, file, {**shipped_tables(), **(tables or {})}, problems)
+    check(draft, problems)
+    problems.raise_if_any()
+    cores = tuple(
+        Core(name=core.name, legs=core.legs, init=core.init, frozen=core.frozen, position=core.position)
+        for core in draft.cores
+    )
+    rules = tuple(
+        SizeRule(names=rule.names, expression=rule.expression, position=rule.position) for rule in draft.sizes
+    )
+    return Spec(
+        name=draft.name,
+        title=draft.title,
+        source=draft.source,
+        layers=draft.layers,
+        params=draft.params,
+        bond=draft.bond,
+        sizes=rules,
+        factors=draft.factors,
+        cores=cores,
+        weight=draft.weight,
+        scale=draft.scale,
+        start=draft.start,
+        seed=draft.seed,
+        text=draft.text,
+        file=draft.file,
+        tables=draft.tables,
+    )
+
+
+provide("read", read_spec)

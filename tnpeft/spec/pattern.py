@@ -1,0 +1,143 @@
+"""Legs and weight patterns: the two places where indices are written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from tnpeft.errors import Position
+from tnpeft.spec.document import Node, Problems, clip
+from tnpeft.spec.expression import FUNCTIONS, is_name
+
+__all__ = [
+    "ELLIPSIS",
+    "KINDS",
+    "LAYER_NAMES",
+    "RESERVED",
+    "Axes",
+    "check_name",
+    "expand",
+    "expand_axes",
+    "parse_legs",
+    "parse_weight",
+]
+
+ELLIPSIS = "k..."
+LAYER_NAMES = ("in_channels", "out_channels", "in_features", "out_features", "groups", "kernel_size")
+# Argument names of `attach` and `bind`: a param or index of that name could not be told apart from them.
+RESERVED = ("model", "what", "spec", "layer", "kind", "match", "name", "train", "seed", "mode")
+
+KINDS = {  # layer kind → its number of kernel axes
+    "Linear": 0,
+    "Conv1d": 1,
+    "Conv2d": 2,
+    "Conv3d": 3,
+    "ConvTranspose1d": 1,
+    "ConvTranspose2d": 2,
+    "ConvTranspose3d": 3,
+}
+
+Axes = tuple[tuple[str, ...], ...]
+
+
+def check_name(word: str, where: Position, what: str, problems: Problems) -> bool:
+    """Whether `word` may name an index or a param; reports why not (fine rule 1)."""
+    if not is_name(word):
+        expected = "an ASCII word that is no Python keyword"
+        problems.add(where, what, expected, clip(word), "Use letters, digits and `_`, starting with a letter.")
+        return False
+    if word in FUNCTIONS or word in LAYER_NAMES or word in RESERVED:
+        role = "a function" if word in FUNCTIONS else "a layer's" if word in LAYER_NAMES else "an argument of `attach`"
+        problems.add(
+            where,
+            what,
+            "a name of its own",
+            f"`{word}`, {role} name".replace("function name", "function"),
+            "Choose another name.",
+        )
+        return False
+    return True
+
+
+def parse_legs(node: Node, core: str, problems: Problems) -> tuple[tuple[str, Position], ...]:
+    """A core's legs with their places; `k...` stays one word until a layer is known."""
+    legs: dict[str, Position] = {}
+    for word, where in node.words():
+        if word in legs:
+            fix = "Name the second one otherwise; a trace needs a core of ones."
+            problems.add(
+                where, f"core '{core}', index '{word}'", "each leg once", "it twice", fix, core=core, index=word
+            )
+        elif word == ELLIPSIS or check_index(word, where, f"core '{core}'", problems):
+            legs[word] = where
+    return tuple(legs.items())
+
+
+def check_index(word: str, where: Position, owner: str, problems: Problems) -> bool:
+    if word.endswith("..."):
+        fix = f"Write `{ELLIPSIS}`, one index per kernel axis."
+        problems.add(where, owner, f"`{ELLIPSIS}` as the only open-ended name", f"`{clip(word)[1:-1]}`", fix)
+        return False
+    return check_name(word, where, f"{owner}, index {clip(word)}", problems)
+
+
+def parse_weight(node: Node, problems: Problems) -> tuple[Axes, dict[str, Position]]:
+    """The pattern's axes (a bare leg is a group of one, `1` an empty group) and each leg's place.
+
+    `k...` alone is the axis ("k...",), which `expand_axes` turns into one axis per kernel axis.
+    """
+    axes: list[tuple[str, ...]] = []
+    legs: dict[str, Position] = {}
+    group: list[str] | None = None
+    for token, where in _tokens(node):
+        if token == "(":
+            if group is not None:
+                problems.add(where, "`weight`", "one level of parentheses", "a second `(`", "Close the first one.")
+            group = []
+        elif token == ")":
+            if group is None:
+                problems.add(where, "`weight`", "`(` before `)`", "`)` alone", "Remove it, or open it.")
+            else:
+                axes.append(tuple(group))
+            group = None
+        elif token == "1":
+            if group is None:
+                axes.append(())
+        elif token in legs:
+            fix = "Each open leg makes one part of the weight."
+            problems.add(where, f"`weight`, index '{token}'", "each index once", "it twice", fix, index=token)
+        elif token == ELLIPSIS or check_index(token, where, "`weight`", problems):
+            legs[token] = where
+            if group is None:
+                axes.append((token,))
+            else:
+                group.append(token)
+    if group is not None:
+        problems.add(node.position, "`weight`", "`)`", "the end", "Close the parenthesis.")
+    return tuple(axes), legs
+
+
+def _tokens(node: Node) -> Iterator[tuple[str, Position]]:
+    for match in re.finditer(r"[()]|[^\s()]+", node.text):
+        yield match.group(), node.at(match.start())
+
+
+def kernel_indices(spatial: int) -> tuple[str, ...]:
+    """The indices that `k...` stands for; a dot keeps them apart from every name a file can write."""
+    return tuple(f"k.{axis}" for axis in range(spatial))
+
+
+def expand(legs: Sequence[str], spatial: int) -> tuple[str, ...]:
+    """`legs` with `k...` replaced by one index per kernel axis."""
+    return tuple(leg for word in legs for leg in (kernel_indices(spatial) if word == ELLIPSIS else (word,)))
+
+
+def expand_axes(axes: Axes, spatial: int) -> Axes:
+    """The weight's axes with `k...` expanded: alone it makes axes of its own, in a group it multiplies out."""
+    expanded: list[tuple[str, ...]] = []
+    for axis in axes:
+        if axis == (ELLIPSIS,):
+            expanded.extend((leg,) for leg in kernel_indices(spatial))
+        else:
+            expanded.append(expand(axis, spatial))
+    return tuple(expanded)

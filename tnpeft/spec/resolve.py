@@ -1,0 +1,329 @@
+"""Sizes of a spec for given numbers: the one place where expressions meet a layer.
+
+Used twice: at load, for sample layers of every kind in `layers`, and at `bind`, for the real one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tnpeft.errors import Position
+from tnpeft.spec.expression import Expression, ExpressionError, Number, Value
+from tnpeft.spec.factorize import Table
+from tnpeft.spec.inits import Init, Last, Legs
+from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, expand, expand_axes, kernel_indices
+
+__all__ = ["Fault", "Resolved", "Source", "layer_names", "resolve"]
+
+MAX_SIZE = 1 << 24  # of one index
+MAX_NUMEL = 1 << 32  # of one core
+
+
+class CoreLike(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def legs(self) -> tuple[str, ...]: ...
+    @property
+    def init(self) -> Init: ...
+    @property
+    def position(self) -> Position: ...
+
+
+class RuleLike(Protocol):
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def expression(self) -> Expression: ...
+    @property
+    def position(self) -> Position: ...
+
+
+class Source(Protocol):
+    """What sizes are worked out from; a finished spec is one, and so is a draft of one."""
+
+    @property
+    def params(self) -> Mapping[str, Expression]: ...
+    @property
+    def bond(self) -> Expression | None: ...
+    @property
+    def sizes(self) -> Sequence[RuleLike]: ...
+    @property
+    def factors(self) -> Table | None: ...
+    @property
+    def cores(self) -> Sequence[CoreLike]: ...
+    @property
+    def weight(self) -> Axes: ...
+    @property
+    def scale(self) -> Expression: ...
+    @property
+    def file(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake met while working sizes out; `structural` ones hold for every layer of the kind."""
+
+    where: Position | str
+    what: str
+    expected: str
+    found: str
+    fix: str
+    structural: bool
+    core: str | None = None
+    index: str | None = None
+
+
+@dataclass
+class Resolved:
+    """Everything the numbers decide. Incomplete where `faults` says why."""
+
+    params: dict[str, Number] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # every leg, `k...` expanded, in order of appearance
+    legs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by core
+    weight: Axes = ()
+    scale: float = 1.0
+    inits: dict[str, dict[str, float]] = field(default_factory=dict)  # arguments by core
+    symbols: dict[str, str] = field(default_factory=dict)  # legs whose size is an expression of params alone → its text
+    faults: list[Fault] = field(default_factory=list)
+
+
+def layer_names(weight_shape: Sequence[int], groups: int) -> dict[str, Value]:
+    """The layer's numbers by their names in expressions; `in_channels` is the weight's second axis (fine rule 9)."""
+    out_channels, in_channels, *kernel = weight_shape
+    return {
+        "out_channels": out_channels,
+        "out_features": out_channels,
+        "in_channels": in_channels,
+        "in_features": in_channels,
+        "groups": groups,
+        "kernel_size": tuple(kernel),
+    }
+
+
+def resolve(source: Source, kind: str, layer: Mapping[str, Value], given: Mapping[str, Number]) -> Resolved:
+    """Work out params, sizes, legs, axes, scale and init arguments for a layer of `kind`; never raises."""
+    return _Resolver(source, kind, layer, given).run()
+
+
+class _Resolver:
+    def __init__(self, source: Source, kind: str, layer: Mapping[str, Value], given: Mapping[str, Number]) -> None:
+        self.source, self.given = source, given
+        self.spatial = KINDS[kind]
+        self.kind = kind
+        self.layer = layer
+        self.values: dict[str, Value] = dict(layer)
+        self.failed: set[str] = set()
+        self.rules = {name: rule for rule in source.sizes for name in rule.names}
+        self.padded: set[str] = set()
+        self.out = Resolved()
+
+    def run(self) -> Resolved:
+        self._params()
+        for rule in self.source.sizes:
+            for name in rule.names:
+                self._rule(name, ())
+        self._legs()
+        self._axes()
+        self._scale()
+        self._inits()
+        return self.out
+
+    def _fault(
+        self,
+        where: Position | str,
+        what: str,
+        error: ExpressionError,
+        *,
+        core: str | None = None,
+        index: str | None = None,
+    ) -> None:
+        fault = Fault(where, what, error.expected, error.found, error.fix, error.structural, core, index)
+        self.out.faults.append(fault)
+
+    def _params(self) -> None:
+        for name, expression in self.source.params.items():
+            try:
+                value = self.given[name] if name in self.given else expression.number(self.values)
+            except (ExpressionError, KeyError) as error:
+                self.failed.add(name)
+                if isinstance(error, ExpressionError):
+                    self._fault(self.source.file, f"param '{name}'", error)
+                continue
+            self.values[name] = self.out.params[name] = value
+
+    def _rule(self, name: str, above: tuple[str, ...]) -> None:
+        """Work out the line of `sizes` that gives `name`, and first those it reads."""
+        rule = self.rules[name]
+        if name in self.values or name in self.failed:
+            return
+        for read in rule.expression.names:
+            if read in above or read == name:
+                self.failed.update(rule.names)
+                return
+            if read in self.rules:
+                self._rule(read, (*above, name))
+            if read not in self.values:
+                self.failed.update(rule.names)  # reported where it broke
+                return
+        try:
+            value = rule.expression.evaluate(self.values, self.source.factors)
+            self._unpack(rule, value)
+        except ExpressionError as error:
+            self.failed.update(rule.names)
+            at = Position(rule.position.file, rule.position.line, rule.position.column)
+            self._fault(at, f"`sizes`, {' '.join(rule.names)}", error, index=name)
+            return
+        if rule.expression.pads or any(read in self.padded for read in rule.expression.names):
+            self.padded.update(rule.names)
+
+    def _unpack(self, rule: RuleLike, value: Value) -> None:
+        names = rule.names
+        if names == (ELLIPSIS,):
+            items = value if isinstance(value, tuple) else (value,) * self.spatial
+            if len(items) != self.spatial:
+                raise ExpressionError(
+                    f"{self.spatial} sizes for {self.kind}", str(len(items)), "Give one per kernel axis."
+                )
+            self.values[ELLIPSIS] = items
+        elif len(names) == 1:
+            self.values[names[0]] = value
+        elif not isinstance(value, tuple):
+            self.values.update(dict.fromkeys(names, value))
+        elif len(value) != len(names):
+            found = f"{len(value)} ({self.kind})"
+            fix = f"Name {len(value)} indices, or change `{rule.expression.text}`."
+            raise ExpressionError(f"{len(names)} sizes to unpack", found, fix)
+        else:
+            self.values.update(zip(names, value, strict=True))
+
+    def _legs(self) -> None:
+        for core in self.source.cores:
+            self.out.legs[core.name] = legs = expand(core.legs, self.spatial)
+            for leg in legs:
+                if leg not in self.out.sizes:
+                    self._leg(leg, core)
+            sizes = [self.out.sizes[leg] for leg in legs if leg in self.out.sizes]
+            if math.prod(sizes) > MAX_NUMEL:
+                found = " x ".join(map(str, sizes))
+                error = ExpressionError(f"at most {MAX_NUMEL} elements", found, "Use smaller sizes.", structural=False)
+                self._fault(core.position, f"core '{core.name}'", error, core=core.name)
+
+    def _leg(self, leg: str, core: CoreLike) -> None:
+        where = core.position
+        rule = self.rules.get(leg)
+        if leg in kernel_indices(self.spatial):
+            kernel = self.values.get(ELLIPSIS, self.layer["kernel_size"])
+            if ELLIPSIS in self.failed or not isinstance(kernel, tuple):
+                return
+            value: Value = kernel[kernel_indices(self.spatial).index(leg)]
+        elif leg in self.values and (rule or leg in self.source.params):
+            value = self.values[leg]
+            if rule is not None:
+                where = rule.position
+            self._symbol(leg, rule)
+        elif self.source.bond is not None and leg not in self.failed:
+            try:
+                value = self.source.bond.number(self.values, self.source.factors)
+            except (ExpressionError, KeyError) as error:
+                if isinstance(error, ExpressionError):
+                    self._fault(core.position, "`bond`", error)
+                return
+            if all(name in self.source.params for name in self.source.bond.names):
+                self.out.symbols[leg] = self.source.bond.text
+        else:
+            return
+        self._size(leg, value, where, core.name)
+
+    def _symbol(self, leg: str, rule: RuleLike | None) -> None:
+        if rule is None:
+            self.out.symbols[leg] = leg
+        elif all(name in self.source.params for name in rule.expression.names) and not isinstance(
+            self.values[leg], tuple
+        ):
+            self.out.symbols[leg] = rule.expression.text
+
+    def _size(self, leg: str, value: Value, where: Position, core: str) -> None:
+        what = f"core '{core}', index '{leg}'"
+        if isinstance(value, tuple):
+            error = ExpressionError("one size", f"{len(value)} sizes", "Name one index for each on the left.")
+        elif value != int(value):
+            fix = "Use `//`, `floor` or `ceil`."
+            error = ExpressionError("a whole size", f"{value:g}", fix, structural=False)
+        elif not 1 <= value <= MAX_SIZE:
+            error = ExpressionError(f"a size from 1 to {MAX_SIZE}", f"{value:g}", "Change its size.", structural=False)
+        else:
+            self.out.sizes[leg] = int(value)
+            return
+        self.failed.add(leg)
+        self._fault(where, what, error, core=core, index=leg)
+
+    def _axes(self) -> None:
+        self.out.weight = axes = expand_axes(self.source.weight, self.spatial)
+        shape = (self.layer["out_channels"], self.layer["in_channels"], *self._kernel())
+        if not self.source.weight or len(axes) != len(shape):
+            return  # checked, with the pattern's place, where the pattern is at hand
+        for number, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+            if any(leg not in self.out.sizes for leg in axis):
+                continue
+            product = math.prod(self.out.sizes[leg] for leg in axis)
+            padded = any(leg in self.padded for leg in axis)
+            if product == size or (padded and isinstance(size, int) and product > size):
+                continue
+            label = ("out_channels", "in_channels")[number] if number < 2 else f"kernel_size[{number - 2}]"
+            sizes = " x ".join(str(self.out.sizes[leg]) for leg in axis)
+            found = f"{sizes} = {product}" if len(axis) > 1 else str(product)
+            fix = "Change `sizes` or `factors`, or group the legs of `weight` otherwise."
+            what = f"`weight`, axis {number + 1} ({' '.join(axis) or '1'})"
+            error = ExpressionError(f"a product of {size} ({label})", found, fix, structural=False)
+            self._fault(self.source.file, what, error)
+
+    def _kernel(self) -> tuple[Value, ...]:
+        kernel = self.layer["kernel_size"]
+        return kernel if isinstance(kernel, tuple) else ()
+
+    def _scale(self) -> None:
+        if any(name not in self.values for name in self.source.scale.names):
+            return
+        try:
+            scale = self.source.scale.number(self.values, self.source.factors)
+            if scale == 0:
+                fix = "A scale of zero trains nothing; the published code has it below rank 4."
+                raise ExpressionError("a number other than zero", "0", fix, structural=False)
+            self.out.scale = float(scale)
+        except ExpressionError as error:
+            self._fault(self.source.file, "`scale`", error)
+
+    def _inits(self) -> None:
+        for core in self.source.cores:
+            legs = self.out.legs[core.name]
+            arguments: dict[str, float] = {}
+            for key, argument in core.init.arguments.items():
+                if isinstance(argument, Legs | Last):
+                    continue
+                if any(name not in self.values for name in argument.names):
+                    return
+                try:
+                    arguments[key] = float(argument.number(self.values, self.source.factors))
+                except ExpressionError as error:
+                    self._fault(
+                        core.init.position or core.position, f"core '{core.name}', `{key}`", error, core=core.name
+                    )
+            if core.init.name == "kaiming_uniform":
+                self._fan(core, legs, arguments)
+            self.out.inits[core.name] = arguments
+
+    def _fan(self, core: CoreLike, legs: tuple[str, ...], arguments: dict[str, float]) -> None:
+        arguments.setdefault("gain", 1.0)
+        if "fan" not in core.init.arguments or "fan" not in arguments:
+            over = core.init.legs_of_fan(legs, self.spatial)
+            over = legs[1:] if over is None else over
+            if any(leg not in self.out.sizes for leg in over):
+                return
+            arguments["fan"] = float(math.prod(self.out.sizes[leg] for leg in over))
+        if not arguments["fan"] > 0:
+            error = ExpressionError("a positive fan", f"{arguments['fan']:g}", "Change `fan`.", structural=False)
+            self._fault(core.init.position or core.position, f"core '{core.name}', `fan`", error, core=core.name)
