@@ -84,6 +84,11 @@ class Adapter(nn.Module):
         names = [core.name for core in self.network.cores if not core.frozen]
         return {name: self._tensor(_START + name) for name in names if _START + name in self._buffers}
 
+    @property
+    def has_values(self) -> bool:
+        """False while the cores are on meta, or come from there and were neither drawn nor loaded."""
+        return self._initialised
+
     def network_weight(self) -> Tensor:
         """T(θ) in the shape of the layer's weight: the contracted cores, without scale and frozen copy."""
         self._require_values()
@@ -167,13 +172,13 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         self._prepared = None
-        super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)
+        super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
         if any(tensor.device.type == "meta" for tensor in self.cores.values()):
             self._initialised = False
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         self._prepared = None
         if all(prefix + key in state_dict for key in {*self._core_keys, *self._parameters, *self._buffers}):
             self._initialised = True
@@ -186,7 +191,7 @@ class Adapter(nn.Module):
         memo[id(self.network)], memo[id(self.plan)] = self.network, self.plan
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         return copied
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.layers import AdaptedLayer
@@ -31,4 +31,6 @@ def compile(
     if isinstance(layer, AdaptedLayer):
         layer = layer.base
     network = spec.bind(layer, **params)
-    return Adapter(network, layer.weight, seed=seed, name=name, mode=mode)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return Adapter(network, weight, seed=seed, name=name, mode=mode)

@@ -42,6 +42,9 @@ def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weigh
     if draw is not None:
         return draw(core, generator, arguments)
     function = init_function(name)
+    if function is None:
+        fix = f'Call `tnpeft.register_init("{name}", function)` first.'
+        raise BindError(_misfit(core, "a registered function", "none of that name", fix))
     return _checked(core, function(core.shape, generator, **arguments))
 
 
@@ -99,8 +102,8 @@ def _orthogonal(core: BoundCore, generator: torch.Generator, arguments: Mapping[
     size = (max(rows, columns), min(rows, columns))
     q, r = torch.linalg.qr(torch.randn(size, dtype=torch.float64, device="cpu", generator=generator))
     q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # uniform over the group, and free of LAPACK's choice of signs
-    flat = q if rows >= columns else q.T
-    return (flat * float(arguments.get("gain", 1))).float().reshape(core.shape).contiguous()
+    flat: Tensor = (q if rows >= columns else q.T) * float(arguments.get("gain", 1))
+    return flat.float().reshape(core.shape).contiguous()
 
 
 _DRAWS: dict[str, Callable[[BoundCore, torch.Generator, Mapping[str, float]], Tensor]] = {
@@ -145,7 +148,8 @@ def _singular_vectors(matrix: Tensor, left: bool) -> Tensor:
     u, s, vh = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
     # The sign of a singular pair is LAPACK's whim: the largest entry of each left vector is made positive.
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()[0]
-    return (u if left else vh.T) * (signs * s.sqrt())
+    vectors: Tensor = (u if left else vh.T) * (signs * s.sqrt())
+    return vectors
 
 
 def _checked(core: BoundCore, value: object) -> Tensor:

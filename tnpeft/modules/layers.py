@@ -40,7 +40,7 @@ class AdaptedLayer(nn.Module):
         self.scales: dict[str, float] = {}
         self.disabled = False
         self.register_buffer("_merged", None, persistent=False)
-        self.register_load_state_dict_post_hook(_merge_again)
+        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
         self.training = base.training
         # Shared, not copied: hooks of the base layer run, can be removed, and outlive the adapter.
         for name in _HOOKS:
@@ -148,7 +148,7 @@ class AdaptedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         before = self.base.weight.dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.merged and self.base.weight.dtype != before:
             self.merge()  # the sum of the cast weight, as unmerged layers compute it
         return self

@@ -15,7 +15,7 @@ They and the switches find the adapted model inside wrappers such as Distributed
 from tnpeft.surgery.checks import SUPPORTED, layer_problem
 from tnpeft.surgery.detach import detach
 from tnpeft.surgery.install import install
-from tnpeft.surgery.queries import adapters_of, names_of, record_of, statistics_of, trained_of
+from tnpeft.surgery.queries import adapters_of, base_tensors, names_of, record_of, statistics_of, trained_of
 from tnpeft.surgery.state import AdapterRecord, ModelState, adapted, find
 from tnpeft.surgery.switch import activate, disabled, merge, unmerge
 from tnpeft.surgery.tree import plain_modules, plain_parameters
@@ -27,6 +27,7 @@ __all__ = [
     "activate",
     "adapted",
     "adapters_of",
+    "base_tensors",
     "detach",
     "disabled",
     "find",

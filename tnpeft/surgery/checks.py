@@ -42,7 +42,7 @@ def layer_problem(name: str, layer: nn.Module) -> Problem | None:
     if parametrize.is_parametrized(layer) or not {"weight", "bias"} <= layer._parameters.keys():
         fix = "Remove the parametrization (weight norm, spectral norm, pruning) before attaching."
         return Problem("layer", "`weight` and `bias` as plain parameters", "ones that are computed", fix, where=where)
-    if any(is_lazy(parameter) for parameter in layer._parameters.values()):
+    if any(is_lazy(parameter) for parameter in layer.parameters()):
         return Problem(
             "layer", "known sizes", f"a {kind} without sizes yet", "Run the model once, then attach.", where=where
         )
@@ -51,7 +51,7 @@ def layer_problem(name: str, layer: nn.Module) -> Problem | None:
             found = f"{kind} with a `{method}` of its own"
             fix = "An adapter would bypass it: match other layers, or use the plain class."
             return Problem("layer", f"the forward of {plain.__name__}", found, fix, where=where)
-    dtype = layer._parameters["weight"].dtype  # type: ignore[union-attr]
+    dtype = layer.weight.dtype
     if dtype not in _DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         found = str(dtype).removeprefix("torch.")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tnpeft.modules import Adapter
+from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.surgery.state import AdapterRecord, adapted, known_adapter
 from tnpeft.surgery.trained import all_tied
-from tnpeft.surgery.tree import places
+from tnpeft.surgery.tree import places, slots
 
-__all__ = ["adapters_of", "names_of", "record_of", "statistics_of", "trained_of"]
+__all__ = ["adapters_of", "base_tensors", "names_of", "record_of", "statistics_of", "trained_of"]
 
 
 def names_of(model: nn.Module) -> tuple[str, ...]:
@@ -26,7 +26,7 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
     """The compiled adapters by the layer they adapt, in the order they were attached in."""
     root, state = adapted(model)
     record = known_adapter(state, name)
-    wrappers = {place.name: place.module for place in places(root)}
+    wrappers = {place.name: place.module for place in places(root) if isinstance(place.module, AdaptedLayer)}
     return {target: wrappers[target].adapter(name) for target in record.targets}
 
 
@@ -38,6 +38,16 @@ def trained_of(model: nn.Module, name: str) -> dict[str, Tensor]:
 def statistics_of(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The adapter's own running statistics of norms, by the first of their names."""
     return _copies(model, name, parameters=False)
+
+
+def base_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and saved buffer by the name it has in the plain model, for its shape and type."""
+    buffers = {
+        name: slot
+        for name, slot in slots(root, "_buffers").items()
+        if slot.key not in slot.owner._non_persistent_buffers_set
+    }
+    return {name: slot.tensor for name, slot in {**slots(root), **buffers}.items()}
 
 
 def _copies(model: nn.Module, name: str, parameters: bool) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class Tied:
         self._forget(f"of_{name}")
 
     def show(self, active: Mapping[str, float], original_flag: bool, training: bool) -> None:
-        """Install what acts: b₀ + Σ s (b - b₀) over the active trainers, which is the original or a copy where it can."""
+        """Install what acts: b₀ + Σ s (b - b₀) over the active trainers, the original or a copy where it is one."""
         acting = {name: active[name] for name in self.trainers if name in active}
         if acting and list(acting.values()) != [1.0]:
             content, flag = self._combined(acting), False

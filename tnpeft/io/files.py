@@ -1,0 +1,109 @@
+"""Adapter files on disk: whole or not there, and never trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tnpeft.errors import AdapterFileError, Problem
+from tnpeft.io.manifest import FORMAT, KEY, Manifest, digest, encode
+
+__all__ = ["FOREIGN", "read", "refuse", "write"]
+
+FOREIGN = "Pass a file written by `tnpeft.save`."
+_DAMAGED = "Copy or download the file again, or save the adapter once more."
+
+
+def refuse(path: Path, what: str, expected: str, found: str, fix: str) -> AdapterFileError:
+    return AdapterFileError(Problem(what, expected, found, fix, where=str(path)))
+
+
+def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file atomically: after a crash at any moment `path` is what it was, or complete.
+
+    Raises AdapterFileError, leaving no temporary file.
+    """
+    if path.is_dir():
+        raise refuse(path, "adapter file", "a file name", "a folder", "Add a name, for example `adapter.safetensors`.")
+    target = Path(os.path.realpath(path))  # through a link, not over it
+    data = safetensors.torch.save(dict(tensors), {KEY: encode(manifest, tensors)})
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            _sync_folder(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        fix = "Choose a folder that exists, can be written to and has room."
+        raise refuse(path, "adapter file", "to be written", error.strerror or str(error), fix) from error
+
+
+def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """The manifest and the tensors of a file that is complete and unchanged since it was saved.
+
+    Raises AdapterFileError for anything else.
+    """
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise refuse(path, "adapter file", "a file", found, FOREIGN)
+    try:
+        with safe_open(path, framework="pt") as file:
+            fields = _fields(path, file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise refuse(path, "adapter file", "a complete safetensors file", str(error), _DAMAGED) from error
+    except OSError as error:
+        fix = "Check the file and its permissions."
+        raise refuse(path, "adapter file", "to be read", error.strerror or str(error), fix) from error
+    try:
+        unchanged = fields.pop("sha256", None) == digest(fields, tensors)
+    except (ValueError, RecursionError):  # what `json` reads but does not write: 1e999
+        unchanged = False
+    if not unchanged:
+        raise refuse(path, "checksum", "the one it was saved with", "another: the file was changed", _DAMAGED)
+    try:
+        return Manifest.model_validate(fields), tensors
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}"
+        raise refuse(path, "metadata", "that of an adapter", found, FOREIGN) from error
+
+
+def _fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The metadata of an adapter file whose format is known, without the format's number."""
+    if KEY not in metadata:
+        raise refuse(path, "adapter file", "one written by tnpeft", "a safetensors file without its metadata", FOREIGN)
+    try:
+        fields = json.loads(metadata[KEY])
+        number = fields.pop("format")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise refuse(path, "metadata", "that of an adapter", "text that is none", _DAMAGED) from error
+    if number != FORMAT:
+        fix = "Update tnpeft." if isinstance(number, int) and number > FORMAT else FOREIGN
+        raise refuse(path, "file format", f"{FORMAT}", f"{number}", fix)
+    return fields  # type: ignore[no-any-return]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself durable, where folders can be synced."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,115 @@
+"""From a file to an adapted model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.errors import AdapterFileError, BindError, SpecError
+from tnpeft.io.files import FOREIGN, read, refuse
+from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, dtype_name
+from tnpeft.io.saving import fingerprint
+from tnpeft.modules import Adapter
+from tnpeft.recipe import Handle
+from tnpeft.spec import Spec
+from tnpeft.surgery import activate, base_tensors, install, plain_modules, statistics_of, trained_of
+
+__all__ = ["load"]
+
+_SHOWN = 3  # differences named in an error
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Handle:
+    """Put the adapter of a file written by `save` on `model`, a fresh copy of the base it was saved from.
+
+    The adapter gets the name it was saved under, or `name`, and is the only active one, at the
+    scale it had; the model then computes what the saved one did, to the bit.
+
+    Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made
+    for another base, and AttachError where surgery refuses (the name is attached already, the
+    model is merged). The model is then as it was.
+    """
+    path = Path(path)
+    manifest, tensors = read(path)
+    _check_base(path, manifest.base, fingerprint(model))
+    adapters = _adapters(path, manifest, tensors, plain_modules(model))
+    here = base_tensors(model)
+    values = {
+        kind: _take(path, tensors, {names[0]: here[names[0]] for names in groups}, f"{kind}.")
+        for kind, groups in (("trained", manifest.trained), ("statistics", manifest.statistics))
+    }
+    if tensors:
+        raise refuse(path, "tensors", "those of the adapter alone", f"also '{min(tensors)}'", FOREIGN)
+    name = manifest.name if name is None else name
+    install(model, name, adapters, values["trained"], manifest.about)
+    for kind, copies in (("trained", trained_of(model, name)), ("statistics", statistics_of(model, name))):
+        for key, value in values[kind].items():
+            with torch.no_grad():
+                copies[key].copy_(value)
+    if manifest.scale != 1.0:
+        activate(model, {name: manifest.scale})
+    return Handle(model, name)
+
+
+def _check_base(path: Path, saved: Mapping[str, BaseTensor], here: Mapping[str, BaseTensor]) -> None:
+    differences = [f"'{name}' is {saved[name]} there and missing here" for name in saved if name not in here]
+    differences += [f"'{name}' is {here[name]} here and missing there" for name in here if name not in saved]
+    differences += [
+        f"'{name}' is {saved[name]} there and {here[name]} here"
+        for name in saved
+        if name in here and saved[name] != here[name]
+    ]
+    if not differences:
+        return
+    more = len(differences) - _SHOWN
+    found = "; ".join(differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    fix = "Build the base model as it was when the adapter was saved."
+    if saved.keys() == here.keys() and all(saved[name].shape == here[name].shape for name in saved):
+        fix = "Load the adapter before casting the model to another type."
+    raise refuse(path, "base model", "the one the adapter was saved from", found, fix)
+
+
+def _adapters(
+    path: Path, manifest: Manifest, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, Adapter]:
+    """Every layer's adapter with its values, which are taken out of `tensors`."""
+    try:
+        specs = [Spec.from_yaml(entry.text, file=entry.file, tables=entry.tables) for entry in manifest.specs]
+        adapters = {layer: _adapter(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
+    except (SpecError, BindError) as error:
+        raise AdapterFileError(*error.problems) from error
+    for layer, adapter in adapters.items():
+        values = _take(path, tensors, adapter.state_dict(), f"layers.{layer}.")
+        if any(value.dtype == torch.float64 for value in values.values()):
+            adapter.double()  # cores that were widened with their model keep their digits
+        adapter.load_state_dict(values)
+    return adapters
+
+
+def _adapter(path: Path, specs: list[Spec], entry: LayerEntry, name: str, modules: Mapping[str, nn.Module]) -> Adapter:
+    """A layer's adapter, its cores still without values."""
+    layer = modules.get(name)
+    if layer is None or entry.spec not in range(len(specs)):
+        raise refuse(path, "metadata", "that of an adapter", f"a layer '{name}' that does not fit", FOREIGN)
+    network = specs[entry.spec].bind(layer, **entry.params)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if weight.device.type == "meta":
+        fix = "Give the model its weights before loading an adapter."
+        raise refuse(path, "base model", "values", f"none in layer '{name}' (it is on the meta device)", fix)
+    return Adapter(network, weight, seed=entry.seed, name=name, mode=entry.mode, initialise=False)
+
+
+def _take(path: Path, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Remove and return the file's tensors of the wanted names and shapes."""
+    for key, like in wanted.items():
+        found = tensors.get(prefix + key)
+        if found is None or found.shape != like.shape or found.is_floating_point() != like.is_floating_point():
+            shape = "no such tensor" if found is None else f"{dtype_name(found.dtype)}{tuple(found.shape)}"
+            expected = f"{dtype_name(like.dtype)}{tuple(like.shape)}"
+            raise refuse(path, f"tensor '{prefix}{key}'", expected, shape, FOREIGN)
+    return {key: tensors.pop(prefix + key) for key in wanted}

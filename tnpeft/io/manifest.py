@@ -1,0 +1,88 @@
+"""What an adapter file says beside its tensors: enough to rebuild the adapter from the base model alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+__all__ = ["FORMAT", "KEY", "BaseTensor", "LayerEntry", "Manifest", "SpecEntry", "digest", "dtype_name", "encode"]
+
+FORMAT = 1
+KEY = "tnpeft"  # the one entry of the safetensors metadata: two would be written in any order
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SpecEntry(_Entry):
+    """A spec's text and the factor tables that it used, so that the file needs no other."""
+
+    text: str
+    file: str
+    tables: dict[str, dict[int, tuple[int, ...]]]
+
+
+class LayerEntry(_Entry):
+    """How one layer's adapter was compiled; `spec` counts into the manifest's specs."""
+
+    spec: int
+    params: dict[str, int | float]
+    seed: int
+    mode: str
+
+
+class BaseTensor(_Entry):
+    """A parameter or buffer of the base model, for its fingerprint; `tied` is the first name of a tied one."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    tied: str | None = None
+
+    def __str__(self) -> str:
+        shape = f"{self.dtype}({', '.join(map(str, self.shape))})"
+        return f"{shape} tied to '{self.tied}'" if self.tied else shape
+
+
+class Manifest(_Entry):
+    """The metadata of an adapter file. Names are those of the plain model; tied ones stand together."""
+
+    library: str
+    name: str
+    scale: float
+    specs: tuple[SpecEntry, ...]
+    layers: dict[str, LayerEntry]
+    trained: tuple[tuple[str, ...], ...]
+    statistics: tuple[tuple[str, ...], ...]
+    base: dict[str, BaseTensor]
+    about: dict[str, Any]
+
+
+def encode(manifest: Manifest, tensors: Mapping[str, Tensor]) -> str:
+    """The manifest as metadata text, with the format's number and the digest of everything."""
+    fields = manifest.model_dump(mode="json")
+    return _canonical({"format": FORMAT, "sha256": digest(fields, tensors), **fields})
+
+
+def digest(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the manifest's fields and every tensor's name, type, shape and bytes."""
+    total = hashlib.sha256(_canonical(fields).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(_canonical([name, dtype_name(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

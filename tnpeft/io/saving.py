@@ -1,0 +1,112 @@
+"""From an adapted model to a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import tnpeft
+from tnpeft.errors import AdapterFileError, AttachError
+from tnpeft.io.files import refuse, write
+from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, SpecEntry, dtype_name
+from tnpeft.modules import Adapter
+from tnpeft.spec import Spec
+from tnpeft.surgery import ModelState, adapted, adapters_of, base_tensors, statistics_of, trained_of
+
+__all__ = ["fingerprint", "save"]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Write one adapter of `model` to a safetensors file that carries its spec.
+
+    The file holds the cores, the frozen copies, whatever else the adapter trained, and in its
+    metadata all that `load` needs to put the same adapter on a fresh base model. `name` may be left
+    out where one adapter is attached. The file is replaced as a whole or not at all.
+
+    Raises AdapterFileError where the model is not adapted or is merged, the name is unknown, cores
+    have no values, or the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        root, state = adapted(model)
+    except AttachError as error:
+        raise AdapterFileError(*error.problems) from error
+    name = _which(path, state, name)
+    if state.merged:
+        fix = "Call `tnpeft.unmerge(model)` first."
+        raise refuse(path, "model", "an unmerged model", "a merged one", fix)
+    adapters = adapters_of(root, name)
+    for layer, adapter in adapters.items():
+        if not adapter.has_values:
+            fix = "Call `reset_parameters` of the adapted layer, or load the adapter, first."
+            raise refuse(path, f"cores of layer '{layer}'", "values", "none (they were made on the meta device)", fix)
+    manifest, tensors = _manifest(root, state, name, adapters), _tensors(root, name, adapters)
+    write(path, manifest, {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+
+
+def fingerprint(root: nn.Module) -> dict[str, BaseTensor]:
+    """Shape, type and ties of every parameter and saved buffer of the base model, by name."""
+    first: dict[int, str] = {}
+    entries: dict[str, BaseTensor] = {}
+    for name, tensor in base_tensors(root).items():
+        # Moving a model unties its buffers.
+        tied = first.setdefault(id(tensor), name) if isinstance(tensor, nn.Parameter) else name
+        shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+        entries[name] = BaseTensor(shape=shape, dtype=dtype, tied=None if tied == name else tied)
+    return entries
+
+
+def _which(path: Path, state: ModelState, name: str | None) -> str:
+    known = ", ".join(f"'{known}'" for known in state.adapters)
+    if name is None and len(state.adapters) == 1:
+        return next(iter(state.adapters))
+    if name is None:
+        raise refuse(path, "adapter name", f"one of {known}", "none", "Pass `name=`: a file holds one adapter.")
+    if name not in state.adapters:
+        raise refuse(path, "adapter name", f"one of {known}", f"'{name}'", "Pass one of these names.")
+    return name
+
+
+def _manifest(root: nn.Module, state: ModelState, name: str, adapters: dict[str, Adapter]) -> Manifest:
+    record = state.adapters[name]
+    specs: dict[Spec, int] = {}
+    layers = {
+        layer: LayerEntry(
+            spec=specs.setdefault(adapter.network.spec, len(specs)),
+            params=dict(adapter.network.params),
+            seed=adapter.seed,
+            mode=adapter.plan.mode,
+        )
+        for layer, adapter in adapters.items()
+    }
+    return Manifest(
+        library=tnpeft.__version__,
+        name=name,
+        scale=state.active.get(name, 1.0),
+        specs=tuple(
+            SpecEntry(
+                text=spec.text,
+                file=Path(spec.file).name,
+                tables={key: dict(table) for key, table in spec.tables.items()},
+            )
+            for spec in specs
+        ),
+        layers=layers,
+        trained=record.trained,
+        statistics=record.statistics,
+        base=fingerprint(root),
+        about=dict(record.about),
+    )
+
+
+def _tensors(root: nn.Module, name: str, adapters: dict[str, Adapter]) -> dict[str, Tensor]:
+    tensors = {
+        f"layers.{layer}.{key}": tensor
+        for layer, adapter in adapters.items()
+        for key, tensor in adapter.state_dict().items()
+    }
+    tensors |= {f"trained.{key}": tensor for key, tensor in trained_of(root, name).items()}
+    tensors |= {f"statistics.{key}": tensor for key, tensor in statistics_of(root, name).items()}
+    return tensors
