@@ -96,9 +96,12 @@ def _refuse_infinities(value: Any, places: dict[Key, Place], key: Key = ()) -> N
     if isinstance(value, float) and not math.isfinite(value):
         name = ".".join(str(part) for part in key)
         raise LabError(Problem(name, "a finite number", str(value), "Write a number.", _place(key, places)))
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, inner in items:
-        _refuse_infinities(inner, places, (*key, name))
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_infinities(inner, places, (*key, name))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _refuse_infinities(inner, places, (*key, index))
 
 
 def _place(key: Key, places: dict[Key, Place]) -> Place | None:
@@ -167,11 +170,9 @@ def _wording(item: Any) -> tuple[str, str]:
 def _shown(values: Any, key: Key) -> str:
     """The value under `key` as a reader would name it."""
     for part in key:
-        if isinstance(values, dict) and part in values:
+        try:
             values = values[part]
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
-            values = values[part]
-        else:
+        except (KeyError, IndexError, TypeError):
             return "nothing"
     if isinstance(values, dict):
         return "a mapping"

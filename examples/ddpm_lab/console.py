@@ -47,7 +47,9 @@ class Screen:
             task = progress.add_task(title, total=total, note="")
 
             def move(done: int, note: str) -> None:
-                progress.update(task, completed=done, **({"note": note} if note else {}))
+                progress.update(task, completed=done)
+                if note:
+                    progress.update(task, note=note)
 
             yield Bar(move)
 

@@ -29,7 +29,7 @@ CAVEAT = (
 
 
 def demo(config: DemoConfig, out: Path, screen: Screen) -> dict[str, Any]:
-    """Run the demonstration in `out`; what an earlier run left there is used where it was made from the same settings."""
+    """Run the demonstration in `out`; what an earlier run made there from the same settings is used again."""
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     _population(config, out, screen)
@@ -96,7 +96,7 @@ def _pretrained(config: DemoConfig, out: Path, screen: Screen) -> History:
         screen.line("Base: pretrained by an earlier run with the same settings")
         return History.from_data(json.loads(record.read_text(encoding="utf-8"))["history"])
     accelerator = make_accelerator(config.pretraining)
-    volumes = prepare_volumes(source, out / "source", screen, accelerator.num_processes)
+    volumes = prepare_volumes(source, out / "source", screen, accelerator)
     unet = build_unet(config.model, None, config.pretraining.seed)
     scheduler = noise_schedule(config.diffusion)
     with screen.bar("pretrain on the source", steps_of(config.pretraining, len(volumes.train))) as bar:

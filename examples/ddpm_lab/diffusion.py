@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ def sampling_schedule(diffusion: Diffusion, kind: str, data: Data) -> DDPMSchedu
     """The reverse process; predicted volumes are held to the range of the data."""
     low, high = data.intensity
     bounds = {"clip_sample": True, "clip_sample_min": low, "clip_sample_max": high}
-    kinds = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
-    return kinds[kind](**_arguments(diffusion), **bounds)
+    scheduler = DDIMScheduler if kind == "ddim" else DDPMScheduler
+    return scheduler(**_arguments(diffusion), **bounds)
 
 
 def _arguments(diffusion: Diffusion) -> dict[str, Any]:
-    arguments = {
+    arguments: dict[str, Any] = {
         "num_train_timesteps": diffusion.timesteps,
         "schedule": diffusion.schedule,
         "prediction_type": diffusion.prediction,
@@ -92,7 +93,7 @@ class HeldOut:
         was_training = unet.training
         unet.eval()
         done = 0
-        for bucket, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for bucket, (low, high) in enumerate(pairwise(edges)):
             for start in range(0, len(self.volumes) * self.validation.draws, self.batch_size):
                 stop = min(start + self.batch_size, len(self.volumes) * self.validation.draws)
                 clean = torch.stack([self.volumes[index % len(self.volumes)] for index in range(start, stop)])

@@ -89,7 +89,8 @@ def _base_model(setup: Setup, run: Run) -> Iterator[nn.Module]:
 def _fresh_base(setup: Setup) -> nn.Module:
     unet = build_unet(setup.config.model, setup.config.base)
     load_base(unet, setup.config.base)
-    return unet.to(setup.accelerator.device)
+    unet.to(setup.accelerator.device)
+    return unet
 
 
 def _reload_difference(setup: Setup, path: Path) -> float:

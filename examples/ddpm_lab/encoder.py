@@ -41,7 +41,7 @@ class Encoder:
     def features(self, volumes: torch.Tensor, device: torch.device | str = "cpu", batch: int = 8) -> torch.Tensor:
         """(N, features) in float64 on the CPU."""
         network = self.network.to(device).eval()
-        return torch.cat([network(part.to(device)).double().cpu() for part in volumes.split(batch)])
+        return torch.cat([network(part.to(device)).double().cpu() for part in torch.split(volumes, batch)])
 
 
 def load_encoder(weights: Path | None) -> Encoder:

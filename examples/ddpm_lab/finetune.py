@@ -77,7 +77,7 @@ def prepare(config: Config, out: Path, screen: Screen) -> Setup:
         load_base(unet, config.base)
     encoder = load_encoder(config.metrics.medicalnet)
     accelerator = make_accelerator(config.training)
-    volumes = prepare_volumes(config, out, screen, accelerator.num_processes)
+    volumes = prepare_volumes(config, out, screen, accelerator)
     if config.model.checkpointing:
         recompute_activations(unet)
     scheduler = noise_schedule(config.diffusion)
@@ -86,21 +86,22 @@ def prepare(config: Config, out: Path, screen: Screen) -> Setup:
     return Setup(config, out, volumes, unet, scheduler, held_out, encoder, accelerator)
 
 
-def prepare_volumes(config: Config, out: Path, screen: Screen, processes: int = 1) -> Volumes:
+def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Accelerator) -> Volumes:
     """Find, read and split the files; raises LabError for whatever is wrong with one of them."""
     data = config.data
     paths = find_volumes(data)
     with screen.bar(f"check {len(paths)} files", len(paths)) as bar:
         check_volumes(paths, bar)
     split = split_volumes(paths, data)
-    needed = config.training.batch_size * processes
+    needed = config.training.batch_size * accelerator.num_processes
     if len(split.train) < needed:
         found = f"{len(split.train)} of {len(paths)} after holding {len(split.validation)} out"
         fix = "Lower `training.batch_size` or add files."
         raise fault(str(data.root), "files to train on", f"at least {needed}, one batch", found, fix)
     assert data.root is not None
-    out.mkdir(parents=True, exist_ok=True)
-    split.write(out / "split.json", data.root)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        split.write(out / "split.json", data.root)
     with screen.phase("load volumes"):
         train_set, validation_set = (dataset(files, data, out / "cache") for files in (split.train, split.validation))
     shape = None

@@ -16,10 +16,10 @@ WINDOWS = (11, 7, 5, 3)
 
 
 def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """FID between two sets of features, (n, d) and (m, d): |mean difference|² + tr(C₁ + C₂ − 2 (C₁C₂)^½).
+    """FID between two sets of features, (n, d) and (m, d): |difference of means|² + tr(C + D - 2 (C D)^½).
 
-    With centred features X, Y scaled so that C₁ = XᵀX and C₂ = YᵀY, tr (C₁C₂)^½ is the nuclear norm of X Yᵀ:
-    n × m numbers instead of the root of a d × d matrix.
+    With centred features X, Y scaled so that C = XᵀX and D = YᵀY, tr (C D)^½ is the nuclear norm of X Yᵀ: n by m
+    numbers instead of the root of a d by d matrix.
     """
     first, second = one.double(), other.double()
     mean = (first.mean(0) - second.mean(0)).square().sum()
@@ -27,7 +27,7 @@ def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
     second = (second - second.mean(0)) / (len(second) - 1) ** 0.5
     cross = torch.linalg.matrix_norm(first @ second.T, "nuc")
     distance = mean + first.square().sum() + second.square().sum() - 2 * cross
-    return max(0.0, distance.item())
+    return float(distance.clamp(min=0))
 
 
 def mmd_linear(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -37,7 +37,7 @@ def mmd_linear(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def mmd_gaussian(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The paper's unbiased squared MMD: kernel exp(−α (d² + 1e-5)), α the median *distance* between the sets."""
+    """The paper's unbiased squared MMD: kernel exp(-a (d² + 1e-5)), a the median *distance* between the sets."""
     first, second = one.double(), other.double()
     alpha = torch.cdist(first, second).median()
 

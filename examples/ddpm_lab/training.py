@@ -61,7 +61,7 @@ class Step:
 def make_accelerator(training: Training) -> Accelerator:
     """The device and the precision of a run; raises LabError for a precision the device does not have."""
     cpu = training.device == "cpu" or not torch.cuda.is_available()
-    precision = training.precision
+    precision: str = training.precision
     if precision == "auto":
         precision = _fast_precision(cpu)
     if precision == "fp16" and cpu:
@@ -69,9 +69,14 @@ def make_accelerator(training: Training) -> Accelerator:
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     plugin = GradientAccumulationPlugin(num_steps=training.accumulation, adjust_scheduler=False)
-    return Accelerator(
-        cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, gradient_accumulation_plugin=plugin
-    )
+    mixed = "no" if precision == "fp32" else precision
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed, gradient_accumulation_plugin=plugin)
+    found = accelerator.num_processes
+    if training.processes not in (None, found):
+        # `accelerate launch --cpu --num_processes 2` starts one process and does not say so.
+        fix = f"Start the driver with `torchrun --nproc_per_node {training.processes} examples/ddpm.py ...`."
+        raise fault("training.processes", "the processes", str(training.processes), str(found), fix)
+    return accelerator
 
 
 def _fast_precision(cpu: bool) -> str:

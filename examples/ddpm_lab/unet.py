@@ -25,7 +25,7 @@ __all__ = ["build_unet", "divisor", "load_base", "recompute_activations", "save_
 FIX = "Give the checkpoint of this model, or set `model` to the checkpoint's."
 
 
-def build_unet(model: Model, base: Base | None = None, seed: int = 0) -> nn.Module:
+def build_unet(model: Model, base: Base | None = None, seed: int = 0) -> DiffusionModelUNet:
     """The network of `model` with fresh weights, the same for the same seed; raises LabError."""
     levels = len(model.channels)
     for name in ("attention_levels", "head_channels"):
@@ -47,7 +47,7 @@ def build_unet(model: Model, base: Base | None = None, seed: int = 0) -> nn.Modu
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet: nn.Module = DiffusionModelUNet(
+        return DiffusionModelUNet(
             spatial_dims=3,
             in_channels=1,
             out_channels=1,
@@ -61,7 +61,6 @@ def build_unet(model: Model, base: Base | None = None, seed: int = 0) -> nn.Modu
             # monai-generative defines a projection after attention and never applies it.
             include_fc=not (base is not None and base.old_generative),
         )
-    return unet
 
 
 def divisor(model: Model) -> int:
@@ -69,7 +68,7 @@ def divisor(model: Model) -> int:
     return int(2 ** (len(model.channels) - 1))
 
 
-def load_base(unet: nn.Module, base: Base) -> None:
+def load_base(unet: DiffusionModelUNet, base: Base) -> None:
     """Load the base checkpoint into `unet`; raises LabError that says what differs and leaves `unet` as it was."""
     assert base.checkpoint is not None
     state = _read(base.checkpoint)
@@ -112,7 +111,7 @@ def _differences(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tens
     return problems
 
 
-def _load_old(unet: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+def _load_old(unet: DiffusionModelUNet, state: dict[str, torch.Tensor], path: Path) -> None:
     """A monai-generative checkpoint: MONAI renames its tensors, and takes them out of the dict it is given."""
     left = dict(state)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
@@ -142,11 +141,11 @@ def save_weights(module: nn.Module, path: Path, trained_only: bool = False) -> N
     temporary.replace(path)
 
 
-def recompute_activations(unet: nn.Module) -> None:
+def recompute_activations(unet: DiffusionModelUNet) -> None:
     """Recompute each block's activations in the backward pass instead of keeping them."""
-    blocks = [*unet.get_submodule("down_blocks"), unet.get_submodule("middle_block"), *unet.get_submodule("up_blocks")]
+    blocks = [*unet.down_blocks, unet.middle_block, *unet.up_blocks]
     for block in blocks:
-        block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+        block.forward = _recomputed(block.forward)
 
 
 def _recomputed(forward: Any) -> Any:
