@@ -45,7 +45,7 @@ def layer_of(module: nn.Module) -> Layer:
         if getattr(type(module), method, None) is not getattr(layer_class, method, None):
             found = f"{type(module).__name__}, which overrides `{method}`"
             raise BindError(Problem("unsupported layer", f"a plain {kind}", found, f"Use {kind} itself."))
-    if isinstance(module.weight, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(module.weight, torch.nn.parameter.UninitializedParameter):
         fix = "Run the model once on a sample first."
         raise BindError(Problem("lazy layer", "a weight of known shape", "none yet", fix))
     if kind == "Linear":
@@ -122,9 +122,8 @@ def _check_params(spec: Spec, given: Mapping[str, Any]) -> dict[str, int | float
                 Problem(f"spec '{spec.name}', param '{name}'", "a finite number", clip(value), fix, spec.file)
             )
         else:
-            values[name] = (
-                int(value) if isinstance(value, numbers.Integral) or float(value).is_integer() else float(value)
-            )
+            number = float(value)
+            values[name] = int(number) if number.is_integer() else number
     if problems:
         raise BindError(*problems)
     return values

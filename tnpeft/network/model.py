@@ -6,6 +6,7 @@ import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import networkx
 import opt_einsum
@@ -100,15 +101,18 @@ class Network:
     def symbols_of(self, core: BoundCore) -> str:
         return "".join(self.symbols[leg] for leg in core.legs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        return self
+
     @cached_property
-    def graph(self) -> networkx.Graph:
+    def graph(self) -> networkx.Graph[tuple[str, str]]:
         """The bipartite graph of cores and indices.
 
         Nodes are ("core", name) with `shape` and `frozen`, and ("index", name) with `size` and
         `open`; an edge joins a core to each of its legs. Bipartite, because a plain graph merges
         parallel bonds and cannot hold an index that three cores share.
         """
-        graph = networkx.Graph(name=self.spec.name)
+        graph: networkx.Graph[tuple[str, str]] = networkx.Graph(name=self.spec.name)
         open_legs = set(self.open_legs)
         for core in self.cores:
             graph.add_node(("core", core.name), kind="core", shape=core.shape, frozen=core.frozen)

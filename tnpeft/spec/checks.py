@@ -9,7 +9,7 @@ import networkx
 from tnpeft.errors import near_miss
 from tnpeft.spec.document import Problems
 from tnpeft.spec.expression import Expression
-from tnpeft.spec.inits import Legs, Last
+from tnpeft.spec.inits import Last, Legs
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, LAYER_NAMES, expand_axes
 from tnpeft.spec.reader import Draft, DraftCore, DraftRule
 from tnpeft.spec.resolve import Fault, layer_names, resolve
@@ -80,7 +80,7 @@ def _names(draft: Draft, problems: Problems) -> None:
 
 
 def _cycles(draft: Draft, problems: Problems) -> None:
-    graph = networkx.DiGraph()
+    graph: networkx.DiGraph[str] = networkx.DiGraph()
     rules = {name: rule for rule in draft.sizes for name in rule.names}
     for name, rule in rules.items():
         graph.add_edges_from(

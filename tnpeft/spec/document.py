@@ -206,7 +206,7 @@ class _Reader:
         self.count = 0
 
     def read(self, text: str) -> Node:
-        loader = yaml.SafeLoader(text)
+        loader: Any = yaml.SafeLoader(text)  # its methods carry no types
         try:
             loader.get_event()  # the stream's start
             if loader.check_event(yaml.StreamEndEvent):

@@ -89,8 +89,8 @@ class Expression:
         return self.text
 
 
-def parse_expression(text: str, *, extra: frozenset[str] = frozenset()) -> Expression:
-    """Parse `text`; `extra` are words that stand for themselves (`relu`). Raises ExpressionError."""
+def parse_expression(text: str) -> Expression:
+    """Parse `text`; raises ExpressionError."""
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"at most {MAX_LENGTH} characters", str(len(text)), "Split it over several sizes.")
     if not text.isascii():
@@ -101,8 +101,8 @@ def parse_expression(text: str, *, extra: frozenset[str] = frozenset()) -> Expre
     names: dict[str, None] = {}
     pads = False
     for node in ast.walk(tree):
-        _check_node(node, extra)
-        if isinstance(node, ast.Name) and node.id not in FUNCTIONS and node.id not in extra and node.id not in _WORDS:
+        _check_node(node)
+        if isinstance(node, ast.Name) and node.id not in FUNCTIONS and node.id not in _WORDS:
             names[node.id] = None
         if isinstance(node, ast.keyword) and node.arg == "pad":
             pads = True
@@ -135,24 +135,24 @@ def _check_nesting(tree: ast.expr) -> None:
 
 
 _ALLOWED = (
-    ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Tuple, ast.Subscript, ast.Call, ast.Name, ast.Constant,
-    ast.keyword, ast.Load, ast.And, ast.Or, ast.Not, ast.USub, ast.UAdd, *_BINARY, *_COMPARE,
+    ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Tuple, ast.Subscript, ast.Call, ast.Name,
+    ast.Constant, ast.keyword, ast.Load, ast.And, ast.Or, ast.Not, ast.USub, ast.UAdd, *_BINARY, *_COMPARE,
 )  # fmt: skip
 
 
-def _check_node(node: ast.AST, extra: frozenset[str]) -> None:
+def _check_node(node: ast.AST) -> None:
     offset = getattr(node, "col_offset", 0)
     if not isinstance(node, _ALLOWED):
         what = "`**`" if isinstance(node, ast.Pow) else f"Python's {type(node).__name__}"
         fix = "Sizes know + - * / // %, comparisons, `a if c else b`, tuples, subscripts and functions."
         raise ExpressionError("a size expression", what, fix, offset=offset)
-    if isinstance(node, ast.Constant) and (isinstance(node.value, bool) or not isinstance(node.value, int | float)):
-        found = clip(node.value)
-        raise ExpressionError(
-            "a number", found, "Write a number or a name; yes and no are `true` and `false`.", offset=offset
-        )
-    if isinstance(node, ast.Constant) and not abs(node.value) <= MAX_ABSOLUTE:
-        raise ExpressionError(f"at most {MAX_ABSOLUTE:g}", "a larger number", "Write a smaller number.", offset=offset)
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, bool) or not isinstance(node.value, int | float):
+            fix = "Write a number or a name; yes and no are `true` and `false`."
+            raise ExpressionError("a number", clip(node.value), fix, offset=offset)
+        if not abs(node.value) <= MAX_ABSOLUTE:
+            found = "a larger number"
+            raise ExpressionError(f"at most {MAX_ABSOLUTE:g}", found, "Write a smaller number.", offset=offset)
     if isinstance(node, ast.Call):
         name = node.func.id if isinstance(node.func, ast.Name) else "this"
         if name not in FUNCTIONS:
@@ -161,8 +161,6 @@ def _check_node(node: ast.AST, extra: frozenset[str]) -> None:
             raise ExpressionError(f"one of {known}", f"{clip(name)}(...)", fix, offset=offset)
         if name != "factorize" and node.keywords:
             raise ExpressionError("values only", "a named argument", f"`{name}` takes values by place.", offset=offset)
-    elif isinstance(node, ast.Name) and node.id in extra:
-        return
 
 
 class _Evaluator:
@@ -172,7 +170,7 @@ class _Evaluator:
         self.names, self.table = names, table
 
     def visit(self, node: ast.AST) -> Value:
-        value: Value = getattr(self, f"visit_{type(node).__name__}")(node)
+        value: Value = getattr(self, f"visit_{type(node).__name__.lower()}")(node)
         if not isinstance(value, tuple) and not abs(value) <= MAX_ABSOLUTE:
             found = "no finite number" if value != value or abs(value) == math.inf else f"{value:.3g}"
             raise self._error(
@@ -196,21 +194,21 @@ class _Evaluator:
             raise self._error(node, f"{what} that is whole", f"{value:g}", "Use `//` or `floor`.", structural=False)
         return int(value)
 
-    def visit_Constant(self, node: ast.Constant) -> Value:
+    def visit_constant(self, node: ast.Constant) -> Value:
         value: Value = node.value  # type: ignore[assignment]
         return value
 
-    def visit_Name(self, node: ast.Name) -> Value:
+    def visit_name(self, node: ast.Name) -> Value:
         if node.id in _WORDS:
             return _WORDS[node.id]
         if node.id in FUNCTIONS:
             raise self._error(node, "a value", f"the function `{node.id}`", f"Call it: `{node.id}(...)`.")
         return self.names[node.id]
 
-    def visit_Tuple(self, node: ast.Tuple) -> Value:
+    def visit_tuple(self, node: ast.Tuple) -> Value:
         return tuple(self.visit(item) for item in node.elts)
 
-    def visit_BinOp(self, node: ast.BinOp) -> Value:
+    def visit_binop(self, node: ast.BinOp) -> Value:
         left, right = self._number(node.left), self._number(node.right)
         try:
             return _BINARY[type(node.op)](left, right)
@@ -218,13 +216,13 @@ class _Evaluator:
             fix = "Guard it with `max(..., 1)`."
             raise self._error(node, "a divisor other than zero", "zero", fix, structural=False) from None
 
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> Value:
+    def visit_unaryop(self, node: ast.UnaryOp) -> Value:
         if isinstance(node.op, ast.Not):
             return int(not self.visit(node.operand))
         value = self._number(node.operand)
         return -value if isinstance(node.op, ast.USub) else value
 
-    def visit_BoolOp(self, node: ast.BoolOp) -> Value:
+    def visit_boolop(self, node: ast.BoolOp) -> Value:
         value: Value = 0
         for item in node.values:
             value = self.visit(item)
@@ -232,7 +230,7 @@ class _Evaluator:
                 break
         return value
 
-    def visit_Compare(self, node: ast.Compare) -> Value:
+    def visit_compare(self, node: ast.Compare) -> Value:
         left = self.visit(node.left)
         for operator, item in zip(node.ops, node.comparators, strict=True):
             right = self.visit(item)
@@ -245,10 +243,10 @@ class _Evaluator:
             left = right
         return 1
 
-    def visit_IfExp(self, node: ast.IfExp) -> Value:
+    def visit_ifexp(self, node: ast.IfExp) -> Value:
         return self.visit(node.body if self.visit(node.test) else node.orelse)
 
-    def visit_Subscript(self, node: ast.Subscript) -> Value:
+    def visit_subscript(self, node: ast.Subscript) -> Value:
         value = self.visit(node.value)
         if not isinstance(value, tuple):
             raise self._error(node, "several numbers before `[`", "one number", "Remove the subscript.")
@@ -258,7 +256,7 @@ class _Evaluator:
             raise self._error(node, f"a subscript below {len(value)}", str(index), fix)
         return value[index]
 
-    def visit_Call(self, node: ast.Call) -> Value:
+    def visit_call(self, node: ast.Call) -> Value:
         name = node.func.id  # type: ignore[attr-defined]  # the parser let only names of functions through
         if name == "factorize":
             return self._factorize(node)
@@ -291,8 +289,9 @@ class _Evaluator:
                 if abs(product) > MAX_ABSOLUTE:
                     break
             return product
-        plain: Callable[..., Number] = {"min": min, "max": max, "ceil": math.ceil, "floor": math.floor}[name]
-        return plain(*values) if len(values) == 1 and name in ("ceil", "floor") else plain(values)
+        if name in ("ceil", "floor"):
+            return math.ceil(values[0]) if name == "ceil" else math.floor(values[0])
+        return min(values) if name == "min" else max(values)
 
     def _factorize(self, node: ast.Call) -> Value:
         known = {"at_most", "pad"}

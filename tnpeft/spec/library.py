@@ -10,7 +10,7 @@ from tnpeft.errors import Problem, SpecError, near_miss
 from tnpeft.spec.checks import check
 from tnpeft.spec.document import Problems, read_file
 from tnpeft.spec.factorize import Table
-from tnpeft.spec.model import Core, SizeRule, Spec, provide
+from tnpeft.spec.model import Spec, provide
 from tnpeft.spec.reader import parse_draft, parse_table
 
 __all__ = ["find_shipped", "list_specs", "load_spec", "shipped_folder", "shipped_tables"]
@@ -78,31 +78,17 @@ def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None) 
     draft = parse_draft(text, file, {**shipped_tables(), **(tables or {})}, problems)
     check(draft, problems)
     problems.raise_if_any()
-    cores = tuple(
-        Core(name=core.name, legs=core.legs, init=core.init, frozen=core.frozen, position=core.position)
+    # pydantic checks once more that no part is missing.
+    cores = [
+        {"name": core.name, "legs": core.legs, "init": core.init, "frozen": core.frozen, "position": core.position}
         for core in draft.cores
+    ]
+    rules = [{"names": rule.names, "expression": rule.expression, "position": rule.position} for rule in draft.sizes]
+    copied = (
+        *("name", "title", "source", "layers", "params", "bond", "factors"),
+        *("weight", "scale", "start", "seed", "text", "file", "tables"),
     )
-    rules = tuple(
-        SizeRule(names=rule.names, expression=rule.expression, position=rule.position) for rule in draft.sizes
-    )
-    return Spec(
-        name=draft.name,
-        title=draft.title,
-        source=draft.source,
-        layers=draft.layers,
-        params=draft.params,
-        bond=draft.bond,
-        sizes=rules,
-        factors=draft.factors,
-        cores=cores,
-        weight=draft.weight,
-        scale=draft.scale,
-        start=draft.start,
-        seed=draft.seed,
-        text=draft.text,
-        file=draft.file,
-        tables=draft.tables,
-    )
+    return Spec.model_validate({**{key: getattr(draft, key) for key in copied}, "cores": cores, "sizes": rules})
 
 
 provide("read", read_spec)

@@ -79,7 +79,8 @@ class Spec(BaseModel):
         `file` names the text in errors; `tables` are factor tables that `factors: NAME` may name
         beside the shipped ones. Raises SpecError with every mistake found, each with its place.
         """
-        return _hooks["read"](text, file, tables)
+        spec: Spec = _hooks["read"](text, file, tables)
+        return spec
 
     def bind(self, layer: Any, /, **params: Any) -> Network:
         """The network for one layer, with every size known and checked.
@@ -89,7 +90,8 @@ class Spec(BaseModel):
         spec's own params: `spec.bind("Conv3d", in_channels=64, out_channels=128, kernel_size=3, r=4)`.
         Raises BindError with every mistake found.
         """
-        return _hooks["bind"](self, layer, params)
+        network: Network = _hooks["bind"](self, layer, params)
+        return network
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_from_parts, (self.text, self.file, dict(self.tables)))

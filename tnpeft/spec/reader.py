@@ -12,6 +12,7 @@ from tnpeft.spec.expression import Expression, ExpressionError, parse_expression
 from tnpeft.spec.factorize import MAX_NUMBER, Table
 from tnpeft.spec.inits import DEFAULT_INIT, Init, parse_init
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, parse_legs, parse_weight
+from tnpeft.spec.schema import SPEC
 from tnpeft.spec.shape import check_shape
 
 __all__ = ["Draft", "DraftCore", "DraftRule", "parse_draft", "parse_table"]
@@ -72,7 +73,7 @@ class Draft:
 def parse_draft(text: str | bytes, file: str, tables: Mapping[str, Table], problems: Problems) -> Draft:
     """Parse every part of the file; what is wrong is reported and left out."""
     root = read_document(text, file)
-    broken = check_shape(root, problems)
+    broken = check_shape(root, problems, SPEC)
     draft = Draft(file, text if isinstance(text, str) else text.decode("utf-8"), root)
     parse = _Parser(draft, broken, problems)
     parse.scalars()

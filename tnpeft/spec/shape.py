@@ -1,178 +1,154 @@
-"""The shape of a spec file: which keys stand where with which types, checked by pydantic.
+"""The shape of a YAML file: which keys stand where with which types, checked by pydantic.
 
-pydantic says *where* a value is wrong; the sentence about it comes from the tables here.
+pydantic says *where* a value is wrong; the sentence about it comes from the schema's tables.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tnpeft.errors import Position, near_miss
 from tnpeft.spec.document import Node, Problems, clip
 
-__all__ = ["LATER", "check_shape"]
+__all__ = ["FilePart", "Path", "Schema", "check_shape"]
 
-Scalar = int | float | str
+Path = tuple[str | int, ...]
 
 
-class _File(BaseModel):
+class FilePart(BaseModel):
+    """A mapping of a file: known keys only, no type is converted into another."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class CoreFile(_File):
-    legs: str
-    init: str | None = None
-    frozen: bool = False
+@dataclass(frozen=True)
+class Schema:
+    """What a file should look like, in types and in words.
+
+    `expected` gives, for each key, what should stand there and how to mend it; `parts` the same for
+    the entries below a key (`cores` → its cores); `later` the constructs of later versions.
+    """
+
+    what: str
+    model: type[FilePart]
+    expected: Mapping[str, tuple[str, str]]
+    parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    later: Mapping[str, str] = field(default_factory=dict)
+    versioned: str = "tnpeft"
 
 
-class SpecFile(_File):
-    tnpeft: Literal[1]
-    name: str
-    title: str = ""
-    source: str = ""
-    layers: str | list[str]
-    params: dict[str, Scalar] = {}
-    bond: int | str | None = None
-    sizes: dict[str, Scalar | list[Scalar]] = {}
-    factors: str | dict[int, list[int]] | None = None
-    init: str | None = None
-    cores: dict[str, str | CoreFile]
-    weight: str
-    scale: Scalar = 1
-    start: Literal["zero", "frozen_copy"]
-    seed: int = 0
-
-
-LATER = {
-    "terms": "Sums of networks are not part of this version; write one network with one `weight`.",
-    "shared": "Cores shared between layers are not part of this version; give each layer its own.",
-    "from": "Cores read from the base weight are not part of this version; give the core an init.",
-}
-
-_EXPECTED = {  # key → what should stand there, how to mend it
-    "tnpeft": ("the language version 1", "Write `tnpeft: 1`."),
-    "name": ("a word", "Write `name: my_adapter`; quote it if it looks like a number."),
-    "title": ("a text", "Quote it."),
-    "source": ("a text", "Quote it."),
-    "layers": ("a layer kind or a list of them", "For example `layers: [Linear, Conv3d]`, or `any`."),
-    "params": ("names with numbers", "For example `params: {r: 4, alpha: r}`."),
-    "bond": ("a size", "For example `bond: r`."),
-    "sizes": ("indices with sizes", "For example `sizes: {o: out_channels, i: in_channels}`."),
-    "factors": ("a table's name, or numbers with their factors", "For example `factors: {32: [4, 4, 2]}`."),
-    "init": ("an init", "For example `init: normal(0.02)`."),
-    "cores": ("names with legs", "For example `cores: {up: o r, down: r i}`."),
-    "weight": ("a pattern of open legs", "For example `weight: o i k...`."),
-    "scale": ("a number or an expression", "For example `scale: alpha / r`."),
-    "start": ("`zero` or `frozen_copy`", "Write `start: zero` where one core is zeros, else `start: frozen_copy`."),
-    "seed": ("a whole number", "For example `seed: 0`."),
-    "legs": ("the core's indices", 'For example `legs: o r`; `legs: ""` is a scalar.'),
-    "frozen": ("`true` or `false`", "Write `frozen: true` for a core that is not trained."),
-}
-
-
-def check_shape(root: Node, problems: Problems, model: type[BaseModel] = SpecFile) -> set[tuple[str | int, ...]]:
-    """Report what does not fit `model`; returns the paths of the parts that cannot be used."""
+def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
+    """Report what does not fit the schema; returns the paths of the parts that cannot be used."""
     if root.kind != "mapping":
-        fix = "A spec is `key: value` lines, the first one `tnpeft: 1`."
+        fix = f"A {schema.what} is `key: value` lines, the first one `tnpeft: 1`."
         problems.add(root.position, "the file", "a mapping", root.describe(), fix)
         problems.raise_if_any()
-    broken: set[tuple[str | int, ...]] = set()
+    broken: set[Path] = set()
     try:
-        model.model_validate(root.plain())
+        schema.model.model_validate(root.plain())
     except ValidationError as error:
         for detail in error.errors(include_url=False, include_context=False, include_input=False):
-            path, node = _follow(root, detail["loc"])
-            if path in broken:
-                continue
-            broken.add(path)
-            _report(root, path, node, detail, problems)
+            path = _existing(root, detail["loc"])
+            if detail["type"] == "missing":
+                path = (*path, str(detail["loc"][-1]))
+            if path not in broken:
+                broken.add(path)
+                _report(root, path, str(detail["type"]), schema, problems)
     return broken
 
 
-def _follow(root: Node, loc: tuple[str | int, ...]) -> tuple[tuple[str | int, ...], Node | None]:
+def _existing(root: Node, loc: tuple[str | int, ...]) -> Path:
     """The part of pydantic's `loc` that exists in the file; the tags of union members are left out."""
     path: list[str | int] = []
-    node: Node | None = root
+    node = root
     for step in loc:
-        below = node.get(step) if node is not None else None
+        below = node.get(step)
         if below is not None:
             path.append(step)
             node = below
-        elif step == "[key]":
-            break
-    last = loc[-1] if loc else ""
-    if (
-        isinstance(last, str)
-        and last in _KEYS
-        and node is not None
-        and node.kind == "mapping"
-        and (not path or path[-1] != last)
-    ):
-        return (*path, last), None
-    return tuple(path), node
+    return tuple(path)
 
 
-_KEYS = {*SpecFile.model_fields, *CoreFile.model_fields, *LATER}
-
-
-def _report(root: Node, path: tuple[str | int, ...], node: Node | None, detail: Any, problems: Problems) -> None:
-    key = next((str(step) for step in reversed(path) if step in _EXPECTED), str(path[-1]) if path else "")
-    parent = root
+def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problems) -> None:
+    nodes = [root]
     for step in path[:-1]:
-        parent = parent.get(step) or parent
-    core = str(path[1]) if len(path) > 1 and path[0] == "cores" else None
-    owner = f"core '{clip(core)[1:-1]}'" if core else "the file"
-    if node is None:  # a key that must be there
-        if detail["type"] == "missing":
-            expected, fix = _EXPECTED.get(key, ("it", "Add it."))
-            where = parent.position
-            problems.add(where, f"{owner} has no `{key}`", expected, "nothing", fix, core=core)
-        return
-    if detail["type"] == "extra_forbidden":
-        _unknown_key(parent, path, node, owner, core, problems)
-        return
-    if core and len(path) == 2:
-        expected, fix = (
-            "its legs, or a mapping with `legs`",
-            "For example `up: o r`, or `up: {legs: o r, init: zeros}`.",
-        )
-        problems.add(node.position, owner, expected, node.describe(), fix, core=core)
-        return
-    if len(path) > 1 and path[0] in ("params", "sizes"):
-        key = str(path[0])
-        expected = "a number or an expression"
-        problems.add(node.position, f"`{key}`, {clip(path[1])}", expected, node.describe(), _EXPECTED[key][1])
-        return
-    expected, fix = _EXPECTED.get(key, ("another value", "Change it."))
-    if key == "tnpeft" and isinstance(node.value, int) and node.value > 1:
-        fix = "This file needs a newer tnpeft: upgrade it, or write `tnpeft: 1`."
-    what = f"{owner}, `{key}`" if core else f"`{key}`"
-    problems.add(node.position, what, expected, node.describe(), fix, core=core)
+        nodes.append(nodes[-1].get(step) or nodes[-1])
+    parent, key = nodes[-1], path[-1]
+    owner, core = _owner(path, schema)
+    node = parent.get(key)
+    if node is None:
+        expected, fix = schema.expected.get(str(key), ("it", "Add it."))
+        problems.add(parent.position, f"{owner} has no `{key}`", expected, "nothing", fix, core=core)
+    elif kind == "extra_forbidden":
+        _unknown_key(parent, str(key), node, owner, _model_at(path[:-1], schema), core, schema, problems)
+    elif len(path) == 2 and path[0] in schema.parts:
+        expected, fix = schema.parts[str(path[0])]
+        what = owner if core else f"`{path[0]}`, {clip(key)}"
+        problems.add(node.position, what, expected, node.describe(), fix, core=core)
+    else:
+        named = next(str(step) for step in reversed(path) if isinstance(step, str))
+        expected, fix = schema.expected.get(named, ("another value", "Change it."))
+        if named == schema.versioned and isinstance(node.value, int) and node.value > 1:
+            fix = "This file needs a newer tnpeft: upgrade it, or write `tnpeft: 1`."
+        what = f"`{named}`" if owner == "the file" else f"{owner}, `{named}`"
+        problems.add(node.position, what, expected, node.describe(), fix, core=core)
+
+
+def _owner(path: Path, schema: Schema) -> tuple[str, str | None]:
+    """What to call the mapping that a path lies in, and the core if it is one."""
+    if len(path) > 1 and path[0] == "cores":
+        return f"core '{clip(path[1])[1:-1]}'", str(path[1])
+    if len(path) > 2 and isinstance(path[1], int):
+        return f"`{path[0]}`, entry {path[1] + 1}", None
+    if len(path) > 1 and path[0] not in schema.parts and path[0] in schema.model.model_fields:
+        return f"`{path[0]}`", None
+    return "the file", None
+
+
+def _model_at(path: Path, schema: Schema) -> type[BaseModel]:
+    """The pydantic model of the mapping at a path."""
+    model: type[BaseModel] = schema.model
+    for step in path:
+        found = model.model_fields.get(str(step))
+        if found is not None:
+            model = next(_models(found.annotation), model)
+    return model
+
+
+def _models(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
 
 
 def _unknown_key(
-    parent: Node, path: tuple[str | int, ...], node: Node, owner: str, core: str | None, problems: Problems
+    parent: Node,
+    key: str,
+    node: Node,
+    owner: str,
+    model: type[BaseModel],
+    core: str | None,
+    schema: Schema,
+    problems: Problems,
 ) -> None:
-    key = str(path[-1])
     where = _key_position(parent, key)
-    if key in LATER:
-        problems.add(where, f"`{key}`", "a construct of this version", f"`{key}`", LATER[key], core=core)
-        return
-    if key.rstrip().endswith(")") and node.value is None:
-        fix = 'A comma ends a value inside `{...}`: quote this, `init: "normal(std=1, ...)"`.'
-        problems.add(
-            where, f"{owner}, key {clip(key)}", "a quoted value", "the rest of one that a comma split", fix, core=core
-        )
-        return
-    known = sorted((CoreFile if core else SpecFile).model_fields)
-    fix = near_miss(key, known) or "Remove it."
-    problems.add(where, f"unknown key {clip(key)} in {owner}", f"one of {', '.join(known)}", clip(key), fix, core=core)
+    if key in schema.later:
+        problems.add(where, f"`{key}`", "a construct of this version", f"`{key}`", schema.later[key], core=core)
+    elif key.rstrip().endswith(")") and node.value is None:
+        fix = 'A comma ends a value inside `{...}`: quote this, `init: "kaiming_uniform(fan=8, gain=relu)"`.'
+        found = "the rest of one that a comma split"
+        problems.add(where, f"{owner}, key {clip(key)}", "a quoted value", found, fix, core=core)
+    else:
+        known = sorted(model.model_fields)
+        fix = near_miss(key, known) or "Remove it."
+        what = f"unknown key {clip(key)} in {owner}"
+        problems.add(where, what, f"one of {', '.join(known)}", clip(key), fix, core=core)
 
 
 def _key_position(parent: Node, key: str) -> Position:
-    for name, _ in parent.items():
-        if str(name.value) == key:
-            return name.position
-    return parent.position
+    return next((name.position for name, _ in parent.items() if str(name.value) == key), parent.position)

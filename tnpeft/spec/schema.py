@@ -1,0 +1,73 @@
+"""What a spec file looks like."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tnpeft.spec.shape import FilePart, Schema
+
+__all__ = ["SPEC"]
+
+Scalar = int | float | str
+
+
+class CoreFile(FilePart):
+    legs: str
+    init: str | None = None
+    frozen: bool = False
+
+
+class SpecFile(FilePart):
+    tnpeft: Literal[1]
+    name: str
+    title: str = ""
+    source: str = ""
+    layers: str | list[str]
+    params: dict[str, Scalar] = {}
+    bond: int | str | None = None
+    sizes: dict[str, Scalar | list[Scalar]] = {}
+    factors: str | dict[int, list[int]] | None = None
+    init: str | None = None
+    cores: dict[str, str | CoreFile]
+    weight: str
+    scale: Scalar = 1
+    start: Literal["zero", "frozen_copy"]
+    seed: int = 0
+
+
+SPEC = Schema(
+    what="spec",
+    model=SpecFile,
+    expected={
+        "tnpeft": ("the language version 1", "Write `tnpeft: 1`."),
+        "name": ("a word", "Write `name: my_adapter`; quote it if it looks like a number."),
+        "title": ("a text", "Quote it."),
+        "source": ("a text", "Quote it."),
+        "layers": ("a layer kind or a list of them", "For example `layers: [Linear, Conv3d]`, or `any`."),
+        "params": ("names with numbers", "For example `params: {r: 4, alpha: r}`."),
+        "bond": ("a size", "For example `bond: r`."),
+        "sizes": ("indices with sizes", "For example `sizes: {o: out_channels, i: in_channels}`."),
+        "factors": ("a table's name, or numbers with their factors", "For example `factors: {32: [4, 4, 2]}`."),
+        "init": ("an init", "For example `init: normal(0.02)`."),
+        "cores": ("names with legs", "For example `cores: {up: o r, down: r i}`."),
+        "weight": ("a pattern of open legs", "For example `weight: o i k...`."),
+        "scale": ("a number or an expression", "For example `scale: alpha / r`."),
+        "start": (
+            "`zero` or `frozen_copy`",
+            "Write `start: zero` where one core is zeros, else `start: frozen_copy`.",
+        ),
+        "seed": ("a whole number", "For example `seed: 0`."),
+        "legs": ("the core's indices", 'For example `legs: o r`; `legs: ""` is a scalar.'),
+        "frozen": ("`true` or `false`", "Write `frozen: true` for a core that is not trained."),
+    },
+    parts={
+        "cores": ("its legs, or a mapping with `legs`", "For example `up: o r`, or `up: {legs: o r, init: zeros}`."),
+        "params": ("a number or an expression", "For example `params: {r: 4, alpha: r}`."),
+        "sizes": ("a size", "For example `sizes: {o: out_channels, i: in_channels}`."),
+    },
+    later={
+        "terms": "Sums of networks are not part of this version; write one network with one `weight`.",
+        "shared": "Cores shared between layers are not part of this version; give each layer its own.",
+        "from": "Cores read from the base weight are not part of this version; give the core an init.",
+    },
+)
