@@ -1,0 +1,104 @@
+"""What holds for the project as a whole: rooms, sizes, pins, names."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tnpeft
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "tnpeft"
+FILES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted((*ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/**/*.py")))
+
+# Each room imports only what stands to its left; the last ones stand side by side.
+ROOMS = ("errors", "spec", "network", "plan", "program", "modules", "surgery", "recipe", "io", "cli")
+WITHOUT_TORCH = ("errors", "spec", "network", "plan")
+MAX_LINES, MAX_FUNCTION_LINES = 400, 60
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that a file imports when it runs, inside functions too; not those under `if TYPE_CHECKING`."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_only_to_the_left(path: Path):
+    room = room_of(path)
+    if room in ("__init__", "__main__"):
+        return
+    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    for module in imported_modules(path):
+        if module.startswith("tnpeft."):
+            assert module.split(".")[1] in allowed, module
+        elif module == "tnpeft":
+            assert room == "cli", "rooms import each other by name, not through the package"
+
+
+def test_torch_is_not_imported_before_it_is_needed():
+    code = (
+        "import sys, tnpeft; spec = tnpeft.load_spec('tenvoo_l');"
+        "network = spec.bind('Conv3d', in_channels=64, out_channels=128, kernel_size=3);"
+        "tnpeft.plan(network); assert 'torch' not in sys.modules, 'torch'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_only_the_command_line_prints():
+    for path in FILES:
+        if room_of(path) == "cli":
+            continue
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"], path
+
+
+@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_sizes(path: Path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+def test_public_names_exist_and_are_documented():
+    for name in tnpeft.__all__:
+        value = getattr(tnpeft, name)
+        assert name == "__version__" or value.__doc__, name
+    assert len(set(tnpeft.__all__)) == len(tnpeft.__all__)
+
+
+def test_one_ruff_for_make_and_commits():
+    pins = {
+        re.search(r"ruff==([\d.]+)", (ROOT / name).read_text()).group(1)
+        for name in ("pyproject.toml", ".pre-commit-config.yaml")
+    }
+    assert len(pins) == 1
+
+
+def test_every_target_of_the_makefile_is_documented():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    listed = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets == listed

@@ -1,0 +1,5 @@
+"""`python -m tnpeft`: the command line."""
+
+from tnpeft.cli import main
+
+main()

@@ -1,0 +1,101 @@
+"""The commands: each parses its arguments, calls the library and prints."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import tnpeft
+from tnpeft.cli.output import Output, reported
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="tnpeft",
+    help="A compiler for fine-tuning adapters: YAML tensor networks in, PyTorch modules out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="NAME=NUMBER", help="A param of the spec, e.g. r=8. Repeatable."),
+]
+
+
+def main() -> None:
+    """The console script `tnpeft`."""
+    app()
+
+
+@app.command("list")
+@reported
+def list_(as_json: Json = False) -> None:
+    """List the shipped specs and recipes."""
+    from tnpeft.cli.listing import print_list
+
+    print_list(Output(), as_json)
+
+
+@app.command()
+@reported
+def check(
+    files: Annotated[list[str], typer.Argument(metavar="SPEC_OR_RECIPE...", help="Files, folders or shipped names.")],
+    as_json: Json = False,
+) -> None:
+    """Check specs and recipes; print every mistake of every file. Exit status 1 if there is any."""
+    from tnpeft.cli.checking import check_files
+
+    if not check_files(Output(), files, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+@reported
+def show(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A shipped name or a file.")],
+    layer: Annotated[
+        str | None,
+        typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="e.g. Conv3d:64,128,3 or Conv2d:8,8,1x3,groups=2"),
+    ] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Show a spec; with --layer its cores, network, parameters and contraction on that layer."""
+    from tnpeft.cli.showing import show_spec
+
+    show_spec(Output(), spec, layer, settings or [], as_json)
+
+
+@app.command()
+@reported
+def count(
+    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_SPEC", help="A shipped name or a file.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
+    ],
+    match: Annotated[
+        str | None, typer.Option("--match", help="With a spec: a regular expression searched in the layers' names.")
+    ] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Count what a recipe or spec trains on a model, layer by layer. Nothing is computed or allocated."""
+    from tnpeft.cli.counting import count_parameters
+
+    count_parameters(Output(), what, model, match, settings or [], as_json)
+
+
+@app.command()
+@reported
+def version(as_json: Json = False) -> None:
+    """Print the version."""
+    output = Output()
+    if as_json:
+        output.data({"version": tnpeft.__version__})
+    else:
+        output.say(f"tnpeft {tnpeft.__version__}")

@@ -1,0 +1,87 @@
+"""Texts of the command line → layers and parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from tnpeft.errors import Problem, TnpeftError, near_miss
+from tnpeft.network import Layer
+
+__all__ = ["EXAMPLE", "parse_layer", "parse_settings"]
+
+EXAMPLE = "Conv3d:64,128,3"
+AXES = {
+    "Linear": 0,
+    "Conv1d": 1,
+    "Conv2d": 2,
+    "Conv3d": 3,
+    "ConvTranspose1d": 1,
+    "ConvTranspose2d": 2,
+    "ConvTranspose3d": 3,
+}
+_NUMBERS = re.compile(
+    r"(?P<ends>\d{1,9},\d{1,9})(,(?P<kernel>\d{1,9}(x\d{1,9})*))?(,groups=(?P<groups>\d{1,9}))?", re.ASCII
+)
+
+
+def parse_layer(text: str) -> Layer:
+    """`Kind:in,out,k[xkxk][,groups=g]` → its signature; one `k` stands for every kernel axis."""
+    where = f"--layer {text[:80]}"
+    kind, _, numbers = text.partition(":")
+    if kind not in AXES:
+        closest = near_miss(kind, AXES)
+        fix = closest or f"Write it like {EXAMPLE}."
+        raise TnpeftError(Problem("the kind of layer", f"one of {', '.join(AXES)}", f"{kind[:40]!r}", fix, where))
+    axes = AXES[kind]
+    match = _NUMBERS.fullmatch(numbers.replace(" ", ""))
+    if match is None:
+        shape = "in,out" if not axes else "in,out,k" if axes == 1 else f"in,out,k or in,out,{'x'.join('k' * axes)}"
+        example = "Linear:64,128" if not axes else f"{kind}:64,128,3"
+        found = f"{numbers[:40]!r}"
+        raise TnpeftError(
+            Problem("the layer's numbers", f"{shape}[,groups=g]", found, f"Write it like {example}.", where)
+        )
+    kernel = tuple(int(size) for size in match["kernel"].split("x")) if match["kernel"] else ()
+    if axes > 1 and len(kernel) == 1:
+        kernel *= axes
+    in_channels, out_channels = (int(size) for size in match["ends"].split(","))
+    layer = Layer(kind, in_channels, out_channels, kernel, int(match["groups"] or 1))
+    _check(layer, axes, where)
+    return layer
+
+
+def _check(layer: Layer, axes: int, where: str) -> None:
+    if len(layer.kernel_size) != axes:
+        found = f"{len(layer.kernel_size)}"
+        fix = "A Linear has no kernel: leave it out." if not axes else f"Write it like {layer.kind}:64,128,3."
+        raise TnpeftError(Problem("the kernel's axes", f"{axes} for {layer.kind}", found, fix, where))
+    if min(layer.in_channels, layer.out_channels, layer.groups, *layer.kernel_size) < 1:
+        raise TnpeftError(Problem("the layer's numbers", "positive numbers", "a zero", "Mend that number.", where))
+    if layer.groups > 1 and not axes:
+        raise TnpeftError(Problem("groups", "none for Linear", f"{layer.groups}", "Leave `groups` out.", where))
+    if layer.in_channels % layer.groups or layer.out_channels % layer.groups:
+        found = f"{layer.in_channels} and {layer.out_channels}"
+        expected = f"channel counts that {layer.groups} divides"
+        raise TnpeftError(Problem("groups", expected, found, "Mend `groups` or the channel counts.", where))
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, int | float]:
+    """`["r=8", "alpha=0.5"]` → params; later ones win, as on any command line."""
+    params: dict[str, int | float] = {}
+    for text in settings:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        where = f"--set {text[:80]}"
+        if not equals or not name:
+            raise TnpeftError(Problem("a setting", "name=number", f"{text[:40]!r}", "Write it like --set r=8.", where))
+        params[name] = _number(value, where)
+    return params
+
+
+def _number(text: str, where: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise TnpeftError(Problem("a setting", "a number", f"{text[:40]!r}", "Write it like --set r=8.", where))

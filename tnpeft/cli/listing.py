@@ -1,0 +1,54 @@
+"""`tnpeft list`: what is shipped."""
+
+from __future__ import annotations
+
+from tnpeft.cli.output import Output, table
+from tnpeft.spec import Spec, list_specs, load_spec
+
+__all__ = ["print_list"]
+
+SHORT = {
+    frozenset({"Conv1d", "Conv2d", "Conv3d"}): "conv",
+    frozenset({"ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"}): "conv_transpose",
+}
+
+
+def print_list(output: Output, as_json: bool) -> None:
+    """Print every shipped spec with its layers and title, and every recipe with its specs."""
+    from tnpeft.recipe import list_recipes, load_recipe
+
+    specs = [load_spec(name) for name in list_specs()]
+    recipes = [load_recipe(name) for name in list_recipes()]
+    if as_json:
+        output.data(
+            {
+                "specs": [
+                    {
+                        "name": spec.name,
+                        "title": spec.title,
+                        "source": spec.source,
+                        "layers": list(spec.layers),
+                        "start": spec.start,
+                    }
+                    for spec in specs
+                ],
+                "recipes": [{"name": recipe.name} for recipe in recipes],
+            }
+        )
+        return
+    rows = ((spec.name, _layers(spec), spec.start, spec.title or "") for spec in specs)
+    output.show(table("", {"spec": "left", "layers": "left", "start": "left", "title": "left"}, rows))
+    output.say()
+    output.show(table("", {"recipe": "left"}, ((recipe.name,) for recipe in recipes)))
+
+
+def _layers(spec: Spec) -> str:
+    kinds = set(spec.layers)
+    if len(kinds) == 7:
+        return "any"
+    words = []
+    for group, word in SHORT.items():
+        if group <= kinds:
+            words.append(word)
+            kinds -= group
+    return ", ".join([*(kind for kind in spec.layers if kind in kinds), *words])

@@ -1,0 +1,113 @@
+"""`monai:ddpm-paper` or `package.module:factory` → a model without data, on the meta device."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tnpeft.errors import Problem, TnpeftError, near_miss
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["build_model"]
+
+# What other people's modules and factories may raise; an interrupt or a crash of the interpreter is not theirs.
+_THEIR_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def build_model(text: str) -> torch.nn.Module:
+    """Build the model that `text` names; raises TnpeftError that says which step failed."""
+    import torch
+
+    factory = _factory(text)
+    try:
+        with torch.device("meta"):
+            model = factory()
+    except _THEIR_ERRORS as error:
+        fix = "It is called without arguments, on the meta device: what reads values or files cannot stand in it."
+        raise _mistake(text, "calling the factory", "a model", _said(error), fix) from error
+    if not isinstance(model, torch.nn.Module):
+        fix = "Let the factory return the model itself."
+        raise _mistake(text, "what the factory returns", "a torch.nn.Module", f"a {type(model).__name__}", fix)
+    return model
+
+
+def _factory(text: str) -> Callable[[], Any]:
+    module_name, colon, name = text.partition(":")
+    if not colon or not module_name or not name:
+        fix = f"Write it like `my_package.models:build_unet`, or one of {', '.join(KNOWN)}."
+        raise _mistake(text, "the model", "package.module:factory", f"{text[:60]!r}", fix)
+    if text in KNOWN:
+        return KNOWN[text]
+    if module_name == "monai":
+        fix = near_miss(text, KNOWN) or f"Known are {', '.join(KNOWN)}."
+        raise _mistake(text, "the model", f"one of {', '.join(KNOWN)}", f"{text[:60]!r}", fix)
+    module = _import(module_name, text)
+    if not hasattr(module, name):
+        fix = near_miss(name, vars(module)) or "Check its spelling."
+        raise _mistake(text, "the factory", f"a function in {module_name}", f"no {name!r} there", fix)
+    factory = getattr(module, name)
+    if not callable(factory):
+        fix = "Name a function or class that makes the model."
+        raise _mistake(text, "the factory", "a function or class", f"a {type(factory).__name__}", fix)
+    return factory  # type: ignore[no-any-return]  # whatever it returns is checked where it is called
+
+
+def _import(name: str, text: str) -> object:
+    here = str(Path.cwd())
+    if here not in sys.path:  # a console script does not look in the working directory, `python -m` does
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except _THEIR_ERRORS as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name is not None
+        fix = f"Run it where {name.partition('.')[0]!r} can be imported." if missing else "Mend the module."
+        raise _mistake(text, f"importing {name}", "a module", _said(error), fix) from error
+
+
+def _said(error: BaseException) -> str:
+    line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__
+
+
+def _mistake(text: str, what: str, expected: str, found: str, fix: str) -> TnpeftError:
+    return TnpeftError(Problem(what, expected, found, fix, f"--model {text[:80]}"))
+
+
+def _ddpm_paper() -> Any:
+    """The diffusion model of Li et al., MICCAI 2025: 166.67 M parameters."""
+    try:
+        from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+    except ImportError as error:
+        fix = "Install it with `pip install 'tnpeft[demo]'`."
+        raise _mistake("monai:ddpm-paper", "MONAI", "monai 1.6 or newer", _said(error), fix) from error
+    return DiffusionModelUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        num_res_blocks=2,
+        channels=(32, 32, 64, 128, 256, 512),
+        attention_levels=(False, False, False, False, True, True),
+        norm_num_groups=32,
+        norm_eps=1e-6,
+        num_head_channels=(0, 0, 0, 0, 256, 512),
+    )
+
+
+KNOWN: dict[str, Callable[[], Any]] = {"monai:ddpm-paper": _ddpm_paper}

@@ -1,0 +1,95 @@
+"""How results and mistakes reach the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tnpeft.errors import Problem, TnpeftError
+
+__all__ = ["Output", "number", "problem_data", "reported", "table"]
+
+PIPE_WIDTH = 160  # where there is no terminal whose width could be asked for
+
+P = ParamSpec("P")
+
+
+class Output:
+    """Results to stdout, mistakes to stderr; texts of users' files are never read as markup."""
+
+    def __init__(self) -> None:
+        width = None if sys.stdout.isatty() else PIPE_WIDTH
+        self._results = Console(width=width, highlight=False, markup=False)
+        self._mistakes = Console(stderr=True, highlight=False, markup=False)
+
+    @property
+    def width(self) -> int:
+        """Columns that fit on a line."""
+        return self._results.width
+
+    def say(self, text: str | Text = "") -> None:
+        self._results.print(text, soft_wrap=True)
+
+    def show(self, result: Table) -> None:
+        self._results.print(result)
+
+    def data(self, document: Mapping[str, Any]) -> None:
+        """One JSON document, its keys in a fixed order."""
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+    def mistake(self, problem: Problem) -> None:
+        self._mistakes.print(Text.assemble(("error ", "bold red"), str(problem)), soft_wrap=True)
+
+
+def reported(command: Callable[P, None]) -> Callable[P, None]:
+    """Run a command; its TnpeftErrors become messages and exit status 1, never a traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except TnpeftError as error:
+            output = Output()
+            for problem in error.problems:
+                output.mistake(problem)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def problem_data(problem: Problem) -> dict[str, Any]:
+    """A mistake as JSON: its place is text, `file:line:column` where there is one."""
+    return {
+        "where": None if problem.where is None else str(problem.where),
+        "what": problem.what,
+        "expected": problem.expected,
+        "found": problem.found,
+        "fix": problem.fix,
+        "core": problem.core,
+        "index": problem.index,
+    }
+
+
+def number(value: float) -> str:
+    """12345 → "12,345"; 0.5 → "0.5"."""
+    return f"{value:,}" if float(value).is_integer() and isinstance(value, int) else f"{value:g}"
+
+
+def table(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]) -> Table:
+    """A plain table; `columns` maps each heading to "left" or "right"."""
+    result = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for heading, side in columns.items():
+        result.add_column(heading, justify="right" if side == "right" else "left", header_style="dim", overflow="fold")
+    for row in rows:
+        result.add_row(*(Text(cell) for cell in row))
+    return result

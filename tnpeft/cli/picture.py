@@ -1,0 +1,79 @@
+"""The network as text: a row for each core, a column for each index."""
+
+from __future__ import annotations
+
+from tnpeft.network import Network
+
+__all__ = ["picture"]
+
+
+def picture(network: Network, width: int) -> str:
+    """Draw the cores as horizontal wires and the indices as vertical ones; a dot is a leg.
+
+    An index with dots in two rows is a bond, one that runs down to the last row is an open leg of
+    the weight; LoHa's indices are both. The two lines on top are the names and sizes. What does not
+    fit in `width` columns becomes a list, a line for each index.
+    """
+    drawn = _draw(network)
+    return drawn if max(map(len, drawn.splitlines())) <= width else _write(network)
+
+
+def _write(network: Network) -> str:
+    """`d (8)  in_12, join_in`: the cores at each index."""
+    axis_of = {leg: name for name, axis in zip(_axes(network), network.weight, strict=True) for leg in axis}
+    lines = []
+    for leg in network.symbols:
+        ends = [core.name for core in network.cores if leg in core.legs]
+        ends += [f"weight {axis_of[leg]}"] if leg in axis_of else []
+        lines.append(f"{leg} ({network.sizes[leg]})".ljust(12) + ", ".join(ends))
+    return "\n".join(lines)
+
+
+def _draw(network: Network) -> str:
+    indices = list(network.symbols)
+    rows = [set(core.legs) for core in network.cores]
+    axis_of = {leg: name for name, axis in zip(_axes(network), network.weight, strict=True) for leg in axis}
+    last_row = {leg: len(rows) if leg in axis_of else _last(rows, leg) for leg in indices}
+    first_row = {leg: next(number for number, legs in enumerate(rows) if leg in legs) for leg in indices}
+    widths = [max(len(leg), len(str(network.sizes[leg])), len(axis_of.get(leg, ""))) + 1 for leg in indices]
+    margin = max(len("weight"), *(len(core.name) for core in network.cores)) + 2
+
+    lines = [
+        " " * margin + _cells(indices, widths),
+        " " * margin + _cells([str(network.sizes[leg]) for leg in indices], widths),
+    ]
+    for number, core in enumerate(network.cores):
+        crossing = [first_row[leg] < number < last_row[leg] for leg in indices]
+        lines.append(core.name.ljust(margin) + _wire([leg in rows[number] for leg in indices], crossing, widths))
+    lines.append("weight".ljust(margin) + _cells([axis_of.get(leg, "") for leg in indices], widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _axes(network: Network) -> list[str]:
+    """Names of the canonical weight's axes: out, in, then k0, k1, ..."""
+    return ["out", "in", *(f"k{axis}" for axis in range(len(network.weight) - 2))]
+
+
+def _last(rows: list[set[str]], leg: str) -> int:
+    return max(number for number, legs in enumerate(rows) if leg in legs)
+
+
+def _cells(texts: list[str], widths: list[int]) -> str:
+    return "".join(text.ljust(width) for text, width in zip(texts, widths, strict=True))
+
+
+def _wire(dots: list[bool], crossing: list[bool], widths: list[int]) -> str:
+    """One core's row: dots joined by a wire, other indices passing through."""
+    ends = [column for column, dot in enumerate(dots) if dot]
+    first, last = (ends[0], ends[-1]) if ends else (0, -1)
+    line = ""
+    for column, width in enumerate(widths):
+        inside = first <= column <= last
+        if dots[column]:
+            mark = "●"
+        elif crossing[column]:
+            mark = "┼" if inside else "│"
+        else:
+            mark = "─" if inside else " "
+        line += mark + ("─" if inside and column < last else " ") * (width - 1)
+    return line

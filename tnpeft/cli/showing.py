@@ -1,0 +1,151 @@
+"""`tnpeft show`: a spec, and what it becomes on a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tnpeft.cli.arguments import EXAMPLE, parse_layer, parse_settings
+from tnpeft.cli.output import Output, number, table
+from tnpeft.cli.picture import picture
+from tnpeft.errors import Problem, TnpeftError
+from tnpeft.network import BoundInit, Network
+from tnpeft.plan import Plan, plan
+from tnpeft.spec import Spec, load_spec
+
+__all__ = ["show_spec"]
+
+
+def show_spec(output: Output, name: str, layer: str | None, settings: Sequence[str], as_json: bool) -> None:
+    """Print a spec as it stands, or bound to a layer with its network and its plan."""
+    spec = load_spec(name)
+    params = parse_settings(settings)
+    if layer is None:
+        if params:
+            fix = f"Add --layer, e.g. --layer {EXAMPLE}."
+            raise TnpeftError(Problem("--set without --layer", "a layer to bind the params on", "none", fix))
+        output.data(_spec_data(spec)) if as_json else _print_spec(output, spec)
+        return
+    network = spec.bind(parse_layer(layer), **params)
+    contraction = plan(network)
+    if as_json:
+        output.data(_spec_data(spec) | _network_data(network) | {"plan": _plan_data(contraction)})
+    else:
+        _print_network(output, network, contraction)
+
+
+def _print_head(output: Output, spec: Spec) -> None:
+    output.say(f"{spec.name}: {spec.title}" if spec.title else spec.name)
+    if spec.source:
+        output.say(spec.source)
+
+
+def _print_spec(output: Output, spec: Spec) -> None:
+    _print_head(output, spec)
+    output.say(f"layers: {', '.join(spec.layers)}; start: {spec.start}\n")
+    rows = ((core.name, " ".join(core.legs), "frozen" if core.frozen else "") for core in spec.cores)
+    output.show(table("", {"core": "left", "legs": "left", "": "left"}, rows))
+    output.say(f"\nAdd --layer for shapes, parameters and costs, e.g. --layer {EXAMPLE}")
+
+
+def _print_network(output: Output, network: Network, contraction: Plan) -> None:
+    _print_head(output, network.spec)
+    params = ", ".join(f"{name} = {number(value)}" for name, value in network.params.items())
+    output.say(f"on {network.layer}{', ' + params if params else ''}\n")
+    columns = {"core": "left", "legs": "left", "shape": "left", "init": "left", "elements": "right"}
+    output.show(table("", columns, _core_rows(network)))
+    output.say("\n" + picture(network, output.width) + "\n")
+    share = network.num_parameters / network.layer.numel
+    facts = {
+        "parameters": f"{network.num_parameters:,} = {network.formula}",
+        "of the weight": f"{share:.2%} of {network.layer.numel:,}",
+        "scale": number(network.scale),
+        "start": network.start,
+        "einsum": network.einsum,
+        "path": " ".join(f"({', '.join(map(str, pair))})" for pair in contraction.path),
+        "FLOPs": f"{contraction.flops:,}",
+        "memory": f"{_bytes(contraction.peak_bytes)} at the peak",
+        "largest": f"{contraction.largest_intermediate:,} elements in one step's result",
+        "mode": contraction.mode,
+    }
+    for name, fact in facts.items():
+        output.say(f"{name:<14}{fact}")
+    for line in str(contraction).splitlines()[1:]:
+        output.say(line)
+
+
+def _core_rows(network: Network) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for core in network.cores:
+        shape = " x ".join(map(str, core.shape)) or "scalar"
+        init = _init_text(core.init) + (", frozen" if core.frozen else "")
+        rows.append((core.name, " ".join(core.legs), shape, init, f"{core.numel:,}"))
+    return rows
+
+
+def _init_text(init: BoundInit) -> str:
+    arguments = ", ".join(f"{name}={value:.4g}" for name, value in sorted(init.arguments.items()))
+    return f"{init.name}({arguments})" if arguments else init.name
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+def _spec_data(spec: Spec) -> dict[str, Any]:
+    return {
+        "spec": spec.name,
+        "title": spec.title,
+        "source": spec.source,
+        "layers": list(spec.layers),
+        "start": spec.start,
+        "cores": [{"name": core.name, "legs": list(core.legs), "frozen": core.frozen} for core in spec.cores],
+    }
+
+
+def _network_data(network: Network) -> dict[str, Any]:
+    layer = network.layer
+    return {
+        "layer": {
+            "kind": layer.kind,
+            "in_channels": layer.in_channels,
+            "out_channels": layer.out_channels,
+            "kernel_size": list(layer.kernel_size),
+            "groups": layer.groups,
+        },
+        "params": dict(network.params),
+        "sizes": dict(network.sizes),
+        "cores": [
+            {
+                "name": core.name,
+                "legs": list(core.legs),
+                "frozen": core.frozen,
+                "shape": list(core.shape),
+                "init": {"name": core.init.name, "arguments": dict(core.init.arguments)},
+                "elements": core.numel,
+            }
+            for core in network.cores
+        ],
+        "weight": [list(axis) for axis in network.weight],
+        "weight_shape": list(layer.weight_shape),
+        "scale": network.scale,
+        "einsum": network.einsum,
+        "parameters": network.num_parameters,
+        "formula": network.formula,
+        "share": network.num_parameters / layer.numel,
+    }
+
+
+def _plan_data(contraction: Plan) -> dict[str, Any]:
+    return {
+        "mode": contraction.mode,
+        "path": [list(pair) for pair in contraction.path],
+        "flops": contraction.flops,
+        "largest_intermediate": contraction.largest_intermediate,
+        "peak_bytes": contraction.peak_bytes,
+    }
