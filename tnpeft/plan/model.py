@@ -1,0 +1,125 @@
+"""What a plan says: pairwise steps, operations and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from tnpeft.network.model import Network
+from tnpeft.plan.path import Path
+
+__all__ = ["FLOAT_BYTES", "Plan", "Step"]
+
+# Cores and delta weights are fp32 unless the layer is fp64.
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pairwise contraction.
+
+    `operands` and `number` are numbers of tensors: the cores come first, in file order, then the results of the steps.
+    `flops` counts multiplications and additions: 2 for each element of the operands' joint index space, 1 where no
+    index is summed. `elements` is the size of the result.
+    """
+
+    number: int
+    operands: tuple[int, int]
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+    output: tuple[str, ...]
+    flops: int
+    elements: int
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """The indices that the step sums over."""
+        return tuple(leg for leg in self.left if leg in self.right and leg not in self.output)
+
+    def __str__(self) -> str:
+        left, right, output = (" ".join(legs) or "1" for legs in (self.left, self.right, self.output))
+        return f"({left}) ({right}) -> ({output})"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a network is contracted to its delta weight.
+
+    Plans are equal when one program runs them both: same signature, mode and path, whatever the names.
+    `path` is in opt_einsum's linear format. One core has no steps.
+    """
+
+    network: Network
+    mode: str
+    path: Path
+    steps: tuple[Step, ...] = field(repr=False)
+
+    @cached_property
+    def key(self) -> Hashable:
+        return (self.network.signature, self.mode, self.path)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of T(cores); the difference from a frozen copy takes about twice as many."""
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def largest_intermediate(self) -> int:
+        """Elements of the largest tensor that a step makes, the delta weight included."""
+        return max((step.elements for step in self.steps), default=self.network.cores[0].numel)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Bytes at fp32 that are alive at once, at most, while one delta weight is made and its gradient is wanted.
+
+        Alive are all cores; every result so far, which the backward pass reads again (but for those at least half as
+        large as the delta weight: they are made anew there, and are alive until their step has used them); and the
+        delta weight itself. A frozen copy adds its cores, the same results made of it, and the differences between
+        the two at the current step.
+        """
+        cores = self.network.cores
+        size = {number: core.numel for number, core in enumerate(cores)}
+        size.update((step.number, step.elements) for step in self.steps)
+        copies = self.network.start == "frozen_copy"
+        held = sum(core.numel * (2 if copies and not core.frozen else 1) for core in cores)
+        peak = held + (self.network.layer.numel if not self.steps else 0)
+        for step in self.steps:
+            last = step is self.steps[-1]
+            held += step.elements * (2 if copies and not last else 1)
+            passing = sum(size[number] for number in (*step.operands, step.number)) if copies and not last else 0
+            peak = max(peak, held + passing)
+            held -= sum(size[n] for n in step.operands if n >= len(cores) and 2 * size[n] >= self.network.layer.numel)
+        return FLOAT_BYTES * peak
+
+    def __str__(self) -> str:
+        cores = self.network.cores
+        names = [core.name for core in cores] + [f"#{number + 1}" for number in range(len(self.steps))]
+        lines = [
+            f"{self.network.spec.name} on {self.network.layer}: {self.mode}, {_steps(len(self.steps))}, "
+            f"{_count(self.flops)}FLOP, largest {_count(self.largest_intermediate)}elements, "
+            f"peak {_count(self.peak_bytes)}B"
+        ]
+        for step in self.steps:
+            left, right = (names[number] for number in step.operands)
+            lines.append(f"  {names[step.number]} = {left} * {right}: {step}  {_count(step.flops)}FLOP")
+        return "\n".join(lines)
+
+
+def _steps(number: int) -> str:
+    return "1 step" if number == 1 else f"{number} steps"
+
+
+def _count(number: int) -> str:
+    """A number with a decimal prefix, e.g. `57.9 M`."""
+    if number < 1000:
+        return f"{number} "
+    power = min(int(math.log10(number)) // 3, 6)
+    return f"{number / 1000**power:.3g} {' kMGTPE'[power]}"

@@ -1,0 +1,156 @@
+"""The delta weight, as the network's value or as its difference from a frozen copy, and its gradient.
+
+With A = A0 + dA for every tensor, d(A B) = dA B0 + A dB: the difference of two networks close to each other is made
+of differences all the way, never by subtraction of large values. The A0 are constants. The gradient needs no pairs, for
+d(T - T0)/d(cores) = dT/d(cores): the backward pass is that of the plain network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnpeft.program.contraction import View
+from tnpeft.program.execute import contract, contract_difference, reorder
+from tnpeft.program.finish import Finish
+from tnpeft.program.layout import Instruction
+
+__all__ = ["Code", "Delta", "without_autocast"]
+
+
+@dataclass(frozen=True)
+class Code:
+    """A program's instructions and what is known of its tensors, by number: cores first, then the results.
+
+    `frozen`: cores that never change. `kept`: results that the backward pass reads again instead of making them anew.
+    The scale is multiplied into the core `scaled`. A network of one core has no instructions; `only` reorders it and
+    `only_back` its gradient.
+    """
+
+    cores: int
+    frozen: tuple[bool, ...]
+    kept: tuple[bool, ...]
+    instructions: tuple[Instruction, ...]
+    finish: Finish
+    scale: float
+    scaled: int
+    only: View
+    only_back: View
+
+    def values(self, cores: Sequence[Tensor], known: Sequence[Tensor | None] = ()) -> list[Tensor]:
+        """Every tensor but the last result; results that are `known` are not made again."""
+        tensors = list(cores)
+        for place, step in enumerate(self.instructions[:-1]):
+            found = known[place] if known else None
+            if found is None:
+                found = contract(step.forward, tensors[step.left], tensors[step.right])
+            tensors.append(found)
+        return tensors
+
+    def last(self, tensors: Sequence[Tensor]) -> Tensor:
+        if not self.instructions:
+            return reorder(tensors[0], self.only).clone()  # never the core itself
+        step = self.instructions[-1]
+        return contract(step.forward, tensors[step.left], tensors[step.right])
+
+    def scale_one(self, cores: Sequence[Tensor]) -> list[Tensor]:
+        """The cores with the scale in one of them."""
+        scaled = list(cores)
+        if self.scale != 1.0:
+            scaled[self.scaled] = scaled[self.scaled] * self.scale
+        return scaled
+
+    def value(self, cores: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """scale * T(cores) as the stored weight, and every tensor on the way."""
+        tensors = self.values(self.scale_one(cores))
+        return self.finish.apply(self.last(tensors)), tensors
+
+    def constants(self, start: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the difference needs of the frozen copy: its cores, scaled, and its results but the last."""
+        return tuple(self.values(self.scale_one(start)))
+
+    def difference(
+        self, cores: Sequence[Tensor], start: Sequence[Tensor], constants: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """scale * (T(cores) - T(start)) as the stored weight, and every tensor of T(cores) on the way."""
+        changes: list[Tensor | None] = [
+            None if frozen else core - first for core, first, frozen in zip(cores, start, self.frozen, strict=True)
+        ]
+        tensors = self.scale_one(cores)
+        change = changes[self.scaled]
+        if self.scale != 1.0 and change is not None:
+            changes[self.scaled] = change * self.scale
+        for step in self.instructions:
+            left, right = step.left, step.right
+            change = contract_difference(
+                step.forward, (tensors[left], changes[left]), (constants[right], changes[right])
+            )
+            changes.append(change)
+            if step is not self.instructions[-1]:
+                constant = constants[step.number]
+                tensors.append(constant if change is None else constant + change)
+        change = changes[-1]
+        if change is None:  # every core is frozen
+            change = torch.zeros_like(self.last(tensors))
+        elif not self.instructions:
+            change = reorder(change, self.only)
+        return self.finish.apply(change), tensors
+
+    def gradients(self, tensors: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+        """Those of the cores that need one; plain operations, and so differentiable again."""
+        wanted = list(needed)
+        for step in self.instructions:
+            wanted.append(wanted[step.left] or wanted[step.right])
+        found: list[Tensor | None] = [None] * len(wanted)
+        found[-1] = self.finish.undo(gradient)
+        for step in reversed(self.instructions):
+            own = found[step.number]
+            if own is not None and wanted[step.left]:
+                found[step.left] = contract(step.to_left, own, tensors[step.right])
+            if own is not None and wanted[step.right]:
+                found[step.right] = contract(step.to_right, own, tensors[step.left])
+        if not self.instructions:
+            found = [reorder(self.finish.undo(gradient), self.only_back)]
+        shaped = [None if one is None else one.reshape(core.shape) for one, core in zip(found, tensors, strict=False)]
+        change = shaped[self.scaled]
+        if self.scale != 1.0 and change is not None:
+            shaped[self.scaled] = change * self.scale
+        return shaped
+
+
+class Delta(torch.autograd.Function):
+    """The delta weight in eager mode: keeps the cores and the small results for a backward pass on full values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, code: Code, start: Sequence[Tensor] | None, constants: Sequence[Tensor], *cores: Tensor
+    ) -> Tensor:
+        with without_autocast(cores[0]):
+            weight, tensors = code.value(cores) if start is None else code.difference(cores, start, constants)
+        results = (one if keep else None for one, keep in zip(tensors[code.cores :], code.kept, strict=True))
+        ctx.save_for_backward(*cores, *results)
+        ctx.code = code
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        code: Code = ctx.code
+        cores, results = ctx.saved_tensors[: code.cores], ctx.saved_tensors[code.cores :]
+        with without_autocast(cores[0]):
+            # Where the gradient is to be differentiated, the results must hang on the cores: none that was kept does.
+            tensors = code.values(code.scale_one(cores), () if torch.is_grad_enabled() else results)
+            found = code.gradients(tensors, gradient, ctx.needs_input_grad[3:])
+        return (None, None, None, *found)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Contractions run in the cores' own dtype, whatever autocast says."""
+    device = tensor.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,86 @@
+"""From the network's open legs to the weight as torch stores it: transposed axes, groups, crop, memory order.
+
+A tensor in *memory form* is contiguous and has the stored weight's axes from the slowest to the fastest varying. The
+last step of the program writes memory form directly where the weight's axes are whole legs; where padded axes are
+cropped, or a grouped transposed convolution splits the output axis, one more copy is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnpeft.network.model import Network
+
+__all__ = ["Finish"]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The way from the last result to the delta weight, and back for its gradient.
+
+    `legs` is the order in which the last step stores its result. `direct`: that is memory form. Else it is the
+    canonical weight before the crop, of shape `padded`.
+    """
+
+    legs: tuple[str, ...]
+    direct: bool
+    padded: tuple[int, ...]
+    canonical: tuple[int, ...]
+    stored: tuple[int, ...]
+    groups: int
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, network: Network, memory_order: tuple[int, ...]) -> Finish:
+        layer = network.layer
+        direct = network.padded_shape == layer.weight_shape and (not layer.transposed or layer.groups == 1)
+        axes = list(network.weight)
+        if direct:
+            if layer.transposed:
+                axes[0], axes[1] = axes[1], axes[0]
+            axes = [axes[axis] for axis in memory_order]
+        legs = tuple(leg for axis in axes for leg in axis)
+        groups = layer.groups if layer.transposed else 0
+        return cls(legs, direct, network.padded_shape, layer.weight_shape, layer.stored_shape, groups, memory_order)
+
+    def apply(self, result: Tensor) -> Tensor:
+        """The last step's result as the stored weight; its strides are those of the memory order."""
+        shape = tuple(self.stored[axis] for axis in self.order)
+        if not self.direct:
+            result = self._stored(result.reshape(self.padded)).permute(self.order)
+            result = result.clone(memory_format=torch.contiguous_format)
+        # Through one axis, because an axis of size 1 may otherwise keep an odd stride.
+        return result.reshape(-1).reshape(shape).permute(_inverse(self.order))
+
+    def undo(self, gradient: Tensor) -> Tensor:
+        """The gradient of the last step's result, stored as it is, from that of the stored weight."""
+        if self.direct:
+            return gradient.permute(self.order).contiguous()
+        canonical = self._canonical(gradient)
+        missing = [(0, wide - narrow) for wide, narrow in zip(self.padded, self.canonical, strict=True)]
+        if any(after for _, after in missing):
+            canonical = torch.nn.functional.pad(canonical, [number for pair in reversed(missing) for number in pair])
+        return canonical.contiguous()
+
+    def _stored(self, padded: Tensor) -> Tensor:
+        """Crop; transposed convolutions store (in, out // groups, ...): stored[g*a + i, o] = canonical[g*b + o, i]."""
+        cropped = padded[tuple(slice(size) for size in self.canonical)]
+        if not self.groups:
+            return cropped
+        outputs, inputs, *kernel = self.canonical
+        grouped = cropped.reshape(self.groups, outputs // self.groups, inputs, *kernel)
+        return grouped.transpose(1, 2).reshape(self.stored)
+
+    def _canonical(self, stored: Tensor) -> Tensor:
+        if not self.groups:
+            return stored
+        outputs, inputs, *kernel = self.canonical
+        grouped = stored.reshape(self.groups, inputs, outputs // self.groups, *kernel)
+        return grouped.transpose(1, 2).reshape(self.canonical)
+
+
+def _inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(permutation.index(place) for place in range(len(permutation)))

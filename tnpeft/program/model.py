@@ -1,0 +1,78 @@
+"""The program of a plan: straight-line code from cores to the delta weight in the weight's own memory order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tnpeft.plan import Plan
+from tnpeft.program.contraction import reordering
+from tnpeft.program.difference import Code, Delta, without_autocast
+from tnpeft.program.finish import Finish
+from tnpeft.program.layout import lay_out
+
+__all__ = ["Program", "build_program"]
+
+
+class Program:
+    """Pairwise contractions, all decided when the program is built.
+
+    Every method takes the cores, frozen ones too, in the network's order; contractions run in the cores' dtype and
+    outside autocast. Weights have the shape of torch's `layer.weight` and the strides of `memory_order`.
+    """
+
+    def __init__(self, plan: Plan, memory_order: tuple[int, ...]) -> None:
+        self.plan = plan
+        self.memory_order = memory_order
+        self._code = _compile(plan, memory_order)
+
+    def value(self, cores: Sequence[Tensor]) -> Tensor:
+        """T(cores), without the scale; differentiable any number of times."""
+        code = self._code
+        with without_autocast(cores[0]):
+            return code.finish.apply(code.last(code.values(cores)))
+
+    def constants(self, start: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        """What `delta` needs of the frozen copy and may be kept as long as that does not change; () without one."""
+        if start is None or self.plan.network.start == "zero":
+            return ()
+        with torch.no_grad(), without_autocast(start[0]):
+            return self._code.constants(start)
+
+    def delta(self, cores: Sequence[Tensor], start: Sequence[Tensor] | None, constants: Sequence[Tensor]) -> Tensor:
+        """scale * (T(cores) - T(start)), or scale * T(cores) where there is no `start`.
+
+        Exactly zero while the cores equal their start, or while a core of zeros is as it was.
+        """
+        if not torch.compiler.is_compiling():
+            weight: Tensor = Delta.apply(self._code, start, constants, *cores)  # type: ignore[no-untyped-call]
+            return weight
+        with without_autocast(cores[0]):
+            return (self._code.value(cores) if start is None else self._code.difference(cores, start, constants))[0]
+
+
+@lru_cache(maxsize=1024)
+def build_program(plan: Plan, memory_order: tuple[int, ...]) -> Program:
+    """The program of `plan`, cached; `memory_order` has the stored weight's axes from slowest to fastest varying."""
+    return Program(plan, memory_order)
+
+
+def _compile(plan: Plan, memory_order: tuple[int, ...]) -> Code:
+    network = plan.network
+    finish = Finish.of(network, memory_order)
+    legs = network.cores[0].legs
+    sizes = [core.numel for core in network.cores]
+    return Code(
+        cores=len(network.cores),
+        frozen=tuple(core.frozen for core in network.cores),
+        kept=tuple(2 * step.elements < network.layer.numel for step in plan.steps[:-1]),
+        instructions=lay_out(plan, finish.legs),
+        finish=finish,
+        scale=network.scale,
+        scaled=sizes.index(min(sizes)),
+        only=reordering(legs, finish.legs if not plan.steps else legs, network.sizes),
+        only_back=reordering(finish.legs if not plan.steps else legs, legs, network.sizes),
+    )
