@@ -87,7 +87,7 @@ def _base_model(setup: Setup, run: Run) -> Iterator[nn.Module]:
 
 
 def _fresh_base(setup: Setup) -> nn.Module:
-    unet = build_unet(setup.config.model, setup.config.base)
+    unet: nn.Module = build_unet(setup.config.model, setup.config.base)
     load_base(unet, setup.config.base)
     unet.to(setup.accelerator.device)
     return unet

@@ -94,6 +94,8 @@ def _problem(path: Path) -> Problem | None:
         return wrong("real numbers", f"voxels of type {voxels.dtype}")
     if not np.isfinite(voxels).all():
         return wrong("finite numbers", "voxels that are infinite or not a number")
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-12:
+        return wrong("an affine that places the voxels", "one that is singular")
     if voxels.min() == voxels.max():
         return wrong("an image", f"the same value everywhere, {float(voxels.flat[0]):g}")
     return None

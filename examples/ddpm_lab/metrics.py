@@ -12,7 +12,7 @@ __all__ = ["SsimScales", "frechet_distance", "mmd_gaussian", "mmd_linear", "ms_s
 
 # Wang et al. 2003: the weight of each scale, finest first.
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-WINDOWS = (11, 7, 5, 3)
+WINDOWS = (11, 7, 5)
 
 
 def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ from typing import Literal
 import nibabel
 import numpy as np
 import torch
-from monai.transforms import AdjustContrast, Compose, RandBiasField, RandGibbsNoise, RandRicianNoise
+from monai.transforms import AdjustContrast, Compose, EnsureType, RandBiasField, RandGibbsNoise, RandRicianNoise
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch.nn.functional import grid_sample, interpolate
 
@@ -97,10 +97,11 @@ def paint_subject(tissues: Tissues, contrast: Contrast, generator: torch.Generat
             AdjustContrast(gamma=gamma),
             RandGibbsNoise(prob=1.0, alpha=(0.1, 0.4)),
             RandRicianNoise(prob=1.0, std=0.015),
+            EnsureType(dtype=torch.float32, track_meta=False),
         ]
     )
     acquisition.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
-    return torch.as_tensor(acquisition(clean[None]))[0].clamp(0, 1).to(torch.float32)
+    return torch.as_tensor(acquisition(clean[None]))[0].clamp(0, 1)
 
 
 def _deformation(side: int, generator: torch.Generator) -> torch.Tensor:
