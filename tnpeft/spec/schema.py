@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from tnpeft.spec.shape import FilePart, Schema
 
 __all__ = ["SPEC"]
@@ -23,9 +25,9 @@ class SpecFile(FilePart):
     title: str = ""
     source: str = ""
     layers: str | list[str]
-    params: dict[str, Scalar] = {}
+    params: dict[str, Scalar] = Field(default_factory=dict)
     bond: int | str | None = None
-    sizes: dict[str, Scalar | list[Scalar]] = {}
+    sizes: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
     factors: str | dict[int, list[int]] | None = None
     init: str | None = None
     cores: dict[str, str | CoreFile]

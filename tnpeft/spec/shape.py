@@ -47,7 +47,7 @@ def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
         fix = f"A {schema.what} is `key: value` lines, the first one `tnpeft: 1`."
         problems.add(root.position, "the file", "a mapping", root.describe(), fix)
         problems.raise_if_any()
-    broken: set[Path] = set()
+    kinds: dict[Path, str] = {}
     try:
         schema.model.model_validate(root.plain())
     except ValidationError as error:
@@ -55,10 +55,13 @@ def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
             path = _existing(root, detail["loc"])
             if detail["type"] == "missing":
                 path = (*path, str(detail["loc"][-1]))
-            if path not in broken:
-                broken.add(path)
-                _report(root, path, str(detail["type"]), schema, problems)
-    return broken
+            kinds.setdefault(path, str(detail["type"]))
+    # Every member of a union complains: the one that got further into the value knows more.
+    inner = {path[:length] for path in kinds for length in range(len(path))}
+    for path, kind in kinds.items():
+        if path not in inner:
+            _report(root, path, kind, schema, problems)
+    return set(kinds)
 
 
 def _existing(root: Node, loc: tuple[str | int, ...]) -> Path:

@@ -1,0 +1,169 @@
+"""`attach`: from a spec or recipe to an adapted model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tnpeft.errors import AttachError, BindError, Problem, SpecError
+from tnpeft.modules import Adapter, compile
+from tnpeft.recipe.model import Entry, Recipe, Train, compiled, list_recipes, load_recipe, train_from
+from tnpeft.recipe.report import Report, report_of
+from tnpeft.recipe.targets import targets, trained
+from tnpeft.spec import Spec, list_specs, load_spec
+from tnpeft.spec.document import clip
+from tnpeft.surgery import adapters_of, install, plain_modules, record_of, trained_of
+
+__all__ = ["Handle", "attach"]
+
+Match = str | Sequence[str]
+
+
+class Handle:
+    """An attached adapter: its model and name, what trains, and how much that is."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        record_of(model, name)
+        self.model = model
+        self.name = name
+
+    def report(self) -> Report:
+        """What trains, per layer and in total; prints as a table."""
+        return report_of(self.model, self.name)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this adapter trains: cores as `layer.core`, then biases, norms and joint parameters by name."""
+        for layer, adapter in adapters_of(self.model, self.name).items():
+            for core, tensor in adapter.cores.items():
+                if isinstance(tensor, nn.Parameter):
+                    yield f"{layer}.{core}", tensor
+        for name, tensor in trained_of(self.model, self.name).items():
+            if isinstance(tensor, nn.Parameter):
+                yield name, tensor
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What to give the optimiser."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def __repr__(self) -> str:
+        return f"Handle(name={self.name!r}, layers={len(adapters_of(self.model, self.name))})"
+
+
+def attach(
+    model: nn.Module,
+    what: Recipe | Spec | str | Path,
+    /,
+    *,
+    match: Match | None = None,
+    name: str = "default",
+    train: Train | Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    mode: str = "dense",
+    **params: float,
+) -> Handle:
+    """Put an adapter on a model; until the first optimiser step the model computes what it did, bit for bit.
+
+    `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers:
+    a regular expression (searched in full module names) or a list of names. `train` says what
+    trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the
+    recipe says, by default), `params` override the specs' own numbers, `seed` their seed, and `name`
+    tells several adapters on one model apart. Everything else is frozen.
+
+    Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
+    """
+    recipe = _recipe(what, match, params)
+    if train is not None:
+        recipe = replace(recipe, train=train_from(train))
+    claimed = targets(model, recipe)
+    also = trained(model, recipe.train, claimed)
+    adapters = _compile(plain_modules(model), claimed, seed, mode)
+    about = {"recipe": recipe.name, "trained": {"bias": also.bias, "norm": also.norm, "also": also.also}}
+    install(model, name, adapters, also.names, _json_like(about))
+    return Handle(model, name)
+
+
+def _json_like(about: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists: what a file gives back must equal what was attached."""
+    return {**about, "trained": {reason: list(names) for reason, names in about["trained"].items()}}
+
+
+def _recipe(what: Recipe | Spec | str | Path, match: Match | None, params: Mapping[str, Any]) -> Recipe:
+    found = _find(what) if isinstance(what, str | Path) else what
+    if isinstance(found, Spec):
+        return Recipe(found.name, (_entry(found, match, params),), Train(), found.title, found.source, found.file)
+    if not isinstance(found, Recipe):
+        fix = "Pass the name or path of one, `load_spec(...)` or `load_recipe(...)`."
+        raise AttachError(Problem("attach", "a spec or a recipe", type(what).__name__, fix))
+    if match is not None:
+        fix = "Remove `match`, or attach a spec."
+        raise AttachError(Problem(f"recipe '{found.name}'", "its own patterns", f"match={clip(match)}", fix))
+    return _override(found, params)
+
+
+def _find(what: str | Path) -> Spec | Recipe:
+    """A spec or recipe by name or path; a file with `adapters` is a recipe."""
+    if str(what) in list_recipes() and str(what) not in list_specs():
+        return load_recipe(what)
+    try:
+        return load_spec(what)
+    except SpecError as spec_error:
+        if Path(what).suffix not in (".yaml", ".yml") or not any("'adapters'" in p.what for p in spec_error.problems):
+            raise
+    return load_recipe(what)
+
+
+def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any]) -> Entry:
+    if match is None:
+        fix = r"For example `match=r'attn\.to_[qv]$'`, or a list of names from `model.named_modules()`."
+        raise AttachError(Problem(f"spec '{spec.name}'", "`match`", "none", fix))
+    if isinstance(match, str):
+        compiled(match)
+        return Entry(spec, match, params)
+    names = tuple(match)
+    if not names or not all(isinstance(item, str) and item for item in names):
+        fix = "Give full module names, as `model.named_modules()` has them."
+        raise AttachError(Problem("`match`", "a regular expression or layer names", clip(names), fix))
+    return Entry(spec, names, params)
+
+
+def _override(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
+    """Each entry takes the overrides its spec knows; one that none knows is a mistake."""
+    unknown = [key for key in params if all(key not in entry.spec.params for entry in recipe.entries)]
+    if unknown:
+        known = ", ".join(sorted({key for entry in recipe.entries for key in entry.spec.params}))
+        fix = "Remove it."
+        raise AttachError(
+            *(
+                Problem(f"recipe '{recipe.name}', param '{key}'", f"one of {known}", "none of them", fix)
+                for key in unknown
+            )
+        )
+    entries = tuple(
+        replace(entry, params={**entry.params, **{key: params[key] for key in params if key in entry.spec.params}})
+        for entry in recipe.entries
+    )
+    return replace(recipe, entries=entries)
+
+
+def _compile(
+    modules: Mapping[str, nn.Module], claimed: Mapping[str, Entry], seed: int | None, mode: str
+) -> dict[str, Adapter]:
+    """One adapter per layer (once for a layer with two names); every layer's mistakes are collected."""
+    adapters: dict[str, Adapter] = {}
+    seen: set[int] = set()
+    problems: list[Problem] = []
+    for name, entry in claimed.items():
+        if id(modules[name]) in seen:
+            continue
+        seen.add(id(modules[name]))
+        try:
+            adapters[name] = compile(entry.spec, modules[name], seed=seed, name=name, mode=mode, **entry.params)
+        except BindError as error:
+            problems += [replace(problem, what=f"layer '{name}': {problem.what}") for problem in error.problems]
+    if problems:
+        raise AttachError(*dict.fromkeys(problems))
+    return adapters

@@ -1,0 +1,230 @@
+"""Recipes: which spec goes on which layers, and what else trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tnpeft.errors import Position, Problem, SpecError, TnpeftError
+from tnpeft.spec import Spec, find_shipped, load_spec
+from tnpeft.spec.document import Node, Problems, clip, read_document, read_file
+from tnpeft.spec.library import shipped_folder
+from tnpeft.spec.shape import FilePart, Schema, check_shape
+
+__all__ = ["Entry", "Recipe", "Train", "list_recipes", "load_recipe", "train_from"]
+
+Bias = Literal["none", "adapted", "all"]
+Scalar = int | float
+
+
+class EntryFile(FilePart):
+    spec: str
+    match: str | list[str]
+    params: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class TrainFile(FilePart):
+    bias: Bias = "none"
+    norm: bool = False
+    also: list[str] = Field(default_factory=list)
+
+
+class RecipeFile(FilePart):
+    tnpeft: Literal[1]
+    name: str
+    title: str = ""
+    source: str = ""
+    adapters: list[EntryFile]
+    train: TrainFile = Field(default_factory=TrainFile)
+
+
+RECIPE = Schema(
+    what="recipe",
+    model=RecipeFile,
+    expected={
+        "tnpeft": ("the language version 1", "Write `tnpeft: 1`."),
+        "name": ("a word", "Write `name: my_recipe`; quote it if it looks like a number."),
+        "title": ("a text", "Quote it."),
+        "source": ("a text", "Quote it."),
+        "adapters": ("a list of specs with their layers", "For example `adapters: [{spec: lora, match: to_q}]`."),
+        "spec": ("a spec's name or path", "For example `spec: lora`."),
+        "match": ("a regular expression or a list of layer names", r"For example `match: 'conv[12]\.conv$'`."),
+        "params": ("names with numbers", "For example `params: {r: 4}`."),
+        "train": ("what trains beside the cores", "For example `train: {bias: adapted, norm: true}`."),
+        "bias": ("`none`, `adapted` or `all`", "Write `bias: adapted`, say."),
+        "norm": ("`true` or `false`", "Write `norm: true`, say."),
+        "also": ("a list of regular expressions", r"For example `also: ['^out\.']`."),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One spec of a recipe with its layers: `match` is a regular expression, or exact names."""
+
+    spec: Spec
+    match: str | tuple[str, ...]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    where: Position | str | None = None
+
+
+@dataclass(frozen=True)
+class Train:
+    """What trains beside the cores.
+
+    `bias`: `none`, `adapted` (of the adapted layers) or `all`; `norm`: the affine parameters of
+    normalisation layers; `also`: regular expressions on parameter names, for joint training.
+    """
+
+    bias: Bias = "none"
+    norm: bool = False
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which spec goes on which layers of a model, and what else trains."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    train: Train = Train()
+    title: str = ""
+    source: str = ""
+    file: str = "<recipe>"
+
+    @classmethod
+    def from_yaml(cls, text: str | bytes, file: str = "<recipe>") -> Recipe:
+        """Read a recipe from YAML text; raises SpecError with every mistake found, in its specs too."""
+        return _read(read_document(text, file), file)
+
+
+def list_recipes() -> tuple[str, ...]:
+    """The names of the shipped recipes."""
+    return tuple(sorted(path.stem for path in shipped_folder().glob("recipes/*.yaml")))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A shipped recipe by name (`tenvoo_l_ddpm`) or a recipe file by path.
+
+    A spec in it is a shipped name, or a path from the recipe's folder. Raises SpecError with every
+    mistake in the file and in its specs, each with file, line and column.
+    """
+    path = find_shipped(name, "recipes", "recipe")
+    return _read(read_file(path, "recipe"), str(path))
+
+
+def train_from(value: Train | Mapping[str, Any] | None) -> Train:
+    """`attach`'s `train` argument: what a recipe's `train` holds, as a mapping. Raises SpecError."""
+    if value is None or isinstance(value, Train):
+        return value or Train()
+    problems = Problems()
+    root = _node({"train": dict(value)})
+    broken = check_shape(root, problems, _TRAIN)
+    problems.raise_if_any()
+    return _train(root, broken, problems)
+
+
+class _TrainArgument(FilePart):
+    train: TrainFile
+
+
+_TRAIN = Schema("`train` argument", _TrainArgument, RECIPE.expected)
+
+
+def _node(value: Any) -> Node:
+    """Python data as a node, so that arguments and files meet the same checks."""
+    where = Position("train", 1, 1)
+    if isinstance(value, Mapping):
+        return Node("mapping", tuple((_node(key), _node(item)) for key, item in value.items()), where)
+    if isinstance(value, list | tuple):
+        return Node("list", tuple(_node(item) for item in value), where)
+    return Node("scalar", value, where, str(value))
+
+
+def _read(root: Node, file: str) -> Recipe:
+    problems = Problems()
+    broken = check_shape(root, problems, RECIPE)
+    entries = []
+    adapters = root.get("adapters")
+    for number, node in enumerate(adapters.value if adapters is not None and adapters.kind == "list" else ()):
+        if not any(path[:2] == ("adapters", number) for path in broken) and ("adapters",) not in broken:
+            entry = _entry(node, file, problems)
+            entries += [entry] if entry is not None else []
+    if adapters is not None and adapters.kind == "list" and not adapters.value:
+        problems.add(adapters.position, "`adapters`", "at least one entry", "none", RECIPE.expected["adapters"][1])
+    train = _train(root, broken, problems)
+    problems.raise_if_any()
+    texts = {key: root.get(key) for key in ("name", "title", "source")}
+    words = {key: str(node.value) if node is not None else "" for key, node in texts.items()}
+    return Recipe(words["name"], tuple(entries), train, words["title"], words["source"], file)
+
+
+def _entry(node: Node, file: str, problems: Problems) -> Entry | None:
+    spec_node, match, params = node.get("spec"), node.get("match"), node.get("params")
+    assert spec_node is not None and match is not None  # the shape holds
+    spec = _spec(spec_node, file, problems)
+    for item in match.value if match.kind == "list" else ():
+        if not item.text:
+            problems.add(item.position, "`match`", "a layer's name", "an empty one", "Remove it.")
+    if match.kind == "scalar":
+        _check_regex(match, problems)
+    if spec is None:
+        return None
+    values = params.plain() if params is not None else {}
+    for key in values:
+        if key not in spec.params:
+            fix = f"Its params are {', '.join(spec.params) or 'none'}."
+            where = params.position if params is not None else node.position
+            problems.add(where, "`params`", f"params of '{spec.name}'", clip(key), fix)
+    layers = match.value if isinstance(match.value, str) else tuple(item.value for item in match.value)
+    return Entry(spec, layers, values, node.position)
+
+
+def _spec(node: Node, file: str, problems: Problems) -> Spec | None:
+    beside = Path(file).parent / node.value
+    try:
+        is_file = node.value.endswith((".yaml", ".yml")) and beside.is_file()
+        return load_spec(beside if is_file else node.value)
+    except SpecError as error:
+        for problem in error.problems:
+            if problem.where is None:
+                problems.add(node.position, problem.what, problem.expected, problem.found, problem.fix)
+            else:
+                problems.found.append(problem)
+        return None
+
+
+def _check_regex(node: Node, problems: Problems) -> None:
+    try:
+        compiled(node.value)
+    except TnpeftError as error:
+        problem = error.problems[0]
+        problems.add(node.position, problem.what, problem.expected, problem.found, problem.fix)
+
+
+@lru_cache(maxsize=256)
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A regular expression; raises SpecError that says where it breaks."""
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        fix = r"A dot of a module's name is written `\.`."
+        problem = Problem(f"pattern {clip(pattern)}", "a regular expression", clip(str(error))[1:-1], fix)
+        raise SpecError(problem) from None
+
+
+def _train(root: Node, broken: set[Any], problems: Problems) -> Train:
+    node = root.get("train")
+    if node is None or any(path[0] == "train" for path in broken):
+        return Train()
+    also = node.get("also")
+    for item in also.value if also is not None else ():
+        _check_regex(item, problems)
+    values = node.plain()
+    return Train(values.get("bias", "none"), values.get("norm", False), tuple(values.get("also", ())))

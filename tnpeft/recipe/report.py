@@ -1,0 +1,112 @@
+"""What trains: per layer, in total, and as a share of the model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from tnpeft.surgery import adapters_of, base_tensors, plain_parameters, record_of
+
+__all__ = ["LayerReport", "Report", "report_of"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer; all counts are elements. `weight` is the base layer's weight, `cores` what trains of it."""
+
+    name: str
+    layer: str
+    spec: str
+    params: Mapping[str, float]
+    mode: str
+    cores: int
+    bias: int
+    weight: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The trainable parameters of one adapter; counts are elements, `share` is of the base model's."""
+
+    name: str
+    layers: tuple[LayerReport, ...]
+    cores: int
+    bias: int
+    norm: int
+    also: int
+    trained: int
+    base: int
+
+    @property
+    def share(self) -> float:
+        return self.trained / self.base if self.base else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        return {**asdict(self), "share": self.share}
+
+    def __rich__(self) -> Table:
+        title = f"Adapter '{self.name}': {self.trained:,} of {self.base:,} parameters train ({self.share:.3%})"
+        table = Table(title=title, title_justify="left", show_footer=True)
+        table.add_column("layer", footer=f"{len(self.layers)} layers", overflow="fold")
+        table.add_column("kind", overflow="fold")
+        table.add_column("spec")
+        table.add_column("params")
+        table.add_column("weight", justify="right", footer=f"{sum(row.weight for row in self.layers):,}")
+        table.add_column("cores", justify="right", footer=f"{self.cores:,}")
+        table.add_column("bias", justify="right", footer=f"{sum(row.bias for row in self.layers):,}")
+        for row in self.layers:
+            params = " ".join(f"{name}={value:g}" for name, value in row.params.items())
+            table.add_row(row.name, row.layer, row.spec, params, f"{row.weight:,}", f"{row.cores:,}", f"{row.bias:,}")
+        sums = (("cores", self.cores), ("biases", self.bias), ("norms", self.norm), ("also", self.also))
+        table.caption = ", ".join(f"{label} {count:,}" for label, count in sums if count or label == "cores")
+        table.caption_justify = "left"
+        return table
+
+    def __str__(self) -> str:
+        stream = io.StringIO()
+        Console(file=stream, width=140, color_system=None, force_terminal=False).print(self)
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def report_of(model: nn.Module, name: str) -> Report:
+    """The report of an attached adapter. Raises AttachError where there is none of that name."""
+    record = record_of(model, name)
+    parameters = plain_parameters(model)
+    reasons: Mapping[str, Iterable[str]] = record.about.get("trained", {})
+    counts = {reason: _numel(parameters[key] for key in keys) for reason, keys in reasons.items()}
+    biases = set(reasons.get("bias", ()))
+    rows = []
+    for layer, adapter in adapters_of(model, name).items():
+        network = adapter.network
+        bias = f"{layer}.bias"
+        own = parameters[bias].numel() if bias in biases else 0
+        weight = network.layer.numel
+        rows.append(
+            LayerReport(
+                layer,
+                str(network.layer),
+                network.spec.name,
+                dict(network.params),
+                adapter.plan.mode,
+                network.num_parameters,
+                own,
+                weight,
+            )
+        )
+    cores = sum(row.cores for row in rows)
+    base = _numel(tensor for tensor in base_tensors(model).values() if isinstance(tensor, nn.Parameter))
+    bias_count, norm, also = (counts.get(reason, 0) for reason in ("bias", "norm", "also"))
+    trained = cores + bias_count + norm + also
+    return Report(name, tuple(rows), cores, bias_count, norm, also, trained, base)
+
+
+def _numel(tensors: Iterable[Tensor]) -> int:
+    """Elements, tied tensors once."""
+    return sum({id(tensor): tensor.numel() for tensor in tensors}.values())
