@@ -116,7 +116,8 @@ class Code:
                 found[step.right] = contract(step.to_right, own, tensors[step.left])
         if not self.instructions:
             found = [reorder(self.finish.undo(gradient), self.only_back)]
-        shaped = [None if one is None else one.reshape(core.shape) for one, core in zip(found, tensors, strict=False)]
+        pairs = zip(found[: self.cores], tensors[: self.cores], strict=True)
+        shaped = [None if one is None else one.reshape(core.shape) for one, core in pairs]
         change = shaped[self.scaled]
         if self.scale != 1.0 and change is not None:
             shaped[self.scaled] = change * self.scale
