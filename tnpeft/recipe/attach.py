@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tnpeft.errors import AttachError, BindError, Problem, SpecError
+from tnpeft.errors import AttachError, BindError, Problem, SpecError, near_miss
 from tnpeft.modules import Adapter, compile
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, list_recipes, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
@@ -91,7 +91,7 @@ def _json_like(about: dict[str, Any]) -> dict[str, Any]:
     return {**about, "trained": {reason: list(names) for reason, names in about["trained"].items()}}
 
 
-def _recipe(what: Recipe | Spec | str | Path, match: Match | None, params: Mapping[str, Any]) -> Recipe:
+def _recipe(what: object, match: Match | None, params: Mapping[str, Any]) -> Recipe:
     found = _find(what) if isinstance(what, str | Path) else what
     if isinstance(found, Spec):
         return Recipe(found.name, (_entry(found, match, params),), Train(), found.title, found.source, found.file)
@@ -132,16 +132,19 @@ def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any]) -> Entry:
 
 def _override(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
     """Each entry takes the overrides its spec knows; one that none knows is a mistake."""
-    unknown = [key for key in params if all(key not in entry.spec.params for entry in recipe.entries)]
-    if unknown:
-        known = ", ".join(sorted({key for entry in recipe.entries for key in entry.spec.params}))
-        fix = "Remove it."
-        raise AttachError(
-            *(
-                Problem(f"recipe '{recipe.name}', param '{key}'", f"one of {known}", "none of them", fix)
-                for key in unknown
-            )
+    known = sorted({key for entry in recipe.entries for key in entry.spec.params})
+    problems = [
+        Problem(
+            f"recipe '{recipe.name}', param '{key}'",
+            f"one of {', '.join(known)}",
+            "none of them",
+            near_miss(key, known) or "Remove it.",
         )
+        for key in params
+        if key not in known
+    ]
+    if problems:
+        raise AttachError(*problems)
     entries = tuple(
         replace(entry, params={**entry.params, **{key: params[key] for key in params if key in entry.spec.params}})
         for entry in recipe.entries

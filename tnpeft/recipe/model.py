@@ -19,6 +19,7 @@ from tnpeft.spec.shape import FilePart, Schema, check_shape
 
 __all__ = ["Entry", "Recipe", "Train", "list_recipes", "load_recipe", "train_from"]
 
+Norm = bool | Literal["all"]
 Bias = Literal["none", "adapted", "all"]
 Scalar = int | float
 
@@ -31,7 +32,7 @@ class EntryFile(FilePart):
 
 class TrainFile(FilePart):
     bias: Bias = "none"
-    norm: bool = False
+    norm: bool | Literal["all"] = False
     also: list[str] = Field(default_factory=list)
 
 
@@ -58,7 +59,7 @@ RECIPE = Schema(
         "params": ("names with numbers", "For example `params: {r: 4}`."),
         "train": ("what trains beside the cores", "For example `train: {bias: adapted, norm: true}`."),
         "bias": ("`none`, `adapted` or `all`", "Write `bias: adapted`, say."),
-        "norm": ("`true` or `false`", "Write `norm: true`, say."),
+        "norm": ("`true`, `false` or `all`", "Write `norm: true`, say."),
         "also": ("a list of regular expressions", r"For example `also: ['^out\.']`."),
     },
 )
@@ -78,12 +79,14 @@ class Entry:
 class Train:
     """What trains beside the cores.
 
-    `bias`: `none`, `adapted` (of the adapted layers) or `all`; `norm`: the affine parameters of
-    normalisation layers; `also`: regular expressions on parameter names, for joint training.
+    `bias`: `none`, `adapted` (of the adapted layers) or `all`. `norm`: the affine parameters of
+    normalisation layers; `True` takes those the model calls norm, as the paper's code does (or every
+    one, where it calls none so), `"all"` takes every one. `also`: regular expressions on parameter
+    names, for joint training.
     """
 
     bias: Bias = "none"
-    norm: bool = False
+    norm: Norm = False
     also: tuple[str, ...] = ()
 
 
@@ -167,7 +170,8 @@ def _read(root: Node, file: str) -> Recipe:
 
 def _entry(node: Node, file: str, problems: Problems) -> Entry | None:
     spec_node, match, params = node.get("spec"), node.get("match"), node.get("params")
-    assert spec_node is not None and match is not None  # the shape holds
+    assert spec_node is not None  # the shape holds
+    assert match is not None
     spec = _spec(spec_node, file, problems)
     for item in match.value if match.kind == "list" else ():
         if not item.text:

@@ -110,6 +110,13 @@ _NORMS = tuple(
 )
 
 
+def _norms(model: nn.Module, train: Train) -> set[str]:
+    """`true`: the norms that the model calls so (the paper's choice), or all where it calls none so; `all`: all."""
+    every = {name for name, module in plain_modules(model).items() if _is_norm(module)} if train.norm else set()
+    called = {name for name in every if "norm" in name.lower()}
+    return every if train.norm == "all" else called or every
+
+
 def _is_norm(module: nn.Module) -> bool:
     """torch's norms, and other people's leaf modules that say they are one."""
     if isinstance(module, (*_NORMS, _NormBase)):
@@ -132,8 +139,8 @@ def trained(model: nn.Module, train: Train, adapted: Iterable[str]) -> Trained:
         bias = [name for name in (f"{layer}.bias" for layer in adapted) if name in present]
     else:
         bias = []
-    norms = {name for name, module in plain_modules(model).items() if _is_norm(module)}
-    norm = [name for name in names if train.norm and name.rpartition(".")[0] in norms]
+    norms = _norms(model, train)
+    norm = [name for name in names if name.rpartition(".")[0] in norms]
     also: dict[str, None] = {}
     problems = []
     for pattern in train.also:
