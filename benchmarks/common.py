@@ -23,7 +23,7 @@ PACKAGES = ("tnpeft", "torch", "numpy", "opt_einsum", "networkx", "monai", "peft
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call, and the ratio to the reference of the same round: medians, with the middle half of the rounds."""
+    """Seconds per call and the ratio to the reference of the same round: medians, and the middle half of the ratios."""
 
     seconds: float
     ratio: float
