@@ -14,6 +14,7 @@ from tnpeft.modules.execution import EXECUTIONS, dense, summed_weight
 
 __all__ = ["AdaptedConv", "AdaptedConvTranspose", "AdaptedLayer", "AdaptedLinear", "wrap"]
 
+_TAKEN = frozenset(dir(nn.ModuleDict()))
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -98,7 +99,8 @@ class AdaptedLayer(nn.Module):
         """Compute the effective weight once and keep it beside the base weight."""
         with torch.inference_mode(False), torch.no_grad():
             weight = self.base.weight.detach()
-            self._buffers["_merged"] = summed_weight(weight, self.active) if self.scales else weight
+            # A clone, for the sum may be a view into something larger.
+            self._buffers["_merged"] = summed_weight(weight, self.active).clone() if self.scales else weight
 
     def unmerge(self) -> None:
         self._buffers["_merged"] = None
@@ -196,7 +198,7 @@ def wrap(layer: nn.Module) -> AdaptedLayer:
 
 def _key(name: str) -> str:
     """An adapter's key in the ModuleDict, whose own methods (`keys`, `type`, `half`, ...) are no keys for it."""
-    return f"_{name}" if hasattr(nn.ModuleDict, name) else name
+    return f"_{name}" if name in _TAKEN else name
 
 
 def _merge_again(layer: nn.Module, _incompatible: object) -> None:
