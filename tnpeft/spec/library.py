@@ -86,7 +86,7 @@ def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None) 
     rules = [{"names": rule.names, "expression": rule.expression, "position": rule.position} for rule in draft.sizes]
     copied = (
         *("name", "title", "source", "layers", "params", "bond", "factors"),
-        *("weight", "scale", "start", "seed", "text", "file", "tables"),
+        *("weight", "scale", "start", "seed", "text", "file", "places", "tables"),
     )
     return Spec.model_validate({**{key: getattr(draft, key) for key in copied}, "cores": cores, "sizes": rules})
 

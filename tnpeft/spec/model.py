@@ -70,6 +70,7 @@ class Spec(BaseModel):
     seed: int
     text: str = Field(repr=False)
     file: str
+    places: Mapping[str, Position] = Field(default_factory=dict, repr=False)
     tables: Mapping[str, Table] = Field(default_factory=dict, repr=False)
 
     @classmethod

@@ -47,14 +47,13 @@ def check_name(word: str, where: Position, what: str, problems: Problems) -> boo
         problems.add(where, what, expected, clip(word), "Use letters, digits and `_`, starting with a letter.")
         return False
     if word in FUNCTIONS or word in LAYER_NAMES or word in RESERVED:
-        role = "a function" if word in FUNCTIONS else "a layer's" if word in LAYER_NAMES else "an argument of `attach`"
-        problems.add(
-            where,
-            what,
-            "a name of its own",
-            f"`{word}`, {role} name".replace("function name", "function"),
-            "Choose another name.",
+        roles = (
+            ("a function", FUNCTIONS),
+            ("a number of the layer", LAYER_NAMES),
+            ("an argument of `attach`", RESERVED),
         )
+        role = next(role for role, words in roles if word in words)
+        problems.add(where, what, "a name of its own", f"`{word}`, {role}", "Choose another name.")
         return False
     return True
 

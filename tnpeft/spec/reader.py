@@ -67,6 +67,7 @@ class Draft:
     scale: Expression | None = None
     start: str | None = None
     seed: int = 0
+    places: dict[str, Position] = field(default_factory=dict)  # of values, by key
     whole: dict[str, bool] = field(default_factory=lambda: {"params": True, "sizes": True, "cores": True})
 
 
@@ -75,6 +76,7 @@ def parse_draft(text: str | bytes, file: str, tables: Mapping[str, Table], probl
     root = read_document(text, file)
     broken = check_shape(root, problems, SPEC)
     draft = Draft(file, text if isinstance(text, str) else text.decode("utf-8"), root)
+    draft.places = {str(key.value): value.position for key, value in root.items()}
     parse = _Parser(draft, broken, problems)
     parse.scalars()
     parse.layers()
@@ -197,7 +199,7 @@ class _Parser:
             if expression is None or not places:
                 self.draft.whole["sizes"] = False
                 continue
-            rule = DraftRule(tuple(places), expression, key.position, places, value)
+            rule = DraftRule(tuple(places), expression, value.position, places, value)
             self.draft.sizes.append(rule)
 
     def cores(self) -> None:

@@ -60,14 +60,14 @@ class Source(Protocol):
     @property
     def scale(self) -> Expression: ...
     @property
-    def file(self) -> str: ...
+    def places(self) -> Mapping[str, Position]: ...
 
 
 @dataclass(frozen=True)
 class Fault:
     """A mistake met while working sizes out; `structural` ones hold for every layer of the kind."""
 
-    where: Position | str
+    where: Position
     what: str
     expected: str
     found: str
@@ -134,7 +134,7 @@ class _Resolver:
 
     def _fault(
         self,
-        where: Position | str,
+        where: Position,
         what: str,
         error: ExpressionError,
         *,
@@ -151,7 +151,7 @@ class _Resolver:
             except (ExpressionError, KeyError) as error:
                 self.failed.add(name)
                 if isinstance(error, ExpressionError):
-                    self._fault(self.source.file, f"param '{name}'", error)
+                    self._fault(self.source.places["params"], f"param '{name}'", error)
                 continue
             self.values[name] = self.out.params[name] = value
 
@@ -174,8 +174,7 @@ class _Resolver:
             self._unpack(rule, value)
         except ExpressionError as error:
             self.failed.update(rule.names)
-            at = Position(rule.position.file, rule.position.line, rule.position.column)
-            self._fault(at, f"`sizes`, {' '.join(rule.names)}", error, index=name)
+            self._fault(rule.position, f"`sizes`, {' '.join(rule.names)}", error, index=name)
             return
         if rule.expression.pads or any(read in self.padded for read in rule.expression.names):
             self.padded.update(rule.names)
@@ -196,6 +195,8 @@ class _Resolver:
         elif len(value) != len(names):
             found = f"{len(value)} ({self.kind})"
             fix = f"Name {len(value)} indices, or change `{rule.expression.text}`."
+            if not value:
+                fix = f"Write `{ELLIPSIS}` for one index per kernel axis, or leave {self.kind} out of `layers`."
             raise ExpressionError(f"{len(names)} sizes to unpack", found, fix)
         else:
             self.values.update(zip(names, value, strict=True))
@@ -225,18 +226,30 @@ class _Resolver:
             if rule is not None:
                 where = rule.position
             self._symbol(leg, rule)
-        elif self.source.bond is not None and leg not in self.failed:
-            try:
-                value = self.source.bond.number(self.values, self.source.factors)
-            except (ExpressionError, KeyError) as error:
-                if isinstance(error, ExpressionError):
-                    self._fault(core.position, "`bond`", error)
-                return
-            if all(name in self.source.params for name in self.source.bond.names):
-                self.out.symbols[leg] = self.source.bond.text
+        elif leg not in self.failed and self._is_bond(leg):
+            self._bond(leg)
+            return
         else:
             return
-        self._size(leg, value, where, core.name)
+        self._size(leg, value, where, f"core '{core.name}', index '{leg}'", core.name)
+
+    def _is_bond(self, leg: str) -> bool:
+        """Fine rule 3: `bond` sizes what two or more cores share and `weight` has not."""
+        shared = sum(leg in core.legs for core in self.source.cores) > 1
+        return shared and all(leg not in axis for axis in self.source.weight)
+
+    def _bond(self, leg: str) -> None:
+        bond = self.source.bond
+        if bond is None or any(name not in self.values for name in bond.names):
+            return
+        try:
+            value = bond.number(self.values, self.source.factors)
+        except ExpressionError as error:
+            self._fault(self.source.places["bond"], "`bond`", error)
+            return
+        if all(name in self.source.params for name in bond.names):
+            self.out.symbols[leg] = bond.text
+        self._size(leg, value, self.source.places["bond"], "`bond`")
 
     def _symbol(self, leg: str, rule: RuleLike | None) -> None:
         if rule is None:
@@ -246,8 +259,7 @@ class _Resolver:
         ):
             self.out.symbols[leg] = rule.expression.text
 
-    def _size(self, leg: str, value: Value, where: Position, core: str) -> None:
-        what = f"core '{core}', index '{leg}'"
+    def _size(self, leg: str, value: Value, where: Position, what: str, core: str | None = None) -> None:
         if isinstance(value, tuple):
             error = ExpressionError("one size", f"{len(value)} sizes", "Name one index for each on the left.")
         elif value != int(value):
@@ -259,7 +271,7 @@ class _Resolver:
             self.out.sizes[leg] = int(value)
             return
         self.failed.add(leg)
-        self._fault(where, what, error, core=core, index=leg)
+        self._fault(where, what, error, core=core, index=leg if core else None)
 
     def _axes(self) -> None:
         self.out.weight = axes = expand_axes(self.source.weight, self.spatial)
@@ -279,7 +291,7 @@ class _Resolver:
             fix = "Change `sizes` or `factors`, or group the legs of `weight` otherwise."
             what = f"`weight`, axis {number + 1} ({' '.join(axis) or '1'})"
             error = ExpressionError(f"a product of {size} ({label})", found, fix, structural=False)
-            self._fault(self.source.file, what, error)
+            self._fault(self.source.places["weight"], what, error)
 
     def _kernel(self) -> tuple[Value, ...]:
         kernel = self.layer["kernel_size"]
@@ -295,7 +307,7 @@ class _Resolver:
                 raise ExpressionError("a number other than zero", "0", fix, structural=False)
             self.out.scale = float(scale)
         except ExpressionError as error:
-            self._fault(self.source.file, "`scale`", error)
+            self._fault(self.source.places["scale"], "`scale`", error)
 
     def _inits(self) -> None:
         for core in self.source.cores:

@@ -72,4 +72,5 @@ SPEC = Schema(
         "shared": "Cores shared between layers are not part of this version; give each layer its own.",
         "from": "Cores read from the base weight are not part of this version; give the core an init.",
     },
+    instead={"weight": "terms"},
 )

@@ -38,6 +38,7 @@ class Schema:
     expected: Mapping[str, tuple[str, str]]
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     later: Mapping[str, str] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)  # a key that may be missing → what stands in for it
     versioned: str = "tnpeft"
 
 
@@ -84,6 +85,8 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
     owner, core = _owner(path, schema)
     node = parent.get(key)
     if node is None:
+        if parent.get(schema.instead.get(str(key), "")) is not None:
+            return
         expected, fix = schema.expected.get(str(key), ("it", "Add it."))
         problems.add(parent.position, f"{owner} has no `{key}`", expected, "nothing", fix, core=core)
     elif kind == "extra_forbidden":
