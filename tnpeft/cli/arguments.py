@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
-from tnpeft.errors import Problem, TnpeftError, near_miss
+from tnpeft.cli.output import UsageError
+from tnpeft.errors import Problem, near_miss
 from tnpeft.network import Layer
 
 __all__ = ["EXAMPLE", "parse_layer", "parse_settings"]
@@ -32,16 +34,14 @@ def parse_layer(text: str) -> Layer:
     if kind not in AXES:
         closest = near_miss(kind, AXES)
         fix = closest or f"Write it like {EXAMPLE}."
-        raise TnpeftError(Problem("the kind of layer", f"one of {', '.join(AXES)}", f"{kind[:40]!r}", fix, where))
+        raise UsageError(Problem("the kind of layer", f"one of {', '.join(AXES)}", f"{kind[:40]!r}", fix, where))
     axes = AXES[kind]
     match = _NUMBERS.fullmatch(numbers.replace(" ", ""))
     if match is None:
-        shape = "in,out" if not axes else "in,out,k" if axes == 1 else f"in,out,k or in,out,{'x'.join('k' * axes)}"
-        example = "Linear:64,128" if not axes else f"{kind}:64,128,3"
-        found = f"{numbers[:40]!r}"
-        raise TnpeftError(
-            Problem("the layer's numbers", f"{shape}[,groups=g]", found, f"Write it like {example}.", where)
-        )
+        shape = {0: "in,out", 1: "in,out,k"}.get(axes, f"in,out,k or in,out,{'x'.join('k' * axes)}")
+        expected = f"{shape}[,groups=g]" if axes else shape
+        fix = f"Write it like {kind}:64,128{',3' if axes else ''}."
+        raise UsageError(Problem("the layer's numbers", expected, f"{numbers[:40]!r}", fix, where))
     kernel = tuple(int(size) for size in match["kernel"].split("x")) if match["kernel"] else ()
     if axes > 1 and len(kernel) == 1:
         kernel *= axes
@@ -55,15 +55,15 @@ def _check(layer: Layer, axes: int, where: str) -> None:
     if len(layer.kernel_size) != axes:
         found = f"{len(layer.kernel_size)}"
         fix = "A Linear has no kernel: leave it out." if not axes else f"Write it like {layer.kind}:64,128,3."
-        raise TnpeftError(Problem("the kernel's axes", f"{axes} for {layer.kind}", found, fix, where))
+        raise UsageError(Problem("the kernel's axes", f"{axes} for {layer.kind}", found, fix, where))
     if min(layer.in_channels, layer.out_channels, layer.groups, *layer.kernel_size) < 1:
-        raise TnpeftError(Problem("the layer's numbers", "positive numbers", "a zero", "Mend that number.", where))
+        raise UsageError(Problem("the layer's numbers", "positive numbers", "a zero", "Mend that number.", where))
     if layer.groups > 1 and not axes:
-        raise TnpeftError(Problem("groups", "none for Linear", f"{layer.groups}", "Leave `groups` out.", where))
+        raise UsageError(Problem("groups", "none for Linear", f"{layer.groups}", "Leave `groups` out.", where))
     if layer.in_channels % layer.groups or layer.out_channels % layer.groups:
         found = f"{layer.in_channels} and {layer.out_channels}"
         expected = f"channel counts that {layer.groups} divides"
-        raise TnpeftError(Problem("groups", expected, found, "Mend `groups` or the channel counts.", where))
+        raise UsageError(Problem("groups", expected, found, "Mend `groups` or the channel counts.", where))
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, int | float]:
@@ -73,15 +73,22 @@ def parse_settings(settings: Iterable[str]) -> dict[str, int | float]:
         name, equals, value = (part.strip() for part in text.partition("="))
         where = f"--set {text[:80]}"
         if not equals or not name:
-            raise TnpeftError(Problem("a setting", "name=number", f"{text[:40]!r}", "Write it like --set r=8.", where))
+            raise UsageError(Problem("a setting", "name=number", f"{text[:40]!r}", "Write it like --set r=8.", where))
         params[name] = _number(value, where)
     return params
 
 
 def _number(text: str, where: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise TnpeftError(Problem("a setting", "a number", f"{text[:40]!r}", "Write it like --set r=8.", where))
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        fix = "Write it like --set r=8."
+        raise UsageError(Problem("a setting", "a number", f"{text[:40]!r}", fix, where)) from None
+    if not math.isfinite(value):
+        fix = "Write it like --set r=8."
+        raise UsageError(Problem("a setting", "a finite number", f"{text[:40]!r}", fix, where))
+    return value

@@ -11,7 +11,7 @@ from tnpeft.spec import list_specs, load_spec
 from tnpeft.spec.document import Problems, read_file
 from tnpeft.spec.reader import parse_table
 
-__all__ = ["check_files"]
+__all__ = ["SUFFIXES", "check_files", "kind_of"]
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -67,7 +67,7 @@ def _check(name: str) -> tuple[str, tuple[Problem, ...]]:
         )
     kind = "spec"
     try:
-        kind = _kind(name)
+        kind = kind_of(name)
         if kind == "recipe":
             from tnpeft.recipe import load_recipe
 
@@ -83,7 +83,7 @@ def _check(name: str) -> tuple[str, tuple[Problem, ...]]:
     return kind, ()
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """A recipe has `adapters`, a factor table numbers for keys; everything else is read as a spec."""
     path = Path(name)
     if path.suffix not in SUFFIXES and not path.is_file():

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tnpeft.cli.output import Output, table
 from tnpeft.spec import Spec, list_specs, load_spec
+
+if TYPE_CHECKING:
+    from tnpeft.recipe import Recipe
 
 __all__ = ["print_list"]
 
@@ -32,14 +37,27 @@ def print_list(output: Output, as_json: bool) -> None:
                     }
                     for spec in specs
                 ],
-                "recipes": [{"name": recipe.name} for recipe in recipes],
+                "recipes": [
+                    {
+                        "name": recipe.name,
+                        "title": recipe.title,
+                        "source": recipe.source,
+                        "specs": [entry.spec.name for entry in recipe.entries],
+                    }
+                    for recipe in recipes
+                ],
             }
         )
         return
     rows = ((spec.name, _layers(spec), spec.start, spec.title or "") for spec in specs)
     output.show(table("", {"spec": "left", "layers": "left", "start": "left", "title": "left"}, rows))
     output.say()
-    output.show(table("", {"recipe": "left"}, ((recipe.name,) for recipe in recipes)))
+    output.show(table("", {"recipe": "left", "specs": "left", "title": "left"}, map(_recipe_row, recipes)))
+
+
+def _recipe_row(recipe: Recipe) -> tuple[str, ...]:
+    specs = dict.fromkeys(entry.spec.name for entry in recipe.entries)
+    return recipe.name, ", ".join(specs), recipe.title
 
 
 def _layers(spec: Spec) -> str:

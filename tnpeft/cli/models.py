@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tnpeft.cli.output import UsageError
 from tnpeft.errors import Problem, TnpeftError, near_miss
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _factory(text: str) -> Callable[[], Any]:
     module_name, colon, name = text.partition(":")
     if not colon or not module_name or not name:
         fix = f"Write it like `my_package.models:build_unet`, or one of {', '.join(KNOWN)}."
-        raise _mistake(text, "the model", "package.module:factory", f"{text[:60]!r}", fix)
+        raise UsageError(Problem("the model", "package.module:factory", f"{text[:60]!r}", fix, "--model"))
     if text in KNOWN:
         return KNOWN[text]
     if module_name == "monai":

@@ -15,11 +15,15 @@ from rich.text import Text
 
 from tnpeft.errors import Problem, TnpeftError
 
-__all__ = ["Output", "number", "problem_data", "reported", "table"]
+__all__ = ["Output", "UsageError", "number", "problem_data", "reported", "table"]
 
 PIPE_WIDTH = 160  # where there is no terminal whose width could be asked for
 
 P = ParamSpec("P")
+
+
+class UsageError(TnpeftError):
+    """A command that cannot be understood; exit status 2, as for any wrong option."""
 
 
 class Output:
@@ -50,7 +54,7 @@ class Output:
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
-    """Run a command; its TnpeftErrors become messages and exit status 1, never a traceback."""
+    """Run a command; its TnpeftErrors become messages and exit status 1 (2 for usage), never a traceback."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -60,7 +64,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             output = Output()
             for problem in error.problems:
                 output.mistake(problem)
-            raise typer.Exit(1) from None
+            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 
     return run
 

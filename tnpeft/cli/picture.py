@@ -25,7 +25,7 @@ def _write(network: Network) -> str:
     for leg in network.symbols:
         ends = [core.name for core in network.cores if leg in core.legs]
         ends += [f"weight {axis_of[leg]}"] if leg in axis_of else []
-        lines.append(f"{leg} ({network.sizes[leg]})".ljust(12) + ", ".join(ends))
+        lines.append(f"{leg} ({network.sizes[leg]})".ljust(12) + "  " + ", ".join(ends))
     return "\n".join(lines)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tnpeft.cli.arguments import EXAMPLE, parse_layer, parse_settings
-from tnpeft.cli.output import Output, number, table
+from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.cli.picture import picture
-from tnpeft.errors import Problem, TnpeftError
+from tnpeft.errors import Problem
 from tnpeft.network import BoundInit, Network
 from tnpeft.plan import Plan, plan
 from tnpeft.spec import Spec, load_spec
@@ -23,7 +23,7 @@ def show_spec(output: Output, name: str, layer: str | None, settings: Sequence[s
     if layer is None:
         if params:
             fix = f"Add --layer, e.g. --layer {EXAMPLE}."
-            raise TnpeftError(Problem("--set without --layer", "a layer to bind the params on", "none", fix))
+            raise UsageError(Problem("--set without --layer", "a layer to bind the params on", "none", fix))
         output.data(_spec_data(spec)) if as_json else _print_spec(output, spec)
         return
     network = spec.bind(parse_layer(layer), **params)

@@ -1,0 +1,95 @@
+"""`tnpeft count`: what a recipe or spec trains on a model, without the model's data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tnpeft.cli.arguments import parse_settings
+from tnpeft.cli.checking import SUFFIXES, kind_of
+from tnpeft.cli.models import build_model
+from tnpeft.cli.output import Output, UsageError, number, table
+from tnpeft.errors import Problem, TnpeftError, near_miss
+from tnpeft.spec import Spec, list_specs, load_spec
+
+if TYPE_CHECKING:
+    from tnpeft.recipe import LayerReport, Recipe, Report
+
+__all__ = ["count_parameters"]
+
+
+def count_parameters(
+    output: Output, name: str, model_text: str, match: str | None, settings: Sequence[str], as_json: bool
+) -> None:
+    """Attach to the model on the meta device and print the report: a row for each layer, then totals."""
+    from tnpeft.recipe import attach
+
+    params: dict[str, Any] = parse_settings(settings)
+    what = _load(name)
+    _check_params(what, params)
+    _check_match(what, match)
+    report = attach(build_model(model_text), what, match=match, **params).report()
+    if as_json:
+        output.data({"what": name, "model": model_text} | report.as_dict())
+    else:
+        _print(output, f"{name} on {model_text}", report)
+
+
+def _load(name: str) -> Spec | Recipe:
+    from tnpeft.recipe import list_recipes, load_recipe
+
+    known = (*list_recipes(), *list_specs())
+    if name not in known and Path(name).suffix not in SUFFIXES and not Path(name).is_file():
+        fix = near_miss(name, known) or "Give a path that ends in .yaml, or one of these names."
+        expected = f"a file, or one of {', '.join(known)}"
+        raise TnpeftError(Problem(f"recipe or spec {name[:80]!a}", expected, "neither", fix))
+    return load_recipe(name) if kind_of(name) == "recipe" else load_spec(name)
+
+
+def _check_params(what: Spec | Recipe, params: Mapping[str, object]) -> None:
+    specs = (what,) if isinstance(what, Spec) else tuple(entry.spec for entry in what.entries)
+    known = sorted({param for spec in specs for param in spec.params})
+    problems = [
+        Problem(
+            f"--set {param}",
+            f"one of {', '.join(known)}" if known else "no params",
+            "none of them",
+            near_miss(param, known) or "Remove it.",
+        )
+        for param in params
+        if param not in known
+    ]
+    if problems:
+        raise UsageError(*problems)
+
+
+def _check_match(what: Spec | Recipe, match: str | None) -> None:
+    if isinstance(what, Spec) and match is None:
+        fix = r"Add --match, e.g. --match 'attn\.to_[qv]$'."
+        raise UsageError(Problem(f"spec '{what.name}'", "--match, which layers it goes on", "none", fix))
+    if not isinstance(what, Spec) and match is not None:
+        fix = "Leave --match out, or count a spec."
+        raise UsageError(Problem(f"recipe '{what.name}'", "its own patterns", f"--match {match[:60]!a}", fix))
+
+
+def _print(output: Output, title: str, report: Report) -> None:
+    columns = {"layer": "left", "kind": "left", "spec": "left", "params": "left"}
+    columns |= {"weight": "right", "cores": "right", "bias": "right"}
+    output.show(table(title, columns, map(_row, report.layers)))
+    totals = {
+        "layers": f"{len(report.layers)}, their weights {sum(row.weight for row in report.layers):,}",
+        "cores": f"{report.cores:,}",
+        "biases": f"{report.bias:,}",
+        "norms": f"{report.norm:,}",
+        "others": f"{report.also:,}",
+        "trained": f"{report.trained:,} of {report.base:,} ({report.share:.3%})",
+    }
+    output.say()
+    for name, total in totals.items():
+        output.say(f"{name:<9}{total}")
+
+
+def _row(row: LayerReport) -> tuple[str, ...]:
+    params = " ".join(f"{name}={number(value)}" for name, value in row.params.items())
+    return row.name, row.layer, row.spec, params, f"{row.weight:,}", f"{row.cores:,}", f"{row.bias:,}"
