@@ -77,8 +77,8 @@ def test_the_linear_mmd_is_monais() -> None:
         ((128, 128, 96), "5 scales, window 5"),
         ((64, 64, 64), "4 scales, window 5: non-standard, the volumes are small"),
         ((16, 16, 16), "3 scales, window 3: non-standard, the volumes are small"),
-        ((8, 8, 8), "2 scales, window 5: non-standard, the volumes are small"),
-        ((3, 3, 3), "2 scales, window 3: non-standard, the volumes are small"),
+        ((8, 8, 8), "2 scales, window 3: non-standard, the volumes are small"),
+        ((3, 3, 3), "1 scale, window 3: non-standard, the volumes are small"),
     ],
 )
 def test_ms_ssim_says_which_scales_it_used(shape: tuple[int, ...], note: str) -> None:

@@ -52,13 +52,13 @@ def test_the_papers_model_has_the_papers_size() -> None:
         ),
         (
             {"head_channels": (0, 0)},
-            "model.head_channels: channels of a head: expected divisors of `channels` where a level attends, and on the "
-            "last level (the middle block attends), found [0, 0]. Change them.",
+            "model.head_channels: channels of a head: expected divisors of `channels` where a level attends, and on "
+            "the last level (the middle block attends), found [0, 0]. Change them.",
         ),
         (
             {"head_channels": (0, 3)},
-            "model.head_channels: channels of a head: expected divisors of `channels` where a level attends, and on the "
-            "last level (the middle block attends), found [0, 3]. Change them.",
+            "model.head_channels: channels of a head: expected divisors of `channels` where a level attends, and on "
+            "the last level (the middle block attends), found [0, 3]. Change them.",
         ),
     ],
 )

@@ -45,7 +45,7 @@ class Trained:
 
 
 def check_method(method: Method, base: Base) -> None:
-    """Raise LabError where the parts of `method` do not fit each other."""
+    """Raise TnpeftError where a recipe or spec cannot be read, or the parts of `method` do not fit each other."""
     if method.kind == "adapter":
         if (method.recipe is None) == (method.spec is None):
             found = "neither" if method.recipe is None else "both"
@@ -53,6 +53,10 @@ def check_method(method: Method, base: Base) -> None:
         if method.spec is not None and method.match is None:
             fix = "Give the regular expression of the layers to adapt."
             raise fault("method.match", "the layers of a spec", "a regular expression", "nothing", fix)
+        if method.recipe is not None:
+            tnpeft.load_recipe(method.recipe)
+        else:
+            tnpeft.load_spec(method.spec or "")
     if method.match is not None:
         try:
             re.compile(method.match)
