@@ -1,7 +1,7 @@
 # Every target sets up what it needs: Python (3.10 or newer, with venv) and make are enough.
 #   make test PYTHON=python3.12        another interpreter for .venv
 #   make test WORKERS=4                more test processes
-#   make demo ARGS="--set steps=50"    arguments for the driver
+#   make demo ARGS="--set training.steps=50"    arguments for the driver
 # Paths are relative, so that a folder with spaces in its name works.
 
 PYTHON  ?= python3
