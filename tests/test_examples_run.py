@@ -187,8 +187,8 @@ def test_mistakes_end_before_training_with_one_line(tmp_path: Path) -> None:
         "Did you mean `steps`?\n"
     )
     assert said(*base) == (
-        "error: base.checkpoint: the base of method `adapter`: expected a pretrained model's checkpoint, found nothing. "
-        "Pass `--set base.checkpoint=FILE`, or train from nothing with `--set method.kind=full`.\n"
+        "error: base.checkpoint: the base of method `adapter`: expected a pretrained model's checkpoint, found "
+        "nothing. Pass `--set base.checkpoint=FILE`, or train from nothing with `--set method.kind=full`.\n"
     )
     assert said(*base, "--set", f"base.checkpoint={other}").startswith(
         f"error: {other}: tensor `conv_in.conv.weight`: expected 8x1x3x3x3, found no such tensor. "

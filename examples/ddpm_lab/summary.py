@@ -149,18 +149,21 @@ def sample_table(samples: SampleData) -> RenderableType:
     mark = samples["encoder_mark"]
     table = Table(title=f"{samples['count']} samples against {samples['reference']}", title_justify="left")
     table.title_style = "bold"
-    table.add_column("volumes")
+    table.add_column("volumes", no_wrap=True)
     names = {
-        "fid": f"FID{mark} (lower)",
-        "mmd_linear": f"MMD{mark} linear (lower)",
-        "mmd_gaussian": f"MMD{mark} Gaussian (lower)",
-        "ms_ssim": "MS-SSIM (higher)",
+        "fid": f"FID{mark}",
+        "mmd_linear": f"MMD{mark} linear",
+        "mmd_gaussian": f"MMD{mark} Gaussian",
+        "ms_ssim": "MS-SSIM",
     }
     for name in names.values():
         table.add_column(name, justify="right")
     for title, values in samples["sets"].items():
         table.add_row(title, *("-" if values[key] is None else f"{values[key]:.4g}" for key in names))
-    note = f"{samples['encoder']}. MS-SSIM: {samples['ms_ssim']}. The last row compares real volumes with real volumes."
+    note = (
+        f"FID and MMD: lower is better, {samples['encoder']}. MS-SSIM: higher is better, {samples['ms_ssim']}. "
+        "The last row compares held-out with training volumes."
+    )
     return Group(table, Text(note, style="dim"))
 
 
