@@ -127,7 +127,16 @@ METHODS = {
         ["method.recipe=null", "method.spec=tenvoo_q", r"method.match=conv1\.conv$", "method.params={r: 2}"],
         "adapter.safetensors",
     ),
-    "full": (["method.kind=full", "training.epochs=1", "training.steps=null", "data.cache=disk"], "model.safetensors"),
+    "full": (
+        [
+            "method.kind=full",
+            "training.epochs=1",
+            "training.steps=null",
+            "data.cache=disk",
+            "training.tensorboard=true",
+        ],
+        "model.safetensors",
+    ),
     "bias_norm": (["method.kind=bias_norm", "training.precision=bf16", "sampling.count=0"], "bias_norm.safetensors"),
 }
 
@@ -152,6 +161,7 @@ def test_every_method_runs_on_a_folder(tiny: tuple[Path, list[str]], tmp_path: P
     stored = sum(tensor.numel() for tensor in load_file(out / name).values())
     if method in ("full", "bias_norm"):
         assert stored == summary["run"]["trainable_parameters"]
+    assert (out / "tensorboard").exists() == (method == "full")
     assert (out / "montage.png").exists() == (method != "bias_norm")
     assert (out / "loss_curves.png").read_bytes().startswith(PNG)
 

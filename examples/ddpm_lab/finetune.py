@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,12 +125,15 @@ def run_training(setup: Setup, screen: Screen, title: str, training: Training | 
     trained = apply_method(setup.unet, config.method)
     setup.unet.to(accelerator.device)
     difference = (probe(setup, setup.unet) - start).abs().max().item()
+    share = f"{trained.parameters:,} of {trained.total:,} parameters train ({trained.parameters / trained.total:.2%})"
+    screen.line(f"{trained.title}: {share}")
     total = steps_of(training, len(setup.volumes.train), accelerator.num_processes)
-    with screen.bar(title, total) as bar:
+    with screen.bar(title, total) as bar, _events(setup, training) as write:
 
         def show(step: Step) -> None:
             held_out = f"  held-out {step.held_out.mean:.4f}" if step.held_out is not None else ""
             bar(step.number, f"loss {step.loss:.4f}{held_out}")
+            write(step)
 
         every = config.validation.every
         history = train(
@@ -136,6 +141,26 @@ def run_training(setup: Setup, screen: Screen, title: str, training: Training | 
         )
     after = _measured(setup, screen, f"{title}: error after")
     return Run(trained, history, before, after, difference)
+
+
+@contextmanager
+def _events(setup: Setup, training: Training) -> Iterator[Callable[[Step], None]]:
+    """A function that writes a step to TensorBoard, where asked for."""
+    if not (training.tensorboard and setup.accelerator.is_main_process):
+        yield lambda _: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(setup.out / "tensorboard")
+
+    def write(step: Step) -> None:
+        writer.add_scalar("loss", step.loss, step.number)
+        writer.add_scalar("learning rate", step.learning_rate, step.number)
+        if step.held_out is not None:
+            writer.add_scalar("held-out error", step.held_out.mean, step.number)
+
+    yield write
+    writer.close()
 
 
 def _measured(setup: Setup, screen: Screen, title: str) -> HeldOutError:
