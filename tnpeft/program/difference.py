@@ -141,7 +141,8 @@ class Delta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         code: Code = ctx.code
-        cores, results = ctx.saved_tensors[: code.cores], ctx.saved_tensors[code.cores :]
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
+        cores, results = saved[: code.cores], saved[code.cores :]
         with without_autocast(cores[0]):
             # Where the gradient is to be differentiated, the results must hang on the cores: none that was kept does.
             tensors = code.values(code.scale_one(cores), () if torch.is_grad_enabled() else results)
