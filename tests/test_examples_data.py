@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ddpm_lab.config import Data
 from ddpm_lab.faults import LabError
 from ddpm_lab.files import check_volumes, find_volumes, split_volumes
 from ddpm_lab.population import Tissues, paint_subject, template_tissues, write_population
-from ddpm_lab.volumes import check_sizes, dataset, voxels
+from ddpm_lab.volumes import check_sizes, dataset
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 
@@ -53,6 +54,11 @@ def test_a_keep_list_chooses_brats_files(tmp_path: Path) -> None:
     keep = tmp_path / "clean.txt"
     keep.write_text("B1_t1.nii.gz\nB3_t1.nii.gz\nB9_t1.nii.gz\n", encoding="utf-8")
     assert find_volumes(Data(root=tmp_path, layout="brats", keep=keep)) == [paths[1], paths[3]]
+
+
+def voxels(volumes: Iterable[torch.Tensor]) -> torch.Tensor:
+    """All volumes of a dataset as one tensor, (N, 1, D, H, W)."""
+    return torch.stack(list(volumes))
 
 
 def refused(data: Data) -> str:

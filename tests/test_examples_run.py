@@ -211,6 +211,9 @@ def test_mistakes_end_before_training_with_one_line(tmp_path: Path) -> None:
     (root / "3.nii.gz").write_bytes(b"\x1f\x8b broken")
     assert said(*full).startswith(f"error: {root / '3.nii.gz'}: an unreadable volume: expected a NIfTI file, found ")
     assert not out.exists()
+    (root / "3.nii.gz").unlink()
+    out.write_text("a file", encoding="utf-8")
+    assert said(*full) == f"error: {out}: `--out`: expected a folder to write to, found File exists. Choose another.\n"
 
 
 def test_the_script_stands_alone(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ class Metrics(Section):
 
     medicalnet: Path | None = None  # weights of MedicalNet's ResNet-50 (resnet_50.pth); random features without
     reference: Literal["validation", "all"] = "validation"  # which real volumes the samples are compared with
+    most: Annotated[int, Field(ge=2)] = 1000  # real volumes of a set that are read, evenly chosen
     pairs: Positive = 100  # for MS-SSIM
 
 

@@ -13,6 +13,7 @@ from ddpm_lab.config import Base, Config, DemoConfig, Method, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import noise_schedule
 from ddpm_lab.driver import finish
+from ddpm_lab.files import make_folder
 from ddpm_lab.finetune import Run, Setup, prepare, prepare_volumes, run_training
 from ddpm_lab.plots import Curve, plot_curves
 from ddpm_lab.population import template_tissues, write_population
@@ -31,7 +32,7 @@ CAVEAT = (
 def demo(config: DemoConfig, out: Path, screen: Screen) -> dict[str, Any]:
     """Run the demonstration in `out`; what an earlier run made there from the same settings is used again."""
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     _population(config, out, screen)
     pretraining = _pretrained(config, out, screen)
     target = _tuned(config, out, "target", config.method, config.training)

@@ -27,7 +27,6 @@ from ddpm_lab.summary import (
     write_json,
 )
 from ddpm_lab.unet import build_unet, load_base
-from ddpm_lab.volumes import voxels
 
 __all__ = ["finetune", "finish"]
 
@@ -69,7 +68,8 @@ def finish(setup: Setup, run: Run, screen: Screen) -> dict[str, Any]:
     samples["fine-tuned samples"] = sample(setup, screen, "sample the fine-tuned model")
     with screen.phase("metrics"):
         summary["samples"] = describe_samples(setup, samples)
-    rows = {"real": voxels(setup.volumes.validation), **samples}
+    real = setup.volumes.validation
+    rows = {"real": torch.stack([real[index] for index in range(min(8, len(real)))]), **samples}
     with screen.phase("pictures"):
         title = headline(setup.config, setup.volumes.shape)
         plot_montage(setup.out / "montage.png", rows, setup.config.data.intensity, title)

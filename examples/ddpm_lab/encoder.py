@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,16 @@ class Encoder:
         return "* random features, not comparable"
 
     @torch.no_grad()
-    def features(self, volumes: torch.Tensor, device: torch.device | str = "cpu", batch: int = 8) -> torch.Tensor:
-        """(N, features) in float64 on the CPU."""
+    def features(
+        self, volumes: Sequence[torch.Tensor] | torch.Tensor, device: torch.device | str = "cpu", batch: int = 4
+    ) -> torch.Tensor:
+        """(N, features) in float64 on the CPU; volumes are read one batch at a time."""
         network = self.network.to(device).eval()
-        return torch.cat([network(part.to(device)).double().cpu() for part in torch.split(volumes, batch)])
+        features = []
+        for start in range(0, len(volumes), batch):
+            part = torch.stack([volumes[index] for index in range(start, min(start + batch, len(volumes)))])
+            features.append(network(part.to(device)).double().cpu())
+        return torch.cat(features)
 
 
 def load_encoder(weights: Path | None) -> Encoder:

@@ -18,7 +18,7 @@ from ddpm_lab.config import Data
 from ddpm_lab.faults import fault, raise_all
 from tnpeft.errors import Problem
 
-__all__ = ["LAYOUTS", "Split", "check_volumes", "find_volumes", "split_volumes"]
+__all__ = ["LAYOUTS", "Split", "check_volumes", "find_volumes", "make_folder", "split_volumes"]
 
 # Patterns below the root, as the paper's data sets are unpacked; gzipped or not where that may differ.
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -106,6 +106,14 @@ def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     line = " ".join(text.split())
     return line if len(line) <= 120 else line[:117] + "..."
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of results; raises LabError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise fault(path, "`--out`", "a folder to write to", _reason(error), "Choose another.") from None
 
 
 @dataclass(frozen=True)

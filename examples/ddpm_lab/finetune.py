@@ -18,7 +18,7 @@ from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import HeldOut, HeldOutError, noise_schedule
 from ddpm_lab.encoder import Encoder, load_encoder
 from ddpm_lab.faults import fault
-from ddpm_lab.files import Split, check_volumes, find_volumes, split_volumes
+from ddpm_lab.files import Split, check_volumes, find_volumes, make_folder, split_volumes
 from ddpm_lab.method import Trained, apply_method, check_method
 from ddpm_lab.sampling import check_sampling, draw_samples
 from ddpm_lab.training import History, Step, make_accelerator, measure, steps_of, train
@@ -102,7 +102,7 @@ def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Acce
         raise fault(str(data.root), "files to train on", f"at least {needed}, one batch", found, fix)
     assert data.root is not None
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         split.write(out / "split.json", data.root)
     with screen.phase("load volumes"):
         train_set, validation_set = (dataset(files, data, out / "cache") for files in (split.train, split.validation))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,11 +83,16 @@ def ssim_scales(shape: tuple[int, ...]) -> SsimScales:
     return SsimScales(3, 1)
 
 
-def ms_ssim(samples: torch.Tensor, real: torch.Tensor, data_range: float, pairs: int = 100) -> float:
-    """The mean MS-SSIM over (sample, real volume) pairs, both (N, 1, D, H, W); evenly chosen when there are many."""
+def ms_ssim(
+    samples: Sequence[torch.Tensor] | torch.Tensor,
+    real: Sequence[torch.Tensor] | torch.Tensor,
+    data_range: float,
+    pairs: int = 100,
+) -> float:
+    """The mean MS-SSIM over pairs of a sample and a real volume, each (1, D, H, W); evenly chosen when many."""
     every = list(itertools.product(range(len(samples)), range(len(real))))
     chosen = [every[int(index)] for index in torch.linspace(0, len(every) - 1, min(pairs, len(every))).tolist()]
-    scales = ssim_scales(tuple(samples.shape[2:]))
+    scales = ssim_scales(tuple(samples[0].shape[1:]))
     weights = torch.tensor(SCALE_WEIGHTS[: scales.scales])
     metric = MultiScaleSSIMMetric(
         spatial_dims=3,
@@ -94,5 +100,5 @@ def ms_ssim(samples: torch.Tensor, real: torch.Tensor, data_range: float, pairs:
         kernel_size=scales.window,
         weights=(weights / weights.sum()).tolist(),
     )
-    values = [metric(samples[left : left + 1], real[right : right + 1]).mean() for left, right in chosen]
+    values = [metric(samples[left][None], real[right][None]).mean() for left, right in chosen]
     return torch.stack(values).mean().item()

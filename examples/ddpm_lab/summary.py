@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch.utils.data import ConcatDataset, Subset
 
 import tnpeft
 from ddpm_lab.config import Config
 from ddpm_lab.encoder import Encoder
 from ddpm_lab.finetune import Run, Setup
 from ddpm_lab.metrics import frechet_distance, mmd_gaussian, mmd_linear, ms_ssim, ssim_scales
-from ddpm_lab.volumes import voxels
 
 __all__ = [
     "describe_run",
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 SampleData = dict[str, Any]
+Volumes = Sequence[torch.Tensor] | torch.Tensor  # a dataset, or (N, 1, D, H, W)
 
 
 def describe_setup(setup: Setup) -> dict[str, Any]:
@@ -97,10 +98,11 @@ def describe_samples(setup: Setup, samples: Mapping[str, torch.Tensor]) -> Sampl
 
     The last is what a perfect generator would show with as few volumes.
     """
-    held_out, train = voxels(setup.volumes.validation), voxels(setup.volumes.train)
+    most = setup.config.metrics.most
+    held_out, train = (_some(volumes, most) for volumes in (setup.volumes.validation, setup.volumes.train))
     both = setup.config.metrics.reference == "all"
-    reference = torch.cat([held_out, train]) if both else held_out
-    sets = {name: (volumes, reference) for name, volumes in samples.items()}
+    reference: Volumes = _some(ConcatDataset([held_out, train]), most) if both else held_out
+    sets: dict[str, tuple[Volumes, Volumes]] = {name: (volumes, reference) for name, volumes in samples.items()}
     sets["real, held out"] = (held_out, train)
     return {
         "count": setup.config.sampling.count,
@@ -112,7 +114,14 @@ def describe_samples(setup: Setup, samples: Mapping[str, torch.Tensor]) -> Sampl
     }
 
 
-def _distances(setup: Setup, one: torch.Tensor, other: torch.Tensor) -> dict[str, float | None]:
+def _some(volumes: Any, most: int) -> Any:
+    """A dataset, or `most` of its volumes evenly chosen."""
+    if len(volumes) <= most:
+        return volumes
+    return Subset(volumes, [int(index) for index in torch.linspace(0, len(volumes) - 1, most).tolist()])
+
+
+def _distances(setup: Setup, one: Volumes, other: Volumes) -> dict[str, float | None]:
     encoder: Encoder = setup.encoder
     first, second = (encoder.features(volumes, setup.accelerator.device) for volumes in (one, other))
     enough = min(len(first), len(second)) > 1  # a covariance needs two

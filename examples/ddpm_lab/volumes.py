@@ -25,7 +25,7 @@ from monai.transforms import (
 from ddpm_lab.config import Data
 from ddpm_lab.faults import fault
 
-__all__ = ["check_sizes", "dataset", "transforms", "voxels"]
+__all__ = ["check_sizes", "dataset", "transforms"]
 
 
 def transforms(data: Data) -> Compose:
@@ -95,11 +95,6 @@ def check_sizes(
         progress(done)
     assert first is not None
     return first
-
-
-def voxels(volumes: Any) -> torch.Tensor:
-    """All volumes of a dataset as one tensor, (N, 1, D, H, W)."""
-    return torch.stack([torch.as_tensor(volume) for volume in volumes])
 
 
 def _times(shape: Sequence[int]) -> str:
