@@ -20,12 +20,10 @@ __all__ = ["Adapter", "memory_order"]
 _CORE, _START = "core_", "start_"
 
 
-class _Prepared(NamedTuple):
-    """What a forward needs beside the cores; never copied, moved, pickled or saved."""
+class _Folded(NamedTuple):
+    """What a program makes of the frozen copy `start` alone; never copied, moved, pickled or saved."""
 
-    strides: tuple[int, ...]
-    start: tuple[Tensor, ...] | None
-    program: Program
+    start: tuple[Tensor, ...]
     constants: tuple[Tensor, ...]
 
 
@@ -53,9 +51,9 @@ class Adapter(nn.Module):
         self.plan: Plan = plan(network, mode=mode)
         self.seed = network.spec.seed if seed is None else seed
         self.layer_name = name
-        self._prepared: _Prepared | None = None
+        self._folded: _Folded | None = None
         self._initialised = False
-        self._strides = weight.stride()
+        self._lay_out(weight.stride())
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         copies = network.start == "frozen_copy"
         # Tensors made under inference mode could never be trained.
@@ -92,15 +90,25 @@ class Adapter(nn.Module):
     def network_weight(self) -> Tensor:
         """T(θ) in the shape of the layer's weight: the contracted cores, without scale and frozen copy."""
         self._require_values()
-        return self._program(self._strides).value([self._tensor(key) for key in self._core_keys])
+        return self._program.value([self._tensor(key) for key in self._core_keys])
 
     def delta_weight(self) -> Tensor:
         """What is added to the layer's weight: scale * (T(θ) - T(θ₀)), or scale * T(θ)."""
-        return self._delta(self._strides)
+        if not self._initialised:
+            self._require_values()
+        cores = [self._tensor(key) for key in self._core_keys]
+        if self.network.start == "zero":
+            return self._program.delta(cores, None, ())
+        start = tuple([self._tensor(key) for key in self._start_keys])
+        return self._program.delta(cores, start, self._constants(start))
 
     def delta_for(self, weight: Tensor) -> Tensor:
         """The delta weight in the memory order of `weight`, a tensor that nothing else holds."""
-        return self._delta(weight.stride())
+        strides = weight.stride()
+        # A graph takes the program it finds: building one is nothing to trace, and the sum copies to W's strides.
+        if strides != self._strides and not torch.compiler.is_compiling():
+            self._lay_out(strides)
+        return self.delta_weight()
 
     def reset_parameters(self, weight: Tensor | None = None) -> None:
         """Draw the initial cores and copy them to the frozen copy; on meta, do nothing.
@@ -118,7 +126,7 @@ class Adapter(nn.Module):
                 tensor.copy_(drawn[name])
             for name, tensor in self.start.items():
                 tensor.copy_(drawn[name])
-        self._prepared = None
+        self._folded = None
         self._initialised = True
 
     def extra_repr(self) -> str:
@@ -129,33 +137,22 @@ class Adapter(nn.Module):
         assert found is not None
         return found
 
-    def _delta(self, strides: tuple[int, ...]) -> Tensor:
-        if not self._initialised:
-            self._require_values()
-        cores = [self._tensor(key) for key in self._core_keys]
-        start = tuple(self._tensor(key) for key in self._start_keys) if self.start_copied else None
-        prepared = self._prepared
-        if prepared is None or prepared.strides != strides or not _same(prepared.start, start):
-            prepared = self._prepare(strides, start)
-        return prepared.program.delta(cores, start, prepared.constants)
+    def _lay_out(self, strides: tuple[int, ...]) -> None:
+        """Take the program that writes a weight of these strides."""
+        self._strides = strides
+        self._program: Program = build_program(self.plan, memory_order(strides))
+        self._folded = None
 
-    @property
-    def start_copied(self) -> bool:
-        return self.network.start == "frozen_copy"
-
-    def _prepare(self, strides: tuple[int, ...], start: tuple[Tensor, ...] | None) -> _Prepared:
-        program = self._program(strides)
-        constants: tuple[Tensor, ...] = ()
-        if start is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                constants = program.constants(start)
-        prepared = _Prepared(strides, start, program, constants)
+    def _constants(self, start: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        folded = self._folded
+        # By identity, for `torch.func.functional_call` may pass other tensors.
+        if folded is not None and all(one is other for one, other in zip(folded.start, start, strict=True)):
+            return folded.constants
+        with torch.inference_mode(False), torch.no_grad():
+            constants = self._program.constants(start)
         if not torch.compiler.is_compiling():  # a graph must not leave its own tensors behind
-            self._prepared, self._strides = prepared, strides
-        return prepared
-
-    def _program(self, strides: tuple[int, ...]) -> Program:
-        return build_program(self.plan, memory_order(strides))
+            self._folded = _Folded(start, constants)
+        return constants
 
     def _require_values(self) -> None:
         if self._initialised or any(tensor.device.type == "meta" for tensor in self.cores.values()):
@@ -171,7 +168,7 @@ class Adapter(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
-        self._prepared = None
+        self._folded = None
         super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
         if any(tensor.device.type == "meta" for tensor in self.cores.values()):
             self._initialised = False
@@ -179,31 +176,29 @@ class Adapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._prepared = None
+        self._folded = None
         if all(prefix + key in state_dict for key in {*self._core_keys, *self._parameters, *self._buffers}):
             self._initialised = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_folded": None, "_program": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lay_out(self._strides)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         # Network and plan never change: copies share them.
         memo[id(self.network)], memo[id(self.plan)] = self.network, self.plan
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
 
 def memory_order(strides: tuple[int, ...]) -> tuple[int, ...]:
     """The axes from the slowest varying to the fastest; equal strides keep their order."""
     return tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
-
-
-def _same(left: tuple[Tensor, ...] | None, right: tuple[Tensor, ...] | None) -> bool:
-    if left is None or right is None:
-        return left is right
-    return all(one is other for one, other in zip(left, right, strict=True))
 
 
 def _moved(before: Tensor, after: Tensor) -> Tensor:

@@ -73,8 +73,9 @@ class Tied:
             who = f"of_{next(iter(acting))}" if acting else _ORIGINAL
             content, flag = self._held(who), training if acting else original_flag
             self._forget(who)
+        acts = self._as_found(content, flag)
         for slot in self.slots:
-            slot.put(self._as_found(content, flag))
+            slot.put(acts)
 
     def settle(self) -> None:
         """Forget every copy: what is installed becomes the model's own."""
