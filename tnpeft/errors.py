@@ -13,6 +13,7 @@ Callers read `error.problems`; the text is for people.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -95,5 +96,6 @@ class ExecutionError(TnpeftError, RuntimeError):
 
 def near_miss(word: str, known: Iterable[str]) -> str:
     """The sentence "Did you mean `known`?" for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word[:80], list(known), n=1, cutoff=0.6)
+    few = list(itertools.islice(known, 200))  # comparing takes time; a file can hold thousands of names
+    close = difflib.get_close_matches(word[:80], few, n=1, cutoff=0.6)
     return f"Did you mean `{close[0]}`?" if close else ""

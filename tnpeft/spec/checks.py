@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import networkx
@@ -11,7 +12,7 @@ from tnpeft.spec.document import Problems
 from tnpeft.spec.expression import Expression
 from tnpeft.spec.inits import Last, Legs
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, LAYER_NAMES, expand_axes
-from tnpeft.spec.reader import Draft, DraftCore, DraftRule
+from tnpeft.spec.reader import Draft, DraftRule
 from tnpeft.spec.resolve import Fault, layer_names, resolve
 
 __all__ = ["check"]
@@ -30,10 +31,6 @@ def check(draft: Draft, problems: Problems) -> None:
             _sized(draft, problems)
             _unused(draft, problems)
     _kinds(draft, problems)
-
-
-def _places(draft: Draft, index: str) -> list[DraftCore]:
-    return [core for core in draft.cores if index in core.legs]
 
 
 def _expressions(draft: Draft) -> Iterator[tuple[str, Expression, DraftRule | None]]:
@@ -144,10 +141,11 @@ def _start(draft: Draft, problems: Problems) -> None:
 
 
 def _occurrences(draft: Draft, problems: Problems) -> None:
-    used = {leg for core in draft.cores for leg in core.legs}
+    uses = Counter(leg for core in draft.cores for leg in core.legs)
+    used = set(uses)
     for core in draft.cores:
         for leg, where in core.places.items():
-            if len(_places(draft, leg)) == 1 and leg not in draft.weight_places and draft.weight:
+            if uses[leg] == 1 and leg not in draft.weight_places and draft.weight:
                 what = f"core '{core.name}', index '{leg}' dangles"
                 found = f"core '{core.name}' alone"
                 others = {name for name in used | set(draft.weight_places) if name != leg and len(name) > 1}

@@ -157,8 +157,8 @@ def read_document(data: str | bytes, file: str = "<spec>") -> Node:
             where, f"a character that YAML forbids, {clip(text[error.position : error.position + 1])}"
         ) from None
     # PyYAML's scanner lets these through: "\UFFFFFFFF" (ValueError, OverflowError) and %YAML with a huge number.
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise _syntax(Position(file, 1, 1), clip(str(error))) from None
+    except (yaml.YAMLError, ValueError, OverflowError):
+        raise _syntax(Position(file, 1, 1), "an escape or a number beyond its range") from None
     reader.problems.raise_if_any()
     return root
 

@@ -13,9 +13,11 @@ from tnpeft.spec.factorize import MAX_NUMBER, Table
 from tnpeft.spec.inits import DEFAULT_INIT, Init, parse_init
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, parse_legs, parse_weight
 from tnpeft.spec.schema import SPEC
-from tnpeft.spec.shape import check_shape
+from tnpeft.spec.shape import check_shape, with_text_keys
 
 __all__ = ["Draft", "DraftCore", "DraftRule", "parse_draft", "parse_table"]
+
+MAX_CORES = 256
 
 _SHORT = {
     "any": tuple(KINDS),
@@ -73,7 +75,7 @@ class Draft:
 
 def parse_draft(text: str | bytes, file: str, tables: Mapping[str, Table], problems: Problems) -> Draft:
     """Parse every part of the file; what is wrong is reported and left out."""
-    root = read_document(text, file)
+    root = with_text_keys(read_document(text, file), problems)
     broken = check_shape(root, problems, SPEC)
     draft = Draft(file, text if isinstance(text, str) else text.decode("utf-8"), root)
     draft.places = {str(key.value): value.position for key, value in root.items()}
@@ -212,6 +214,12 @@ class _Parser:
         self.draft.whole["cores"] = node is not None and bool(node.items())
         if node is not None and not node.items():
             self.problems.add(node.position, "`cores`", "at least one core", "none", "For example `cores: {up: o r}`.")
+        if node is not None and len(node.items()) > MAX_CORES:
+            fix = "Write a smaller network."
+            found = str(len(node.items()))
+            self.problems.add(node.position, "`cores`", f"at most {MAX_CORES} cores", found, fix)
+            self.draft.whole["cores"] = False
+            return
         named = default is not None and default.value is not None
         for key, value in node.items() if node is not None else ():
             self._core(key, value, default_init, named)

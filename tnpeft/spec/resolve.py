@@ -6,8 +6,10 @@ Used twice: at load, for sample layers of every kind in `layers`, and at `bind`,
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from typing import Protocol
 
 from tnpeft.errors import Position
@@ -119,13 +121,13 @@ class _Resolver:
         self.failed: set[str] = set()
         self.rules = {name: rule for rule in source.sizes for name in rule.names}
         self.padded: set[str] = set()
+        self.uses = Counter(leg for core in source.cores for leg in core.legs)
+        self.open = {leg for axis in source.weight for leg in axis}
         self.out = Resolved()
 
     def run(self) -> Resolved:
         self._params()
-        for rule in self.source.sizes:
-            for name in rule.names:
-                self._rule(name, ())
+        self._rules()
         self._legs()
         self._axes()
         self._scale()
@@ -155,26 +157,33 @@ class _Resolver:
                 continue
             self.values[name] = self.out.params[name] = value
 
-    def _rule(self, name: str, above: tuple[str, ...]) -> None:
-        """Work out the line of `sizes` that gives `name`, and first those it reads."""
-        rule = self.rules[name]
-        if name in self.values or name in self.failed:
+    def _rules(self) -> None:
+        """Work out the lines of `sizes`, each after those that it reads."""
+        reads = {
+            rule.names[0]: {self.rules[name].names[0] for name in rule.expression.names if name in self.rules}
+            for rule in self.source.sizes
+            if rule.names[0] not in self.source.params
+        }
+        try:
+            order = [*TopologicalSorter(reads).static_order()]
+        except CycleError:  # reported where the circle can be shown whole
+            self.failed.update(self.rules)
             return
-        for read in rule.expression.names:
-            if read in above or read == name:
-                self.failed.update(rule.names)
-                return
-            if read in self.rules:
-                self._rule(read, (*above, name))
-            if read not in self.values:
-                self.failed.update(rule.names)  # reported where it broke
-                return
+        for name in order:
+            self._rule(self.rules[name])
+
+    def _rule(self, rule: RuleLike) -> None:
+        if any(name not in self.values for name in rule.expression.names):
+            self.failed.update(rule.names)  # reported where it broke
+            return
+        if rule.names[0] in self.source.params:
+            return
         try:
             value = rule.expression.evaluate(self.values, self.source.factors)
             self._unpack(rule, value)
         except ExpressionError as error:
             self.failed.update(rule.names)
-            self._fault(rule.position, f"`sizes`, {' '.join(rule.names)}", error, index=name)
+            self._fault(rule.position, f"`sizes`, {' '.join(rule.names)}", error, index=rule.names[0])
             return
         if rule.expression.pads or any(read in self.padded for read in rule.expression.names):
             self.padded.update(rule.names)
@@ -235,8 +244,7 @@ class _Resolver:
 
     def _is_bond(self, leg: str) -> bool:
         """Fine rule 3: `bond` sizes what two or more cores share and `weight` has not."""
-        shared = sum(leg in core.legs for core in self.source.cores) > 1
-        return shared and all(leg not in axis for axis in self.source.weight)
+        return self.uses[leg] > 1 and leg not in self.open
 
     def _bond(self, leg: str) -> None:
         bond = self.source.bond

@@ -6,7 +6,7 @@ pydantic says *where* a value is wrong; the sentence about it comes from the sch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tnpeft.errors import Position, near_miss
 from tnpeft.spec.document import Node, Problems, clip
 
-__all__ = ["FilePart", "Path", "Schema", "check_shape"]
+__all__ = ["FilePart", "Path", "Schema", "check_shape", "with_text_keys"]
 
 Path = tuple[str | int, ...]
 
@@ -40,6 +40,22 @@ class Schema:
     later: Mapping[str, str] = field(default_factory=dict)
     instead: Mapping[str, str] = field(default_factory=dict)  # a key that may be missing → what stands in for it
     versioned: str = "tnpeft"
+
+
+def with_text_keys(node: Node, problems: Problems, numbers_under: str = "factors") -> Node:
+    """The tree without the keys that are no texts, which are reported; those below `numbers_under` may be numbers."""
+    if node.kind == "list":
+        return replace(node, value=tuple(with_text_keys(item, problems, numbers_under) for item in node.value))
+    if node.kind != "mapping":
+        return node
+    pairs = []
+    for key, value in node.value:
+        if not isinstance(key.value, str):
+            fix = "Quote it if it is meant as a word."
+            problems.add(key.position, "a key", "a word", clip(key.text), fix)
+        else:
+            pairs.append((key, value if key.value == numbers_under else with_text_keys(value, problems, numbers_under)))
+    return replace(node, value=tuple(pairs))
 
 
 def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
