@@ -214,7 +214,7 @@ class _Resolver:
         for core in self.source.cores:
             self.out.legs[core.name] = legs = expand(core.legs, self.spatial)
             for leg in legs:
-                if leg not in self.out.sizes:
+                if leg not in self.out.sizes and leg not in self.failed:
                     self._leg(leg, core)
             sizes = [self.out.sizes[leg] for leg in legs if leg in self.out.sizes]
             if math.prod(sizes) > MAX_NUMEL:
