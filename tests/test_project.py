@@ -21,6 +21,7 @@ SCRIPTS = sorted((*ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/**/*.py"), *
 ROOMS = ("errors", "spec", "network", "plan", "program", "modules", "surgery", "recipe", "io", "cli")
 WITHOUT_TORCH = ("errors", "spec", "network", "plan")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_TEST_LINES = 700  # tables of cases are long
 
 
 def room_of(path: Path) -> str:
@@ -45,9 +46,14 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def names_of_the_package(path: Path) -> set[str]:
-    """The `x` of every `tnpeft.x` in the code."""
-    attributes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
-    return {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "tnpeft"}
+    """The `x` of every `tnpeft.x` and `from tnpeft import x` in the code."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "tnpeft":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tnpeft":
+            found.add(node.attr)
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -83,7 +89,7 @@ def test_only_the_command_line_prints():
 @pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_sizes(path: Path):
     text = path.read_text()
-    assert len(text.splitlines()) <= MAX_LINES
+    assert len(text.splitlines()) <= (MAX_TEST_LINES if path.parent.name == "tests" else MAX_LINES)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
