@@ -36,7 +36,7 @@ class Screen:
     def bar(self, title: str, total: int) -> Iterator[Bar]:
         """A bar for one phase; its time is added to `seconds`."""
         columns = (
-            TextColumn("{task.description:<34}"),
+            TextColumn("{task.description:<36}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -146,14 +146,14 @@ def _tuned(config: DemoConfig, out: Path, domain: str, method: Method, training:
 def _baseline(config: DemoConfig, out: Path, screen: Screen) -> Run:
     """Biases and norms alone, on the target: they explain a part of every adapter's gain."""
     method = Method(kind="bias_norm")
-    setup = prepare(_tuned(config, out, "target", method, config.bias_norm), out / "bias_norm", screen)
-    return run_training(setup, screen, "baseline: biases and norms")
+    setup = prepare(_tuned(config, out, "target", method, config.bias_norm), out / "bias_norm", Screen(quiet=True))
+    return run_training(setup, screen, "baseline: biases, norms")
 
 
 def _control(config: DemoConfig, out: Path, screen: Screen, target: Setup) -> Run:
     """The same adapter tuned on the *source*, measured on the target: more training alone must not help."""
-    setup = prepare(_tuned(config, out, "source", config.method, config.training), out / "control", screen)
-    return run_training(dataclasses.replace(setup, held_out=target.held_out), screen, "control: tune on the source")
+    setup = prepare(_tuned(config, out, "source", config.method, config.training), out / "control", Screen(quiet=True))
+    return run_training(dataclasses.replace(setup, held_out=target.held_out), screen, "control: fine-tune on source")
 
 
 def _show(summary: dict[str, Any], out: Path, screen: Screen) -> None:

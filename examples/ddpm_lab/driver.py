@@ -69,7 +69,7 @@ def finish(setup: Setup, run: Run, screen: Screen) -> dict[str, Any]:
     with screen.phase("metrics"):
         summary["samples"] = describe_samples(setup, samples)
     real = setup.volumes.validation
-    rows = {"real": torch.stack([real[index] for index in range(min(8, len(real)))]), **samples}
+    rows = {"real target": torch.stack([real[index] for index in range(min(8, len(real)))]), **samples}
     with screen.phase("pictures"):
         title = headline(setup.config, setup.volumes.shape)
         plot_montage(setup.out / "montage.png", rows, setup.config.data.intensity, title)

@@ -120,7 +120,7 @@ def run_training(setup: Setup, screen: Screen, title: str, training: Training | 
     """Measure the base, apply the method, train, measure again."""
     config, accelerator = setup.config, setup.accelerator
     training = training or config.training
-    before = _measured(setup, screen, f"{title}: error before")
+    before = _measured(setup, screen, f"{title}, before")
     start = probe(setup, setup.unet)
     trained = apply_method(setup.unet, config.method)
     setup.unet.to(accelerator.device)
@@ -139,7 +139,7 @@ def run_training(setup: Setup, screen: Screen, title: str, training: Training | 
         history = train(
             setup.unet, setup.volumes.train, setup.scheduler, training, accelerator, setup.held_out, every, show
         )
-    after = _measured(setup, screen, f"{title}: error after")
+    after = _measured(setup, screen, f"{title}, after")
     return Run(trained, history, before, after, difference)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ddpm_lab.diffusion import HeldOutError
 from ddpm_lab.training import History
@@ -75,9 +76,9 @@ def _losses(axes: Any, curve: Curve, pretraining: History | None) -> None:
         axes.plot(steps, _smooth(history.losses), color=colour, linewidth=1.8, label=name)
         offset += len(history.losses)
     axes.set(title="Training loss", xlabel="optimiser step", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="minor", labelsize=7)
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend()
 
 

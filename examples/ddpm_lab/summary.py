@@ -177,9 +177,9 @@ def sample_table(samples: SampleData) -> RenderableType:
 
 
 def time_line(seconds: Mapping[str, float], total: float) -> str:
-    """Where the time went, the longest first; what took under a second is left out."""
+    """Where the time went, the longest phases first."""
     parts = sorted(seconds.items(), key=lambda item: -item[1])
-    return f"{total:.0f} s in all: " + ", ".join(f"{name} {value:.0f} s" for name, value in parts if value >= 1)
+    return f"{total:.0f} s in all; the longest: " + ", ".join(f"{name} {value:.0f} s" for name, value in parts[:5])
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
