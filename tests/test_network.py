@@ -254,7 +254,9 @@ def test_modules_that_are_no_layer_of_ours(module, message):
     assert str(caught.value) == message
 
 
-def test_registered_inits_are_known_and_checked():
+def test_registered_inits_are_known_and_checked(monkeypatch):
+    monkeypatch.setattr("tnpeft.spec.inits._registered", {})
+
     def sign(shape, generator, scale, shift=0.0):
         return scale * torch.sign(torch.randn(shape, generator=generator)) + shift
 

@@ -1,0 +1,267 @@
+"""`attach` with specs and recipes: what it matches, what trains, what it reports, what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tnpeft
+
+SPEC = """\
+tnpeft: 1
+name: mine
+layers: any
+params: {r: 2, alpha: r}
+sizes: {o: out_channels, i: in_channels}
+cores: {up: {legs: o r, init: zeros}, down: r i k...}
+weight: o i k...
+scale: alpha / r
+start: zero
+"""
+
+RECIPE = """\
+tnpeft: 1
+name: both
+adapters:
+  - {spec: mine.yaml, match: 'conv$', params: {r: 3}}
+  - {spec: lora, match: ['attn.to_q', 'attn.to_v'], params: {r: 1}}
+train: {bias: adapted, norm: true, also: ['^head\\.']}
+"""
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return self.to_q(x) + self.to_k(x) * self.to_v(x)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.attn = Attention()
+        self.drop = nn.Dropout(0.0)
+        self.head = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
+
+    def forward(self, x):
+        # Contiguous: for other inputs torch lets a frozen weight choose another kernel than a trained one.
+        return self.head(self.attn(self.norm(self.conv(x)).mT.contiguous()))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "mine.yaml").write_text(SPEC)
+    (tmp_path / "both.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_pattern_searches_full_names_and_skips_containers(model):
+    handle = tnpeft.attach(model, "lora", match="attn", r=1)
+    assert [row.name for row in handle.report().layers] == ["attn.to_q", "attn.to_k", "attn.to_v"]
+    assert all("core_" in name for name in trained(model))
+
+
+def test_a_list_names_layers_exactly(model):
+    handle = tnpeft.attach(model, tnpeft.load_spec("lora"), match=["attn.to_v", "conv"], r=1)
+    assert [row.name for row in handle.report().layers] == ["conv", "attn.to_v"]
+
+
+def test_a_recipe_from_files(model, folder):
+    x = torch.randn(2, 3, 5)
+    expected = model(x)
+    handle = tnpeft.attach(model, folder / "both.yaml")
+    assert torch.equal(model(x), expected)
+    report = handle.report()
+    assert [(row.name, row.spec, dict(row.params)) for row in report.layers] == [
+        ("conv", "mine", {"r": 3, "alpha": 3}),
+        ("attn.to_q", "lora", {"r": 1, "alpha": 1}),
+        ("attn.to_v", "lora", {"r": 1, "alpha": 1}),
+    ]
+    cores = 3 * (4 + 3 * 3) + 8 + 8
+    assert (report.cores, report.bias, report.norm, report.also) == (cores, 4 + 4, 8, 8 + 10)
+    assert report.trained == sum(parameter.numel() for parameter in handle.parameters())
+    assert report.trained == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert report.base == sum(parameter.numel() for parameter in Model().parameters())
+    assert report.share == report.trained / report.base
+
+
+def test_the_report_is_data_and_text(model, folder):
+    report = tnpeft.attach(model, folder / "both.yaml").report()
+    data = json.loads(json.dumps(report.as_dict()))
+    assert data["layers"][0] == {
+        "name": "conv",
+        "layer": "Conv1d(3, 4, 3)",
+        "spec": "mine",
+        "params": {"r": 3, "alpha": 3},
+        "mode": "dense",
+        "cores": 39,
+        "bias": 4,
+        "weight": 36,
+    }
+    lines = str(report).splitlines()
+    assert lines[0] == f"Adapter 'default': {report.trained} of {report.base} parameters train ({report.share:.3%})"
+    assert lines[-1] == "cores 55, biases 8, norms 8, also 18"
+
+
+@pytest.mark.parametrize(
+    ("train", "names"),
+    [
+        ({}, set()),
+        ({"bias": "adapted"}, {"conv.base.bias"}),
+        (
+            {"bias": "all"},
+            {"conv.base.bias", "norm.bias", "attn.to_q.bias", "attn.to_k.bias", "head.0.bias", "head.1.bias"},
+        ),
+        ({"norm": True}, {"norm.weight", "norm.bias"}),
+        ({"norm": "all"}, {"norm.weight", "norm.bias", "head.0.weight", "head.0.bias"}),
+        ({"also": ["to_k"]}, {"attn.to_k.weight", "attn.to_k.bias"}),
+        ({"also": ["conv"]}, {"conv.base.bias"}),
+    ],
+)
+def test_what_trains_beside_the_cores(model, train, names):
+    tnpeft.attach(model, "lora", match="conv", train=train)
+    assert {name for name in trained(model) if "core_" not in name} == names
+
+
+def test_params_of_attach_override_those_of_a_recipe(model, folder):
+    handle = tnpeft.attach(model, tnpeft.load_recipe(folder / "both.yaml"), r=2, train={})
+    assert [row.params["r"] for row in handle.report().layers] == [2, 2, 2]
+    assert handle.report().also == 0
+
+
+def test_shipped_recipes_are_found_by_name():
+    assert tnpeft.list_recipes() == ("loha_ddpm", "lokr_ddpm", "lora_ddpm", "tenvoo_l_ddpm", "tenvoo_q_ddpm")
+    recipe = tnpeft.load_recipe("tenvoo_l_ddpm")
+    assert [entry.spec.name for entry in recipe.entries] == ["tenvoo_l", "quanta"]
+    assert recipe.train == tnpeft.recipe.Train(bias="adapted", norm=True)
+
+
+def test_a_layer_under_two_names_is_adapted_once(model):
+    model.again = model.attn.to_q
+    handle = tnpeft.attach(model, "lora", match="to_q|again", r=1)
+    assert handle.report().cores == 8
+    assert model.again is model.attn.to_q
+
+
+NOTHING = (
+    "spec 'lora', match 'attn.too_q': expected at least one layer, found none. Did you mean `attn.to_q`? "
+    "The model has 'conv', 'attn.to_q', 'attn.to_k', 'attn.to_v', ...."
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "spec 'lora': expected `match`, found none. "
+             r"For example `match=r'attn\.to_[qv]$'`, or a list of names from `model.named_modules()`."),
+        ({"match": "attn.too_q"}, NOTHING),
+        ({"match": "attn$"}, "spec 'lora', match 'attn$': expected at least one layer, found only containers such as "
+                             "'attn'. Match the layers inside, such as 'attn.to_q'."),
+        ({"match": ["attn.too_q"]}, "layer 'attn.too_q': expected the name of a layer, found no such layer. "
+                                    "Did you mean `attn.to_q`?"),
+        ({"match": []}, "`match`: expected a regular expression or layer names, found (). "
+                        "Give full module names, as `model.named_modules()` has them."),
+        ({"match": "("}, "pattern '(': expected a regular expression, found missing ), unterminated subpattern at "
+                         r"position 0. A dot of a module's name is written `\.`."),
+        ({"match": "norm"}, "layer 'norm': layer type: expected one of Linear, Conv1d, Conv2d, Conv3d, "
+                            "ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, found GroupNorm. Match other layers."),
+        ({"match": "conv", "train": {"bias": "some"}},
+         "train:1:1: `train`, `bias`: expected `none`, `adapted` or `all`, found 'some'. Write `bias: adapted`, say."),
+        ({"match": "conv", "train": {"nrom": True}},
+         "train:1:1: unknown key 'nrom' in `train`: expected one of also, bias, norm, found 'nrom'. "
+         "Did you mean `norm`?"),
+        ({"match": "conv", "train": {"also": ["haed"]}},
+         "`also` 'haed': expected at least one parameter, found none. The model has 'conv.weight', ..."),
+    ],
+)  # fmt: skip
+def test_refusals_leave_the_model_alone(model, arguments, message):
+    before = {name: (id(value), value.requires_grad) for name, value in model.named_parameters()}
+    with pytest.raises(tnpeft.TnpeftError) as caught:
+        tnpeft.attach(model, "lora", **arguments)
+    assert str(caught.value) == message
+    assert {name: (id(value), value.requires_grad) for name, value in model.named_parameters()} == before
+
+
+def test_every_layer_that_does_not_fit_is_reported(model):
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.attach(model, "quanta", match="conv|to_q", r=0)
+    spec = tnpeft.load_spec("quanta")
+    assert str(caught.value) == (
+        f"{spec.file}: layer 'conv': spec 'quanta': expected one of Linear, found Conv1d(3, 4, 3). "
+        "Choose another spec, or add the kind to its `layers`."
+    )
+
+
+def test_two_entries_may_not_claim_one_layer(model, folder):
+    (folder / "both.yaml").write_text(RECIPE.replace("'conv$'", "'conv$|to_q'"))
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.attach(model, folder / "both.yaml")
+    assert str(caught.value) == (
+        f"{folder / 'both.yaml'}:5:5: layer 'attn.to_q': expected one adapter, found two, mine ('conv$|to_q') and "
+        "lora (('attn.to_q', 'attn.to_v')). Narrow one of the patterns."
+    )
+
+
+def test_a_recipe_takes_no_match_and_known_params(model):
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.attach(model, "lora_ddpm", match="conv")
+    assert str(caught.value) == (
+        "recipe 'lora_ddpm': expected its own patterns, found match='conv'. Remove `match`, or attach a spec."
+    )
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.attach(model, "lora_ddpm", alhpa=2)
+    assert str(caught.value) == (
+        "recipe 'lora_ddpm', param 'alhpa': expected one of alpha, r, found none of them. Did you mean `alpha`?"
+    )
+
+
+def test_names_that_are_neither_spec_nor_recipe(model):
+    with pytest.raises(tnpeft.SpecError) as caught:
+        tnpeft.attach(model, "tenvo_l", match="conv")
+    assert str(caught.value) == (
+        "spec 'tenvo_l': expected a file, or one of krona, locon_tucker, loha, loha_tucker, lokr, lokr_both, lora, "
+        "lora_conv2d, quanta, tenvoo_l, tenvoo_q, found neither. Did you mean `tenvoo_l`?"
+    )
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.attach(model, 3)
+    assert str(caught.value) == (
+        "attach: expected a spec or a recipe, found int. "
+        "Pass the name or path of one, `load_spec(...)` or `load_recipe(...)`."
+    )
+
+
+def test_mistakes_in_a_recipe_are_collected_with_those_in_its_specs(folder):
+    (folder / "mine.yaml").write_text(SPEC.replace("init: zeros", "init: zeroes"))
+    text = RECIPE.replace("r: 1", "rank: 1").replace("'^head", "'(^head").replace("name: both", "nmae: both")
+    (folder / "both.yaml").write_text(text)
+    with pytest.raises(tnpeft.SpecError) as caught:
+        tnpeft.load_recipe(folder / "both.yaml")
+    recipe, spec = folder / "both.yaml", folder / "mine.yaml"
+    assert str(caught.value).splitlines() == [
+        f"{recipe}:1:1: the file has no `name`: expected a word, found nothing. "
+        "Write `name: my_recipe`; quote it if it looks like a number.",
+        f"{recipe}:2:1: unknown key 'nmae' in the file: expected one of adapters, name, source, title, tnpeft, train, "
+        "found 'nmae'. Did you mean `name`?",
+        f"{recipe}:5:61: `params`: expected params of 'lora', found 'rank'. Its params are r, alpha.",
+        f"{spec}:6:29: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "
+        "kaiming_uniform, orthogonal, svd_us, svd_vs, found none of them. Did you mean `zeros`?",
+        f"{recipe}:6:45: pattern '(^head\\\\.': expected a regular expression, found missing ), "
+        r"unterminated subpattern at position 0. A dot of a module's name is written `\.`.",
+    ]
