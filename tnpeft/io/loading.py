@@ -9,14 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tnpeft.errors import AdapterFileError, BindError, SpecError
+from tnpeft.errors import AdapterFileError, AttachError, TnpeftError
 from tnpeft.io.files import FOREIGN, read, refuse
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, dtype_name
 from tnpeft.io.saving import fingerprint
 from tnpeft.modules import Adapter
 from tnpeft.recipe import Handle
 from tnpeft.spec import Spec
-from tnpeft.surgery import activate, base_tensors, install, plain_modules, statistics_of, trained_of
+from tnpeft.surgery import (
+    activate,
+    base_tensors,
+    install,
+    model_problems,
+    norm_statistics,
+    parameter_groups,
+    plain_modules,
+    statistics_of,
+    trained_of,
+)
 
 __all__ = ["load"]
 
@@ -35,8 +45,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     """
     path = Path(path)
     manifest, tensors = read(path)
+    if problems := [*model_problems(model)]:
+        raise AttachError(*problems)
     _check_base(path, manifest.base, fingerprint(model))
     adapters = _adapters(path, manifest, tensors, plain_modules(model))
+    _check_names(path, manifest, model)
     here = base_tensors(model)
     values = {
         kind: _take(path, tensors, {names[0]: here[names[0]] for names in groups}, f"{kind}.")
@@ -68,9 +81,19 @@ def _check_base(path: Path, saved: Mapping[str, BaseTensor], here: Mapping[str, 
     more = len(differences) - _SHOWN
     found = "; ".join(differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
     fix = "Build the base model as it was when the adapter was saved."
-    if saved.keys() == here.keys() and all(saved[name].shape == here[name].shape for name in saved):
+    if saved.keys() == here.keys() and all(saved[name].like(here[name]) for name in saved):
         fix = "Load the adapter before casting the model to another type."
     raise refuse(path, "base model", "the one the adapter was saved from", found, fix)
+
+
+def _check_names(path: Path, manifest: Manifest, model: nn.Module) -> None:
+    """What the file says was trained must be what training it here would change."""
+    groups = {names[0]: names for names in parameter_groups(model)}
+    odd = [names[0] for names in manifest.trained if groups.get(names[0]) != names]
+    if manifest.statistics != norm_statistics(model):
+        odd.append("running statistics")
+    if odd:
+        raise refuse(path, "metadata", "that of an adapter", f"'{odd[0]}' trained, which does not fit", FOREIGN)
 
 
 def _adapters(
@@ -80,7 +103,9 @@ def _adapters(
     try:
         specs = [Spec.from_yaml(entry.text, file=entry.file, tables=entry.tables) for entry in manifest.specs]
         adapters = {layer: _adapter(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
-    except (SpecError, BindError) as error:
+    except AdapterFileError:
+        raise
+    except TnpeftError as error:
         raise AdapterFileError(*error.problems) from error
     for layer, adapter in adapters.items():
         values = _take(path, tensors, adapter.state_dict(), f"layers.{layer}.")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 __all__ = ["FORMAT", "KEY", "BaseTensor", "LayerEntry", "Manifest", "SpecEntry", "digest", "dtype_name", "encode"]
 
 FORMAT = 1
 KEY = "tnpeft"  # the one entry of the safetensors metadata: two would be written in any order
+
+
+_Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class _Entry(BaseModel):
@@ -45,6 +48,10 @@ class BaseTensor(_Entry):
     dtype: str
     tied: str | None = None
 
+    def like(self, other: BaseTensor) -> bool:
+        """Equal but for the type."""
+        return (self.shape, self.tied) == (other.shape, other.tied)
+
     def __str__(self) -> str:
         shape = f"{self.dtype}({', '.join(map(str, self.shape))})"
         return f"{shape} tied to '{self.tied}'" if self.tied else shape
@@ -58,8 +65,8 @@ class Manifest(_Entry):
     scale: float
     specs: tuple[SpecEntry, ...]
     layers: dict[str, LayerEntry]
-    trained: tuple[tuple[str, ...], ...]
-    statistics: tuple[tuple[str, ...], ...]
+    trained: tuple[_Names, ...]
+    statistics: tuple[_Names, ...]
     base: dict[str, BaseTensor]
     about: dict[str, Any]
 
@@ -85,4 +92,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _canonical(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    """JSON text in the order of the keys, which reading keeps: what was read writes the same text."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

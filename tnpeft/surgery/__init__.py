@@ -12,12 +12,21 @@ and `names_of`, `record_of`, `adapters_of`, `trained_of`, `statistics_of` tell w
 They and the switches find the adapted model inside wrappers such as DistributedDataParallel.
 """
 
-from tnpeft.surgery.checks import SUPPORTED, layer_problem
+from tnpeft.surgery.checks import SUPPORTED, layer_problem, model_problems
 from tnpeft.surgery.detach import detach
 from tnpeft.surgery.install import install
-from tnpeft.surgery.queries import adapters_of, base_tensors, names_of, record_of, statistics_of, trained_of
+from tnpeft.surgery.queries import (
+    adapters_of,
+    base_tensors,
+    names_of,
+    parameter_groups,
+    record_of,
+    statistics_of,
+    trained_of,
+)
 from tnpeft.surgery.state import AdapterRecord, ModelState, adapted, find
 from tnpeft.surgery.switch import activate, disabled, merge, unmerge
+from tnpeft.surgery.trained import norm_statistics
 from tnpeft.surgery.tree import plain_modules, plain_parameters
 
 __all__ = [
@@ -34,7 +43,10 @@ __all__ = [
     "install",
     "layer_problem",
     "merge",
+    "model_problems",
     "names_of",
+    "norm_statistics",
+    "parameter_groups",
     "plain_modules",
     "plain_parameters",
     "record_of",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from tnpeft.errors import AttachError
 from tnpeft.modules import AdaptedLayer, Adapter, wrap
 from tnpeft.surgery.checks import model_problems, name_problems, target_problems, trained_problems
 from tnpeft.surgery.state import AdapterRecord, ModelState, find
 from tnpeft.surgery.switch import apply_state
-from tnpeft.surgery.trained import Tied, all_tied
+from tnpeft.surgery.trained import Tied, all_tied, norm_statistics
 from tnpeft.surgery.tree import Slot, places, plain_modules, slots, ties
 
 __all__ = ["install"]
@@ -84,14 +83,7 @@ def _record(
 ) -> AdapterRecord:
     names = ties(found)
     tied = dict.fromkeys(names[id(found[key].tensor)] for key in trained)
-    return AdapterRecord(name, tuple(targets), tuple(tied), tuple(_statistics(model)), dict(about))
-
-
-def _statistics(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    """The running statistics of every norm that keeps some: a forward in training mode changes them."""
-    norms = {id(module) for module in model.modules() if isinstance(module, _NormBase)}
-    found = {name: slot for name, slot in slots(model, "_buffers").items() if id(slot.owner) in norms}
-    return iter(ties(found).values())
+    return AdapterRecord(name, tuple(targets), tuple(tied), norm_statistics(model), dict(about))
 
 
 def _wrappers(model: nn.Module, targets: Iterable[str]) -> dict[int, AdaptedLayer]:

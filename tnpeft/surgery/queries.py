@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.surgery.state import AdapterRecord, adapted, known_adapter
 from tnpeft.surgery.trained import all_tied
-from tnpeft.surgery.tree import places, slots
+from tnpeft.surgery.tree import places, slots, ties
 
-__all__ = ["adapters_of", "base_tensors", "names_of", "record_of", "statistics_of", "trained_of"]
+__all__ = ["adapters_of", "base_tensors", "names_of", "parameter_groups", "record_of", "statistics_of", "trained_of"]
 
 
 def names_of(model: nn.Module) -> tuple[str, ...]:
@@ -48,6 +48,11 @@ def base_tensors(root: nn.Module) -> dict[str, Tensor]:
         if slot.key not in slot.owner._non_persistent_buffers_set
     }
     return {name: slot.tensor for name, slot in {**slots(root), **buffers}.items()}
+
+
+def parameter_groups(root: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """The names of every parameter of the plain model; tied ones stand together."""
+    return tuple(ties(slots(root)).values())
 
 
 def _copies(model: nn.Module, name: str, parameters: bool) -> dict[str, Tensor]:

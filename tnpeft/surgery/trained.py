@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from tnpeft.surgery.state import ModelState
-from tnpeft.surgery.tree import MANGLED, Slot, slots
+from tnpeft.surgery.tree import MANGLED, Slot, slots, ties
 
-__all__ = ["Tied", "all_tied"]
+__all__ = ["Tied", "all_tied", "norm_statistics"]
 
 _ORIGINAL = "original"
 
@@ -131,3 +132,10 @@ def all_tied(root: nn.Module, state: ModelState) -> list[Tied]:
         for names in (*record.trained, *record.statistics):
             trainers.setdefault(names, []).append(record.name)
     return [Tied((found[name] for name in names), who) for names, who in trainers.items()]
+
+
+def norm_statistics(root: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """The names of the running statistics of every norm that keeps some."""
+    norms = {id(module) for module in root.modules() if isinstance(module, _NormBase)}
+    found = {name: slot for name, slot in slots(root, "_buffers").items() if id(slot.owner) in norms}
+    return tuple(ties(found).values())
