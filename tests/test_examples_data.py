@@ -236,6 +236,14 @@ def test_a_disk_cache_is_not_shared_between_settings(tmp_path: Path) -> None:
     assert (one[0].shape, two[0].shape, one[0].shape) == ((1, 8, 8, 8), (1, 4, 4, 4), (1, 8, 8, 8))
 
 
+def test_a_disk_cache_notices_a_replaced_file(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "a.nii", (8, 8, 8))
+    before = dataset([path], Data(cache="disk"), tmp_path / "cache")[0]
+    assert torch.equal(dataset([path], Data(cache="disk"), tmp_path / "cache")[0], before)
+    write_nifti(path, (8, 8, 8), seed=1)
+    assert not torch.equal(dataset([path], Data(cache="disk"), tmp_path / "cache")[0], before)
+
+
 def test_volumes_of_different_or_impossible_sizes_are_named(tmp_path: Path) -> None:
     paths = [write_nifti(tmp_path / "a.nii", (8, 8, 8)), write_nifti(tmp_path / "b.nii", (8, 8, 4))]
     volumes = dataset(paths, Data(), tmp_path)

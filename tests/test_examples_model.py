@@ -173,6 +173,9 @@ def test_an_old_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     assert line.startswith(
         f"{base.checkpoint}: `base.checkpoint`: expected the tensors of this model in monai-generative"
     )
+    torch.save(tiny().state_dict(), base.checkpoint)
+    (line,) = refused(build_unet(TINY, base), base)
+    assert line.endswith("It was written with MONAI itself: pass `--set base.old_generative=false`.")
     torch.save({**state, "extra": torch.zeros(1)}, base.checkpoint)
     (line,) = refused(build_unet(TINY, base), base)
     assert line == (

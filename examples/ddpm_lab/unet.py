@@ -121,7 +121,9 @@ def _load_old(unet: DiffusionModelUNet, state: dict[str, torch.Tensor], path: Pa
     except (KeyError, RuntimeError) as error:
         unet.load_state_dict(before)
         found = " ".join(str(error).split())[:160]
-        raise fault(path, "`base.checkpoint`", "the tensors of this model in monai-generative", found, FIX) from None
+        new = any(".attn.to_q." in name for name in state)
+        fix = "It was written with MONAI itself: pass `--set base.old_generative=false`." if new else FIX
+        raise fault(path, "`base.checkpoint`", "the tensors of this model in monai-generative", found, fix) from None
     unused = [name for name in left if ".proj_attn." not in name and name not in before]
     if unused:
         unet.load_state_dict(before)

@@ -61,8 +61,14 @@ def dataset(paths: Sequence[Path], data: Data, cache: Path) -> Any:
     if data.cache == "disk":
         folder = cache / _key(data)
         folder.mkdir(parents=True, exist_ok=True)
-        return PersistentDataset(files, steps, cache_dir=folder)
+        return PersistentDataset(files, steps, cache_dir=folder, hash_func=_file_key)
     return Dataset(files, steps)
+
+
+def _file_key(file: str) -> bytes:
+    """A name for one file as it is now: a file that is replaced is read again."""
+    stat = Path(file).stat()
+    return hashlib.sha256(f"{file}/{stat.st_mtime_ns}/{stat.st_size}".encode()).hexdigest().encode()
 
 
 def _key(data: Data) -> str:
