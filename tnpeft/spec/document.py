@@ -8,7 +8,7 @@ events can be bounded before anything is built. Scalars follow the YAML 1.2 core
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,14 @@ class Problems:
 
     def raise_if_any(self) -> None:
         if self.found:
-            raise self._kind(*sorted(self.found, key=_by_place))
+            files = {problem.where.file: 0 for problem in self.found if isinstance(problem.where, Position)}
+            order = {file: number for number, file in enumerate(files)}
+            raise self._kind(*sorted(self.found, key=lambda problem: _by_place(problem, order)))
 
 
-def _by_place(problem: Problem) -> tuple[int, int]:
+def _by_place(problem: Problem, files: Mapping[str, int]) -> tuple[int, int, int]:
     where = problem.where
-    return (where.line, where.column) if isinstance(where, Position) else (0, 0)
+    return (files[where.file], where.line, where.column) if isinstance(where, Position) else (0, 0, 0)
 
 
 @dataclass(frozen=True)
