@@ -179,6 +179,7 @@ def test_exact_start_and_base_agree_when_both_are_compiled():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(" " in torch.__file__, reason="inductor does not quote torch's own folder when it links")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_inductor_agrees_with_eager():
     torch.compiler.reset()
