@@ -43,7 +43,10 @@ class Output:
         self._results.print(text, soft_wrap=True)
 
     def show(self, result: Table) -> None:
-        self._results.print(result)
+        with self._results.capture() as drawn:
+            self._results.print(result)
+        for line in drawn.get().splitlines():  # without the blanks that fill up the last column
+            sys.stdout.write(line.rstrip() + "\n")
 
     def data(self, document: Mapping[str, Any]) -> None:
         """One JSON document, its keys in a fixed order."""
