@@ -149,6 +149,23 @@ def test_gradients_reach_the_cores_alone_and_equal_those_of_the_plain_network():
         torch.testing.assert_close(parameter.grad, core.grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("spec", [LORA, chain()], ids=["zero", "frozen copy"])
+def test_gradients_of_gradients_are_right(spec):
+    layer = nn.ConvTranspose1d(4, 4, 2, groups=2).double()
+    adapter = compile(spec, layer, r=2)
+    wrapper = adapted(layer, adapter)
+    move(adapter)
+    x = sample_input(layer, side=3, dtype=torch.float64)
+    cores = [parameter.detach().requires_grad_() for parameter in adapter.parameters()]
+    names = [f"adapters.a.{name}" for name, _ in adapter.named_parameters()]
+
+    def output(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(wrapper, dict(zip(names, values, strict=True)), (x,)).square().sum()
+
+    assert torch.autograd.gradcheck(output, cores)
+    assert torch.autograd.gradgradcheck(output, cores)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("formats", [(torch.contiguous_format,), (torch.channels_last_3d,)])

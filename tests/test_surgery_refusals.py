@@ -260,6 +260,12 @@ def test_unknown_names_and_impossible_scales():
     assert refused(model, lambda: activate(model, {"adni": float("nan")})) == (
         "scale of adapter 'adni': expected a finite number, found nan. Use a finite scale, or leave the adapter out."
     )
+    assert refused(model, lambda: activate(model, {"adni": "1"})) == (
+        "scale of adapter 'adni': expected a finite number, found 1. Use a finite scale, or leave the adapter out."
+    )
+    assert refused(model, lambda: activate(model, ["adni"])) == (
+        'activate: expected a name, or scales by name, found list. For example `{"default": 1.0}`.'
+    )
     assert refused(model, lambda: detach(model, merge=True, name="adni")) == (
         "detach: expected 'adni' alone to merge, found also 'ppmi'. "
         "Detach the others first, or detach all with `merge=True`."

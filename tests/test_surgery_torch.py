@@ -284,6 +284,9 @@ def test_a_model_on_meta_is_attached_to_and_gets_its_values_later():
     attach(assigned)
     assigned.load_state_dict(source.state_dict(), assign=True)
     assert torch.equal(assigned.eval()(X), source(X))
+    narrow = {name: tensor.bfloat16() for name, tensor in source.state_dict().items()}
+    assigned.load_state_dict(narrow, assign=True)
+    assert all(tensor.dtype == torch.float32 for tensor in assigned.up.adapter("default").state_dict().values())
 
 
 def test_functional_calls_see_the_parameters_they_are_given():
@@ -303,6 +306,9 @@ def test_hooks_of_adapted_layers_outlive_the_adapter():
     calls: list[str] = []
     model.wide.register_forward_hook(lambda module, args, output: calls.append(type(module).__name__))
     attach(model)
+    assert copy.deepcopy(model.wide)._forward_hooks.keys() == model.wide._forward_hooks.keys()
+    copied = copy.deepcopy(model).wide
+    assert copied._forward_hooks is copied.base._forward_hooks
     model(X)
     assert isinstance(model.wide, AdaptedLayer)
     detach(model)

@@ -176,6 +176,8 @@ class Adapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if any(tensor.dtype.itemsize < 4 for tensor in self.cores.values()):  # `assign=True` takes what it is given
+            super()._apply(lambda tensor: tensor.float())  # type: ignore[no-untyped-call]
         self._folded = None
         if all(prefix + key in state_dict for key in {*self._core_keys, *self._parameters, *self._buffers}):
             self._initialised = True

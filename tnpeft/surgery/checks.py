@@ -83,7 +83,7 @@ def model_problems(model: nn.Module) -> Iterator[Problem]:
 
 def name_problems(name: str, state: ModelState) -> Iterator[Problem]:
     """Why an adapter cannot be called `name`, or why none can be attached now."""
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         yield Problem("adapter name", "letters, digits, `_` and `-`", f"'{name}'", "Choose another name.")
     if name in state.adapters:
         fix = "Choose another name, or detach that adapter first."

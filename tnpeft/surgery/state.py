@@ -82,6 +82,6 @@ def known_adapter(state: ModelState, name: str) -> AdapterRecord:
     """The record of the adapter `name`. Raises AttachError with a near miss."""
     if name not in state.adapters:
         known = ", ".join(f"'{known}'" for known in state.adapters)
-        fix = near_miss(name, state.adapters) or "Use one of these names."
+        fix = near_miss(str(name), state.adapters) or "Use one of these names."
         raise AttachError(Problem("adapter name", f"one of {known}", f"'{name}'", fix))
     return state.adapters[name]

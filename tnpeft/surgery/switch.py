@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 
 from torch import nn
 
@@ -25,18 +26,24 @@ def activate(model: nn.Module, scales: Mapping[str, float] | str) -> None:
     Raises AttachError for unknown names, scales that are not finite, and merged models.
     """
     root, state = adapted(model)
-    scales = {scales: 1.0} if isinstance(scales, str) else {name: float(scale) for name, scale in scales.items()}
     refuse_disabled(state)
     if state.merged:
         fix = "Call `tnpeft.unmerge(model)` first."
         raise AttachError(Problem("model", "an unmerged model", "a merged one", fix))
+    state.active = _checked(state, {scales: 1.0} if isinstance(scales, str) else scales)
+    apply_state(root, state)
+
+
+def _checked(state: ModelState, scales: object) -> dict[str, float]:
+    if not isinstance(scales, Mapping):
+        found = type(scales).__name__
+        raise AttachError(Problem("activate", "a name, or scales by name", found, 'For example `{"default": 1.0}`.'))
     for name, scale in scales.items():
         known_adapter(state, name)
-        if not math.isfinite(scale):
+        if not isinstance(scale, Real) or not math.isfinite(scale):
             fix = "Use a finite scale, or leave the adapter out."
             raise AttachError(Problem(f"scale of adapter '{name}'", "a finite number", str(scale), fix))
-    state.active = scales
-    apply_state(root, state)
+    return {name: float(scale) for name, scale in scales.items()}
 
 
 def merge(model: nn.Module) -> None:
