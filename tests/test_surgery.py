@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small import TARGETS, TRAINED, Net, attach, bits, chain, net, net_input, same_bits, train
+from small import TARGETS, TRAINED, attach, bits, chain, net, net_input, same_bits, train
 from torch import nn
 
 from tnpeft.modules import AdaptedLayer, compile
@@ -332,61 +332,21 @@ def test_the_record_says_what_was_attached():
     assert list(plain_parameters(model)) == list(dict(net().named_parameters()))
 
 
-def test_a_moved_model_keeps_its_adapters_and_its_way_back():
+@pytest.mark.parametrize("keep", [False, True])
+def test_everything_may_be_detached_inside_disabled(keep):
     model = net()
+    base = model(X)
     attach(model)
     train(model, X)
-    model.double()
-    x = X.double()
-    expected = model(x)
-    merge(model)
-    assert torch.equal(model(x), expected)
-    model.to(torch.bfloat16)
-    merged = model(X.bfloat16())
-    unmerge(model)
-    assert torch.equal(model(X.bfloat16()), merged)
-    detach(model)
-    plain = net().double().bfloat16()
-    assert same_bits(bits(model), bits(plain))
-    assert all(isinstance(parameter, nn.Parameter) and parameter.requires_grad for parameter in model.parameters())
-
-
-def test_loading_a_state_dict_into_a_merged_model_merges_again():
-    model, other = net(), net()
-    attach(model)
-    attach(other)
-    train(other, X)
-    merge(model)
-    model.load_state_dict(other.state_dict())
-    assert torch.equal(model(X), other(X))
-    unmerge(model)
-    assert torch.equal(model(X), other(X))
-
-
-def test_a_state_dict_holds_the_whole_adapted_model():
-    model = net()
-    attach(model, name="a")
-    train(model, X)
-    attach(model, name="b")
-    train(model, X)
-    fresh = Net().eval()
-    attach(fresh, name="a")
-    attach(fresh, name="b")
-    fresh.load_state_dict(model.state_dict())
-    for scales in ({"a": 1.0}, {"b": 1.0}, {"a": 0.5, "b": 2.0}, {}):
-        activate(model, scales)
-        activate(fresh, scales)
-        assert torch.equal(model(X), fresh(X))
-
-
-def test_a_graph_built_before_disabled_still_trains():
-    model = net()
-    attach(model)
-    loss = (model(X) - 1).square().mean()
-    with disabled(model), torch.no_grad():
-        model(X)
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    trained = model(X)
+    with disabled(model):
+        reference = copy.deepcopy(model)
+        detach(model, merge=keep)
+    assert torch.equal(model(X), trained if keep else base)
+    assert torch.equal(reference(X), base)
+    detach(reference)
+    assert torch.equal(reference(X), base)
+    assert classes(reference) == classes(net())
 
 
 def test_install_takes_adapters_made_by_hand():

@@ -291,7 +291,7 @@ def test_a_disabled_model_keeps_what_it_has():
     x = net_input()
     expected = model(x)
     with disabled(model):
-        acts = (merge, unmerge, detach, lambda model: activate(model, {}), lambda model: attach(model, name="b"))
+        acts = (merge, unmerge, lambda model: activate(model, {}), lambda model: attach(model, name="b"))
         for act in acts:
             assert refused(model, lambda act=act: act(model)) == (
                 "model: expected enabled adapters, found adapters disabled by `tnpeft.disabled`. "

@@ -301,6 +301,63 @@ def test_functional_calls_see_the_parameters_they_are_given():
     assert torch.equal(model(X), net()(X))
 
 
+def test_a_moved_model_keeps_its_adapters_and_its_way_back():
+    model = net()
+    attach(model)
+    train(model, X)
+    model.double()
+    x = X.double()
+    expected = model(x)
+    merge(model)
+    assert torch.equal(model(x), expected)
+    model.to(torch.bfloat16)
+    merged = model(X.bfloat16())
+    unmerge(model)
+    assert torch.equal(model(X.bfloat16()), merged)
+    detach(model)
+    plain = net().double().bfloat16()
+    assert same_bits(bits(model), bits(plain))
+    assert all(isinstance(parameter, nn.Parameter) and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_loading_a_state_dict_into_a_merged_model_merges_again():
+    model, other = net(), net()
+    attach(model)
+    attach(other)
+    train(other, X)
+    merge(model)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(X), other(X))
+    unmerge(model)
+    assert torch.equal(model(X), other(X))
+
+
+def test_a_state_dict_holds_the_whole_adapted_model():
+    model = net()
+    attach(model, name="a")
+    train(model, X)
+    attach(model, name="b")
+    train(model, X)
+    fresh = Net().eval()
+    attach(fresh, name="a")
+    attach(fresh, name="b")
+    fresh.load_state_dict(model.state_dict())
+    for scales in ({"a": 1.0}, {"b": 1.0}, {"a": 0.5, "b": 2.0}, {}):
+        activate(model, scales)
+        activate(fresh, scales)
+        assert torch.equal(model(X), fresh(X))
+
+
+def test_a_graph_built_before_disabled_still_trains():
+    model = net()
+    attach(model)
+    loss = (model(X) - 1).square().mean()
+    with disabled(model), torch.no_grad():
+        model(X)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_hooks_of_adapted_layers_outlive_the_adapter():
     model = net()
     calls: list[str] = []

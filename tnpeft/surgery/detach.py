@@ -25,7 +25,6 @@ def detach(model: nn.Module, merge: bool = False, name: str | None = None) -> No
     Raises AttachError where nothing, or no adapter of that name, is attached.
     """
     root, state = adapted(model)
-    refuse_disabled(state)
     if name is not None:
         known_adapter(state, name)
         others = [f"'{other}'" for other in state.adapters if other != name]
@@ -40,6 +39,7 @@ def detach(model: nn.Module, merge: bool = False, name: str | None = None) -> No
 
 def _remove(root: nn.Module, state: ModelState, name: str) -> None:
     """Take one of several adapters off; layers that it alone adapted are plain again."""
+    refuse_disabled(state)
     if state.merged and name in state.active:
         fix = "Call `tnpeft.unmerge(model)` first."
         raise AttachError(Problem("model", f"'{name}' unmerged", "a merged model", fix))
@@ -56,6 +56,7 @@ def _remove(root: nn.Module, state: ModelState, name: str) -> None:
 
 
 def _restore(root: nn.Module, state: ModelState, merge: bool) -> None:
+    state.disabled = 0  # a copy made inside a `disabled` context is disabled for good, and may be detached
     if not merge:
         state.active = {}
     apply_state(root, state)

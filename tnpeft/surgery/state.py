@@ -52,6 +52,9 @@ class ModelState:
     def keep_on(self, root: nn.Module) -> None:
         root.__dict__[_KEY] = self
 
+    def is_on(self, root: nn.Module) -> bool:
+        return root.__dict__.get(_KEY) is self
+
     @staticmethod
     def drop_from(root: nn.Module) -> None:
         del root.__dict__[_KEY]

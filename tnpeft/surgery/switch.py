@@ -81,7 +81,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _disable(root, state, -1)
+        if state.is_on(root):  # not if everything was detached meanwhile
+            _disable(root, state, -1)
 
 
 def apply_state(root: nn.Module, state: ModelState) -> None:
