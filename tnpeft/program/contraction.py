@@ -1,47 +1,59 @@
 """One pairwise contraction, resolved before run time to a view of each operand and one matrix product.
 
-Tensors are stored contiguously in a known order of legs. A contraction of two of them to a third is `mm` or `bmm` if
-the legs of each role (batch, rows, summed, columns) are neighbours there; otherwise an operand or the result is copied.
-All ways to lower one are compared by a rough model of time, in ns. Torch is not needed here.
+Tensors are stored contiguously in a known order of legs, written as a string of index letters. A contraction of two of
+them to a third is `mm` or `bmm` if the legs of each role (batch, rows, summed, columns) are neighbours there; otherwise
+an operand or the result is copied. All ways to lower one are compared by a rough model of time. No torch here.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-__all__ = ["Contraction", "Legs", "Sizes", "View", "lower", "lower_copy", "reordering"]
+__all__ = ["Contraction", "Sizes", "View", "copy_time", "lower", "lowering_time", "reordering"]
 
-Legs = tuple[str, ...]
 Sizes = Mapping[str, int]
 
-# The model's constants, from single operations on a 2-core Xeon: time to start an operation (Python and dispatch), to
-# copy one element across strides, to multiply and add once in a matrix product, to start one product of a batch.
-START = 4000.0
-COPY = 1.0
-SUM = 0.3
-MULTIPLY = 1 / 15
+# The model's constants, in ns, from single operations on one core of a 2-core Xeon with AVX-512: to start an operation
+# (Python and dispatch); to write an element; to copy one across strides; to multiply and add once in a large product
+# (fewer than NARROW rows or columns slow it down); to start one product of a batch. `addbmm` sums a batch without a
+# tensor for all products, but takes longer to start each (1.3 against 2.9 ms for 256 times (1536, 9) (9, 16)).
+START = 4500.0
+WRITE = 0.25
+COPY = 1.2
+MULTIPLY = 1 / 80
+NARROW = 9.0
+SLOWEST = 10.0
 BATCH = 60.0
+ADD_BATCH = 1200.0
+ADD = 0.02
+# Elements of a result from which on writing it once is worth copying both operands for a doubled bond.
+DOUBLED = 1 << 16
 
 
 @dataclass(frozen=True)
 class View:
-    """How a contiguous tensor is seen: reshape to `shape`, permute, reshape to `final` (a copy where it must be)."""
+    """How a contiguous tensor is seen: reshape to `shape`, permute, reshape to `final` (a copy where it must be).
+
+    `strides` are those of the result where it is no copy: then one `as_strided` makes it.
+    """
 
     shape: tuple[int, ...]
-    permutation: tuple[int, ...] | None = None
-    final: tuple[int, ...] | None = None
+    permutation: tuple[int, ...] | None
+    final: tuple[int, ...]
+    strides: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
 class Contraction:
     """The product of two stored tensors.
 
-    `product` is `mm`, `bmm` or `mul`. `swapped`: the right operand is the first factor. `expand` holds the number of
-    copies of a factor that has no batch legs (0: none). `fold` > 0: the batch is summed in the end, that many at a
-    time. `result` reorders the product's elements to the order asked for (None: they are in it already).
+    `product` is `mm`, `bmm`, `mul` (broadcasting), or one that sums the batch: `addbmm`, `bmm_sum`. `swapped`: the
+    right operand is the first factor. `expand` is the number of times that a factor without batch legs is used (0: it
+    has them). `double`: a sum of two such products is made as one, over twice the summed legs. `result` reorders the
+    product's elements to the order asked for (None: they are in it already).
     """
 
     product: str
@@ -49,146 +61,169 @@ class Contraction:
     second: View
     swapped: bool
     result: View | None
-    expand: tuple[int, int] = (0, 0)
-    fold: bool = False
-    cost: float = 0.0
+    expand: tuple[int, int]
+    double: bool
 
 
-def lower(left: Legs, right: Legs, output: Legs, sizes: Sizes) -> Contraction:
+@dataclass(frozen=True)
+class _Candidate:
+    """A way to lower a contraction: the legs of each role, and what it costs."""
+
+    swapped: bool
+    batch: str
+    rows: str
+    summed: str
+    columns: str
+    product: str
+    made: str
+    cost: float
+
+
+def lower(left: str, right: str, output: str, sizes: Sizes) -> Contraction:
     """The quickest product of tensors stored as `left` and `right` whose result is stored as `output`."""
-    left, right, output = (tuple(leg for leg in legs if sizes[leg] > 1) for legs in (left, right, output))
-    summed = tuple(leg for leg in left if leg in right and leg not in output)
-    if not summed:
+    left, right, output = (_without_units(legs, sizes) for legs in (left, right, output))
+    if all(leg in output for leg in left if leg in right):
         return _elementwise(left, right, output, sizes)
-    return min(_matrix_products(left, right, output, sizes), key=lambda found: found.cost)
+    found = min(_candidates(left, right, output, sizes), key=lambda candidate: candidate.cost)
+    first, second = (right, left) if found.swapped else (left, right)
+    batch, count = found.batch, _size(found.batch, sizes)
+    in_first, in_second = (bool(batch) and batch[0] in legs for legs in (first, second))
+    result = None if found.made == output else reordering(found.made, output, sizes)
+    return Contraction(
+        found.product,
+        _view(first, [batch, found.rows, found.summed][0 if in_first else 1 :], sizes),
+        _view(second, [batch, found.summed, found.columns][0 if in_second else 1 :], sizes),
+        found.swapped,
+        result,
+        (count if batch and not in_first else 0, count if batch and not in_second else 0),
+        _size(found.made, sizes) >= DOUBLED and found.product in ("mm", "bmm"),
+    )
 
 
-def lower_copy(elements: int) -> float:
-    """The model's time for a copy across strides, in ns."""
+def lowering_time(left: str, right: str, output: str, sizes: Sizes) -> float:
+    """What `lower` would find to be the quickest, in ns."""
+    left, right, output = (_without_units(legs, sizes) for legs in (left, right, output))
+    if all(leg in output for leg in left if leg in right):
+        return START + 4 * WRITE * _size(output, sizes)
+    return min(candidate.cost for candidate in _candidates(left, right, output, sizes))
+
+
+def reordering(stored: str, wanted: str, sizes: Sizes) -> View:
+    """The view, to be copied, that puts a tensor stored as `stored` in the order `wanted`."""
+    return _view(stored, _runs(wanted, (stored,)), sizes)
+
+
+def copy_time(elements: int) -> float:
+    """Of a copy across strides, in ns."""
     return START + COPY * elements
 
 
-def _elementwise(left: Legs, right: Legs, output: Legs, sizes: Sizes) -> Contraction:
+def _size(legs: str, sizes: Sizes) -> int:
+    return math.prod([sizes[leg] for leg in legs])
+
+
+def _without_units(legs: str, sizes: Sizes) -> str:
+    return "".join([leg for leg in legs if sizes[leg] > 1])
+
+
+def _elementwise(left: str, right: str, output: str, sizes: Sizes) -> Contraction:
     """A product along shared and open legs alone: broadcasting writes it in any order."""
     runs = _runs(output, (left, right))
-    views = [_broadcast_view(legs, runs, sizes) for legs in (left, right)]
-    cost = START + math.prod(sizes[leg] for leg in output)
-    return Contraction("mul", views[0], views[1], False, None, cost=cost)
+    first, second = (_view(legs, [run if run[0] in legs else "" for run in runs], sizes) for legs in (left, right))
+    return Contraction("mul", first, second, False, None, (0, 0), False)
 
 
-def _runs(output: Legs, operands: Sequence[Legs]) -> list[Legs]:
+def _runs(output: str, operands: Sequence[str]) -> list[str]:
     """Pieces of `output` that each operand has as neighbours, or not at all."""
-    runs: list[Legs] = []
+    runs: list[str] = []
     for leg in output:
-        if runs and all(_follows(legs, runs[-1][-1], leg) for legs in operands):
-            runs[-1] = (*runs[-1], leg)
+        if runs and all(_together(runs[-1][-1] + leg, legs) for legs in operands):
+            runs[-1] += leg
         else:
-            runs.append((leg,))
+            runs.append(leg)
     return runs
 
 
-def _follows(legs: Legs, before: str, leg: str) -> bool:
-    if before not in legs or leg not in legs:
-        return before not in legs and leg not in legs
-    return legs.index(leg) == legs.index(before) + 1
+def _together(pair: str, legs: str) -> bool:
+    return pair in legs or not (pair[0] in legs or pair[1] in legs)
 
 
-def _broadcast_view(legs: Legs, runs: Sequence[Legs], sizes: Sizes) -> View:
-    own = [run for run in runs if run[0] in legs]
-    stored = sorted(own, key=lambda run: legs.index(run[0]))
+def _view(legs: str, groups: Sequence[str], sizes: Sizes) -> View:
+    """The tensor stored as `legs` with one axis for each group of them."""
+    runs = _runs("".join(groups), (legs,))
+    stored = sorted(runs, key=lambda run: legs.index(run[0]))
+    permutation = tuple(stored.index(run) for run in runs)
     shape = tuple(_size(run, sizes) for run in stored)
-    permutation = tuple(stored.index(run) for run in own)
-    final = tuple(_size(run, sizes) if run[0] in legs else 1 for run in runs)
-    return _view(shape, permutation, final)
-
-
-def _view(shape: tuple[int, ...], permutation: tuple[int, ...], final: tuple[int, ...]) -> View:
-    permuted = tuple(shape[place] for place in permutation)
+    final = tuple(_size(group, sizes) for group in groups)
+    strides = tuple(_size(legs[legs.index(group[-1]) + 1 :], sizes) if group else 1 for group in groups)
     ordered = permutation == tuple(range(len(permutation)))
-    if ordered:
-        return View(final)
-    return View(shape, permutation, None if final == permuted else final)
+    whole = all(group in legs for group in groups)
+    return View(shape, None if ordered else permutation, final, strides if whole else None)
 
 
-def _size(legs: Sequence[str], sizes: Sizes) -> int:
-    return math.prod(sizes[leg] for leg in legs)
-
-
-def _matrix_products(left: Legs, right: Legs, output: Legs, sizes: Sizes) -> Iterator[Contraction]:
-    """All ways considered: which legs are the batch, which factor comes first, which order the summed legs have."""
+def _candidates(left: str, right: str, output: str, sizes: Sizes) -> Iterator[_Candidate]:
+    """All ways considered: the batch, which factor comes first, and the orders of rows, columns and summed legs."""
     for batch, fold in _batches(left, right, output):
         for swapped in (False, True):
             first, second = (right, left) if swapped else (left, right)
-            rows = tuple(leg for leg in output if leg in first and leg not in batch and leg not in second)
-            columns = tuple(leg for leg in output if leg in second and leg not in batch and leg not in first)
-            for order in (first, second):
-                summed = tuple(leg for leg in order if leg in first and leg in second and leg not in (*output, *batch))
-                groups = (batch, rows, summed, columns)
-                yield replace(_matrix_product(first, second, groups, output, fold, sizes), swapped=swapped)
+            shared = {leg for leg in first if leg in second and leg not in output and leg not in batch}
+            for rows, summed, columns in itertools.product(
+                _orders(set(first).difference(second, batch), (output, first)),
+                _orders(shared, (first, second)),
+                _orders(set(second).difference(first, batch), (output, second)),
+            ):
+                made = rows + columns if fold else batch + rows + columns
+                cost = copy_time(_size(output, sizes)) if made != output else 0.0
+                for legs, groups in ((first, (batch, rows, summed)), (second, (batch, summed, columns))):
+                    cost += copy_time(_size(legs, sizes)) if _needs_copy(legs, groups) else 0.0
+                shape = (_size(rows, sizes), _size(summed, sizes), _size(columns, sizes))
+                product, time = _product_time(_size(batch, sizes) if batch else 0, shape, fold)
+                yield _Candidate(swapped, batch, rows, summed, columns, product, made, cost + time)
 
 
-def _batches(left: Legs, right: Legs, output: Legs) -> Iterator[tuple[Legs, bool]]:
+def _orders(legs: set[str], orders: Iterable[str]) -> list[str]:
+    """The legs as they follow each other in each of `orders`."""
+    return list(dict.fromkeys("".join(leg for leg in order if leg in legs) for order in orders))
+
+
+def _batches(left: str, right: str, output: str) -> Iterator[tuple[str, bool]]:
     """Candidates for the batch's legs, and whether they are summed afterwards."""
-    shared = tuple(leg for leg in output if leg in left and leg in right)
+    shared = "".join(leg for leg in output if leg in left and leg in right)
     yield shared, False
     if shared:
         return
     # A batch that one factor lacks: the result may then start and end with legs of the other one.
     for legs in (left, right):
-        start = 0
-        while start < len(output) and output[start] in legs:
-            start += 1
-        if 0 < start < len(output):
-            yield output[:start], False
+        start = output[: next((place for place, leg in enumerate(output) if leg not in legs), len(output))]
+        if start and start != output:
+            yield start, False
     # A batch of summed legs, where both operands begin with them but end otherwise.
-    start = 0
-    while start < min(len(left), len(right)) and left[start] == right[start]:
-        start += 1
+    equal = itertools.takewhile(lambda place: left[place] == right[place], range(min(len(left), len(right))))
+    start = left[: len(list(equal))]
     if start:
-        yield left[:start], True
+        yield start, True
 
 
-def _matrix_product(
-    first: Legs, second: Legs, groups: tuple[Legs, Legs, Legs, Legs], output: Legs, fold: bool, sizes: Sizes
-) -> Contraction:
-    batch, rows, summed, columns = groups
-    count = _size(batch, sizes)
-    product = "bmm" if batch else "mm"
-    views, expand, cost = [], [], START
-    for legs, matrix in ((first, (rows, summed)), (second, (summed, columns))):
-        batched = bool(batch) and batch[0] in legs
-        view, copied = _matrix_view(legs, (batch, *matrix) if batched else matrix, batched, sizes)
-        views.append(view)
-        expand.append(count if batch and not batched else 0)
-        cost += lower_copy(_size(legs, sizes)) if copied else 0.0
-    made = (*rows, *columns) if fold else (*batch, *rows, *columns)
-    elements = count * _size((*rows, *columns), sizes)
-    cost += elements * _size(summed, sizes) * MULTIPLY + BATCH * count
-    cost += START + SUM * elements if fold else 0.0
-    result = None if made == output else reordering(made, output, sizes)
-    cost += lower_copy(_size(output, sizes)) if result else 0.0
-    return Contraction(product, views[0], views[1], False, result, (expand[0], expand[1]), fold, cost)
+def _needs_copy(legs: str, groups: tuple[str, str, str]) -> bool:
+    """Whether a tensor stored as `legs` is no batch of matrices as it stands; their last axis may not be the batch."""
+    batch, rows, columns = groups
+    batched = batch and batch[0] in legs
+    if rows not in legs or columns not in legs:
+        return True
+    return bool(batched) and (batch not in legs or (legs[-1] == batch[-1] and bool(rows or columns)))
 
 
-def _matrix_view(legs: Legs, groups: Sequence[Legs], batched: bool, sizes: Sizes) -> tuple[View, bool]:
-    """The tensor with one axis for each group, and whether that takes a copy.
-
-    Matrix products take either axis of a matrix innermost, but not the batch.
-    """
-    runs = _runs(tuple(leg for group in groups for leg in group), (legs,))
-    filled = [group for group in groups if group]
-    final = tuple(_size(group, sizes) for group in groups)
-    stored = sorted(runs, key=lambda run: legs.index(run[0]))
-    permutation = tuple(stored.index(run) for run in runs)
-    shape = tuple(_size(run, sizes) for run in stored)
-    whole = all(_follows(legs, *pair) for group in filled for pair in itertools.pairwise(group))
-    copied = not whole or (batched and len(filled) > 1 and legs[-1] in groups[0])
-    return _view(shape, permutation, final), copied
-
-
-def reordering(stored: Legs, wanted: Legs, sizes: Sizes) -> View:
-    """The view, to be copied, that puts a tensor stored as `stored` in the order `wanted`."""
-    runs = _runs(wanted, (stored,))
-    pieces = sorted(runs, key=lambda run: stored.index(run[0]))
-    shape = tuple(_size(run, sizes) for run in pieces)
-    return View(shape, tuple(pieces.index(run) for run in runs))
+def _product_time(count: int, shape: tuple[int, int, int], fold: bool) -> tuple[str, float]:
+    """The operation for `count` products of matrices (0: no batch), and its time."""
+    height, depth, width = shape
+    slowdown = min(1 + (NARROW / min(height, width)) ** 2, SLOWEST)
+    arithmetic = START + max(count, 1) * height * depth * width * MULTIPLY * slowdown
+    written = WRITE * max(count, 1) * height * width
+    if not count:
+        return "mm", arithmetic + written
+    separate = arithmetic + written + BATCH * count
+    if not fold:
+        return "bmm", separate
+    added = arithmetic + count * (ADD_BATCH + ADD * height * width)
+    summed = separate + START + written
+    return ("addbmm", added) if added < summed else ("bmm_sum", summed)

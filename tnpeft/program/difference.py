@@ -44,7 +44,7 @@ class Code:
 
     def values(self, cores: Sequence[Tensor], known: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Every tensor but the last result; results that are `known` are not made again."""
-        tensors = list(cores)
+        tensors = [core.contiguous() for core in cores]
         for place, step in enumerate(self.instructions[:-1]):
             found = known[place] if known else None
             if found is None:
@@ -60,7 +60,7 @@ class Code:
 
     def scale_one(self, cores: Sequence[Tensor]) -> list[Tensor]:
         """The cores with the scale in one of them."""
-        scaled = list(cores)
+        scaled = [core.contiguous() for core in cores]
         if self.scale != 1.0:
             scaled[self.scaled] = scaled[self.scaled] * self.scale
         return scaled
@@ -78,10 +78,11 @@ class Code:
         self, cores: Sequence[Tensor], start: Sequence[Tensor], constants: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """scale * (T(cores) - T(start)) as the stored weight, and every tensor of T(cores) on the way."""
-        changes: list[Tensor | None] = [
-            None if frozen else core - first for core, first, frozen in zip(cores, start, self.frozen, strict=True)
-        ]
         tensors = self.scale_one(cores)
+        changes: list[Tensor | None] = [
+            None if frozen else (core - first).contiguous()
+            for core, first, frozen in zip(cores, start, self.frozen, strict=True)
+        ]
         change = changes[self.scaled]
         if self.scale != 1.0 and change is not None:
             changes[self.scaled] = change * self.scale

@@ -1,4 +1,4 @@
-"""Lowered contractions run on tensors: plain operations only, differentiable and traceable."""
+"""Lowered contractions run on tensors: few operations, all of them differentiable and traceable."""
 
 from __future__ import annotations
 
@@ -12,65 +12,95 @@ __all__ = ["contract", "contract_difference", "reorder"]
 
 def contract(product: Contraction, left: Tensor, right: Tensor) -> Tensor:
     """The product of two stored tensors, contiguous in the order that it was lowered for; its shape is arbitrary."""
-    first, second = _factors(product, left, right)
-    return _finish(product, _multiply(product, first, second))
+    return _ordered(product, _multiply(product, *_factors(product, left, right)))
 
 
 def contract_difference(
-    product: Contraction, left: tuple[Tensor, Tensor | None], right: tuple[Tensor | None, Tensor | None]
+    product: Contraction, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None]
 ) -> Tensor | None:
     """The change of a product whose factors change: d(A B) = dA B0 + A dB, with `left` (A, dA) and `right` (B0, dB).
 
-    None stands for a change of zero. Both terms are one product over a doubled bond.
+    None stands for a change of zero.
     """
     (whole, left_change), (start, right_change) = left, right
     if left_change is None:
         return None if right_change is None else contract(product, whole, right_change)
-    assert start is not None
     if right_change is None:
         return contract(product, left_change, start)
-    terms = [_factors(product, left_change, start), _factors(product, whole, right_change)]
-    (a, b), (c, d) = terms
-    if product.product == "mul":
-        return _finish(product, torch.addcmul(_multiply(product, a, b), c, d))
-    return _finish(product, _multiply(product, torch.cat((a, c), -1), torch.cat((b, d), -2)))
-
-
-def _factors(product: Contraction, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = (right, left) if product.swapped else (left, right)
-    return _see(first, product.first), _see(second, product.second)
-
-
-def _see(tensor: Tensor, view: View) -> Tensor:
-    seen = tensor.reshape(view.shape)
-    if view.permutation is not None:
-        seen = seen.permute(view.permutation)
-    if view.final is not None:
-        seen = seen.reshape(view.final)
-    return seen
-
-
-def _multiply(product: Contraction, first: Tensor, second: Tensor) -> Tensor:
-    if product.product == "mul":
-        return first * second
-    if product.product == "mm":
-        return torch.mm(first, second)
-    copies_of_first, copies_of_second = product.expand
-    if copies_of_first:
-        first = first.expand(copies_of_first, -1, -1)
-    if copies_of_second:
-        second = second.expand(copies_of_second, -1, -1)
-    return torch.bmm(first, second)
-
-
-def _finish(product: Contraction, made: Tensor) -> Tensor:
-    if product.fold:
-        made = made.sum(0)
-    if product.result is not None:
-        made = reorder(made, product.result)
-    return made
+    if product.double:
+        return _ordered(product, _doubled(product, (left_change, start), (whole, right_change)))
+    made = _multiply(product, *_factors(product, left_change, start))
+    return _ordered(product, _multiply_and_add(product, made, *_factors(product, whole, right_change)))
 
 
 def reorder(tensor: Tensor, view: View) -> Tensor:
     """The tensor as `view` has it, made contiguous."""
-    return _see(tensor, view).contiguous()
+    return _see(tensor, view, 0).contiguous()
+
+
+def _factors(product: Contraction, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    if product.swapped:
+        left, right = right, left
+    return _see(left, product.first, product.expand[0]), _see(right, product.second, product.expand[1])
+
+
+def _see(tensor: Tensor, view: View, expand: int) -> Tensor:
+    """A contiguous tensor as `view` has it, repeated `expand` times along a new first axis (0: as it is)."""
+    if view.strides is not None and not _is_traced():
+        # One operation instead of two to four: with forty adapted layers, starting operations is what counts.
+        if expand:
+            return tensor.as_strided((expand, *view.final), (0, *view.strides))
+        return tensor.as_strided(view.final, view.strides)
+    seen = tensor.reshape(view.shape)
+    if view.permutation is not None:
+        seen = seen.permute(view.permutation)
+    seen = seen.reshape(view.final)
+    return seen.expand(expand, *view.final) if expand else seen
+
+
+def _is_traced() -> bool:
+    """Whether autograd or a compiler watches: then operations must be plain."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def _multiply(product: Contraction, first: Tensor, second: Tensor) -> Tensor:
+    if product.product == "mm":
+        return torch.mm(first, second)
+    if product.product == "mul":
+        return (first * second).contiguous()  # it takes on the operands' order, where they share one
+    if product.product == "addbmm":
+        return torch.addbmm(first.new_empty(()), first, second, beta=0)
+    made = torch.bmm(first, second)
+    return made.sum(0) if product.product == "bmm_sum" else made
+
+
+def _multiply_and_add(product: Contraction, made: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """`made`, which nobody else holds, with a product added to it."""
+    if _is_traced():
+        return made + _multiply(product, first, second)
+    if product.product == "mm":
+        return made.addmm_(first, second)
+    if product.product == "bmm":
+        return made.baddbmm_(first, second)
+    if product.product == "mul":
+        return made.addcmul_(first, second)
+    return made.addbmm_(first, second)
+
+
+def _doubled(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of two products of stored tensors as one product over a doubled bond."""
+    if product.swapped:
+        one, two = one[::-1], two[::-1]
+    first = torch.cat([_see(part[0], product.first, 0) for part in (one, two)], -1)
+    second = torch.cat([_see(part[1], product.second, 0) for part in (one, two)], -2)
+    if product.product == "mm":
+        return torch.mm(first, second)
+    first, second = (
+        part.expand(number, *part.shape) if number else part
+        for part, number in zip((first, second), product.expand, strict=True)
+    )
+    return torch.bmm(first, second)
+
+
+def _ordered(product: Contraction, made: Tensor) -> Tensor:
+    return made if product.result is None else reorder(made, product.result)

@@ -21,11 +21,11 @@ __all__ = ["Finish"]
 class Finish:
     """The way from the last result to the delta weight, and back for its gradient.
 
-    `legs` is the order in which the last step stores its result. `direct`: that is memory form. Else it is the
-    canonical weight before the crop, of shape `padded`.
+    `legs`, in the network's index letters, is the order in which the last step stores its result. `direct`: that is
+    memory form. Else it is the canonical weight before the crop, of shape `padded`.
     """
 
-    legs: tuple[str, ...]
+    legs: str
     direct: bool
     padded: tuple[int, ...]
     canonical: tuple[int, ...]
@@ -42,7 +42,7 @@ class Finish:
             if layer.transposed:
                 axes[0], axes[1] = axes[1], axes[0]
             axes = [axes[axis] for axis in memory_order]
-        legs = tuple(leg for axis in axes for leg in axis)
+        legs = "".join(network.symbols[leg] for axis in axes for leg in axis)
         groups = layer.groups if layer.transposed else 0
         return cls(legs, direct, network.padded_shape, layer.weight_shape, layer.stored_shape, groups, memory_order)
 

@@ -7,11 +7,11 @@ first. A step's two operands are ordered so that it and its two gradients need f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tnpeft.plan import Plan, Step
-from tnpeft.program.contraction import Contraction, Legs, Sizes, lower, lower_copy
+from tnpeft.program.contraction import Contraction, Sizes, copy_time, lower, lowering_time
 
 __all__ = ["Instruction", "lay_out"]
 
@@ -32,77 +32,98 @@ class Instruction:
     elements: int
 
 
-def lay_out(plan: Plan, output: Legs) -> tuple[Instruction, ...]:
-    """The plan's steps with the last result stored in the order `output`."""
+def lay_out(plan: Plan, output: str) -> tuple[Instruction, ...]:
+    """The plan's steps with the last result stored in the order `output`, a string of the network's index letters."""
     network = plan.network
-    orders: dict[int, Legs] = {number: core.legs for number, core in enumerate(network.cores)}
-    made = {step.number: step for step in plan.steps}
+    letters = network.symbols
+    sizes = {letter: network.sizes[leg] for leg, letter in letters.items()}
+    orders = {number: network.symbols_of(core) for number, core in enumerate(network.cores)}
+    steps = {
+        step.number: _Letters(
+            step, *("".join(letters[leg] for leg in legs) for legs in (step.left, step.right, step.output))
+        )
+        for step in plan.steps
+    }
     instructions: list[Instruction] = []
     if plan.steps:
         orders[plan.steps[-1].number] = output
     for step in reversed(plan.steps):
-        left, right = _operand_orders(step, orders, made, network.sizes)
-        for number, legs in zip(step.operands, (left, right), strict=True):
-            orders[number] = legs
-        forward, to_left, to_right = _lowered(left, right, orders[step.number], network.sizes)
-        instructions.append(Instruction(step.number, *step.operands, forward, to_left, to_right, step.elements))
+        left, right = _operand_orders(steps[step.number], orders, steps, sizes)
+        orders.update(zip(step.operands, (left, right), strict=True))
+        products = _lowered(left, right, orders[step.number], sizes)
+        instructions.append(Instruction(step.number, *step.operands, *products, step.elements))
     return tuple(reversed(instructions))
 
 
-def _lowered(left: Legs, right: Legs, output: Legs, sizes: Sizes) -> tuple[Contraction, Contraction, Contraction]:
+@dataclass(frozen=True)
+class _Letters:
+    """A step and its legs, one letter each."""
+
+    step: Step
+    left: str
+    right: str
+    output: str
+
+    @property
+    def summed(self) -> str:
+        return "".join(leg for leg in self.left if leg in self.right and leg not in self.output)
+
+
+def _lowered(left: str, right: str, output: str, sizes: Sizes) -> tuple[Contraction, Contraction, Contraction]:
     return lower(left, right, output, sizes), lower(output, right, left, sizes), lower(output, left, right, sizes)
 
 
-def _operand_orders(step: Step, orders: dict[int, Legs], made: dict[int, Step], sizes: Sizes) -> tuple[Legs, Legs]:
+def _operand_orders(
+    this: _Letters, orders: Mapping[int, str], steps: Mapping[int, _Letters], sizes: Sizes
+) -> tuple[str, str]:
     """The cheapest orders of the operands' legs; those of cores are given."""
-    output = orders[step.number]
+    output = orders[this.step.number]
+    given = [orders.get(number) for number in this.step.operands]
 
-    def cost(pair: tuple[Legs, Legs]) -> float:
-        own = sum(product.cost for product in _lowered(*pair, output, sizes))
-        return own + sum(
-            _cost_of_making(made[number], legs, orders, sizes)
-            for number, legs in zip(step.operands, pair, strict=True)
-            if number in made
-        )
+    def cost(pair: tuple[str, str]) -> float:
+        left, right = pair
+        operations = ((left, right, output), (output, right, left), (output, left, right))
+        own = sum(lowering_time(*operation, sizes) for operation in operations)
+        made = [steps[number] for number in this.step.operands if number in steps]
+        wanted = [legs for number, legs in zip(this.step.operands, pair, strict=True) if number in steps]
+        return own + sum(_cost_of_making(step, legs, sizes) for step, legs in zip(made, wanted, strict=True))
 
-    return min(_candidates(step, orders, output), key=cost)
+    return min(_candidates(this, given, output), key=cost)
 
 
-def _candidates(step: Step, orders: dict[int, Legs], output: Legs) -> Iterator[tuple[Legs, Legs]]:
-    left, right = (orders.get(number) for number in step.operands)
-    if left and right:
+def _candidates(this: _Letters, given: Sequence[str | None], output: str) -> Iterator[tuple[str, str]]:
+    left, right = given
+    if left is not None and right is not None:
         yield left, right
         return
-    for summed in _summed_orders(step, left, right):
-        lefts = [left] if left is not None else list(_placements(step.left, summed, output))
-        rights = [right] if right is not None else list(_placements(step.right, summed, output))
+    for summed in _summed_orders(this, given):
+        lefts = [left] if left is not None else list(_placements(this.left, summed, output))
+        rights = [right] if right is not None else list(_placements(this.right, summed, output))
         yield from itertools.product(lefts, rights)
 
 
-def _summed_orders(step: Step, left: Legs | None, right: Legs | None) -> list[Legs]:
+def _summed_orders(this: _Letters, given: Sequence[str | None]) -> list[str]:
     """Orders for the summed legs: a core's own, else any."""
-    summed = step.summed
-    for legs in (left, right):
+    summed = this.summed
+    for legs in given:
         if legs is not None:
-            return [tuple(leg for leg in legs if leg in summed)]
+            return ["".join(leg for leg in legs if leg in summed)]
     if len(summed) <= PERMUTED_LEGS:
-        return list(itertools.permutations(summed))
-    return [tuple(leg for leg in legs if leg in summed) for legs in (step.left, step.right)]
+        return ["".join(order) for order in itertools.permutations(summed)]
+    return ["".join(leg for leg in legs if leg in summed) for legs in (this.left, this.right)]
 
 
-def _placements(legs: Legs, summed: Legs, output: Legs) -> Iterator[Legs]:
+def _placements(legs: str, summed: str, output: str) -> Iterator[str]:
     """The operand's kept legs in the result's order, and the summed legs first, last, or where others intervene."""
-    kept = tuple(leg for leg in output if leg in legs)
+    kept = "".join(leg for leg in output if leg in legs)
     places = {0, len(kept)}
-    for place in range(1, len(kept)):
-        if output.index(kept[place]) != output.index(kept[place - 1]) + 1:
-            places.add(place)
+    places.update(place for place in range(1, len(kept)) if kept[place - 1 : place + 1] not in output)
     for place in sorted(places):
-        yield (*kept[:place], *summed, *kept[place:])
+        yield kept[:place] + summed + kept[place:]
 
 
-def _cost_of_making(step: Step, output: Legs, orders: dict[int, Legs], sizes: Sizes) -> float:
+def _cost_of_making(this: _Letters, output: str, sizes: Sizes) -> float:
     """The copy that a step needs to store its result as `output`, if its operands cannot bring it into that order."""
-    runs = [leg in step.left for leg in output if sizes[leg] > 1]
-    changes = sum(before != after for before, after in itertools.pairwise(runs))
-    return lower_copy(step.elements) if changes > 2 else 0.0
+    owners = [leg in this.left for leg in output if sizes[leg] > 1]
+    changes = sum(before != after for before, after in itertools.pairwise(owners))
+    return copy_time(this.step.elements) if changes > 2 else 0.0

@@ -63,8 +63,11 @@ def build_program(plan: Plan, memory_order: tuple[int, ...]) -> Program:
 def _compile(plan: Plan, memory_order: tuple[int, ...]) -> Code:
     network = plan.network
     finish = Finish.of(network, memory_order)
-    legs = network.cores[0].legs
-    sizes = [core.numel for core in network.cores]
+    sizes = {letter: network.sizes[leg] for leg, letter in network.symbols.items()}
+    elements = [core.numel for core in network.cores]
+    # A network of one core has no steps, but may have to be reordered.
+    core = network.symbols_of(network.cores[0])
+    weight = core if plan.steps else finish.legs
     return Code(
         cores=len(network.cores),
         frozen=tuple(core.frozen for core in network.cores),
@@ -72,7 +75,7 @@ def _compile(plan: Plan, memory_order: tuple[int, ...]) -> Code:
         instructions=lay_out(plan, finish.legs),
         finish=finish,
         scale=network.scale,
-        scaled=sizes.index(min(sizes)),
-        only=reordering(legs, finish.legs if not plan.steps else legs, network.sizes),
-        only_back=reordering(finish.legs if not plan.steps else legs, legs, network.sizes),
+        scaled=elements.index(min(elements)),
+        only=reordering(core, weight, sizes),
+        only_back=reordering(weight, core, sizes),
     )
