@@ -17,6 +17,7 @@ from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec import Spec, list_specs, load_spec
 from tnpeft.spec.document import clip
 from tnpeft.surgery import adapters_of, install, plain_modules, record_of, trained_of
+from tnpeft.surgery.checks import model_problems
 
 __all__ = ["Handle", "attach"]
 
@@ -78,6 +79,8 @@ def attach(
     recipe = _recipe(what, match, params)
     if train is not None:
         recipe = replace(recipe, train=train_from(train))
+    if problems := [*model_problems(model)]:
+        raise AttachError(*problems)
     claimed = targets(model, recipe)
     also = trained(model, recipe.train, claimed)
     adapters = _compile(plain_modules(model), claimed, seed, mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +16,7 @@ from tnpeft.errors import Position, Problem, SpecError, TnpeftError
 from tnpeft.spec import Spec, find_shipped, load_spec
 from tnpeft.spec.document import Node, Problems, clip, read_document, read_file
 from tnpeft.spec.library import shipped_folder
-from tnpeft.spec.shape import FilePart, Schema, check_shape
+from tnpeft.spec.shape import FilePart, Schema, check_shape, with_text_keys
 
 __all__ = ["Entry", "Recipe", "Train", "list_recipes", "load_recipe", "train_from"]
 
@@ -152,6 +153,7 @@ def _node(value: Any) -> Node:
 
 def _read(root: Node, file: str) -> Recipe:
     problems = Problems()
+    root = with_text_keys(root, problems)
     broken = check_shape(root, problems, RECIPE)
     entries = []
     adapters = root.get("adapters")
@@ -216,7 +218,9 @@ def _check_regex(node: Node, problems: Problems) -> None:
 def compiled(pattern: str) -> re.Pattern[str]:
     """A regular expression; raises SpecError that says where it breaks."""
     try:
-        return re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "possible nested set": it means what it always meant
+            return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         fix = r"A dot of a module's name is written `\.`."
         problem = Problem(f"pattern {clip(pattern)}", "a regular expression", clip(str(error))[1:-1], fix)

@@ -122,9 +122,7 @@ def _is_norm(module: nn.Module) -> bool:
     if isinstance(module, (*_NORMS, _NormBase)):
         return True
     leaf = next(module.children(), None) is None
-    return leaf and type(module).__name__.lower().removesuffix("1d").removesuffix("2d").removesuffix("3d").endswith(
-        "norm"
-    )
+    return leaf and type(module).__name__.lower().rstrip("123d").endswith("norm")
 
 
 def trained(model: nn.Module, train: Train, adapted: Iterable[str]) -> Trained:

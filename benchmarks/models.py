@@ -1,0 +1,81 @@
+"""The models that benchmarks train, and the other libraries' adapters on the same layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from torch import nn
+
+__all__ = ["LINEAR", "TARGETS", "lycoris_model", "peft_model", "train_biases_and_norms", "unet"]
+
+CONV = r"resnets\.\d+\.conv[12]\.conv$"
+LINEAR = r"attentions\.\d+\.attn\.to_[qv]$|^time_embed\.2$|resnets\.\d+\.time_emb_proj$"
+TARGETS = rf"{CONV}|{LINEAR}"
+
+
+def unet(name: str) -> nn.Module:
+    """`small`: 41.7 M parameters, 40 convolutions to adapt; `paper`: the paper's 166.67 M, 60 convolutions."""
+    channels, attention, heads = {
+        "small": ((32, 64, 128, 256), (False, False, True, True), (0, 0, 128, 256)),
+        "paper": ((32, 32, 64, 128, 256, 512), (False,) * 4 + (True,) * 2, (0, 0, 0, 0, 256, 512)),
+    }[name]
+    torch.manual_seed(0)
+    model = DiffusionModelUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        num_res_blocks=2,
+        channels=channels,
+        attention_levels=attention,
+        norm_num_groups=32,
+        norm_eps=1e-6,
+        num_head_channels=heads,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)  # the output convolution would start at zero and stop every gradient
+    return model
+
+
+def train_biases_and_norms(model: nn.Module, adapted: Iterable[str]) -> None:
+    """What the recipes train beside the cores, for the floor and for the other libraries."""
+    biases = {f"{name}.bias" for name in adapted}
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".base_layer.", ".").replace("base_model.model.", "")
+        if plain in biases or "norm" in plain:
+            parameter.requires_grad_(True)
+
+
+def matched(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if re.search(TARGETS, name)]
+
+
+def peft_model(model: nn.Module, rank: int) -> nn.Module:
+    """HF PEFT's LoRA on the recipes' layers."""
+    import peft
+
+    names = matched(model)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    train_biases_and_norms(adapted, names)
+    return adapted
+
+
+def lycoris_model(model: nn.Module, algorithm: str, rank: int, **options: object) -> nn.Module:
+    """LyCORIS's LoCon, LoHa or LoKr on the recipes' layers."""
+    from lycoris import LycorisNetwork, create_lycoris
+
+    names = matched(model)
+    LycorisNetwork.apply_preset({"enable_conv": True, "target_module": [], "target_name": names, "use_fnmatch": False})
+    model.requires_grad_(False)
+    network = create_lycoris(
+        model, 1.0, linear_dim=rank, linear_alpha=rank, conv_dim=rank, conv_alpha=rank, algo=algorithm, **options
+    )
+    network.apply_to()
+    network.requires_grad_(True)
+    model.lycoris = network
+    train_biases_and_norms(model, names)
+    return model
