@@ -637,6 +637,17 @@ def test_mistakes_are_collected_over_all_stages():
     ]
 
 
+def test_a_spec_must_train_something():
+    text = "tnpeft: 1\nname: f\nlayers: any\nsizes: {o: out_channels, i: in_channels}\n"
+    text += "cores: {a: {legs: o i k..., frozen: true}}\nweight: o i k...\nstart: frozen_copy\n"
+    with pytest.raises(tnpeft.SpecError) as caught:
+        tnpeft.Spec.from_yaml(text, "f.yaml")
+    assert str(caught.value) == (
+        "f.yaml:5:8: `cores`: expected at least one that is trained, found all of them frozen. "
+        "Remove one `frozen: true`: nothing would train."
+    )
+
+
 def test_the_readme_example_of_the_style_guide():
     text = """\
 # dW[o,i,kd,kh,kw] = sum_ab U[o,a] G[a,b,kd,kh,kw] V[b,i]

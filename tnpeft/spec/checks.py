@@ -25,6 +25,7 @@ def check(draft: Draft, problems: Problems) -> None:
     _ellipsis(draft, problems)
     _inits(draft, problems)
     _start(draft, problems)
+    _trained(draft, problems)
     if draft.whole["cores"]:
         _occurrences(draft, problems)
         if draft.whole["sizes"] and draft.whole["params"]:
@@ -138,6 +139,13 @@ def _start(draft: Draft, problems: Problems) -> None:
     elif not trained:
         found = f"'{zeros[0].name}' frozen"
         problems.add(where, "`start: zero`", expected, found, "Train that core: the update would be zero for ever.")
+
+
+def _trained(draft: Draft, problems: Problems) -> None:
+    if draft.whole["cores"] and draft.cores and all(core.frozen for core in draft.cores):
+        fix = "Remove one `frozen: true`: nothing would train."
+        where = draft.places["cores"]
+        problems.add(where, "`cores`", "at least one that is trained", "all of them frozen", fix)
 
 
 def _occurrences(draft: Draft, problems: Problems) -> None:
