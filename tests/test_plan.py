@@ -1,0 +1,239 @@
+"""Plans: the best path where it can be had, a good one in time for any graph, the same one in every process."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import networkx
+import opt_einsum
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import make_network, networks
+
+import tnpeft
+from tnpeft.errors import BindError, TnpeftError
+from tnpeft.network import Network
+from tnpeft.plan import MODES, find_path, plan
+from tnpeft.plan.path import count_connected_subsets
+
+LORA = {"up": "o r", "down": "r i"}
+
+
+def lora(**sizes: int) -> Network:
+    return make_network(LORA, "o i", {"o": 64, "i": 32, "r": 4, **sizes})
+
+
+def network_of_graph(graph: networkx.Graph, bond: int = 4, open_legs: int = 7) -> Network:
+    """A core for each node, a bond for each edge, and an open leg on each of the first nodes."""
+    legs: dict[int, list[str]] = {node: [] for node in graph}
+    for number, edge in enumerate(graph.edges):
+        for node in edge:
+            legs[node].append(f"b{number}")
+    opened = list(graph)[:open_legs]
+    for node in opened:
+        legs[node].append(f"o{node}")
+    sizes = {leg: bond if leg.startswith("b") else 3 for own in legs.values() for leg in own}
+    weight = [" ".join(f"o{node}" for node in opened[:3]), " ".join(f"o{node}" for node in opened[3:])]
+    return make_network({f"core{node}": " ".join(own) for node, own in legs.items()}, weight, sizes)
+
+
+def hyperedge(cores: int) -> Network:
+    legs = {f"core{number}": f"o{number} r" for number in range(cores)}
+    sizes = {f"o{number}": 2 if number < 7 else 1 for number in range(cores)}
+    half = cores // 2
+    weight = [" ".join(f"o{number}" for number in part) for part in (range(half), range(half, cores))]
+    return make_network(legs, weight, {**sizes, "r": 4})
+
+
+GRAPHS = {
+    "chain": networkx.path_graph(40),
+    "ring": networkx.cycle_graph(40),
+    "grid": networkx.convert_node_labels_to_integers(networkx.grid_2d_graph(5, 8)),
+    "cubic": networkx.random_regular_graph(3, 40, seed=1),
+    "quartic": networkx.random_regular_graph(4, 40, seed=1),
+    "star": networkx.star_graph(39),
+    "tree": networkx.random_labeled_tree(40, seed=1),
+    "disconnected": networkx.disjoint_union_all([networkx.cycle_graph(5)] * 8),
+    "unconnected": networkx.empty_graph(40),
+    "complete": networkx.complete_graph(40),
+}
+
+
+@pytest.mark.parametrize("shape", [*GRAPHS, "hyperedge"])
+def test_forty_cores_of_any_shape_plan_in_time(shape: str) -> None:
+    network = hyperedge(40) if shape == "hyperedge" else network_of_graph(GRAPHS[shape])
+    find_path.cache_clear()
+    start = time.perf_counter()
+    found = plan(network)
+    assert time.perf_counter() - start < 5
+    assert len(found.path) == 39
+    inputs = network.einsum.split("->")[0].split(",")
+    if shape in ("chain", "ring", "tree", "star", "disconnected"):  # where a greedy path is known to be good
+        greedy, information = opt_einsum.contract_path(
+            network.einsum, *[core.shape for core in network.cores], shapes=True, optimize="greedy"
+        )
+        assert len(greedy) == len(inputs) - 1
+        assert found.flops <= information.opt_cost
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_conv2d", "locon_tucker", "tenvoo_l", "tenvoo_q", "quanta"])
+def test_shipped_specs_get_the_path_of_fewest_operations(name: str) -> None:
+    spec = tnpeft.load_spec(name)
+    kind = "Linear" if "Linear" in spec.layers else spec.layers[-1]
+    kernel = {} if kind == "Linear" else {"kernel_size": 3}
+    network = spec.bind(kind, in_channels=128, out_channels=64, **kernel)
+    shapes = [core.shape for core in network.cores]
+    found = plan(network)
+    best = opt_einsum.contract_path(network.einsum, *shapes, shapes=True, optimize="dp")[1]
+    assert found.flops <= best.opt_cost
+    again = opt_einsum.contract_path(network.einsum, *shapes, shapes=True, optimize=[*found.path])[1]
+    assert found.flops == again.opt_cost
+    assert found.largest_intermediate == again.largest_intermediate
+
+
+@settings(max_examples=150)
+@given(network=networks())
+def test_steps_follow_the_path_and_cost_what_opt_einsum_says(network: Network) -> None:
+    found = plan(network)
+    assert len(found.steps) == len(network.cores) - 1
+    if not found.steps:
+        assert found.flops == 0
+        assert found.largest_intermediate == network.cores[0].numel
+        return
+    shapes = [core.shape for core in network.cores]
+    information = opt_einsum.contract_path(network.einsum, *shapes, shapes=True, optimize=[*found.path])[1]
+    assert found.flops == information.opt_cost
+    assert set(found.steps[-1].output) == set(network.open_legs)
+    assert [step.number for step in found.steps] == list(range(len(shapes), 2 * len(shapes) - 1))
+    used = sorted(number for step in found.steps for number in step.operands)
+    assert used == list(range(2 * len(shapes) - 2))
+    assert str(found).count("\n") == len(found.steps)
+
+
+@st.composite
+def index_sets(draw: st.DrawFn) -> list[frozenset[str]]:
+    return [draw(st.frozensets(st.sampled_from("abcdefg"), max_size=3)) for _ in range(draw(st.integers(1, 7)))]
+
+
+@given(inputs=index_sets(), output=st.frozensets(st.sampled_from("abcdefg"), max_size=2), bound=st.integers(0, 150))
+def test_connected_subsets_are_counted(inputs: list[frozenset[str]], output: frozenset[str], bound: int) -> None:
+    graph = networkx.Graph()
+    graph.add_nodes_from(range(len(inputs)))
+    graph.add_edges_from(
+        (a, b) for a, b in itertools.combinations(range(len(inputs)), 2) if (inputs[a] & inputs[b]) - output
+    )
+    subsets = itertools.chain.from_iterable(itertools.combinations(graph, size) for size in range(2, len(inputs) + 1))
+    expected = sum(networkx.is_connected(graph.subgraph(subset)) for subset in subsets)
+    assert count_connected_subsets(inputs, output, bound) == min(expected, bound + 1)
+
+
+def test_paths_are_the_same_in_every_process() -> None:
+    code = (
+        "import test_plan as t; from tnpeft.plan import plan; "
+        "print([plan(t.network_of_graph(t.GRAPHS[name])).path for name in ('cubic', 'grid', 'disconnected')], "
+        "[plan(t.hyperedge(cores)).path for cores in (5, 8, 14)], "
+        "plan(t.tnpeft.load_spec('tenvoo_q').bind('Conv3d', in_channels=64, out_channels=64, kernel_size=3)).path)"
+    )
+    answers = set()
+    for seed in ("0", "1"):
+        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        answers.add(run.stdout)
+    assert len(answers) == 1
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import sys, tnpeft.plan; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_mode_is_an_error() -> None:
+    with pytest.raises(TnpeftError) as caught:
+        plan(lora(), mode="dens")
+    assert str(caught.value) == ("the execution mode: expected one of `dense`, found `dens`. Did you mean `dense`?")
+    with pytest.raises(TnpeftError) as caught:
+        plan(lora(), mode="quick")
+    assert str(caught.value) == (
+        "the execution mode: expected one of `dense`, found `quick`. Leave `mode` out for the default."
+    )
+    assert list(MODES) == ["dense"]
+
+
+def test_sizes_that_opt_einsum_would_broadcast_are_an_error() -> None:
+    network = lora()
+    up, down = network.cores
+    broken = dataclasses.replace(network, cores=(up, dataclasses.replace(down, shape=(1, 32))))
+    with pytest.raises(BindError) as caught:
+        plan(broken)
+    assert str(caught.value) == (
+        "core 'down', index 'r': expected size 4, found size 1. Give every end of the index the same size."
+    )
+    assert caught.value.problems[0].core == "down"
+    assert caught.value.problems[0].index == "r"
+
+
+def test_a_dangling_index_is_an_error() -> None:
+    network = make_network({"up": "o r", "down": "s i"}, "o i", {"o": 4, "i": 4, "r": 2, "s": 2})
+    with pytest.raises(BindError) as caught:
+        plan(network)
+    assert str(caught.value) == (
+        "index 'r': expected two places or more among cores and `weight`, found one. Add it to another core, or to "
+        "`weight`.\n"
+        "index 's': expected two places or more among cores and `weight`, found one. Add it to another core, or to "
+        "`weight`."
+    )
+
+
+def test_costs_of_a_plan_by_hand() -> None:
+    found = plan(lora())
+    assert found.flops == 2 * 64 * 32 * 4
+    assert found.largest_intermediate == 64 * 32
+    cores, weight = 64 * 4 + 4 * 32, 64 * 32
+    # Frozen copies of the cores, and nothing else: the only step makes the delta weight.
+    assert found.peak_bytes == 4 * (2 * cores + weight)
+    assert str(found) == (
+        "by hand on Linear(32, 64): dense, 1 step, 16.4 kFLOP, largest 2.05 kelements, peak 11.3 kB\n"
+        "  #1 = up * down: (o r) (r i) -> (o i)  16.4 kFLOP"
+    )
+    chain = make_network({"a": "o r", "b": "r s", "c": "s i"}, "o i", {"o": 64, "i": 64, "r": 4, "s": 4}, start="zero")
+    found = plan(chain)
+    assert found.flops == 2 * (64 * 4 * 4 + 64 * 64 * 4)
+    assert found.peak_bytes == 4 * (2 * 64 * 4 + 4 * 4 + 64 * 4 + 64 * 64)
+
+
+def test_one_core_has_no_steps() -> None:
+    found = plan(make_network({"full": "i o"}, "o i", {"o": 4, "i": 6}))
+    assert (found.path, found.steps, found.flops, found.largest_intermediate) == ((), (), 0, 24)
+    assert found.peak_bytes == 4 * (2 * 24 + 24)
+    assert str(found) == "by hand on Linear(6, 4): dense, 0 steps, 0 FLOP, largest 24 elements, peak 288 B"
+
+
+def test_more_indices_than_the_alphabet_has_letters() -> None:
+    chain = network_of_graph(networkx.path_graph(60))
+    assert len(plan(chain).path) == 59
+
+
+def test_plans_are_cached_and_equal_by_signature_not_by_name() -> None:
+    sizes = {"a": 12, "b": 10, "c": 3}
+    one = make_network({"up": "a c", "down": "c b"}, "a b", sizes)
+    other = make_network({"left": "o r", "right": "r i"}, "o i", {"o": 12, "i": 10, "r": 3})
+    assert one.signature == other.signature
+    first = plan(one)
+    hits = find_path.cache_info().hits
+    second = plan(other)
+    assert find_path.cache_info().hits == hits + 1
+    assert first == second
+    assert hash(first) == hash(second)
+    assert second.network is other
+    assert second.steps[0].left == ("o", "r")
+    assert first != plan(lora())
+    assert math.isfinite(find_path.cache_info().maxsize)
