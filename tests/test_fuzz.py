@@ -62,7 +62,7 @@ LAYERS = (
 )
 
 
-def survives(text: str | bytes) -> None:
+def assert_survives(text: str | bytes) -> None:
     """Read a spec or recipe and bind what could be read, within a second of this process's time."""
     started = time.process_time()
     read_and_bind(text)
@@ -120,13 +120,13 @@ def fuzz(examples: int) -> settings:
 @fuzz(2_000)
 @given(st.binary(max_size=200))
 def test_random_bytes(data):
-    survives(data)
+    assert_survives(data)
 
 
 @fuzz(3_000)
 @given(st.lists(st.sampled_from(TOKENS + WORDS), max_size=60).map("".join))
 def test_random_words(text):
-    survives(text)
+    assert_survives(text)
 
 
 @fuzz(2_000)
@@ -135,7 +135,7 @@ def test_mutated_shipped_files(text, seed):
     """Eight mutants an example: drawing them one by one takes longer than reading them."""
     choose = random.Random(seed)
     for _ in range(8):
-        survives(mutated(text, choose))
+        assert_survives(mutated(text, choose))
 
 
 BOMBS = {
@@ -169,7 +169,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_take_no_second(name):
-    survives(BOMBS[name])
+    assert_survives(BOMBS[name])
 
 
 def throw(count: int, seed: int) -> None:
@@ -184,7 +184,7 @@ def throw(count: int, seed: int) -> None:
         else:
             text = "".join(choose.choices(TOKENS + WORDS, k=choose.randrange(80)))
         started = time.perf_counter()
-        survives(text)
+        assert_survives(text)
         worst = max(worst, time.perf_counter() - started)
     sys.stdout.write(f"{count} inputs of seed {seed}: nothing but TnpeftError; the slowest took {worst:.3f} s\n")
 
