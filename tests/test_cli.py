@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,26 @@ def test_check_an_empty_folder(tmp_path: Path):
     ]
 
 
+def test_check_passes_over_other_files_of_a_folder_but_not_when_named(tmp_path: Path):
+    other, hidden, spec = tmp_path / "config.yaml", tmp_path / ".venv" / "x.yaml", tmp_path / "one.yml"
+    hidden.parent.mkdir()
+    hidden.write_text("a: 1\n")
+    other.write_text("data: {root: here}\n")
+    spec.write_text((SPECS / "lora.yaml").read_text())
+    assert text("check", tmp_path).splitlines() == [
+        f"passed {other} (no spec, recipe or factor table)",
+        f"ok     {spec} (spec)",
+        "1 file, 1 without mistakes, 0 mistakes",
+    ]
+    assert len(mistakes("check", other)) > 1
+
+
+def test_check_an_empty_name():
+    known = ", ".join(tnpeft.list_specs())
+    (line,) = mistakes("check", "")
+    assert line.startswith(f"spec '': expected a file, or one of {known}, found neither.")
+
+
 # show
 
 LOHA = """\
@@ -168,6 +189,14 @@ def test_show_as_text():
     assert list(facts) == ["path", "FLOPs", "memory", "largest", "mode"]
     assert facts["largest"] == "720 elements in one step's result"
     assert facts["mode"] == "dense"
+
+
+def test_show_where_there_is_only_ascii():
+    command = [sys.executable, "-m", "tnpeft", "show", "lora", "--layer", "Linear:6,4"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT, env=environment)
+    assert done.stderr == b""
+    assert b"down    o-o" in done.stdout
 
 
 def test_show_as_json():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tnpeft.cli.output import Output, problem_data
 from tnpeft.errors import Problem, SpecError
@@ -14,77 +16,98 @@ from tnpeft.spec.reader import parse_table
 __all__ = ["SUFFIXES", "check_files", "kind_of"]
 
 SUFFIXES = (".yaml", ".yml")
+MARKS = {"tnpeft", "cores"}  # one of them makes a YAML file in a folder a spec, if only a wrong one
+
+
+@dataclass(frozen=True)
+class _Result:
+    name: str
+    kind: str  # "spec", "recipe", "factors", "folder" or "other"
+    problems: tuple[Problem, ...] = ()
+
+    def data(self) -> dict[str, Any]:
+        problems = [problem_data(problem) for problem in self.problems]
+        return {"file": self.name, "kind": self.kind, "ok": not problems, "problems": problems}
 
 
 def check_files(output: Output, names: Sequence[str], as_json: bool) -> bool:
-    """Check files, folders (all YAML files below them) and shipped names; true where nothing is wrong."""
-    results = [(name, *_check(name)) for name in _expand(names)]
-    mistakes = sum(len(problems) for _, _, problems in results)
+    """Check files, folders (all YAML files below them) and shipped names; true where nothing is wrong.
+
+    What is neither spec nor recipe nor factor table is a mistake where it was named, and passed over in a folder.
+    """
+    results = [_check(name, found) for name, found in _expand(names).items()]
+    mistakes = sum(len(result.problems) for result in results)
     if as_json:
-        files = [
-            {
-                "file": name,
-                "kind": kind,
-                "ok": not problems,
-                "problems": [problem_data(problem) for problem in problems],
-            }
-            for name, kind, problems in results
-        ]
-        output.data({"files": files, "mistakes": mistakes})
-        return not mistakes
-    for name, kind, problems in results:
-        if not problems:
-            output.say(f"ok     {name} ({kind})")
-        for problem in problems:
-            output.mistake(problem)
-    good = sum(not problems for _, _, problems in results)
-    output.say(f"{_plural(len(results), 'file')}, {good} without mistakes, {_plural(mistakes, 'mistake')}")
+        output.data({"files": [result.data() for result in results], "mistakes": mistakes})
+    else:
+        _print(output, results, mistakes)
     return not mistakes
+
+
+def _print(output: Output, results: Sequence[_Result], mistakes: int) -> None:
+    for result in results:
+        if result.kind == "other":
+            output.say(f"passed {result.name} (no spec, recipe or factor table)")
+        elif not result.problems:
+            output.say(f"ok     {result.name} ({result.kind})")
+        for problem in result.problems:
+            output.mistake(problem)
+    checked = [result for result in results if result.kind != "other"]
+    good = sum(not result.problems for result in checked)
+    output.say(f"{_plural(len(checked), 'file')}, {good} without mistakes, {_plural(mistakes, 'mistake')}")
 
 
 def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _expand(names: Iterable[str]) -> list[str]:
-    """Folders become the YAML files below them, in order; every file once."""
-    found: dict[str, None] = {}
+def _expand(names: Iterable[str]) -> dict[str, bool]:
+    """Name → whether it was found in a folder. Folders become the YAML files below them, but for hidden ones."""
+    expanded: dict[str, bool] = {}
     for name in names:
         path = Path(name)
-        if not path.is_dir():
-            found[name] = None
+        if not name or not path.is_dir():
+            expanded[name] = False
             continue
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-        found.update(dict.fromkeys(map(str, files or [path])))
-    return list(found)
+        files = [file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES and file.is_file()]
+        shown = [str(file) for file in files if not any(part[0] == "." for part in file.relative_to(path).parts)]
+        for file in shown or [name]:
+            expanded.setdefault(file, bool(shown))
+    return expanded
 
 
-def _check(name: str) -> tuple[str, tuple[Problem, ...]]:
+def _check(name: str, found: bool) -> _Result:
     """What a file is, and its mistakes."""
-    if Path(name).is_dir():
-        return "folder", (
-            Problem("nothing to check", "YAML files in this folder", "none", "Name another folder.", name),
-        )
+    if name and Path(name).is_dir():
+        problem = Problem("nothing to check", "YAML files in this folder", "none", "Name another folder.", name)
+        return _Result(name, "folder", (problem,))
     kind = "spec"
     try:
         kind = kind_of(name)
-        if kind == "recipe":
-            from tnpeft.recipe import load_recipe
-
-            load_recipe(name)
-        elif kind == "factors":
-            problems = Problems()
-            parse_table(read_file(Path(name), "factor table"), problems)
-            problems.raise_if_any()
-        else:
-            load_spec(name)
+        if kind == "other" and found:
+            return _Result(name, kind)
+        _read(name, kind)
     except SpecError as error:
-        return kind, error.problems
-    return kind, ()
+        return _Result(name, "spec" if kind == "other" else kind, error.problems)
+    return _Result(name, kind)
+
+
+def _read(name: str, kind: str) -> None:
+    """Raises SpecError with the file's mistakes."""
+    if kind == "recipe":
+        from tnpeft.recipe import load_recipe
+
+        load_recipe(name)
+    elif kind == "factors":
+        problems = Problems()
+        parse_table(read_file(Path(name), "factor table"), problems)
+        problems.raise_if_any()
+    else:
+        load_spec(name)
 
 
 def kind_of(name: str) -> str:
-    """A recipe has `adapters`, a factor table numbers for keys; everything else is read as a spec."""
+    """What a file or shipped name is: a recipe has `adapters`, a factor table numbers for keys, a spec most others."""
     path = Path(name)
     if path.suffix not in SUFFIXES and not path.is_file():
         return "spec" if name in list_specs() or name not in _recipes() else "recipe"
@@ -92,7 +115,9 @@ def kind_of(name: str) -> str:
     keys = [key.value for key, _ in node.items()]
     if "adapters" in keys and "cores" not in keys:
         return "recipe"
-    return "factors" if keys and all(isinstance(key, int) for key in keys) else "spec"
+    if keys and all(isinstance(key, int) for key in keys):
+        return "factors"
+    return "spec" if not MARKS.isdisjoint(keys) else "other"
 
 
 def _recipes() -> tuple[str, ...]:

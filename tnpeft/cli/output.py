@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,9 @@ class Output:
     """Results to stdout, mistakes to stderr; texts of users' files are never read as markup."""
 
     def __init__(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a title in any language, on any terminal
         width = None if sys.stdout.isatty() else PIPE_WIDTH
         self._results = Console(width=width, highlight=False, markup=False)
         self._mistakes = Console(stderr=True, highlight=False, markup=False)
@@ -38,6 +42,11 @@ class Output:
     def width(self) -> int:
         """Columns that fit on a line."""
         return self._results.width
+
+    @property
+    def encoding(self) -> str:
+        """What the results are written in."""
+        return sys.stdout.encoding or "utf-8"
 
     def say(self, text: str | Text = "") -> None:
         self._results.print(text, soft_wrap=True)

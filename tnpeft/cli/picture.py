@@ -7,15 +7,24 @@ from tnpeft.network import Network
 __all__ = ["picture"]
 
 
-def picture(network: Network, width: int) -> str:
+ASCII = str.maketrans("●─│┼", "o-|+")
+
+
+def picture(network: Network, width: int, encoding: str = "utf-8") -> str:
     """Draw the cores as horizontal wires and the indices as vertical ones; a dot is a leg.
 
     An index with dots in two rows is a bond, one that runs down to the last row is an open leg of
     the weight; LoHa's indices are both. The two lines on top are the names and sizes. What does not
-    fit in `width` columns becomes a list, a line for each index.
+    fit in `width` columns becomes a list, a line for each index; what `encoding` cannot say, ASCII.
     """
     drawn = _draw(network)
-    return drawn if max(map(len, drawn.splitlines())) <= width else _write(network)
+    if max(map(len, drawn.splitlines())) > width:
+        return _write(network)
+    try:
+        drawn.encode(encoding)
+    except UnicodeEncodeError:
+        return drawn.translate(ASCII)
+    return drawn
 
 
 def _write(network: Network) -> str:

@@ -54,7 +54,7 @@ def _print_network(output: Output, network: Network, contraction: Plan) -> None:
     output.say(f"on {network.layer}{', ' + params if params else ''}\n")
     columns = {"core": "left", "legs": "left", "shape": "left", "init": "left", "elements": "right"}
     output.show(table("", columns, _core_rows(network)))
-    output.say("\n" + picture(network, output.width) + "\n")
+    output.say("\n" + picture(network, output.width, output.encoding) + "\n")
     share = network.num_parameters / network.layer.numel
     facts = {
         "parameters": f"{network.num_parameters:,} = {network.formula}",
