@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,12 @@ class Program:
         self.plan = plan
         self.memory_order = memory_order
         self._code = _compile(plan, memory_order)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return build_program, (self.plan, self.memory_order)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self
 
     def value(self, cores: Sequence[Tensor]) -> Tensor:
         """T(cores), without the scale; differentiable any number of times."""
