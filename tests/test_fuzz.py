@@ -177,9 +177,9 @@ def throw(count: int, seed: int) -> None:
     worst = 0.0
     for _ in range(count):
         kind = choose.random()
-        if kind < 0.9:
+        if kind < 0.5:
             text: str | bytes = mutated(choose.choice(SHIPPED), choose)
-        elif kind < 0.95:
+        elif kind < 0.75:
             text = choose.randbytes(choose.randrange(200))
         else:
             text = "".join(choose.choices(TOKENS + WORDS, k=choose.randrange(80)))

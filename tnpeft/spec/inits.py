@@ -14,7 +14,17 @@ from tnpeft.spec.document import Node, Problems, clip
 from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
 from tnpeft.spec.pattern import ELLIPSIS, expand
 
-__all__ = ["DEFAULT_INIT", "Init", "Last", "Legs", "init_function", "init_names", "parse_init", "register_init"]
+__all__ = [
+    "DEFAULT_INIT",
+    "Init",
+    "Last",
+    "Legs",
+    "init_function",
+    "init_names",
+    "parse_init",
+    "register_init",
+    "registered_inits",
+]
 
 _BUILT_IN: dict[str, tuple[str, ...]] = {  # name → arguments in order
     "zeros": (),
@@ -98,6 +108,11 @@ def register_init(name: str, function: InitFunction) -> None:
 def init_function(name: str) -> InitFunction | None:
     """The function registered under `name`, or None for built-in inits."""
     return _registered.get(name)
+
+
+def registered_inits() -> tuple[tuple[str, InitFunction], ...]:
+    """What has been registered so far: a spec's meaning depends on it."""
+    return tuple(_registered.items())
 
 
 def init_names() -> tuple[str, ...]:
