@@ -1,16 +1,18 @@
 """A path for networks too big for dynamic programming: greedy, then improved subtree by subtree.
 
-Everything is deterministic: no random state, and no order taken from a set of strings.
+Everything is deterministic: noise has fixed seeds, and no order is taken from a set of strings.
 """
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from opt_einsum.paths import DynamicProgramming, linear_to_ssa
 
-__all__ = ["Legs", "Tree", "heuristic_tree", "path_of_tree", "tree_of_path"]
+__all__ = ["Legs", "Search", "Tree", "heuristic_tree", "path_of_tree", "tree_of_path"]
 
 Legs = frozenset[str]
 
@@ -20,18 +22,21 @@ Tree: TypeAlias = "int | tuple[Tree, Tree]"
 # Subtrees of seven take dynamic programming 1-2 ms; larger ones found little more on chains, grids and cubic graphs.
 SUBTREE_LEAVES = 7
 IMPROVEMENT_ROUNDS = 6
+# Tries without a better tree after which no more are made.
+PATIENCE = 5
 
 
-def heuristic_tree(inputs: Sequence[Legs], output: Legs, sizes: Mapping[str, int]) -> Tree:
-    """A contraction tree of `inputs`, cheap but not always the cheapest."""
+def heuristic_tree(inputs: Sequence[Legs], output: Legs, sizes: Mapping[str, int], tries: int) -> Tree:
+    """A contraction tree of `inputs`, cheap but not always the cheapest: the best of several greedy ones, improved."""
     search = Search(inputs, output, sizes)
-    tree = search.greedy()
-    for _ in range(IMPROVEMENT_ROUNDS):
-        better = search.improved(tree)
-        if search.cost(better) >= search.cost(tree):
+    best, found_at = search.improved_until_best(search.greedy(None)), 0
+    for number in range(1, tries):
+        if number - found_at > PATIENCE:
             break
-        tree = better
-    return tree
+        tree = search.improved_until_best(search.greedy(random.Random(number)))
+        if search.cost(tree) < search.cost(best):
+            best, found_at = tree, number
+    return best
 
 
 def path_of_tree(tree: Tree, cores: int) -> list[tuple[int, int]]:
@@ -105,21 +110,35 @@ class Search:
         own = self._size(self._tree_legs(tree[0]) | self._tree_legs(tree[1]))
         return own + self.cost(tree[0]) + self.cost(tree[1])
 
-    def greedy(self) -> Tree:
-        """Always contract the pair that frees the most memory; ties go to fewer operations, then to the first pair."""
+    def greedy(self, noise: random.Random | None) -> Tree:
+        """Always contract the pair that frees the most memory; ties go to fewer operations, then to the first pair.
+
+        With `noise`, which must be seeded, a pair that frees somewhat less may go first.
+        """
         parts: list[tuple[Tree, int]] = [(core, 1 << core) for core in range(len(self._inputs))]
         while len(parts) > 1:
-            first, second = min(
-                ((a, b) for b in range(len(parts)) for a in range(b)),
-                key=lambda pair: self._greedy_cost(parts[pair[0]][1], parts[pair[1]][1]),
-            )
+            pairs = ((a, b) for b in range(len(parts)) for a in range(b))
+            first, second = min(pairs, key=lambda pair: self._greedy_cost(parts[pair[0]][1], parts[pair[1]][1], noise))
             right, left = parts.pop(second), parts.pop(first)
             parts.append(((left[0], right[0]), left[1] | right[1]))
         return parts[0][0]
 
-    def _greedy_cost(self, left: int, right: int) -> tuple[int, int]:
+    def _greedy_cost(self, left: int, right: int, noise: random.Random | None) -> tuple[float, int]:
         a, b = self._open_legs(left), self._open_legs(right)
-        return self._size(self._open_legs(left | right)) - self._size(a) - self._size(b), self._size(a | b)
+        cost: float = self._size(self._open_legs(left | right)) - self._size(a) - self._size(b)
+        if noise is not None:
+            # Gumbel noise on a logarithmic scale, as opt_einsum's random greedy path has it.
+            cost = math.copysign(math.log1p(abs(cost)), cost) - math.log(-math.log(noise.random() or 0.5))
+        return cost, self._size(a | b)
+
+    def improved_until_best(self, tree: Tree) -> Tree:
+        """The tree improved until that saves no more, or for so many rounds."""
+        for _ in range(IMPROVEMENT_ROUNDS):
+            better = self.improved(tree)
+            if self.cost(better) >= self.cost(tree):
+                break
+            tree = better
+        return tree
 
     def improved(self, tree: Tree) -> Tree:
         """The tree with each subtree of a few parts, from the root down, replanned where that saves operations."""
