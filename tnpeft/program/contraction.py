@@ -37,13 +37,15 @@ DOUBLED = 1 << 16
 class View:
     """How a contiguous tensor is seen: reshape to `shape`, permute, reshape to `final` (a copy where it must be).
 
-    `strides` are those of the result where it is no copy: then one `as_strided` makes it.
+    `sizes` and `strides` say the same to `as_strided`, which takes one operation: they make `final`, or where that is a
+    copy the tensor to reshape to it.
     """
 
     shape: tuple[int, ...]
     permutation: tuple[int, ...] | None
     final: tuple[int, ...]
-    strides: tuple[int, ...] | None
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,15 @@ def _view(legs: str, groups: Sequence[str], sizes: Sizes) -> View:
     runs = _runs("".join(groups), (legs,))
     stored = sorted(runs, key=lambda run: legs.index(run[0]))
     permutation = tuple(stored.index(run) for run in runs)
-    shape = tuple(_size(run, sizes) for run in stored)
-    final = tuple(_size(group, sizes) for group in groups)
-    strides = tuple(_size(legs[legs.index(group[-1]) + 1 :], sizes) if group else 1 for group in groups)
     ordered = permutation == tuple(range(len(permutation)))
-    whole = all(group in legs for group in groups)
-    return View(shape, None if ordered else permutation, final, strides if whole else None)
+    pieces = groups if all(group in legs for group in groups) else runs
+    return View(
+        shape=tuple(_size(run, sizes) for run in stored),
+        permutation=None if ordered else permutation,
+        final=tuple(_size(group, sizes) for group in groups),
+        sizes=tuple(_size(piece, sizes) for piece in pieces),
+        strides=tuple(_size(legs[legs.index(piece[-1]) + 1 :], sizes) if piece else 1 for piece in pieces),
+    )
 
 
 def _candidates(left: str, right: str, output: str, sizes: Sizes) -> Iterator[_Candidate]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.program.contraction import View
-from tnpeft.program.execute import contract, contract_difference, reorder
+from tnpeft.program.execute import contract, contract_difference, is_watched, reorder
 from tnpeft.program.finish import Finish
 from tnpeft.program.layout import Instruction
 
@@ -45,18 +45,19 @@ class Code:
     def values(self, cores: Sequence[Tensor], known: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Every tensor but the last result; results that are `known` are not made again."""
         tensors = [core.contiguous() for core in cores]
+        plain = is_watched()
         for place, step in enumerate(self.instructions[:-1]):
             found = known[place] if known else None
             if found is None:
-                found = contract(step.forward, tensors[step.left], tensors[step.right])
+                found = contract(step.forward, tensors[step.left], tensors[step.right], plain)
             tensors.append(found)
         return tensors
 
     def last(self, tensors: Sequence[Tensor]) -> Tensor:
         if not self.instructions:
-            return reorder(tensors[0], self.only).clone()  # never the core itself
+            return reorder(tensors[0], self.only, True).clone()  # never the core itself
         step = self.instructions[-1]
-        return contract(step.forward, tensors[step.left], tensors[step.right])
+        return contract(step.forward, tensors[step.left], tensors[step.right], is_watched())
 
     def scale_one(self, cores: Sequence[Tensor]) -> list[Tensor]:
         """The cores with the scale in one of them."""
@@ -86,10 +87,11 @@ class Code:
         change = changes[self.scaled]
         if self.scale != 1.0 and change is not None:
             changes[self.scaled] = change * self.scale
+        plain = is_watched()
         for step in self.instructions:
             left, right = step.left, step.right
             change = contract_difference(
-                step.forward, (tensors[left], changes[left]), (constants[right], changes[right])
+                step.forward, (tensors[left], changes[left]), (constants[right], changes[right]), plain
             )
             changes.append(change)
             if step is not self.instructions[-1]:
@@ -99,7 +101,7 @@ class Code:
         if change is None:  # every core is frozen
             change = torch.zeros_like(self.last(tensors))
         elif not self.instructions:
-            change = reorder(change, self.only)
+            change = reorder(change, self.only, True)
         return self.finish.apply(change), tensors
 
     def gradients(self, tensors: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -107,16 +109,17 @@ class Code:
         wanted = list(needed)
         for step in self.instructions:
             wanted.append(wanted[step.left] or wanted[step.right])
+        plain = is_watched()
         found: list[Tensor | None] = [None] * len(wanted)
         found[-1] = self.finish.undo(gradient)
         for step in reversed(self.instructions):
             own = found[step.number]
             if own is not None and wanted[step.left]:
-                found[step.left] = contract(step.to_left, own, tensors[step.right])
+                found[step.left] = contract(step.to_left, own, tensors[step.right], plain)
             if own is not None and wanted[step.right]:
-                found[step.right] = contract(step.to_right, own, tensors[step.left])
+                found[step.right] = contract(step.to_right, own, tensors[step.left], plain)
         if not self.instructions:
-            found = [reorder(self.finish.undo(gradient), self.only_back)]
+            found = [reorder(self.finish.undo(gradient), self.only_back, True)]
         pairs = zip(found[: self.cores], tensors[: self.cores], strict=True)
         shaped = [None if one is None else one.reshape(core.shape) for one, core in pairs]
         change = shaped[self.scaled]

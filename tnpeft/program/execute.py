@@ -1,4 +1,8 @@
-"""Lowered contractions run on tensors: few operations, all of them differentiable and traceable."""
+"""Lowered contractions run on tensors: few operations, all of them differentiable and traceable where `plain`.
+
+Otherwise, under an autograd function of tnpeft's own, views are made by `as_strided` and sums in place: with forty
+adapted layers of small cores, what counts is the number of operations to start.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,23 @@ from torch import Tensor
 
 from tnpeft.program.contraction import Contraction, View
 
-__all__ = ["contract", "contract_difference", "reorder"]
+__all__ = ["contract", "contract_difference", "is_watched", "reorder"]
 
 
-def contract(product: Contraction, left: Tensor, right: Tensor) -> Tensor:
+def is_watched() -> bool:
+    """Whether autograd or a compiler looks on: then operations must be plain."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def contract(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> Tensor:
     """The product of two stored tensors, contiguous in the order that it was lowered for; its shape is arbitrary."""
-    return _ordered(product, _multiply(product, *_factors(product, left, right)))
+    first, second = _factors(product, left, right, plain)
+    made = _multiply(product, first, second)
+    return made if product.result is None else reorder(made, product.result, plain)
 
 
 def contract_difference(
-    product: Contraction, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None]
+    product: Contraction, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], plain: bool
 ) -> Tensor | None:
     """The change of a product whose factors change: d(A B) = dA B0 + A dB, with `left` (A, dA) and `right` (B0, dB).
 
@@ -24,30 +35,36 @@ def contract_difference(
     """
     (whole, left_change), (start, right_change) = left, right
     if left_change is None:
-        return None if right_change is None else contract(product, whole, right_change)
+        return None if right_change is None else contract(product, whole, right_change, plain)
     if right_change is None:
-        return contract(product, left_change, start)
+        return contract(product, left_change, start, plain)
     if product.double:
-        return _ordered(product, _doubled(product, (left_change, start), (whole, right_change)))
-    made = _multiply(product, *_factors(product, left_change, start))
-    return _ordered(product, _multiply_and_add(product, made, *_factors(product, whole, right_change)))
+        made = _doubled(product, (left_change, start), (whole, right_change), plain)
+    else:
+        made = _multiply(product, *_factors(product, left_change, start, plain))
+        first, second = _factors(product, whole, right_change, plain)
+        made = made + _multiply(product, first, second) if plain else _add_product(product, made, first, second)
+    return made if product.result is None else reorder(made, product.result, plain)
 
 
-def reorder(tensor: Tensor, view: View) -> Tensor:
+def reorder(tensor: Tensor, view: View, plain: bool) -> Tensor:
     """The tensor as `view` has it, made contiguous."""
-    return _see(tensor, view, 0).contiguous()
+    return _see(tensor, view, 0, plain).contiguous()
 
 
-def _factors(product: Contraction, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
     if product.swapped:
         left, right = right, left
-    return _see(left, product.first, product.expand[0]), _see(right, product.second, product.expand[1])
+    expand = product.expand
+    return _see(left, product.first, expand[0], plain), _see(right, product.second, expand[1], plain)
 
 
-def _see(tensor: Tensor, view: View, expand: int) -> Tensor:
+def _see(tensor: Tensor, view: View, expand: int, plain: bool) -> Tensor:
     """A contiguous tensor as `view` has it, repeated `expand` times along a new first axis (0: as it is)."""
-    if view.strides is not None and not _is_traced():
-        # One operation instead of two to four: with forty adapted layers, starting operations is what counts.
+    if not plain:
+        if view.sizes != view.final:
+            tensor = tensor.as_strided(view.sizes, view.strides).reshape(view.final)
+            return tensor.expand(expand, *view.final) if expand else tensor
         if expand:
             return tensor.as_strided((expand, *view.final), (0, *view.strides))
         return tensor.as_strided(view.final, view.strides)
@@ -56,11 +73,6 @@ def _see(tensor: Tensor, view: View, expand: int) -> Tensor:
         seen = seen.permute(view.permutation)
     seen = seen.reshape(view.final)
     return seen.expand(expand, *view.final) if expand else seen
-
-
-def _is_traced() -> bool:
-    """Whether autograd or a compiler watches: then operations must be plain."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def _multiply(product: Contraction, first: Tensor, second: Tensor) -> Tensor:
@@ -74,10 +86,8 @@ def _multiply(product: Contraction, first: Tensor, second: Tensor) -> Tensor:
     return made.sum(0) if product.product == "bmm_sum" else made
 
 
-def _multiply_and_add(product: Contraction, made: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _add_product(product: Contraction, made: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """`made`, which nobody else holds, with a product added to it."""
-    if _is_traced():
-        return made + _multiply(product, first, second)
     if product.product == "mm":
         return made.addmm_(first, second)
     if product.product == "bmm":
@@ -87,12 +97,12 @@ def _multiply_and_add(product: Contraction, made: Tensor, first: Tensor, second:
     return made.addbmm_(first, second)
 
 
-def _doubled(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
+def _doubled(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], plain: bool) -> Tensor:
     """The sum of two products of stored tensors as one product over a doubled bond."""
     if product.swapped:
         one, two = one[::-1], two[::-1]
-    first = torch.cat([_see(part[0], product.first, 0) for part in (one, two)], -1)
-    second = torch.cat([_see(part[1], product.second, 0) for part in (one, two)], -2)
+    first = torch.cat([_see(part[0], product.first, 0, plain) for part in (one, two)], -1)
+    second = torch.cat([_see(part[1], product.second, 0, plain) for part in (one, two)], -2)
     if product.product == "mm":
         return torch.mm(first, second)
     first, second = (
@@ -100,7 +110,3 @@ def _doubled(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor
         for part, number in zip((first, second), product.expand, strict=True)
     )
     return torch.bmm(first, second)
-
-
-def _ordered(product: Contraction, made: Tensor) -> Tensor:
-    return made if product.result is None else reorder(made, product.result)
