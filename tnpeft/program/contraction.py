@@ -17,12 +17,15 @@ __all__ = ["Contraction", "Sizes", "View", "copy_time", "lower", "lowering_time"
 Sizes = Mapping[str, int]
 
 # The model's constants, in ns, from single operations on one core of a 2-core Xeon with AVX-512: to start an operation
-# (Python and dispatch); to write an element; to copy one across strides; to multiply and add once in a large product
+# (Python and dispatch); to write an element; to copy one across strides,
+# alone and in runs of RUN or more; to multiply and add once in a large product
 # (fewer than NARROW rows or columns slow it down); to start one product of a batch. `addbmm` sums a batch without a
 # tensor for all products, but takes longer to start each (1.3 against 2.9 ms for 256 times (1536, 9) (9, 16)).
 START = 4500.0
 WRITE = 0.25
 COPY = 1.2
+COPY_RUNS = 0.4
+RUN = 8
 MULTIPLY = 1 / 80
 NARROW = 9.0
 SLOWEST = 10.0
@@ -115,9 +118,11 @@ def reordering(stored: str, wanted: str, sizes: Sizes) -> View:
     return _view(stored, _runs(wanted, (stored,)), sizes)
 
 
-def copy_time(elements: int) -> float:
-    """Of a copy across strides, in ns."""
-    return START + COPY * elements
+def copy_time(stored: str, wanted: str, sizes: Sizes) -> float:
+    """Of a copy from one order of legs to another, in ns."""
+    kept = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(stored), reversed(wanted), strict=False))
+    run = math.prod(sizes[leg] for leg, _ in kept)
+    return START + (COPY_RUNS if run >= RUN else COPY) * _size(stored, sizes)
 
 
 def _size(legs: str, sizes: Sizes) -> int:
@@ -178,9 +183,10 @@ def _candidates(left: str, right: str, output: str, sizes: Sizes) -> Iterator[_C
                 _orders(set(second).difference(first, batch), (output, second)),
             ):
                 made = rows + columns if fold else batch + rows + columns
-                cost = copy_time(_size(output, sizes)) if made != output else 0.0
+                cost = copy_time(made, output, sizes) if made != output else 0.0
                 for legs, groups in ((first, (batch, rows, summed)), (second, (batch, summed, columns))):
-                    cost += copy_time(_size(legs, sizes)) if _needs_copy(legs, groups) else 0.0
+                    if _needs_copy(legs, groups):
+                        cost += copy_time(legs, "".join(leg for leg in "".join(groups) if leg in legs), sizes)
                 shape = (_size(rows, sizes), _size(summed, sizes), _size(columns, sizes))
                 product, time = _product_time(_size(batch, sizes) if batch else 0, shape, fold)
                 yield _Candidate(swapped, batch, rows, summed, columns, product, made, cost + time)

@@ -126,4 +126,4 @@ def _cost_of_making(this: _Letters, output: str, sizes: Sizes) -> float:
     """The copy that a step needs to store its result as `output`, if its operands cannot bring it into that order."""
     owners = [leg in this.left for leg in output if sizes[leg] > 1]
     changes = sum(before != after for before, after in itertools.pairwise(owners))
-    return copy_time(this.step.elements) if changes > 2 else 0.0
+    return copy_time(this.output, output, sizes) if changes > 2 else 0.0
