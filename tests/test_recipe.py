@@ -162,7 +162,7 @@ def test_a_layer_under_two_names_is_adapted_once(model):
 
 NOTHING = (
     "spec 'lora', match 'attn.too_q': expected at least one layer, found none. Did you mean `attn.to_q`? "
-    "The model has 'conv', 'attn.to_q', 'attn.to_k', 'attn.to_v', ...."
+    "The model has 'conv', 'attn.to_q', 'attn.to_k', 'attn.to_v' and more."
 )
 
 

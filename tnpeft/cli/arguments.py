@@ -9,19 +9,11 @@ from collections.abc import Iterable
 from tnpeft.cli.output import UsageError
 from tnpeft.errors import Problem, near_miss
 from tnpeft.network import Layer
+from tnpeft.spec.pattern import KINDS
 
 __all__ = ["EXAMPLE", "parse_layer", "parse_settings"]
 
 EXAMPLE = "Conv3d:64,128,3"
-AXES = {
-    "Linear": 0,
-    "Conv1d": 1,
-    "Conv2d": 2,
-    "Conv3d": 3,
-    "ConvTranspose1d": 1,
-    "ConvTranspose2d": 2,
-    "ConvTranspose3d": 3,
-}
 _NUMBERS = re.compile(
     r"(?P<ends>\d{1,9},\d{1,9})(,(?P<kernel>\d{1,9}(x\d{1,9})*))?(,groups=(?P<groups>\d{1,9}))?", re.ASCII
 )
@@ -31,11 +23,11 @@ def parse_layer(text: str) -> Layer:
     """`Kind:in,out,k[xkxk][,groups=g]` → its signature; one `k` stands for every kernel axis."""
     where = f"--layer {text[:80]}"
     kind, _, numbers = text.partition(":")
-    if kind not in AXES:
-        closest = near_miss(kind, AXES)
+    if kind not in KINDS:
+        closest = near_miss(kind, KINDS)
         fix = closest or f"Write it like {EXAMPLE}."
-        raise UsageError(Problem("the kind of layer", f"one of {', '.join(AXES)}", f"{kind[:40]!r}", fix, where))
-    axes = AXES[kind]
+        raise UsageError(Problem("the kind of layer", f"one of {', '.join(KINDS)}", f"{kind[:40]!r}", fix, where))
+    axes = KINDS[kind]
     match = _NUMBERS.fullmatch(numbers.replace(" ", ""))
     if match is None:
         shape = {0: "in,out", 1: "in,out,k"}.get(axes, f"in,out,k or in,out,{'x'.join('k' * axes)}")

@@ -86,7 +86,7 @@ def _nothing(entry: Entry, modules: Mapping[str, nn.Module], containers: list[st
         plain = pattern.replace("\\", "").strip("^$")
         hint = near_miss(plain, known) or near_miss(plain, {part for name in known for part in name.split(".")})
         examples = ", ".join(f"'{name}'" for name in known[:4]) or "no layer that can be adapted"
-        fix = f"{hint} The model has {examples}{', ...' if len(known) > 4 else ''}.".strip()
+        fix = f"{hint} The model has {examples}{' and more' if len(known) > 4 else ''}.".strip()
     return Problem(
         f"spec '{entry.spec.name}', match {clip(entry.match)}", "at least one layer", found, fix, entry.where
     )
