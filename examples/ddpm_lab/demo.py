@@ -116,6 +116,8 @@ def _key(source: Config, config: DemoConfig) -> str:
     parts = source.model_dump(mode="json", include={"data", "model", "diffusion", "training"})
     parts["population"] = config.population.model_dump(mode="json")
     parts["data"].pop("root")
+    for name in ("threads", "processes", "workers", "tensorboard"):  # how fast and how watched, not what comes out
+        parts["training"].pop(name)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
