@@ -22,6 +22,7 @@ import tnpeft
 from tnpeft.errors import BindError, TnpeftError
 from tnpeft.network import Network
 from tnpeft.plan import MODES, find_path, plan
+from tnpeft.plan.cost import SLACK
 from tnpeft.plan.path import count_connected_subsets
 
 LORA = {"up": "o r", "down": "r i"}
@@ -93,10 +94,28 @@ def test_shipped_specs_get_the_path_of_fewest_operations(name: str) -> None:
     shapes = [core.shape for core in network.cores]
     found = plan(network)
     best = opt_einsum.contract_path(network.einsum, *shapes, shapes=True, optimize="dp")[1]
-    assert found.flops <= best.opt_cost
+    assert found.flops <= best.opt_cost  # at these sizes no other path is worth its operations
     again = opt_einsum.contract_path(network.einsum, *shapes, shapes=True, optimize=[*found.path])[1]
     assert found.flops == again.opt_cost
     assert found.largest_intermediate == again.largest_intermediate
+
+
+@pytest.mark.parametrize("channels", [(128, 256), (256, 512), (512, 512), (96, 32)])
+@pytest.mark.parametrize("name", ["tenvoo_l", "tenvoo_q"])
+def test_a_few_more_operations_buy_a_last_step_that_writes_the_weight_well(
+    name: str, channels: tuple[int, int]
+) -> None:
+    """The last step's operands alternate at most twice along the weight, and end in nine columns or more."""
+    inputs, outputs = channels
+    network = tnpeft.load_spec(name).bind("Conv3d", in_channels=inputs, out_channels=outputs, kernel_size=3)
+    found = plan(network)
+    shapes = [core.shape for core in network.cores]
+    best = opt_einsum.contract_path(network.einsum, *shapes, shapes=True, optimize="dp")[1]
+    assert found.flops <= float(best.opt_cost) * (1 + SLACK)
+    left = set(found.steps[-1].left)
+    runs = [list(run) for _, run in itertools.groupby(network.open_legs, key=lambda leg: leg in left)]
+    assert len(runs) <= 3
+    assert min(math.prod(network.sizes[leg] for leg in run) for run in runs[-2:]) >= 9
 
 
 @settings(max_examples=150)

@@ -33,9 +33,13 @@ def _plan_dense(network: Network) -> Plan:
     problems = tuple(_problems(network))
     if problems:
         raise BindError(*problems)
-    inputs, output = network.einsum.split("->")
+    inputs = tuple(network.symbols_of(core) for core in network.cores)
+    axes = list(network.weight)
+    if network.layer.transposed:
+        axes[0], axes[1] = axes[1], axes[0]
+    output = "".join(network.symbols[leg] for axis in axes for leg in axis)
     sizes = tuple((letter, network.sizes[leg]) for leg, letter in network.symbols.items())
-    path = find_path(tuple(inputs.split(",")), output, sizes)
+    path = find_path(inputs, output, sizes)
     return Plan(network, "dense", path, tuple(_steps(network, path)))
 
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from opt_einsum.paths import DynamicProgramming, linear_to_ssa, ssa_to_linear
 
+from tnpeft.plan.cost import SLACK, cost_of_paths
 from tnpeft.plan.heuristic import Legs, Search, Tree, heuristic_tree, path_of_tree, tree_of_path
 
 __all__ = ["Path", "find_path"]
@@ -32,18 +33,22 @@ TRIES_TIMES_LEGS = 2000
 
 @lru_cache(maxsize=1024)
 def find_path(inputs: tuple[str, ...], output: str, sizes: tuple[tuple[str, int], ...]) -> Path:
-    """The path of fewest multiplications found; one string of index letters for each core and for the output."""
+    """The path of fewest multiplications found, but for `cost.SLACK`.
+
+    One string of index letters for each core and for the output; that has the weight's legs in memory order.
+    """
     legs, kept, size = [frozenset(term) for term in inputs], frozenset(output), dict(sizes)
     if len(legs) == 1:
         return ()
     trees = []
     if len(legs) <= OUTER_BOUND or count_connected_subsets(legs, kept, SUBSETS_BOUND) <= SUBSETS_BOUND:
-        trees.append(_programmed_tree(legs, kept, size))
+        trees.append(_programmed_tree(legs, output, size))
     if len(legs) > OUTER_BOUND:
         # Beside dynamic programming once, for that does not plan the products of disconnected parts.
         tries = 1 if trees else max(1, min(TRIES, TRIES_TIMES_LEGS // sum(map(len, legs))))
         trees.append(heuristic_tree(legs, kept, size, tries))
-    tree = min(trees, key=Search(legs, kept, size).cost)
+    search = Search(legs, kept, size)
+    tree = trees[-1] if search.cost(trees[-1]) * (1 + SLACK) < search.cost(trees[0]) else trees[0]
     return tuple((min(pair), max(pair)) for pair in ssa_to_linear(path_of_tree(tree, len(legs))))
 
 
@@ -72,7 +77,8 @@ def count_connected_subsets(inputs: Sequence[Legs], output: Legs, bound: int) ->
     return count
 
 
-def _programmed_tree(inputs: Sequence[Legs], output: Legs, sizes: Mapping[str, int]) -> Tree:
-    search = DynamicProgramming(minimize="flops", search_outer=len(inputs) <= OUTER_BOUND)
-    path = search(list(inputs), output, dict(sizes))
+def _programmed_tree(inputs: Sequence[Legs], output: str, sizes: Mapping[str, int]) -> Tree:
+    cost = cost_of_paths(inputs, output, sizes)
+    search = DynamicProgramming(minimize=cost, search_outer=len(inputs) <= OUTER_BOUND)
+    path = search(list(inputs), frozenset(output), dict(sizes))
     return tree_of_path(linear_to_ssa(path), range(len(inputs)))
