@@ -21,10 +21,13 @@ def plan(network: Network, mode: str = "dense") -> Plan:
         TnpeftError: `mode` is unknown.
         BindError: the cores' sizes contradict each other, or an index dangles.
     """
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         known = ", ".join(f"`{name}`" for name in MODES)
-        fix = near_miss(mode, MODES) or "Leave `mode` out for the default."
-        raise TnpeftError(Problem("the execution mode", f"one of {known}", f"`{mode}`", fix))
+        fix = near_miss(str(mode), MODES) or "Leave `mode` out for the default."
+        raise TnpeftError(Problem("the execution mode", f"one of {known}", f"`{str(mode)[:40]}`", fix))
+    if not isinstance(network, Network):
+        fix = "Bind a spec to a layer: `tnpeft.plan(spec.bind(layer))`."
+        raise TnpeftError(Problem("plan", "a network", type(network).__name__, fix))
     return MODES[mode](network)
 
 

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from opt_einsum.paths import DynamicProgramming, linear_to_ssa, ssa_to_linear
 
-from tnpeft.plan.cost import SLACK, cost_of_paths
-from tnpeft.plan.heuristic import Legs, Search, Tree, heuristic_tree, path_of_tree, tree_of_path
+from tnpeft.plan.cost import cost_of_paths
+from tnpeft.plan.heuristic import Legs, Tree, heuristic_tree, path_of_tree, tree_of_path
 
 __all__ = ["Path", "find_path"]
 
@@ -40,26 +40,39 @@ def find_path(inputs: tuple[str, ...], output: str, sizes: tuple[tuple[str, int]
     legs, kept, size = [frozenset(term) for term in inputs], frozenset(output), dict(sizes)
     if len(legs) == 1:
         return ()
-    trees = []
-    if len(legs) <= OUTER_BOUND or count_connected_subsets(legs, kept, SUBSETS_BOUND) <= SUBSETS_BOUND:
-        trees.append(_programmed_tree(legs, output, size))
-    if len(legs) > OUTER_BOUND:
-        # Beside dynamic programming once, for that does not plan the products of disconnected parts.
-        tries = 1 if trees else max(1, min(TRIES, TRIES_TIMES_LEGS // sum(map(len, legs))))
-        trees.append(heuristic_tree(legs, kept, size, tries))
-    search = Search(legs, kept, size)
-    tree = trees[-1] if search.cost(trees[-1]) * (1 + SLACK) < search.cost(trees[0]) else trees[0]
+    joined = _neighbours(legs, kept)
+    few = _is_connected(joined) and count_connected_subsets(joined, SUBSETS_BOUND) <= SUBSETS_BOUND
+    if few or len(legs) <= OUTER_BOUND:
+        tree = _programmed_tree(legs, output, size)
+    else:
+        # Also for parts that no sum joins: dynamic programming would not plan their product.
+        tries = max(1, min(TRIES, TRIES_TIMES_LEGS // max(1, sum(map(len, legs)))))
+        tree = heuristic_tree(legs, kept, size, tries)
     return tuple((min(pair), max(pair)) for pair in ssa_to_linear(path_of_tree(tree, len(legs))))
 
 
-def count_connected_subsets(inputs: Sequence[Legs], output: Legs, bound: int) -> int:
-    """Connected subsets of two or more cores, joined by indices that are summed; counts no further than `bound` + 1."""
-    neighbours = []
-    for number, legs in enumerate(inputs):
-        touching = (other for other, more in enumerate(inputs) if other != number and (legs & more) - output)
-        neighbours.append(sum(1 << other for other in touching))
+def _neighbours(inputs: Sequence[Legs], output: Legs) -> list[int]:
+    """For each core the bit mask of those that share an index with it that is summed."""
+    summed = [legs - output for legs in inputs]
+    return [
+        sum(1 << other for other, more in enumerate(summed) if other != core and more & legs)
+        for core, legs in enumerate(summed)
+    ]
+
+
+def _is_connected(neighbours: Sequence[int]) -> bool:
+    reached, border = 1, neighbours[0]
+    while border & ~reached:
+        core = (border & ~reached).bit_length() - 1
+        reached |= 1 << core
+        border |= neighbours[core]
+    return reached == (1 << len(neighbours)) - 1
+
+
+def count_connected_subsets(neighbours: Sequence[int], bound: int) -> int:
+    """Connected subsets of two or more cores; counts no further than `bound` + 1."""
     count = 0
-    for start in range(len(inputs)):
+    for start in range(len(neighbours)):
         # Subsets whose lowest core is `start` grow by one neighbour at a time; `banned` holds what an earlier branch
         # has had already, so that no subset is met twice.
         stack = [(neighbours[start], (2 << start) - 1)]

@@ -88,7 +88,8 @@ def _operand_orders(
         wanted = [legs for number, legs in zip(this.step.operands, pair, strict=True) if number in steps]
         return own + sum(_cost_of_making(step, legs, sizes) for step, legs in zip(made, wanted, strict=True))
 
-    return min(_candidates(this, given, output), key=cost)
+    candidates = list(_candidates(this, given, output))
+    return min(candidates, key=cost) if len(candidates) > 1 else candidates[0]
 
 
 def _candidates(this: _Letters, given: Sequence[str | None], output: str) -> Iterator[tuple[str, str]]:
