@@ -18,16 +18,10 @@ def plan(network: Network, mode: str = "dense") -> Plan:
     """The plan of `network` in the execution mode `mode`; paths are cached per signature.
 
     Raises:
-        TnpeftError: `mode` is unknown.
+        TnpeftError: `mode` is unknown, or `network` is none.
         BindError: the cores' sizes contradict each other, or an index dangles.
     """
-    if not isinstance(mode, str) or mode not in MODES:
-        known = ", ".join(f"`{name}`" for name in MODES)
-        fix = near_miss(str(mode), MODES) or "Leave `mode` out for the default."
-        raise TnpeftError(Problem("the execution mode", f"one of {known}", f"`{str(mode)[:40]}`", fix))
-    if not isinstance(network, Network):
-        fix = "Bind a spec to a layer: `tnpeft.plan(spec.bind(layer))`."
-        raise TnpeftError(Problem("plan", "a network", type(network).__name__, fix))
+    _check_arguments(network, mode)
     return MODES[mode](network)
 
 
@@ -48,6 +42,16 @@ def _plan_dense(network: Network) -> Plan:
 
 MODES: Mapping[str, Callable[[Network], Plan]] = MappingProxyType({"dense": _plan_dense})
 """Execution modes by name; each plans a network."""
+
+
+def _check_arguments(network: object, mode: object) -> None:
+    if not isinstance(mode, str) or mode not in MODES:
+        known = ", ".join(f"`{name}`" for name in MODES)
+        fix = near_miss(str(mode), MODES) or "Leave `mode` out for the default."
+        raise TnpeftError(Problem("the execution mode", f"one of {known}", f"`{str(mode)[:40]}`", fix))
+    if not isinstance(network, Network):
+        fix = "Bind a spec to a layer: `tnpeft.plan(spec.bind(layer))`."
+        raise TnpeftError(Problem("plan", "a network", type(network).__name__, fix))
 
 
 def _problems(network: Network) -> Iterator[Problem]:
