@@ -17,7 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 from tnpeft.modules import AdaptedLayer, compile
 from tnpeft.spec import load_spec
-from tnpeft.surgery import activate, adapters_of, detach, disabled, install, merge, names_of, unmerge
+from tnpeft.surgery import (
+    activate,
+    adapters_of,
+    detach,
+    disabled,
+    install,
+    merge,
+    names_of,
+    plain_parameters,
+    trained_of,
+    unmerge,
+)
 
 X = net_input()
 
@@ -318,6 +329,32 @@ def test_a_moved_model_keeps_its_adapters_and_its_way_back():
     plain = net().double().bfloat16()
     assert same_bits(bits(model), bits(plain))
     assert all(isinstance(parameter, nn.Parameter) and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("active", [{}, {"a": 0.5}, {"b": 1.0}, {"a": 0.5, "b": 0.5}, {"a": 1.0}], ids=str)
+def test_moving_a_model_keeps_every_parameter_the_object_it_is(active):
+    model = net()
+    model.wide.bias = model.norm.bias
+    base = dict(model.named_parameters())
+    attach(model, name="a")
+    copies = trained_of(model, "a")
+    optimizer = torch.optim.SGD(list(copies.values()), 0.1)
+    attach(model, name="b", trained=("first.bias", "norm.weight"))
+    activate(model, active)
+    model.double()
+    assert all(copy.dtype == torch.float64 for copy in copies.values())
+    activate(model, "a")
+    assert all(plain_parameters(model)[name] is copy and copy.requires_grad for name, copy in copies.items())
+    assert model.wide.bias is model.norm.bias
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "_tnpeft_" in name)
+    before = model(X.double())
+    (before - 1).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model(X.double()), before)
+    detach(model)
+    after = dict(model.named_parameters())
+    assert list(after) == list(base)
+    assert all(after[name] is parameter and parameter.requires_grad for name, parameter in base.items())
 
 
 def test_loading_a_state_dict_into_a_merged_model_merges_again():

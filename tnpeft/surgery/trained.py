@@ -1,9 +1,10 @@
 """What trains beside the cores: biases, norms, whole layers of a joint training.
 
 One mechanism for all. Each adapter has its own copy of every such tensor. The one that acts is
-installed where the base's was, and those that do not act (the original among them) wait in
-buffers of the same owner under mangled names, so that moving, copying, pickling and saving the
-model need to know nothing of it. A tensor with several names is one tensor at all of them.
+installed where the base's was, and those that do not act (the original among them) wait frozen
+in the same table of the same owner under mangled names, so that moving, copying, pickling and
+saving the model need to know nothing of it, and an optimiser's parameters stay the same objects.
+A tensor with several names is one tensor at all of them.
 
 The running statistics of norms are handled alike: a forward in training mode changes them.
 """
@@ -86,7 +87,7 @@ class Tied:
     def _as_found(self, content: Tensor, flag: bool) -> Tensor:
         if not self.is_parameter:
             return content
-        # Moving a model turns the parameters that wait in buffers into plain tensors.
+        # What is combined of several copies is no parameter yet.
         parameter = content if isinstance(content, nn.Parameter) else nn.Parameter(content, requires_grad=flag)
         return parameter.requires_grad_(flag)
 
@@ -112,16 +113,15 @@ class Tied:
         return self.slots[0].tensor if waiting is None else waiting
 
     def _waiting(self, who: str) -> Tensor | None:
-        slot = self.slots[0]
-        return slot.owner._buffers.get(f"{MANGLED}{who}__{slot.key}")
+        return _beside(self.slots[0], who).find()
 
     def _wait(self, who: str, tensor: Tensor) -> None:
         for slot in self.slots:
-            slot.owner._buffers[f"{MANGLED}{who}__{slot.key}"] = tensor.requires_grad_(False)
+            _beside(slot, who).put(tensor.requires_grad_(False))
 
     def _forget(self, who: str) -> None:
         for slot in self.slots:
-            slot.owner._buffers.pop(f"{MANGLED}{who}__{slot.key}", None)
+            _beside(slot, who).clear()
 
 
 def all_tied(root: nn.Module, state: ModelState) -> list[Tied]:
@@ -132,6 +132,11 @@ def all_tied(root: nn.Module, state: ModelState) -> list[Tied]:
         for names in (*record.trained, *record.statistics):
             trainers.setdefault(names, []).append(record.name)
     return [Tied((found[name] for name in names), who) for names, who in trainers.items()]
+
+
+def _beside(slot: Slot, who: str) -> Slot:
+    """Where a copy for `slot` waits."""
+    return slot._replace(key=f"{MANGLED}{who}__{slot.key}")
 
 
 def norm_statistics(root: nn.Module) -> tuple[tuple[str, ...], ...]:

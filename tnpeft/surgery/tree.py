@@ -37,8 +37,15 @@ class Slot(NamedTuple):
         assert isinstance(tensor, Tensor)
         return tensor
 
+    def find(self) -> Tensor | None:
+        found: Tensor | None = self.owner.__dict__[self.table].get(self.key)
+        return found
+
     def put(self, tensor: Tensor) -> None:
         self.owner.__dict__[self.table][self.key] = tensor
+
+    def clear(self) -> None:
+        self.owner.__dict__[self.table].pop(self.key, None)
 
 
 def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
