@@ -176,7 +176,7 @@ NOTHING = (
                              "'attn'. Match the layers inside, such as 'attn.to_q'."),
         ({"match": ["attn.too_q"]}, "layer 'attn.too_q': expected the name of a layer, found no such layer. "
                                     "Did you mean `attn.to_q`?"),
-        ({"match": []}, "`match`: expected a regular expression or layer names, found (). "
+        ({"match": []}, "`match`: expected a regular expression or layer names, found []. "
                         "Give full module names, as `model.named_modules()` has them."),
         ({"match": "("}, "pattern '(': expected a regular expression, found missing ), unterminated subpattern at "
                          r"position 0. A dot of a module's name is written `\.`."),
@@ -199,6 +199,26 @@ def test_refusals_leave_the_model_alone(model, arguments, message):
     assert {name: (id(value), value.requires_grad) for name, value in model.named_parameters()} == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"match": 5}, "`match`: expected a regular expression or layer names, found 5. "
+                       "Give full module names, as `model.named_modules()` has them."),
+        ({"match": "conv", "train": "all"}, "`train`: expected a mapping, found 'all'. "
+                                            "For example `train={'bias': 'adapted', 'norm': True}`."),
+        ({"match": "conv", "mode": None}, "the execution mode: expected one of `dense`, found `None`. "
+                                          "Leave `mode` out for the default."),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_mistakes_too(model, arguments, message):
+    with pytest.raises(tnpeft.TnpeftError) as caught:
+        tnpeft.attach(model, "lora", **arguments)
+    assert str(caught.value) == message
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.attach("model", "lora", match="conv")
+    assert str(caught.value) == "model: expected a torch.nn.Module, found 'model'. Pass the model itself."
+
+
 def test_every_layer_that_does_not_fit_is_reported(model):
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(model, "quanta", match="conv|to_q", r=0)
@@ -216,6 +236,17 @@ def test_two_entries_may_not_claim_one_layer(model, folder):
     assert str(caught.value) == (
         f"{folder / 'both.yaml'}:5:5: layer 'attn.to_q': expected one adapter, found two, mine ('conv$|to_q') and "
         "lora (('attn.to_q', 'attn.to_v')). Narrow one of the patterns."
+    )
+
+
+def test_two_entries_may_not_claim_one_layer_by_two_names(model):
+    model.again = model.attn.to_q
+    text = "tnpeft: 1\nname: x\nadapters: [{spec: lora, match: to_q}, {spec: loha, match: again}]\n"
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.attach(model, tnpeft.Recipe.from_yaml(text))
+    assert str(caught.value) == (
+        "<recipe>:3:39: layer 'again' (which is 'attn.to_q' too): expected one adapter, found two, lora ('to_q') and "
+        "loha ('again'). Narrow one of the patterns."
     )
 
 
@@ -255,8 +286,6 @@ def test_mistakes_in_a_recipe_are_collected_with_those_in_its_specs(folder):
         tnpeft.load_recipe(folder / "both.yaml")
     recipe, spec = folder / "both.yaml", folder / "mine.yaml"
     assert str(caught.value).splitlines() == [
-        f"{recipe}:1:1: the file has no `name`: expected a word, found nothing. "
-        "Write `name: my_recipe`; quote it if it looks like a number.",
         f"{recipe}:2:1: unknown key 'nmae' in the file: expected one of adapters, name, source, title, tnpeft, train, "
         "found 'nmae'. Did you mean `name`?",
         f"{recipe}:5:61: `params`: expected params of 'lora', found 'rank'. Its params are r, alpha.",

@@ -69,9 +69,11 @@ def _given(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, 
 
 
 def _eye(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, float]) -> Tensor:
-    if len(core.shape) != 2:
-        raise BindError(_misfit(core, "two legs", str(len(core.shape)), _OTHER))
-    return torch.eye(*core.shape, dtype=torch.float32, device="cpu")
+    """One where all positions agree: the identity of two legs, the copy tensor of more."""
+    tensor = torch.zeros(core.shape, dtype=torch.float32, device="cpu")
+    places = torch.arange(min(core.shape, default=1))
+    tensor[(places,) * max(tensor.ndim, 0)] = 1.0
+    return tensor
 
 
 def _normal(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, float]) -> Tensor:

@@ -143,7 +143,10 @@ def _layer_from(kind: str, arguments: dict[str, Any]) -> Layer:
         sides[side] = _whole(kind, key, given[0])
     spatial = KINDS[kind]
     kernel_size = arguments.get("kernel_size", ())
-    kernel = (kernel_size,) * spatial if isinstance(kernel_size, numbers.Integral) else tuple(kernel_size)
+    if isinstance(kernel_size, list | tuple):
+        kernel = tuple(kernel_size)
+    else:
+        kernel = (_whole(kind, "kernel_size", kernel_size),) * spatial
     if len(kernel) != spatial or (spatial and "kernel_size" not in arguments):
         expected = f"{spatial} kernel sizes" if spatial else "no `kernel_size`"
         fix = "Give one number, or one per kernel axis." if spatial else "Remove it."

@@ -76,6 +76,9 @@ def attach(
 
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """
+    if not isinstance(model, nn.Module):
+        fix = "Pass the model itself."
+        raise AttachError(Problem("model", "a torch.nn.Module", clip(model), fix))
     recipe = _recipe(what, match, params)
     if train is not None:
         recipe = replace(recipe, train=train_from(train))
@@ -126,10 +129,10 @@ def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any]) -> Entry:
     if isinstance(match, str):
         compiled(match)
         return Entry(spec, match, params)
-    names = tuple(match)
+    names = tuple(match) if isinstance(match, list | tuple | set | frozenset) else ()
     if not names or not all(isinstance(item, str) and item for item in names):
         fix = "Give full module names, as `model.named_modules()` has them."
-        raise AttachError(Problem("`match`", "a regular expression or layer names", clip(names), fix))
+        raise AttachError(Problem("`match`", "a regular expression or layer names", clip(match), fix))
     return Entry(spec, names, params)
 
 

@@ -105,6 +105,9 @@ class Recipe:
     @classmethod
     def from_yaml(cls, text: str | bytes, file: str = "<recipe>") -> Recipe:
         """Read a recipe from YAML text; raises SpecError with every mistake found, in its specs too."""
+        if not isinstance(text, str | bytes):
+            fix = "Pass the YAML itself, or use `load_recipe` for a file."
+            raise SpecError(Problem("recipe", "YAML text", clip(text), fix))
         return _read(read_document(text, file), file)
 
 
@@ -128,7 +131,10 @@ def train_from(value: Train | Mapping[str, Any] | None) -> Train:
     if value is None or isinstance(value, Train):
         return value or Train()
     problems = Problems()
-    root = _node({"train": dict(value)})
+    if not isinstance(value, Mapping):
+        fix = "For example `train={'bias': 'adapted', 'norm': True}`."
+        raise SpecError(Problem("`train`", "a mapping", clip(value), fix))
+    root = with_text_keys(_node({"train": dict(value)}), problems)
     broken = check_shape(root, problems, _TRAIN)
     problems.raise_if_any()
     return _train(root, broken, problems)

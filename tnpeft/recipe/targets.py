@@ -25,13 +25,16 @@ def targets(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
     modules = plain_modules(model)
     problems: list[Problem] = []
     claimed: dict[str, Entry] = {}
+    owners: dict[int, tuple[str, Entry]] = {}  # by layer: one reached by two names is still one
     for entry in recipe.entries:
         for name in _matched(entry, modules, problems):
-            first = claimed.setdefault(name, entry)
+            first_name, first = owners.setdefault(id(modules[name]), (name, entry))
+            claimed.setdefault(name, entry)
             if first is not entry:
+                also = f" (which is '{first_name}' too)" if first_name != name else ""
                 found = f"two, {_label(first)} and {_label(entry)}"
                 fix = "Narrow one of the patterns."
-                problems.append(Problem(f"layer '{name}'", "one adapter", found, fix, entry.where))
+                problems.append(Problem(f"layer '{name}'{also}", "one adapter", found, fix, entry.where))
     if problems:
         raise AttachError(*problems)
     return {name: claimed[name] for name in modules if name in claimed}

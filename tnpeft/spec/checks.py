@@ -177,10 +177,12 @@ def _occurrences(draft: Draft, problems: Problems) -> None:
 def _sized(draft: Draft, problems: Problems) -> None:
     """Fine rule 3: `bond` sizes what two cores share and `weight` has not; all else needs `sizes`."""
     sized = {name for rule in draft.sizes for name in rule.names} | set(draft.params) | {ELLIPSIS}
+    reported: set[str] = set()
     for core in draft.cores:
         for leg, where in core.places.items():
-            if leg in sized:
+            if leg in sized or leg in reported:
                 continue
+            reported.add(leg)
             is_open = leg in draft.weight_places
             if is_open or draft.bond is None:
                 expected = "a line in `sizes`" if is_open else "`bond`, or a line in `sizes`"

@@ -99,9 +99,12 @@ def register_init(name: str, function: InitFunction) -> None:
     Arguments that a spec may pass are the function's further parameters. Raises SpecError for a
     name that is built in or no ASCII word.
     """
-    if not is_name(name) or name in _BUILT_IN:
+    if not isinstance(name, str) or not is_name(name) or name in _BUILT_IN:
         fix = "Choose another name."
         raise SpecError(Problem("register_init", "a new ASCII word", clip(name), fix))
+    if not callable(function):
+        fix = "Pass `function(shape, generator, **arguments) -> Tensor`."
+        raise SpecError(Problem(f"register_init '{name}'", "a function", clip(function), fix))
     _registered[name] = function
 
 

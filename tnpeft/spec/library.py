@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tnpeft.errors import Problem, SpecError, near_miss
 from tnpeft.spec.checks import check
-from tnpeft.spec.document import MAX_BYTES, Problems, read_file
+from tnpeft.spec.document import MAX_BYTES, Problems, clip, read_file
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits
 from tnpeft.spec.model import Spec, provide
@@ -42,6 +42,9 @@ def list_specs() -> tuple[str, ...]:
 
 def find_shipped(name: str | Path, folder: str, what: str) -> Path:
     """The file of a shipped name or of a path; raises SpecError, with near misses, where there is none."""
+    if not isinstance(name, str | Path):
+        fix = f"Give the name of a shipped {what}, or the path of a file."
+        raise SpecError(Problem(what, "a name or a path", clip(name), fix))
     path = Path(name)
     plain = isinstance(name, str) and path.suffix not in (".yaml", ".yml") and path.name == name
     shipped = shipped_folder() / folder / f"{name}.yaml" if plain else path
@@ -81,6 +84,9 @@ def _read_bytes(path: Path) -> bytes:
 
 def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None) -> Spec:
     """The body of `Spec.from_yaml`."""
+    if not isinstance(text, str | bytes):
+        fix = "Pass the YAML itself, or use `load_spec` for a file."
+        raise SpecError(Problem("spec", "YAML text", clip(text), fix))
     problems = Problems()
     draft = parse_draft(text, file, {**shipped_tables(), **(tables or {})}, problems)
     check(draft, problems)

@@ -13,7 +13,7 @@ from tnpeft.spec.factorize import MAX_NUMBER, Table
 from tnpeft.spec.inits import DEFAULT_INIT, Init, parse_init
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, parse_legs, parse_weight
 from tnpeft.spec.schema import SPEC
-from tnpeft.spec.shape import check_shape, with_text_keys
+from tnpeft.spec.shape import check_shape, is_remnant, with_text_keys
 
 __all__ = ["Draft", "DraftCore", "DraftRule", "parse_draft", "parse_table"]
 
@@ -78,6 +78,13 @@ def parse_draft(text: str | bytes, file: str, tables: Mapping[str, Table], probl
     root = with_text_keys(read_document(text, file), problems)
     broken = check_shape(root, problems, SPEC)
     draft = Draft(file, text if isinstance(text, str) else text.decode("utf-8"), root)
+    # A misspelt key is reported once, not again through all that its value would have said.
+    absent = {path[0] for path in broken if len(path) == 1 and root.get(path[0]) is None}
+    draft.whole = {
+        "params": "params" not in absent,
+        "sizes": not absent & {"sizes", "bond"},
+        "cores": not absent & {"cores", "weight"},
+    }
     draft.places = {str(key.value): value.position for key, value in root.items()}
     parse = _Parser(draft, broken, problems)
     parse.scalars()
@@ -109,6 +116,14 @@ class _Parser:
             where = node.at(error.offset) if node.kind == "scalar" else node.position
             self.problems.add(where, what, error.expected, error.found, error.fix)
             return None
+
+    def _whole_pairs(self, node: Node | None, part: str) -> list[tuple[Node, Node]]:
+        """The pairs of a mapping but those that a comma split in two, which the shape has reported."""
+        pairs = list(node.items()) if node is not None else []
+        split = {place for place, pair in enumerate(pairs) if is_remnant(*pair)}
+        if split:
+            self.draft.whole[part] = False
+        return [pair for place, pair in enumerate(pairs) if place not in split and place + 1 not in split]
 
     def scalars(self) -> None:
         draft = self.draft
@@ -149,7 +164,7 @@ class _Parser:
 
     def params(self) -> None:
         node = self._node("params")
-        for key, value in node.items() if node is not None else ():
+        for key, value in self._whole_pairs(node, "params"):
             name = str(key.value)
             good = check_name(name, key.position, f"param {clip(name)}", self.problems)
             expression = None if ("params", name) in self.broken else self._expression(value, f"param {clip(name)}")
@@ -185,7 +200,7 @@ class _Parser:
         node = self._node("sizes")
         if ("sizes",) in self.broken:
             self.draft.whole["sizes"] = False
-        for key, value in node.items() if node is not None else ():
+        for key, value in self._whole_pairs(node, "sizes"):
             places: dict[str, Position] = {}
             good = not any(path[:2] == ("sizes", key.value) for path in self.broken)
             for word, where in key.words() if isinstance(key.value, str) else ():
@@ -211,7 +226,7 @@ class _Parser:
             parsed = parse_init(default, self.problems)
             default_init = parsed if parsed is not None else DEFAULT_INIT
         node = self._node("cores")
-        self.draft.whole["cores"] = node is not None and bool(node.items())
+        self.draft.whole["cores"] &= node is not None and bool(node.items())
         if node is not None and not node.items():
             self.problems.add(node.position, "`cores`", "at least one core", "none", "For example `cores: {up: o r}`.")
         if node is not None and len(node.items()) > MAX_CORES:

@@ -198,7 +198,9 @@ class _Resolver:
                 )
             self.values[ELLIPSIS] = items
         elif len(names) == 1:
-            self.values[names[0]] = value
+            # One index takes a tuple of one; a name that only expressions read may hold a longer one.
+            single = isinstance(value, tuple) and len(value) == 1 and names[0] in self.uses
+            self.values[names[0]] = value[0] if isinstance(value, tuple) and single else value
         elif not isinstance(value, tuple):
             self.values.update(dict.fromkeys(names, value))
         elif len(value) != len(names):
@@ -269,7 +271,8 @@ class _Resolver:
 
     def _size(self, leg: str, value: Value, where: Position, what: str, core: str | None = None) -> None:
         if isinstance(value, tuple):
-            error = ExpressionError("one size", f"{len(value)} sizes", "Name one index for each on the left.")
+            fix = "Name one index for each on the left." if len(value) > 1 else "Leave this kind out of `layers`."
+            error = ExpressionError("one size", f"{len(value)} sizes", fix)
         elif value != int(value):
             fix = "Use `//`, `floor` or `ceil`."
             error = ExpressionError("a whole size", f"{value:g}", fix, structural=False)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tnpeft.errors import Position, near_miss
 from tnpeft.spec.document import Node, Problems, clip
 
-__all__ = ["FilePart", "Path", "Schema", "check_shape", "with_text_keys"]
+__all__ = ["FilePart", "Path", "Schema", "check_shape", "is_remnant", "with_text_keys"]
 
 Path = tuple[str | int, ...]
 
@@ -65,6 +65,9 @@ def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
         problems.add(root.position, "the file", "a mapping", root.describe(), fix)
         problems.raise_if_any()
     kinds: dict[Path, str] = {}
+    version = root.get(schema.versioned)
+    if version is not None and version.value == 1 and type(version.value) is not int:
+        kinds[(schema.versioned,)] = "literal_error"  # `true` and `1.0` equal 1 in Python
     try:
         schema.model.model_validate(root.plain())
     except ValidationError as error:
@@ -75,10 +78,23 @@ def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
             kinds.setdefault(path, str(detail["type"]))
     # Every member of a union complains: the one that got further into the value knows more.
     inner = {path[:length] for path in kinds for length in range(len(path))}
+    misspelt = {(*path[:-1], _meant(path, schema)) for path, kind in kinds.items() if kind == "extra_forbidden"}
     for path, kind in kinds.items():
-        if path not in inner:
+        if path not in inner and not (kind == "missing" and path in misspelt):
             _report(root, path, kind, schema, problems)
-    return set(kinds)
+    return set(kinds) | misspelt
+
+
+def is_remnant(key: Node, value: Node) -> bool:
+    """Whether a comma split this pair off an unquoted value: `{init: normal(1, 2)}` has a key `2)` without value."""
+    return value.value is None and key.text.rstrip().endswith(")")
+
+
+def _meant(path: Path, schema: Schema) -> str:
+    """The key that an unknown one was probably meant to be, or an empty string."""
+    return near_miss(str(path[-1]), sorted(_model_at(path[:-1], schema).model_fields))[
+        len("Did you mean `") : -len("`?")
+    ]
 
 
 def _existing(root: Node, loc: tuple[str | int, ...]) -> Path:
@@ -98,7 +114,7 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
     for step in path[:-1]:
         nodes.append(nodes[-1].get(step) or nodes[-1])
     parent, key = nodes[-1], path[-1]
-    owner, core = _owner(path, schema)
+    owner, core = _owner(root, path, schema)
     node = parent.get(key)
     if node is None:
         if parent.get(schema.instead.get(str(key), "")) is not None:
@@ -107,24 +123,27 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
         problems.add(parent.position, f"{owner} has no `{key}`", expected, "nothing", fix, core=core)
     elif kind == "extra_forbidden":
         _unknown_key(parent, str(key), node, owner, _model_at(path[:-1], schema), core, schema, problems)
+    elif node.value is None and str(key).rstrip().endswith(")"):
+        _split_value(parent, str(key), f"`{path[-2]}`", core, problems)
     elif len(path) == 2 and path[0] in schema.parts:
         expected, fix = schema.parts[str(path[0])]
         what = owner if core else f"`{path[0]}`, {clip(key)}"
         problems.add(node.position, what, expected, node.describe(), fix, core=core)
     else:
-        named = next(str(step) for step in reversed(path) if isinstance(step, str))
+        named = next((str(step) for step in reversed(path) if step in schema.expected), str(path[0]))
         expected, fix = schema.expected.get(named, ("another value", "Change it."))
         if named == schema.versioned and isinstance(node.value, int) and node.value > 1:
             fix = "This file needs a newer tnpeft: upgrade it, or write `tnpeft: 1`."
-        what = f"`{named}`" if owner == "the file" else f"{owner}, `{named}`"
+        what = f"`{named}`" if owner in ("the file", f"`{named}`") else f"{owner}, `{named}`"
         problems.add(node.position, what, expected, node.describe(), fix, core=core)
 
 
-def _owner(path: Path, schema: Schema) -> tuple[str, str | None]:
+def _owner(root: Node, path: Path, schema: Schema) -> tuple[str, str | None]:
     """What to call the mapping that a path lies in, and the core if it is one."""
     if len(path) > 1 and path[0] == "cores":
         return f"core '{clip(path[1])[1:-1]}'", str(path[1])
-    if len(path) > 2 and isinstance(path[1], int):
+    top = root.get(path[0]) if path else None
+    if len(path) > 2 and isinstance(path[1], int) and top is not None and top.kind == "list":
         return f"`{path[0]}`, entry {path[1] + 1}", None
     if len(path) > 1 and path[0] not in schema.parts and path[0] in schema.model.model_fields:
         return f"`{path[0]}`", None
@@ -162,14 +181,18 @@ def _unknown_key(
     if key in schema.later:
         problems.add(where, f"`{key}`", "a construct of this version", f"`{key}`", schema.later[key], core=core)
     elif key.rstrip().endswith(")") and node.value is None:
-        fix = 'A comma ends a value inside `{...}`: quote this, `init: "kaiming_uniform(fan=8, gain=relu)"`.'
-        found = "the rest of one that a comma split"
-        problems.add(where, f"{owner}, key {clip(key)}", "a quoted value", found, fix, core=core)
+        _split_value(parent, key, owner, core, problems)
     else:
         known = sorted(model.model_fields)
         fix = near_miss(key, known) or "Remove it."
         what = f"unknown key {clip(key)} in {owner}"
         problems.add(where, what, f"one of {', '.join(known)}", clip(key), fix, core=core)
+
+
+def _split_value(parent: Node, key: str, owner: str, core: str | None, problems: Problems) -> None:
+    fix = 'A comma ends a value inside `{...}`: quote this, `init: "kaiming_uniform(fan=8, gain=relu)"`.'
+    found = "the rest of one that a comma split"
+    problems.add(_key_position(parent, key), f"{owner}, key {clip(key)}", "a quoted value", found, fix, core=core)
 
 
 def _key_position(parent: Node, key: str) -> Position:
