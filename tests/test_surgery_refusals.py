@@ -57,6 +57,12 @@ def quantised() -> nn.Module:
     return layer
 
 
+def strided(weight: torch.Tensor) -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(weight)
+    return layer
+
+
 COMPUTED = (
     "layer 'x': layer: expected `weight` and `bias` as plain parameters, found ones that are computed. "
     "Remove the parametrization (weight norm, spectral norm, pruning) before attaching."
@@ -103,6 +109,16 @@ COMPUTED = (
             "layer 'x': weight dtype: expected one of float16, bfloat16, float32, float64, found int8. "
             "Attach to the unquantised model.",
         ),
+        (
+            lambda: strided(torch.randn(4, 8)[:, ::2]),
+            "layer 'x': weight: expected memory without gaps or overlaps, found strides (8, 2) for the shape (4, 4). "
+            "Give the layer `nn.Parameter(weight.detach().contiguous())`.",
+        ),
+        (
+            lambda: strided(torch.randn(4, 1).expand(4, 4)),
+            "layer 'x': weight: expected memory without gaps or overlaps, found strides (1, 0) for the shape (4, 4). "
+            "Give the layer `nn.Parameter(weight.detach().contiguous())`.",
+        ),
     ],
 )
 def test_layers_that_cannot_be_adapted(make, expected):
@@ -114,6 +130,29 @@ def test_layers_that_cannot_be_adapted(make, expected):
         install(model, "a", {"x": adapter})
     assert str(excinfo.value) == expected
     assert not any("adapters" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(4, 3).T,
+        torch.randn(4, 1),
+        torch.randn(1, 4).T,
+        torch.randn(2, 4, 1, 3, 1).to(memory_format=torch.channels_last_3d),
+        torch.randn(1, 8)[:, :4],
+        torch.randn(3, 4).as_strided((1, 4), (7, 1)),
+    ],
+)
+def test_dense_weights_of_any_order_start_exactly(weight):
+    layer = nn.Linear(1, 1) if weight.ndim == 2 else nn.Conv3d(4, 2, (1, 3, 1))
+    layer.weight, layer.bias = nn.Parameter(weight), None
+    layer.out_features, layer.in_features = weight.shape[:2]
+    model = nn.Sequential(layer)
+    x = torch.randn(3, weight.shape[1], *([4] * (weight.ndim - 2)))
+    base = model(x)
+    attach(model, targets=("0",), trained=())
+    assert model[0].weight.stride() == weight.stride()
+    assert torch.equal(model(x), base)
 
 
 def test_subclasses_that_keep_the_forward_are_plain_layers():

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -56,7 +56,23 @@ def layer_problem(name: str, layer: nn.Module) -> Problem | None:
         known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         found = str(dtype).removeprefix("torch.")
         return Problem("weight dtype", f"one of {known}", found, "Attach to the unquantised model.", where=where)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if not _is_dense(weight):
+        found = f"strides {tuple(weight.stride())} for the shape {tuple(weight.shape)}"
+        fix = "Give the layer `nn.Parameter(weight.detach().contiguous())`."
+        return Problem("weight", "memory without gaps or overlaps", found, fix, where=where)
     return None
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """Whether torch can make a tensor of the same strides, which the exact start takes."""
+    step = 1
+    for stride, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 def model_problems(model: nn.Module) -> Iterator[Problem]:
