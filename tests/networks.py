@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+import networkx
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,6 +41,29 @@ def make_network(
         bound.append(BoundCore(name, legs, shape, BoundInit("normal", {"std": 1.0}), name in frozen))
     spec = cast(Any, SimpleNamespace(name="by hand", start=start))
     return Network(spec, layer, {}, dict(sizes), tuple(bound), axes, scale, "")
+
+
+def network_of_graph(graph: networkx.Graph, bond: int = 4, open_legs: int = 7) -> Network:
+    """A core for each node, a bond for each edge, and an open leg on each of the first nodes."""
+    legs: dict[int, list[str]] = {node: [] for node in graph}
+    for number, edge in enumerate(graph.edges):
+        for node in edge:
+            legs[node].append(f"b{number}")
+    opened = list(graph)[:open_legs]
+    for node in opened:
+        legs[node].append(f"o{node}")
+    sizes = {leg: bond if leg.startswith("b") else 3 for own in legs.values() for leg in own}
+    weight = [" ".join(f"o{node}" for node in opened[:3]), " ".join(f"o{node}" for node in opened[3:])]
+    return make_network({f"core{node}": " ".join(own) for node, own in legs.items()}, weight, sizes)
+
+
+def hyperedge(cores: int) -> Network:
+    """Cores joined by one index alone, seven of them with an open leg of more than one."""
+    legs = {f"core{number}": f"o{number} r" for number in range(cores)}
+    sizes = {f"o{number}": 2 if number < 7 else 1 for number in range(cores)}
+    half = cores // 2
+    weight = [" ".join(f"o{number}" for number in part) for part in (range(half), range(half, cores))]
+    return make_network(legs, weight, {**sizes, "r": 4})
 
 
 def random_cores(network: Network, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:

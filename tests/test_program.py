@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 
+import networkx
+import opt_einsum
 import pytest
 import torch
 from hypothesis import given, settings
 from networks import (
     dense_delta,
     dense_weight,
+    hyperedge,
     make_network,
     memory_orders,
+    network_of_graph,
     networks,
     random_cores,
     relative_error,
@@ -59,6 +63,35 @@ def test_value_delta_and_gradients_equal_the_dense_einsum(network: Network) -> N
         found = torch.autograd.grad(delta, trainable, weights, allow_unused=True, materialize_grads=True)
         wanted = torch.autograd.grad(expected, trainable, weights, allow_unused=True, materialize_grads=True)
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("shape", ["chain", "ring", "cubic", "grid", "star", "hyperedge", "unconnected"])
+def test_large_networks_run(shape: str) -> None:
+    """More indices than letters, and paths that are not the best: opt_einsum's own contraction is the oracle."""
+    graphs = {
+        "chain": networkx.path_graph(60),
+        "ring": networkx.cycle_graph(40),
+        "cubic": networkx.random_regular_graph(3, 24, seed=2),
+        "grid": networkx.convert_node_labels_to_integers(networkx.grid_2d_graph(4, 10)),
+        "star": networkx.star_graph(11),
+        "unconnected": networkx.empty_graph(30),
+    }
+    network = hyperedge(20) if shape == "hyperedge" else network_of_graph(graphs[shape], bond=2, open_legs=6)
+    start = random_cores(network, dtype=torch.float64)
+    cores = [core.requires_grad_() for core in moved(start)]
+    program = program_of(network)
+
+    def oracle(tensors: list[Tensor]) -> Tensor:
+        path = [*plan(network).path]
+        return opt_einsum.contract(network.einsum, *tensors, optimize=path).reshape(network.padded_shape)
+
+    expected = oracle(cores) - oracle(start)
+    found = program.delta(cores, start, program.constants(start))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9 * float(oracle(start).abs().max()))
+    upstream = torch.ones_like(found)
+    wanted = torch.autograd.grad(expected, cores, upstream)
+    for one, other in zip(torch.autograd.grad(found, cores, upstream), wanted, strict=True):
+        assert relative_error(one, other) <= 1e-7
 
 
 @settings(max_examples=25)
