@@ -95,6 +95,52 @@ def test_missing_files_and_folders(tmp_path):
     assert refused(net(), tmp_path) == f"FILE: adapter file: expected a file, found a folder. {FOREIGN}"
 
 
+def test_devices_and_pipes_are_no_files(tmp_path):
+    model, pipe, link = trained(), tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        assert refused(model, path, save) == (
+            "FILE: adapter file: expected a new or an ordinary file, found a device, pipe or socket. "
+            "Choose another path."
+        )
+        assert refused(net(), path) == (
+            f"FILE: adapter file: expected a file, found a device, pipe or socket. {FOREIGN}"
+        )
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+@pytest.mark.parametrize("act", [save, load])
+def test_what_is_no_path(act, tmp_path):
+    fix = "For example `adapter.safetensors`."
+    for path, found in ((None, "None"), (5, "5"), (b"x", "b'x'"), ([], "[]")):
+        assert refused(trained(), path, act) == f"path: expected a text or a `pathlib.Path`, found {found}. {fix}"
+    for name, found in (("a\0b", r"'a\x00b'"), ("\ud800", r"'\ud800'")):
+        assert refused(trained(), name, act) == (
+            f"path: expected characters that a file's name can have, found {found}. {fix}"
+        )
+    long = tmp_path / ("x" * 300)
+    assert refused(trained(), long, act) == (
+        f"{ascii(str(long))[:196]}...': adapter file: expected a path that can be used, found File name too long. "
+        "Choose another path."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_longest_name_can_be_saved(tmp_path):
+    path = tmp_path / ("x" * 255)
+    save(trained(), path)
+    load(net(), path)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert refused(trained(), loop, save) == (
+        "FILE: adapter file: expected a path that can be used, found Too many levels of symbolic links. "
+        "Choose another path."
+    )
+    assert "\n" not in refused(net(), tmp_path / "a\nb")
+
+
 def test_foreign_files(tmp_path):
     path = tmp_path / "x"
     safetensors.torch.save_file({"lora_A.weight": torch.zeros(2)}, path)

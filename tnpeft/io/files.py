@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,38 @@ from torch import Tensor
 
 from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.manifest import FORMAT, KEY, Manifest, digest, encode
+from tnpeft.spec.document import clip
 
-__all__ = ["FOREIGN", "read", "refuse", "write"]
+__all__ = ["FOREIGN", "file_path", "read", "refuse", "shown", "write"]
 
 FOREIGN = "Pass a file written by `tnpeft.save`."
+_LONGEST_SHOWN = 200  # characters of a path in a message
 _DAMAGED = "Copy or download the file again, or save the adapter once more."
 
 
 def refuse(path: Path, what: str, expected: str, found: str, fix: str) -> AdapterFileError:
-    return AdapterFileError(Problem(what, expected, found, fix, where=str(path)))
+    return AdapterFileError(Problem(what, expected, found, fix, where=shown(path)))
+
+
+def shown(path: Path) -> str:
+    """A path for a message of one line."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= _LONGEST_SHOWN else clip(text, _LONGEST_SHOWN)
+
+
+def file_path(path: object) -> Path:
+    """What the caller passed as a path. Raises AdapterFileError for what no file can be called."""
+    fix = "For example `adapter.safetensors`."
+    name = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(name, str):
+        raise AdapterFileError(Problem("path", "a text or a `pathlib.Path`", clip(path), fix))
+    try:
+        usable = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise AdapterFileError(Problem("path", "characters that a file's name can have", clip(name), fix))
+    return Path(name)
 
 
 def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
@@ -32,11 +56,14 @@ def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None
 
     Raises AdapterFileError, leaving no temporary file.
     """
-    if path.is_dir():
-        raise refuse(path, "adapter file", "a file name", "a folder", "Add a name, for example `adapter.safetensors`.")
+    found = _what_is_at(path)
+    if found == "a folder":
+        raise refuse(path, "adapter file", "a file name", found, "Add a name, for example `adapter.safetensors`.")
+    if found not in ("a file", "no such file"):
+        raise refuse(path, "adapter file", "a new or an ordinary file", found, "Choose another path.")
     target = Path(os.path.realpath(path))  # through a link, not over it
     data = safetensors.torch.save(dict(tensors), {KEY: encode(manifest, tensors)})
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
     try:
         try:
             with temporary.open("xb") as file:
@@ -57,8 +84,8 @@ def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
 
     Raises AdapterFileError for anything else.
     """
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
+    found = _what_is_at(path)
+    if found != "a file":
         raise refuse(path, "adapter file", "a file", found, FOREIGN)
     try:
         with safe_open(path, framework="pt") as file:
@@ -96,6 +123,20 @@ def _fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         fix = "Update tnpeft." if isinstance(number, int) and number > FORMAT else FOREIGN
         raise refuse(path, "file format", f"{FORMAT}", f"{number}", fix)
     return fields  # type: ignore[no-any-return]
+
+
+def _what_is_at(path: Path) -> str:
+    """What a path leads to, through links. Raises AdapterFileError where that cannot be known."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file"
+    except OSError as error:
+        fix = "Choose another path."
+        raise refuse(path, "adapter file", "a path that can be used", error.strerror or str(error), fix) from error
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a file" if stat.S_ISREG(mode) else "a device, pipe or socket"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import AdapterFileError, AttachError, TnpeftError
-from tnpeft.io.files import FOREIGN, read, refuse
+from tnpeft.io.files import FOREIGN, file_path, read, refuse
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, dtype_name
 from tnpeft.io.saving import fingerprint
 from tnpeft.modules import Adapter
@@ -43,7 +43,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     for another base, and AttachError where surgery refuses (the name is attached already, the
     model is merged). The model is then as it was.
     """
-    path = Path(path)
+    path = file_path(path)
     manifest, tensors = read(path)
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.errors import AdapterFileError, AttachError
-from tnpeft.io.files import refuse, write
+from tnpeft.io.files import file_path, refuse, write
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, SpecEntry, dtype_name
 from tnpeft.modules import Adapter
 from tnpeft.spec import Spec
@@ -28,7 +28,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     Raises AdapterFileError where the model is not adapted or is merged, the name is unknown, cores
     have no values, or the file cannot be written.
     """
-    path = Path(path)
+    path = file_path(path)
     try:
         root, state = adapted(model)
     except AttachError as error:
