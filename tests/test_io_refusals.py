@@ -16,7 +16,7 @@ from saved import X, refused, trained
 from small import Net, attach, net, train
 from torch import nn
 
-from tnpeft.errors import AdapterFileError
+from tnpeft.errors import AdapterFileError, AttachError
 from tnpeft.io import load, save
 from tnpeft.io.manifest import KEY, _canonical, digest
 from tnpeft.surgery import merge, trained_of
@@ -128,6 +128,23 @@ def test_what_is_no_path(act, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_model_and_no_name(file):
+    for model, found in ((None, "None"), (3, "3"), (nn.Linear, "the class Linear")):
+        text = f"model: expected a torch.nn.Module, found {found}. Pass the model itself."
+        with pytest.raises(AdapterFileError) as excinfo:
+            save(model, file)
+        assert str(excinfo.value) == text
+        with pytest.raises(AttachError) as excinfo:
+            load(model, file)
+        assert str(excinfo.value) == text
+    for name, found in (([], "[]"), (3, "3"), ("a\nb", r"'a\nb'")):
+        assert refused(trained(), file, lambda model, path, name=name: save(model, path, name)) == (
+            f"FILE: adapter name: expected one of 'adni', found {found}. Pass one of these names."
+        )
+        text = refused(net(), file, lambda model, path, name=name: load(model, path, name), AttachError)
+        assert text == f"adapter name: expected letters, digits, `_` and `-`, found {found}. Choose another name."
+
+
 def test_the_longest_name_can_be_saved(tmp_path):
     path = tmp_path / ("x" * 255)
     save(trained(), path)
@@ -219,6 +236,10 @@ def _layer(**values: object):
             _set(scale="much"),
             "FILE: metadata: expected that of an adapter, found `scale`: Input should be a valid number, "
             f"unable to parse string as a number. {FOREIGN}",
+        ),
+        (
+            _set(scale=1e308),
+            "FILE: `scale`: expected a number that float32 can hold, found 1e+308. Use a smaller scale.",
         ),
         (
             _layer(spec=1),

@@ -13,7 +13,18 @@ from torch.nn.utils import prune
 
 from tnpeft.errors import AttachError
 from tnpeft.modules import compile
-from tnpeft.surgery import activate, detach, disabled, install, layer_problem, merge, names_of, plain_modules, unmerge
+from tnpeft.surgery import (
+    activate,
+    detach,
+    disabled,
+    install,
+    layer_problem,
+    merge,
+    names_of,
+    plain_modules,
+    record_of,
+    unmerge,
+)
 
 KINDS = "Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d"
 
@@ -264,10 +275,13 @@ def test_parts_and_wholes_of_adapted_models():
     assert refused(outer, lambda: merge(outer)) == (
         "model: expected one adapted model, found several, at 'unet', 'other'. Pass the part that is meant."
     )
-    assert refused(inner.head, lambda: install(inner.head, "b", {})) == (
-        "model: expected the model that the other adapters were attached to, found a part of it. "
-        "Attach to that model instead."
-    )
+    for part in (inner.head, inner.norm, inner.batch_norm):
+        assert refused(part, lambda part=part: install(part, "b", {})) == (
+            "model: expected the model that the other adapters were attached to, found a part of it. "
+            "Attach to that model instead."
+        )
+    detach(inner)
+    attach(inner.head, targets=("0",), trained=())
 
 
 def test_models_without_adapters():
@@ -286,6 +300,25 @@ def test_models_without_adapters():
         )
 
 
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [(None, "None"), ("x", "'x'"), (3, "3"), ([], "[]"), (nn.Linear, "the class Linear"), ("a\nb", r"'a\nb'")],
+)
+def test_what_is_no_model(model, found):
+    for act in (
+        merge,
+        unmerge,
+        detach,
+        names_of,
+        lambda model: activate(model, "a"),
+        lambda model: disabled(model).__enter__(),
+        lambda model: install(model, "a", {}),
+    ):
+        with pytest.raises(AttachError) as excinfo:
+            act(model)
+        assert str(excinfo.value) == f"model: expected a torch.nn.Module, found {found}. Pass the model itself."
+
+
 def test_unknown_names_and_impossible_scales():
     model = net()
     attach(model, name="adni")
@@ -300,8 +333,25 @@ def test_unknown_names_and_impossible_scales():
         "scale of adapter 'adni': expected a finite number, found nan. Use a finite scale, or leave the adapter out."
     )
     assert refused(model, lambda: activate(model, {"adni": "1"})) == (
-        "scale of adapter 'adni': expected a finite number, found 1. Use a finite scale, or leave the adapter out."
+        "scale of adapter 'adni': expected a finite number, found '1'. Use a finite scale, or leave the adapter out."
     )
+    for scale, found in (
+        (1e39, "1e+39"),
+        (-1e308, "-1e+308"),
+        (10**400, "one beyond that"),
+        (10**5000, "one beyond that"),
+    ):
+        assert refused(model, lambda scale=scale: activate(model, {"adni": scale, "ppmi": 1.0})) == (
+            f"scale of adapter 'adni': expected a number that float32 can hold, found {found}. Use a smaller scale."
+        )
+    for name, found in ((["x"], "['x']"), (None, "None"), ("a\nb", r"'a\nb'")):
+        text = f"adapter name: expected one of 'adni', 'ppmi', found {found}. Use one of these names."
+        assert refused(model, lambda name=name: names_of(model) and record_of(model, name)) == text
+        if name is not None:
+            assert refused(model, lambda name=name: detach(model, name=name)) == text
+        assert refused(model, lambda name=name: attach(model, name=name)) == (
+            f"adapter name: expected letters, digits, `_` and `-`, found {found}. Choose another name."
+        )
     assert refused(model, lambda: activate(model, ["adni"])) == (
         'activate: expected a name, or scales by name, found list. For example `{"default": 1.0}`.'
     )

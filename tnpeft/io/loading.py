@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import AdapterFileError, AttachError, TnpeftError
-from tnpeft.io.files import FOREIGN, file_path, read, refuse
+from tnpeft.io.files import FOREIGN, file_path, read, refuse, shown
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, dtype_name
 from tnpeft.io.saving import fingerprint
 from tnpeft.modules import Adapter
@@ -24,6 +25,7 @@ from tnpeft.surgery import (
     norm_statistics,
     parameter_groups,
     plain_modules,
+    scale_problem,
     statistics_of,
     trained_of,
 )
@@ -47,6 +49,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     manifest, tensors = read(path)
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)
+    if problem := scale_problem(manifest.name, manifest.scale):
+        raise AdapterFileError(replace(problem, what="`scale`", where=shown(path)))
     _check_base(path, manifest.base, fingerprint(model))
     adapters = _adapters(path, manifest, tensors, plain_modules(model))
     _check_names(path, manifest, model)

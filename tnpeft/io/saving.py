@@ -13,6 +13,7 @@ from tnpeft.io.files import file_path, refuse, write
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, SpecEntry, dtype_name
 from tnpeft.modules import Adapter
 from tnpeft.spec import Spec
+from tnpeft.spec.document import clip
 from tnpeft.surgery import ModelState, adapted, adapters_of, base_tensors, statistics_of, trained_of
 
 __all__ = ["fingerprint", "save"]
@@ -58,14 +59,14 @@ def fingerprint(root: nn.Module) -> dict[str, BaseTensor]:
     return entries
 
 
-def _which(path: Path, state: ModelState, name: str | None) -> str:
+def _which(path: Path, state: ModelState, name: object) -> str:
     known = ", ".join(f"'{known}'" for known in state.adapters)
     if name is None and len(state.adapters) == 1:
         return next(iter(state.adapters))
     if name is None:
         raise refuse(path, "adapter name", f"one of {known}", "none", "Pass `name=`: a file holds one adapter.")
-    if name not in state.adapters:
-        raise refuse(path, "adapter name", f"one of {known}", f"'{name}'", "Pass one of these names.")
+    if not isinstance(name, str) or name not in state.adapters:
+        raise refuse(path, "adapter name", f"one of {known}", clip(name), "Pass one of these names.")
     return name
 
 

@@ -25,7 +25,7 @@ from tnpeft.surgery.queries import (
     trained_of,
 )
 from tnpeft.surgery.state import AdapterRecord, ModelState, adapted, find
-from tnpeft.surgery.switch import activate, disabled, merge, unmerge
+from tnpeft.surgery.switch import activate, disabled, merge, scale_problem, unmerge
 from tnpeft.surgery.trained import norm_statistics
 from tnpeft.surgery.tree import plain_modules, plain_parameters
 
@@ -50,6 +50,7 @@ __all__ = [
     "plain_modules",
     "plain_parameters",
     "record_of",
+    "scale_problem",
     "statistics_of",
     "trained_of",
     "unmerge",

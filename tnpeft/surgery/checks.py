@@ -13,8 +13,9 @@ from torch.nn.utils import parametrize
 from tnpeft.errors import Problem, near_miss
 from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.network import layer_of
-from tnpeft.surgery.state import ModelState, find
-from tnpeft.surgery.tree import Slot, places, plain_modules
+from tnpeft.spec.document import clip
+from tnpeft.surgery.state import ModelState, find, kind_problem
+from tnpeft.surgery.tree import MANGLED, Slot, places, plain_modules
 
 __all__ = ["SUPPORTED", "layer_problem", "model_problems", "name_problems", "target_problems", "trained_problems"]
 
@@ -77,6 +78,9 @@ def _is_dense(weight: Tensor) -> bool:
 
 def model_problems(model: nn.Module) -> Iterator[Problem]:
     """Why nothing can be attached to `model` itself as it stands."""
+    if problem := kind_problem(model):
+        yield problem
+        return
     if hasattr(model, "_orig_mod") or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         fix = "Attach to the plain model first, then wrap it."
         yield Problem("model", "a plain module", f"a {type(model).__name__}", fix)
@@ -92,16 +96,24 @@ def model_problems(model: nn.Module) -> Iterator[Problem]:
             "model", "the model that the other adapters were attached to", f"one that holds it at '{name}'",
             f"Attach to the part '{name}', or detach the other adapters first.",
         )  # fmt: skip
-    elif found is None and any(isinstance(place.module, AdaptedLayer) for place in places(model)):
+    elif found is None and _is_part(model):
         fix = "Attach to that model instead."
         yield Problem("model", "the model that the other adapters were attached to", "a part of it", fix)
 
 
-def name_problems(name: str, state: ModelState) -> Iterator[Problem]:
+def _is_part(model: nn.Module) -> bool:
+    """Whether something in `model` belongs to adapters of a larger one: a layer, or what trains beside the cores."""
+    if any(isinstance(place.module, AdaptedLayer) for place in places(model)):
+        return True
+    keys = (key for module in model.modules() for key in (*module._parameters, *module._buffers))
+    return any(key.startswith(MANGLED) for key in keys)
+
+
+def name_problems(name: object, state: ModelState) -> Iterator[Problem]:
     """Why an adapter cannot be called `name`, or why none can be attached now."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        yield Problem("adapter name", "letters, digits, `_` and `-`", f"'{name}'", "Choose another name.")
-    if name in state.adapters:
+        yield Problem("adapter name", "letters, digits, `_` and `-`", clip(name), "Choose another name.")
+    elif name in state.adapters:
         fix = "Choose another name, or detach that adapter first."
         yield Problem("adapter name", "a new name", f"'{name}', which is attached already", fix)
     if state.merged:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 
 from tnpeft.errors import AttachError, Problem, near_miss
+from tnpeft.spec.document import clip
 
-__all__ = ["AdapterRecord", "ModelState", "adapted", "find", "known_adapter"]
+__all__ = ["AdapterRecord", "ModelState", "adapted", "find", "kind_problem", "known_adapter"]
 
 _KEY = "_tnpeft"
 
@@ -60,11 +61,21 @@ class ModelState:
         del root.__dict__[_KEY]
 
 
+def kind_problem(model: object) -> Problem | None:
+    """Why `model` is none, or None if it is one."""
+    if isinstance(model, nn.Module):
+        return None
+    found = f"the class {model.__name__}" if isinstance(model, type) else clip(model)
+    return Problem("model", "a torch.nn.Module", found, "Pass the model itself.")
+
+
 def find(model: nn.Module) -> tuple[nn.Module, ModelState] | None:
     """The adapted root in `model` (itself, or inside wrappers such as DistributedDataParallel) and its state.
 
-    Raises AttachError where two parts of `model` are adapted on their own.
+    Raises AttachError where two parts of `model` are adapted on their own, or it is no model.
     """
+    if problem := kind_problem(model):
+        raise AttachError(problem)
     found = {name: (module, module.__dict__[_KEY]) for name, module in model.named_modules() if _KEY in module.__dict__}
     if len(found) > 1:
         parts = ", ".join(f"'{name}'" for name in found)
@@ -81,10 +92,11 @@ def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
     return found
 
 
-def known_adapter(state: ModelState, name: str) -> AdapterRecord:
+def known_adapter(state: ModelState, name: object) -> AdapterRecord:
     """The record of the adapter `name`. Raises AttachError with a near miss."""
-    if name not in state.adapters:
+    record = state.adapters.get(name) if isinstance(name, str) else None
+    if record is None:
         known = ", ".join(f"'{known}'" for known in state.adapters)
         fix = near_miss(str(name), state.adapters) or "Use one of these names."
-        raise AttachError(Problem("adapter name", f"one of {known}", f"'{name}'", fix))
-    return state.adapters[name]
+        raise AttachError(Problem("adapter name", f"one of {known}", clip(name), fix))
+    return record

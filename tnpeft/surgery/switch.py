@@ -6,15 +6,18 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
+from typing import Any
 
+import torch
 from torch import nn
 
 from tnpeft.errors import AttachError, Problem
+from tnpeft.spec.document import clip
 from tnpeft.surgery.state import ModelState, adapted, known_adapter
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers
 
-__all__ = ["activate", "apply_state", "disabled", "merge", "refuse_disabled", "unmerge"]
+__all__ = ["activate", "apply_state", "disabled", "merge", "refuse_disabled", "scale_problem", "unmerge"]
 
 
 def activate(model: nn.Module, scales: Mapping[str, float] | str) -> None:
@@ -23,7 +26,7 @@ def activate(model: nn.Module, scales: Mapping[str, float] | str) -> None:
     ΔW and the trained biases and norms of several adapters add up, scaled. Only active adapters
     train: their cores do, and what else they train while one of them acts alone at scale 1.
 
-    Raises AttachError for unknown names, scales that are not finite, and merged models.
+    Raises AttachError for unknown names, scales that are not finite in fp32, and merged models.
     """
     root, state = adapted(model)
     refuse_disabled(state)
@@ -40,10 +43,22 @@ def _checked(state: ModelState, scales: object) -> dict[str, float]:
         raise AttachError(Problem("activate", "a name, or scales by name", found, 'For example `{"default": 1.0}`.'))
     for name, scale in scales.items():
         known_adapter(state, name)
-        if not isinstance(scale, Real) or not math.isfinite(scale):
-            fix = "Use a finite scale, or leave the adapter out."
-            raise AttachError(Problem(f"scale of adapter '{name}'", "a finite number", str(scale), fix))
+        if problem := scale_problem(name, scale):
+            raise AttachError(problem)
     return {name: float(scale) for name, scale in scales.items()}
+
+
+def scale_problem(name: str, scale: Any) -> Problem | None:
+    """Why an adapter cannot act at this scale, or None if it can."""
+    what = f"scale of adapter '{name}'"
+    if not isinstance(scale, Real) or scale != scale or scale in (math.inf, -math.inf):
+        fix = "Use a finite scale, or leave the adapter out."
+        return Problem(what, "a finite number", clip(scale), fix)
+    largest = torch.finfo(torch.float32).max  # sums are taken in fp32
+    if scale < -largest or not scale <= largest:
+        found = clip(scale) if isinstance(scale, float) else "one beyond that"  # Python may refuse to print the digits
+        return Problem(what, "a number that float32 can hold", found, "Use a smaller scale.")
+    return None
 
 
 def merge(model: nn.Module) -> None:
