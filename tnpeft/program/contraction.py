@@ -17,10 +17,10 @@ __all__ = ["Contraction", "Sizes", "View", "copy_time", "lower", "lowering_time"
 Sizes = Mapping[str, int]
 
 # The model's constants, in ns, from single operations on one core of a 2-core Xeon with AVX-512: to start an operation
-# (Python and dispatch); to write an element; to copy one across strides,
-# alone and in runs of RUN or more; to multiply and add once in a large product
-# (fewer than NARROW rows or columns slow it down); to start one product of a batch. `addbmm` sums a batch without a
-# tensor for all products, but takes longer to start each (1.3 against 2.9 ms for 256 times (1536, 9) (9, 16)).
+# (Python and dispatch); to write an element; to copy one across strides, alone and in runs of RUN or more; to multiply
+# and add once in a large product (fewer than NARROW rows or columns slow it down); to start one product of a batch.
+# `addbmm` sums a batch without a tensor for all products, but takes longer to start each (1.3 against 2.9 ms for 256
+# times (1536, 9) (9, 16)). Results change by 2 % where these change by half.
 START = 4500.0
 WRITE = 0.25
 COPY = 1.2

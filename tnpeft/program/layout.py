@@ -29,7 +29,6 @@ class Instruction:
     forward: Contraction
     to_left: Contraction
     to_right: Contraction
-    elements: int
 
 
 def lay_out(plan: Plan, output: str) -> tuple[Instruction, ...]:
@@ -51,7 +50,7 @@ def lay_out(plan: Plan, output: str) -> tuple[Instruction, ...]:
         left, right = _operand_orders(steps[step.number], orders, steps, sizes)
         orders.update(zip(step.operands, (left, right), strict=True))
         products = _lowered(left, right, orders[step.number], sizes)
-        instructions.append(Instruction(step.number, *step.operands, *products, step.elements))
+        instructions.append(Instruction(step.number, *step.operands, *products))
     return tuple(reversed(instructions))
 
 
