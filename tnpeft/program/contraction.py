@@ -20,7 +20,7 @@ Sizes = Mapping[str, int]
 # (Python and dispatch); to write an element; to copy one across strides, alone and in runs of RUN or more; to multiply
 # and add once in a large product (fewer than NARROW rows or columns slow it down); to start one product of a batch.
 # `addbmm` sums a batch without a tensor for all products, but takes longer to start each (1.3 against 2.9 ms for 256
-# times (1536, 9) (9, 16)). Results change by 2 % where these change by half.
+# times (1536, 9) (9, 16)). Time changes by 2 % where one of these changes by a third.
 START = 4500.0
 WRITE = 0.25
 COPY = 1.2
