@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -54,6 +55,39 @@ def dense_weight(network: Network, cores: dict[str, Tensor]) -> Tensor:
             for o in range(b):
                 stored[group * a + i, o] = full[group * b + o, i]
     return stored
+
+
+@pytest.mark.parametrize(
+    ("seed", "found"),
+    [
+        (True, "True"),
+        (1.0, "1.0"),
+        (float("nan"), "nan"),
+        ("1", "'1'"),
+        ([1], "[1]"),
+        (torch.tensor(1), "a Tensor"),
+        (np.array(1.5), "array(1.5)"),
+    ],
+)
+def test_a_seed_is_a_whole_number(seed, found):
+    with pytest.raises(BindError) as excinfo:
+        compile(chain(), nn.Linear(3, 3), seed=seed)
+    assert str(excinfo.value) == f"seed: expected a whole number, found {found}. For example `seed=0`."
+
+
+def test_seeds_of_other_types_and_sizes():
+    layer = nn.Linear(3, 3)
+    adapter = compile(chain(), layer, seed=np.int64(5))
+    assert type(adapter.seed) is int
+    assert torch.equal(adapter.cores["left"], compile(chain(), layer, seed=5).cores["left"])
+    for seed in (-(2**63), 2**63 - 1):
+        assert compile(chain(), layer, seed=seed).seed == seed
+    for seed in (2**63, -(10**5000)):
+        with pytest.raises(BindError) as excinfo:
+            compile(chain(), layer, seed=seed)
+        assert str(excinfo.value) == (
+            "seed: expected a whole number of at most 64 bits, found a larger one. For example `seed=0`."
+        )
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])

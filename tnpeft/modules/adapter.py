@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tnpeft.errors import ExecutionError, Problem
+from tnpeft.errors import BindError, ExecutionError, Problem
 from tnpeft.modules.inits import initial_core
 from tnpeft.network import Network
 from tnpeft.plan import Plan, plan
 from tnpeft.program import Program, build_program
+from tnpeft.spec.document import clip
 
 __all__ = ["Adapter", "memory_order"]
 
 _CORE, _START = "core_", "start_"
+_LARGEST_SEED = 2**63
 
 
 class _Folded(NamedTuple):
@@ -49,7 +52,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.network = network
         self.plan: Plan = plan(network, mode=mode)
-        self.seed = network.spec.seed if seed is None else seed
+        self.seed = _whole(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self._folded: _Folded | None = None
         self._initialised = False
@@ -196,6 +199,21 @@ class Adapter(nn.Module):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+
+def _whole(seed: object) -> int:
+    """A seed, integers of other libraries too. Raises BindError for what is no whole number, or a huge one."""
+    try:
+        number = None if isinstance(seed, (bool, Tensor)) else operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    fix = "For example `seed=0`."
+    if number is None:
+        found = f"a {type(seed).__name__}" if isinstance(seed, Tensor) else clip(seed)
+        raise BindError(Problem("seed", "a whole number", found, fix))
+    if not -_LARGEST_SEED <= number < _LARGEST_SEED:  # what every reader of a file can read
+        raise BindError(Problem("seed", "a whole number of at most 64 bits", "a larger one", fix))
+    return number
 
 
 def memory_order(strides: tuple[int, ...]) -> tuple[int, ...]:
