@@ -166,7 +166,7 @@ def test_another_process_computes_the_same_bits(file):
 def test_a_name_that_is_attached_already_is_refused(file):
     model = trained()
     assert refused(model, file, error=AttachError) == (
-        "adapter name: expected a new name, found 'adni', which is attached already. "
+        "FILE: adapter name: expected a new name, found 'adni', which is attached already. "
         "Choose another name, or detach that adapter first."
     )
     load(model, file, name="second")

@@ -142,7 +142,7 @@ def test_what_is_no_model_and_no_name(file):
             f"FILE: adapter name: expected one of 'adni', found {found}. Pass one of these names."
         )
         text = refused(net(), file, lambda model, path, name=name: load(model, path, name), AttachError)
-        assert text == f"adapter name: expected letters, digits, `_` and `-`, found {found}. Choose another name."
+        assert text == f"FILE: adapter name: expected letters, digits, `_` and `-`, found {found}. Choose another name."
 
 
 def test_the_longest_name_can_be_saved(tmp_path):
@@ -240,6 +240,27 @@ def _layer(**values: object):
         (
             _set(scale=1e308),
             "FILE: `scale`: expected a number that float32 can hold, found 1e+308. Use a smaller scale.",
+        ),
+        (
+            _layer(mode="fast"),
+            "FILE: layer 'up': the execution mode: expected one of `dense`, found `fast`. "
+            "Leave `mode` out for the default.",
+        ),
+        (
+            lambda fields, tensors: fields["layers"].update(norm=fields["layers"]["up"]),
+            "FILE: layer 'norm': unsupported layer: expected one of Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, "
+            "ConvTranspose2d, ConvTranspose3d, found GroupNorm. "
+            "Adapt the layers inside it, or train it as a whole with `also`.",
+        ),
+        (
+            _set(specs=[{"text": "[1]", "file": "x.yaml", "tables": {}}]),
+            "FILE: x.yaml:1:1: the file: expected a mapping, found a list. "
+            "A spec is `key: value` lines, the first one `tnpeft: 1`.",
+        ),
+        (
+            _layer(seed=2**63),
+            "FILE: layer 'up': seed: expected a whole number of at most 64 bits, found a larger one. "
+            "For example `seed=0`.",
         ),
         (
             _layer(spec=1),

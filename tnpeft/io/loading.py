@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tnpeft.errors import AdapterFileError, AttachError, TnpeftError
+from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError
 from tnpeft.io.files import FOREIGN, file_path, read, refuse, shown
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, dtype_name
 from tnpeft.io.saving import fingerprint
@@ -62,7 +62,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     if tensors:
         raise refuse(path, "tensors", "those of the adapter alone", f"also '{min(tensors)}'", FOREIGN)
     name = manifest.name if name is None else name
-    install(model, name, adapters, values["trained"], manifest.about)
+    try:
+        install(model, name, adapters, values["trained"], manifest.about)
+    except AttachError as error:
+        raise AttachError(*_in_file(path, error)) from error
     for kind, copies in (("trained", trained_of(model, name)), ("statistics", statistics_of(model, name))):
         for key, value in values[kind].items():
             with torch.no_grad():
@@ -70,6 +73,13 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     if manifest.scale != 1.0:
         activate(model, {name: manifest.scale})
     return Handle(model, name)
+
+
+def _in_file(path: Path, error: TnpeftError, where: str | None = None) -> list[Problem]:
+    """The problems of an error, each with the file, and the layer in it, that leads to it."""
+    places = [(shown(path), where, problem.where) for problem in error.problems]
+    texts = [": ".join(str(part) for part in parts if part is not None) for parts in places]
+    return [replace(problem, where=text) for problem, text in zip(error.problems, texts, strict=True)]
 
 
 def _check_base(path: Path, saved: Mapping[str, BaseTensor], here: Mapping[str, BaseTensor]) -> None:
@@ -106,11 +116,9 @@ def _adapters(
     """Every layer's adapter with its values, which are taken out of `tensors`."""
     try:
         specs = [Spec.from_yaml(entry.text, file=entry.file, tables=entry.tables) for entry in manifest.specs]
-        adapters = {layer: _adapter(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
-    except AdapterFileError:
-        raise
     except TnpeftError as error:
-        raise AdapterFileError(*error.problems) from error
+        raise AdapterFileError(*_in_file(path, error)) from error
+    adapters = {layer: _adapter(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
     for layer, adapter in adapters.items():
         values = _take(path, tensors, adapter.state_dict(), f"layers.{layer}.")
         if any(value.dtype == torch.float64 for value in values.values()):
@@ -124,13 +132,16 @@ def _adapter(path: Path, specs: list[Spec], entry: LayerEntry, name: str, module
     layer = modules.get(name)
     if layer is None or entry.spec not in range(len(specs)):
         raise refuse(path, "metadata", "that of an adapter", f"a layer '{name}' that does not fit", FOREIGN)
-    network = specs[entry.spec].bind(layer, **entry.params)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if weight.device.type == "meta":
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.device.type == "meta":
         fix = "Give the model its weights before loading an adapter."
         raise refuse(path, "base model", "values", f"none in layer '{name}' (it is on the meta device)", fix)
-    return Adapter(network, weight, seed=entry.seed, name=name, mode=entry.mode, initialise=False)
+    try:
+        network = specs[entry.spec].bind(layer, **entry.params)
+        assert isinstance(weight, Tensor)
+        return Adapter(network, weight, seed=entry.seed, name=name, mode=entry.mode, initialise=False)
+    except TnpeftError as error:
+        raise AdapterFileError(*_in_file(path, error, f"layer '{name}'")) from error
 
 
 def _take(path: Path, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
