@@ -148,7 +148,9 @@ def test_network_weight_is_the_formula(name: str, layer: nn.Module):
             core.copy_(torch.randn(core.shape, generator=generator, dtype=torch.float64))
     shape = canonical_shape(layer)
     dense = METHODS[name][0](dict(adapter.cores), shape).reshape(shape)
-    torch.testing.assert_close(adapter.network_weight(), stored(dense, layer), rtol=1e-12, atol=1e-12)
+    # Sums of large terms may cancel in single entries: the bound is relative to the largest one.
+    atol = 1e-12 * dense.abs().max().item()
+    torch.testing.assert_close(adapter.network_weight(), stored(dense, layer), rtol=1e-12, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["quanta", "tenvoo_l", "tenvoo_q"])
