@@ -14,6 +14,7 @@ from golden import DATA, GOLDEN, SKIPPED, Case, committed_cases, shared_cases
 from torch import nn
 
 import tnpeft
+from tnpeft.cli.models import build_model
 
 TOLERANCE = 2e-6
 COMMITTED = committed_cases()
@@ -105,19 +106,8 @@ def test_shared_layer_with_a_frozen_copy(name: str):
 
 @pytest.fixture(scope="module")
 def paper_model() -> nn.Module:
-    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
-    with torch.device("meta"):
-        model: nn.Module = nets.DiffusionModelUNet(
-            spatial_dims=3,
-            in_channels=1,
-            out_channels=1,
-            num_res_blocks=2,
-            channels=(32, 32, 64, 128, 256, 512),
-            attention_levels=(False, False, False, False, True, True),
-            norm_num_groups=32,
-            norm_eps=1e-6,
-            num_head_channels=(0, 0, 0, 0, 256, 512),
-        )
+    pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
+    model = build_model("monai:ddpm-paper")
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == 166.67
     return model
 

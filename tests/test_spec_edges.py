@@ -3,26 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from test_spec_mistakes import GOOD
 
 import tnpeft
-
-GOOD = """\
-tnpeft: 1
-name: demo
-layers: [Conv3d]
-params: {r: 4}
-bond: r
-sizes:
-  o: out_channels
-  i: in_channels
-  kd kh kw: kernel_size
-cores:
-  up:   {legs: o a, init: zeros}
-  mid:  a b kd kh kw
-  down: b i
-weight: o i kd kh kw
-start: zero
-"""
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tnpeft.errors import BindError, Problem, near_miss
@@ -14,7 +15,7 @@ from tnpeft.network.model import BoundCore, BoundInit, Network
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
 from tnpeft.spec.model import provide
-from tnpeft.spec.pattern import ELLIPSIS, KINDS
+from tnpeft.spec.pattern import KINDS
 from tnpeft.spec.resolve import Resolved, layer_names, resolve
 
 if TYPE_CHECKING:
@@ -65,20 +66,8 @@ def bind(spec: Spec, layer: Any, params: Mapping[str, Any]) -> Network:
     values = _check_params(spec, given)
     resolved = resolve(spec, layer.kind, layer_names(layer.weight_shape, layer.groups), values)
     if resolved.faults:
-        raise BindError(
-            *(
-                Problem(
-                    f"{fault.what}, on {layer}",
-                    fault.expected,
-                    fault.found,
-                    fault.fix,
-                    fault.where,
-                    fault.core,
-                    fault.index,
-                )
-                for fault in dict.fromkeys(resolved.faults)
-            )
-        )
+        problems = dict.fromkeys(fault.problem for fault in resolved.faults)
+        raise BindError(*(replace(problem, what=f"{problem.what}, on {layer}") for problem in problems))
     return _network(spec, layer, resolved)
 
 
@@ -93,7 +82,7 @@ def _network(spec: Spec, layer: Layer, resolved: Resolved) -> Network:
         )
         for core in spec.cores
     )
-    order = [ELLIPSIS if name == ELLIPSIS else name for rule in spec.sizes for name in rule.names]
+    order = [name for rule in spec.sizes for name in rule.names]
     trained = [core.legs for core in cores if not core.frozen]
     formula = parameter_formula(trained, resolved.symbols, order)
     return Network(spec, layer, resolved.params, resolved.sizes, cores, resolved.weight, resolved.scale, formula)

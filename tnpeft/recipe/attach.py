@@ -15,7 +15,7 @@ from tnpeft.recipe.model import Entry, Recipe, Train, compiled, list_recipes, lo
 from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec import Spec, list_specs, load_spec
-from tnpeft.spec.document import clip
+from tnpeft.spec.document import clip, read_file
 from tnpeft.surgery import adapters_of, install, plain_modules, record_of, trained_of
 from tnpeft.surgery.checks import model_problems
 
@@ -116,10 +116,17 @@ def _find(what: str | Path) -> Spec | Recipe:
         return load_recipe(what)
     try:
         return load_spec(what)
-    except SpecError as spec_error:
-        if Path(what).suffix not in (".yaml", ".yml") or not any("'adapters'" in p.what for p in spec_error.problems):
+    except SpecError:
+        if not _is_recipe(Path(what)):
             raise
     return load_recipe(what)
+
+
+def _is_recipe(path: Path) -> bool:
+    try:
+        return path.suffix in (".yaml", ".yml") and read_file(path).get("adapters") is not None
+    except SpecError:
+        return False
 
 
 def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any]) -> Entry:

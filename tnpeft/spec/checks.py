@@ -245,8 +245,7 @@ def _kinds(draft: Draft, problems: Problems) -> None:
                 break
         certain = [fault for faults in runs for fault in faults if fault.structural]
         for fault in certain if runs[-1] == [] else certain + runs[0]:
-            core, index = fault.core, fault.index
-            problems.add(fault.where, fault.what, fault.expected, fault.found, fault.fix, core=core, index=index)
+            problems.put(fault.problem)
 
 
 def _try(draft: Draft, kind: str, sample: tuple[int, int, int, int]) -> list[Fault]:

@@ -17,7 +17,7 @@ import yaml
 
 from tnpeft.errors import Position, Problem, SpecError
 
-__all__ = ["MAX_BYTES", "Node", "Problems", "clip", "read_document", "read_file"]
+__all__ = ["MAX_BYTES", "Node", "Problems", "clip", "read_bytes", "read_document", "read_file"]
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -40,9 +40,8 @@ def clip(value: object, limit: int = 60) -> str:
 class Problems:
     """Mistakes found so far; checks add to it and go on, `raise_if_any` ends a stage."""
 
-    def __init__(self, kind: type[SpecError] = SpecError) -> None:
+    def __init__(self) -> None:
         self.found: list[Problem] = []
-        self._kind = kind
 
     def add(
         self,
@@ -55,7 +54,10 @@ class Problems:
         core: str | None = None,
         index: str | None = None,
     ) -> None:
-        problem = Problem(what, expected, found, fix, where, core, index)
+        self.put(Problem(what, expected, found, fix, where, core, index))
+
+    def put(self, problem: Problem) -> None:
+        """Keep a mistake, unless it is known or there are enough."""
         if len(self.found) < MAX_PROBLEMS and problem not in self.found:
             self.found.append(problem)
 
@@ -66,7 +68,7 @@ class Problems:
         if self.found:
             files = {problem.where.file: 0 for problem in self.found if isinstance(problem.where, Position)}
             order = {file: number for number, file in enumerate(files)}
-            raise self._kind(*sorted(self.found, key=lambda problem: _by_place(problem, order)))
+            raise SpecError(*sorted(self.found, key=lambda problem: _by_place(problem, order)))
 
 
 def _by_place(problem: Problem, files: Mapping[str, int]) -> tuple[int, int, int]:
@@ -127,17 +129,20 @@ class Node:
         return "nothing" if self.value is None else clip(self.text if isinstance(self.value, str) else self.value)
 
 
-def read_file(path: Path, what: str = "spec") -> Node:
-    """Read a YAML file of at most `MAX_BYTES` bytes; raises SpecError for whatever is wrong with it."""
+def read_bytes(path: Path, what: str = "spec") -> bytes:
+    """The first `MAX_BYTES` bytes of a file and one more, where there are more; raises SpecError."""
     try:
         with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+            return stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise SpecError(
-            Problem(f"cannot read this {what}", "a readable file", reason, "Check the path.", str(path))
-        ) from error
-    return read_document(data, str(path))
+        problem = Problem(f"cannot read this {what}", "a readable file", reason, "Check the path.", str(path))
+        raise SpecError(problem) from error
+
+
+def read_file(path: Path, what: str = "spec") -> Node:
+    """Read a YAML file of at most `MAX_BYTES` bytes; raises SpecError for whatever is wrong with it."""
+    return read_document(read_bytes(path, what), str(path))
 
 
 def read_document(data: str | bytes, file: str = "<spec>") -> Node:

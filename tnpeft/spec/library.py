@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tnpeft.errors import Problem, SpecError, near_miss
 from tnpeft.spec.checks import check
-from tnpeft.spec.document import MAX_BYTES, Problems, clip, read_file
+from tnpeft.spec.document import Problems, clip, read_bytes, read_file
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits
 from tnpeft.spec.model import Spec, provide
@@ -63,23 +63,13 @@ def load_spec(name: str | Path) -> Spec:
     Raises SpecError with every mistake in the file, each with file, line and column.
     """
     path = find_shipped(name, "", "spec")
-    return _parsed(_read_bytes(path), str(path), registered_inits())
+    return _parsed(read_bytes(path), str(path), registered_inits())
 
 
 @lru_cache(maxsize=64)
 def _parsed(text: bytes, file: str, _inits: object) -> Spec:
     """A recipe names one spec several times, a program attaches it to several models: the text is parsed once."""
     return Spec.from_yaml(text, file)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        problem = Problem("cannot read this spec", "a readable file", reason, "Check the path.", str(path))
-        raise SpecError(problem) from error
 
 
 def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None) -> Spec:

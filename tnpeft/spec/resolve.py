@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Protocol
 
-from tnpeft.errors import Position
+from tnpeft.errors import Position, Problem
 from tnpeft.spec.expression import Expression, ExpressionError, Number, Value
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import Init, Last, Legs
@@ -69,14 +69,8 @@ class Source(Protocol):
 class Fault:
     """A mistake met while working sizes out; `structural` ones hold for every layer of the kind."""
 
-    where: Position
-    what: str
-    expected: str
-    found: str
-    fix: str
+    problem: Problem
     structural: bool
-    core: str | None = None
-    index: str | None = None
 
 
 @dataclass
@@ -143,8 +137,8 @@ class _Resolver:
         core: str | None = None,
         index: str | None = None,
     ) -> None:
-        fault = Fault(where, what, error.expected, error.found, error.fix, error.structural, core, index)
-        self.out.faults.append(fault)
+        problem = Problem(what, error.expected, error.found, error.fix, where, core, index)
+        self.out.faults.append(Fault(problem, error.structural))
 
     def _params(self) -> None:
         for name, expression in self.source.params.items():
@@ -199,8 +193,9 @@ class _Resolver:
             self.values[ELLIPSIS] = items
         elif len(names) == 1:
             # One index takes a tuple of one; a name that only expressions read may hold a longer one.
-            single = isinstance(value, tuple) and len(value) == 1 and names[0] in self.uses
-            self.values[names[0]] = value[0] if isinstance(value, tuple) and single else value
+            if isinstance(value, tuple) and len(value) == 1 and names[0] in self.uses:
+                value = value[0]
+            self.values[names[0]] = value
         elif not isinstance(value, tuple):
             self.values.update(dict.fromkeys(names, value))
         elif len(value) != len(names):
