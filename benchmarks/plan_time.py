@@ -15,7 +15,7 @@ import common
 import networkx
 import opt_einsum
 
-from tnpeft.network import BoundCore, BoundInit, Layer, Network
+from tnpeft.network import BoundCore, BoundInit, BoundTerm, Layer, Network
 from tnpeft.plan import find_path, plan
 
 BOND = 4
@@ -85,8 +85,9 @@ def _network(legs: dict[int, list[str]]) -> Network:
         BoundCore(f"core{node}", tuple(own), tuple(sizes[leg] for leg in own), BoundInit("normal", {"std": 1.0}))
         for node, own in legs.items()
     )
-    spec = cast(Any, SimpleNamespace(name="random", start="zero"))
-    return Network(spec, layer, {}, sizes, cores, weight, 1.0, "")
+    spec = cast(Any, SimpleNamespace(name="random", start="zero", compose=None))
+    terms = (BoundTerm(tuple(core.name for core in cores), weight),)
+    return Network(spec, layer, {}, sizes, cores, terms, 1.0, "")
 
 
 def _grid(cores: int) -> networkx.Graph:

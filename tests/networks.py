@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tnpeft.network import BoundCore, BoundInit, Layer, Network
+from tnpeft.network import BoundCore, BoundInit, BoundTerm, Layer, Network
 
 KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 
@@ -39,8 +39,8 @@ def make_network(
         legs = tuple(text.split())
         shape = tuple(sizes[leg] for leg in legs)
         bound.append(BoundCore(name, legs, shape, BoundInit("normal", {"std": 1.0}), name in frozen))
-    spec = cast(Any, SimpleNamespace(name="by hand", start=start))
-    return Network(spec, layer, {}, dict(sizes), tuple(bound), axes, scale, "")
+    spec = cast(Any, SimpleNamespace(name="by hand", start=start, compose=None))
+    return Network(spec, layer, {}, dict(sizes), tuple(bound), (BoundTerm(tuple(cores), axes),), scale, "")
 
 
 def network_of_graph(graph: networkx.Graph, bond: int = 4, open_legs: int = 7) -> Network:

@@ -77,6 +77,7 @@ def test_count_a_recipe_of_ones_own(models: str, tmp_path: Path):
                 "weight": 48,
             }
         ],
+        "shared": [],
         "cores": 14,
         "bias": 6,
         "norm": 12,

@@ -78,9 +78,16 @@ def test_the_file_carries_all_that_is_needed_and_nothing_of_this_machine(file):
         ["about", "base", "format", "layers", "library", "name", "scale", "sha256", "specs", "statistics", "trained"]
     )
     assert fields["library"] == tnpeft.__version__
-    assert fields["format"] == 1
+    assert fields["format"] == 2
     assert fields["specs"] == [{"text": chain().text, "file": "<spec>", "tables": {}}]
-    assert fields["layers"]["up"] == {"spec": 0, "params": {"r": 3}, "seed": 0, "mode": "dense"}
+    assert fields["layers"]["up"] == {
+        "spec": 0,
+        "params": {"r": 3},
+        "seed": 0,
+        "mode": "dense",
+        "captured": {},
+        "drawn": {},
+    }
     assert fields["base"]["first.weight"] == {"shape": [4, 2, 3, 3, 3], "dtype": "float32", "tied": None}
     assert fields["trained"] == [["first.bias"], ["norm.weight"], ["norm.bias"]]
     assert str(file.parent) not in json.dumps(fields)

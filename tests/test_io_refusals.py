@@ -225,8 +225,8 @@ def _layer(**values: object):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (_set(format=2), "FILE: file format: expected 1, found 2. Update tnpeft."),
-        (_set(format="x"), f"FILE: file format: expected 1, found x. {FOREIGN}"),
+        (_set(format=3), "FILE: file format: expected at most 2, found 3. Update tnpeft."),
+        (_set(format="x"), f"FILE: file format: expected at most 2, found x. {FOREIGN}"),
         (_drop("base"), f"FILE: metadata: expected that of an adapter, found `base`: Field required. {FOREIGN}"),
         (
             _set(more=1),

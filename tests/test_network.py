@@ -86,7 +86,8 @@ def test_the_graph_is_bipartite_and_keeps_hyperedges():
     graph = network.graph
     assert all({left[0], right[0]} == {"core", "index"} for left, right in graph.edges)
     assert graph.nodes["index", "o"] == {"kind": "index", "size": 5, "open": True}
-    assert graph.nodes["core", "up_1"] == {"kind": "core", "shape": (5, 2), "frozen": False}
+    plain = {"frozen": False, "shared": None, "origin": None, "terms": (0,)}
+    assert graph.nodes["core", "up_1"] == {"kind": "core", "shape": (5, 2), **plain}
     assert graph.degree["index", "o"] == 2
 
 

@@ -286,11 +286,11 @@ def test_mistakes_in_a_recipe_are_collected_with_those_in_its_specs(folder):
         tnpeft.load_recipe(folder / "both.yaml")
     recipe, spec = folder / "both.yaml", folder / "mine.yaml"
     assert str(caught.value).splitlines() == [
-        f"{recipe}:2:1: unknown key 'nmae' in the file: expected one of adapters, name, source, title, tnpeft, train, "
-        "found 'nmae'. Did you mean `name`?",
+        f"{recipe}:2:1: unknown key 'nmae' in the file: expected one of adapters, name, scopes, source, title, tnpeft, "
+        "train, found 'nmae'. Did you mean `name`?",
         f"{recipe}:5:61: `params`: expected params of 'lora', found 'rank'. Its params are r, alpha.",
         f"{recipe}:6:43: pattern '(^head\\\\.': expected a regular expression, found missing ), "
         r"unterminated subpattern at position 0. A dot of a module's name is written `\.`.",
         f"{spec}:6:31: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "
-        "kaiming_uniform, orthogonal, svd_us, svd_vs, found none of them. Did you mean `zeros`?",
+        "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, found none of them. Did you mean `zeros`?",
     ]

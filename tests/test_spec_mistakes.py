@@ -32,9 +32,9 @@ MISTAKES = [
         "layer: [Conv3d]",
         [
             (
-                "3:1: unknown key 'layer' in the file: expected one of bond, cores, factors, init, layers, name, "
-                "params, scale, seed, sizes, source, start, title, tnpeft, weight, found 'layer'. Did you mean "
-                "`layers`?"
+                "3:1: unknown key 'layer' in the file: expected one of bond, compose, cores, factors, init, layers, "
+                "name, params, scale, seed, sizes, source, start, terms, title, tnpeft, weight, found 'layer'. "
+                "Did you mean `layers`?"
             ),
         ],
     ),
@@ -168,7 +168,7 @@ MISTAKES = [
         [
             (
                 "11:27: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "
-                "kaiming_uniform, orthogonal, svd_us, svd_vs, found none of them. Did you mean `zeros`?"
+                "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, found none of them. Did you mean `zeros`?"
             ),
         ],
     ),
@@ -339,35 +339,13 @@ MISTAKES = [
         ],
     ),
     (
-        "terms",
+        "no terms",
         "weight: o i kd kh kw",
         "terms: []",
         [
             (
-                "14:1: `terms`: expected a construct of this version, found `terms`. Sums of networks are not "
-                "part of this version; write one network with one `weight`."
-            ),
-        ],
-    ),
-    (
-        "shared",
-        "init: zeros}",
-        "init: zeros, shared: model}",
-        [
-            (
-                "11:34: `shared`: expected a construct of this version, found `shared`. Cores shared between "
-                "layers are not part of this version; give each layer its own."
-            ),
-        ],
-    ),
-    (
-        "from",
-        "down: b i",
-        "down: {legs: b i, from: svd_u}",
-        [
-            (
-                "13:21: `from`: expected a construct of this version, found `from`. Cores read from the base "
-                "weight are not part of this version; give the core an init."
+                "14:8: `terms`: expected at least one term, found none. For example "
+                "`terms: [{cores: [up, down], weight: o i}]`."
             ),
         ],
     ),

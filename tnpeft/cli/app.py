@@ -25,6 +25,10 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="NAME=NUMBER", help="A param of the spec, e.g. r=8. Repeatable."),
 ]
+Scopes = Annotated[
+    list[str] | None,
+    typer.Option("--scope", metavar="NAME=REGEX", help="A scope of shared cores, on layers' names. Repeatable."),
+]
 
 
 def main() -> None:
@@ -82,12 +86,13 @@ def count(
         str | None, typer.Option("--match", help="With a spec: a regular expression searched in the layers' names.")
     ] = None,
     settings: Settings = None,
+    scopes: Scopes = None,
     as_json: Json = False,
 ) -> None:
     """Count what a recipe or spec trains on a model, layer by layer. Nothing is computed or allocated."""
     from tnpeft.cli.counting import count_parameters
 
-    count_parameters(Output(), what, model, match, settings or [], as_json)
+    count_parameters(Output(), what, model, match, settings or [], as_json, scopes or [])
 
 
 @app.command()

@@ -11,7 +11,7 @@ from tnpeft.errors import Problem, near_miss
 from tnpeft.network import Layer
 from tnpeft.spec.pattern import KINDS
 
-__all__ = ["EXAMPLE", "parse_layer", "parse_settings"]
+__all__ = ["EXAMPLE", "parse_layer", "parse_scopes", "parse_settings"]
 
 EXAMPLE = "Conv3d:64,128,3"
 _NUMBERS = re.compile(
@@ -68,6 +68,20 @@ def parse_settings(settings: Iterable[str]) -> dict[str, int | float]:
             raise UsageError(Problem("a setting", "name=number", f"{text[:40]!r}", "Write it like --set r=8.", where))
         params[name] = _number(value, where)
     return params
+
+
+def parse_scopes(texts: Iterable[str]) -> dict[str, str]:
+    r"""`["block=layers\.(\d+)\."]` → scopes with their regular expressions."""
+    scopes: dict[str, str] = {}
+    for text in texts:
+        name, equals, pattern = text.partition("=")
+        if not equals or not name.strip():
+            fix = r"Write it like --scope 'block=layers\.(\d+)\.'."
+            raise UsageError(
+                Problem("a scope", "name=regular expression", f"{text[:40]!r}", fix, f"--scope {text[:80]}")
+            )
+        scopes[name.strip()] = pattern
+    return scopes
 
 
 def _number(text: str, where: str) -> int | float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnpeft.cli.arguments import parse_settings
+from tnpeft.cli.arguments import parse_scopes, parse_settings
 from tnpeft.cli.checking import SUFFIXES, kind_of
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, number, table
@@ -20,7 +20,13 @@ __all__ = ["count_parameters"]
 
 
 def count_parameters(
-    output: Output, name: str, model_text: str, match: str | None, settings: Sequence[str], as_json: bool
+    output: Output,
+    name: str,
+    model_text: str,
+    match: str | None,
+    settings: Sequence[str],
+    as_json: bool,
+    scopes: Sequence[str] = (),
 ) -> None:
     """Attach to the model on the meta device and print the report: a row for each layer, then totals."""
     from tnpeft.recipe import attach
@@ -29,7 +35,8 @@ def count_parameters(
     what = _load(name)
     _check_params(what, params)
     _check_match(what, match)
-    report = attach(build_model(model_text), what, match=match, **params).report()
+    bound = parse_scopes(scopes) or None
+    report = attach(build_model(model_text), what, match=match, scopes=bound, **params).report()
     if as_json:
         output.data({"what": name, "model": model_text} | report.as_dict())
     else:
@@ -86,6 +93,8 @@ def _print(output: Output, title: str, report: Report) -> None:
         "trained": f"{report.trained:,} of {report.base:,} ({report.share:.3%})",
     }
     output.say()
+    for shared in report.shared:
+        output.say(str(shared))
     for name, total in totals.items():
         output.say(f"{name:<9}{total}")
 

@@ -119,9 +119,9 @@ def _fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         number = fields.pop("format")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise refuse(path, "metadata", "that of an adapter", "text that is none", _DAMAGED) from error
-    if number != FORMAT:
+    if type(number) is not int or not 1 <= number <= FORMAT:
         fix = "Update tnpeft." if isinstance(number, int) and number > FORMAT else FOREIGN
-        raise refuse(path, "file format", f"{FORMAT}", f"{number}", fix)
+        raise refuse(path, "file format", f"at most {FORMAT}", f"{number}", fix)
     return fields  # type: ignore[no-any-return]
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError
 from tnpeft.io.files import FOREIGN, file_path, read, refuse, shown
-from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, dtype_name
+from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.saving import fingerprint
-from tnpeft.modules import Adapter
+from tnpeft.modules import Adapter, Sharing, is_drawn
 from tnpeft.recipe import Handle
 from tnpeft.spec import Spec
 from tnpeft.surgery import (
@@ -118,16 +118,28 @@ def _adapters(
         specs = [Spec.from_yaml(entry.text, file=entry.file, tables=entry.tables) for entry in manifest.specs]
     except TnpeftError as error:
         raise AdapterFileError(*_in_file(path, error)) from error
-    adapters = {layer: _adapter(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
+    sharing = Sharing()
+    adapters = {
+        layer: _adapter(path, specs, entry, layer, modules, sharing) for layer, entry in manifest.layers.items()
+    }
     for layer, adapter in adapters.items():
-        values = _take(path, tensors, adapter.state_dict(), f"layers.{layer}.")
+        drawn = _draw_again(path, layer, adapter, manifest.layers[layer].drawn)
+        wanted = {key: like for key, like in adapter.state_dict().items() if key not in drawn}
+        values = _take(path, tensors, wanted, f"layers.{layer}.") | drawn
         if any(value.dtype == torch.float64 for value in values.values()):
             adapter.double()  # cores that were widened with their model keep their digits
         adapter.load_state_dict(values)
     return adapters
 
 
-def _adapter(path: Path, specs: list[Spec], entry: LayerEntry, name: str, modules: Mapping[str, nn.Module]) -> Adapter:
+def _adapter(
+    path: Path,
+    specs: list[Spec],
+    entry: LayerEntry,
+    name: str,
+    modules: Mapping[str, nn.Module],
+    sharing: Sharing,
+) -> Adapter:
     """A layer's adapter, its cores still without values."""
     layer = modules.get(name)
     if layer is None or entry.spec not in range(len(specs)):
@@ -137,11 +149,34 @@ def _adapter(path: Path, specs: list[Spec], entry: LayerEntry, name: str, module
         fix = "Give the model its weights before loading an adapter."
         raise refuse(path, "base model", "values", f"none in layer '{name}' (it is on the meta device)", fix)
     try:
-        network = specs[entry.spec].bind(layer, **entry.params)
-        assert isinstance(weight, Tensor)
-        return Adapter(network, weight, seed=entry.seed, name=name, mode=entry.mode, initialise=False)
+        return Adapter(
+            specs[entry.spec].bind(layer, **entry.params),
+            layer,
+            seed=entry.seed,
+            name=name,
+            mode=entry.mode,
+            initialise=False,
+            sharing=sharing,
+            captured=entry.captured,
+        )
     except TnpeftError as error:
         raise AdapterFileError(*_in_file(path, error, f"layer '{name}'")) from error
+
+
+def _draw_again(path: Path, layer: str, adapter: Adapter, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The frozen cores that the file leaves out, by their keys in the adapter."""
+    found: dict[str, Tensor] = {}
+    cores = {core.name: core for core in adapter.network.cores}
+    for name, expected in names.items():
+        core = cores.get(name)
+        if core is None or not core.frozen or not is_drawn(core) or name in adapter.shared:
+            raise refuse(path, "metadata", "that of an adapter", f"a core '{name}' that is not drawn", FOREIGN)
+        values = adapter.initial(core)
+        if digest_of(values) != expected:
+            fix = "Save the adapter again where it was made, after writing to that core."
+            raise refuse(path, f"frozen core '{name}' of layer '{layer}'", "the values of its seed", "others", fix)
+        found[f"core_{name}"] = values
+    return found
 
 
 def _take(path: Path, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,9 +11,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-__all__ = ["FORMAT", "KEY", "BaseTensor", "LayerEntry", "Manifest", "SpecEntry", "digest", "dtype_name", "encode"]
+__all__ = [
+    "FORMAT",
+    "KEY",
+    "BaseTensor",
+    "LayerEntry",
+    "Manifest",
+    "SpecEntry",
+    "digest",
+    "digest_of",
+    "dtype_name",
+    "encode",
+]
 
-FORMAT = 1
+FORMAT = 2  # 1 knew neither shared cores nor cores that are left out
 KEY = "tnpeft"  # the one entry of the safetensors metadata: two would be written in any order
 
 
@@ -33,12 +44,18 @@ class SpecEntry(_Entry):
 
 
 class LayerEntry(_Entry):
-    """How one layer's adapter was compiled; `spec` counts into the manifest's specs."""
+    """How one layer's adapter was compiled; `spec` counts into the manifest's specs.
+
+    `captured` says with which layers it shares cores, scope by scope. `drawn` are the frozen cores that the seed gives
+    again and the file therefore leaves out, each with the SHA-256 of its bytes.
+    """
 
     spec: int
     params: dict[str, int | float]
     seed: int
     mode: str
+    captured: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    drawn: dict[str, str] = Field(default_factory=dict)
 
 
 class BaseTensor(_Entry):
@@ -85,6 +102,11 @@ def digest(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         total.update(_canonical([name, dtype_name(tensor.dtype), list(tensor.shape)]).encode())
         total.update(tensor.flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

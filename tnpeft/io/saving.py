@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.errors import AdapterFileError, AttachError
 from tnpeft.io.files import file_path, refuse, write
-from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, SpecEntry, dtype_name
-from tnpeft.modules import Adapter
+from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, SpecEntry, digest_of, dtype_name
+from tnpeft.modules import Adapter, is_drawn
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
 from tnpeft.surgery import ModelState, adapted, adapters_of, base_tensors, statistics_of, trained_of
@@ -22,9 +23,10 @@ __all__ = ["fingerprint", "save"]
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
     """Write one adapter of `model` to a safetensors file that carries its spec.
 
-    The file holds the cores, the frozen copies, whatever else the adapter trained, and in its
-    metadata all that `load` needs to put the same adapter on a fresh base model. `name` may be left
-    out where one adapter is attached. The file is replaced as a whole or not at all.
+    The file holds the cores (but for frozen ones that the seed gives again), the frozen copies, whatever
+    else the adapter trained, and in its metadata all that `load` needs to put the same adapter on a
+    fresh base model. `name` may be left out where one adapter is attached. The file is replaced as a
+    whole or not at all.
 
     Raises AdapterFileError where the model is not adapted or is merged, the name is unknown, cores
     have no values, or the file cannot be written.
@@ -43,7 +45,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         if not adapter.has_values:
             fix = "Call `reset_parameters` of the adapted layer, or load the adapter, first."
             raise refuse(path, f"cores of layer '{layer}'", "values", "none (they were made on the meta device)", fix)
-    manifest, tensors = _manifest(root, state, name, adapters), _tensors(root, name, adapters)
+    drawn = {layer: _drawn(adapter) for layer, adapter in adapters.items()}
+    manifest, tensors = _manifest(root, state, name, adapters, drawn), _tensors(root, name, adapters, drawn)
     write(path, manifest, {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
 
 
@@ -70,7 +73,20 @@ def _which(path: Path, state: ModelState, name: object) -> str:
     return name
 
 
-def _manifest(root: nn.Module, state: ModelState, name: str, adapters: dict[str, Adapter]) -> Manifest:
+def _drawn(adapter: Adapter) -> dict[str, str]:
+    """The frozen cores that still are what the seed gives, with their digests."""
+    found: dict[str, str] = {}
+    for core in adapter.network.cores:
+        if core.frozen and is_drawn(core) and core.name not in adapter.shared:
+            tensor = adapter.cores[core.name].detach().cpu()
+            if torch.equal(tensor, adapter.initial(core).to(tensor.dtype)):
+                found[core.name] = digest_of(tensor.float())
+    return found
+
+
+def _manifest(
+    root: nn.Module, state: ModelState, name: str, adapters: dict[str, Adapter], drawn: dict[str, dict[str, str]]
+) -> Manifest:
     record = state.adapters[name]
     specs: dict[Spec, int] = {}
     layers = {
@@ -79,6 +95,8 @@ def _manifest(root: nn.Module, state: ModelState, name: str, adapters: dict[str,
             params=dict(adapter.network.params),
             seed=adapter.seed,
             mode=adapter.plan.mode,
+            captured={scope: tuple(texts) for scope, texts in adapter.captured.items()},
+            drawn=drawn[layer],
         )
         for layer, adapter in adapters.items()
     }
@@ -102,11 +120,14 @@ def _manifest(root: nn.Module, state: ModelState, name: str, adapters: dict[str,
     )
 
 
-def _tensors(root: nn.Module, name: str, adapters: dict[str, Adapter]) -> dict[str, Tensor]:
+def _tensors(
+    root: nn.Module, name: str, adapters: dict[str, Adapter], drawn: dict[str, dict[str, str]]
+) -> dict[str, Tensor]:
     tensors = {
         f"layers.{layer}.{key}": tensor
         for layer, adapter in adapters.items()
         for key, tensor in adapter.state_dict().items()
+        if key.removeprefix("core_") not in drawn[layer]
     }
     tensors |= {f"trained.{key}": tensor for key, tensor in trained_of(root, name).items()}
     tensors |= {f"statistics.{key}": tensor for key, tensor in statistics_of(root, name).items()}

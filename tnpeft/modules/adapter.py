@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import BindError, ExecutionError, Problem
-from tnpeft.modules.inits import initial_core
-from tnpeft.network import Network
+from tnpeft.modules.dora import composed, magnitudes
+from tnpeft.modules.inits import canonical_weight, initial_core
+from tnpeft.modules.sharing import Captured, Sharing, sharing_label
+from tnpeft.network import BoundCore, Network
 from tnpeft.plan import Plan, plan
-from tnpeft.program import Program, build_program
+from tnpeft.program import Constants, Program, build_program, without_autocast
 from tnpeft.spec.document import clip
 
 __all__ = ["Adapter", "memory_order"]
 
-_CORE, _START = "core_", "start_"
+_CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
 _LARGEST_SEED = 2**63
 
 
@@ -27,7 +29,7 @@ class _Folded(NamedTuple):
     """What a program makes of the frozen copy `start` alone; never copied, moved, pickled or saved."""
 
     start: tuple[Tensor, ...]
-    constants: tuple[Tensor, ...]
+    constants: Constants
 
 
 class Adapter(nn.Module):
@@ -35,110 +37,206 @@ class Adapter(nn.Module):
 
     Trainable cores are parameters `core_<name>`, frozen ones persistent buffers of that name, and
     with `start: frozen_copy` every trainable core has its copy in the persistent buffer
-    `start_<name>`. They are contiguous, on the weight's device, fp32 or (on fp64 layers) fp64
-    whatever the model is cast to, and hold no value until `reset_parameters` if made on meta.
+    `start_<name>`. `compose: dora` adds the parameter `dora_magnitude` and its first value. They are
+    contiguous, on the weight's device, fp32 or (on fp64 layers) fp64 whatever the model is cast to,
+    and hold no value until `reset_parameters` if made on meta.
+
+    A core shared with other layers is a parameter (buffer) of the adapter of the first of them, its
+    holder, and of no other, so that it is moved, saved and counted once. A core that is the base weight
+    is none of them: it is read from the layer whenever it is needed.
     """
 
     def __init__(
         self,
         network: Network,
-        weight: Tensor,
+        layer: nn.Module,
         *,
         seed: int | None = None,
         name: str = "",
         mode: str = "dense",
         initialise: bool = True,
+        sharing: Sharing | None = None,
+        captured: Captured | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.plan: Plan = plan(network, mode=mode)
         self.seed = _whole(network.spec.seed if seed is None else seed)
         self.layer_name = name
+        self.captured: Captured = captured or {}
+        # In a tuple, for it is no module of this one; kept only where it is asked for its weight.
+        asked = network.reads_weight or any(core.shared for core in network.cores)
+        self._layer: tuple[nn.Module, ...] = (layer,) if asked else ()
         self._folded: _Folded | None = None
         self._initialised = False
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
         self._lay_out(weight.stride())
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        copies = network.start == "frozen_copy"
+        self._holders: dict[str, Adapter] = {}
         # Tensors made under inference mode could never be trained.
         with torch.inference_mode(False):
-            for core in network.cores:
-                tensor = torch.empty(core.shape, dtype=dtype, device=weight.device)
-                if core.frozen:
-                    self.register_buffer(_CORE + core.name, tensor)
-                    continue
-                self.register_parameter(_CORE + core.name, nn.Parameter(tensor))
-                if copies:
-                    self.register_buffer(_START + core.name, torch.empty_like(tensor))
-        self._core_keys = tuple(_CORE + core.name for core in network.cores)
-        self._start_keys = tuple((_CORE if core.frozen else _START) + core.name for core in network.cores)
+            self._register(weight, sharing or Sharing())
+        self._core_keys = tuple(None if core.origin == "weight" else _CORE + core.name for core in network.cores)
+        self._start_keys = tuple(
+            key if core.frozen else _START + core.name for key, core in zip(self._core_keys, network.cores, strict=True)
+        )
         if initialise:
             self.reset_parameters(weight)
 
+    def _register(self, weight: Tensor, sharing: Sharing) -> None:
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        copies = self.network.start == "frozen_copy"
+        for core in self.network.cores:
+            if core.shared is not None and sharing.holder(self, core, dtype) is not self:
+                holder = sharing.holder(self, core, dtype)
+                self._holders |= {_CORE + core.name: holder, _START + core.name: holder}
+            elif core.origin != "weight":
+                like = weight.new_empty(core.shape, dtype=dtype)
+                self._register_one(_CORE, core.name, like, core.frozen, copies)
+        if self.network.compose == "dora":
+            like = weight.new_empty(self.network.layer.out_channels, dtype=dtype)
+            self._register_one(_DORA, _MAGNITUDE, like, False, True)
+
+    def _register_one(self, prefix: str, name: str, tensor: Tensor, frozen: bool, copy: bool) -> None:
+        if frozen:
+            self.register_buffer(prefix + name, tensor)
+            return
+        self.register_parameter(prefix + name, nn.Parameter(tensor))
+        if copy:
+            self.register_buffer(_START + name, torch.empty_like(tensor))
+
     @property
     def cores(self) -> dict[str, Tensor]:
-        """Every core by name, in file order, frozen ones included."""
-        return {core.name: self._tensor(_CORE + core.name) for core in self.network.cores}
+        """Every core by name, in file order, frozen and shared ones included; not those that are the base weight."""
+        return {core.name: self._tensor(_CORE + core.name) for core in self.network.cores if core.origin != "weight"}
 
     @property
     def start(self) -> dict[str, Tensor]:
         """The frozen copies by core name; empty with `start: zero`."""
-        names = [core.name for core in self.network.cores if not core.frozen]
-        return {name: self._tensor(_START + name) for name in names if _START + name in self._buffers}
+        if self.network.start == "zero":
+            return {}
+        return {core.name: self._tensor(_START + core.name) for core in self.network.cores if not core.frozen}
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """The trained norm of each output channel with `compose: dora`, else None."""
+        return self._parameters.get(_DORA + _MAGNITUDE)
+
+    @property
+    def shared(self) -> dict[str, Adapter]:
+        """The cores that are held elsewhere, by name, each with the adapter that holds it."""
+        return {key.removeprefix(_CORE): holder for key, holder in self._holders.items() if key.startswith(_CORE)}
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What this adapter itself trains, by name: its cores but those held elsewhere, and its magnitude."""
+        own = {core.name: self._parameters.get(_CORE + core.name) for core in self.network.cores}
+        own |= {_MAGNITUDE: self.magnitude} if self.magnitude is not None else {}
+        return {name: parameter for name, parameter in own.items() if parameter is not None}
 
     @property
     def has_values(self) -> bool:
         """False while the cores are on meta, or come from there and were neither drawn nor loaded."""
-        return self._initialised
+        return self._initialised and all(holder._initialised for holder in self._holders.values())
 
-    def network_weight(self) -> Tensor:
-        """T(θ) in the shape of the layer's weight: the contracted cores, without scale and frozen copy."""
+    def network_weight(self, weight: Tensor | None = None) -> Tensor:
+        """T(θ) in the shape of the layer's weight: the contracted cores, without scale and frozen copy.
+
+        Of several terms it is their sum, each with its own scale. `weight` stands in for the layer's base weight.
+        """
         self._require_values()
-        return self._program.value([self._tensor(key) for key in self._core_keys])
+        return self._program.value(self._tensors(self._core_keys, weight))
 
-    def delta_weight(self) -> Tensor:
-        """What is added to the layer's weight: scale * (T(θ) - T(θ₀)), or scale * T(θ)."""
-        if not self._initialised:
+    def delta_weight(self, weight: Tensor | None = None) -> Tensor:
+        """What is added to the layer's weight: scale * (T(θ) - T(θ₀)), or scale * T(θ).
+
+        With `compose: dora`, what leads from the weight to its update at the trained magnitudes.
+        """
+        if not self._initialised or self._holders:
             self._require_values()
-        cores = [self._tensor(key) for key in self._core_keys]
+        cores = self._tensors(self._core_keys, weight)
         if self.network.start == "zero":
-            return self._program.delta(cores, None, ())
-        start = tuple([self._tensor(key) for key in self._start_keys])
-        return self._program.delta(cores, start, self._constants(start))
+            delta = self._program.delta(cores, None, ())
+        else:
+            start = tuple(self._tensors(self._start_keys, weight))
+            delta = self._program.delta(cores, start, self._constants(start))
+        magnitude = self.magnitude
+        if magnitude is None:
+            return delta
+        with without_autocast(delta):
+            return composed(self.network.layer, self._base(weight), delta, magnitude, self._tensor(_START + _MAGNITUDE))
 
     def delta_for(self, weight: Tensor) -> Tensor:
-        """The delta weight in the memory order of `weight`, a tensor that nothing else holds."""
+        """The delta weight on the base `weight` in its memory order, a tensor that nothing else holds."""
         strides = weight.stride()
         # A graph takes the program it finds: building one is nothing to trace, and the sum copies to W's strides.
         if strides != self._strides and not torch.compiler.is_compiling():
             self._lay_out(strides)
-        return self.delta_weight()
+        return self.delta_weight(weight)
 
     def reset_parameters(self, weight: Tensor | None = None) -> None:
         """Draw the initial cores and copy them to the frozen copy; on meta, do nothing.
 
-        `weight` is the layer's weight, which only `svd_us` and `svd_vs` need.
+        `weight` is the layer's weight, which inits and cores that are taken from it need. A core that is
+        held elsewhere is drawn there.
         """
-        if any(tensor.device.type == "meta" for tensor in self.cores.values()):
+        if self._on_meta():
             return
-        drawn = {
-            core.name: initial_core(self.network, core, self.seed, self.layer_name, weight)
-            for core in self.network.cores
-        }
+        drawn = {core.name: self.initial(core, weight) for core in self.network.cores if self._holds(core)}
+        if self.magnitude is not None:
+            base = self._base(weight).detach()
+            drawn[_MAGNITUDE] = magnitudes(self.network.layer, base.to(self.magnitude.dtype))
         with torch.no_grad():
-            for name, tensor in self.cores.items():
-                tensor.copy_(drawn[name])
-            for name, tensor in self.start.items():
-                tensor.copy_(drawn[name])
+            for name, values in drawn.items():
+                own = self._tensor((_DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE) + name)
+                own.copy_(values)
+                if _START + name in self._buffers:
+                    self._tensor(_START + name).copy_(own)
         self._folded = None
         self._initialised = True
+
+    def initial(self, core: BoundCore, weight: Tensor | None = None) -> Tensor:
+        """A core's first value, fp32 on the CPU: the same bits on any machine, unless it is taken from the weight."""
+        label = self.layer_name if core.shared is None else sharing_label(self.network.spec, core, self.captured)
+        return initial_core(self.network, core, self.seed, label, weight)
 
     def extra_repr(self) -> str:
         return f"{self.network.spec.name}, parameters={self.network.num_parameters}, mode={self.plan.mode}"
 
     def _tensor(self, key: str) -> Tensor:
-        found = self._parameters[key] if key in self._parameters else self._buffers[key]
+        holder = self._holders.get(key, self) if self._holders else self
+        found = holder._parameters[key] if key in holder._parameters else holder._buffers[key]
         assert found is not None
         return found
+
+    def _tensors(self, keys: tuple[str | None, ...], weight: Tensor | None) -> list[Tensor]:
+        """The network's cores (or their frozen copies) in its order, the base weight among them where it is one."""
+        if not self._layer:  # nothing is taken from the layer
+            return [self._tensor(key) for key in keys if key is not None]
+        found = [None if key is None else self._tensor(key) for key in keys]
+        # Layers that share cores may live on several devices, and be wider than those that hold them.
+        base = self._base(weight).detach()
+        dtype = torch.float32
+        for core in found:
+            dtype = dtype if core is None else torch.promote_types(dtype, core.dtype)
+        both = zip(found, self.network.cores, strict=True)
+        return [(self._weight_as(core, base) if own is None else own).to(base.device, dtype) for own, core in both]
+
+    def _base(self, weight: Tensor | None) -> Tensor:
+        base = self._layer[0].weight if weight is None else weight
+        assert isinstance(base, Tensor)
+        return base
+
+    def _weight_as(self, core: BoundCore, base: Tensor) -> Tensor:
+        """The base weight with the legs of a core."""
+        return canonical_weight(self.network.layer, base).reshape(core.shape)
+
+    def _holds(self, core: BoundCore) -> bool:
+        return core.origin != "weight" and _CORE + core.name not in self._holders
+
+    def _on_meta(self) -> bool:
+        """Whether its own tensors have no memory."""
+        return any(tensor.device.type == "meta" for tensor in self.state_dict().values())
 
     def _lay_out(self, strides: tuple[int, ...]) -> None:
         """Take the program that writes a weight of these strides."""
@@ -146,7 +244,9 @@ class Adapter(nn.Module):
         self._program: Program = build_program(self.plan, memory_order(strides))
         self._folded = None
 
-    def _constants(self, start: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _constants(self, start: tuple[Tensor, ...]) -> Constants:
+        if None in self._core_keys:  # they depend on the base weight, which may be written to unseen
+            return self._program.constants(start)
         folded = self._folded
         # By identity, for `torch.func.functional_call` may pass other tensors.
         if folded is not None and all(one is other for one, other in zip(folded.start, start, strict=True)):
@@ -158,7 +258,7 @@ class Adapter(nn.Module):
         return constants
 
     def _require_values(self) -> None:
-        if self._initialised or any(tensor.device.type == "meta" for tensor in self.cores.values()):
+        if self.has_values or any(tensor.device.type == "meta" for tensor in self.cores.values()):
             return
         raise ExecutionError(
             Problem(
@@ -173,16 +273,18 @@ class Adapter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         self._folded = None
         super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
-        if any(tensor.device.type == "meta" for tensor in self.cores.values()):
+        if self._on_meta():
             self._initialised = False
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if any(tensor.dtype.itemsize < 4 for tensor in self.cores.values()):  # `assign=True` takes what it is given
+        if any(
+            tensor.dtype.itemsize < 4 for tensor in self.state_dict().values()
+        ):  # `assign=True` takes what it is given
             super()._apply(lambda tensor: tensor.float())  # type: ignore[no-untyped-call]
         self._folded = None
-        if all(prefix + key in state_dict for key in {*self._core_keys, *self._parameters, *self._buffers}):
+        if all(prefix + key in state_dict for key in (*self._parameters, *self._buffers)):
             self._initialised = True
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tnpeft.errors import BindError, Problem
 from tnpeft.network import BoundCore, Layer, Network
 from tnpeft.spec import init_function
 
-__all__ = ["canonical_weight", "initial_core", "stream"]
+__all__ = ["canonical_weight", "initial_core", "is_drawn", "stream"]
 
 _Shape = tuple[int, ...]
 
@@ -30,13 +30,16 @@ def stream(seed: int, layer: str, core: str, shape: _Shape) -> torch.Generator:
 
 
 def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None) -> Tensor:
-    """Draw one core: fp32, on the CPU. `weight` is the base weight, which `svd_us` and `svd_vs` read.
+    """Draw one core: fp32, on the CPU. `weight` is the base weight, which singular vectors are
+    taken from.
 
     Raises BindError where the distribution does not fit the core.
     """
     name, arguments = core.init.name, core.init.arguments
-    if name in ("svd_us", "svd_vs"):
+    if name in _PARTS:
         return _svd(network, core, weight)
+    if name in _WAVES:
+        return _wave(core, seed, layer)
     generator = stream(seed, layer, core.name, core.shape)
     draw = _DRAWS.get(name)
     if draw is not None:
@@ -46,6 +49,11 @@ def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weigh
         fix = f'Call `tnpeft.register_init("{name}", function)` first.'
         raise BindError(_misfit(core, "a registered function", "none of that name", fix))
     return _checked(core, function(core.shape, generator, **arguments))
+
+
+def is_drawn(core: BoundCore) -> bool:
+    """Whether the seed alone gives the core's first value: neither the base weight nor a function of the user's."""
+    return core.origin is None and (core.init.name in _DRAWS or core.init.name in _WAVES)
 
 
 def canonical_weight(layer: Layer, weight: Tensor) -> Tensor:
@@ -120,15 +128,45 @@ _DRAWS: dict[str, Callable[[BoundCore, torch.Generator, Mapping[str, float]], Te
 }
 
 
+_WAVES = {"cosine": torch.cos, "sine": torch.sin}
+
+
+def _wave(core: BoundCore, seed: int, layer: str) -> Tensor:
+    """cos or sin of 2 pi f[n] x / size, with legs (n, x) and random whole frequencies f[n] below the size.
+
+    The frequencies come from a stream with the number `draw`, not the core's name: a cosine and a sine of the same
+    number have the same ones.
+    """
+    if len(core.shape) != 2:
+        raise BindError(_misfit(core, "two legs, waves and positions", str(len(core.shape)), _OTHER))
+    waves, size = core.shape
+    generator = stream(seed, layer, f"draw {core.init.arguments['draw']:g}", core.shape)
+    frequencies = torch.randint(size, (waves, 1), generator=generator, device="cpu")
+    phases = frequencies * torch.arange(size) % size  # whole numbers: the sine of a large angle would lose digits
+    return _WAVES[core.init.name](2 * math.pi * phases.double() / size).float()
+
+
+# What is taken from the base weight's singular value decomposition, by the name of the init: which side, and which
+# power of the singular values goes with it.
+_PARTS = {
+    "svd_us": ("left", 0.5),
+    "svd_vs": ("right", 0.5),
+    "from svd_u": ("left", 0.0),
+    "from svd_s": ("values", 1.0),
+    "from svd_v": ("right", 0.0),
+}
+
+
 def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
-    """U sqrt(S) or V sqrt(S) of the base weight unfolded as out x rest, cut to the core's bond."""
-    left = core.init.name == "svd_us"
-    axes = slice(0, 1) if left else slice(1, None)
-    legs = [leg for axis in network.weight[axes] for leg in axis]
-    bonds = [leg for leg in core.legs if leg not in network.open_legs]
+    """A factor of the base weight unfolded as out x rest, cut to the core's bond."""
+    side, power = _PARTS[core.init.name]
+    part = _part_with(network, core)
+    axes = {"left": slice(0, 1), "right": slice(1, None), "values": slice(0, 0)}[side]
+    legs = [leg for axis in part.weight[axes] for leg in axis]
+    bonds = [leg for leg in core.legs if leg not in part.open_legs]
     if len(bonds) != 1 or sorted(core.legs) != sorted(legs + bonds):
-        wanted = f"the legs {', '.join(map(repr, legs))} and one bond"
-        raise BindError(_misfit(core, wanted, ", ".join(map(repr, core.legs)), _OTHER))
+        wanted = f"the legs {', '.join(map(repr, legs))} and one bond" if legs else "one bond"
+        raise BindError(_misfit(core, wanted, ", ".join(map(repr, core.legs)) or "none", _OTHER))
     if weight is None or weight.device.type == "meta":
         fix = "Give the model its weights first, then call `reset_parameters` with the layer's weight."
         raise BindError(_misfit(core, "the base weight's values", "none", fix))
@@ -137,21 +175,29 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
     if rank > limit:
         fix = f"Lower the size of `{bonds[0]}`."
         raise BindError(_misfit(core, f"a bond of at most {limit}, the rank of the weight", str(rank), fix))
-    values = _singular_vectors(matrix, left)[:, :rank].reshape(*matrix.shape[axes], rank)
-    full = values.new_zeros(*network.padded_shape[axes], rank)
+    u, s, v = _decomposed(matrix)
+    scaled = s[:rank] ** power
+    if side == "values":
+        return scaled.float()
+    values = ((u if side == "left" else v)[:, :rank] * scaled).reshape(*matrix.shape[axes], rank)
+    full = values.new_zeros(*part.padded_shape[axes], rank)
     full[tuple(slice(0, size) for size in values.shape)] = values  # a padded axis is zero where no weight is
     legs += bonds
     folded = full.reshape([network.sizes[leg] for leg in legs])
     return folded.permute([legs.index(leg) for leg in core.legs]).float().contiguous()
 
 
-def _singular_vectors(matrix: Tensor, left: bool) -> Tensor:
-    """The left or right singular vectors of out x rest, as columns times the root of their values."""
+def _part_with(network: Network, core: BoundCore) -> Network:
+    """The first term that has the core: its weight says which legs are the output's."""
+    return next(part for part in network.parts if core in part.cores)
+
+
+def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V of out x rest, singular vectors as columns."""
     u, s, vh = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
     # The sign of a singular pair is LAPACK's whim: the largest entry of each left vector is made positive.
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()[0]
-    vectors: Tensor = (u if left else vh.T) * (signs * s.sqrt())
-    return vectors
+    return u * signs, s, vh.T * signs
 
 
 def _checked(core: BoundCore, value: object) -> Tensor:

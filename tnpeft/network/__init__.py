@@ -2,6 +2,6 @@
 
 from tnpeft.network.bind import layer_of
 from tnpeft.network.layer import Layer
-from tnpeft.network.model import BoundCore, BoundInit, Network
+from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
 
-__all__ = ["BoundCore", "BoundInit", "Layer", "Network", "layer_of"]
+__all__ = ["BoundCore", "BoundInit", "BoundTerm", "Layer", "Network", "layer_of"]

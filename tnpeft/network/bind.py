@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tnpeft.errors import BindError, Problem, near_miss
 from tnpeft.network.formula import parameter_formula
 from tnpeft.network.layer import Layer
-from tnpeft.network.model import BoundCore, BoundInit, Network
+from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
 from tnpeft.spec.model import provide
@@ -79,13 +79,21 @@ def _network(spec: Spec, layer: Layer, resolved: Resolved) -> Network:
             tuple(resolved.sizes[leg] for leg in resolved.legs[core.name]),
             BoundInit(core.init.name, resolved.inits[core.name]),
             core.frozen,
+            core.shared,
+            core.origin,
         )
         for core in spec.cores
     )
     order = [name for rule in spec.sizes for name in rule.names]
     trained = [core.legs for core in cores if not core.frozen]
+    if spec.compose == "dora":
+        trained.append(("out_channels",))
     formula = parameter_formula(trained, resolved.symbols, order)
-    return Network(spec, layer, resolved.params, resolved.sizes, cores, resolved.weight, resolved.scale, formula)
+    terms = tuple(
+        BoundTerm(term.cores, weight, scale)
+        for term, weight, scale in zip(spec.terms, resolved.weights, resolved.scales, strict=True)
+    )
+    return Network(spec, layer, resolved.params, resolved.sizes, cores, terms, resolved.scale, formula)
 
 
 def _check_kind(spec: Spec, layer: Layer) -> None:

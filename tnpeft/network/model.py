@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ import opt_einsum
 from tnpeft.network.layer import Layer
 from tnpeft.spec import Spec
 
-__all__ = ["BoundCore", "BoundInit", "Network"]
+__all__ = ["BoundCore", "BoundInit", "BoundTerm", "Network"]
 
 
 @dataclass(frozen=True)
@@ -27,34 +27,45 @@ class BoundInit:
 
 @dataclass(frozen=True)
 class BoundCore:
-    """One core with its legs' sizes, in storage order."""
+    """One core with its legs' sizes, in storage order; `shared` and `origin` as in the spec."""
 
     name: str
     legs: tuple[str, ...]
     shape: tuple[int, ...]
     init: BoundInit
     frozen: bool = False
+    shared: str | None = None
+    origin: str | None = None
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, eq=False)
-class Network:
-    """A tensor network whose open legs make a layer's weight.
+@dataclass(frozen=True)
+class BoundTerm:
+    """One term of the update: the cores of its network, by name, its scale, and how its open legs make the weight.
 
     `weight` holds, for each axis of the canonical weight (out_channels, in_channels // groups,
     kernel axes...), the open legs that multiply out to it in row-major order. An axis whose legs
     multiply to more than the layer has (a padded `factorize`) keeps its first entries.
     """
 
+    cores: tuple[str, ...]
+    weight: tuple[tuple[str, ...], ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A tensor network whose open legs make a layer's weight, or the sum of several such networks, its terms."""
+
     spec: Spec
     layer: Layer
     params: Mapping[str, int | float]
     sizes: Mapping[str, int]
     cores: tuple[BoundCore, ...]
-    weight: tuple[tuple[str, ...], ...]
+    terms: tuple[BoundTerm, ...]
     scale: float
     formula: str
 
@@ -64,19 +75,51 @@ class Network:
         return self.spec.start
 
     @property
-    def num_parameters(self) -> int:
-        """Trainable elements: those of every core that is not frozen."""
-        return sum(core.numel for core in self.cores if not core.frozen)
+    def compose(self) -> str | None:
+        """`dora` where a trained magnitude scales each output channel, else None."""
+        return self.spec.compose
 
     @property
+    def num_parameters(self) -> int:
+        """Trainable elements: those of every core that is not frozen, and the magnitudes of `compose: dora`.
+
+        A shared core counts here for each layer that has it, and once in the report of a model.
+        """
+        magnitudes = self.layer.out_channels if self.compose == "dora" else 0
+        return sum(core.numel for core in self.cores if not core.frozen) + magnitudes
+
+    @cached_property
+    def parts(self) -> tuple[Network, ...]:
+        """The terms as networks of their own, each with its scale; a network of one plain term is its only part."""
+        if len(self.terms) == 1 and self.terms[0].scale == 1.0:
+            return (self,)
+        return tuple(self._part(term) for term in self.terms)
+
+    def _part(self, term: BoundTerm) -> Network:
+        cores = tuple(core for core in self.cores if core.name in term.cores)
+        sizes = {leg: self.sizes[leg] for core in cores for leg in core.legs}
+        plain = replace(term, scale=1.0)
+        return replace(self, sizes=sizes, cores=cores, terms=(plain,), scale=self.scale * term.scale, formula="")
+
+    @property
+    def weight(self) -> tuple[tuple[str, ...], ...]:
+        """The open legs of the weight's axes, of the first term where there are several."""
+        return self.terms[0].weight
+
+    @cached_property
     def open_legs(self) -> tuple[str, ...]:
-        """The weight's legs in row-major order of the canonical weight."""
-        return tuple(leg for axis in self.weight for leg in axis)
+        """The weight's legs in row-major order of the canonical weight; of several terms, each leg once."""
+        return tuple(dict.fromkeys(leg for term in self.terms for axis in term.weight for leg in axis))
 
     @property
     def padded_shape(self) -> tuple[int, ...]:
-        """The canonical weight before the crop of padded axes."""
+        """The canonical weight of the first term before the crop of padded axes."""
         return tuple(math.prod(self.sizes[leg] for leg in axis) for axis in self.weight)
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the update depends on the base weight itself: a core that is it, or `compose: dora`."""
+        return self.compose is not None or any(core.origin == "weight" for core in self.cores)
 
     @cached_property
     def symbols(self) -> Mapping[str, str]:
@@ -86,17 +129,32 @@ class Network:
 
     @cached_property
     def einsum(self) -> str:
-        """The network as one einsum over its cores in file order; the output is the canonical weight, leg by leg."""
+        """The network as one einsum over its cores in file order; the output is the canonical weight, leg by leg.
+
+        A sum has one for each term, joined by ` + `; letters mean the same indices in all of them.
+        """
         letters = self.symbols
-        inputs = ",".join("".join(letters[leg] for leg in core.legs) for core in self.cores)
-        return f"{inputs}->{''.join(letters[leg] for leg in self.open_legs)}"
+        texts = []
+        for term in self.terms:
+            cores = [core for core in self.cores if core.name in term.cores]
+            inputs = ",".join("".join(letters[leg] for leg in core.legs) for core in cores)
+            texts.append(f"{inputs}->{''.join(letters[leg] for axis in term.weight for leg in axis)}")
+        return " + ".join(texts)
 
     @cached_property
     def signature(self) -> Hashable:
         """All that a plan depends on; equal signatures share one plan and one program."""
-        cores = tuple((self.symbols_of(core), core.shape, core.frozen) for core in self.cores)
-        axes = tuple("".join(self.symbols[leg] for leg in axis) for axis in self.weight)
-        return (cores, axes, self.layer.weight_shape, self.layer.transposed, self.layer.groups, self.scale, self.start)
+        terms = tuple(self._signature_of(term) for term in self.terms)
+        return (terms, self.layer.weight_shape, self.layer.transposed, self.layer.groups, self.scale, self.start)
+
+    def _signature_of(self, term: BoundTerm) -> Hashable:
+        cores = tuple(
+            (place, self.symbols_of(core), core.shape, core.frozen, core.origin == "weight")
+            for place, core in enumerate(self.cores)
+            if core.name in term.cores
+        )
+        axes = tuple("".join(self.symbols[leg] for leg in axis) for axis in term.weight)
+        return cores, axes, term.scale
 
     def symbols_of(self, core: BoundCore) -> str:
         return "".join(self.symbols[leg] for leg in core.legs)
@@ -108,14 +166,17 @@ class Network:
     def graph(self) -> networkx.Graph[tuple[str, str]]:
         """The bipartite graph of cores and indices.
 
-        Nodes are ("core", name) with `shape` and `frozen`, and ("index", name) with `size` and
-        `open`; an edge joins a core to each of its legs. Bipartite, because a plain graph merges
-        parallel bonds and cannot hold an index that three cores share.
+        Nodes are ("core", name) with `shape`, `frozen`, `shared`, `origin` and the numbers of its
+        `terms`, and ("index", name) with `size` and `open`; an edge joins a core to each of its legs.
+        Bipartite, because a plain graph merges parallel bonds and cannot hold an index that three
+        cores share.
         """
         graph: networkx.Graph[tuple[str, str]] = networkx.Graph(name=self.spec.name)
         open_legs = set(self.open_legs)
         for core in self.cores:
-            graph.add_node(("core", core.name), kind="core", shape=core.shape, frozen=core.frozen)
+            terms = tuple(number for number, term in enumerate(self.terms) if core.name in term.cores)
+            about = {"shape": core.shape, "frozen": core.frozen, "shared": core.shared, "origin": core.origin}
+            graph.add_node(("core", core.name), kind="core", terms=terms, **about)
             for leg in core.legs:
                 graph.add_node(("index", leg), kind="index", size=self.sizes[leg], open=leg in open_legs)
                 graph.add_edge(("core", core.name), ("index", leg))

@@ -27,6 +27,8 @@ def plan(network: Network, mode: str = "dense") -> Plan:
 
 def _plan_dense(network: Network) -> Plan:
     """Contract all cores to the delta weight, which one convolution then uses together with the base weight."""
+    if network.parts != (network,):
+        return Plan(network, "dense", (), (), tuple(map(_plan_dense, network.parts)))
     problems = tuple(_problems(network))
     if problems:
         raise BindError(*problems)

@@ -47,18 +47,20 @@ class Step:
 class Plan:
     """How a network is contracted to its delta weight.
 
-    Plans are equal when one program runs them both: same signature, mode and path, whatever the names.
-    `path` is in opt_einsum's linear format. One core has no steps.
+    Plans are equal when one program runs them both: same signature, mode and paths, whatever the names.
+    `path` is in opt_einsum's linear format. One core has no steps. A sum of several networks has none of
+    its own: `terms` holds the plans of its terms, each a network by itself.
     """
 
     network: Network
     mode: str
     path: Path
     steps: tuple[Step, ...] = field(repr=False)
+    terms: tuple[Plan, ...] = field(default=(), repr=False)
 
     @cached_property
     def key(self) -> Hashable:
-        return (self.network.signature, self.mode, self.path)
+        return (self.network.signature, self.mode, self.path, tuple(term.path for term in self.terms))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.key == other.key
@@ -69,11 +71,15 @@ class Plan:
     @property
     def flops(self) -> int:
         """Multiplications and additions of T(cores); the difference from a frozen copy takes about twice as many."""
+        if self.terms:
+            return sum(term.flops for term in self.terms) + len(self.terms) * self.network.layer.numel
         return sum(step.flops for step in self.steps)
 
     @property
     def largest_intermediate(self) -> int:
         """Elements of the largest tensor that a step makes, the delta weight included."""
+        if self.terms:
+            return max(term.largest_intermediate for term in self.terms)
         return max((step.elements for step in self.steps), default=self.network.cores[0].numel)
 
     @cached_property
@@ -83,13 +89,17 @@ class Plan:
         Alive are all cores; every result so far, which the backward pass reads again (but for those at least half as
         large as the delta weight: they are made anew there, and are alive until their step has used them); and the
         delta weight itself. A frozen copy adds its cores, the same results made of it, and the differences between
-        the two at the current step.
+        the two at the current step. A core that is the base weight takes no memory of its own. Of a sum, each term
+        keeps its results until the backward pass, beside what the last one needs: the terms' peaks are added.
         """
+        if self.terms:
+            return sum(term.peak_bytes for term in self.terms)
         cores = self.network.cores
         size = {number: core.numel for number, core in enumerate(cores)}
         size.update((step.number, step.elements) for step in self.steps)
         copies = self.network.start == "frozen_copy"
-        held = sum(core.numel * (2 if copies and not core.frozen else 1) for core in cores)
+        own = [core for core in cores if core.origin != "weight"]
+        held = sum(core.numel * (2 if copies and not core.frozen else 1) for core in own)
         peak = held + (self.network.layer.numel if not self.steps else 0)
         for step in self.steps:
             last = step is self.steps[-1]
@@ -100,6 +110,8 @@ class Plan:
         return FLOAT_BYTES * peak
 
     def __str__(self) -> str:
+        if self.terms:
+            return "\n".join(f"term {number + 1}: {term}" for number, term in enumerate(self.terms))
         cores = self.network.cores
         names = [core.name for core in cores] + [f"#{number + 1}" for number in range(len(self.steps))]
         lines = [

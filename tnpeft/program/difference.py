@@ -7,10 +7,8 @@ d(T - T0)/d(cores) = dT/d(cores): the backward pass is that of the plain network
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from tnpeft.program.execute import contract, contract_difference, is_watched, re
 from tnpeft.program.finish import Finish
 from tnpeft.program.layout import Instruction
 
-__all__ = ["Code", "Delta", "without_autocast"]
+__all__ = ["Code"]
 
 
 @dataclass(frozen=True)
@@ -126,37 +124,3 @@ class Code:
         if self.scale != 1.0 and change is not None:
             shaped[self.scaled] = change * self.scale
         return shaped
-
-
-class Delta(torch.autograd.Function):
-    """The delta weight in eager mode: keeps the cores and the small results for a backward pass on full values."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, code: Code, start: Sequence[Tensor] | None, constants: Sequence[Tensor], *cores: Tensor
-    ) -> Tensor:
-        with without_autocast(cores[0]):
-            weight, tensors = code.value(cores) if start is None else code.difference(cores, start, constants)
-        results = (one if keep else None for one, keep in zip(tensors[code.cores :], code.kept, strict=True))
-        ctx.save_for_backward(*cores, *results)
-        ctx.code = code
-        return weight
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        code: Code = ctx.code
-        saved = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
-        cores, results = saved[: code.cores], saved[code.cores :]
-        with without_autocast(cores[0]):
-            # Where the gradient is to be differentiated, the results must hang on the cores: none that was kept does.
-            tensors = code.values(code.scale_one(cores), () if torch.is_grad_enabled() else results)
-            found = code.gradients(tensors, gradient, ctx.needs_input_grad[3:])
-        return (None, None, None, *found)
-
-
-def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Contractions run in the cores' own dtype, whatever autocast says."""
-    device = tensor.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()

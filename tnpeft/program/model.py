@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tnpeft.plan import Plan
 from tnpeft.program.contraction import reordering
-from tnpeft.program.difference import Code, Delta, without_autocast
+from tnpeft.program.difference import Code
 from tnpeft.program.finish import Finish
 from tnpeft.program.layout import lay_out
+from tnpeft.program.total import Constants, Delta, Term, Total, without_autocast
 
 __all__ = ["Program", "build_program"]
 
@@ -28,7 +29,7 @@ class Program:
     def __init__(self, plan: Plan, memory_order: tuple[int, ...]) -> None:
         self.plan = plan
         self.memory_order = memory_order
-        self._code = _compile(plan, memory_order)
+        self._total = _total(plan, memory_order)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return build_program, (self.plan, self.memory_order)
@@ -37,34 +38,43 @@ class Program:
         return self
 
     def value(self, cores: Sequence[Tensor]) -> Tensor:
-        """T(cores), without the scale; differentiable any number of times."""
-        code = self._code
+        """T(cores), the sum of its terms, without the network's scale; differentiable any number of times."""
         with without_autocast(cores[0]):
-            return code.finish.apply(code.last(code.values(cores)))
+            return self._total.value(cores)
 
-    def constants(self, start: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    def constants(self, start: Sequence[Tensor] | None) -> Constants:
         """What `delta` needs of the frozen copy and may be kept as long as that does not change; () without one."""
         if start is None or self.plan.network.start == "zero":
             return ()
         with torch.no_grad(), without_autocast(start[0]):
-            return self._code.constants(start)
+            return self._total.constants(start)
 
-    def delta(self, cores: Sequence[Tensor], start: Sequence[Tensor] | None, constants: Sequence[Tensor]) -> Tensor:
+    def delta(self, cores: Sequence[Tensor], start: Sequence[Tensor] | None, constants: Constants) -> Tensor:
         """scale * (T(cores) - T(start)), or scale * T(cores) where there is no `start`.
 
-        Exactly zero while the cores equal their start, or while a core of zeros is as it was.
+        Exactly zero while the cores equal their start, or while a core of zeros in each term is as it was.
         """
         if not torch.compiler.is_compiling():
-            weight: Tensor = Delta.apply(self._code, start, constants, *cores)  # type: ignore[no-untyped-call]
+            weight: Tensor = Delta.apply(self._total, start, constants, *cores)  # type: ignore[no-untyped-call]
             return weight
         with without_autocast(cores[0]):
-            return (self._code.value(cores) if start is None else self._code.difference(cores, start, constants))[0]
+            return self._total.delta(cores, start, constants)
 
 
 @lru_cache(maxsize=1024)
 def build_program(plan: Plan, memory_order: tuple[int, ...]) -> Program:
     """The program of `plan`, cached; `memory_order` has the stored weight's axes from slowest to fastest varying."""
     return Program(plan, memory_order)
+
+
+def _total(plan: Plan, memory_order: tuple[int, ...]) -> Total:
+    network = plan.network
+    numbers = {core.name: number for number, core in enumerate(network.cores)}
+    terms = []
+    for part, term in zip(plan.terms or (plan,), network.terms, strict=True):
+        cores = tuple(numbers[core.name] for core in part.network.cores)
+        terms.append(Term(_compile(part, memory_order), cores, term.scale))
+    return Total(tuple(terms), len(network.cores))
 
 
 def _compile(plan: Plan, memory_order: tuple[int, ...]) -> Code:

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, near_miss
-from tnpeft.modules import Adapter, compile
+from tnpeft.modules import Adapter, Captured, Sharing, compile
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, list_recipes, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
+from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec import Spec, list_specs, load_spec
 from tnpeft.spec.document import clip, read_file
@@ -37,11 +38,13 @@ class Handle:
         return report_of(self.model, self.name)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this adapter trains: cores as `layer.core`, then biases, norms and joint parameters by name."""
+        """What this adapter trains: cores as `layer.core`, then biases, norms and joint parameters by name.
+
+        A core that several layers share comes once, under the first of them.
+        """
         for layer, adapter in adapters_of(self.model, self.name).items():
-            for core, tensor in adapter.cores.items():
-                if isinstance(tensor, nn.Parameter):
-                    yield f"{layer}.{core}", tensor
+            for core, parameter in adapter.trained.items():
+                yield f"{layer}.{core}", parameter
         for name, tensor in trained_of(self.model, self.name).items():
             if isinstance(tensor, nn.Parameter):
                 yield name, tensor
@@ -62,6 +65,7 @@ def attach(
     match: Match | None = None,
     name: str = "default",
     train: Train | Mapping[str, Any] | None = None,
+    scopes: Mapping[str, str] | None = None,
     seed: int | None = None,
     mode: str = "dense",
     **params: float,
@@ -71,8 +75,9 @@ def attach(
     `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers:
     a regular expression (searched in full module names) or a list of names. `train` says what
     trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the
-    recipe says, by default), `params` override the specs' own numbers, `seed` their seed, and `name`
-    tells several adapters on one model apart. Everything else is frozen.
+    recipe says, by default), `scopes` binds the scopes of shared cores to regular expressions on layers'
+    names ({"block": r"layers\\.(\\d+)\\."}), `params` override the specs' own numbers, `seed` their seed, and
+    `name` tells several adapters on one model apart. Everything else is frozen.
 
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """
@@ -82,11 +87,13 @@ def attach(
     recipe = _recipe(what, match, params)
     if train is not None:
         recipe = replace(recipe, train=train_from(train))
+    recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)
     claimed = targets(model, recipe)
     also = trained(model, recipe.train, claimed)
-    adapters = _compile(plain_modules(model), claimed, seed, mode)
+    captured = captures(claimed, recipe.scopes)
+    adapters = _compile(plain_modules(model), claimed, captured, seed, mode)
     about = {"recipe": recipe.name, "trained": {"bias": also.bias, "norm": also.norm, "also": also.also}}
     install(model, name, adapters, also.names, _json_like(about))
     return Handle(model, name)
@@ -166,9 +173,14 @@ def _override(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
 
 
 def _compile(
-    modules: Mapping[str, nn.Module], claimed: Mapping[str, Entry], seed: int | None, mode: str
+    modules: Mapping[str, nn.Module],
+    claimed: Mapping[str, Entry],
+    captured: Mapping[str, Captured],
+    seed: int | None,
+    mode: str,
 ) -> dict[str, Adapter]:
     """One adapter per layer (once for a layer with two names); every layer's mistakes are collected."""
+    sharing = Sharing()
     adapters: dict[str, Adapter] = {}
     seen: set[int] = set()
     problems: list[Problem] = []
@@ -177,7 +189,16 @@ def _compile(
             continue
         seen.add(id(modules[name]))
         try:
-            adapters[name] = compile(entry.spec, modules[name], seed=seed, name=name, mode=mode, **entry.params)
+            adapters[name] = compile(
+                entry.spec,
+                modules[name],
+                seed=seed,
+                name=name,
+                mode=mode,
+                sharing=sharing,
+                captured=captured[name],
+                **entry.params,
+            )
         except BindError as error:
             problems += [replace(problem, what=f"layer '{name}': {problem.what}") for problem in error.problems]
     if problems:

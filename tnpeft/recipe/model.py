@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tnpeft.errors import Position, Problem, SpecError, TnpeftError
+from tnpeft.errors import Position, Problem, SpecError, TnpeftError, near_miss
 from tnpeft.spec import Spec, find_shipped, load_spec
 from tnpeft.spec.document import Node, Problems, clip, read_document, read_file
 from tnpeft.spec.library import shipped_folder
@@ -43,6 +43,7 @@ class RecipeFile(FilePart):
     title: str = ""
     source: str = ""
     adapters: list[EntryFile]
+    scopes: dict[str, str] = Field(default_factory=dict)
     train: TrainFile = Field(default_factory=TrainFile)
 
 
@@ -58,6 +59,7 @@ RECIPE = Schema(
         "spec": ("a spec's name or path", "For example `spec: lora`."),
         "match": ("a regular expression or a list of layer names", r"For example `match: 'conv[12]\.conv$'`."),
         "params": ("names with numbers", "For example `params: {r: 4}`."),
+        "scopes": ("scopes with regular expressions", r"For example `scopes: {block: 'layers\.(\d+)\.'}`."),
         "train": ("what trains beside the cores", "For example `train: {bias: adapted, norm: true}`."),
         "bias": ("`none`, `adapted` or `all`", "Write `bias: adapted`, say."),
         "norm": ("`true`, `false` or `all`", "Write `norm: true`, say."),
@@ -93,7 +95,11 @@ class Train:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which spec goes on which layers of a model, and what else trains."""
+    """Which spec goes on which layers of a model, and what else trains.
+
+    `scopes` binds the scopes of shared cores to regular expressions: layers in whose names one captures
+    the same have one tensor for all.
+    """
 
     name: str
     entries: tuple[Entry, ...]
@@ -101,6 +107,7 @@ class Recipe:
     title: str = ""
     source: str = ""
     file: str = "<recipe>"
+    scopes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_yaml(cls, text: str | bytes, file: str = "<recipe>") -> Recipe:
@@ -170,10 +177,11 @@ def _read(root: Node, file: str) -> Recipe:
     if adapters is not None and adapters.kind == "list" and not adapters.value:
         problems.add(adapters.position, "`adapters`", "at least one entry", "none", RECIPE.expected["adapters"][1])
     train = _train(root, broken, problems)
+    scopes = _scopes(root, broken, entries, problems)
     problems.raise_if_any()
     texts = {key: root.get(key) for key in ("name", "title", "source")}
     words = {key: str(node.value) if node is not None else "" for key, node in texts.items()}
-    return Recipe(words["name"], tuple(entries), train, words["title"], words["source"], file)
+    return Recipe(words["name"], tuple(entries), train, words["title"], words["source"], file, scopes)
 
 
 def _entry(node: Node, file: str, problems: Problems) -> Entry | None:
@@ -231,6 +239,20 @@ def compiled(pattern: str) -> re.Pattern[str]:
         fix = r"A dot of a module's name is written `\.`."
         problem = Problem(f"pattern {clip(pattern)}", "a regular expression", clip(str(error))[1:-1], fix)
         raise SpecError(problem) from None
+
+
+def _scopes(root: Node, broken: set[Any], entries: Sequence[Entry], problems: Problems) -> dict[str, str]:
+    node = root.get("scopes")
+    if node is None or any(path[0] == "scopes" for path in broken):
+        return {}
+    known = dict.fromkeys(scope for entry in entries for scope in entry.spec.scopes)
+    for key, value in node.items():
+        _check_regex(value, problems)
+        if key.value not in known and not len(problems):
+            expected = f"one of {', '.join(known)}" if known else "none: no spec here has one"
+            fix = near_miss(key.value, known) or "Remove it."
+            problems.add(key.position, f"scope '{key.value}'", expected, "none of them", fix)
+    return {key.value: value.value for key, value in node.items()}
 
 
 def _train(root: Node, broken: set[Any], problems: Problems) -> Train:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,14 +12,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tnpeft.modules import Adapter
 from tnpeft.surgery import adapters_of, base_tensors, plain_parameters, record_of
 
-__all__ = ["LayerReport", "Report", "report_of"]
+__all__ = ["LayerReport", "Report", "SharedReport", "report_of"]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One adapted layer; all counts are elements. `weight` is the base layer's weight, `cores` what trains of it."""
+    """One adapted layer; all counts are elements.
+
+    `weight` is the base layer's weight, `cores` what trains of its update, cores that an earlier layer holds left out.
+    """
 
     name: str
     layer: str
@@ -31,11 +36,30 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class SharedReport:
+    """One tensor that several layers share: the core, the first layer, which holds it, and how many layers use it."""
+
+    core: str
+    spec: str
+    shape: tuple[int, ...]
+    trained: bool
+    holder: str
+    layers: int
+
+    def __str__(self) -> str:
+        shape = " x ".join(map(str, self.shape)) or "scalar"
+        users = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        kind = "shared" if self.trained else "shared, frozen"
+        return f"{kind}: {self.spec}.{self.core} ({shape}) of '{self.holder}' by {users}"
+
+
+@dataclass(frozen=True)
 class Report:
     """The trainable parameters of one adapter; counts are elements, `share` is of the base model's."""
 
     name: str
     layers: tuple[LayerReport, ...]
+    shared: tuple[SharedReport, ...]
     cores: int
     bias: int
     norm: int
@@ -65,7 +89,8 @@ class Report:
             params = " ".join(f"{name}={value:g}" for name, value in row.params.items())
             table.add_row(row.name, row.layer, row.spec, params, f"{row.weight:,}", f"{row.cores:,}", f"{row.bias:,}")
         sums = (("cores", self.cores), ("biases", self.bias), ("norms", self.norm), ("also", self.also))
-        table.caption = ", ".join(f"{label} {count:,}" for label, count in sums if count or label == "cores")
+        lines = [", ".join(f"{label} {count:,}" for label, count in sums if count or label == "cores")]
+        table.caption = "\n".join(lines + [str(shared) for shared in self.shared])
         table.caption_justify = "left"
         return table
 
@@ -83,7 +108,8 @@ def report_of(model: nn.Module, name: str) -> Report:
     counts = {reason: _numel(parameters[key] for key in keys) for reason, keys in reasons.items()}
     biases = set(reasons.get("bias", ()))
     rows = []
-    for layer, adapter in adapters_of(model, name).items():
+    adapters = adapters_of(model, name)
+    for layer, adapter in adapters.items():
         network = adapter.network
         bias = f"{layer}.bias"
         own = parameters[bias].numel() if bias in biases else 0
@@ -95,7 +121,7 @@ def report_of(model: nn.Module, name: str) -> Report:
                 network.spec.name,
                 dict(network.params),
                 adapter.plan.mode,
-                network.num_parameters,
+                sum(parameter.numel() for parameter in adapter.trained.values()),
                 own,
                 weight,
             )
@@ -104,7 +130,22 @@ def report_of(model: nn.Module, name: str) -> Report:
     base = _numel(tensor for tensor in base_tensors(model).values() if isinstance(tensor, nn.Parameter))
     bias_count, norm, also = (counts.get(reason, 0) for reason in ("bias", "norm", "also"))
     trained = cores + bias_count + norm + also
-    return Report(name, tuple(rows), cores, bias_count, norm, also, trained, base)
+    return Report(name, tuple(rows), _shared(adapters), cores, bias_count, norm, also, trained, base)
+
+
+def _shared(adapters: Mapping[str, Adapter]) -> tuple[SharedReport, ...]:
+    """Every tensor of a shared core, in the order of the layers that hold them."""
+    names = {id(adapter): layer for layer, adapter in adapters.items()}
+    users: Counter[tuple[str, str]] = Counter()
+    for adapter in adapters.values():
+        holders = {core.name: adapter.shared.get(core.name, adapter) for core in adapter.network.cores if core.shared}
+        users.update((names[id(holder)], core) for core, holder in holders.items())
+    rows = []
+    for (holder, name), number in users.items():
+        network = adapters[holder].network
+        core = next(core for core in network.cores if core.name == name)
+        rows.append(SharedReport(name, network.spec.name, core.shape, not core.frozen, holder, number))
+    return tuple(rows)
 
 
 def _numel(tensors: Iterable[Tensor]) -> int:

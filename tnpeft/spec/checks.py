@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import networkx
 
-from tnpeft.errors import near_miss
-from tnpeft.spec.document import Problems
+from tnpeft.errors import Position, near_miss
+from tnpeft.spec.document import Node, Problems
+from tnpeft.spec.draft import Draft, DraftCore, DraftTerm
 from tnpeft.spec.expression import Expression
 from tnpeft.spec.inits import Last, Legs
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, LAYER_NAMES, expand_axes
-from tnpeft.spec.reader import Draft, DraftRule
 from tnpeft.spec.resolve import Fault, layer_names, resolve
 
 __all__ = ["check"]
@@ -27,6 +27,7 @@ def check(draft: Draft, problems: Problems) -> None:
     _start(draft, problems)
     _trained(draft, problems)
     if draft.whole["cores"]:
+        _members(draft, problems)
         _occurrences(draft, problems)
         if draft.whole["sizes"] and draft.whole["params"]:
             _sized(draft, problems)
@@ -34,13 +35,16 @@ def check(draft: Draft, problems: Problems) -> None:
     _kinds(draft, problems)
 
 
-def _expressions(draft: Draft) -> Iterator[tuple[str, Expression, DraftRule | None]]:
+def _expressions(draft: Draft) -> Iterator[tuple[str, Expression, Node | Position | None]]:
+    """Every expression but those of params and inits: whose it is, and where it stands."""
     for rule in draft.sizes:
-        yield f"`sizes`, {' '.join(rule.names)}", rule.expression, rule
+        yield f"`sizes`, {' '.join(rule.names)}", rule.expression, rule.node
     if draft.bond is not None:
-        yield "`bond`", draft.bond, None
+        yield "`bond`", draft.bond, draft.root.get("bond")
     if draft.scale is not None:
-        yield "`scale`", draft.scale, None
+        yield "`scale`", draft.scale, draft.root.get("scale")
+    for term in draft.terms:
+        yield f"{term.label.removesuffix(', `weight`')}, `scale`", term.scale, term.scale_position
 
 
 def _names(draft: Draft, problems: Problems) -> None:
@@ -49,12 +53,11 @@ def _names(draft: Draft, problems: Problems) -> None:
     known = {*draft.params, *LAYER_NAMES, *sized}
     if not (draft.whole["params"] and draft.whole["sizes"]):
         return
-    for what, expression, rule in _expressions(draft):
-        node = rule.node if rule is not None else draft.root.get(what.strip("`"))
+    for what, expression, node in _expressions(draft):
         for name in expression.names:
             if name not in known:
-                where = node.position if node is not None else draft.root.position
-                if node is not None and node.kind == "scalar":
+                where = node.position if isinstance(node, Node) else node or draft.root.position
+                if isinstance(node, Node) and node.kind == "scalar":
                     where = node.at(max(0, node.text.find(name)))
                 fix = near_miss(name, known) or "Add it to `params`, or give it a line in `sizes`."
                 problems.add(where, what, "params, layer names and indices in `sizes`", f"'{name}'", fix, index=name)
@@ -94,7 +97,9 @@ def _cycles(draft: Draft, problems: Problems) -> None:
 
 def _ellipsis(draft: Draft, problems: Problems) -> None:
     """Fine rule 5: a `k` beside `k...` could not be told apart from it."""
-    legs = {leg: where for core in draft.cores for leg, where in core.places.items()} | draft.weight_places
+    legs = {leg: where for core in draft.cores for leg, where in core.places.items()}
+    for term in draft.terms:
+        legs |= term.weight_places
     if ELLIPSIS in legs and "k" in legs:
         problems.add(legs["k"], "index 'k'", f"no `k` beside `{ELLIPSIS}`", "both", "Choose another name.", index="k")
 
@@ -105,6 +110,10 @@ def _inits(draft: Draft, problems: Problems) -> None:
             what = f"core '{core.name}' of {'one leg' if core.legs else 'no legs'}"
             fix = f"For example `{core.name}: {{legs: {' '.join(core.legs) or chr(34) * 2}, init: normal(0.02)}}`."
             problems.add(core.position, what, "an init", "none", fix, core=core.name)
+        if core.shared is not None and core.init is not None and core.init.name in ("svd_us", "svd_vs"):
+            fix = "Remove `shared`: each layer has its own weight."
+            found = f"`{core.init.name}`, which reads one layer's weight"
+            problems.add(core.position, f"shared core '{core.name}'", "another init", found, fix, core=core.name)
         fan = core.init.arguments.get("fan") if core.init is not None else None
         where = (core.init.position if core.init is not None else None) or core.position
         if isinstance(fan, Legs):
@@ -120,25 +129,30 @@ def _inits(draft: Draft, problems: Problems) -> None:
 
 
 def _start(draft: Draft, problems: Problems) -> None:
-    """Fine rule 14: `zero` holds by construction, through exactly one trainable core of zeros."""
+    """Fine rule 14: `zero` holds by construction, in each term through exactly one trainable core of zeros."""
     if draft.start != "zero" or not draft.whole["cores"] or any(core.init is None for core in draft.cores):
         return
-    zeros = [core for core in draft.cores if core.init is not None and core.init.name == "zeros"]
-    trained = [core for core in zeros if not core.frozen]
     node = draft.root.get("start")
     where = node.position if node is not None else draft.root.position
+    for number, term in enumerate(draft.terms):
+        members = [core for core in draft.cores if core.name in term.cores]
+        what = "`start: zero`" if len(draft.terms) == 1 else f"`start: zero`, term {number + 1}"
+        _zero_term(where, what, members, problems)
+
+
+def _zero_term(where: Position, what: str, members: list[DraftCore], problems: Problems) -> None:
+    zeros = [core for core in members if core.init is not None and core.init.name == "zeros"]
     expected = "exactly one trainable core with `init: zeros`"
     if not zeros:
-        problems.add(
-            where, "`start: zero`", expected, "none", "Give one core `init: zeros`, or write `start: frozen_copy`."
-        )
+        fix = "Give one core `init: zeros`, or write `start: frozen_copy`."
+        problems.add(where, what, expected, "none", fix)
     elif len(zeros) > 1:
         names = ", ".join(f"'{core.name}'" for core in zeros)
         fix = "Two never receive a gradient: give all but one another init."
-        problems.add(where, "`start: zero`", expected, f"{len(zeros)}, {names}", fix)
-    elif not trained:
+        problems.add(where, what, expected, f"{len(zeros)}, {names}", fix)
+    elif zeros[0].frozen:
         found = f"'{zeros[0].name}' frozen"
-        problems.add(where, "`start: zero`", expected, found, "Train that core: the update would be zero for ever.")
+        problems.add(where, what, expected, found, "Train that core: the update would be zero for ever.")
 
 
 def _trained(draft: Draft, problems: Problems) -> None:
@@ -148,49 +162,62 @@ def _trained(draft: Draft, problems: Problems) -> None:
         problems.add(where, "`cores`", "at least one that is trained", "all of them frozen", fix)
 
 
-def _occurrences(draft: Draft, problems: Problems) -> None:
-    uses = Counter(leg for core in draft.cores for leg in core.legs)
-    used = set(uses)
+def _members(draft: Draft, problems: Problems) -> None:
+    """Every core stands in a term; a trained magnitude has a name of its own."""
+    named = {name for term in draft.terms for name in term.cores}
     for core in draft.cores:
+        if draft.terms and core.name not in named:
+            fix = "Name it in the `cores` of a term, or remove it."
+            problems.add(core.position, f"core '{core.name}'", "a term that has it", "none", fix, core=core.name)
+        if draft.compose == "dora" and core.name == "magnitude":
+            fix = "Choose another name."
+            found = "`magnitude`, which `compose: dora` trains beside the cores"
+            problems.add(core.position, "core 'magnitude'", "a name of its own", found, fix, core=core.name)
+
+
+def _occurrences(draft: Draft, problems: Problems) -> None:
+    for term in draft.terms:
+        _occurrences_in(term, [core for core in draft.cores if core.name in term.cores], problems)
+
+
+def _occurrences_in(term: DraftTerm, members: list[DraftCore], problems: Problems) -> None:
+    """In each term, an index of one core alone dangles, and the weight has no index that no core has."""
+    uses = Counter(leg for core in members for leg in core.legs)
+    used = set(uses)
+    for core in members:
         for leg, where in core.places.items():
-            if uses[leg] == 1 and leg not in draft.weight_places and draft.weight:
-                what = f"core '{core.name}', index '{leg}' dangles"
-                found = f"core '{core.name}' alone"
-                others = {name for name in used | set(draft.weight_places) if name != leg and len(name) > 1}
-                fix = f"Add '{leg}' to another core, or to `weight`."
-                hint = near_miss(leg, others)
-                problems.add(
-                    where,
-                    what,
-                    "a second core or a place in `weight`",
-                    found,
-                    f"{fix} {hint}".strip(),
-                    core=core.name,
-                    index=leg,
-                )
-    for leg, where in draft.weight_places.items():
+            if uses[leg] > 1 or leg in term.weight_places:
+                continue
+            others = {name for name in used | set(term.weight_places) if name != leg and len(name) > 1}
+            fix = f"Add '{leg}' to another core, or to `weight`. {near_miss(leg, others)}".strip()
+            what, expected = f"core '{core.name}', index '{leg}' dangles", "a second core or a place in `weight`"
+            if term.label != "`weight`":
+                what = f"{term.label.removesuffix(', `weight`')}, {what}"
+            found = f"core '{core.name}' alone"
+            problems.add(where, what, expected, found, fix, core=core.name, index=leg)
+    for leg, where in term.weight_places.items():
         if leg not in used:
             fix = near_miss(leg, used) or f"Add '{leg}' to a core, or remove it from `weight`."
-            problems.add(where, f"`weight`, index '{leg}'", "a core that has it", "none", fix, index=leg)
+            problems.add(where, f"{term.label}, index '{leg}'", "a core that has it", "none", fix, index=leg)
 
 
 def _sized(draft: Draft, problems: Problems) -> None:
     """Fine rule 3: `bond` sizes what two cores share and `weight` has not; all else needs `sizes`."""
     sized = {name for rule in draft.sizes for name in rule.names} | set(draft.params) | {ELLIPSIS}
+    opened = {leg for term in draft.terms for leg in term.weight_places}
     reported: set[str] = set()
     for core in draft.cores:
         for leg, where in core.places.items():
             if leg in sized or leg in reported:
                 continue
             reported.add(leg)
-            is_open = leg in draft.weight_places
+            is_open = leg in opened
             if is_open or draft.bond is None:
                 expected = "a line in `sizes`" if is_open else "`bond`, or a line in `sizes`"
                 fix = near_miss(leg, sized - set(draft.params)) or f"Add `{leg}: ...` to `sizes`."
                 what = f"core '{core.name}', index '{leg}' has no size"
-                problems.add(
-                    where, what, expected, "neither" if not is_open else "none", fix, core=core.name, index=leg
-                )
+                found = "none" if is_open else "neither"
+                problems.add(where, what, expected, found, fix, core=core.name, index=leg)
 
 
 def _unused(draft: Draft, problems: Problems) -> None:
@@ -203,10 +230,11 @@ def _unused(draft: Draft, problems: Problems) -> None:
         if isinstance(argument, Expression)
         for name in argument.names
     }
+    read |= {leg for term in draft.terms for leg in term.weight_places}
     legs = {leg for core in draft.cores for leg in core.legs}
     for rule in draft.sizes:
         for name, where in rule.places.items():
-            if name not in legs and name not in read | set(draft.weight_places):
+            if name not in legs and name not in read:
                 fix = near_miss(name, legs) or "Remove it."
                 problems.add(
                     where, f"`sizes`, '{name}'", "a core or an expression that uses it", "none", fix, index=name
@@ -229,11 +257,15 @@ def _kinds(draft: Draft, problems: Problems) -> None:
     """Fine rule 4: try every kind in `layers` without a layer."""
     for kind in draft.layers:
         spatial = KINDS[kind]
-        axes = expand_axes(draft.weight, spatial)
-        if draft.weight and draft.whole["cores"] and len(axes) != 2 + spatial and draft.weight_position is not None:
-            fix = "The axes are out_channels, in_channels and each kernel axis; parentheses group legs."
-            expected = f"{2 + spatial} axes for {kind}"
-            problems.add(draft.weight_position, "`weight`", expected, str(len(axes)), fix)
+        patterns = [(term.label, term.weight, term.position) for term in draft.terms]
+        patterns += [
+            (f"core '{core.name}'", core.axes, core.position) for core in draft.cores if core.origin == "weight"
+        ]
+        for label, pattern, where in patterns if draft.whole["cores"] else ():
+            axes = expand_axes(pattern, spatial)
+            if len(axes) != 2 + spatial:
+                fix = "The axes are out_channels, in_channels and each kernel axis; parentheses group legs."
+                problems.add(where, label, f"{2 + spatial} axes for {kind}", str(len(axes)), fix)
     ready = all(draft.whole.values()) and draft.scale is not None and all(core.init is not None for core in draft.cores)
     if not ready:
         return

@@ -266,6 +266,8 @@ class _Evaluator:
             flat.extend(value if isinstance(value, tuple) else (value,))  # type: ignore[arg-type]
         if name in ("sqrt", "ceil", "floor") and len(flat) != 1:
             raise self._error(node, f"one number in `{name}`", f"{len(flat)}", f"Write `{name}(x)`.")
+        if name == "prod" and values and not flat:
+            return 1  # `prod(kernel_size)` of a Linear
         if not flat or any(isinstance(value, tuple) for value in flat):
             raise self._error(node, f"numbers in `{name}`", "none", f"Write `{name}(a, b)`.")
         return self._apply(node, name, flat)

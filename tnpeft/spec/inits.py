@@ -35,6 +35,8 @@ _BUILT_IN: dict[str, tuple[str, ...]] = {  # name → arguments in order
     "uniform": ("bound",),
     "kaiming_uniform": ("fan", "gain"),
     "orthogonal": ("gain",),
+    "cosine": ("draw",),
+    "sine": ("draw",),
     "svd_us": (),
     "svd_vs": (),
 }

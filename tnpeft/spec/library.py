@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
 
 from tnpeft.errors import Problem, SpecError, near_miss
 from tnpeft.spec.checks import check
 from tnpeft.spec.document import Problems, clip, read_bytes, read_file
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits
-from tnpeft.spec.model import Spec, provide
+from tnpeft.spec.model import Core, SizeRule, Spec, Term, provide
 from tnpeft.spec.reader import parse_draft, parse_table
 
 __all__ = ["find_shipped", "list_specs", "load_spec", "shipped_folder", "shipped_tables"]
@@ -82,16 +85,21 @@ def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None) 
     check(draft, problems)
     problems.raise_if_any()
     # pydantic checks once more that no part is missing.
-    cores = [
-        {"name": core.name, "legs": core.legs, "init": core.init, "frozen": core.frozen, "position": core.position}
-        for core in draft.cores
-    ]
-    rules = [{"names": rule.names, "expression": rule.expression, "position": rule.position} for rule in draft.sizes]
+    parts = {
+        "cores": [_fields(core, Core) for core in draft.cores],
+        "sizes": [_fields(rule, SizeRule) for rule in draft.sizes],
+        "terms": [_fields(term, Term) for term in draft.terms],
+    }
     copied = (
-        *("name", "title", "source", "layers", "params", "bond", "factors"),
-        *("weight", "scale", "start", "seed", "text", "file", "places", "tables"),
+        *("name", "title", "source", "layers", "params", "bond", "factors", "compose"),
+        *("scale", "start", "seed", "text", "file", "places", "tables"),
     )
-    return Spec.model_validate({**{key: getattr(draft, key) for key in copied}, "cores": cores, "sizes": rules})
+    return Spec.model_validate({**{key: getattr(draft, key) for key in copied}, **parts})
+
+
+def _fields(part: object, model: type[BaseModel]) -> dict[str, Any]:
+    """What a part of a draft has in common with the part of a spec that it becomes."""
+    return {name: getattr(part, name) for name in model.model_fields}
 
 
 provide("read", read_spec)

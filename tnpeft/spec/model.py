@@ -16,7 +16,7 @@ from tnpeft.spec.pattern import Axes
 if TYPE_CHECKING:
     from tnpeft.network import Network
 
-__all__ = ["Core", "SizeRule", "Spec"]
+__all__ = ["Core", "SizeRule", "Spec", "Term"]
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -25,6 +25,9 @@ class Core(BaseModel):
     """One core; `legs` are its indices in storage order, `k...` among them unexpanded.
 
     With sizes {o: 64, a: 8}, legs=("o", "a") stores shape (64, 8).
+
+    `shared` is `model`, or the scope whose layers have one tensor for all. `origin` is what is taken from the base
+    weight: `weight` itself, with its `axes` of legs, or `svd_u`, `svd_s`, `svd_v`; such a core is frozen.
     """
 
     model_config = _FROZEN
@@ -34,6 +37,22 @@ class Core(BaseModel):
     init: Init
     frozen: bool = False
     position: Position
+    shared: str | None = None
+    origin: Literal["weight", "svd_u", "svd_s", "svd_v"] | None = None
+    axes: Axes = ()
+
+
+class Term(BaseModel):
+    """One term of the update: `scale` times the network of some cores (by name, in file order)."""
+
+    model_config = _FROZEN
+
+    cores: tuple[str, ...]
+    weight: Axes
+    scale: Expression
+    position: Position
+    scale_position: Position | None = None
+    label: str = "`weight`"
 
 
 class SizeRule(BaseModel):
@@ -64,8 +83,9 @@ class Spec(BaseModel):
     sizes: tuple[SizeRule, ...]
     factors: Table | None
     cores: tuple[Core, ...]
-    weight: Axes
+    terms: tuple[Term, ...]
     scale: Expression
+    compose: Literal["dora"] | None = None
     start: Literal["zero", "frozen_copy"]
     seed: int
     text: str = Field(repr=False)
@@ -93,6 +113,11 @@ class Spec(BaseModel):
         """
         network: Network = _hooks["bind"](self, layer, params)
         return network
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The scopes that its shared cores name, but for `model`; `attach` binds each to a regular expression."""
+        return tuple(dict.fromkeys(core.shared for core in self.cores if core.shared not in (None, "model")))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_from_parts, (self.text, self.file, dict(self.tables)))

@@ -18,14 +18,14 @@ __all__ = [
     "check_name",
     "expand",
     "expand_axes",
+    "parse_axes",
     "parse_legs",
-    "parse_weight",
 ]
 
 ELLIPSIS = "k..."
 LAYER_NAMES = ("in_channels", "out_channels", "in_features", "out_features", "groups", "kernel_size")
 # Argument names of `attach` and `bind`: a param or index of that name could not be told apart from them.
-RESERVED = ("model", "what", "spec", "layer", "kind", "match", "name", "train", "seed", "mode")
+RESERVED = ("model", "what", "spec", "layer", "kind", "match", "name", "train", "seed", "mode", "scopes")
 
 KINDS = {  # layer kind → its number of kernel axes
     "Linear": 0,
@@ -40,8 +40,10 @@ KINDS = {  # layer kind → its number of kernel axes
 Axes = tuple[tuple[str, ...], ...]
 
 
-def check_name(word: str, where: Position, what: str, problems: Problems) -> bool:
-    """Whether `word` may name an index or a param; reports why not (fine rule 1)."""
+def check_name(word: str, where: Position, what: str, problems: Problems, *known: str) -> bool:
+    """Whether `word` may name an index, a param or a scope, or is `known`; reports why not (fine rule 1)."""
+    if word in known:
+        return True
     if not is_name(word):
         expected = "an ASCII word that is no Python keyword"
         problems.add(where, what, expected, clip(word), "Use letters, digits and `_`, starting with a letter.")
@@ -80,10 +82,11 @@ def check_index(word: str, where: Position, owner: str, problems: Problems) -> b
     return check_name(word, where, f"{owner}, index {clip(word)}", problems)
 
 
-def parse_weight(node: Node, problems: Problems) -> tuple[Axes, dict[str, Position]]:
-    """The pattern's axes (a bare leg is a group of one, `1` an empty group) and each leg's place.
+def parse_axes(node: Node, owner: str, problems: Problems) -> tuple[Axes, dict[str, Position]]:
+    """A pattern's axes (a bare leg is a group of one, `1` an empty group) and each leg's place.
 
-    `k...` alone is the axis ("k...",), which `expand_axes` turns into one axis per kernel axis.
+    `k...` alone is the axis ("k...",), which `expand_axes` turns into one axis per kernel axis. `owner` says in errors
+    whose pattern it is.
     """
     axes: list[tuple[str, ...]] = []
     legs: dict[str, Position] = {}
@@ -91,11 +94,11 @@ def parse_weight(node: Node, problems: Problems) -> tuple[Axes, dict[str, Positi
     for token, where in _tokens(node):
         if token == "(":
             if group is not None:
-                problems.add(where, "`weight`", "one level of parentheses", "a second `(`", "Close the first one.")
+                problems.add(where, owner, "one level of parentheses", "a second `(`", "Close the first one.")
             group = []
         elif token == ")":
             if group is None:
-                problems.add(where, "`weight`", "`(` before `)`", "`)` alone", "Remove it, or open it.")
+                problems.add(where, owner, "`(` before `)`", "`)` alone", "Remove it, or open it.")
             else:
                 axes.append(tuple(group))
             group = None
@@ -104,15 +107,15 @@ def parse_weight(node: Node, problems: Problems) -> tuple[Axes, dict[str, Positi
                 axes.append(())
         elif token in legs:
             fix = "Each open leg makes one part of the weight."
-            problems.add(where, f"`weight`, index '{token}'", "each index once", "it twice", fix, index=token)
-        elif token == ELLIPSIS or check_index(token, where, "`weight`", problems):
+            problems.add(where, f"{owner}, index '{token}'", "each index once", "it twice", fix, index=token)
+        elif token == ELLIPSIS or check_index(token, where, owner, problems):
             legs[token] = where
             if group is None:
                 axes.append((token,))
             else:
                 group.append(token)
     if group is not None:
-        problems.add(node.position, "`weight`", "`)`", "the end", "Close the parenthesis.")
+        problems.add(node.position, owner, "`)`", "the end", "Close the parenthesis.")
     return tuple(axes), legs
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from tnpeft.errors import Position, near_miss
 from tnpeft.spec.document import Node, Problems, clip, read_document
+from tnpeft.spec.draft import Draft, DraftCore, DraftRule, DraftTerm
 from tnpeft.spec.expression import Expression, ExpressionError, parse_expression
 from tnpeft.spec.factorize import MAX_NUMBER, Table
 from tnpeft.spec.inits import DEFAULT_INIT, Init, parse_init
-from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, parse_legs, parse_weight
+from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, parse_axes, parse_legs
 from tnpeft.spec.schema import SPEC
 from tnpeft.spec.shape import check_shape, is_remnant, with_text_keys
 
-__all__ = ["Draft", "DraftCore", "DraftRule", "parse_draft", "parse_table"]
+__all__ = ["parse_draft", "parse_table"]
 
 MAX_CORES = 256
 
@@ -24,53 +24,6 @@ _SHORT = {
     "conv": tuple(kind for kind in KINDS if kind.startswith("Conv") and "Transpose" not in kind),
     "conv_transpose": tuple(kind for kind in KINDS if "Transpose" in kind),
 }
-
-
-@dataclass
-class DraftCore:
-    name: str
-    legs: tuple[str, ...]
-    places: dict[str, Position]
-    init: Init | None  # None: it was wrong, and reported
-    names_init: bool
-    frozen: bool
-    position: Position
-
-
-@dataclass
-class DraftRule:
-    names: tuple[str, ...]
-    expression: Expression
-    position: Position
-    places: dict[str, Position]
-    node: Node
-
-
-@dataclass
-class Draft:
-    """What could be read of a file. `whole` is False where a part is missing, so that checks over all parts wait."""
-
-    file: str
-    text: str
-    root: Node
-    name: str = ""
-    title: str = ""
-    source: str = ""
-    layers: tuple[str, ...] = ()
-    params: dict[str, Expression] = field(default_factory=dict)
-    bond: Expression | None = None
-    sizes: list[DraftRule] = field(default_factory=list)
-    factors: Table | None = None
-    tables: dict[str, Table] = field(default_factory=dict)
-    cores: list[DraftCore] = field(default_factory=list)
-    weight: Axes = ()
-    weight_places: dict[str, Position] = field(default_factory=dict)
-    weight_position: Position | None = None
-    scale: Expression | None = None
-    start: str | None = None
-    seed: int = 0
-    places: dict[str, Position] = field(default_factory=dict)  # of values, by key
-    whole: dict[str, bool] = field(default_factory=lambda: {"params": True, "sizes": True, "cores": True})
 
 
 def parse_draft(text: str | bytes, file: str, tables: Mapping[str, Table], problems: Problems) -> Draft:
@@ -83,7 +36,7 @@ def parse_draft(text: str | bytes, file: str, tables: Mapping[str, Table], probl
     draft.whole = {
         "params": "params" not in absent,
         "sizes": not absent & {"sizes", "bond"},
-        "cores": not absent & {"cores", "weight"},
+        "cores": not absent & {"cores", "weight", "terms"},
     }
     draft.places = {str(key.value): value.position for key, value in root.items()}
     parse = _Parser(draft, broken, problems)
@@ -93,7 +46,7 @@ def parse_draft(text: str | bytes, file: str, tables: Mapping[str, Table], probl
     parse.table(tables)
     parse.sizes()
     parse.cores()
-    parse.weight()
+    parse.terms()
     return draft
 
 
@@ -127,9 +80,9 @@ class _Parser:
 
     def scalars(self) -> None:
         draft = self.draft
-        for key in ("name", "title", "source", "start", "seed"):
+        for key in ("name", "title", "source", "start", "seed", "compose"):
             node = self._node(key)
-            if node is not None:
+            if node is not None and node.value is not None:
                 setattr(draft, key, node.value)
         node = self._node("name")
         if node is not None:
@@ -253,7 +206,12 @@ class _Parser:
             self.draft.whole["cores"] = False
             return
         before = len(self.problems)
-        places = dict(parse_legs(legs_node, name, self.problems))
+        origin, shared = self._option(path, fields, "from"), self._option(path, fields, "shared")
+        axes: Axes = ()
+        if origin == "weight":
+            axes, places = parse_axes(legs_node, f"core '{name}'", self.problems)
+        else:
+            places = dict(parse_legs(legs_node, name, self.problems))
         if len(self.problems) > before:
             self.draft.whole["cores"] = False
         init: Init | None = default
@@ -263,21 +221,94 @@ class _Parser:
             init, named = None, True
         elif own is not None and own.value is not None:
             init, named = parse_init(own, self.problems), True
-        frozen = fields["frozen"].value is True if "frozen" in fields else False
+        if origin is not None:
+            init, named = Init(f"from {origin}", {}, f"from {origin}"), True
+        self._options(name, fields, origin, shared)
+        frozen = origin is not None or ("frozen" in fields and fields["frozen"].value is True)
         where = legs_node.position if value.kind != "scalar" else key.position
-        self.draft.cores.append(DraftCore(name, tuple(places), places, init, named, frozen, where))
+        core = DraftCore(name, tuple(places), places, init, named, frozen, where, shared, origin, axes)
+        self.draft.cores.append(core)
 
-    def weight(self) -> None:
-        node = self._node("weight")
-        if node is not None:
-            self.draft.weight_position = node.position
-            before = len(self.problems)
-            self.draft.weight, self.draft.weight_places = parse_weight(node, self.problems)
-            if len(self.problems) > before:
-                self.draft.whole["cores"] = False  # a leg may be missing: no check over all legs
-            elif not self.draft.weight:
-                fix = "For example `weight: o i k...`."
-                self.problems.add(node.position, "`weight`", "a pattern of open legs", "nothing", fix)
+    def _option(self, path: tuple[str, ...], fields: dict[str, Node], key: str) -> str | None:
+        """A core's `shared` or `from`, None where it is absent or wrong."""
+        node = None if (*path, key) in self.broken else fields.get(key)
+        return node.value if node is not None else None
+
+    def _options(self, name: str, fields: dict[str, Node], origin: str | None, shared: str | None) -> None:
+        """What does not go together in one core."""
+        what = f"core '{name}'"
+        if shared is not None:
+            check_name(shared, fields["shared"].position, f"{what}, scope {clip(shared)}", self.problems, "model")
+        if origin is None:
+            return
+        for key, fix in (("init", "Remove one of them."), ("shared", "Remove it: each layer has its own weight.")):
+            if key in fields and fields[key].value is not None:
+                expected = f"no `{key}` beside `from`"
+                self.problems.add(fields[key].position, what, expected, f"`from: {origin}` and it", fix, core=name)
+        if "frozen" in fields and fields["frozen"].value is False:
+            fix = "Remove it; the inits `svd_us` and `svd_vs` give cores that train."
+            self.problems.add(fields["frozen"].position, what, "a frozen core", f"`from: {origin}`", fix, core=name)
+
+    def terms(self) -> None:
+        """The terms of a sum; a file with one `weight` has one term of all cores."""
+        node, weight = self._node("terms"), self._node("weight")
+        if node is None:
+            if weight is not None:
+                names = tuple(core.name for core in self.draft.cores)
+                self._term(weight, names, parse_expression("1"), None, "`weight`")
+            return
+        if weight is not None:
+            fix = "Write the weight of each term in `terms`, or `weight` alone."
+            self.problems.add(weight.position, "`weight`", "no `weight` beside `terms`", "both", fix)
+        if not node.value:
+            fix = "For example `terms: [{cores: [up, down], weight: o i}]`."
+            self.problems.add(node.position, "`terms`", "at least one term", "none", fix)
+        if not node.value or any(path[0] == "terms" for path in self.broken):
+            self.draft.whole["cores"] = False
+            return
+        for number, term in enumerate(node.value):
+            label = f"`terms`, entry {number + 1}"
+            cores, pattern, scale = term.get("cores"), term.get("weight"), term.get("scale")
+            factor = parse_expression("1") if scale is None else self._expression(scale, f"{label}, `scale`")
+            names = self._members(cores, label)
+            if factor is None:
+                self.draft.whole["cores"] = False
+            else:
+                self._term(pattern, names, factor, scale.position if scale is not None else None, f"{label}, `weight`")
+
+    def _members(self, node: Node, label: str) -> tuple[str, ...]:
+        """The names of a term's cores."""
+        known = [str(key.value) for key, _ in (self._node("cores") or node).items()]
+        names: dict[str, None] = {}
+        for item in node.value:
+            if item.value in names:
+                fix = "A core appears once in each term."
+                self.problems.add(item.position, label, "each core once", f"{clip(item.value)} twice", fix)
+            elif item.value not in known:
+                fix = near_miss(str(item.value), known) or "Add it to `cores`."
+                self.problems.add(item.position, label, "names of `cores`", clip(item.value), fix)
+                self.draft.whole["cores"] = False
+            else:
+                names[item.value] = None
+        if not node.value:
+            fix = "Name its cores, or remove the term."
+            self.problems.add(node.position, label, "at least one core", "none", fix)
+            self.draft.whole["cores"] = False
+        order = {name: place for place, name in enumerate(known)}
+        return tuple(sorted(names, key=lambda name: order[name]))
+
+    def _term(
+        self, node: Node, names: tuple[str, ...], scale: Expression, scale_position: Position | None, label: str
+    ) -> None:
+        before = len(self.problems)
+        axes, places = parse_axes(node, label, self.problems)
+        if len(self.problems) > before:
+            self.draft.whole["cores"] = False  # a leg may be missing: no check over all legs
+        elif not axes:
+            fix = "For example `weight: o i k...`."
+            self.problems.add(node.position, label, "a pattern of open legs", "nothing", fix)
+            self.draft.whole["cores"] = False
+        self.draft.terms.append(DraftTerm(names, axes, places, scale, node.position, scale_position, label))
 
 
 def _number(node: Node) -> str:

@@ -33,6 +33,23 @@ class CoreLike(Protocol):
     def init(self) -> Init: ...
     @property
     def position(self) -> Position: ...
+    @property
+    def origin(self) -> str | None: ...
+    @property
+    def axes(self) -> Axes: ...
+
+
+class TermLike(Protocol):
+    @property
+    def weight(self) -> Axes: ...
+    @property
+    def scale(self) -> Expression: ...
+    @property
+    def position(self) -> Position: ...
+    @property
+    def scale_position(self) -> Position | None: ...
+    @property
+    def label(self) -> str: ...
 
 
 class RuleLike(Protocol):
@@ -58,7 +75,7 @@ class Source(Protocol):
     @property
     def cores(self) -> Sequence[CoreLike]: ...
     @property
-    def weight(self) -> Axes: ...
+    def terms(self) -> Sequence[TermLike]: ...
     @property
     def scale(self) -> Expression: ...
     @property
@@ -80,7 +97,8 @@ class Resolved:
     params: dict[str, Number] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)  # every leg, `k...` expanded, in order of appearance
     legs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by core
-    weight: Axes = ()
+    weights: list[Axes] = field(default_factory=list)  # of the terms
+    scales: list[float] = field(default_factory=list)  # of the terms
     scale: float = 1.0
     inits: dict[str, dict[str, float]] = field(default_factory=dict)  # arguments by core
     symbols: dict[str, str] = field(default_factory=dict)  # legs whose size is an expression of params alone → its text
@@ -101,7 +119,7 @@ def layer_names(weight_shape: Sequence[int], groups: int) -> dict[str, Value]:
 
 
 def resolve(source: Source, kind: str, layer: Mapping[str, Value], given: Mapping[str, Number]) -> Resolved:
-    """Work out params, sizes, legs, axes, scale and init arguments for a layer of `kind`; never raises."""
+    """Work out params, sizes, legs, axes, scales and init arguments for a layer of `kind`; never raises."""
     return _Resolver(source, kind, layer, given).run()
 
 
@@ -116,7 +134,7 @@ class _Resolver:
         self.rules = {name: rule for rule in source.sizes for name in rule.names}
         self.padded: set[str] = set()
         self.uses = Counter(leg for core in source.cores for leg in core.legs)
-        self.open = {leg for axis in source.weight for leg in axis}
+        self.open = {leg for term in source.terms for axis in term.weight for leg in axis}
         self.out = Resolved()
 
     def run(self) -> Resolved:
@@ -124,7 +142,7 @@ class _Resolver:
         self._rules()
         self._legs()
         self._axes()
-        self._scale()
+        self._scales()
         self._inits()
         return self.out
 
@@ -280,40 +298,60 @@ class _Resolver:
         self._fault(where, what, error, core=core, index=leg if core else None)
 
     def _axes(self) -> None:
-        self.out.weight = axes = expand_axes(self.source.weight, self.spatial)
+        """The weight of each term, and the base weight where a core is one, axis by axis."""
+        for term in self.source.terms:
+            axes = expand_axes(term.weight, self.spatial)
+            self.out.weights.append(axes)
+            self._products(axes, term.label, term.position, None)
+        for core in self.source.cores:
+            if core.origin == "weight":
+                self._products(expand_axes(core.axes, self.spatial), f"core '{core.name}'", core.position, core.name)
+
+    def _products(self, axes: Axes, label: str, where: Position, core: str | None) -> None:
+        """The legs of each axis must multiply to it; those of padded axes may exceed it, but for a core of the base."""
         shape = (self.layer["out_channels"], self.layer["in_channels"], *self._kernel())
-        if not self.source.weight or len(axes) != len(shape):
+        if len(axes) != len(shape):
             return  # checked, with the pattern's place, where the pattern is at hand
         for number, (axis, size) in enumerate(zip(axes, shape, strict=True)):
             if any(leg not in self.out.sizes for leg in axis):
                 continue
             product = math.prod(self.out.sizes[leg] for leg in axis)
-            padded = any(leg in self.padded for leg in axis)
+            padded = any(leg in self.padded for leg in axis) and core is None
             if product == size or (padded and isinstance(size, int) and product > size):
                 continue
-            label = ("out_channels", "in_channels")[number] if number < 2 else f"kernel_size[{number - 2}]"
+            name = ("out_channels", "in_channels")[number] if number < 2 else f"kernel_size[{number - 2}]"
             sizes = " x ".join(str(self.out.sizes[leg]) for leg in axis)
             found = f"{sizes} = {product}" if len(axis) > 1 else str(product)
             fix = "Change `sizes` or `factors`, or group the legs of `weight` otherwise."
-            what = f"`weight`, axis {number + 1} ({' '.join(axis) or '1'})"
-            error = ExpressionError(f"a product of {size} ({label})", found, fix, structural=False)
-            self._fault(self.source.places["weight"], what, error)
+            if core is not None and any(leg in self.padded for leg in axis):
+                fix = "The base weight has no padding: factorise without `pad=true`."
+            what = f"{label}, axis {number + 1} ({' '.join(axis) or '1'})"
+            error = ExpressionError(f"a product of {size} ({name})", found, fix, structural=False)
+            self._fault(where, what, error, core=core)
 
     def _kernel(self) -> tuple[Value, ...]:
         kernel = self.layer["kernel_size"]
         return kernel if isinstance(kernel, tuple) else ()
 
-    def _scale(self) -> None:
-        if any(name not in self.values for name in self.source.scale.names):
-            return
+    def _scales(self) -> None:
+        for term in self.source.terms:
+            what = f"{term.label.removesuffix(', `weight`')}, `scale`"
+            self.out.scales.append(self._scale(term.scale, term.scale_position or term.position, what))
+        where = self.source.places.get("scale") or self.source.terms[0].position
+        self.out.scale = self._scale(self.source.scale, where, "`scale`")
+
+    def _scale(self, expression: Expression, where: Position, what: str) -> float:
+        if any(name not in self.values for name in expression.names):
+            return 1.0
         try:
-            scale = self.source.scale.number(self.values, self.source.factors)
+            scale = expression.number(self.values, self.source.factors)
             if scale == 0:
                 fix = "A scale of zero trains nothing; the published code has it below rank 4."
                 raise ExpressionError("a number other than zero", "0", fix, structural=False)
-            self.out.scale = float(scale)
+            return float(scale)
         except ExpressionError as error:
-            self._fault(self.source.places["scale"], "`scale`", error)
+            self._fault(where, what, error)
+            return 1.0
 
     def _inits(self) -> None:
         for core in self.source.cores:

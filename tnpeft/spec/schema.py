@@ -17,6 +17,14 @@ class CoreFile(FilePart):
     legs: str
     init: str | None = None
     frozen: bool = False
+    shared: str | None = None
+    origin: Literal["weight", "svd_u", "svd_s", "svd_v"] | None = Field(default=None, alias="from")
+
+
+class TermFile(FilePart):
+    cores: list[str]
+    weight: str
+    scale: Scalar = 1
 
 
 class SpecFile(FilePart):
@@ -32,7 +40,9 @@ class SpecFile(FilePart):
     init: str | None = None
     cores: dict[str, str | CoreFile]
     weight: str
+    terms: list[TermFile] | None = None
     scale: Scalar = 1
+    compose: Literal["dora"] | None = None
     start: Literal["zero", "frozen_copy"]
     seed: int = 0
 
@@ -53,6 +63,9 @@ SPEC = Schema(
         "init": ("an init", "For example `init: normal(0.02)`."),
         "cores": ("names with legs", "For example `cores: {up: o r, down: r i}`."),
         "weight": ("a pattern of open legs", "For example `weight: o i k...`."),
+        "terms": ("a list of terms", "For example `terms: [{cores: [up, down], weight: o i}, ...]`."),
+        "terms.cores": ("a list of cores' names", "For example `cores: [up, down]`."),
+        "compose": ("`dora`", "Write `compose: dora`, or leave it out: the update is then added to the weight."),
         "scale": ("a number or an expression", "For example `scale: alpha / r`."),
         "start": (
             "`zero` or `frozen_copy`",
@@ -61,16 +74,13 @@ SPEC = Schema(
         "seed": ("a whole number", "For example `seed: 0`."),
         "legs": ("the core's indices", 'For example `legs: o r`; `legs: ""` is a scalar.'),
         "frozen": ("`true` or `false`", "Write `frozen: true` for a core that is not trained."),
+        "shared": ("`model` or a scope's name", "For example `shared: model`: one tensor for all adapted layers."),
+        "from": ("`weight`, `svd_u`, `svd_s` or `svd_v`", "Write `from: weight` for the base weight itself, say."),
     },
     parts={
         "cores": ("its legs, or a mapping with `legs`", "For example `up: o r`, or `up: {legs: o r, init: zeros}`."),
         "params": ("a number or an expression", "For example `params: {r: 4, alpha: r}`."),
         "sizes": ("a size", "For example `sizes: {o: out_channels, i: in_channels}`."),
-    },
-    later={
-        "terms": "Sums of networks are not part of this version; write one network with one `weight`.",
-        "shared": "Cores shared between layers are not part of this version; give each layer its own.",
-        "from": "Cores read from the base weight are not part of this version; give the core an init.",
     },
     instead={"weight": "terms"},
 )

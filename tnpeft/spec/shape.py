@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tnpeft.errors import Position, near_miss
 from tnpeft.spec.document import Node, Problems, clip
 
-__all__ = ["FilePart", "Path", "Schema", "check_shape", "is_remnant", "with_text_keys"]
+__all__ = ["FilePart", "Path", "Schema", "check_shape", "is_remnant", "keys_of", "with_text_keys"]
 
 Path = tuple[str | int, ...]
 
@@ -30,16 +30,19 @@ class Schema:
     """What a file should look like, in types and in words.
 
     `expected` gives, for each key, what should stand there and how to mend it; `parts` the same for
-    the entries below a key (`cores` → its cores); `later` the constructs of later versions.
+    the entries below a key (`cores` → its cores); `instead` a key that may be missing → what stands in for it.
     """
 
     what: str
     model: type[FilePart]
     expected: Mapping[str, tuple[str, str]]
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    later: Mapping[str, str] = field(default_factory=dict)
-    instead: Mapping[str, str] = field(default_factory=dict)  # a key that may be missing → what stands in for it
+    instead: Mapping[str, str] = field(default_factory=dict)
     versioned: str = "tnpeft"
+
+    def words_for(self, path: Path, key: str) -> tuple[str, str] | None:
+        """What should stand under `key`; `terms.cores` is another thing than `cores`."""
+        return self.expected.get(f"{path[0]}.{key}" if len(path) > 1 else key, self.expected.get(key))
 
 
 def with_text_keys(node: Node, problems: Problems, numbers_under: str = "factors") -> Node:
@@ -82,7 +85,8 @@ def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
     for path, kind in kinds.items():
         if path not in inner and not (kind == "missing" and path in misspelt):
             _report(root, path, kind, schema, problems)
-    return set(kinds) | misspelt
+    present = {(key,) for key, other in schema.instead.items() if root.get(other) is not None}
+    return {path for path in kinds if path not in present or root.get(path[0]) is not None} | misspelt
 
 
 def is_remnant(key: Node, value: Node) -> bool:
@@ -92,9 +96,7 @@ def is_remnant(key: Node, value: Node) -> bool:
 
 def _meant(path: Path, schema: Schema) -> str:
     """The key that an unknown one was probably meant to be, or an empty string."""
-    return near_miss(str(path[-1]), sorted(_model_at(path[:-1], schema).model_fields))[
-        len("Did you mean `") : -len("`?")
-    ]
+    return near_miss(str(path[-1]), keys_of(_model_at(path[:-1], schema)))[len("Did you mean `") : -len("`?")]
 
 
 def _existing(root: Node, loc: tuple[str | int, ...]) -> Path:
@@ -119,10 +121,10 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
     if node is None:
         if parent.get(schema.instead.get(str(key), "")) is not None:
             return
-        expected, fix = schema.expected.get(str(key), ("it", "Add it."))
+        expected, fix = schema.words_for(path, str(key)) or ("it", "Add it.")
         problems.add(parent.position, f"{owner} has no `{key}`", expected, "nothing", fix, core=core)
     elif kind == "extra_forbidden":
-        _unknown_key(parent, str(key), node, owner, _model_at(path[:-1], schema), core, schema, problems)
+        _unknown_key(parent, str(key), node, owner, _model_at(path[:-1], schema), core, problems)
     elif node.value is None and str(key).rstrip().endswith(")"):
         _split_value(parent, str(key), f"`{path[-2]}`", core, problems)
     elif len(path) == 2 and path[0] in schema.parts:
@@ -131,7 +133,7 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
         problems.add(node.position, what, expected, node.describe(), fix, core=core)
     else:
         named = next((str(step) for step in reversed(path) if step in schema.expected), str(path[0]))
-        expected, fix = schema.expected.get(named, ("another value", "Change it."))
+        expected, fix = schema.words_for(path, named) or ("another value", "Change it.")
         if named == schema.versioned and isinstance(node.value, int) and node.value > 1:
             fix = "This file needs a newer tnpeft: upgrade it, or write `tnpeft: 1`."
         what = f"`{named}`" if owner in ("the file", f"`{named}`") else f"{owner}, `{named}`"
@@ -160,6 +162,11 @@ def _model_at(path: Path, schema: Schema) -> type[BaseModel]:
     return model
 
 
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """The keys that a mapping may have, as files write them."""
+    return sorted(info.alias or name for name, info in model.model_fields.items())
+
+
 def _models(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -174,16 +181,13 @@ def _unknown_key(
     owner: str,
     model: type[BaseModel],
     core: str | None,
-    schema: Schema,
     problems: Problems,
 ) -> None:
     where = _key_position(parent, key)
-    if key in schema.later:
-        problems.add(where, f"`{key}`", "a construct of this version", f"`{key}`", schema.later[key], core=core)
-    elif key.rstrip().endswith(")") and node.value is None:
+    if key.rstrip().endswith(")") and node.value is None:
         _split_value(parent, key, owner, core, problems)
     else:
-        known = sorted(model.model_fields)
+        known = keys_of(model)
         fix = near_miss(key, known) or "Remove it."
         what = f"unknown key {clip(key)} in {owner}"
         problems.add(where, what, f"one of {', '.join(known)}", clip(key), fix, core=core)
