@@ -204,8 +204,8 @@ def test_show_as_json():
     network = tnpeft.load_spec("tenvoo_l").bind("Conv3d", in_channels=64, out_channels=128, kernel_size=3, r=8)
     plan = tnpeft.plan(network)
     assert list(shown) == [
-        *("spec", "title", "source", "layers", "start", "cores", "layer", "params", "sizes", "weight", "weight_shape"),
-        *("scale", "einsum", "parameters", "formula", "share", "plan"),
+        *("spec", "title", "source", "layers", "start", "compose", "cores", "layer", "params", "sizes", "weight"),
+        *("terms", "weight_shape", "scale", "einsum", "parameters", "formula", "share", "plan"),
     ]
     assert shown["parameters"] == network.num_parameters == 21504
     assert shown["formula"] == network.formula
@@ -225,6 +225,8 @@ def test_show_as_json():
         "name": "centre",
         "legs": ["j", "s", "t"],
         "frozen": False,
+        "shared": None,
+        "from": None,
         "shape": [8, 8, 8],
         "init": {"name": "kaiming_uniform", "arguments": {"fan": 16.0, "gain": pytest.approx(2**0.5)}},
         "elements": 512,
@@ -232,6 +234,7 @@ def test_show_as_json():
     assert shown["plan"] == {
         "mode": "dense",
         "path": [list(pair) for pair in plan.path],
+        "terms": [],
         "flops": plan.flops,
         "largest_intermediate": 128 * 64 * 27,
         "peak_bytes": plan.peak_bytes,
@@ -251,7 +254,7 @@ def test_show_without_a_layer():
         "\n"
         "Add --layer for shapes, parameters and costs, e.g. --layer Conv3d:64,128,3"
     )
-    assert list(data("show", "quanta")) == ["spec", "title", "source", "layers", "start", "cores"]
+    assert list(data("show", "quanta")) == ["spec", "title", "source", "layers", "start", "compose", "cores"]
 
 
 def test_show_writes_wide_networks_as_a_list(tmp_path: Path):

@@ -9,7 +9,7 @@ from tnpeft.cli.arguments import EXAMPLE, parse_layer, parse_settings
 from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.cli.picture import picture
 from tnpeft.errors import Problem
-from tnpeft.network import BoundInit, Network
+from tnpeft.network import BoundCore, Network
 from tnpeft.plan import Plan, plan
 from tnpeft.spec import Spec, load_spec
 
@@ -43,7 +43,7 @@ def _print_head(output: Output, spec: Spec) -> None:
 def _print_spec(output: Output, spec: Spec) -> None:
     _print_head(output, spec)
     output.say(f"layers: {', '.join(spec.layers)}; start: {spec.start}\n")
-    rows = ((core.name, " ".join(core.legs), "frozen" if core.frozen else "") for core in spec.cores)
+    rows = ((core.name, " ".join(core.legs), _marks(core.frozen, core.shared, core.origin)) for core in spec.cores)
     output.show(table("", {"core": "left", "legs": "left", "": "left"}, rows))
     output.say(f"\nAdd --layer for shapes, parameters and costs, e.g. --layer {EXAMPLE}")
 
@@ -54,15 +54,19 @@ def _print_network(output: Output, network: Network, contraction: Plan) -> None:
     output.say(f"on {network.layer}{', ' + params if params else ''}\n")
     columns = {"core": "left", "legs": "left", "shape": "left", "init": "left", "elements": "right"}
     output.show(table("", columns, _core_rows(network)))
-    output.say("\n" + picture(network, output.width, output.encoding) + "\n")
+    for term, part in zip(network.terms, network.parts, strict=True):
+        label = f"term of scale {number(term.scale)}\n" if len(network.terms) > 1 else ""
+        output.say("\n" + label + picture(part, output.width, output.encoding))
+    output.say()
     share = network.num_parameters / network.layer.numel
     facts = {
         "parameters": f"{network.num_parameters:,} = {network.formula}",
         "of the weight": f"{share:.2%} of {network.layer.numel:,}",
         "scale": number(network.scale),
         "start": network.start,
+        **({"compose": network.compose} if network.compose else {}),
         "einsum": network.einsum,
-        "path": " ".join(f"({', '.join(map(str, pair))})" for pair in contraction.path),
+        "path": "; ".join(map(_path_text, contraction.terms or (contraction,))),
         "FLOPs": f"{contraction.flops:,}",
         "memory": f"{_bytes(contraction.peak_bytes)} at the peak",
         "largest": f"{contraction.largest_intermediate:,} elements in one step's result",
@@ -70,7 +74,7 @@ def _print_network(output: Output, network: Network, contraction: Plan) -> None:
     }
     for name, fact in facts.items():
         output.say(f"{name:<14}{fact}")
-    for line in str(contraction).splitlines()[1:]:
+    for line in str(contraction).splitlines()[0 if contraction.terms else 1 :]:
         output.say(line)
 
 
@@ -78,12 +82,27 @@ def _core_rows(network: Network) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for core in network.cores:
         shape = " x ".join(map(str, core.shape)) or "scalar"
-        init = _init_text(core.init) + (", frozen" if core.frozen else "")
+        init = ", ".join(text for text in (_init_text(core), _marks(core.frozen, core.shared, core.origin)) if text)
         rows.append((core.name, " ".join(core.legs), shape, init, f"{core.numel:,}"))
     return rows
 
 
-def _init_text(init: BoundInit) -> str:
+def _marks(frozen: bool, shared: str | None, origin: str | None) -> str:
+    """What sets a core apart, in words."""
+    if origin is not None:
+        return "the base weight" if origin == "weight" else f"{origin} of the base weight"
+    scope = {None: None, "model": "shared by all layers"}.get(shared, f"shared within {shared}")
+    return ", ".join(mark for mark in ("frozen" if frozen else None, scope) if mark)
+
+
+def _path_text(contraction: Plan) -> str:
+    return " ".join(f"({', '.join(map(str, pair))})" for pair in contraction.path)
+
+
+def _init_text(core: BoundCore) -> str:
+    init = core.init
+    if core.origin is not None:
+        return ""
     arguments = ", ".join(f"{name}={value:.4g}" for name, value in sorted(init.arguments.items()))
     return f"{init.name}({arguments})" if arguments else init.name
 
@@ -104,7 +123,17 @@ def _spec_data(spec: Spec) -> dict[str, Any]:
         "source": spec.source,
         "layers": list(spec.layers),
         "start": spec.start,
-        "cores": [{"name": core.name, "legs": list(core.legs), "frozen": core.frozen} for core in spec.cores],
+        "compose": spec.compose,
+        "cores": [
+            {
+                "name": core.name,
+                "legs": list(core.legs),
+                "frozen": core.frozen,
+                "shared": core.shared,
+                "from": core.origin,
+            }
+            for core in spec.cores
+        ],
     }
 
 
@@ -125,6 +154,8 @@ def _network_data(network: Network) -> dict[str, Any]:
                 "name": core.name,
                 "legs": list(core.legs),
                 "frozen": core.frozen,
+                "shared": core.shared,
+                "from": core.origin,
                 "shape": list(core.shape),
                 "init": {"name": core.init.name, "arguments": dict(core.init.arguments)},
                 "elements": core.numel,
@@ -132,6 +163,10 @@ def _network_data(network: Network) -> dict[str, Any]:
             for core in network.cores
         ],
         "weight": [list(axis) for axis in network.weight],
+        "terms": [
+            {"cores": list(term.cores), "weight": [list(axis) for axis in term.weight], "scale": term.scale}
+            for term in network.terms
+        ],
         "weight_shape": list(layer.weight_shape),
         "scale": network.scale,
         "einsum": network.einsum,
@@ -145,6 +180,7 @@ def _plan_data(contraction: Plan) -> dict[str, Any]:
     return {
         "mode": contraction.mode,
         "path": [list(pair) for pair in contraction.path],
+        "terms": [[list(pair) for pair in term.path] for term in contraction.terms],
         "flops": contraction.flops,
         "largest_intermediate": contraction.largest_intermediate,
         "peak_bytes": contraction.peak_bytes,

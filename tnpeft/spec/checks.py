@@ -160,6 +160,13 @@ def _trained(draft: Draft, problems: Problems) -> None:
         fix = "Remove one `frozen: true`: nothing would train."
         where = draft.places["cores"]
         problems.add(where, "`cores`", "at least one that is trained", "all of them frozen", fix)
+    elif draft.whole["cores"]:
+        trained = {core.name for core in draft.cores if not core.frozen}
+        for number, term in enumerate(draft.terms):
+            if trained.isdisjoint(term.cores):
+                fix = "Remove it: it would never change."
+                what = f"`terms`, entry {number + 1}"
+                problems.add(term.position, what, "at least one core that is trained", "all of them frozen", fix)
 
 
 def _members(draft: Draft, problems: Problems) -> None:

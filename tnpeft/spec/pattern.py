@@ -40,10 +40,8 @@ KINDS = {  # layer kind → its number of kernel axes
 Axes = tuple[tuple[str, ...], ...]
 
 
-def check_name(word: str, where: Position, what: str, problems: Problems, *known: str) -> bool:
-    """Whether `word` may name an index, a param or a scope, or is `known`; reports why not (fine rule 1)."""
-    if word in known:
-        return True
+def check_name(word: str, where: Position, what: str, problems: Problems) -> bool:
+    """Whether `word` may name an index or a param; reports why not (fine rule 1)."""
     if not is_name(word):
         expected = "an ASCII word that is no Python keyword"
         problems.add(where, what, expected, clip(word), "Use letters, digits and `_`, starting with a letter.")

@@ -8,7 +8,7 @@ from typing import Any
 from tnpeft.errors import Position, near_miss
 from tnpeft.spec.document import Node, Problems, clip, read_document
 from tnpeft.spec.draft import Draft, DraftCore, DraftRule, DraftTerm
-from tnpeft.spec.expression import Expression, ExpressionError, parse_expression
+from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
 from tnpeft.spec.factorize import MAX_NUMBER, Table
 from tnpeft.spec.inits import DEFAULT_INIT, Init, parse_init
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, parse_axes, parse_legs
@@ -237,8 +237,12 @@ class _Parser:
     def _options(self, name: str, fields: dict[str, Node], origin: str | None, shared: str | None) -> None:
         """What does not go together in one core."""
         what = f"core '{name}'"
-        if shared is not None:
-            check_name(shared, fields["shared"].position, f"{what}, scope {clip(shared)}", self.problems, "model")
+        if shared is not None and not is_name(shared):
+            fix, where = (
+                "Use letters, digits and `_`, or `model`: one tensor for all layers.",
+                fields["shared"].position,
+            )
+            self.problems.add(where, what, "an ASCII word", f"scope {clip(shared)}", fix, core=name)
         if origin is None:
             return
         for key, fix in (("init", "Remove one of them."), ("shared", "Remove it: each layer has its own weight.")):
@@ -256,6 +260,7 @@ class _Parser:
             if weight is not None:
                 names = tuple(core.name for core in self.draft.cores)
                 self._term(weight, names, parse_expression("1"), None, "`weight`")
+            self.draft.whole["cores"] &= weight is not None  # `terms` may be there, and wrong
             return
         if weight is not None:
             fix = "Write the weight of each term in `terms`, or `weight` alone."
