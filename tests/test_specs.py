@@ -1,21 +1,23 @@
-"""Every shipped spec against the formula it states, written here a second time as one dense einsum."""
+"""Every shipped spec against the formula it states, written in `formulas.py` a second time as one dense einsum."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from formulas import METHODS, VOLUMES
 from torch import Tensor, nn
 
 import tnpeft
+from tnpeft.cli.arguments import parse_layer
 
 ROOT = Path(__file__).parent.parent
 SPECS = ROOT / "specs"
 
-Cores = dict[str, Tensor]
 Factors = tuple[int, ...]
 
 # The preferred factors that tenvoo_* and quanta must use, as far as the layers below need them.
@@ -28,96 +30,6 @@ def halves(number: int) -> Factors:
     return small, number // small
 
 
-def dense_lora(c: Cores, shape: Factors) -> Tensor:
-    return torch.einsum("or,rik->oik", c["up"], c["down"].flatten(2) if c["down"].ndim > 2 else c["down"][..., None])
-
-
-def dense_lora_conv2d(c: Cores, shape: Factors) -> Tensor:
-    return torch.einsum("owr,rih->oihw", c["up"], c["down"])
-
-
-def dense_locon_tucker(c: Cores, shape: Factors) -> Tensor:
-    return torch.einsum("or,rsk,si->oik", c["up"], c["mid"].flatten(2), c["down"])
-
-
-def dense_loha(c: Cores, shape: Factors) -> Tensor:
-    one = c["up_1"] @ c["down_1"].flatten(1)
-    two = c["up_2"] @ c["down_2"].flatten(1)
-    return one * two
-
-
-def dense_loha_tucker(c: Cores, shape: Factors) -> Tensor:
-    one = torch.einsum("pqk,po,qi->oik", c["mid_1"].flatten(2), c["up_1"], c["down_1"])
-    two = torch.einsum("stk,so,ti->oik", c["mid_2"].flatten(2), c["up_2"], c["down_2"])
-    return one * two
-
-
-def kron(small: Tensor, large: Tensor, shape: Factors) -> Tensor:
-    """(oa, ia) and (ob, ib, K) → (oa ob, ia ib, K)."""
-    kernel = math.prod(shape[2:])
-    pieces = [torch.kron(small, large.reshape(large.shape[0], -1, kernel)[..., k]) for k in range(kernel)]
-    return torch.stack(pieces, dim=-1)
-
-
-def dense_lokr(c: Cores, shape: Factors) -> Tensor:
-    return kron(c["small"], c["up"] @ c["down"].flatten(1), shape)
-
-
-def dense_lokr_both(c: Cores, shape: Factors) -> Tensor:
-    return kron(c["small_up"] @ c["small_down"], c["up"] @ c["down"].flatten(1), shape)
-
-
-def dense_krona(c: Cores, shape: Factors) -> Tensor:
-    return kron(c["small"], c["large"], shape)
-
-
-def dense_quanta(c: Cores, shape: Factors) -> Tensor:
-    return torch.einsum("efbc,diaf,ghde->ghiabc", *c.values())
-
-
-def dense_tenvoo_l(c: Cores, shape: Factors) -> Tensor:
-    axes = "bade,cefg,xghi,yijk,zklm,Cmno,BopA,fdqh,lrpn,jqr->ABCabcxyz"
-    return torch.einsum(axes, *c.values())
-
-
-def dense_tenvoo_q(c: Cores, shape: Factors) -> Tensor:
-    axes = "bade,cefg,xghi,yij,zjlm,Cmop,BpqA,oqrs,dftr,hlst->ABCabcxyz"
-    return torch.einsum(axes, *c.values())
-
-
-ANY = (
-    nn.Linear(12, 20),
-    nn.Conv1d(12, 20, 5, groups=2),
-    nn.Conv2d(6, 9, (3, 2), groups=3),
-    nn.Conv3d(4, 6, (1, 2, 3)),
-    nn.ConvTranspose1d(12, 20, 3, groups=4),
-    nn.ConvTranspose2d(6, 4, (2, 3), groups=2),
-    nn.ConvTranspose3d(4, 7, (2, 1, 3)),
-)
-CONVOLUTIONS = ANY[1:]
-VOLUMES = (
-    nn.Conv3d(32, 48, (1, 3, 2)),
-    nn.Conv3d(1, 12, 3),
-    nn.Conv3d(10, 24, (3, 1, 2)),
-    nn.Conv3d(64, 24, 2, groups=2),
-)
-
-METHODS: dict[str, tuple[Callable[[Cores, Factors], Tensor], tuple[nn.Module, ...]]] = {
-    "lora": (dense_lora, ANY),
-    "lora_conv2d": (
-        dense_lora_conv2d,
-        (nn.Conv2d(6, 9, (3, 2)), nn.Conv2d(8, 4, 3, groups=2), nn.ConvTranspose2d(6, 4, (2, 3))),
-    ),
-    "locon_tucker": (dense_locon_tucker, CONVOLUTIONS),
-    "loha": (dense_loha, ANY),
-    "loha_tucker": (dense_loha_tucker, CONVOLUTIONS),
-    "lokr": (dense_lokr, ANY),
-    "lokr_both": (dense_lokr_both, ANY),
-    "krona": (dense_krona, ANY),
-    "quanta": (dense_quanta, (nn.Linear(32, 48), nn.Linear(32, 32), nn.Linear(10, 64))),
-    "tenvoo_l": (dense_tenvoo_l, VOLUMES),
-    "tenvoo_q": (dense_tenvoo_q, VOLUMES),
-}
 CASES = [(name, layer) for name, (_, layers) in METHODS.items() for layer in layers]
 
 
@@ -139,18 +51,64 @@ def test_every_shipped_spec_has_a_formula_here():
     assert set(tnpeft.list_specs()) == set(METHODS)
 
 
-@pytest.mark.parametrize(("name", "layer"), CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_network_weight_is_the_formula(name: str, layer: nn.Module):
-    adapter = tnpeft.compile(tnpeft.load_spec(name), layer.double(), **({} if name == "krona" else {"r": 3}))
-    generator = torch.Generator().manual_seed(1)
+def canonical(layer: nn.Module) -> Tensor:
+    """The base weight as (out, in // groups, kernel positions), the inverse of `stored`."""
+    weight = layer.weight.detach().double()
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        weight = torch.cat([block.transpose(0, 1) for block in weight.chunk(layer.groups, dim=0)], dim=0)
+    return weight.reshape(*weight.shape[:2], -1)
+
+
+def small_params(name: str) -> dict[str, int]:
+    spec = tnpeft.load_spec(name)
+    return {param: 3 for param in ("r", "inner", "minis", "bases", "u", "waves") if param in spec.params}
+
+
+def randomise(adapter: tnpeft.Adapter, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for core in adapter.cores.values():
             core.copy_(torch.randn(core.shape, generator=generator, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("name", "layer"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_network_weight_is_the_formula(name: str, layer: nn.Module):
+    adapter = tnpeft.compile(tnpeft.load_spec(name), copy.deepcopy(layer).double(), **small_params(name))
+    randomise(adapter)
     shape = canonical_shape(layer)
-    dense = METHODS[name][0](dict(adapter.cores), shape).reshape(shape)
+    dense = METHODS[name][0](dict(adapter.cores), canonical(layer), shape)
+    if dense.numel() == math.prod(shape):
+        dense = dense.reshape(shape)
+    else:  # padded channels are cropped
+        dense = dense[: shape[0], : shape[1]].reshape(shape)
     # Sums of large terms may cancel in single entries: the bound is relative to the largest one.
     atol = 1e-12 * dense.abs().max().item()
     torch.testing.assert_close(adapter.network_weight(), stored(dense, layer), rtol=1e-12, atol=atol)
+
+
+@pytest.mark.parametrize(("name", "layer"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_update_starts_at_zero_and_every_trained_core_moves(name: str, layer: nn.Module):
+    layer = copy.deepcopy(layer).double()
+    adapter = tnpeft.compile(tnpeft.load_spec(name), layer, **small_params(name))
+    assert not adapter.delta_weight().any()
+    target = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    first = {key: value.detach().clone() for key, value in adapter.named_parameters()}
+    optimiser = torch.optim.SGD(adapter.parameters(), lr=1e-3)
+    for step in range(3):  # what multiplies the zeros moves in the second step
+        optimiser.zero_grad()
+        (adapter.delta_weight() * target).sum().backward()
+        optimiser.step()
+        assert step or adapter.delta_weight().any()
+    assert [key for key, value in adapter.named_parameters() if torch.equal(value, first[key])] == []
+
+
+@pytest.mark.parametrize("name", tnpeft.list_specs())
+def test_the_count_is_worked_out_right(name: str):
+    text = (SPECS / f"{name}.yaml").read_text()
+    (line,) = re.findall(r"^# Count: (.*)$", text, re.MULTILINE)
+    layer, number, arithmetic = re.fullmatch(r"(\S+) has ([\d,]+) parameters = ([\d +*()]+)", line).groups()
+    count = tnpeft.load_spec(name).bind(parse_layer(layer)).num_parameters
+    assert count == int(number.replace(",", "")) == eval(arithmetic)
 
 
 @pytest.mark.parametrize("name", ["quanta", "tenvoo_l", "tenvoo_q"])
