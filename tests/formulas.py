@@ -1,7 +1,7 @@
 """The formula of every shipped spec, written a second time as one dense einsum, and layers to try it on.
 
-Each function takes the cores, the base weight as (out, in, kernel positions) and the weight's shape, and returns the network's
-weight as (out, in, kernel positions), before the crop of padded channels, or leg by leg.
+Each function takes the cores, the base weight as (out, in, kernel positions) and the weight's shape, and returns the
+network's weight as (out, in, kernel positions), before the crop of padded channels, or leg by leg.
 """
 
 from __future__ import annotations

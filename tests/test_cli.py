@@ -71,7 +71,7 @@ def test_list_names_everything_shipped():
 
 def test_check_a_folder():
     lines = text("check", SPECS).splitlines()
-    assert lines[0] == f"ok     {SPECS / 'factors' / 'tenvoo.yaml'} (factors)"
+    assert f"ok     {SPECS / 'factors' / 'tenvoo.yaml'} (factors)" in lines
     assert f"ok     {SPECS / 'tenvoo_l.yaml'} (spec)" in lines
     assert f"ok     {SPECS / 'recipes' / 'tenvoo_l_ddpm.yaml'} (recipe)" in lines
     assert lines[-1] == f"{len(lines) - 1} files, {len(lines) - 1} without mistakes, 0 mistakes"

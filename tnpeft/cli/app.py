@@ -97,6 +97,17 @@ def count(
 
 @app.command()
 @reported
+def schema(
+    what: Annotated[str, typer.Argument(metavar="[spec|recipe]", help="Which files the schema is for.")] = "spec",
+) -> None:
+    """Print a JSON Schema, with which editors complete and check specs or recipes."""
+    from tnpeft.cli.schemas import print_schema
+
+    print_schema(Output(), what)
+
+
+@app.command()
+@reported
 def version(as_json: Json = False) -> None:
     """Print the version."""
     output = Output()

@@ -15,11 +15,11 @@ from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, 
 from tnpeft.spec.schema import SPEC
 from tnpeft.spec.shape import check_shape, is_remnant, with_text_keys
 
-__all__ = ["parse_draft", "parse_table"]
+__all__ = ["SHORT_KINDS", "parse_draft", "parse_table"]
 
 MAX_CORES = 256
 
-_SHORT = {
+SHORT_KINDS = {
     "any": tuple(KINDS),
     "conv": tuple(kind for kind in KINDS if kind.startswith("Conv") and "Transpose" not in kind),
     "conv_transpose": tuple(kind for kind in KINDS if "Transpose" in kind),
@@ -104,11 +104,11 @@ class _Parser:
             return
         kinds: dict[str, None] = {}
         for item in node.value if node.kind == "list" else (node,):
-            words = _SHORT.get(item.value, (item.value,))
+            words = SHORT_KINDS.get(item.value, (item.value,))
             if words[0] in KINDS:
                 kinds.update(dict.fromkeys(words))
                 continue
-            known = (*KINDS, *_SHORT)
+            known = (*KINDS, *SHORT_KINDS)
             fix = near_miss(item.value, known) or "Choose one of them."
             self.problems.add(item.position, "`layers`", f"one of {', '.join(known)}", clip(item.value), fix)
         self.draft.layers = tuple(kinds)
