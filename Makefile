@@ -14,7 +14,7 @@ PIP     := $(RUN) -m pip --disable-pip-version-check install -qq
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types specs unit bench format install clean
+.PHONY: help demo test check lint types specs catalogue unit bench format install clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -35,6 +35,11 @@ types: $(VENV)/.test ## mypy --strict
 
 specs: $(VENV)/.test ## tnpeft check on every shipped spec and recipe
 	@$(RUN) -m tnpeft check specs
+
+catalogue: $(VENV)/.test ## the table in specs/README.md and the schemas for editors, from the specs and the code
+	@$(RUN) -m tnpeft list --markdown specs/README.md
+	@$(RUN) -m tnpeft schema spec > specs/schema/spec.json
+	@$(RUN) -m tnpeft schema recipe > specs/schema/recipe.json
 
 unit: $(VENV)/.test ## the test suite alone
 	@$(ONE) $(RUN) -m pytest -q -n $(WORKERS) $(ARGS)

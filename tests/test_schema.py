@@ -129,4 +129,6 @@ def test_every_key_has_a_sentence():
         for key, value in node.get("properties", {}).items():
             assert value.get("description"), key
         waiting += [value for value in node.values() if isinstance(value, dict)]
-        waiting += [item for value in node.values() if isinstance(value, list) for item in value if isinstance(item, dict)]
+        waiting += [
+            item for value in node.values() if isinstance(value, list) for item in value if isinstance(item, dict)
+        ]

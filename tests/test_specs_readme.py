@@ -9,6 +9,7 @@ import pytest
 
 import tnpeft
 from tnpeft.cli.arguments import parse_layer
+from tnpeft.cli.cataloguing import BEGIN, END, catalogue
 
 README = Path(__file__).parent.parent / "specs" / "README.md"
 TEXT = README.read_text()
@@ -55,3 +56,8 @@ def test_links_lead_somewhere():
         "#" + re.sub(r"[^a-z -]", "", line[3:].lower()).replace(" ", "-") for line in re.findall(r"^## .*", TEXT, re.M)
     }
     assert set(re.findall(r"\]\((#[^)]+)\)", TEXT)) <= headings
+
+
+def test_the_table_of_specs_is_made_from_the_files():
+    kept = TEXT.partition(BEGIN)[2].partition(END)[0]
+    assert kept == f"\n{catalogue()}\n", "run `make catalogue`"

@@ -38,8 +38,19 @@ def main() -> None:
 
 @app.command("list")
 @reported
-def list_(as_json: Json = False) -> None:
+def list_(
+    as_json: Json = False,
+    markdown: Annotated[
+        str | None,
+        typer.Option("--markdown", metavar="FILE", help="Put the table of specs in a text file.", hidden=True),
+    ] = None,
+) -> None:
     """List the shipped specs and recipes."""
+    if markdown is not None:
+        from tnpeft.cli.cataloguing import update_catalogue
+
+        update_catalogue(Output(), markdown)
+        return
     from tnpeft.cli.listing import print_list
 
     print_list(Output(), as_json)

@@ -10,7 +10,7 @@ from tnpeft.spec import Spec, list_specs, load_spec
 if TYPE_CHECKING:
     from tnpeft.recipe import Recipe
 
-__all__ = ["print_list"]
+__all__ = ["print_list", "short_layers"]
 
 SHORT = {
     frozenset({"Conv1d", "Conv2d", "Conv3d"}): "conv",
@@ -49,7 +49,7 @@ def print_list(output: Output, as_json: bool) -> None:
             }
         )
         return
-    rows = ((spec.name, _layers(spec), spec.start, spec.title or "") for spec in specs)
+    rows = ((spec.name, short_layers(spec), spec.start, spec.title or "") for spec in specs)
     output.show(table("", {"spec": "left", "layers": "left", "start": "left", "title": "left"}, rows))
     output.say()
     output.show(table("", {"recipe": "left", "specs": "left", "title": "left"}, map(_recipe_row, recipes)))
@@ -60,7 +60,8 @@ def _recipe_row(recipe: Recipe) -> tuple[str, ...]:
     return recipe.name, ", ".join(specs), recipe.title
 
 
-def _layers(spec: Spec) -> str:
+def short_layers(spec: Spec) -> str:
+    """The kinds of layers a spec is for, in few words."""
     kinds = set(spec.layers)
     if len(kinds) == 7:
         return "any"

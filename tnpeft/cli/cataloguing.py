@@ -1,0 +1,118 @@
+"""`tnpeft list --markdown`: the shipped specs as the table that `specs/README.md` holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tnpeft.cli.arguments import parse_layer
+from tnpeft.cli.listing import short_layers
+from tnpeft.cli.output import Output, UsageError
+from tnpeft.errors import Problem
+from tnpeft.spec import Spec, list_specs, load_spec
+
+__all__ = ["BEGIN", "END", "catalogue", "update_catalogue"]
+
+BEGIN, END = "<!-- specs: begin -->", "<!-- specs: end -->"
+_COUNT = re.compile(r"^# Count: (\S+) has ([\d,]+) parameters", re.MULTILINE)
+_COLUMNS = ("spec", "layers", "formula", "parameters", "for example", "start", "marks", "source")
+
+
+def catalogue() -> str:
+    """A row for each shipped spec, then the pictures that there are, all from the files themselves."""
+    specs = [load_spec(name) for name in list_specs()]
+    lines = [
+        f"{len(specs)} specs; the table is made by `make catalogue`.",
+        "",
+        _row(_COLUMNS),
+        _row("-" * len(_COLUMNS)),
+    ]
+    lines += [_row(_cells(spec)) for spec in specs]
+    pictures = [spec.name for spec in specs if (Path(spec.file).parent / "pictures" / f"{spec.name}.svg").is_file()]
+    if pictures:
+        lines += ["", *(_picture(name) for name in pictures)]
+    return "\n".join(lines)
+
+
+def update_catalogue(output: Output, name: str) -> None:
+    """Put the table between the marks of a text file, and say whether that changed it."""
+    path = Path(name)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        fix = f"Write the lines {BEGIN} and {END} where the table should stand."
+        raise UsageError(Problem("--markdown", "a text file with the two marks", "none", fix, name))
+    updated = f"{before}{BEGIN}\n{catalogue()}\n{END}{after}"
+    if updated != text:
+        path.write_text(updated, encoding="utf-8")
+    output.say(f"{name}: {'updated' if updated != text else 'as it was'}")
+
+
+def _row(cells: tuple[str, ...] | str) -> str:
+    return f"| {' | '.join(cells)} |" if not isinstance(cells, str) else f"|{'|'.join(cells)}|"
+
+
+def _picture(name: str) -> str:
+    return f'<a href="pictures/{name}.svg" title="{name}"><img src="pictures/{name}.svg" alt="{name}" width="240"></a>'
+
+
+def _cells(spec: Spec) -> tuple[str, ...]:
+    counted = _COUNT.search(spec.text)
+    layer, number = counted.groups() if counted else ("", "")
+    formula = spec.bind(parse_layer(layer)).formula if layer else ""
+    return (
+        f"[`{spec.name}`]({spec.name}.yaml)",
+        short_layers(spec),
+        f"`{_formula(spec)}`",
+        f"`{formula}`",
+        f"{number} ({layer})",
+        spec.start,
+        ", ".join(_marks(spec)),
+        spec.source,
+    )
+
+
+def _formula(spec: Spec) -> str:
+    """The file's own formula: the first comment that has one, with the lines it goes on over."""
+    comments = [line[2:].strip() for line in spec.text.splitlines() if line.startswith("# ")]
+    comments = [line for line in comments if not line.startswith("yaml-language-server")]
+    formula: list[str] = []
+    for line in comments:
+        if formula and not (formula[-1].endswith((":", "over all bonds of")) or _continues(formula[-1], line)):
+            break
+        formula.append(line)
+    return " ".join(formula).replace("|", "\\|")
+
+
+def _continues(above: str, line: str) -> bool:
+    """Whether a formula goes on: its next line starts with a core and its legs."""
+    return bool(re.match(r"[a-z]\w*\[", line)) and not above.endswith(".")
+
+
+def _marks(spec: Spec) -> list[str]:
+    """What a reader should know beyond cores and bonds."""
+    marks = []
+    if any(core.frozen and core.origin is None for core in spec.cores):
+        marks.append("frozen")
+    shared = list(dict.fromkeys(core.shared for core in spec.cores if core.shared is not None))
+    marks += [f"shared: {' '.join(shared)}"] if shared else []
+    origins = dict.fromkeys(core.origin for core in spec.cores if core.origin is not None)
+    marks += [f"from: {' '.join(map(str, origins))}"] if origins else []
+    if len(spec.terms) > 1:
+        marks.append(f"{len(spec.terms)} terms")
+    if spec.compose is not None:
+        marks.append(f"compose: {spec.compose}")
+    if _has_hyperedge(spec):
+        marks.append("hyperedge")
+    return marks
+
+
+def _has_hyperedge(spec: Spec) -> bool:
+    """Whether, in a term, an index stands in more than two places."""
+    for term in spec.terms:
+        places = [leg for core in spec.cores if core.name in term.cores for leg in core.legs]
+        places += [leg for axis in term.weight for leg in axis]
+        if any(places.count(leg) > 2 for leg in places):
+            return True
+    return False
