@@ -42,7 +42,7 @@ def list_(
     as_json: Json = False,
     markdown: Annotated[
         str | None,
-        typer.Option("--markdown", metavar="FILE", help="Put the table of specs in a text file.", hidden=True),
+        typer.Option("--markdown", metavar="FILE", help="Put the specs in its table.", hidden=True),
     ] = None,
 ) -> None:
     """List the shipped specs and recipes."""
