@@ -58,17 +58,19 @@ def test_count_formula_shapes_and_tensors_agree(name, in_channels, out_channels,
     layer = tnpeft.Layer(kind, in_channels * groups, out_channels * groups, kernel, groups)
     params = {"r": rank} if "r" in spec.params else {}
     network = spec.bind(layer, **params)
-    assert network.padded_shape == layer.weight_shape
-    assert network.num_parameters == sum(math.prod(core.shape) for core in network.cores)
+    trained = sum(math.prod(core.shape) for core in network.cores if not core.frozen)
+    assert network.num_parameters == trained + (layer.out_channels if network.compose else 0)
     assert network.num_parameters == value_of(network.formula, network)
-    shapes = [core.shape for core in network.cores]
-    letters = network.einsum.split("->")[0].split(",")
-    assert [len(word) for word in letters] == [len(shape) for shape in shapes]
+    for part in network.parts:
+        assert all(padded >= size for padded, size in zip(part.padded_shape, layer.weight_shape, strict=True))
+        letters = part.einsum.split("->")[0].split(",")
+        assert [len(word) for word in letters] == [len(core.shape) for core in part.cores]
 
 
 def value_of(formula: str, network: tnpeft.Network) -> int:
     """The formula's value with every index at its size, by Python."""
-    names = {**network.sizes, **network.params, "K": math.prod(network.layer.kernel_size)}
+    layer = network.layer
+    names = {**network.sizes, **network.params, "K": math.prod(layer.kernel_size), "out_channels": layer.out_channels}
     text = formula.replace("k...", "K").replace("^", "**")
     out = ""
     for place, char in enumerate(text):

@@ -267,8 +267,8 @@ def test_names_that_are_neither_spec_nor_recipe(model):
     with pytest.raises(tnpeft.SpecError) as caught:
         tnpeft.attach(model, "tenvo_l", match="conv")
     assert str(caught.value) == (
-        "spec 'tenvo_l': expected a file, or one of krona, locon_tucker, loha, loha_tucker, lokr, lokr_both, lora, "
-        "lora_conv2d, quanta, tenvoo_l, tenvoo_q, found neither. Did you mean `tenvoo_l`?"
+        f"spec 'tenvo_l': expected a file, or one of {', '.join(tnpeft.list_specs())}, found neither. "
+        "Did you mean `tenvoo_l`?"
     )
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(model, 3)
