@@ -1,0 +1,33 @@
+"""Which cores training reaches, from the initial values on."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tnpeft.verify.subject import Subject, adapted_layers
+
+__all__ = ["reached"]
+
+STEPS = 3  # a core of zeros hides the others until it has moved; two in a row hide a third
+
+
+def reached(subject: Subject) -> dict[str, bool]:
+    """Whether each trainable core of one layer has had a gradient within a few steps of descent along random directions."""
+    model = subject.attached(dtype=torch.float64)
+    layer = next(iter(adapted_layers(model)))
+    named = layer.adapter("default").cores
+    cores = {name: core for name, core in named.items() if isinstance(core, nn.Parameter)}
+    found = dict.fromkeys(cores, False)
+    generator = torch.Generator().manual_seed(subject.case.seed)
+    for _ in range(STEPS):
+        weight = layer.weight
+        upstream = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        gradients = torch.autograd.grad((weight * upstream).sum(), list(cores.values()), allow_unused=True)
+        for (name, core), gradient in zip(cores.items(), gradients, strict=True):
+            size = 0.0 if gradient is None else float(gradient.abs().max())
+            if gradient is not None and size > 0:
+                found[name] = True
+                with torch.no_grad():
+                    core -= gradient * (0.1 / size)
+    return found

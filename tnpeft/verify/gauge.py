@@ -1,0 +1,219 @@
+"""Redundancy: directions in which the cores can move without moving the update.
+
+Every network has some: a bond of size r between two trainable cores lets an invertible r x r matrix pass from one to the
+other (gauge), an index that several cores share lets a factor for each of its values pass, disconnected parts pass one
+factor. What remains beyond those is a parameter that is paid for and does nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.errors import TnpeftError
+from tnpeft.network import Network
+from tnpeft.spec import Spec
+from tnpeft.verify.case import Case
+from tnpeft.verify.exact import Exact
+from tnpeft.verify.oracle import sum_out, terms_of
+from tnpeft.verify.subject import Subject, adapted_layers
+
+__all__ = ["Gauge", "gauge_of"]
+
+MAX_PARAMETERS, MAX_ENTRIES, MAX_PRODUCT = 1200, 4096, 1_500_000
+PRECISION = 1e-9  # of singular values, relative to the largest
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """The rank of d(T)/d(cores) at a random point of one layer, and what explains the parameters beyond it.
+
+    `gauge` directions come from bonds and shared indices, `scalings` from factors that disconnected parts or other
+    cores exchange, `redundant` ones from neither; `causes` names what can be found of those.
+    """
+
+    layer: str
+    params: Mapping[str, float]
+    parameters: int
+    entries: int
+    rank: int
+    gauge: int
+    scalings: int
+    causes: tuple[str, ...] = ()
+
+    @property
+    def redundant(self) -> int:
+        return self.parameters - self.rank - self.gauge - self.scalings
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "params": dict(self.params), "causes": list(self.causes), "redundant": self.redundant}
+
+    def __str__(self) -> str:
+        text = f"{self.rank} of {self.parameters} parameters move the update independently on {self.layer}"
+        parts = {"the gauge of bonds and shared indices": self.gauge, "factors between cores": self.scalings}
+        explained = [f"{number} by {what}" for what, number in parts.items() if number]
+        if explained:
+            text += f"; {' and '.join(explained)} are explained"
+        return text + (f"; {self.redundant} more are redundant" if self.redundant else "")
+
+
+def gauge_of(spec: Spec, candidates: Sequence[Case]) -> Gauge | None:
+    """The redundancy on the case with the largest weight that fits the bounds; None if none does."""
+    fitting: list[tuple[int, int, Case]] = []
+    for number, case in enumerate(candidates):
+        try:
+            network = spec.bind(case.layer, **case.params)
+        except TnpeftError:
+            continue
+        parameters, entries = _trained(network), network.layer.numel
+        if 0 < parameters <= MAX_PARAMETERS and entries <= MAX_ENTRIES and parameters * entries <= MAX_PRODUCT:
+            fitting.append((min(entries - parameters, parameters), -number, case))
+    for _, _, case in sorted(fitting, key=lambda item: item[:2], reverse=True):
+        try:
+            return _gauge(spec, case)
+        except TnpeftError:
+            continue
+    return None
+
+
+def _trained(network: Network) -> int:
+    return sum(core.numel for core in network.cores if not core.frozen)
+
+
+def _gauge(spec: Spec, case: Case) -> Gauge:
+    subject = Subject(spec, case)
+    model = subject.attached(dtype=torch.float64, moved=True)
+    layer = next(iter(adapted_layers(model)))
+    adapter = layer.adapter("default")
+    with torch.no_grad():
+        cores = {name: core.detach() for name, core in Exact(model).cores(layer).items()}
+        trained = {name: cores[name] for name, core in adapter.cores.items() if isinstance(core, nn.Parameter)}
+        parts = {name: _derivative(adapter.network, cores, name) for name in trained}
+        jacobian = torch.cat(list(parts.values()))  # (parameters, entries)
+        rank = _rank(jacobian)
+        bonds = _free(list(_bond_moves(adapter.network, trained)), jacobian)
+        both = _free([*_bond_moves(adapter.network, trained), *_scalings(trained)], jacobian)
+        causes = tuple(_causes(adapter.network, trained, parts))
+    redundant = jacobian.shape[0] - rank - both
+    return Gauge(
+        str(adapter.network.layer),
+        dict(adapter.network.params),
+        jacobian.shape[0],
+        jacobian.shape[1],
+        rank,
+        bonds,
+        both - bonds,
+        causes if redundant else (),
+    )
+
+
+def _derivative(network: Network, cores: Mapping[str, Tensor], name: str) -> Tensor:
+    """d(T)/d(core), one row for each number in the core: T with the core replaced by every unit tensor."""
+    bound = {core.name: core for core in network.cores}
+    numel = bound[name].numel
+    units = torch.eye(numel, dtype=torch.float64).reshape(numel, *bound[name].shape)
+    total = torch.zeros(numel, network.layer.numel, dtype=torch.float64)
+    for term in terms_of(network):
+        if name not in term.cores:
+            continue
+        operands = [
+            (units, ("", *bound[other].legs)) if other == name else (cores[other], bound[other].legs)
+            for other in term.cores
+        ]
+        opened = [leg for axis in term.weight for leg in axis]
+        value = sum_out(operands, ["", *opened])
+        value = value.reshape(numel, *(math.prod(network.sizes[leg] for leg in axis) for axis in term.weight))
+        cropped = value[(slice(None), *(slice(size) for size in network.layer.weight_shape))]
+        total += term.scale * cropped.reshape(numel, -1)
+    return total
+
+
+def _rank(matrix: Tensor) -> int:
+    if not matrix.numel():
+        return 0
+    values = torch.linalg.svdvals(matrix)
+    return int((values > PRECISION * values[0]).sum()) if values[0] > 0 else 0
+
+
+def _free(moves: Sequence[Tensor], jacobian: Tensor) -> int:
+    """How many independent combinations of `moves` leave the update where it is."""
+    if not moves:
+        return 0
+    stacked = torch.stack(list(moves))
+    stacked = stacked / stacked.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    scale = float(jacobian.norm(dim=1).max()) or 1.0
+    # Of those that span the moves, the combinations whose image is zero.
+    basis = torch.linalg.svd(stacked, full_matrices=False)
+    spanning = basis.Vh[basis.S > PRECISION * basis.S[0]]
+    image = torch.linalg.svdvals(spanning @ jacobian / scale)
+    return spanning.shape[0] - int((image > PRECISION * 10).sum())
+
+
+def _bond_moves(network: Network, trained: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The moves of a bond's general linear group, and of the factors along an index that more places share."""
+    opened = set(network.open_legs)
+    shared: dict[tuple[str, ...], list[str]] = {}
+    for leg in network.sizes:
+        owners = tuple(core.name for core in network.cores if leg in core.legs)
+        if len(owners) > 1:
+            shared.setdefault((*owners, *(("",) if leg in opened else ())), []).append(leg)
+    legs_of = {core.name: core.legs for core in network.cores}
+    for owners, legs in shared.items():
+        free = [owner for owner in owners if owner in trained]
+        size = math.prod(network.sizes[leg] for leg in legs)
+        pairs = list(itertools.pairwise(free))
+        if len(owners) == 2 and len(free) == 2:
+            one, two = owners
+            for row, column in itertools.product(range(size), repeat=2):
+                yield _flat(trained, {one: _matrix(trained[one], legs_of[one], legs, row, column, 1.0),
+                                      two: _matrix(trained[two], legs_of[two], legs, column, row, -1.0)})
+            continue
+        for (one, two), value in itertools.product(pairs, range(size)):
+            yield _flat(trained, {one: _matrix(trained[one], legs_of[one], legs, value, value, 1.0),
+                                  two: _matrix(trained[two], legs_of[two], legs, value, value, -1.0)})
+
+
+def _matrix(core: Tensor, own: tuple[str, ...], legs: Sequence[str], row: int, column: int, sign: float) -> Tensor:
+    """The core with its slice `row` of the joint bond put in place `column`, zero elsewhere."""
+    places = [own.index(leg) for leg in legs]
+    front = [*places, *(axis for axis in range(core.ndim) if axis not in places)]
+    moved = core.permute(front)
+    joint = moved.reshape(-1, *moved.shape[len(places) :])
+    change = torch.zeros_like(joint)
+    change[column] = sign * joint[row]
+    return change.reshape(moved.shape).permute([front.index(axis) for axis in range(core.ndim)])
+
+
+def _scalings(trained: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """One core larger, another smaller by the same factor."""
+    for one, two in itertools.combinations(trained, 2):
+        yield _flat(trained, {one: trained[one], two: -trained[two]})
+
+
+def _flat(trained: Mapping[str, Tensor], moves: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([moves.get(name, torch.zeros_like(core)).reshape(-1) for name, core in trained.items()])
+
+
+def _causes(network: Network, trained: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> Iterator[str]:
+    """What can be said of parameters that do nothing."""
+    for core in network.cores:
+        if core.name not in trained:
+            continue
+        part = parts[core.name].reshape(*core.shape, -1)
+        size = float(part.abs().max()) or 1.0
+        idle = int((parts[core.name].abs().amax(1) <= PRECISION * size).sum())
+        if idle:
+            yield f"{idle} of the {core.numel} numbers in core '{core.name}' never matter"
+        for axis, leg in enumerate(core.legs):
+            first = part.narrow(axis, 0, 1)
+            if core.shape[axis] > 1 and bool(((part - first).abs() <= PRECISION * size).all()):
+                yield f"only the sum of core '{core.name}' over its leg '{leg}' matters: size 1 would do"
+            others = core.numel // core.shape[axis]
+            if leg not in network.open_legs and core.shape[axis] > others:
+                yield f"leg '{leg}' of core '{core.name}' has size {core.shape[axis]}, more than its other legs together ({others})"
