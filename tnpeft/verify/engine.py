@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ __all__ = ["failure_of", "run_check", "verify"]
 
 SHRINKING_SECONDS = 15.0  # for each check that fails
 DRAWN_FOR_EACH = 5  # of which at least one should not be refused
+BATCH = 10  # after so many Hypothesis makes variations of what it has, where fresh examples tell more
 
 
 def verify(
@@ -49,16 +53,13 @@ def verify(
     _check_arguments(spec, examples, params)
     run = _Run(spec, examples, started + seconds)
     drawn = cases(reachable(spec, layer, params, seed), params_of(spec, params), DTYPES)
-    # One thread: the tensors are tiny, and equal bits are expected of equal work.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _search(drawn, run.take, examples * DRAWN_FOR_EACH, seed)
-        results = [run.result(check, drawn, seed) for check in CHECKS]
+    with _one_thread(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same' with even", UserWarning)
+        for run.batch in _batches(examples, seed):
+            _search(drawn, run.take, BATCH, run.batch)
+        results = [run.result(check, drawn) for check in CHECKS]
         gauge = gauge_of(spec, gauge_cases(spec, layer, params, run.accepted))
         conditioning = conditioning_of(spec, params, layer, seed)
-    finally:
-        torch.set_num_threads(threads)
     return VerifyReport(
         spec.name,
         spec.file,
@@ -114,16 +115,19 @@ class _Run:
         self.seen: dict[str, Counter[str]] = {key: Counter() for key in ("kinds", "groups", "dtypes", "options")}
         self.reached: dict[str, list[bool]] = {}
         self.unreached: dict[str, Case] = {}
+        self.batch = 0  # the seed of the examples that are drawn now
+        self.batches: dict[str, int] = {}  # that of each failure
         self.stopped = False
+        self._known: set[str] = set()
         self._done = False
 
     def take(self, case: Case) -> bool:
         """Run every check on a case; true once there were enough."""
-        if self._done:
-            return True
-        if time.monotonic() > self.deadline and self.accepted:
+        if not self._done and time.monotonic() > self.deadline and self.accepted:
             self.stopped = self._done = True
-            return True
+        if self._done or repr(case) in self._known:
+            return self._done
+        self._known.add(repr(case))
         try:
             subject = Subject(self.spec, case)
         except TnpeftError as error:
@@ -150,6 +154,7 @@ class _Run:
         known = self.failed.get(name)
         if known is None or case.size < known.case.size:
             self.failed[name] = Counterexample(name, case, message, self.spec.name)
+            self.batches[name] = self.batch
 
     def _refuse(self, case: Case, error: TnpeftError) -> None:
         problem = error.problems[0]
@@ -176,16 +181,14 @@ class _Run:
             if not one and (known is None or subject.case.size < known.size):
                 self.unreached[name] = subject.case
 
-    def result(self, check: Check, drawn: st.SearchStrategy[Case], seed: int) -> CheckResult:
+    def result(self, check: Check, drawn: st.SearchStrategy[Case]) -> CheckResult:
         """The check's result, with its counter-example made small."""
         failure = self.failed.get(check.name)
         if failure is not None:
-            failure = self._shrunk(check, failure, drawn, seed)
+            failure = self._shrunk(check, failure, drawn)
         return CheckResult(check.name, check.title, self.tried[check.name], self.skipped[check.name], failure)
 
-    def _shrunk(
-        self, check: Check, first: Counterexample, drawn: st.SearchStrategy[Case], seed: int
-    ) -> Counterexample:
+    def _shrunk(self, check: Check, first: Counterexample, drawn: st.SearchStrategy[Case]) -> Counterexample:
         """The same draws once more with this check alone, until Hypothesis has nothing simpler."""
         best = [first]
         deadline = time.monotonic() + SHRINKING_SECONDS
@@ -203,7 +206,7 @@ class _Run:
                 best[0] = Counterexample(check.name, case, message, self.spec.name)
             return True
 
-        _search(drawn, fails, self.examples * DRAWN_FOR_EACH, seed)
+        _search(drawn, fails, BATCH, self.batches[check.name])
         return best[0]
 
     def reach(self) -> CheckResult:
@@ -236,6 +239,22 @@ class _Run:
                 case = self.unreached[name]
                 notes.append(f"core '{name}' receives no gradient on {missing} of {len(found)} examples, e.g. {case!r}")
         return tuple(notes)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The tensors are tiny, and equal bits are expected of equal work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _batches(examples: int, seed: int) -> Iterator[int]:
+    """The seeds of enough draws."""
+    return iter(range(1000 * seed, 1000 * seed + math.ceil(examples * DRAWN_FOR_EACH / BATCH)))
 
 
 def _search(strategy: st.SearchStrategy[Case], condition: Callable[[Case], bool], draws: int, seed: int) -> None:

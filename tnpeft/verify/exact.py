@@ -36,6 +36,8 @@ class Exact:
         twins: dict[str, Tensor] = {}
         for name, core in adapter.cores.items():
             twin = self._sized(core.detach().double())
+            if self.magnitude and name in adapter.start:  # tensors on the way are start and change added up
+                twin = twin + adapter.start[name].double().abs()
             if isinstance(core, nn.Parameter):
                 twin = self.leaves.setdefault(id(core), twin.requires_grad_())
             twins[name] = twin

@@ -26,7 +26,8 @@ from tnpeft.verify.subject import Subject, adapted_layers
 
 __all__ = ["Gauge", "gauge_of"]
 
-MAX_PARAMETERS, MAX_ENTRIES, MAX_PRODUCT = 1200, 4096, 1_500_000
+MAX_PARAMETERS, MAX_ENTRIES = 700, 40_000
+COLUMNS = 3_000  # entries of the weight that are looked at: a rank shows in any of them, once they are enough
 PRECISION = 1e-9  # of singular values, relative to the largest
 
 
@@ -72,7 +73,7 @@ def gauge_of(spec: Spec, candidates: Sequence[Case]) -> Gauge | None:
         except TnpeftError:
             continue
         parameters, entries = _trained(network), network.layer.numel
-        if 0 < parameters <= MAX_PARAMETERS and entries <= MAX_ENTRIES and parameters * entries <= MAX_PRODUCT:
+        if 0 < parameters <= MAX_PARAMETERS and entries <= MAX_ENTRIES:
             fitting.append((min(entries - parameters, parameters), -number, case))
     for _, _, case in sorted(fitting, key=lambda item: item[:2], reverse=True):
         try:
@@ -95,7 +96,8 @@ def _gauge(spec: Spec, case: Case) -> Gauge:
         cores = {name: core.detach() for name, core in Exact(model).cores(layer).items()}
         trained = {name: cores[name] for name, core in adapter.cores.items() if isinstance(core, nn.Parameter)}
         parts = {name: _derivative(adapter.network, cores, name) for name in trained}
-        jacobian = torch.cat(list(parts.values()))  # (parameters, entries)
+        entries = adapter.network.layer.numel
+        jacobian = torch.cat(list(parts.values()))  # (parameters, columns)
         rank = _rank(jacobian)
         bonds = _free(list(_bond_moves(adapter.network, trained)), jacobian)
         both = _free([*_bond_moves(adapter.network, trained), *_scalings(trained)], jacobian)
@@ -105,7 +107,7 @@ def _gauge(spec: Spec, case: Case) -> Gauge:
         str(adapter.network.layer),
         dict(adapter.network.params),
         jacobian.shape[0],
-        jacobian.shape[1],
+        entries,
         rank,
         bonds,
         both - bonds,
@@ -114,11 +116,15 @@ def _gauge(spec: Spec, case: Case) -> Gauge:
 
 
 def _derivative(network: Network, cores: Mapping[str, Tensor], name: str) -> Tensor:
-    """d(T)/d(core), one row for each number in the core: T with the core replaced by every unit tensor."""
+    """d(T)/d(core), one row for each number in the core: T with the core replaced by every unit tensor.
+
+    The columns are a random choice of the weight's entries.
+    """
     bound = {core.name: core for core in network.cores}
     numel = bound[name].numel
     units = torch.eye(numel, dtype=torch.float64).reshape(numel, *bound[name].shape)
-    total = torch.zeros(numel, network.layer.numel, dtype=torch.float64)
+    chosen = torch.randperm(network.layer.numel, generator=torch.Generator().manual_seed(0))[:COLUMNS]
+    total = torch.zeros(numel, len(chosen), dtype=torch.float64)
     for term in terms_of(network):
         if name not in term.cores:
             continue
@@ -130,7 +136,7 @@ def _derivative(network: Network, cores: Mapping[str, Tensor], name: str) -> Ten
         value = sum_out(operands, ["", *opened])
         value = value.reshape(numel, *(math.prod(network.sizes[leg] for leg in axis) for axis in term.weight))
         cropped = value[(slice(None), *(slice(size) for size in network.layer.weight_shape))]
-        total += term.scale * cropped.reshape(numel, -1)
+        total += term.scale * cropped.reshape(numel, -1)[:, chosen]
     return total
 
 

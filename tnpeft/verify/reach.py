@@ -57,9 +57,9 @@ def gauge_cases(
         wide = [Case(layer.kind, layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups)]
     else:
         wide = []
-        for kind, channels in itertools.product(spec.layers, (12, 16, 24, 32, 48)):
+        for kind, channels in itertools.product(spec.layers, (12, 16, 24, 48)):
             kernel = (3,) * KINDS[kind]
-            wide += [Case(kind, channels, channels + more, kernel) for more in (0, channels // 2)]
+            wide += [Case(kind, channels, channels + more, kernel) for more in (0, channels // 2, channels)]
         simple = [replace(case, dtype="float64", params={}) for case in accepted if case.groups == 1]
         wide += sorted(simple, key=lambda case: case.size, reverse=True)[:20]
     ranks = [{}, {name: 2 for name in ("r", "rank") if name in spec.params and name not in params}]
