@@ -5,6 +5,7 @@ from tnpeft.verify.checks import CHECKS, Check
 from tnpeft.verify.conditioning import Conditioning
 from tnpeft.verify.engine import run_check, verify
 from tnpeft.verify.gauge import Gauge
+from tnpeft.verify.random_specs import networks, specs
 from tnpeft.verify.report import CheckResult, Counterexample, VerifyReport
 from tnpeft.verify.strategies import inputs_for, layers, params_of
 
@@ -19,8 +20,10 @@ __all__ = [
     "VerifyReport",
     "inputs_for",
     "layers",
+    "networks",
     "params_of",
     "run_check",
     "sample_input",
+    "specs",
     "verify",
 ]

@@ -41,17 +41,21 @@ def verify(
     seed: int = 0,
     layer: Layer | None = None,
     seconds: float = 60.0,
+    label: str | None = None,
     **params: float,
 ) -> VerifyReport:
     """Try `spec` (or a shipped name, a path) on random layers within its reach, and report what does not hold.
 
-    `layer` and `params` fix what is otherwise drawn. No new example starts after `seconds`. Raises SpecError for a
-    spec that cannot be read; whatever else goes wrong is in the report.
+    `layer` and `params` fix what is otherwise drawn. No new example starts after `seconds`. `label` is what the spec is
+    called where counter-examples are printed. Raises SpecError for a spec that cannot be read; whatever else goes wrong
+    is in the report.
     """
     started = time.monotonic()
+    if label is None:
+        label = spec.name if isinstance(spec, Spec) else str(spec)
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
     _check_arguments(spec, examples, params)
-    run = _Run(spec, examples, started + seconds)
+    run = _Run(spec, label, examples, started + seconds)
     drawn = cases(reachable(spec, layer, params, seed), params_of(spec, params), DTYPES)
     with _one_thread(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same' with even", UserWarning)
@@ -104,8 +108,8 @@ def failure_of(check: Check, subject: Subject) -> str | None:
 class _Run:
     """What one run of `verify` has seen so far."""
 
-    def __init__(self, spec: Spec, examples: int, deadline: float) -> None:
-        self.spec, self.examples, self.deadline = spec, examples, deadline
+    def __init__(self, spec: Spec, label: str, examples: int, deadline: float) -> None:
+        self.spec, self.label, self.examples, self.deadline = spec, label, examples, deadline
         self.accepted: list[Case] = []
         self.tried: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
@@ -153,7 +157,7 @@ class _Run:
     def _fail(self, name: str, case: Case, message: str) -> None:
         known = self.failed.get(name)
         if known is None or case.size < known.case.size:
-            self.failed[name] = Counterexample(name, case, message, self.spec.name)
+            self.failed[name] = Counterexample(name, case, message, self.label)
             self.batches[name] = self.batch
 
     def _refuse(self, case: Case, error: TnpeftError) -> None:
@@ -203,7 +207,7 @@ class _Run:
             if message is None:
                 return False
             if case.size <= best[0].case.size:
-                best[0] = Counterexample(check.name, case, message, self.spec.name)
+                best[0] = Counterexample(check.name, case, message, self.label)
             return True
 
         _search(drawn, fails, BATCH, self.batches[check.name])
@@ -216,7 +220,7 @@ class _Run:
         if failure is None and not self.accepted and self.refusals:
             case, message = min(self.refusals, key=lambda pair: pair[0].size)
             text = f"the spec refuses all {len(self.refusals)} layers tried, e.g. {message}"
-            failure = Counterexample("reach", case, text, self.spec.name)
+            failure = Counterexample("reach", case, text, self.label)
         return CheckResult("reach", title, len(self.accepted), 0, failure)
 
     def alive(self) -> CheckResult:
@@ -227,7 +231,7 @@ class _Run:
         if failure is None and dead:
             case = min((self.unreached[name] for name in dead), key=lambda one: one.size)
             text = f"no gradient ever reaches {_cores(dead)}: freeze it, or mend the inits of the cores around it"
-            failure = Counterexample("alive", case, text, self.spec.name)
+            failure = Counterexample("alive", case, text, self.label)
         return CheckResult("alive", title, self.tried["alive"], 0, failure)
 
     def notes(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from tnpeft.verify.subject import Subject, adapted_layers
 __all__ = ["Gauge", "gauge_of"]
 
 MAX_PARAMETERS, MAX_ENTRIES = 700, 40_000
-COLUMNS = 3_000  # entries of the weight that are looked at: a rank shows in any of them, once they are enough
+COLUMNS = 2_000  # random sums of the weight's entries: a rank shows in them as well, once they are enough
 PRECISION = 1e-9  # of singular values, relative to the largest
 
 
@@ -57,11 +57,9 @@ class Gauge:
 
     def __str__(self) -> str:
         text = f"{self.rank} of {self.parameters} parameters move the update independently on {self.layer}"
-        parts = {"the gauge of bonds and shared indices": self.gauge, "factors between cores": self.scalings}
-        explained = [f"{number} by {what}" for what, number in parts.items() if number]
-        if explained:
-            text += f"; {' and '.join(explained)} are explained"
-        return text + (f"; {self.redundant} more are redundant" if self.redundant else "")
+        rest = {"gauge (bonds, shared indices)": self.gauge, "factors between cores": self.scalings}
+        parts = [f"{number} are {what}" for what, number in (rest | {"redundant": self.redundant}).items() if number]
+        return f"{text}; {', '.join(parts)}" if parts else text
 
 
 def gauge_of(spec: Spec, candidates: Sequence[Case]) -> Gauge | None:
@@ -118,13 +116,12 @@ def _gauge(spec: Spec, case: Case) -> Gauge:
 def _derivative(network: Network, cores: Mapping[str, Tensor], name: str) -> Tensor:
     """d(T)/d(core), one row for each number in the core: T with the core replaced by every unit tensor.
 
-    The columns are a random choice of the weight's entries.
+    The columns are the weight's entries, or sums of them under random signs, `COLUMNS` in all.
     """
     bound = {core.name: core for core in network.cores}
     numel = bound[name].numel
     units = torch.eye(numel, dtype=torch.float64).reshape(numel, *bound[name].shape)
-    chosen = torch.randperm(network.layer.numel, generator=torch.Generator().manual_seed(0))[:COLUMNS]
-    total = torch.zeros(numel, len(chosen), dtype=torch.float64)
+    total = torch.zeros(numel, network.layer.numel, dtype=torch.float64)
     for term in terms_of(network):
         if name not in term.cores:
             continue
@@ -136,8 +133,19 @@ def _derivative(network: Network, cores: Mapping[str, Tensor], name: str) -> Ten
         value = sum_out(operands, ["", *opened])
         value = value.reshape(numel, *(math.prod(network.sizes[leg] for leg in axis) for axis in term.weight))
         cropped = value[(slice(None), *(slice(size) for size in network.layer.weight_shape))]
-        total += term.scale * cropped.reshape(numel, -1)[:, chosen]
-    return total
+        total += term.scale * cropped.reshape(numel, -1)
+    return _sketch(total)
+
+
+def _sketch(matrix: Tensor) -> Tensor:
+    """Every column with a random sign in one of `COLUMNS` sums; the same sums for every matrix of this width."""
+    width = matrix.shape[1]
+    if width <= COLUMNS:
+        return matrix
+    generator = torch.Generator().manual_seed(width)
+    signs = 2.0 * torch.randint(2, (width,), generator=generator, dtype=torch.float64) - 1
+    places = torch.randint(COLUMNS, (width,), generator=generator)
+    return matrix.new_zeros(matrix.shape[0], COLUMNS).index_add_(1, places, matrix * signs)
 
 
 def _rank(matrix: Tensor) -> int:

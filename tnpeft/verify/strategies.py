@@ -17,7 +17,7 @@ from tnpeft.spec.pattern import KINDS
 from tnpeft.verify.case import DTYPES, Case, sample_input
 from tnpeft.verify.properties import st
 
-__all__ = ["cases", "inputs_for", "layers", "params_of", "signatures"]
+__all__ = ["cases", "checked_kinds", "inputs_for", "layers", "params_of", "signatures"]
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _WIDE = (5, 7, 8, 11, 12, 13, 16, 24)  # primes, and numbers with many divisors
@@ -35,7 +35,7 @@ def layers(
 
     `kinds` are names such as "Conv3d". `max_channels` bounds both channel counts, 1 and primes among them.
     """
-    chosen = _checked_kinds((kinds,) if isinstance(kinds, str) else kinds)
+    chosen = checked_kinds((kinds,) if isinstance(kinds, str) else kinds)
     signature = signatures(chosen, max_channels=max_channels, max_kernel=max_kernel, groups=groups)
     drawn = signature.flatmap(lambda layer: cases(st.just(layer), dtypes=dtypes))
     return drawn.map(lambda case: case.build())
@@ -123,7 +123,8 @@ def _options(draw: st.DrawFn, layer: Layer) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value != usual.get(key)}
 
 
-def _checked_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
+def checked_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
+    """`kinds` as a tuple. Raises TnpeftError for what is no kind of layer."""
     found = tuple(kinds)
     for kind in found:
         if kind not in KINDS:
