@@ -17,17 +17,7 @@ from torch import nn
 from tnpeft.errors import Problem, TnpeftError
 from tnpeft.network import Layer, layer_of
 from tnpeft.spec import Spec
-from tnpeft.verify import (
-    Case,
-    VerifyReport,
-    inputs_for,
-    layers,
-    networks,
-    params_of,
-    run_check,
-    specs,
-    verify,
-)
+from tnpeft.verify import Case, VerifyReport, inputs_for, layers, networks, params_of, run_check, specs, verify
 
 __all__ = [
     "Case",
@@ -54,8 +44,8 @@ def assert_adapter_ok(
 ) -> VerifyReport:
     """Raise AssertionError, with the simplest counter-example of every check that fails, unless an adapter is sound.
 
-    `spec` is a spec, a shipped name, a path, or YAML text. `layer` and `params` fix what is otherwise drawn. The report
-    that is returned also has what is advice alone. Raises SpecError for a spec that cannot be read.
+    `spec` is a spec, a shipped name, a path, or YAML text. `layer` and `params` fix what is otherwise drawn. `verify`
+    reports more than what can fail. Raises SpecError for a spec that cannot be read.
     """
     if isinstance(spec, str) and "\n" in spec:
         spec = Spec.from_yaml(spec)
@@ -63,7 +53,7 @@ def assert_adapter_ok(
     if signature is not None and not isinstance(signature, Layer):
         fix = "For example `torch.nn.Linear(8, 8)`."
         raise TnpeftError(Problem("`layer`", "a torch.nn layer or a tnpeft.Layer", type(layer).__name__, fix))
-    report = verify(spec, examples=examples, seed=seed, layer=signature, seconds=seconds, **params)
+    report = verify(spec, examples=examples, seed=seed, layer=signature, seconds=seconds, advice=False, **params)
     if not report.ok:
         raise AssertionError(str(report))
     return report

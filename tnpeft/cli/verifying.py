@@ -109,5 +109,5 @@ def _row(row: Conditioning) -> tuple[str, ...]:
     ratio = f"{row.network_ratio:.3g}" if row.start == "frozen_copy" else "starts at 0"
     ordered = sorted(row.steps.items(), key=lambda item: -item[1])
     whole = sum(row.steps.values()) or 1.0
-    shares = ", ".join(f"{name} {share / whole:.0%}" for name, share in ordered[:3])
+    shares = ", ".join(f"{name} {share / whole:.0%}" for name, share in ordered[:3] if share)
     return row.layer, f"{row.weight:.3g}", ratio, f"{row.step_ratio:.2g}", shares

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tnpeft.errors import TnpeftError
 from tnpeft.io import load, save
 from tnpeft.plan import MODES
 from tnpeft.spec.pattern import expand
@@ -203,9 +204,7 @@ def check_save(subject: Subject) -> None:
     model = subject.attached(moved=True)
     subject.runs(subject.plain, subject.x)
     fresh = subject.model()
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        save(model, Path(folder) / "adapter.safetensors")
-        load(fresh, Path(folder) / "adapter.safetensors")
+    _pass_through_file(model, fresh)
     for saved, loaded in zip(adapted_layers(model), adapted_layers(fresh), strict=True):
         before, after = saved.adapter("default"), loaded.adapter("default")
         for kind, left, right in (("core", before.cores, after.cores), ("frozen copy of core", before.start, after.start)):
@@ -215,6 +214,17 @@ def check_save(subject: Subject) -> None:
                 require_equal(f"whether the loaded {kind} '{name}' trains", *(isinstance(t[name], nn.Parameter) for t in (right, left)))
     with torch.no_grad():
         require_equal("the loaded model's output", fresh(subject.x), model(subject.x))
+
+
+def _pass_through_file(model: nn.Module, fresh: nn.Module) -> None:
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        file = Path(folder) / "adapter.safetensors"
+        try:
+            save(model, file)
+            load(fresh, file)
+        except TnpeftError as error:  # equal mistakes have equal texts, wherever the folder is
+            text = str(error).replace(str(file), file.name)
+            raise Mismatch(f"the file is refused, {type(error).__name__}: {text}") from error
 
 
 def check_detach(subject: Subject) -> None:

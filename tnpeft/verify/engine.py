@@ -31,6 +31,7 @@ __all__ = ["failure_of", "run_check", "verify"]
 
 SHRINKING_SECONDS = 15.0  # for each check that fails
 DRAWN_FOR_EACH = 5  # of which at least one should not be refused
+_PACKAGE = Path(__file__).parents[1]
 BATCH = 10  # after so many Hypothesis makes variations of what it has, where fresh examples tell more
 
 
@@ -42,13 +43,14 @@ def verify(
     layer: Layer | None = None,
     seconds: float = 60.0,
     label: str | None = None,
+    advice: bool = True,
     **params: float,
 ) -> VerifyReport:
     """Try `spec` (or a shipped name, a path) on random layers within its reach, and report what does not hold.
 
     `layer` and `params` fix what is otherwise drawn. No new example starts after `seconds`. `label` is what the spec is
-    called where counter-examples are printed. Raises SpecError for a spec that cannot be read; whatever else goes wrong
-    is in the report.
+    called where counter-examples are printed; without `advice` redundancy and conditioning are left out. Raises
+    SpecError for a spec that cannot be read; whatever else goes wrong is in the report.
     """
     started = time.monotonic()
     if label is None:
@@ -62,8 +64,8 @@ def verify(
         for run.batch in _batches(examples, seed):
             _search(drawn, run.take, BATCH, run.batch)
         results = [run.result(check, drawn) for check in CHECKS]
-        gauge = gauge_of(spec, gauge_cases(spec, layer, params, run.accepted))
-        conditioning = conditioning_of(spec, params, layer, seed)
+        gauge = gauge_of(spec, gauge_cases(spec, layer, params, run.accepted)) if advice else None
+        conditioning = conditioning_of(spec, params, layer, seed) if advice else ()
     return VerifyReport(
         spec.name,
         spec.file,
@@ -116,11 +118,12 @@ class _Run:
         self.failed: dict[str, Counterexample] = {}
         self.refused: Counter[str] = Counter()
         self.refusals: list[tuple[Case, str]] = []
-        self.seen: dict[str, Counter[str]] = {key: Counter() for key in ("kinds", "groups", "dtypes", "options")}
+        self.seen: dict[str, Counter[str]] = {key: Counter() for key in ("kinds", "channels", "groups", "dtypes", "options")}
         self.reached: dict[str, list[bool]] = {}
         self.unreached: dict[str, Case] = {}
         self.batch = 0  # the seed of the examples that are drawn now
         self.batches: dict[str, int] = {}  # that of each failure
+        self.small: list[Case] = []
         self.stopped = False
         self._known: set[str] = set()
         self._done = False
@@ -168,6 +171,7 @@ class _Run:
     def _count(self, case: Case) -> None:
         self.accepted.append(case)
         self.seen["kinds"][case.kind] += 1
+        self.seen["channels"].update(map(_number_class, (case.in_channels, case.out_channels)))
         self.seen["groups"][str(case.groups)] += 1
         self.seen["dtypes"][case.dtype] += 1
         self.seen["options"].update(list(case.options))
@@ -189,8 +193,23 @@ class _Run:
         """The check's result, with its counter-example made small."""
         failure = self.failed.get(check.name)
         if failure is not None:
-            failure = self._shrunk(check, failure, drawn)
+            failure = self._again(check) or self._shrunk(check, failure, drawn)
+            self.small.append(failure.case)
         return CheckResult(check.name, check.title, self.tried[check.name], self.skipped[check.name], failure)
+
+    def _again(self, check: Check) -> Counterexample | None:
+        """The check on a simple case that an earlier one fails on: most likely they fail of one cause."""
+        for case in self.small:
+            message = self._message(check, case)
+            if message is not None:
+                return Counterexample(check.name, case, message, self.label)
+        return None
+
+    def _message(self, check: Check, case: Case) -> str | None:
+        try:
+            return failure_of(check, Subject(self.spec, case))
+        except (Skip, TnpeftError):
+            return None
 
     def _shrunk(self, check: Check, first: Counterexample, drawn: st.SearchStrategy[Case]) -> Counterexample:
         """The same draws once more with this check alone, until Hypothesis has nothing simpler."""
@@ -200,10 +219,7 @@ class _Run:
         def fails(case: Case) -> bool:
             if time.monotonic() > deadline:
                 return False
-            try:
-                message = failure_of(check, Subject(self.spec, case))
-            except (Skip, TnpeftError):
-                return False
+            message = self._message(check, case)
             if message is None:
                 return False
             if case.size <= best[0].case.size:
@@ -287,6 +303,12 @@ def _check_arguments(spec: Spec, examples: object, params: Mapping[str, object])
             raise TnpeftError(Problem(f"spec '{spec.name}', param '{name}'", f"one of {known}", "none of them", fix))
 
 
+def _number_class(number: int) -> str:
+    if number == 1:
+        return "1"
+    return "prime" if all(number % divisor for divisor in range(2, math.isqrt(number) + 1)) else "composite"
+
+
 def _cores(names: Sequence[str]) -> str:
     return ("core " if len(names) == 1 else "cores ") + ", ".join(f"'{name}'" for name in names)
 
@@ -296,7 +318,7 @@ def _place(error: BaseException) -> str:
     place, trace = "outside tnpeft", error.__traceback__
     while trace is not None:
         path = Path(trace.tb_frame.f_code.co_filename)
-        if "tnpeft" in path.parts and "verify" not in path.parts:
-            place = f"in {'/'.join(path.parts[-2:])}:{trace.tb_lineno}"
+        if path.is_relative_to(_PACKAGE) and path.relative_to(_PACKAGE).parts[0] != "verify":
+            place = f"in tnpeft/{path.relative_to(_PACKAGE).as_posix()}:{trace.tb_lineno}"
         trace = trace.tb_next
     return place
