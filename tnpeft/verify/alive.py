@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from tnpeft.verify.subject import Subject, adapted_layers
 
@@ -16,8 +15,7 @@ def reached(subject: Subject) -> dict[str, bool]:
     """Whether each trainable core of one layer has had a gradient within a few steps of descent along random directions."""
     model = subject.attached(dtype=torch.float64)
     layer = next(iter(adapted_layers(model)))
-    named = layer.adapter("default").cores
-    cores = {name: core for name, core in named.items() if isinstance(core, nn.Parameter)}
+    cores = layer.adapter("default").trained  # the first layer holds what it shares with others
     found = dict.fromkeys(cores, False)
     generator = torch.Generator().manual_seed(subject.case.seed)
     for _ in range(STEPS):

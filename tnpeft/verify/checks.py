@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import tempfile
@@ -11,17 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from tnpeft.errors import TnpeftError
 from tnpeft.io import load, save
+from tnpeft.network import BoundCore
 from tnpeft.plan import MODES
+from tnpeft.recipe import Handle
 from tnpeft.spec.pattern import expand
 from tnpeft.surgery import detach, disabled, merge, unmerge
 from tnpeft.verify.exact import Exact
 from tnpeft.verify.formula import formula_value
-from tnpeft.verify.oracle import entry, terms_of
-from tnpeft.verify.subject import Mismatch, Stack, Subject, adapted_layers, require_close, require_equal
+from tnpeft.verify.oracle import canonical, entry
+from tnpeft.verify.subject import Mismatch, Skip, Stack, Subject, adapted_layers, require_close, require_equal
 
 __all__ = ["CHECKS", "Check"]
 
@@ -43,7 +47,7 @@ def check_sizes(subject: Subject) -> None:
     if network.layer.transposed:
         axes[:2] = [subject.case.out_channels, subject.case.in_channels // subject.case.groups]
     padded = any(rule.expression.pads for rule in subject.spec.sizes)
-    for term in terms_of(network):
+    for term in network.terms:
         for number, (size, legs) in enumerate(zip(axes, term.weight, strict=True)):
             product = math.prod(network.sizes[leg] for leg in legs)
             if product != size and not (padded and size < product):
@@ -113,11 +117,65 @@ def _contexts(subject: Subject) -> dict[str, Callable[[], AbstractContextManager
 def check_parameters(subject: Subject) -> None:
     network = subject.network
     (layer, *_) = adapted_layers(subject.attached())
+    # The first layer holds the shared cores.
     trained = sum(parameter.numel() for parameter in layer.adapter("default").parameters())
     require_equal("the number of parameters", network.num_parameters, trained)
     stated = formula_value(network.formula, network)
     if stated != trained:
         raise Mismatch(f"the formula {network.formula} gives {stated:g}, but {trained} elements train")
+
+
+def check_origin(subject: Subject) -> None:
+    """Cores of the base weight's singular value decomposition, put together again, are the weight cut to its bond."""
+    network = subject.network
+    origins = {core.origin: core for core in network.cores if core.origin not in (None, "weight")}
+    if not origins:
+        raise Skip("no core is taken from a decomposition")
+    for layer in adapted_layers(subject.attached(dtype=torch.float64)):
+        cores = layer.adapter("default").cores
+        matrix = canonical(layer.base.weight.detach().double(), network.layer).flatten(1)
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        for origin, core in origins.items():
+            found = cores[core.name].double()
+            if origin == "svd_s":
+                require_close(f"core '{core.name}'", found.flatten(), s[: found.numel()], s, 1e-6)
+                continue
+            rank = math.prod(network.sizes[leg] for leg in core.legs if leg not in network.open_legs)
+            vectors = u if origin == "svd_u" else vh.T
+            # Vectors are known up to a sign: their squares sum to one, and the space that they span is the same.
+            wanted = (vectors[:, :rank] ** 2).sum()
+            require_close(f"the norm of core '{core.name}'", (found**2).sum(), wanted, wanted, 1e-6)
+
+
+def check_shared(subject: Subject) -> None:
+    """One tensor for each scope, counted and saved once, of the same shape in all layers here."""
+    shared = [core for core in subject.network.cores if core.shared is not None]
+    if not shared:
+        raise Skip("no core is shared")
+    model = subject.attached(moved=True)
+    fresh = subject.model()
+    saved = _pass_through_file(model, fresh)
+    for made in (model, fresh):
+        cores = [layer.adapter("default").cores for layer in adapted_layers(made)]
+        for core in shared:
+            ones = [0] * len(cores) if core.shared == "model" else subject.blocks
+            for left, right in itertools.combinations(range(len(cores)), 2):
+                same = cores[left][core.name] is cores[right][core.name]
+                require_equal(f"whether layers {left} and {right} share core '{core.name}'", same, ones[left] == ones[right])
+    unique = {id(one): one.numel() for one in model.parameters() if one.requires_grad}
+    twice = sum(core.numel * (len(subject.blocks) - _tensors(core, subject)) for core in shared if not core.frozen)
+    expected = subject.network.num_parameters * len(subject.blocks) - twice
+    require_equal("the number of trained elements", sum(unique.values()), expected)
+    require_equal("what the report says trains", Handle(model, "default").report().trained, expected)
+    for core in shared:
+        copies = sum(key.endswith(f".core_{core.name}") for key in saved)
+        if not core.frozen and copies != _tensors(core, subject):
+            raise Mismatch(f"core '{core.name}' is saved {copies} times, expected {_tensors(core, subject)}")
+
+
+def _tensors(core: BoundCore, subject: Subject) -> int:
+    """How many tensors a shared core has in the model."""
+    return 1 if core.shared == "model" else len(set(subject.blocks))
 
 
 def check_values(subject: Subject) -> None:
@@ -160,8 +218,8 @@ def _compare_with_exact(subject: Subject, mode: str) -> None:
     found = torch.autograd.grad((output * upstream.to(output.dtype)).sum(), [*cores, x])
     exact = _exact_gradients(model, cores, x.detach(), upstream, magnitude=False)
     bound = _exact_gradients(model, cores, x.detach(), upstream, magnitude=True)
-    core_names = {id(tensor): name for layer in adapted_layers(model) for name, tensor in layer.adapter("default").cores.items()}
-    names = [*(f"the gradient of core '{core_names.get(id(core), '?')}'" for core in cores), "the input's gradient"]
+    trained = {id(one): name for layer in adapted_layers(model) for name, one in layer.adapter("default").trained.items()}
+    names = [*(f"the gradient of '{trained.get(id(core), '?')}'" for core in cores), "the input's gradient"]
     for what, one, wanted, size in zip(("the output", *names), (output.detach(), *found), exact, bound, strict=True):
         require_close(f"{what} ({mode})", one, wanted, size, subject.tolerance)
 
@@ -216,7 +274,8 @@ def check_save(subject: Subject) -> None:
         require_equal("the loaded model's output", fresh(subject.x), model(subject.x))
 
 
-def _pass_through_file(model: nn.Module, fresh: nn.Module) -> None:
+def _pass_through_file(model: nn.Module, fresh: nn.Module) -> list[str]:
+    """Save one model and load the other; the names of the tensors in the file."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         file = Path(folder) / "adapter.safetensors"
         try:
@@ -225,6 +284,8 @@ def _pass_through_file(model: nn.Module, fresh: nn.Module) -> None:
         except TnpeftError as error:  # equal mistakes have equal texts, wherever the folder is
             text = str(error).replace(str(file), file.name)
             raise Mismatch(f"the file is refused, {type(error).__name__}: {text}") from error
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
 
 
 def check_detach(subject: Subject) -> None:
@@ -245,7 +306,7 @@ def check_detach(subject: Subject) -> None:
         model = subject.attached(moved=True)
         detach(model, merge=True)
         require_equal("the output after detach(merge=True)", model(subject.x), adapted)
-        kept = [block["layer"].weight for block in model.blocks]  # type: ignore[index]
+        kept = [layer.weight for layer in model.layers()]
         for weight, before in zip(kept, weights, strict=True):
             require_equal("the weight after detach(merge=True)", weight, before)
 
@@ -255,6 +316,8 @@ CHECKS: tuple[Check, ...] = (
     Check("entries", "entries of T follow the index formula", check_entries),
     Check("start", "the adapted model starts as the base model, bit for bit", check_start),
     Check("parameters", "formula, count and tensors agree", check_parameters),
+    Check("origin", "cores taken from the weight's decomposition are those", check_origin),
+    Check("shared", "shared cores are one tensor, trained, counted and saved once", check_shared),
     Check("values", "T, the update and the weight equal a dense float64 sum", check_values),
     Check("gradients", "output, core and input gradients equal those of float64", check_gradients),
     Check("modes", f"every execution mode agrees ({', '.join(MODES)})", check_modes),

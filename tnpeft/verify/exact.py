@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tnpeft.modules import AdaptedLayer, Adapter
-from tnpeft.verify.oracle import dense_delta, dense_weight
+from tnpeft.modules import AdaptedLayer
+from tnpeft.verify.oracle import canonical, composed, dense_delta, dense_weight
 from tnpeft.verify.subject import adapted_layers
 
 __all__ = ["Exact"]
@@ -29,19 +29,23 @@ class Exact:
         self.layers = list(adapted_layers(model))
         self.magnitude = magnitude
         self.leaves: Leaves = {}
-        self._twins = {id(layer): self._twin(layer.adapter("default")) for layer in self.layers}
+        self._twins = {id(layer): self._twin(layer) for layer in self.layers}
 
-    def _twin(self, adapter: Adapter) -> dict[str, Tensor]:
-        """A layer's cores in float64; one that several layers share has one leaf."""
-        twins: dict[str, Tensor] = {}
+    def _twin(self, layer: AdaptedLayer) -> dict[str, Tensor]:
+        """A layer's cores in float64, those that are its base weight too; a tensor that layers share has one leaf."""
+        adapter = layer.adapter("default")
+        network, start = adapter.network, adapter.start
+        base = self._sized(canonical(layer.base.weight.detach().double(), network.layer))
+        twins = {core.name: base.reshape(core.shape) for core in network.cores if core.origin == "weight"}
         for name, core in adapter.cores.items():
             twin = self._sized(core.detach().double())
-            if self.magnitude and name in adapter.start:  # tensors on the way are start and change added up
-                twin = twin + adapter.start[name].double().abs()
-            if isinstance(core, nn.Parameter):
-                twin = self.leaves.setdefault(id(core), twin.requires_grad_())
-            twins[name] = twin
+            if self.magnitude and name in start:  # tensors on the way are start and change added up
+                twin = twin + start[name].double().abs()
+            twins[name] = self._leaf(core, twin)
         return twins
+
+    def _leaf(self, tensor: Tensor, twin: Tensor) -> Tensor:
+        return self.leaves.setdefault(id(tensor), twin.requires_grad_()) if isinstance(tensor, nn.Parameter) else twin
 
     def _sized(self, tensor: Tensor) -> Tensor:
         return tensor.abs() if self.magnitude else tensor
@@ -56,16 +60,32 @@ class Exact:
 
     def delta(self, layer: AdaptedLayer) -> Tensor:
         """The update of one layer's weight."""
+        if layer.adapter("default").magnitude is None:
+            return self._network_delta(layer)
+        base = _base(layer).weight.detach().double()
+        return self.weight(layer) + (base.abs() if self.magnitude else -base)
+
+    def _network_delta(self, layer: AdaptedLayer) -> Tensor:
         adapter = layer.adapter("default")
         twins = self.cores(layer)
         start = None
         if adapter.network.start == "frozen_copy":
             start = {**twins, **{name: self._sized(core.double()) for name, core in adapter.start.items()}}
-        return dense_delta(layer.adapter("default").network, twins, start, self.magnitude)
+        return dense_delta(adapter.network, twins, start, self.magnitude)
 
     def weight(self, layer: AdaptedLayer) -> Tensor:
         """The effective weight of one layer."""
-        return self._sized(_base(layer).weight.detach().double()) + self.delta(layer)
+        adapter = layer.adapter("default")
+        magnitude = adapter.magnitude
+        summed = self._sized(_base(layer).weight.detach().double()) + self._network_delta(layer)
+        if magnitude is None:
+            return summed
+        factor = self._leaf(magnitude, self._sized(magnitude.detach().double()))
+        if not self.magnitude:
+            return composed(summed, factor, adapter.network.layer)
+        value = Exact(layer)
+        actual = value._sized(_base(layer).weight.detach().double()) + value._network_delta(layer).detach()
+        return composed(actual, factor, adapter.network.layer, summed)
 
     def output(self, x: Tensor) -> Tensor:
         """What the model computes, all its layers on one input."""

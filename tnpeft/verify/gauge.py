@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import networkx
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from tnpeft.network import Network
 from tnpeft.spec import Spec
 from tnpeft.verify.case import Case
 from tnpeft.verify.exact import Exact
-from tnpeft.verify.oracle import sum_out, terms_of
+from tnpeft.verify.oracle import sum_out
 from tnpeft.verify.subject import Subject, adapted_layers
 
 __all__ = ["Gauge", "gauge_of"]
@@ -122,7 +123,7 @@ def _derivative(network: Network, cores: Mapping[str, Tensor], name: str) -> Ten
     numel = bound[name].numel
     units = torch.eye(numel, dtype=torch.float64).reshape(numel, *bound[name].shape)
     total = torch.zeros(numel, network.layer.numel, dtype=torch.float64)
-    for term in terms_of(network):
+    for term in network.terms:
         if name not in term.cores:
             continue
         operands = [
@@ -170,27 +171,72 @@ def _free(moves: Sequence[Tensor], jacobian: Tensor) -> int:
 
 
 def _bond_moves(network: Network, trained: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """The moves of a bond's general linear group, and of the factors along an index that more places share."""
-    opened = set(network.open_legs)
-    shared: dict[tuple[str, ...], list[str]] = {}
-    for leg in network.sizes:
-        owners = tuple(core.name for core in network.cores if leg in core.legs)
-        if len(owners) > 1:
-            shared.setdefault((*owners, *(("",) if leg in opened else ())), []).append(leg)
+    """Moves that span every bond's general linear group, and the factors along indices that more places share."""
     legs_of = {core.name: core.legs for core in network.cores}
-    for owners, legs in shared.items():
-        free = [owner for owner in owners if owner in trained]
+    for legs in _parallel(network):
         size = math.prod(network.sizes[leg] for leg in legs)
-        pairs = list(itertools.pairwise(free))
-        if len(owners) == 2 and len(free) == 2:
-            one, two = owners
-            for row, column in itertools.product(range(size), repeat=2):
-                yield _flat(trained, {one: _matrix(trained[one], legs_of[one], legs, row, column, 1.0),
-                                      two: _matrix(trained[two], legs_of[two], legs, column, row, -1.0)})
+        for sides in _sides(network, legs[0]):
+            if not sides:
+                continue
+            if all(core in trained for core in sides) and any(sides.values()):
+                pairs = itertools.product(range(size), repeat=2)
+                yield from (_flat(trained, _moved(trained, legs_of, legs, sides, *pair)) for pair in pairs)
+            else:  # one core and one value at a time: what they do together is seen from their image
+                for core, value in itertools.product(sides, range(size)):
+                    if core in trained:
+                        yield _flat(trained, _moved(trained, legs_of, legs, {core: 1}, value, value))
+
+
+def _parallel(network: Network) -> list[tuple[str, ...]]:
+    """Legs grouped by the places where they stand: parallel bonds act as one."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for leg in network.sizes:
+        groups.setdefault(tuple(_owners(network, leg)), []).append(leg)
+    return [tuple(legs) for legs in groups.values()]
+
+
+def _owners(network: Network, leg: str) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """For each term the cores that have the leg, and whether it is open there."""
+    legs_of = {core.name: core.legs for core in network.cores}
+    for term in network.terms:
+        opened = any(leg in axis for axis in term.weight)
+        yield tuple(name for name in term.cores if leg in legs_of[name]), opened
+
+
+def _sides(network: Network, leg: str) -> Iterator[dict[str, int]]:
+    """The cores that a leg ties together, over all terms; with signs if it is a bond that has two sides.
+
+    A matrix passes from the cores of one sign to those of the other. Signs of zero: the leg is shared otherwise.
+    """
+    terms = [(owners, opened) for owners, opened in _owners(network, leg) if owners]
+    tied: networkx.Graph[str] = networkx.Graph()
+    for owners, _ in terms:
+        networkx.add_path(tied, owners)
+    for component in networkx.connected_components(tied):
+        own = [(owners, opened) for owners, opened in terms if owners[0] in component]
+        plain = all(len(owners) == 2 and not opened for owners, opened in own)
+        part = tied.subgraph(component)
+        if sum(len(owners) + opened for owners, opened in own) < 2:
             continue
-        for (one, two), value in itertools.product(pairs, range(size)):
-            yield _flat(trained, {one: _matrix(trained[one], legs_of[one], legs, value, value, 1.0),
-                                  two: _matrix(trained[two], legs_of[two], legs, value, value, -1.0)})
+        if plain and networkx.is_bipartite(part):
+            yield {core: 1 if side else -1 for core, side in networkx.bipartite.color(part).items()}
+        elif len(component) > 1:
+            yield dict.fromkeys(sorted(component), 0)
+
+
+def _moved(
+    trained: Mapping[str, Tensor],
+    legs_of: Mapping[str, tuple[str, ...]],
+    legs: Sequence[str],
+    sides: Mapping[str, int],
+    row: int,
+    column: int,
+) -> dict[str, Tensor]:
+    """The unit matrix (row, column) put on each side of a bond, with its sign."""
+    return {
+        core: _matrix(trained[core], legs_of[core], legs, *((row, column) if sign > 0 else (column, row)), float(sign))
+        for core, sign in sides.items()
+    }
 
 
 def _matrix(core: Tensor, own: tuple[str, ...], legs: Sequence[str], row: int, column: int, sign: float) -> Tensor:
@@ -205,9 +251,9 @@ def _matrix(core: Tensor, own: tuple[str, ...], legs: Sequence[str], row: int, c
 
 
 def _scalings(trained: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """One core larger, another smaller by the same factor."""
-    for one, two in itertools.combinations(trained, 2):
-        yield _flat(trained, {one: trained[one], two: -trained[two]})
+    """Each core larger by itself: together they span every exchange of factors."""
+    for name, core in trained.items():
+        yield _flat(trained, {name: core})
 
 
 def _flat(trained: Mapping[str, Tensor], moves: Mapping[str, Tensor]) -> Tensor:

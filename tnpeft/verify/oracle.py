@@ -8,29 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tnpeft.network import Layer, Network
 
-__all__ = ["Term", "canonical", "dense_delta", "dense_weight", "entry", "stored", "sum_out", "terms_of"]
+__all__ = ["canonical", "composed", "dense_delta", "dense_weight", "entry", "stored", "sum_out"]
 
 Legged = tuple[Tensor, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Term:
-    """One product of cores: their names, the open legs of each axis of the canonical weight, and its scale."""
-
-    cores: tuple[str, ...]
-    weight: tuple[tuple[str, ...], ...]
-    scale: float
-
-
-def terms_of(network: Network) -> tuple[Term, ...]:
-    return (Term(tuple(core.name for core in network.cores), network.weight, 1.0),)
 
 
 def sum_out(operands: Iterable[Legged], kept: Sequence[str]) -> Tensor:
@@ -74,7 +60,7 @@ def dense_weight(network: Network, cores: Mapping[str, Tensor], magnitude: bool 
     """
     legs = {core.name: core.legs for core in network.cores}
     total: Tensor | None = None
-    for term in terms_of(network):
+    for term in network.terms:
         opened = [leg for axis in term.weight for leg in axis]
         value = sum_out([(cores[name].double(), legs[name]) for name in term.cores], opened)
         value = value.reshape([math.prod(network.sizes[leg] for leg in axis) for axis in term.weight])
@@ -103,17 +89,33 @@ def stored(weight: Tensor, layer: Layer) -> Tensor:
 
 
 def canonical(weight: Tensor, layer: Layer) -> Tensor:
-    """The way back from `stored`."""
-    if not layer.transposed:
-        return weight
-    return torch.cat([block.transpose(0, 1) for block in weight.chunk(layer.groups)])
+    """The way back from `stored`: swapping the two sides of every group is its own inverse."""
+    return stored(weight, layer)
+
+
+def composed(weight: Tensor, magnitude: Tensor, layer: Layer, size: Tensor | None = None) -> Tensor:
+    """DoRA's magnitude * (W + dW) / ||W + dW||, with `weight` the stored W + dW, norms over each output channel.
+
+    With `size`, the magnitudes of what `weight` was added up from: a bound of the result whose gradients bound the
+    result's. Its second part is the gradient's way through the norm.
+    """
+    rows = canonical(weight, layer).flatten(1)
+    norm = rows.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    factor = magnitude.reshape(-1, 1)
+    if size is None:
+        made = factor * rows / norm
+    else:
+        large, norm = canonical(size, layer).flatten(1), norm.detach()
+        through = large.detach() * (large.detach() * large).sum(1, keepdim=True) / norm**3
+        made = factor * (large / norm + through)
+    return stored(made.reshape(layer.weight_shape), layer)
 
 
 def entry(network: Network, cores: Mapping[str, Tensor], position: Sequence[int]) -> float:
     """One number of T(cores), at a position of the stored weight, from the index formula."""
     legs = {core.name: core.legs for core in network.cores}
     total = 0.0
-    for term in terms_of(network):
+    for term in network.terms:
         digits: dict[str, int] = {}
         for number, axis in zip(_canonical_position(network.layer, position), term.weight, strict=True):
             for leg in reversed(axis):  # row-major: the last leg varies fastest

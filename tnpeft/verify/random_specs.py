@@ -23,7 +23,8 @@ def specs(draw: st.DrawFn, *, max_cores: int = 5, kinds: Sequence[str] = tuple(K
     """Specs of up to `max_cores` cores on some of `kinds`; every size of layer fits them.
 
     Trees and cycles of bonds, indices that three cores share or that stay open in several, kernel indices on any core,
-    disconnected parts, scalars, frozen cores, both starts.
+    disconnected parts, scalars, frozen and shared cores, the base weight as a core, sums of two terms that share cores,
+    `compose: dora`, both starts. Shared cores name the scope `block`.
     """
     chosen = draw(st.lists(st.sampled_from(checked_kinds(kinds)), min_size=1, max_size=3, unique=True))
     axes = {KINDS[kind] for kind in chosen}
@@ -45,6 +46,7 @@ def specs(draw: st.DrawFn, *, max_cores: int = 5, kinds: Sequence[str] = tuple(K
     for number in range(draw(st.integers(0, 4)) if count > 1 else 0):
         sizes[f"b{number}"] = draw(st.sampled_from(_BONDS))
         _place(draw, legs, f"b{number}", 2)
+    pattern = " ".join([*weight, *(named or ["k..."])])
     lines = [
         "tnpeft: 1",
         "name: random",
@@ -52,8 +54,7 @@ def specs(draw: st.DrawFn, *, max_cores: int = 5, kinds: Sequence[str] = tuple(K
         "params: {r: 2, alpha: 3}",
         "sizes:",
         *(f"  {names}: {size}" for names, size in sizes.items()),
-        *_cores(draw, legs),
-        f"weight: {' '.join([*weight, *(named or ['k...'])])}",
+        *_body(draw, legs, pattern),
         f"scale: {draw(st.sampled_from(_SCALES))}",
         f"seed: {draw(st.integers(0, 9))}",
     ]
@@ -67,17 +68,38 @@ def _place(draw: st.DrawFn, legs: list[list[str]], name: str, fewest: int) -> No
         legs[core].insert(draw(st.integers(0, len(legs[core]))), name)
 
 
-def _cores(draw: st.DrawFn, legs: list[list[str]]) -> list[str]:
-    """The cores and the start; for a start at zero one trainable core holds zeros."""
+def _body(draw: st.DrawFn, legs: list[list[str]], pattern: str) -> list[str]:
+    """The cores, what is made of them, and the start; for a start at zero one trainable core of each term holds zeros."""
     zeros = draw(st.integers(0, len(legs) - 1)) if draw(st.booleans()) else None
     trained = draw(st.integers(0, len(legs) - 1)) if zeros is None else zeros
-    lines = ["cores:"]
-    for number, own in enumerate(legs):
-        frozen = number != trained and draw(st.integers(0, 3)) == 3
-        init = "zeros" if number == zeros else draw(st.sampled_from(_INITS))
-        more = ", frozen: true" if frozen else ""
-        lines.append(f'  core{number}: {{legs: "{" ".join(own)}", init: {init}{more}}}')
-    return [*lines, f"start: {'frozen_copy' if zeros is None else 'zero'}"]
+    names = [f"core{number}" for number in range(len(legs))]
+    lines = [_core(draw, name, " ".join(own), number == zeros, number == trained)
+             for number, (name, own) in enumerate(zip(names, legs, strict=True))]
+    first, second = list(names), []
+    if draw(st.integers(0, 4)) == 4:
+        lines.append(f'  weight: {{legs: "{pattern}", from: weight}}')
+        first.append("weight")
+    if draw(st.integers(0, 2)) == 2:  # a second term: some cores stand in both, others have a twin
+        for number, (name, own) in enumerate(zip(names, legs, strict=True)):
+            if draw(st.booleans()):
+                second.append(name)
+            else:
+                second.append(f"twin{number}")
+                lines.append(_core(draw, second[-1], " ".join(own), number == zeros, number == trained))
+    start = f"start: {'frozen_copy' if zeros is None else 'zero'}"
+    compose = ["compose: dora"] if draw(st.integers(0, 5)) == 5 else []
+    if not second:
+        return ["cores:", *lines, f"weight: {pattern}", *compose, start]
+    terms = [(first, draw(st.sampled_from(("1", "alpha")))), (second, draw(st.sampled_from(("-1", "0.5"))))]
+    listed = [f'  - {{cores: [{", ".join(cores)}], weight: "{pattern}", scale: {scale}}}' for cores, scale in terms]
+    return ["cores:", *lines, "terms:", *listed, *compose, start]
+
+
+def _core(draw: st.DrawFn, name: str, legs: str, zeros: bool, trained: bool) -> str:
+    init = "zeros" if zeros else draw(st.sampled_from(_INITS))
+    frozen = ", frozen: true" if not trained and draw(st.integers(0, 3)) == 3 else ""
+    shared = draw(st.sampled_from(("", "", "", ", shared: model", ", shared: block")))
+    return f'  {name}: {{legs: "{legs}", init: {init}{frozen}{shared}}}'
 
 
 @st.composite

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,9 @@ from tnpeft.verify.case import Case
 __all__ = ["Mismatch", "Skip", "Subject", "adapted_layers", "fill"]
 
 
+SCOPE = r"blocks\.(\d+)\."  # what every scope of shared cores is bound to
+
+
 class Mismatch(Exception):
     """What a check found wrong."""
 
@@ -30,14 +34,17 @@ class Skip(Exception):
 
 
 class Stack(nn.Module):
-    """Layers of one shape beside each other, all fed with one input."""
+    """Layers of one shape in blocks, all fed with one input."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, blocks: list[list[nn.Module]]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({"layer": layer}) for layer in layers])
+        self.blocks = nn.ModuleList([nn.ModuleList(layers) for layers in blocks])
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([block["layer"](x) for block in self.blocks])  # type: ignore[index]
+        return torch.stack([layer(x) for layer in self.layers()])
+
+    def layers(self) -> list[nn.Module]:
+        return [layer for block in self.blocks for layer in block]  # type: ignore[attr-defined]
 
 
 class Subject:
@@ -46,7 +53,9 @@ class Subject:
     def __init__(self, spec: Spec, case: Case) -> None:
         self.spec, self.case = spec, case
         self.network: Network = spec.bind(case.layer, **case.params)
-        self.plain = Stack([case.build(seed) for seed in range(2)]).eval()
+        # Two blocks of one layer; where cores are shared within a scope, the first has two.
+        layers = [case.build(seed) for seed in range(3 if spec.scopes else 2)]
+        self.plain = Stack([layers[:-1], layers[-1:]]).eval()
         self.x = case.input()
         self.attached()
 
@@ -57,7 +66,8 @@ class Subject:
     def attached(self, mode: str = "dense", dtype: torch.dtype | None = None, moved: bool = False) -> Stack:
         """The model with a fresh adapter; `moved`: its cores are no longer those of the start."""
         model = self.model().to(dtype)
-        attach(model, self.spec, match=self.names, mode=mode, **self.case.params)
+        scopes = {scope: SCOPE for scope in self.spec.scopes}
+        attach(model, self.spec, match=self.names, mode=mode, scopes=scopes, **self.case.params)
         if moved:
             for number, layer in enumerate(adapted_layers(model)):
                 fill(layer.adapter("default"), self.case.seed + number)
@@ -65,7 +75,12 @@ class Subject:
 
     @cached_property
     def names(self) -> list[str]:
-        return [name for name, module in self.plain.named_modules() if name.endswith(".layer")]
+        return [name for name, _ in self.plain.named_modules() if re.fullmatch(SCOPE + r"\d+", name)]
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """The block of each layer."""
+        return [int(name.split(".")[1]) for name in self.names]
 
     @cached_property
     def working(self) -> torch.dtype:
@@ -105,6 +120,8 @@ def fill(adapter: Adapter, seed: int = 0) -> None:
             summed = math.prod(size for leg, size in zip(bound.legs, bound.shape, strict=True) if leg not in opened)
             drawn = torch.randn(bound.shape, generator=generator, dtype=torch.float64)
             core.copy_(drawn / math.sqrt(math.sqrt(summed)))
+        if adapter.magnitude is not None:
+            adapter.magnitude.mul_(0.5 + torch.rand(adapter.magnitude.shape, generator=generator))
 
 
 def require_close(what: str, found: Tensor, exact: Tensor, bound: Tensor, tolerance: float) -> None:
