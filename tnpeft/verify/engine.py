@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 import warnings
 from collections import Counter
@@ -165,7 +166,8 @@ class _Run:
 
     def _refuse(self, case: Case, error: TnpeftError) -> None:
         problem = error.problems[0]
-        self.refused[f"{problem.what.removesuffix(f', on {case.layer}')}: expected {problem.expected}"] += 1
+        what = re.sub(r"^layer 'blocks[^']*': ", "", problem.what.removesuffix(f", on {case.layer}"))
+        self.refused[re.sub(r"\b\d+\b", "n", f"{what}: expected {problem.expected}")] += 1
         self.refusals.append((case, str(problem)))
 
     def _count(self, case: Case) -> None:

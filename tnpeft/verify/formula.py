@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tnpeft.network import Network
 from tnpeft.spec.expression import FUNCTIONS, parse_expression
@@ -38,13 +38,23 @@ def _as_python(formula: str, names: Mapping[str, object]) -> str:
         if token == "^":
             continue
         before = tokens[place - 1] if place else ""
-        if before == "^":  # the exponent of a name: times itself, for the language has no powers
-            written.extend(["*", tokens[place - 2]] * (int(token) - 1))
+        if before == "^":  # times itself, for the language has no powers
+            written.extend(["*", *_last_factor(written)] * (int(token) - 1))
             continue
         if place and _ends(before) and _begins(token, before):
             written.append("*")
         written.append(token)
     return " ".join(written)
+
+
+def _last_factor(tokens: Sequence[str]) -> list[str]:
+    """The name, number or parenthesis at the end."""
+    start, depth = len(tokens) - 1, 0
+    while True:
+        depth += (tokens[start] == ")") - (tokens[start] == "(")
+        if not depth:
+            return list(tokens[start:])
+        start -= 1
 
 
 def _ends(token: str) -> bool:

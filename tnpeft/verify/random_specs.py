@@ -81,7 +81,8 @@ def _body(draw: st.DrawFn, legs: list[list[str]], pattern: str) -> list[str]:
         first.append("weight")
     if draw(st.integers(0, 2)) == 2:  # a second term: some cores stand in both, others have a twin
         for number, (name, own) in enumerate(zip(names, legs, strict=True)):
-            if draw(st.booleans()):
+            # The trained core always has one: two equal terms would cancel for ever.
+            if number != trained and draw(st.booleans()):
                 second.append(name)
             else:
                 second.append(f"twin{number}")
