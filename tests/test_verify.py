@@ -13,11 +13,15 @@ from torch import Tensor
 import tnpeft
 from tnpeft.errors import TnpeftError
 from tnpeft.io import saving
-from tnpeft.modules import AdaptedLayer, Adapter, execution, layers
+from tnpeft.modules import AdaptedLayer, Adapter, execution, inits, layers
+from tnpeft.modules import adapter as adapter_module
+from tnpeft.modules.sharing import Sharing
 from tnpeft.network import bind
 from tnpeft.plan import dense as planning
 from tnpeft.program.difference import Code
+from tnpeft.program import model as programs
 from tnpeft.program.finish import Finish
+from tnpeft.program.total import Total
 from tnpeft.verify import CHECKS, Case, VerifyReport, checks, run_check, verify
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -160,10 +164,83 @@ MUTANTS: dict[Break, tuple[set[str], str]] = {
 }
 
 
+def unshared(patch: pytest.MonkeyPatch) -> None:
+    """Every layer holds the shared cores itself."""
+    patch.setattr(Sharing, "holder", lambda self, adapter, core, dtype: adapter)
+
+
+def wrong_vectors(patch: pytest.MonkeyPatch) -> None:
+    """Half as long as singular vectors are."""
+    real = inits._svd
+    patch.setattr(inits, "_svd", lambda *args: 0.5 * real(*args))
+
+
+def signless_terms(patch: pytest.MonkeyPatch) -> None:
+    real = Total.value
+    patch.setattr(Total, "value", lambda self, cores: real(dataclasses.replace(self, terms=tuple(
+        term._replace(scale=abs(term.scale)) for term in self.terms)), cores))
+
+
+def rowless_norm(patch: pytest.MonkeyPatch) -> None:
+    """DoRA without the change of direction."""
+    patch.setattr(adapter_module, "composed", lambda layer, weight, delta, magnitude, start: delta)
+
+
+SHARED = KRON.replace("o1 i1 b", "{legs: o1 i1 b, shared: block}")
+SVD = """
+tnpeft: 1
+name: xs
+layers: Linear
+sizes: {o: out_channels, i: in_channels, a: 1, b: 1}
+cores:
+  u: {legs: o a, from: svd_u}
+  m: {legs: a b, init: zeros}
+  v: {legs: b i, from: svd_v}
+weight: o i
+start: zero
+"""
+SUM = """
+tnpeft: 1
+name: sum
+layers: any
+params: {r: 2}
+sizes: {o: out_channels, i: in_channels}
+cores:
+  w:  {legs: o i k..., from: weight}
+  up: {legs: o r, init: zeros}
+  in: r i
+  on: {legs: r k..., init: normal(1)}
+  of: {legs: r i k...}
+terms:
+  - {cores: [w, up, in, on], weight: o i k..., scale: 2}
+  - {cores: [up, of], weight: o i k..., scale: -1}
+compose: dora
+start: zero
+"""
+
+
+@pytest.mark.parametrize(
+    ("mutant", "spec", "check"),
+    [
+        (unshared, SHARED, "shared"),
+        (wrong_vectors, SVD, "origin"),
+        (signless_terms, SUM, "entries"),
+        (rowless_norm, SUM, "values"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_every_construct_is_looked_at(
+    mutant: Break, spec: str, check: str, monkeypatch: pytest.MonkeyPatch
+):
+    assert report_of(spec, examples=4).ok
+    mutant(monkeypatch)
+    report = report_of(spec, examples=4)
+    assert check in failing(report)
+    assert next(failure for failure in report.failures if failure.check == check).case.layer.numel <= 12
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_broken_library_is_found_out(mutant: Break, monkeypatch: pytest.MonkeyPatch):
-    from tnpeft.program import model as programs
-
     programs.build_program.cache_clear()
     mutant(monkeypatch)
     expected, telling = MUTANTS[mutant]

@@ -5,7 +5,8 @@
     def test_my_adapter():
         assert_adapter_ok("my_adapter.yaml")
 
-Needs `pip install 'tnpeft[testing]'`.
+Under `@given(specs())` of one's own, Hypothesis wants `suppress_health_check=[HealthCheck.nested_given]`: the assertion
+draws examples too. Needs `pip install 'tnpeft[testing]'`.
 """
 
 from __future__ import annotations

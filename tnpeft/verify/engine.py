@@ -6,7 +6,6 @@ import math
 import random
 import re
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,8 +59,7 @@ def verify(
     _check_arguments(spec, examples, params)
     run = _Run(spec, label, examples, started + seconds)
     drawn = cases(reachable(spec, layer, params, seed), params_of(spec, params), DTYPES)
-    with _one_thread(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Using padding='same' with even", UserWarning)
+    with _one_thread():
         for run.batch in _batches(examples, seed):
             _search(drawn, run.take, BATCH, run.batch)
         results = [run.result(check, drawn) for check in CHECKS]
