@@ -74,11 +74,13 @@ def test_a_failure_is_printed_to_be_pasted(monkeypatch: pytest.MonkeyPatch):
     ]
     place = next(number for number, line in enumerate(lines) if line.startswith("merge: "))
     assert lines[place : place + 5] == [
-        "merge: the base weight after 1 cycles of merge and unmerge differs in 6 of 6 numbers, by up to 1; expected equal bits",
+        "merge: the base weight after 1 cycles of merge and unmerge differs in 6 of 6 numbers, by up to 1; "
+        "expected equal bits",
         "  layer   torch.nn.Linear(3, 2)",
         "  params  {'r': 1}",
         "  show    tnpeft show lora --layer Linear:3,2 --set r=1",
-        "  again   from tnpeft.testing import Case, run_check; run_check('merge', 'lora', Case('Linear', 3, 2, params={'r': 1}))",
+        "  again   from tnpeft.testing import Case, run_check; "
+        "run_check('merge', 'lora', Case('Linear', 3, 2, params={'r': 1}))",
     ]
     code = lines[place + 4].partition("again")[2].strip()
     with pytest.raises(AssertionError) as excinfo:

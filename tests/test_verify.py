@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 import tnpeft
-from tnpeft.errors import TnpeftError
 from tnpeft.io import saving
 from tnpeft.modules import AdaptedLayer, Adapter, execution, inits, layers
 from tnpeft.modules import adapter as adapter_module
 from tnpeft.modules.sharing import Sharing
 from tnpeft.network import bind
 from tnpeft.plan import dense as planning
-from tnpeft.program.difference import Code
 from tnpeft.program import model as programs
+from tnpeft.program.difference import Code
 from tnpeft.program.finish import Finish
 from tnpeft.program.total import Total
-from tnpeft.verify import CHECKS, Case, VerifyReport, checks, run_check, verify
+from tnpeft.verify import VerifyReport, checks, run_check, verify
 
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -65,7 +64,9 @@ def forgotten_scale(patch: pytest.MonkeyPatch) -> None:
 def mixed_groups(patch: pytest.MonkeyPatch) -> None:
     """Blocks of a grouped transposed convolution side by side, as a plain transposed one has them."""
     patch.setattr(Finish, "_stored", lambda self, padded: padded.transpose(0, 1).reshape(self.stored))
-    patch.setattr(Finish, "_canonical", lambda self, stored: stored.reshape(self.padded[1], self.padded[0], -1).transpose(0, 1))
+    patch.setattr(
+        Finish, "_canonical", lambda self, stored: stored.reshape(self.padded[1], self.padded[0], -1).transpose(0, 1)
+    )
 
 
 def longer_gradient(patch: pytest.MonkeyPatch) -> None:
@@ -177,8 +178,13 @@ def wrong_vectors(patch: pytest.MonkeyPatch) -> None:
 
 def signless_terms(patch: pytest.MonkeyPatch) -> None:
     real = Total.value
-    patch.setattr(Total, "value", lambda self, cores: real(dataclasses.replace(self, terms=tuple(
-        term._replace(scale=abs(term.scale)) for term in self.terms)), cores))
+    patch.setattr(
+        Total,
+        "value",
+        lambda self, cores: real(
+            dataclasses.replace(self, terms=tuple(term._replace(scale=abs(term.scale)) for term in self.terms)), cores
+        ),
+    )
 
 
 def rowless_norm(patch: pytest.MonkeyPatch) -> None:
@@ -229,9 +235,7 @@ start: zero
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_every_construct_is_looked_at(
-    mutant: Break, spec: str, check: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_every_construct_is_looked_at(mutant: Break, spec: str, check: str, monkeypatch: pytest.MonkeyPatch):
     assert report_of(spec, examples=4).ok
     mutant(monkeypatch)
     report = report_of(spec, examples=4)

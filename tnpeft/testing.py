@@ -12,6 +12,7 @@ draws examples too. Needs `pip install 'tnpeft[testing]'`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -41,7 +42,7 @@ def assert_adapter_ok(
     seed: int = 0,
     layer: Layer | nn.Module | None = None,
     seconds: float = 60.0,
-    **params: float,
+    **params: Any,
 ) -> VerifyReport:
     """Raise AssertionError, with the simplest counter-example of every check that fails, unless an adapter is sound.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tnpeft.cli.arguments import parse_layer, parse_settings
 from tnpeft.cli.output import Output, UsageError, table
@@ -31,7 +31,7 @@ def verify_spec(
 ) -> bool:
     """Verify a spec and print the report; true where every check holds."""
     spec = load_spec(name)
-    params = parse_settings(settings)
+    params: dict[str, Any] = parse_settings(settings)
     _check_params(spec, params)
     signature = None if layer is None else parse_layer(layer)
     if signature is not None and signature.kind not in spec.layers:
@@ -67,7 +67,13 @@ def _print(output: Output, spec: Spec, report: VerifyReport) -> None:
         f"{report.examples} examples{stopped} in {report.seconds:.0f} s, seed {report.seed}; {refused} layers refused\n"
     )
     rows = (
-        (check.name, "ok" if check.failure is None else "FAILS", str(check.examples), str(check.skipped or ""), check.title)
+        (
+            check.name,
+            "ok" if check.failure is None else "FAILS",
+            str(check.examples),
+            str(check.skipped or ""),
+            check.title,
+        )
         for check in report.checks
     )
     columns = {"check": "left", "": "left", "examples": "right", "skipped": "right", "what holds": "left"}
@@ -96,7 +102,13 @@ def _print_advice(output: Output, report: VerifyReport) -> None:
         output.say(f"{'note':<12}{note}")
     if report.conditioning:
         rate = report.conditioning[0].rate
-        columns = {"start on": "left", "std W": "right", "std T / std W": "right", "first step / std W": "right", "by core": "left"}
+        columns = {
+            "start on": "left",
+            "std W": "right",
+            "std T / std W": "right",
+            "first step / std W": "right",
+            "by core": "left",
+        }
         output.say()
         output.show(table("", columns, map(_row, report.conditioning)))
         output.say(f"The first step is Adam's at rate {rate:g}, along a random gradient.")

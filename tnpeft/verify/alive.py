@@ -12,7 +12,7 @@ STEPS = 3  # a core of zeros hides the others until it has moved; two in a row h
 
 
 def reached(subject: Subject) -> dict[str, bool]:
-    """Whether each trainable core of one layer has had a gradient within a few steps of descent along random directions."""
+    """Whether each trainable core of one layer has had a gradient within a few steps along random directions."""
     model = subject.attached(dtype=torch.float64)
     layer = next(iter(adapted_layers(model)))
     cores = layer.adapter("default").trained  # the first layer holds what it shares with others
@@ -27,5 +27,5 @@ def reached(subject: Subject) -> dict[str, bool]:
             if gradient is not None and size > 0:
                 found[name] = True
                 with torch.no_grad():
-                    core -= gradient * (0.1 / size)
+                    core.sub_(gradient * (0.1 / size))
     return found

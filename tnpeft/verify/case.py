@@ -45,7 +45,7 @@ class Case:
         return dtype
 
     def build(self, seed: int = 0) -> nn.Module:
-        """The layer with random weights; `seed` tells several layers of one case apart. torch's own generator is left."""
+        """The layer with random weights; `seed` tells several layers of one case apart."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1009 * self.seed + seed)
             made: nn.Module = getattr(nn, self.kind)(*self._positional(), **self._keywords())

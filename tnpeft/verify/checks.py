@@ -43,7 +43,7 @@ class Check:
 
 def check_sizes(subject: Subject) -> None:
     network, layer = subject.network, subject.case.build()
-    axes = list(layer.weight.shape)  # type: ignore[arg-type, union-attr]
+    axes = list(layer.weight.shape)  # type: ignore[arg-type]
     if network.layer.transposed:
         axes[:2] = [subject.case.out_channels, subject.case.in_channels // subject.case.groups]
     padded = any(rule.expression.pads for rule in subject.spec.sizes)
@@ -51,7 +51,9 @@ def check_sizes(subject: Subject) -> None:
         for number, (size, legs) in enumerate(zip(axes, term.weight, strict=True)):
             product = math.prod(network.sizes[leg] for leg in legs)
             if product != size and not (padded and size < product):
-                raise Mismatch(f"legs ({' '.join(legs)}) of weight axis {number} multiply to {product}, expected {size}")
+                raise Mismatch(
+                    f"legs ({' '.join(legs)}) of weight axis {number} multiply to {product}, expected {size}"
+                )
     (adapted, *_) = adapted_layers(subject.attached())
     cores = adapted.adapter("default").cores
     for core, bound in zip(subject.spec.cores, network.cores, strict=True):
@@ -161,7 +163,9 @@ def check_shared(subject: Subject) -> None:
             ones = [0] * len(cores) if core.shared == "model" else subject.blocks
             for left, right in itertools.combinations(range(len(cores)), 2):
                 same = cores[left][core.name] is cores[right][core.name]
-                require_equal(f"whether layers {left} and {right} share core '{core.name}'", same, ones[left] == ones[right])
+                require_equal(
+                    f"whether layers {left} and {right} share core '{core.name}'", same, ones[left] == ones[right]
+                )
     unique = {id(one): one.numel() for one in model.parameters() if one.requires_grad}
     twice = sum(core.numel * (len(subject.blocks) - _tensors(core, subject)) for core in shared if not core.frozen)
     expected = subject.network.num_parameters * len(subject.blocks) - twice
@@ -185,7 +189,11 @@ def check_values(subject: Subject) -> None:
         for layer in adapted_layers(model):
             adapter = layer.adapter("default")
             pairs = {
-                "the network's weight": (adapter.network_weight(), exact.network_weight(layer), bound.network_weight(layer)),
+                "the network's weight": (
+                    adapter.network_weight(),
+                    exact.network_weight(layer),
+                    bound.network_weight(layer),
+                ),
                 "the update": (adapter.delta_weight(), exact.delta(layer), bound.delta(layer)),
                 "the weight": (layer.weight, exact.weight(layer), bound.weight(layer)),
             }
@@ -218,13 +226,17 @@ def _compare_with_exact(subject: Subject, mode: str) -> None:
     found = torch.autograd.grad((output * upstream.to(output.dtype)).sum(), [*cores, x])
     exact = _exact_gradients(model, cores, x.detach(), upstream, magnitude=False)
     bound = _exact_gradients(model, cores, x.detach(), upstream, magnitude=True)
-    trained = {id(one): name for layer in adapted_layers(model) for name, one in layer.adapter("default").trained.items()}
+    trained = {
+        id(one): name for layer in adapted_layers(model) for name, one in layer.adapter("default").trained.items()
+    }
     names = [*(f"the gradient of '{trained.get(id(core), '?')}'" for core in cores), "the input's gradient"]
     for what, one, wanted, size in zip(("the output", *names), (output.detach(), *found), exact, bound, strict=True):
         require_close(f"{what} ({mode})", one, wanted, size, subject.tolerance)
 
 
-def _exact_gradients(model: Stack, cores: list[nn.Parameter], x: Tensor, upstream: Tensor, magnitude: bool) -> list[Tensor]:
+def _exact_gradients(
+    model: Stack, cores: list[nn.Parameter], x: Tensor, upstream: Tensor, magnitude: bool
+) -> list[Tensor]:
     """The output, then the gradients of the cores and of the input."""
     exact = Exact(model, magnitude)
     x = (x.abs() if magnitude else x).double().requires_grad_()
@@ -250,7 +262,9 @@ def check_merge(subject: Subject) -> None:
                 require_equal("the merged weight", layer.weight, weight)
             unmerge(model)
             for layer, weight in zip(layers, base, strict=True):
-                require_equal(f"the base weight after {cycle + 1} cycles of merge and unmerge", layer.base.weight, weight)
+                require_equal(
+                    f"the base weight after {cycle + 1} cycles of merge and unmerge", layer.base.weight, weight
+                )
             require_equal("the output after unmerge", model(subject.x), before)
         rounding = torch.finfo(subject.case.torch_dtype).eps
         for layer, weight in zip(layers, summed, strict=True):
@@ -265,11 +279,17 @@ def check_save(subject: Subject) -> None:
     _pass_through_file(model, fresh)
     for saved, loaded in zip(adapted_layers(model), adapted_layers(fresh), strict=True):
         before, after = saved.adapter("default"), loaded.adapter("default")
-        for kind, left, right in (("core", before.cores, after.cores), ("frozen copy of core", before.start, after.start)):
+        for kind, left, right in (
+            ("core", before.cores, after.cores),
+            ("frozen copy of core", before.start, after.start),
+        ):
             require_equal(f"the saved {kind}s", list(right), list(left))
             for name in left:
                 require_equal(f"the loaded {kind} '{name}'", right[name].detach(), left[name].detach())
-                require_equal(f"whether the loaded {kind} '{name}' trains", *(isinstance(t[name], nn.Parameter) for t in (right, left)))
+                require_equal(
+                    f"whether the loaded {kind} '{name}' trains",
+                    *(isinstance(t[name], nn.Parameter) for t in (right, left)),
+                )
     with torch.no_grad():
         require_equal("the loaded model's output", fresh(subject.x), model(subject.x))
 

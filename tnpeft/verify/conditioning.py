@@ -33,7 +33,7 @@ _LAYERS = (
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Standard deviations at the start of one layer, of its weight W, of scale * T, and of the update after Adam's first step.
+    """Standard deviations at the start of one layer: of its weight W, of scale * T, and of Adam's first step in dW.
 
     `steps` has the share of each trainable core: the update's deviation where that core alone takes the step.
     """
@@ -66,11 +66,12 @@ class Conditioning:
             first = f"the first step moves the weight by {self.step_ratio:.2g} of its deviation"
             if self.start == "frozen_copy" and self.network_ratio > LARGE_NETWORK:
                 first = f"std(T) is {self.network_ratio:.3g} times std(W), and {first}"
-            return f"{first}, most of it by core '{leading}': multiply the init of the other cores, or the learning rate, by {less:.1g}"
+            change = f"multiply the init of the other cores, or the learning rate, by {less:.1g}"
+            return f"{first}, most of it by core '{leading}': {change}"
         if self.start == "frozen_copy" and self.network_ratio > LARGE_NETWORK:
             return (
-                f"std(T) is {self.network_ratio:.3g} times std(W): harmless to the start, which is exact, but the cores are "
-                f"stiff; scale the init of one core by {1 / self.network_ratio:.1g}"
+                f"std(T) is {self.network_ratio:.3g} times std(W): harmless to the start, which is exact, but a "
+                f"small change of a core moves much; scale the init of one core by {1 / self.network_ratio:.1g}"
             )
         if self.step_ratio < SMALL_STEP:
             return (
@@ -84,7 +85,9 @@ class Conditioning:
         return {**asdict(self), "params": dict(self.params), "steps": dict(self.steps), **ratios}
 
 
-def conditioning_of(spec: Spec, params: Mapping[str, float], layer: Layer | None = None, seed: int = 0) -> tuple[Conditioning, ...]:
+def conditioning_of(
+    spec: Spec, params: Mapping[str, float], layer: Layer | None = None, seed: int = 0
+) -> tuple[Conditioning, ...]:
     """One row for each kind that the spec takes (transposed ones where it takes no other), or for `layer` alone."""
     if layer is not None:
         return tuple(_rows(spec, params, [layer], seed))
@@ -95,7 +98,9 @@ def conditioning_of(spec: Spec, params: Mapping[str, float], layer: Layer | None
 def _rows(spec: Spec, params: Mapping[str, float], layers: Sequence[Layer], seed: int) -> list[Conditioning]:
     rows = []
     for layer in layers:
-        case = Case(layer.kind, layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups, {}, params, seed=seed)
+        case = Case(
+            layer.kind, layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups, {}, params, seed=seed
+        )
         try:
             rows.append(_row(spec, case))
         except TnpeftError:
@@ -105,10 +110,11 @@ def _rows(spec: Spec, params: Mapping[str, float], layers: Sequence[Layer], seed
 
 def _row(spec: Spec, case: Case) -> Conditioning:
     base = case.build()
-    adapter = compile(spec, base, name="layer", **case.params)
+    params: dict[str, Any] = dict(case.params)
+    adapter = compile(spec, base, name="layer", **params)
     network = adapter.network
+    assert isinstance(base.weight, torch.Tensor)
     weight = base.weight.detach()
-    assert isinstance(weight, torch.Tensor)
     generator = torch.Generator().manual_seed(case.seed)
     upstream = torch.randn(weight.shape, generator=generator)
     cores = {name: core for name, core in adapter.cores.items() if isinstance(core, nn.Parameter)}

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def verify(
     seconds: float = 60.0,
     label: str | None = None,
     advice: bool = True,
-    **params: float,
+    **params: Any,
 ) -> VerifyReport:
     """Try `spec` (or a shipped name, a path) on random layers within its reach, and report what does not hold.
 
@@ -117,7 +118,9 @@ class _Run:
         self.failed: dict[str, Counterexample] = {}
         self.refused: Counter[str] = Counter()
         self.refusals: list[tuple[Case, str]] = []
-        self.seen: dict[str, Counter[str]] = {key: Counter() for key in ("kinds", "channels", "groups", "dtypes", "options")}
+        self.seen: dict[str, Counter[str]] = {
+            key: Counter() for key in ("kinds", "channels", "groups", "dtypes", "options")
+        }
         self.reached: dict[str, list[bool]] = {}
         self.unreached: dict[str, Case] = {}
         self.batch = 0  # the seed of the examples that are drawn now

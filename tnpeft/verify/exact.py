@@ -35,7 +35,7 @@ class Exact:
         """A layer's cores in float64, those that are its base weight too; a tensor that layers share has one leaf."""
         adapter = layer.adapter("default")
         network, start = adapter.network, adapter.start
-        base = self._sized(canonical(layer.base.weight.detach().double(), network.layer))
+        base = self._sized(canonical(_base_weight(layer), network.layer))
         twins = {core.name: base.reshape(core.shape) for core in network.cores if core.origin == "weight"}
         for name, core in adapter.cores.items():
             twin = self._sized(core.detach().double())
@@ -62,7 +62,7 @@ class Exact:
         """The update of one layer's weight."""
         if layer.adapter("default").magnitude is None:
             return self._network_delta(layer)
-        base = _base(layer).weight.detach().double()
+        base = _base_weight(layer)
         return self.weight(layer) + (base.abs() if self.magnitude else -base)
 
     def _network_delta(self, layer: AdaptedLayer) -> Tensor:
@@ -77,14 +77,14 @@ class Exact:
         """The effective weight of one layer."""
         adapter = layer.adapter("default")
         magnitude = adapter.magnitude
-        summed = self._sized(_base(layer).weight.detach().double()) + self._network_delta(layer)
+        summed = self._sized(_base_weight(layer)) + self._network_delta(layer)
         if magnitude is None:
             return summed
         factor = self._leaf(magnitude, self._sized(magnitude.detach().double()))
         if not self.magnitude:
             return composed(summed, factor, adapter.network.layer)
         value = Exact(layer)
-        actual = value._sized(_base(layer).weight.detach().double()) + value._network_delta(layer).detach()
+        actual = value._sized(_base_weight(layer)) + value._network_delta(layer).detach()
         return composed(actual, factor, adapter.network.layer, summed)
 
     def output(self, x: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ class Exact:
     def _call(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         base = _base(layer)
         tensors: Mapping[str, Tensor] = {"weight": self.weight(layer)}
-        if base.bias is not None:
-            tensors = {**tensors, "bias": self._sized(base.bias.detach().double())}
+        if layer.base.bias is not None:
+            tensors = {**tensors, "bias": self._sized(layer.base.bias.detach().double())}
         output: Tensor = torch.func.functional_call(base, dict(tensors), (x,))
         return output
 
@@ -103,3 +103,8 @@ class Exact:
 def _base(layer: AdaptedLayer) -> nn.Module:
     base: nn.Module = layer.base
     return base
+
+
+def _base_weight(layer: AdaptedLayer) -> Tensor:
+    weight: Tensor = layer.base.weight
+    return weight.detach().double()

@@ -1,8 +1,8 @@
 """Redundancy: directions in which the cores can move without moving the update.
 
-Every network has some: a bond of size r between two trainable cores lets an invertible r x r matrix pass from one to the
-other (gauge), an index that several cores share lets a factor for each of its values pass, disconnected parts pass one
-factor. What remains beyond those is a parameter that is paid for and does nothing.
+Every network has some: a bond of size r between two trainable cores lets an invertible r x r matrix pass from one to
+the other (gauge), an index that several cores share lets a factor for each of its values pass, disconnected parts pass
+one factor. What remains beyond those is a parameter that is paid for and does nothing.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def _free(moves: Sequence[Tensor], jacobian: Tensor) -> int:
     scale = float(jacobian.norm(dim=1).max()) or 1.0
     # Of those that span the moves, the combinations whose image is zero.
     basis = torch.linalg.svd(stacked, full_matrices=False)
-    spanning = basis.Vh[basis.S > PRECISION * basis.S[0]]
+    spanning = basis.Vh[(basis.S / basis.S[0]) > PRECISION]
     image = torch.linalg.svdvals(spanning @ jacobian / scale)
-    return spanning.shape[0] - int((image > PRECISION * 10).sum())
+    return int(spanning.shape[0]) - int((image > PRECISION * 10).sum())
 
 
 def _bond_moves(network: Network, trained: Mapping[str, Tensor]) -> Iterator[Tensor]:
@@ -276,4 +276,5 @@ def _causes(network: Network, trained: Mapping[str, Tensor], parts: Mapping[str,
                 yield f"only the sum of core '{core.name}' over its leg '{leg}' matters: size 1 would do"
             others = core.numel // core.shape[axis]
             if leg not in network.open_legs and core.shape[axis] > others:
-                yield f"leg '{leg}' of core '{core.name}' has size {core.shape[axis]}, more than its other legs together ({others})"
+                size_text = f"size {core.shape[axis]}, more than its other legs together ({others})"
+                yield f"leg '{leg}' of core '{core.name}' has {size_text}"

@@ -64,7 +64,9 @@ def dense_weight(network: Network, cores: Mapping[str, Tensor], magnitude: bool 
         opened = [leg for axis in term.weight for leg in axis]
         value = sum_out([(cores[name].double(), legs[name]) for name in term.cores], opened)
         value = value.reshape([math.prod(network.sizes[leg] for leg in axis) for axis in term.weight])
-        value = (abs(term.scale) if magnitude else term.scale) * value[tuple(slice(size) for size in network.layer.weight_shape)]
+        value = (abs(term.scale) if magnitude else term.scale) * value[
+            tuple(slice(size) for size in network.layer.weight_shape)
+        ]
         total = value if total is None else total + value
     assert total is not None
     return stored(total, network.layer)

@@ -69,12 +69,14 @@ def _place(draw: st.DrawFn, legs: list[list[str]], name: str, fewest: int) -> No
 
 
 def _body(draw: st.DrawFn, legs: list[list[str]], pattern: str) -> list[str]:
-    """The cores, what is made of them, and the start; for a start at zero one trainable core of each term holds zeros."""
+    """The cores, what is made of them, and the start; at zero, one trainable core of each term holds zeros."""
     zeros = draw(st.integers(0, len(legs) - 1)) if draw(st.booleans()) else None
     trained = draw(st.integers(0, len(legs) - 1)) if zeros is None else zeros
     names = [f"core{number}" for number in range(len(legs))]
-    lines = [_core(draw, name, " ".join(own), number == zeros, number == trained)
-             for number, (name, own) in enumerate(zip(names, legs, strict=True))]
+    lines = [
+        _core(draw, name, " ".join(own), number == zeros, number == trained)
+        for number, (name, own) in enumerate(zip(names, legs, strict=True))
+    ]
     first, second = list(names), []
     if draw(st.integers(0, 4)) == 4:
         lines.append(f'  weight: {{legs: "{pattern}", from: weight}}')

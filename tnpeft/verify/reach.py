@@ -25,9 +25,7 @@ _CHANNELS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32, 48, 64, 96, 128)
 _KERNELS = (1, 2, 3, 4, 5)
 
 
-def reachable(
-    spec: Spec, layer: Layer | None, params: Mapping[str, float], seed: int = 0
-) -> st.SearchStrategy[Layer]:
+def reachable(spec: Spec, layer: Layer | None, params: Mapping[str, float], seed: int = 0) -> st.SearchStrategy[Layer]:
     """Signatures of layers to try: any where the spec takes many, else those it was found to take."""
     if layer is not None:
         return st.just(layer)
@@ -49,9 +47,7 @@ def reachable(
     return st.sampled_from(found) if found else free
 
 
-def gauge_cases(
-    spec: Spec, layer: Layer | None, params: Mapping[str, float], accepted: Sequence[Case]
-) -> list[Case]:
+def gauge_cases(spec: Spec, layer: Layer | None, params: Mapping[str, float], accepted: Sequence[Case]) -> list[Case]:
     """Cases whose redundancy may be looked at: some wide enough that the rank is not the layer's, with small params."""
     if layer is not None:
         wide = [Case(layer.kind, layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups)]
@@ -77,8 +73,8 @@ def _takes(spec: Spec, layer: Layer, params: Mapping[str, float]) -> bool:
 def _random_layer(choose: random.Random, kinds: Sequence[str]) -> Layer:
     kind = choose.choice(kinds)
     groups = choose.choice((1, 1, 2, 3)) if KINDS[kind] else 1
-    channels = [groups * choose.choice((1, 2, 3, 4, 5, 7, 8)) for _ in range(2)]
-    return Layer(kind, *channels, tuple(choose.randint(1, 3) for _ in range(KINDS[kind])), groups)
+    inputs, outputs = (groups * choose.choice((1, 2, 3, 4, 5, 7, 8)) for _ in range(2))
+    return Layer(kind, inputs, outputs, tuple(choose.randint(1, 3) for _ in range(KINDS[kind])), groups)
 
 
 def _grid(kinds: Sequence[str]) -> Iterator[Layer]:

@@ -25,13 +25,14 @@ class Counterexample:
     spec: str = "SPEC"
 
     def __str__(self) -> str:
+        again = f"run_check({self.check!r}, {self.spec!r}, {self.case!r})"
         return "\n".join(
             (
                 f"{self.check}: {self.message}",
                 f"  layer   {self.case.layer_text}",
                 f"  params  {dict(self.case.params) or 'as the spec has them'}",
                 f"  show    tnpeft show {self.spec} {self.case.option_text}",
-                f"  again   from tnpeft.testing import Case, run_check; run_check({self.check!r}, {self.spec!r}, {self.case!r})",
+                f"  again   from tnpeft.testing import Case, run_check; {again}",
             )
         )
 

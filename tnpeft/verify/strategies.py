@@ -109,7 +109,9 @@ def _options(draw: st.DrawFn, layer: Layer) -> dict[str, Any]:
     spans = [gap * (size - 1) for gap, size in zip(dilation, layer.kernel_size, strict=True)]
     if layer.transposed:
         options |= {"padding": tuple(draw(st.integers(0, span // 2)) for span in spans)}
-        options |= {"output_padding": tuple(draw(st.integers(0, max(pair) - 1)) for pair in zip(stride, dilation, strict=True))}
+        options |= {
+            "output_padding": tuple(draw(st.integers(0, max(pair) - 1)) for pair in zip(stride, dilation, strict=True))
+        }
     elif draw(st.booleans()) and not any(span % 2 for span in spans):  # torch warns of a copy if both ends differ
         options |= {"padding": "same"}
         stride = (1,) * axes

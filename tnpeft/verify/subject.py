@@ -16,7 +16,6 @@ from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.network import Network
 from tnpeft.recipe import attach
 from tnpeft.spec import Spec
-from tnpeft.surgery import plain_modules
 from tnpeft.verify.case import Case
 
 __all__ = ["Mismatch", "Skip", "Subject", "adapted_layers", "fill"]
@@ -25,11 +24,11 @@ __all__ = ["Mismatch", "Skip", "Subject", "adapted_layers", "fill"]
 SCOPE = r"blocks\.(\d+)\."  # what every scope of shared cores is bound to
 
 
-class Mismatch(Exception):
+class Mismatch(Exception):  # noqa: N818 - a verdict, caught where it is reported
     """What a check found wrong."""
 
 
-class Skip(Exception):
+class Skip(Exception):  # noqa: N818 - see above
     """A check that has nothing to say about a case."""
 
 
@@ -66,8 +65,9 @@ class Subject:
     def attached(self, mode: str = "dense", dtype: torch.dtype | None = None, moved: bool = False) -> Stack:
         """The model with a fresh adapter; `moved`: its cores are no longer those of the start."""
         model = self.model().to(dtype)
-        scopes = {scope: SCOPE for scope in self.spec.scopes}
-        attach(model, self.spec, match=self.names, mode=mode, scopes=scopes, **self.case.params)
+        scopes = dict.fromkeys(self.spec.scopes, SCOPE)
+        params: dict[str, Any] = dict(self.case.params)
+        attach(model, self.spec, match=self.names, mode=mode, scopes=scopes, **params)
         if moved:
             for number, layer in enumerate(adapted_layers(model)):
                 fill(layer.adapter("default"), self.case.seed + number)
@@ -136,17 +136,25 @@ def require_close(what: str, found: Tensor, exact: Tensor, bound: Tensor, tolera
     if not bool((error <= allowed).all()):
         place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), found.shape))
         got, wanted = float(found.flatten()[worst]), float(exact.flatten()[worst])
-        raise Mismatch(f"{what} is {got:.8g} at {list(place)}, expected {wanted:.8g} (error {float(error.max()):.2g}, allowed {allowed:.2g})")
+        raise Mismatch(
+            f"{what} is {got:.8g} at {list(place)}, expected {wanted:.8g} "
+            f"(error {float(error.max()):.2g}, allowed {allowed:.2g})"
+        )
 
 
 def require_equal(what: str, found: Any, expected: Any) -> None:
     """Raises Mismatch unless both are equal; tensors bit for bit."""
     if isinstance(expected, Tensor):
         if found.shape != expected.shape or found.dtype != expected.dtype:
-            raise Mismatch(f"{what} is {found.dtype} {tuple(found.shape)}, expected {expected.dtype} {tuple(expected.shape)}")
+            raise Mismatch(
+                f"{what} is {found.dtype} {tuple(found.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+            )
         if not torch.equal(found, expected):
             worst = float((found.double() - expected.double()).abs().max())
             differing = int((found != expected).sum())
-            raise Mismatch(f"{what} differs in {differing} of {expected.numel()} numbers, by up to {worst:.3g}; expected equal bits")
+            raise Mismatch(
+                f"{what} differs in {differing} of {expected.numel()} numbers, by up to {worst:.3g}; "
+                "expected equal bits"
+            )
     elif found != expected:
         raise Mismatch(f"{what} is {found}, expected {expected}")
