@@ -37,7 +37,8 @@ class Gauge:
     """The rank of d(T)/d(cores) at a random point of one layer, and what explains the parameters beyond it.
 
     `gauge` directions come from bonds and shared indices, `scalings` from factors that disconnected parts or other
-    cores exchange, `redundant` ones from neither; `causes` names what can be found of those.
+    cores exchange, `redundant` ones from neither. `causes` names numbers, legs and bonds that are not needed: the gauge
+    of an oversized bond is gauge, and wasted all the same.
     """
 
     layer: str
@@ -101,7 +102,6 @@ def _gauge(spec: Spec, case: Case) -> Gauge:
         bonds = _free(list(_bond_moves(adapter.network, trained)), jacobian)
         both = _free([*_bond_moves(adapter.network, trained), *_scalings(trained)], jacobian)
         causes = tuple(_causes(adapter.network, trained, parts))
-    redundant = jacobian.shape[0] - rank - both
     return Gauge(
         str(adapter.network.layer),
         dict(adapter.network.params),
@@ -110,7 +110,7 @@ def _gauge(spec: Spec, case: Case) -> Gauge:
         rank,
         bonds,
         both - bonds,
-        causes if redundant else (),
+        causes,
     )
 
 
@@ -261,7 +261,7 @@ def _flat(trained: Mapping[str, Tensor], moves: Mapping[str, Tensor]) -> Tensor:
 
 
 def _causes(network: Network, trained: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> Iterator[str]:
-    """What can be said of parameters that do nothing."""
+    """What can be said of parameters that are not needed."""
     for core in network.cores:
         if core.name not in trained:
             continue
@@ -275,6 +275,8 @@ def _causes(network: Network, trained: Mapping[str, Tensor], parts: Mapping[str,
             if core.shape[axis] > 1 and bool(((part - first).abs() <= PRECISION * size).all()):
                 yield f"only the sum of core '{core.name}' over its leg '{leg}' matters: size 1 would do"
             others = core.numel // core.shape[axis]
-            if leg not in network.open_legs and core.shape[axis] > others:
+            owners = [other.name for other in network.cores if leg in other.legs]
+            bond = leg not in network.open_legs and len(owners) == 2 and all(owner in trained for owner in owners)
+            if bond and core.shape[axis] > others:
                 size_text = f"size {core.shape[axis]}, more than its other legs together ({others})"
                 yield f"leg '{leg}' of core '{core.name}' has {size_text}"

@@ -109,7 +109,9 @@ def composed(weight: Tensor, magnitude: Tensor, layer: Layer, size: Tensor | Non
     else:
         large, norm = canonical(size, layer).flatten(1), norm.detach()
         through = large.detach() * (large.detach() * large).sum(1, keepdim=True) / norm**3
-        made = factor * (large / norm + through)
+        # A norm that is left over from larger numbers has lost digits, and all that is divided by it has.
+        lost = 1 + (large.detach().norm(dim=1, keepdim=True) / norm) ** 2
+        made = lost * factor * (large / norm + through)
     return stored(made.reshape(layer.weight_shape), layer)
 
 
