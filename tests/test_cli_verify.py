@@ -34,7 +34,7 @@ def test_text_names_every_check_and_what_was_tried():
         *("merge", "save", "detach", "alive"),
     ]
     assert all(words[:2] == ["ok", "4"] for name, words in checks.items() if name not in ("origin", "shared"))
-    assert checks["shared"][:3] == ["ok", "0", "4"]
+    assert checks["shared"][:3] == ["-", "0", "4"]
     assert "kinds       Conv2d (4)" in lines
     assert "channels    composite (8)" in lines
     assert "groups      2 (4)" in lines

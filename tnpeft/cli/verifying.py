@@ -12,7 +12,7 @@ from tnpeft.errors import Problem, near_miss
 from tnpeft.spec import Spec, load_spec
 
 if TYPE_CHECKING:
-    from tnpeft.verify import Conditioning, VerifyReport
+    from tnpeft.verify import CheckResult, Conditioning, VerifyReport
 
 __all__ = ["verify_spec"]
 
@@ -67,13 +67,7 @@ def _print(output: Output, spec: Spec, report: VerifyReport) -> None:
         f"{report.examples} examples{stopped} in {report.seconds:.0f} s, seed {report.seed}; {refused} layers refused\n"
     )
     rows = (
-        (
-            check.name,
-            "ok" if check.failure is None else "FAILS",
-            str(check.examples),
-            str(check.skipped or ""),
-            check.title,
-        )
+        (check.name, _verdict(check), str(check.examples), str(check.skipped or ""), check.title)
         for check in report.checks
     )
     columns = {"check": "left", "": "left", "examples": "right", "skipped": "right", "what holds": "left"}
@@ -86,6 +80,12 @@ def _print(output: Output, spec: Spec, report: VerifyReport) -> None:
     for failure in report.failures:
         output.say(f"\n{failure}")
     _print_advice(output, report)
+
+
+def _verdict(check: CheckResult) -> str:
+    if check.failure is not None:
+        return "FAILS"
+    return "ok" if check.examples else "-"
 
 
 def _counts(counts: Counter[str]) -> str:

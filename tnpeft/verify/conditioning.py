@@ -67,7 +67,7 @@ class Conditioning:
             if self.start == "frozen_copy" and self.network_ratio > LARGE_NETWORK:
                 first = f"std(T) is {self.network_ratio:.3g} times std(W), and {first}"
             change = f"multiply the init of the other cores, or the learning rate, by {less:.1g}"
-            return f"{first}, most of it by core '{leading}': {change}"
+            return f"{first}, the most by core '{leading}': {change}"
         if self.start == "frozen_copy" and self.network_ratio > LARGE_NETWORK:
             return (
                 f"std(T) is {self.network_ratio:.3g} times std(W): harmless to the start, which is exact, but a "

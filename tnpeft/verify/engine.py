@@ -55,7 +55,7 @@ def verify(
     """
     started = time.monotonic()
     if label is None:
-        label = spec.name if isinstance(spec, Spec) else str(spec)
+        label = spec.file if isinstance(spec, Spec) else str(spec)
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
     _check_arguments(spec, examples, params)
     run = _Run(spec, label, examples, started + seconds)

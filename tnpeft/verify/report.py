@@ -15,6 +15,9 @@ from tnpeft.verify.gauge import Gauge
 __all__ = ["CheckResult", "Counterexample", "VerifyReport"]
 
 
+WHOLE = ("reach", "alive")  # what all examples together show
+
+
 @dataclass(frozen=True)
 class Counterexample:
     """The simplest case found on which a check fails, and how it fails."""
@@ -25,16 +28,22 @@ class Counterexample:
     spec: str = "SPEC"
 
     def __str__(self) -> str:
-        again = f"run_check({self.check!r}, {self.spec!r}, {self.case!r})"
-        return "\n".join(
-            (
-                f"{self.check}: {self.message}",
-                f"  layer   {self.case.layer_text}",
-                f"  params  {dict(self.case.params) or 'as the spec has them'}",
-                f"  show    tnpeft show {self.spec} {self.case.option_text}",
-                f"  again   from tnpeft.testing import Case, run_check; {again}",
-            )
-        )
+        lines = [
+            f"{self.check}: {self.message}",
+            f"  layer   {self.case.layer_text}",
+            f"  params  {dict(self.case.params) or 'as the spec has them'}",
+            f"  show    {self._show}",
+        ]
+        if self.check not in WHOLE:
+            spec = "spec" if self.spec.startswith("<") else repr(self.spec)  # from a text, it has no name to load
+            again = f"run_check({self.check!r}, {spec}, {self.case!r})"
+            lines.append(f"  again   from tnpeft.testing import Case, run_check; {again}")
+        return "\n".join(lines)
+
+    @property
+    def _show(self) -> str:
+        spec = "SPEC" if self.spec.startswith("<") else self.spec
+        return f"tnpeft show {spec} {self.case.option_text}"
 
     def as_dict(self) -> dict[str, Any]:
         case = self.case
@@ -45,7 +54,7 @@ class Counterexample:
             "dtype": case.dtype,
             "seed": case.seed,
             "case": repr(case),
-            "show": f"tnpeft show {self.spec} {case.option_text}",
+            "show": self._show,
         }
 
 
