@@ -116,7 +116,7 @@ def test_networks_have_every_construct():
     assert wanted | {"zero", "frozen_copy"} <= seen.keys()
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.nested_given])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.nested_given])
 @given(testing.specs())
 def test_random_specs_are_sound(spec: tnpeft.Spec):
     testing.assert_adapter_ok(spec, examples=2)
