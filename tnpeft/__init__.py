@@ -6,7 +6,7 @@ A YAML file declares the adapter's tensor network; `attach` puts it on a model:
 
 The rooms import only to the left:
 
-    errors <- spec <- network <- plan <- program <- modules <- surgery <- recipe <- io <- cli
+    errors <- spec <- network <- plan <- program <- modules <- surgery <- recipe <- io <- verify <- cli
 """
 
 from __future__ import annotations

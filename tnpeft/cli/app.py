@@ -119,6 +119,27 @@ def schema(
 
 @app.command()
 @reported
+def verify(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A shipped name or a file.")],
+    layer: Annotated[
+        str | None,
+        typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="Try this layer alone, with any options."),
+    ] = None,
+    settings: Settings = None,
+    examples: Annotated[int, typer.Option("--examples", "-n", min=1, help="How many layers to try.")] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Start no new example after this time.")] = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Verify an adapter on random layers: values, gradients, start, merge, files. Exit status 1 if a check fails."""
+    from tnpeft.cli.verifying import verify_spec
+
+    if not verify_spec(Output(), spec, layer, settings or [], examples, seed, seconds, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+@reported
 def version(as_json: Json = False) -> None:
     """Print the version."""
     output = Output()

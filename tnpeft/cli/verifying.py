@@ -1,0 +1,125 @@
+"""`tnpeft verify`: is an adapter what its spec says, on every layer within its reach?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tnpeft.cli.arguments import parse_layer, parse_settings
+from tnpeft.cli.output import Output, UsageError, table
+from tnpeft.errors import Problem, near_miss
+from tnpeft.spec import Spec, load_spec
+
+if TYPE_CHECKING:
+    from tnpeft.verify import CheckResult, Conditioning, VerifyReport
+
+__all__ = ["verify_spec"]
+
+REFUSALS = 3  # reasons that are printed
+
+
+def verify_spec(
+    output: Output,
+    name: str,
+    layer: str | None,
+    settings: Sequence[str],
+    examples: int,
+    seed: int,
+    seconds: float,
+    as_json: bool,
+) -> bool:
+    """Verify a spec and print the report; true where every check holds."""
+    spec = load_spec(name)
+    params: dict[str, Any] = parse_settings(settings)
+    _check_params(spec, params)
+    signature = None if layer is None else parse_layer(layer)
+    if signature is not None and signature.kind not in spec.layers:
+        fix = "Choose another layer, or add the kind to the spec's `layers`."
+        raise UsageError(Problem("--layer", f"one of {', '.join(spec.layers)}", signature.kind, fix))
+    from tnpeft.verify import verify
+
+    report = verify(spec, label=name, examples=examples, seed=seed, layer=signature, seconds=seconds, **params)
+    if as_json:
+        output.data(report.as_dict())
+    else:
+        _print(output, spec, report)
+    return report.ok
+
+
+def _check_params(spec: Spec, params: dict[str, int | float]) -> None:
+    unknown = [param for param in params if param not in spec.params]
+    if unknown:
+        expected = f"one of {', '.join(spec.params)}" if spec.params else "no params"
+        raise UsageError(
+            *(
+                Problem(f"--set {param}", expected, "none of them", near_miss(param, spec.params) or "Remove it.")
+                for param in unknown
+            )
+        )
+
+
+def _print(output: Output, spec: Spec, report: VerifyReport) -> None:
+    output.say(f"{spec.name}: {spec.title}" if spec.title else spec.name)
+    stopped = " (time ran out)" if report.stopped else ""
+    refused = sum(report.refused.values())
+    output.say(
+        f"{report.examples} examples{stopped} in {report.seconds:.0f} s, seed {report.seed}; {refused} layers refused\n"
+    )
+    rows = (
+        (check.name, _verdict(check), str(check.examples), str(check.skipped or ""), check.title)
+        for check in report.checks
+    )
+    columns = {"check": "left", "": "left", "examples": "right", "skipped": "right", "what holds": "left"}
+    output.show(table("", columns, rows))
+    output.say()
+    for heading, counts in report.seen.items():
+        output.say(f"{heading:<12}{_counts(counts) or 'none'}")
+    for reason, number in report.refused.most_common(REFUSALS):
+        output.say(f"{'refused':<12}{number}: {reason}")
+    for failure in report.failures:
+        output.say(f"\n{failure}")
+    _print_advice(output, report)
+
+
+def _verdict(check: CheckResult) -> str:
+    if check.failure is not None:
+        return "FAILS"
+    return "ok" if check.examples else "-"
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} ({number})" for name, number in sorted(counts.items()))
+
+
+def _print_advice(output: Output, report: VerifyReport) -> None:
+    output.say()
+    if report.gauge is not None:
+        output.say(f"{'redundancy':<12}{report.gauge}")
+        for cause in report.gauge.causes:
+            output.say(f"{'':<12}{cause}")
+    for note in report.notes:
+        output.say(f"{'note':<12}{note}")
+    if report.conditioning:
+        rate = report.conditioning[0].rate
+        columns = {
+            "start on": "left",
+            "std W": "right",
+            "std T / std W": "right",
+            "first step / std W": "right",
+            "by core": "left",
+        }
+        output.say()
+        output.show(table("", columns, map(_row, report.conditioning)))
+        output.say(f"The first step is Adam's at rate {rate:g}, along a random gradient.")
+        for row in report.conditioning:
+            if row.advice:
+                output.say(f"{row.layer}: {row.advice}")
+
+
+def _row(row: Conditioning) -> tuple[str, ...]:
+    ratio = f"{row.network_ratio:.3g}" if row.start == "frozen_copy" else "starts at 0"
+    ordered = sorted(row.steps.items(), key=lambda item: -item[1])
+    whole = sum(row.steps.values()) or 1.0
+    shares = ", ".join(f"{name} {share / whole:.0%}" for name, share in ordered[:3] if share)
+    return row.layer, f"{row.weight:.3g}", ratio, f"{row.step_ratio:.2g}", shares

@@ -1,0 +1,110 @@
+"""An adapted model computed a second time in float64, with `oracle` in place of the compiler.
+
+Beside every value goes its magnitude: the same sums over absolute values, which bound what rounding can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.modules import AdaptedLayer
+from tnpeft.verify.oracle import canonical, composed, dense_delta, dense_weight
+from tnpeft.verify.subject import adapted_layers
+
+__all__ = ["Exact"]
+
+Leaves = dict[int, Tensor]
+
+
+class Exact:
+    """The values of an adapted model in float64; `leaves` has a twin that can be differentiated for every core.
+
+    With `magnitude` every number in it is positive and every difference a sum.
+    """
+
+    def __init__(self, model: nn.Module, magnitude: bool = False) -> None:
+        self.layers = list(adapted_layers(model))
+        self.magnitude = magnitude
+        self.leaves: Leaves = {}
+        self._twins = {id(layer): self._twin(layer) for layer in self.layers}
+
+    def _twin(self, layer: AdaptedLayer) -> dict[str, Tensor]:
+        """A layer's cores in float64, those that are its base weight too; a tensor that layers share has one leaf."""
+        adapter = layer.adapter("default")
+        network, start = adapter.network, adapter.start
+        base = self._sized(canonical(_base_weight(layer), network.layer))
+        twins = {core.name: base.reshape(core.shape) for core in network.cores if core.origin == "weight"}
+        for name, core in adapter.cores.items():
+            twin = self._sized(core.detach().double())
+            if self.magnitude and name in start:  # tensors on the way are start and change added up
+                twin = twin + start[name].double().abs()
+            twins[name] = self._leaf(core, twin)
+        return twins
+
+    def _leaf(self, tensor: Tensor, twin: Tensor) -> Tensor:
+        return self.leaves.setdefault(id(tensor), twin.requires_grad_()) if isinstance(tensor, nn.Parameter) else twin
+
+    def _sized(self, tensor: Tensor) -> Tensor:
+        return tensor.abs() if self.magnitude else tensor
+
+    def cores(self, layer: AdaptedLayer) -> dict[str, Tensor]:
+        """Every core of a layer by name."""
+        return self._twins[id(layer)]
+
+    def network_weight(self, layer: AdaptedLayer) -> Tensor:
+        """T(θ) of one layer."""
+        return dense_weight(layer.adapter("default").network, self.cores(layer), self.magnitude)
+
+    def delta(self, layer: AdaptedLayer) -> Tensor:
+        """The update of one layer's weight."""
+        if layer.adapter("default").magnitude is None:
+            return self._network_delta(layer)
+        base = _base_weight(layer)
+        return self.weight(layer) + (base.abs() if self.magnitude else -base)
+
+    def _network_delta(self, layer: AdaptedLayer) -> Tensor:
+        adapter = layer.adapter("default")
+        twins = self.cores(layer)
+        start = None
+        if adapter.network.start == "frozen_copy":
+            start = {**twins, **{name: self._sized(core.double()) for name, core in adapter.start.items()}}
+        return dense_delta(adapter.network, twins, start, self.magnitude)
+
+    def weight(self, layer: AdaptedLayer) -> Tensor:
+        """The effective weight of one layer."""
+        adapter = layer.adapter("default")
+        magnitude = adapter.magnitude
+        summed = self._sized(_base_weight(layer)) + self._network_delta(layer)
+        if magnitude is None:
+            return summed
+        factor = self._leaf(magnitude, self._sized(magnitude.detach().double()))
+        if not self.magnitude:
+            return composed(summed, factor, adapter.network.layer)
+        value = Exact(layer)
+        actual = value._sized(_base_weight(layer)) + value._network_delta(layer).detach()
+        return composed(actual, factor, adapter.network.layer, summed)
+
+    def output(self, x: Tensor) -> Tensor:
+        """What the model computes, all its layers on one input."""
+        return torch.stack([self._call(layer, x) for layer in self.layers])
+
+    def _call(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
+        base = _base(layer)
+        tensors: Mapping[str, Tensor] = {"weight": self.weight(layer)}
+        if layer.base.bias is not None:
+            tensors = {**tensors, "bias": self._sized(layer.base.bias.detach().double())}
+        output: Tensor = torch.func.functional_call(base, dict(tensors), (x,))
+        return output
+
+
+def _base(layer: AdaptedLayer) -> nn.Module:
+    base: nn.Module = layer.base
+    return base
+
+
+def _base_weight(layer: AdaptedLayer) -> Tensor:
+    weight: Tensor = layer.base.weight
+    return weight.detach().double()

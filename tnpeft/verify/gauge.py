@@ -1,0 +1,282 @@
+"""Redundancy: directions in which the cores can move without moving the update.
+
+Every network has some: a bond of size r between two trainable cores lets an invertible r x r matrix pass from one to
+the other (gauge), an index that several cores share lets a factor for each of its values pass, disconnected parts pass
+one factor. What remains beyond those is a parameter that is paid for and does nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import networkx
+import torch
+from torch import Tensor, nn
+
+from tnpeft.errors import TnpeftError
+from tnpeft.network import Network
+from tnpeft.spec import Spec
+from tnpeft.verify.case import Case
+from tnpeft.verify.exact import Exact
+from tnpeft.verify.oracle import sum_out
+from tnpeft.verify.subject import Subject, adapted_layers
+
+__all__ = ["Gauge", "gauge_of"]
+
+MAX_PARAMETERS, MAX_ENTRIES = 700, 40_000
+COLUMNS = 2_000  # random sums of the weight's entries: a rank shows in them as well, once they are enough
+PRECISION = 1e-9  # of singular values, relative to the largest
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """The rank of d(T)/d(cores) at a random point of one layer, and what explains the parameters beyond it.
+
+    `gauge` directions come from bonds and shared indices, `scalings` from factors that disconnected parts or other
+    cores exchange, `redundant` ones from neither. `causes` names numbers, legs and bonds that are not needed: the gauge
+    of an oversized bond is gauge, and wasted all the same.
+    """
+
+    layer: str
+    params: Mapping[str, float]
+    parameters: int
+    entries: int
+    rank: int
+    gauge: int
+    scalings: int
+    causes: tuple[str, ...] = ()
+
+    @property
+    def redundant(self) -> int:
+        return self.parameters - self.rank - self.gauge - self.scalings
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "params": dict(self.params), "causes": list(self.causes), "redundant": self.redundant}
+
+    def __str__(self) -> str:
+        text = f"{self.rank} of {self.parameters} parameters move the update independently on {self.layer}"
+        rest = {"gauge (bonds, shared indices)": self.gauge, "factors between cores": self.scalings}
+        parts = [f"{number} are {what}" for what, number in (rest | {"redundant": self.redundant}).items() if number]
+        return f"{text}; {', '.join(parts)}" if parts else text
+
+
+def gauge_of(spec: Spec, candidates: Sequence[Case]) -> Gauge | None:
+    """The redundancy on the case with the largest weight that fits the bounds; None if none does."""
+    fitting: list[tuple[int, int, Case]] = []
+    for number, case in enumerate(candidates):
+        try:
+            network = spec.bind(case.layer, **case.params)
+        except TnpeftError:
+            continue
+        parameters, entries = _trained(network), network.layer.numel
+        if 0 < parameters <= MAX_PARAMETERS and entries <= MAX_ENTRIES:
+            fitting.append((min(entries - parameters, parameters), -number, case))
+    for _, _, case in sorted(fitting, key=lambda item: item[:2], reverse=True):
+        try:
+            return _gauge(spec, case)
+        except TnpeftError:
+            continue
+    return None
+
+
+def _trained(network: Network) -> int:
+    return sum(core.numel for core in network.cores if not core.frozen)
+
+
+def _gauge(spec: Spec, case: Case) -> Gauge:
+    subject = Subject(spec, case)
+    model = subject.attached(dtype=torch.float64, moved=True)
+    layer = next(iter(adapted_layers(model)))
+    adapter = layer.adapter("default")
+    with torch.no_grad():
+        cores = {name: core.detach() for name, core in Exact(model).cores(layer).items()}
+        trained = {name: cores[name] for name, core in adapter.cores.items() if isinstance(core, nn.Parameter)}
+        parts = {name: _derivative(adapter.network, cores, name) for name in trained}
+        entries = adapter.network.layer.numel
+        jacobian = torch.cat(list(parts.values()))  # (parameters, columns)
+        rank = _rank(jacobian)
+        bonds = _free(list(_bond_moves(adapter.network, trained)), jacobian)
+        both = _free([*_bond_moves(adapter.network, trained), *_scalings(trained)], jacobian)
+        causes = tuple(_causes(adapter.network, trained, parts))
+    return Gauge(
+        str(adapter.network.layer),
+        dict(adapter.network.params),
+        jacobian.shape[0],
+        entries,
+        rank,
+        bonds,
+        both - bonds,
+        causes,
+    )
+
+
+def _derivative(network: Network, cores: Mapping[str, Tensor], name: str) -> Tensor:
+    """d(T)/d(core), one row for each number in the core: T with the core replaced by every unit tensor.
+
+    The columns are the weight's entries, or sums of them under random signs, `COLUMNS` in all.
+    """
+    bound = {core.name: core for core in network.cores}
+    numel = bound[name].numel
+    units = torch.eye(numel, dtype=torch.float64).reshape(numel, *bound[name].shape)
+    total = torch.zeros(numel, network.layer.numel, dtype=torch.float64)
+    for term in network.terms:
+        if name not in term.cores:
+            continue
+        operands = [
+            (units, ("", *bound[other].legs)) if other == name else (cores[other], bound[other].legs)
+            for other in term.cores
+        ]
+        opened = [leg for axis in term.weight for leg in axis]
+        value = sum_out(operands, ["", *opened])
+        value = value.reshape(numel, *(math.prod(network.sizes[leg] for leg in axis) for axis in term.weight))
+        cropped = value[(slice(None), *(slice(size) for size in network.layer.weight_shape))]
+        total += term.scale * cropped.reshape(numel, -1)
+    return _sketch(total)
+
+
+def _sketch(matrix: Tensor) -> Tensor:
+    """Every column with a random sign in one of `COLUMNS` sums; the same sums for every matrix of this width."""
+    width = matrix.shape[1]
+    if width <= COLUMNS:
+        return matrix
+    generator = torch.Generator().manual_seed(width)
+    signs = 2.0 * torch.randint(2, (width,), generator=generator, dtype=torch.float64) - 1
+    places = torch.randint(COLUMNS, (width,), generator=generator)
+    return matrix.new_zeros(matrix.shape[0], COLUMNS).index_add_(1, places, matrix * signs)
+
+
+def _rank(matrix: Tensor) -> int:
+    if not matrix.numel():
+        return 0
+    values = torch.linalg.svdvals(matrix)
+    return int((values > PRECISION * values[0]).sum()) if values[0] > 0 else 0
+
+
+def _free(moves: Sequence[Tensor], jacobian: Tensor) -> int:
+    """How many independent combinations of `moves` leave the update where it is."""
+    if not moves:
+        return 0
+    stacked = torch.stack(list(moves))
+    stacked = stacked / stacked.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    scale = float(jacobian.norm(dim=1).max()) or 1.0
+    # Of those that span the moves, the combinations whose image is zero.
+    basis = torch.linalg.svd(stacked, full_matrices=False)
+    spanning = basis.Vh[(basis.S / basis.S[0]) > PRECISION]
+    image = torch.linalg.svdvals(spanning @ jacobian / scale)
+    return int(spanning.shape[0]) - int((image > PRECISION * 10).sum())
+
+
+def _bond_moves(network: Network, trained: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Moves that span every bond's general linear group, and the factors along indices that more places share."""
+    legs_of = {core.name: core.legs for core in network.cores}
+    for legs in _parallel(network):
+        size = math.prod(network.sizes[leg] for leg in legs)
+        for sides in _sides(network, legs[0]):
+            if not sides:
+                continue
+            if all(core in trained for core in sides) and any(sides.values()):
+                pairs = itertools.product(range(size), repeat=2)
+                yield from (_flat(trained, _moved(trained, legs_of, legs, sides, *pair)) for pair in pairs)
+            else:  # one core and one value at a time: what they do together is seen from their image
+                for core, value in itertools.product(sides, range(size)):
+                    if core in trained:
+                        yield _flat(trained, _moved(trained, legs_of, legs, {core: 1}, value, value))
+
+
+def _parallel(network: Network) -> list[tuple[str, ...]]:
+    """Legs grouped by the places where they stand: parallel bonds act as one."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for leg in network.sizes:
+        groups.setdefault(tuple(_owners(network, leg)), []).append(leg)
+    return [tuple(legs) for legs in groups.values()]
+
+
+def _owners(network: Network, leg: str) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """For each term the cores that have the leg, and whether it is open there."""
+    legs_of = {core.name: core.legs for core in network.cores}
+    for term in network.terms:
+        opened = any(leg in axis for axis in term.weight)
+        yield tuple(name for name in term.cores if leg in legs_of[name]), opened
+
+
+def _sides(network: Network, leg: str) -> Iterator[dict[str, int]]:
+    """The cores that a leg ties together, over all terms; with signs if it is a bond that has two sides.
+
+    A matrix passes from the cores of one sign to those of the other. Signs of zero: the leg is shared otherwise.
+    """
+    terms = [(owners, opened) for owners, opened in _owners(network, leg) if owners]
+    tied: networkx.Graph[str] = networkx.Graph()
+    for owners, _ in terms:
+        networkx.add_path(tied, owners)
+    for component in networkx.connected_components(tied):
+        own = [(owners, opened) for owners, opened in terms if owners[0] in component]
+        plain = all(len(owners) == 2 and not opened for owners, opened in own)
+        part = tied.subgraph(component)
+        if sum(len(owners) + opened for owners, opened in own) < 2:
+            continue
+        if plain and networkx.is_bipartite(part):
+            yield {core: 1 if side else -1 for core, side in networkx.bipartite.color(part).items()}
+        elif len(component) > 1:
+            yield dict.fromkeys(sorted(component), 0)
+
+
+def _moved(
+    trained: Mapping[str, Tensor],
+    legs_of: Mapping[str, tuple[str, ...]],
+    legs: Sequence[str],
+    sides: Mapping[str, int],
+    row: int,
+    column: int,
+) -> dict[str, Tensor]:
+    """The unit matrix (row, column) put on each side of a bond, with its sign."""
+    return {
+        core: _matrix(trained[core], legs_of[core], legs, *((row, column) if sign > 0 else (column, row)), float(sign))
+        for core, sign in sides.items()
+    }
+
+
+def _matrix(core: Tensor, own: tuple[str, ...], legs: Sequence[str], row: int, column: int, sign: float) -> Tensor:
+    """The core with its slice `row` of the joint bond put in place `column`, zero elsewhere."""
+    places = [own.index(leg) for leg in legs]
+    front = [*places, *(axis for axis in range(core.ndim) if axis not in places)]
+    moved = core.permute(front)
+    joint = moved.reshape(-1, *moved.shape[len(places) :])
+    change = torch.zeros_like(joint)
+    change[column] = sign * joint[row]
+    return change.reshape(moved.shape).permute([front.index(axis) for axis in range(core.ndim)])
+
+
+def _scalings(trained: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Each core larger by itself: together they span every exchange of factors."""
+    for name, core in trained.items():
+        yield _flat(trained, {name: core})
+
+
+def _flat(trained: Mapping[str, Tensor], moves: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([moves.get(name, torch.zeros_like(core)).reshape(-1) for name, core in trained.items()])
+
+
+def _causes(network: Network, trained: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> Iterator[str]:
+    """What can be said of parameters that are not needed."""
+    for core in network.cores:
+        if core.name not in trained:
+            continue
+        part = parts[core.name].reshape(*core.shape, -1)
+        size = float(part.abs().max()) or 1.0
+        idle = int((parts[core.name].abs().amax(1) <= PRECISION * size).sum())
+        if idle:
+            yield f"{idle} of the {core.numel} numbers in core '{core.name}' never matter"
+        for axis, leg in enumerate(core.legs):
+            first = part.narrow(axis, 0, 1)
+            if core.shape[axis] > 1 and bool(((part - first).abs() <= PRECISION * size).all()):
+                yield f"only the sum of core '{core.name}' over its leg '{leg}' matters: size 1 would do"
+            others = core.numel // core.shape[axis]
+            owners = [other.name for other in network.cores if leg in other.legs]
+            bond = leg not in network.open_legs and len(owners) == 2 and all(owner in trained for owner in owners)
+            if bond and core.shape[axis] > others:
+                size_text = f"size {core.shape[axis]}, more than its other legs together ({others})"
+                yield f"leg '{leg}' of core '{core.name}' has {size_text}"

@@ -1,0 +1,143 @@
+"""What an adapter must compute, worked out a second time in float64 from its definition.
+
+Nothing here looks at plans or programs: the sums are taken index by index. `dense_delta` builds the whole update and
+can be differentiated; `entry` follows the index formula of a single number of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tnpeft.network import Layer, Network
+
+__all__ = ["canonical", "composed", "dense_delta", "dense_weight", "entry", "stored", "sum_out"]
+
+Legged = tuple[Tensor, tuple[str, ...]]
+
+
+def sum_out(operands: Iterable[Legged], kept: Sequence[str]) -> Tensor:
+    """The product of all operands, summed over every leg that is not kept; its axes are `kept`, in that order.
+
+    One leg at a time: the operands that have it are multiplied by broadcasting, then it is summed.
+    """
+    live = [(tensor, legs) for tensor, legs in operands]
+    sizes = {leg: size for tensor, legs in live for leg, size in zip(legs, tensor.shape, strict=True)}
+    waiting = [leg for leg in sizes if leg not in kept]
+    while waiting:
+        leg = min(waiting, key=lambda one: math.prod(sizes[other] for other in _joint(live, one)))
+        waiting.remove(leg)
+        joint = _joint(live, leg)
+        product = _product([one for one in live if leg in one[1]], joint)
+        live = [one for one in live if leg not in one[1]]
+        live.append((product.sum(joint.index(leg)), tuple(other for other in joint if other != leg)))
+    return _product(live, tuple(kept))
+
+
+def _joint(live: Sequence[Legged], leg: str) -> tuple[str, ...]:
+    """Every leg of the operands that have this one."""
+    return tuple(dict.fromkeys(other for _, legs in live if leg in legs for other in legs))
+
+
+def _product(operands: Sequence[Legged], order: tuple[str, ...]) -> Tensor:
+    made: Tensor | None = None
+    for tensor, legs in operands:
+        moved = tensor.permute([legs.index(leg) for leg in order if leg in legs])
+        shape = iter(moved.shape)
+        moved = moved.reshape([next(shape) if leg in legs else 1 for leg in order])
+        made = moved if made is None else made * moved
+    assert made is not None
+    return made
+
+
+def dense_weight(network: Network, cores: Mapping[str, Tensor], magnitude: bool = False) -> Tensor:
+    """The sum of all terms in float64, in the shape of the layer's weight; without the adapter's scale.
+
+    `cores` has every core by name, those that are the base weight too. With `magnitude` the scales count by size.
+    """
+    legs = {core.name: core.legs for core in network.cores}
+    total: Tensor | None = None
+    for term in network.terms:
+        opened = [leg for axis in term.weight for leg in axis]
+        value = sum_out([(cores[name].double(), legs[name]) for name in term.cores], opened)
+        value = value.reshape([math.prod(network.sizes[leg] for leg in axis) for axis in term.weight])
+        value = (abs(term.scale) if magnitude else term.scale) * value[
+            tuple(slice(size) for size in network.layer.weight_shape)
+        ]
+        total = value if total is None else total + value
+    assert total is not None
+    return stored(total, network.layer)
+
+
+def dense_delta(
+    network: Network, cores: Mapping[str, Tensor], start: Mapping[str, Tensor] | None, magnitude: bool = False
+) -> Tensor:
+    """scale * (T(cores) - T(start)), or scale * T(cores); with `magnitude` |scale| * (T(cores) + T(start))."""
+    delta = dense_weight(network, cores, magnitude)
+    if start is not None:
+        first = dense_weight(network, start, magnitude)
+        delta = delta + first if magnitude else delta - first
+    return (abs(network.scale) if magnitude else network.scale) * delta
+
+
+def stored(weight: Tensor, layer: Layer) -> Tensor:
+    """The canonical weight (out, in // groups, k...) as torch stores it: transposed convolutions input side first."""
+    if not layer.transposed:
+        return weight
+    return torch.cat([block.transpose(0, 1) for block in weight.chunk(layer.groups)])
+
+
+def canonical(weight: Tensor, layer: Layer) -> Tensor:
+    """The way back from `stored`: swapping the two sides of every group is its own inverse."""
+    return stored(weight, layer)
+
+
+def composed(weight: Tensor, magnitude: Tensor, layer: Layer, size: Tensor | None = None) -> Tensor:
+    """DoRA's magnitude * (W + dW) / ||W + dW||, with `weight` the stored W + dW, norms over each output channel.
+
+    With `size`, the magnitudes of what `weight` was added up from: a bound of the result whose gradients bound the
+    result's. Its second part is the gradient's way through the norm.
+    """
+    rows = canonical(weight, layer).flatten(1)
+    norm = rows.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    factor = magnitude.reshape(-1, 1)
+    if size is None:
+        made = factor * rows / norm
+    else:
+        large, norm = canonical(size, layer).flatten(1), norm.detach()
+        through = large.detach() * (large.detach() * large).sum(1, keepdim=True) / norm**3
+        # A norm that is left over from larger numbers has lost digits, and all that is divided by it has.
+        lost = 1 + (large.detach().norm(dim=1, keepdim=True) / norm) ** 2
+        made = lost * factor * (large / norm + through)
+    return stored(made.reshape(layer.weight_shape), layer)
+
+
+def entry(network: Network, cores: Mapping[str, Tensor], position: Sequence[int]) -> float:
+    """One number of T(cores), at a position of the stored weight, from the index formula."""
+    legs = {core.name: core.legs for core in network.cores}
+    total = 0.0
+    for term in network.terms:
+        digits: dict[str, int] = {}
+        for number, axis in zip(_canonical_position(network.layer, position), term.weight, strict=True):
+            for leg in reversed(axis):  # row-major: the last leg varies fastest
+                number, digits[leg] = divmod(number, network.sizes[leg])
+        taken = [_slice(cores[name].double(), legs[name], digits) for name in term.cores]
+        total += term.scale * float(sum_out(taken, ()))
+    return total
+
+
+def _canonical_position(layer: Layer, position: Sequence[int]) -> tuple[int, ...]:
+    """stored[g*a + i, o] = canonical[g*b + o, i], with a = in // groups and b = out // groups."""
+    if not layer.transposed:
+        return tuple(position)
+    group, inner = divmod(position[0], layer.in_channels // layer.groups)
+    return (group * (layer.out_channels // layer.groups) + position[1], inner, *position[2:])
+
+
+def _slice(core: Tensor, legs: tuple[str, ...], digits: Mapping[str, int]) -> Legged:
+    """The core at these values of its open legs."""
+    chosen = core[tuple(digits.get(leg, slice(None)) for leg in legs)]
+    return chosen, tuple(leg for leg in legs if leg not in digits)
