@@ -1,0 +1,5 @@
+"""Adapter files of other libraries: PEFT, LyCORIS, and the code of the TenVOO paper."""
+
+from tnpeft.io.foreign.loading import load_foreign
+
+__all__ = ["load_foreign"]
