@@ -73,7 +73,7 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
     path = next(iter(contents))
     try:
         try:
-            for path, data in contents.items():  # noqa: B007 - the error names it
+            for path, data in contents.items():
                 target = Path(os.path.realpath(path))  # through a link, not over it
                 temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
                 waiting[temporary] = target

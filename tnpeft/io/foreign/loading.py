@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,9 @@ def load_foreign(
 def _read(
     source: Source, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor], alpha: float | None
 ) -> Foreign:
-    readers = {"peft": read_peft, "lycoris": read_lycoris, "tenvoo": partial(read_tenvoo, alpha=alpha)}
-    return readers[source.format](source, modules, parameters)
+    if source.format == "tenvoo":
+        return read_tenvoo(source, modules, parameters, alpha)
+    return (read_peft if source.format == "peft" else read_lycoris)(source, modules, parameters)
 
 
 def _checked_alpha(path: Path, format: str, alpha: object) -> float | None:  # noqa: A002 - as above

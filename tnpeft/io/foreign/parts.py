@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import BindError, Problem, SpecError
@@ -15,7 +16,7 @@ from tnpeft.modules import Adapter
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.spec import list_specs, load_spec
 
-__all__ = ["Foreign", "Part", "adapter_of", "kernel_of"]
+__all__ = ["Foreign", "Part", "adapter_of", "silenced"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,6 @@ class Foreign:
     trained: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def kernel_of(layer: nn.Module) -> tuple[int, ...]:
-    return layer_of(layer).kernel_size
-
-
 def adapter_of(part: Part, module: nn.Module, name: str) -> Adapter:
     """The adapter of one layer with the part's values, of a shipped spec where one has its sizes.
 
@@ -56,6 +53,7 @@ def adapter_of(part: Part, module: nn.Module, name: str) -> Adapter:
     """
     layer = layer_of(module)
     sizes = _sizes(part, layer)
+    part = part if part.scale else silenced(part)
     weight = module.weight
     assert isinstance(weight, Tensor)
     for network in _networks(part, layer, sizes):
@@ -77,6 +75,12 @@ def adapter_of(part: Part, module: nn.Module, name: str) -> Adapter:
             return adapter
     fix = "Report this file: its topology is known, and yet no spec holds it."
     raise BindError(Problem("cores", f"those of {part.topology}", f"sizes {sizes} and scale {part.scale:g}", fix))
+
+
+def silenced(part: Part) -> Part:
+    """A part without effect as one that no scale of 0 turns off, which neither a spec nor LyCORIS knows."""
+    first = next(iter(part.tensors))
+    return replace(part, tensors={**part.tensors, first: torch.zeros_like(part.tensors[first])}, scale=1.0)
 
 
 def _sizes(part: Part, layer: Layer) -> dict[str, int]:

@@ -15,7 +15,7 @@ from tnpeft.io.foreign.names import dotted
 from tnpeft.io.foreign.parts import Foreign, Part
 from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, wide
 from tnpeft.io.foreign.source import SUPPORTED, Source, clip_key, unsupported
-from tnpeft.network import Layer, layer_of
+from tnpeft.network import layer_of
 from tnpeft.spec.document import clip
 from tnpeft.surgery import layer_problem
 

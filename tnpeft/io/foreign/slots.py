@@ -85,7 +85,8 @@ class Slots:
 def _native(slot: str, beside: str) -> str:
     """What the file would call a slot, by the key of its neighbour."""
     if slot in ("up", "down", "mid"):
-        return {"up": "lora_B", "down": "lora_A"}.get(slot, slot) if "lora_A" in beside or "lora_B" in beside else f"lora_{slot}"
+        peft = "lora_A" in beside or "lora_B" in beside
+        return {"up": "lora_B", "down": "lora_A"}.get(slot, slot) if peft else f"lora_{slot}"
     method = re.search(r"(hada|loha|lokr)_(?=[wt]\d(_[ab])?(\.|$))", beside)
     return f"{method[0] if method else ''}{slot}"
 

@@ -93,11 +93,11 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
         raise refuse(path, "adapter file", "a file, or PEFT's folder", found, "Check the path.")
     tensors, pickled = _tensors(weights)
     config = _config(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    format = format or _format(path, tensors, pickled, config)
-    if format == "peft" and config is None:
+    kind = format or _format(path, tensors, pickled, config)
+    if kind == "peft" and config is None:
         fix = "Keep the two files that PEFT saves together: the scale of the update stands in the config."
         raise refuse(path, "PEFT adapter", f"`{CONFIG}` beside it", "no such file", fix)
-    return Source(path, format, tensors, config if format == "peft" else None)
+    return Source(path, kind, tensors, config if kind == "peft" else None)
 
 
 def unsupported(path: Path, keys: Iterable[str]) -> AdapterFileError:

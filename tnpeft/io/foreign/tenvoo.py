@@ -33,6 +33,7 @@ _CORES = {  # by the number of cores, and whether the last has three axes
     (10, True): "tenvoo_l",
     (10, False): "tenvoo_q",
 }
+_MADE_FOR = "Load the file onto the model it was made for."
 _INCOMPLETE = "The file is incomplete: copy it again, or save the adapter once more."
 
 
@@ -115,7 +116,7 @@ def _viewed(slots: Slots, part: Part, ins: int, outs: int) -> Part:
     rows, columns = cores["up_1"].shape[0], cores["down_1"].shape[1]
     if (rows, columns) != (ins, outs):
         found = f"{rows} and {columns}"
-        raise slots.refuse("tensors", f"{ins} rows and {outs} columns", found, "Load it onto the model it was made for.")
+        raise slots.refuse("tensors", f"{ins} rows and {outs} columns", found, _MADE_FOR)
     if ins == outs:
         return part
     if outs % ins and ins % outs:

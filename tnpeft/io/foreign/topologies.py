@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tnpeft.network import Network
 
-__all__ = ["TOPOLOGIES", "WRITABLE", "Topology", "found_in", "kron_name"]
+__all__ = ["KRONS", "TOPOLOGIES", "WRITABLE", "Topology", "arranged", "found_in", "kron_name"]
 
 KERNEL = "K"  # one index for each kernel axis, none for Linear
 
@@ -74,16 +74,16 @@ def kron_name(small: str, large: str, inner: bool = False) -> str:
     return _KRON_NAMES[small, large] + "_inner" * inner
 
 
-def _krons() -> Iterable[Topology]:
-    ranks = {"low": "r", "tucker": "r"}
-    for (small, large), name in _KRON_NAMES.items():
-        cores = {**_SMALL[small], **_LARGE[large]}
-        rank = ranks.get(large, "s" if small == "low" else None)
-        yield Topology(name, cores, _KRON, rank)
-        if large == "whole":
-            yield Topology(f"{name}_inner", cores, _KRON_INNER, rank)
+def _kron(name: str, small: str, large: str, inner: bool) -> Topology:
+    rank = "r" if large != "whole" else "s" if small == "low" else None
+    return Topology(name, {**_SMALL[small], **_LARGE[large]}, _KRON_INNER if inner else _KRON, rank)
 
 
+KRONS: Mapping[str, tuple[str, str, bool]] = {  # the forms of the two factors, and whether the small one is inside
+    _KRON_NAMES[small, large] + "_inner" * inner: (small, large, inner)
+    for small, large in _KRON_NAMES
+    for inner in ((False, True) if large == "whole" else (False,))
+}
 _TENVOO = "(o1 o2 o3) (i1 i2 i3) kd kh kw"
 _TENVOO_ENDS = {
     "0": "i2 i1 d e",
@@ -100,7 +100,7 @@ _ALL = (
         "o i K",
         "r",
     ),
-    *_krons(),
+    *(_kron(name, *parts) for name, parts in KRONS.items()),
     Topology(
         "tenvoo_l",
         {
