@@ -21,7 +21,7 @@ from tnpeft.io.files import refuse, what_is_at
 from tnpeft.io.manifest import KEY
 from tnpeft.spec.document import clip
 
-__all__ = ["CONFIG", "FORMATS", "SUPPORTED", "WEIGHTS", "Source", "open_source", "unsupported"]
+__all__ = ["CONFIG", "FORMATS", "SUPPORTED", "WEIGHTS", "Source", "clip_key", "format_of", "open_source", "unsupported"]
 
 FORMATS = ("peft", "lycoris", "tenvoo")
 SUPPORTED = (
@@ -98,6 +98,18 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
         fix = "Keep the two files that PEFT saves together: the scale of the update stands in the config."
         raise refuse(path, "PEFT adapter", f"`{CONFIG}` beside it", "no such file", fix)
     return Source(path, kind, tensors, config if kind == "peft" else None)
+
+
+def format_of(path: Path) -> str:
+    """The format of a file by its keys: one of `FORMATS`, or "tnpeft". Raises AdapterFileError."""
+    if what_is_at(path) == "a file":
+        try:
+            with safe_open(path, framework="pt") as opened:
+                if KEY in (opened.metadata() or {}):
+                    return "tnpeft"
+        except (SafetensorError, OSError):
+            pass  # what it is, or why it is nothing, the next line says
+    return open_source(path, None).format
 
 
 def unsupported(path: Path, keys: Iterable[str]) -> AdapterFileError:
