@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -76,15 +77,21 @@ def _part(slots: Slots, methods: set[str], module: nn.Module) -> Part:
         found = " and ".join(sorted(methods)) or f"`{next(iter(slots.tensors))}` alone"
         raise slots.refuse("tensors", "those of one method", found, fix)
     (method,) = methods
-    if slots.get("dora_scale") is not None:
-        fix = "Merge the adapter with the library that made it."
-        raise slots.refuse("DoRA", "an update without magnitudes", "a magnitude vector", fix)
     if slots.get("t1") is not None and method == "lokr":
         raise slots.refuse("`lokr_t1`", "no such tensor", "one", "LyCORIS reads none either: remove it.")
-    return _METHODS[method](slots, layer_of(module), _scale(slots, method))
+    layer = layer_of(module)
+    part = _METHODS[method](slots, layer, _scale(slots))
+    magnitude = slots.get("dora_scale")
+    if magnitude is None:
+        return part
+    if magnitude.numel() != layer.out_channels or magnitude.shape[0] != layer.out_channels:
+        fix = "LyCORIS's `wd_on_out=False` is not in the language of specs: merge it there."
+        expected = f"one number for each of {layer.out_channels} output channels"
+        raise slots.refuse("`dora_scale`", expected, f"the shape {tuple(magnitude.shape)}", fix)
+    return replace(part, magnitude=magnitude.flatten())
 
 
-def _scale(slots: Slots, method: str) -> Callable[[int | None], float]:
+def _scale(slots: Slots) -> Callable[[int | None], float]:
     """alpha / rank; an alpha of 0, or none, means the rank. LoKr's two whole factors are not scaled."""
     alpha = slots.get("alpha")
     if alpha is not None and (alpha.numel() != 1 or not bool(alpha.isfinite())):

@@ -62,13 +62,13 @@ def lycoris_contents(path: Path, parts: Mapping[str, Part]) -> dict[Path, bytes]
 def _tensors(part: Part) -> dict[str, Tensor]:
     if part.scale == 0:  # an alpha of 0 would mean the rank
         part = silenced(part)
-    if part.topology in KRONS:
-        tensors = _lokr(part)
-        assert tensors is not None  # `lycoris_problems` said so
-        return tensors
-    if part.topology.startswith("loha"):
-        return _loha(part)
-    return _locon(part)
+    write = _lokr if part.topology in KRONS else _loha if part.topology.startswith("loha") else _locon
+    tensors = write(part)
+    assert tensors is not None  # `lycoris_problems` said so
+    if part.magnitude is not None:
+        kernel = max(tensor.ndim for tensor in part.tensors.values()) - 2
+        tensors["dora_scale"] = part.magnitude.reshape(-1, 1, *(1,) * kernel)
+    return tensors
 
 
 def _alpha(scale: float, rank: int) -> Tensor:

@@ -13,6 +13,7 @@ from tnpeft.errors import BindError, Problem, SpecError
 from tnpeft.io.foreign.texts import spec_of_sizes
 from tnpeft.io.foreign.topologies import TOPOLOGIES, Topology, found_in
 from tnpeft.modules import Adapter
+from tnpeft.modules.dora import magnitudes
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.spec import list_specs, load_spec
 
@@ -24,7 +25,8 @@ class Part:
     """The update of one layer: `scale` times a topology's network.
 
     `tensors` and `start` (the frozen copies) hold the topology's cores with their legs in its order,
-    `keys` what each core is called in its file.
+    `keys` what each core is called in its file. With a `magnitude` for each output channel it is a
+    DoRA of that update.
     """
 
     topology: str
@@ -32,6 +34,7 @@ class Part:
     scale: float = 1.0
     start: Mapping[str, Tensor] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
+    magnitude: Tensor | None = None
 
     @property
     def shape(self) -> Topology:
@@ -54,27 +57,40 @@ def adapter_of(part: Part, module: nn.Module, name: str) -> Adapter:
     layer = layer_of(module)
     sizes = _sizes(part, layer)
     part = part if part.scale else silenced(part)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
     for network in _networks(part, layer, sizes):
-        found = found_in(network, part.shape)
-        shapes = {core.name: core.shape for core in network.cores}
-        if found is None or not math.isclose(network.scale, part.scale, rel_tol=1e-12, abs_tol=0.0):
+        values = _values(part, network)
+        if values is None:
             continue
-        values = {}
-        for core, (ours, order) in found.items():
-            inverse = sorted(range(len(order)), key=order.__getitem__)
-            values[f"core_{ours}"] = part.tensors[core].permute(inverse)
-            if part.start:
-                values[f"start_{ours}"] = part.start[core].permute(inverse)
-        if all(tuple(value.shape) == shapes[key.split("_", 1)[1]] for key, value in values.items()):
-            adapter = Adapter(network, weight, name=name, initialise=False)
-            if any(value.dtype.itemsize > 4 for value in values.values()):
-                adapter.double()
-            adapter.load_state_dict(values)
-            return adapter
+        if part.magnitude is not None:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            start = magnitudes(layer, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
+            values |= {"dora_magnitude": part.magnitude, "start_magnitude": start}
+        adapter = Adapter(network, module, name=name, initialise=False)
+        if any(value.dtype.itemsize > 4 for value in values.values()):
+            adapter.double()
+        adapter.load_state_dict(values)
+        return adapter
     fix = "Report this file: its topology is known, and yet no spec holds it."
     raise BindError(Problem("cores", f"those of {part.topology}", f"sizes {sizes} and scale {part.scale:g}", fix))
+
+
+def _values(part: Part, network: Network) -> dict[str, Tensor] | None:
+    """The part's tensors as an adapter of `network` keeps them, or None where its sizes or scale are others."""
+    found = found_in(network, part.shape)
+    same_scale = math.isclose(network.scale * network.terms[0].scale, part.scale, rel_tol=1e-12, abs_tol=0.0)
+    if found is None or not same_scale or (network.compose == "dora") != (part.magnitude is not None):
+        return None
+    shapes = {core.name: core.shape for core in network.cores}
+    values = {}
+    for core, (ours, order) in found.items():
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        for prefix, tensors in (("core", part.tensors), ("start", part.start)):
+            if tensors:
+                values[f"{prefix}_{ours}"] = tensors[core].permute(inverse)
+                if tuple(tensors[core].permute(inverse).shape) != shapes[ours]:
+                    return None
+    return values
 
 
 def silenced(part: Part) -> Part:
@@ -102,6 +118,9 @@ def _sizes(part: Part, layer: Layer) -> dict[str, int]:
             keys = ", ".join(f"`{key}`" for key in dict.fromkeys(part.keys.values())) or "the tensors"
             what = f"axis {axis} of the update that {keys} make"
             raise BindError(_misfit(what, f"{size}, as {layer} has it", f"{product}"))
+    if part.magnitude is not None and tuple(part.magnitude.shape) != (layer.out_channels,):
+        found = f"{tuple(part.magnitude.shape)}"
+        raise BindError(_misfit("magnitudes", f"one for each of {layer.out_channels} output channels", found))
     return sizes
 
 
@@ -113,8 +132,10 @@ def _networks(part: Part, layer: Layer, sizes: Mapping[str, int]) -> Iterator[Ne
     """Networks to try: the shipped spec's, then that of a spec written for the purpose."""
     rank = sizes[part.shape.rank] if part.shape.rank else 1
     alpha = float(f"{part.scale * rank:.15g}")  # what the file said, where the product lost a bit
-    if part.topology in list_specs():
-        spec = load_spec(part.topology)
+    dora = part.magnitude is not None
+    shipped = {"lora": "dora"}.get(part.topology, "") if dora else part.topology
+    if shipped in list_specs():
+        spec = load_spec(shipped)
         if layer.kind in spec.layers:
             factors = [0, *sorted({sizes[leg] for leg in ("oa", "ia", "ob", "ib") if leg in sizes})]
             for factor in factors if "factor" in spec.params else factors[:1]:
@@ -123,5 +144,5 @@ def _networks(part: Part, layer: Layer, sizes: Mapping[str, int]) -> Iterator[Ne
                     yield spec.bind(layer, **{key: value for key, value in given.items() if key in spec.params})
                 except (BindError, SpecError):
                     continue
-    spec, params = spec_of_sizes(part.shape, layer, sizes)
+    spec, params = spec_of_sizes(part.shape, layer, sizes, dora)
     yield spec.bind(layer, **(params if part.shape.start != "zero" else {"alpha": alpha, **params}))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from tnpeft.errors import AdapterFileError
 from tnpeft.io.files import refuse
 from tnpeft.io.foreign.names import dotted
 from tnpeft.io.foreign.parts import Foreign, Part
@@ -94,23 +94,19 @@ def _module(source: Source, key: str, written: str, modules: Mapping[str, nn.Mod
 def _part(source: Source, config: Mapping[str, Any], slots: Slots, module: nn.Module) -> Part:
     layer = layer_of(module)
     scale = _scale(source, config, slots)
-    if slots.get("magnitude") is not None or config.get("use_dora"):
-        raise _no_dora(slots)
     if config["peft_type"] == "LORA":
         if layer.groups > 1:
             expected = "an ungrouped convolution, which PEFT's update is of in every case"
-            fix = "Such an update is none of the grouped layer's weight: merge nothing, train it anew."
+            fix = "Such an update is none of the grouped layer's weight: train it anew."
             raise slots.refuse("LoRA", expected, str(layer), fix)
-        return lora_part(slots, layer, scale)
+        part = lora_part(slots, layer, scale)
+        if not config.get("use_dora"):
+            return part
+        return replace(part, magnitude=slots.need("magnitude", "down").flatten())
     if config["peft_type"] == "LOHA":
         return loha_part(slots, layer, scale)
     # PEFT takes the Kronecker product of a matrix and the three axes of a whole factor, which torch aligns at the end.
     return lokr_part(slots, layer, scale, inner=layer.kind == "Conv1d" and slots.get("w2") is not None)
-
-
-def _no_dora(slots: Slots) -> AdapterFileError:
-    fix = "Merge the adapter with the library that made it."
-    return slots.refuse("DoRA", "an update without magnitudes", "a magnitude vector", fix)
 
 
 def _scale(source: Source, config: Mapping[str, Any], slots: Slots) -> Callable[[int | None], float]:

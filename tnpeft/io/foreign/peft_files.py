@@ -59,6 +59,10 @@ def peft_problems(
         elif layer.kind != "Conv1d" and KRONS.get(parts[name].topology, ("", "", False))[2]:
             expected = "the small factor as the outer one"
             yield Problem("PEFT's LOKR", expected, "the large one", _OTHER, where)
+    dora = [name for name, part in parts.items() if part.magnitude is not None]
+    if dora and (len(dora) < len(parts) or "LORA" not in methods.values()):
+        expected = "LoRA with magnitudes on every layer, or on none"
+        yield Problem("PEFT's DoRA", expected, f"magnitudes of {methods[dora[0]]} on '{dora[0]}'", _APART)
     others = [name for name in trained if not name.endswith(".bias")]
     if others or (trained and "LORA" not in methods.values()):
         expected = "biases alone, beside LoRA" if others else "none beside LoHa and LoKr"
@@ -104,8 +108,12 @@ def _lora(parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int], dict[str,
         up, down = (untuckered(part).tensors[core] for core in ("up", "down"))
         units = (1,) * (down.ndim - 2)
         tensors[name] = {"lora_A.weight": down, "lora_B.weight": up.reshape(*up.shape, *units)}
+        if part.magnitude is not None:
+            shape = (1, -1, *units) if units else (-1,)
+            tensors[name]["lora_magnitude_vector"] = part.magnitude.reshape(shape)
     ranks = {name: tensor["lora_A.weight"].shape[0] for name, tensor in tensors.items()}
-    return tensors, ranks, {"init_lora_weights": True, "lora_dropout": 0.0}
+    dora = any(part.magnitude is not None for part in parts.values())
+    return tensors, ranks, {"init_lora_weights": True, "lora_dropout": 0.0, "use_dora": dora}
 
 
 def _loha(parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:

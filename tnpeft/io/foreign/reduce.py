@@ -23,12 +23,17 @@ def part_of(adapter: Adapter, name: str, gain: float) -> Part | Problem:
     cores = {core: tensor.detach().cpu() for core, tensor in adapter.cores.items()}
     start = {core: tensor.detach().cpu() for core, tensor in adapter.start.items()}
     where, what = f"layer '{name}'", f"spec '{network.spec.name}'"
+    magnitude = None if adapter.magnitude is None else adapter.magnitude.detach().cpu()
+    if magnitude is not None and gain != 1.0:
+        fix = "Activate it at scale 1: what DoRA adds is no multiple of an update."
+        return Problem(what, "a DoRA at scale 1", f"one at {gain:g}", fix, where)
     for topology in WRITABLE:
         found = found_in(network, topology)
         if found is None:
             continue
         tensors = {core: arranged(cores[ours], order) for core, (ours, order) in found.items()}
-        part = Part(topology.name, tensors, network.scale * gain)
+        scale = network.scale * network.terms[0].scale * gain
+        part = Part(topology.name, tensors, scale, magnitude=magnitude)
         if not start:
             return part
         frozen = {core: arranged(start.get(ours, cores[ours]), order) for core, (ours, order) in found.items()}

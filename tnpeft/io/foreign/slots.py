@@ -87,6 +87,8 @@ def _native(slot: str, beside: str) -> str:
     if slot in ("up", "down", "mid"):
         peft = "lora_A" in beside or "lora_B" in beside
         return {"up": "lora_B", "down": "lora_A"}.get(slot, slot) if peft else f"lora_{slot}"
+    if slot == "magnitude":
+        return "lora_magnitude_vector"
     method = re.search(r"(hada|loha|lokr)_(?=[wt]\d(_[ab])?(\.|$))", beside)
     return f"{method[0] if method else ''}{slot}"
 

@@ -15,7 +15,9 @@ _FROM_LAYER = {"o": "out_channels", "i": "in_channels"}
 _KERNEL = ("kd", "kh", "kw")
 
 
-def spec_of_sizes(topology: Topology, layer: Layer, sizes: Mapping[str, int]) -> tuple[Spec, dict[str, float]]:
+def spec_of_sizes(
+    topology: Topology, layer: Layer, sizes: Mapping[str, int], dora: bool = False
+) -> tuple[Spec, dict[str, float]]:
     """A spec of the topology whose params are the sizes of its legs, and the params for these sizes."""
     axes = len(layer.kernel_size)
     opened = {leg for group in topology.axes(axes) for leg in group}
@@ -24,16 +26,18 @@ def spec_of_sizes(topology: Topology, layer: Layer, sizes: Mapping[str, int]) ->
     kernel = {*_KERNEL, *(f"k{axis}" for axis in range(axes))}
     known = ({*_FROM_LAYER} & opened) | kernel | set(bonds if one_rank else ())
     params: dict[str, float] = {leg: size for leg, size in sizes.items() if leg not in known}
-    spec = _spec(topology.name, tuple(params), one_rank)
+    spec = _spec(topology.name, tuple(params), one_rank, dora)
     return spec, {"r": sizes[bonds[0]], **params} if one_rank else params
 
 
 @lru_cache(maxsize=64)
-def _spec(name: str, free: tuple[str, ...], one_rank: bool) -> Spec:
+def _spec(name: str, free: tuple[str, ...], one_rank: bool, dora: bool) -> Spec:
     """The text is one for every layer of a file, so that the files we write hold it once."""
-    topology = TOPOLOGIES[name]
-    text = "\n".join(line for line in _lines(topology, free, one_rank) if line) + "\n"
-    return Spec.from_yaml(text, file=f"{name}_sizes.yaml")
+    lines = _lines(TOPOLOGIES[name], free, one_rank)
+    file = f"{name}_dora_sizes" if dora else f"{name}_sizes"
+    head = ["tnpeft: 1", f"name: {file}"]
+    text = "\n".join(line for line in [*head, *lines, "compose: dora" * dora] if line) + "\n"
+    return Spec.from_yaml(text, file=f"{file}.yaml")
 
 
 def _lines(topology: Topology, free: tuple[str, ...], one_rank: bool) -> list[str]:
@@ -47,8 +51,6 @@ def _lines(topology: Topology, free: tuple[str, ...], one_rank: bool) -> list[st
         cores[-1] = f"{{legs: {cores[-1]}, init: zeros}}"
     layers = "any" if "K" in used else "[Conv3d, ConvTranspose3d]" if _KERNEL[0] in used else "[Linear]"
     return [
-        "tnpeft: 1",
-        f"name: {topology.name}_sizes",
         f"title: The topology of `{topology.name}`, its sizes those of another library's file",
         f"layers: {layers}",
         f"params: {{{', '.join(params)}}}",

@@ -167,7 +167,8 @@ def found_in(network: Network, topology: Topology) -> dict[str, tuple[str, tuple
 
     None where the network is another one, or keeps only a part of its entries.
     """
-    if network.padded_shape != network.layer.weight_shape:
+    plain = len(network.terms) == 1 and all(core.origin != "weight" for core in network.cores)
+    if not plain or network.padded_shape != network.layer.weight_shape:
         return None
     axes = len(network.layer.kernel_size)
     wanted = {core: topology.legs(core, axes) for core in topology.cores}
