@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,4 +112,10 @@ def adapted(what: Any, match: str, trained: bool = True, base: nn.Module | None 
     return model.eval()
 
 
-Load = Callable[[Path], nn.Module]
+def save_or_refuse(model: nn.Module, path: Path, kind: str) -> str | None:
+    """Write the file, or say why it cannot be written."""
+    try:
+        tnpeft.save_foreign(model, path, kind)
+    except tnpeft.AdapterFileError as error:
+        return str(error)
+    return None

@@ -32,6 +32,7 @@ _OTHER_MATHS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
     *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
 )
+_LARGEST = 1e30  # beyond any alpha or rank, and within fp32
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "lycoris", "true", "false")
 
 
@@ -126,11 +127,11 @@ def _scale(source: Source, config: Mapping[str, Any], slots: Slots) -> Callable[
 
 
 def _number(source: Source, what: str, value: object) -> float:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or (what == "r" and not value > 0):  # type: ignore[operator]
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not -_LARGEST < number < _LARGEST or (what == "r" and number < 1):
         expected = "a positive number" if what == "r" else "a finite number"
         raise refuse(source.path, f"`{what}` of the PEFT config", expected, clip(value), "Mend `adapter_config.json`.")
-    return float(value)  # type: ignore[arg-type]
+    return float(number)
 
 
 def _by_pattern(source: Source, config: Mapping[str, Any], key: str, layer: str, default: object) -> object:
@@ -142,7 +143,7 @@ def _by_pattern(source: Source, config: Mapping[str, Any], key: str, layer: str,
         try:
             if re.match(rf"(.*\.)?({pattern})$", layer):
                 return value
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             fix = "Mend `adapter_config.json`."
             raise refuse(source.path, f"`{key}`", "regular expressions", f"{clip(pattern)}: {error}", fix) from error
     return default

@@ -40,7 +40,8 @@ class Slots:
         if slot in self.tensors:
             found = f"'{self.keys[slot]}' and '{key}'"
             raise self.refuse(f"`{slot}`", "one tensor", found, "Save one adapter in a file.")
-        self.tensors[slot], self.keys[slot] = wide(self.path, key, tensor), key
+        number = tensor.float() if slot == "alpha" else tensor  # kohya's is often whole
+        self.tensors[slot], self.keys[slot] = wide(self.path, key, number), key
 
     def get(self, slot: str) -> Tensor | None:
         return self.tensors.get(slot)
@@ -76,7 +77,11 @@ class Slots:
         return tensor.reshape(tensor.shape[:axes])
 
     def part(self, topology: str, scale: float, cores: Mapping[str, tuple[str, Tensor]]) -> Part:
-        """A part whose cores are given with the slot each comes from."""
+        """A part whose cores are given with the slot each comes from. Refuses slots that are left over."""
+        over = self.tensors.keys() - {slot for slot, _ in cores.values()} - {"alpha", "magnitude", "dora_scale"}
+        if over:
+            found = f"also '{self.keys[min(over)]}'"
+            raise self.refuse("tensors", f"those of {topology} alone", found, "Save one adapter in a file.")
         tensors = {core: tensor for core, (_, tensor) in cores.items()}
         keys = {core: self.keys.get(slot, slot) for core, (slot, _) in cores.items()}
         return Part(topology, tensors, scale, keys=keys)

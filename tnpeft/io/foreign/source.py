@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -143,11 +144,11 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     """A file's tensors on the CPU, and whether torch's own format holds them."""
     try:
         with path.open("rb") as file:
-            start = file.read(2)
+            start = file.read(9)
     except OSError as error:
         fix = "Check the file and its permissions."
         raise refuse(path, "adapter file", "to be read", error.strerror or str(error), fix) from error
-    if start == b"PK" or start[:1] == b"\x80":
+    if start[8:] != b"{" and start[:1] in (b"P", b"\x80"):  # a zip, or a pickle; safetensors have JSON at byte 8
         return _pickled(path), True
     try:
         with safe_open(path, framework="pt") as opened:
@@ -164,7 +165,9 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
 def _pickled(path: Path) -> dict[str, Tensor]:
     """The state dict of a torch file, perhaps under the key that training scripts put it under."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that are not torch's own, which fail or hold tensors alone
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:
         found = " ".join(str(error).split())[:200] or type(error).__name__
         fix = "Copy or download it again, or save its state dict alone; nothing else is loaded from a pickle."

@@ -102,7 +102,8 @@ def _part(slots: Slots, start: Slots | None, module: nn.Module, alpha: float | N
 
 
 def _scale(slots: Slots, alpha: float | None, rank: int | None) -> float:
-    assert rank is not None  # the paper's LoKr has low-rank factors alone
+    if not rank:
+        return 1.0  # no axis may be empty, which is said where the tensors meet the layer
     if alpha is None and rank < 4:
         fix = "Pass the alpha it was trained with, for example `alpha=1`."
         found = f"none in the file, and rank {rank}, for which the published code takes 0: its update does nothing"
