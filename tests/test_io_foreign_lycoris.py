@@ -48,6 +48,10 @@ READ: dict[str, tuple[dict[str, Any], set[str] | None]] = {
     "lokr too large": ({"algo": "lokr", "linear_dim": 99, "linear_alpha": 7}, {"krona"}),
     "lokr factor": ({"algo": "lokr", "linear_dim": 1, "factor": 6}, {"lokr"}),
     "lokr unbalanced": ({"algo": "lokr", "linear_dim": 2, "unbalanced_factorization": True}, None),
+    "lokr unbalanced both": (
+        {"algo": "lokr", "linear_dim": 2, "unbalanced_factorization": True, "decompose_both": True, "linear_alpha": 3},
+        None,
+    ),
     "lokr no alpha": ({"algo": "lokr", "linear_dim": 2, "linear_alpha": 0, "conv_alpha": 0}, {"lokr"}),
     "dora": ({"algo": "locon", "dora_wd": True, **RANKS}, None),
     "dora tucker": ({"algo": "locon", "dora_wd": True, "use_tucker": True, **RANKS}, None),

@@ -258,3 +258,13 @@ def test_any_sizes_both_ways(data: st.DataObject, tmp_path: Path):
     else:  # the sizes of unsorted factors, of which PEFT could have meant another
         assert "PEFT's LOKR" in why
         assert kind is nn.Conv1d or "decompose_factor" in why
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor:peft.utils.warning.PeftWarning")
+def test_a_second_adapter_starts_from_the_base(tmp_path: Path):
+    """The bias of `lora_B` adds to the base's, not to that which another adapter trains."""
+    theirs = with_peft(lora(lora_bias=True, target_modules=["line", "conv2"]))
+    theirs.save_pretrained(tmp_path)
+    ours = adapted("lora", "line", train={"bias": "adapted"})
+    tnpeft.load_foreign(ours, tmp_path, name="second")
+    assert_same(ours(X), theirs(X))

@@ -119,7 +119,7 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert an adapter file between libraries. The model is built, for its layers' names and sizes."""
+    """Convert an adapter file between libraries. The model says the layers' names and sizes (for DoRA also weights)."""
     from tnpeft.cli.converting import convert_file
 
     convert_file(

@@ -23,7 +23,8 @@ from tnpeft.io.foreign.tenvoo import read_tenvoo
 from tnpeft.modules import Adapter
 from tnpeft.recipe import Handle
 from tnpeft.spec.document import clip
-from tnpeft.surgery import install, model_problems, parameter_groups, plain_modules, plain_parameters, trained_of
+from tnpeft.surgery import find, install, model_problems, parameter_groups, plain_modules, plain_parameters, trained_of
+from tnpeft.surgery.trained import all_tied
 
 __all__ = ["load_foreign"]
 
@@ -53,7 +54,7 @@ def load_foreign(
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)
     source = open_source(path, format)
-    modules, parameters = plain_modules(model), plain_parameters(model)
+    modules, parameters = plain_modules(model), _base_parameters(model)
     foreign = _read(source, modules, parameters, _checked_alpha(path, source.format, alpha))
     adapters = _adapters(path, foreign, modules)
     trained = _trained(path, foreign, model, parameters)
@@ -66,6 +67,16 @@ def load_foreign(
         for key, value in trained.items():
             copies[key].copy_(value)
     return Handle(model, name)
+
+
+def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The plain model's parameters by name, its own ones where another adapter's copies are installed."""
+    parameters = dict(plain_parameters(model))
+    found = find(model)
+    for tied in all_tied(*found) if found else ():
+        if tied.is_parameter:
+            parameters |= dict.fromkeys(tied.names, tied.original)
+    return parameters
 
 
 def _read(
