@@ -53,6 +53,7 @@ READ: dict[str, tuple[dict[str, Any], set[str] | None]] = {
         None,
     ),
     "lokr no alpha": ({"algo": "lokr", "linear_dim": 2, "linear_alpha": 0, "conv_alpha": 0}, {"lokr"}),
+    "norms": ({"algo": "locon", "train_norm": True, **RANKS}, {"lora"}),
     "dora": ({"algo": "locon", "dora_wd": True, **RANKS}, None),
     "dora tucker": ({"algo": "locon", "dora_wd": True, "use_tucker": True, **RANKS}, None),
     "loha dora": ({"algo": "loha", "dora_wd": True, **RANKS}, None),
@@ -248,3 +249,19 @@ def test_move_moves_everything():
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     move(network)
     assert all(not torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
+
+
+def test_whole_layers_that_trained(tmp_path: Path):
+    network, theirs = with_lycoris(algo="full")
+    network.save_weights(str(tmp_path / "theirs.safetensors"), None, {})
+    ours = loaded(tmp_path / "theirs.safetensors")
+    assert_same(ours(X), theirs(X))
+    report = tnpeft.Handle(ours, "default").report()
+    assert (report.cores, report.also) == (0, sum(parameter.numel() for parameter in network.parameters()))
+    tnpeft.save(ours, tmp_path / "ours.safetensors")
+    again = Net()
+    tnpeft.load(again, tmp_path / "ours.safetensors")
+    assert torch.equal(again.eval()(X), ours(X))
+    with pytest.raises(tnpeft.AdapterFileError) as excinfo:
+        tnpeft.save_foreign(ours, tmp_path / "again.safetensors", "lycoris")
+    assert "expected none: LyCORIS has no place for them" in str(excinfo.value)

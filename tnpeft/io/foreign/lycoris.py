@@ -1,4 +1,4 @@
-"""Reading LyCORIS's (and kohya's) adapters: LoCon, LoHa and LoKr, one alpha for each layer."""
+"""Reading LyCORIS's (and kohya's) adapters: LoCon, LoHa and LoKr, one alpha for each layer, and what trained beside."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from tnpeft.io.files import refuse
 from tnpeft.io.foreign.names import underscored
 from tnpeft.io.foreign.parts import Foreign, Part
-from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part
+from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, wide
 from tnpeft.io.foreign.source import Source, clip_key, unsupported
 from tnpeft.network import layer_of
 from tnpeft.surgery import layer_problem
@@ -19,45 +20,51 @@ from tnpeft.surgery import layer_problem
 __all__ = ["read_lycoris"]
 
 _SLOT = re.compile(
-    r"(?P<module>.+)\.(?P<slot>alpha|dora_scale|lora_(up|down|mid)\.weight|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?)"
+    r"(?P<module>.+)\.((?P<method>lora|hada|lokr)_(?P<slot>up|down|mid|[wt][12](_[ab])?)(\.weight)?"
+    r"|(?P<beside>alpha|dora_scale)|(?P<trained>[wb]_norm|diff(_b)?))"
 )
 _METHODS = {"lora": lora_part, "hada": loha_part, "lokr": lokr_part}
+_TRAINED = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}  # what is added to which
 
 
 def read_lycoris(source: Source, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> Foreign:
-    """The parts by layer. Raises AdapterFileError."""
-    found = {key: _SLOT.fullmatch(key) for key in source.tensors}
-    unknown = [key for key, match in found.items() if match is None]
-    if unknown or not found:
-        raise unsupported(source.path, unknown)
+    """The parts by layer, and norms and whole layers that trained too. Raises AdapterFileError."""
+    found = {key: match for key in source.tensors if (match := _SLOT.fullmatch(key))}
+    if len(found) < len(source.tensors) or not found:
+        raise unsupported(source.path, [key for key in source.tensors if key not in found])
     layers = underscored(
-        dict.fromkeys(match["module"] for match in found.values() if match),
+        dict.fromkeys(match["module"] for match in found.values()),
         (name for name, module in modules.items() if module._parameters),
     )
     slots: dict[str, Slots] = {}
     methods: dict[str, set[str]] = {}
+    trained: dict[str, Tensor] = {}
     for key, match in found.items():
-        assert match is not None
-        name = _module(source, key, layers[match["module"]], modules)
-        method, _, slot = match["slot"].removesuffix(".weight").rpartition("_") if _is_lora(match) else _split(match)
-        slots.setdefault(name, Slots(source.path, name)).add(slot, key, source.tensors[key])
-        if method:
-            methods.setdefault(name, set()).add(method)
-    return Foreign({name: _part(slots[name], methods.get(name, set()), modules[name]) for name in slots})
+        name, tensor = _module(source, key, layers[match["module"]]), source.tensors[key]
+        if match["trained"]:
+            parameter = f"{name}.{_TRAINED[match['trained']]}"
+            trained[parameter] = _sum(source, key, tensor, parameter, parameters)
+            continue
+        if problem := layer_problem(name, modules[name]):
+            raise refuse(source.path, f"layer '{name}', {problem.what}", problem.expected, problem.found, problem.fix)
+        slots.setdefault(name, Slots(source.path, name)).add(match["slot"] or match["beside"], key, tensor)
+        methods.setdefault(name, set()).update({match["method"]} - {None})
+    return Foreign({name: _part(slots[name], methods[name], modules[name]) for name in slots}, trained)
 
 
-def _is_lora(match: re.Match[str]) -> bool:
-    return match["slot"].startswith("lora_")
+def _sum(source: Source, key: str, change: Tensor, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
+    """A parameter of the base model with its change, which is what the file stores."""
+    base, change = parameters.get(name), wide(source.path, key, change)
+    if base is None or base.shape != change.shape:
+        found = "none" if base is None else f"{tuple(base.shape)}"
+        fix = "Load the file onto the model it was made for."
+        raise refuse(
+            source.path, f"tensor '{clip_key(key)}', of the parameter '{name}'", f"{tuple(change.shape)}", found, fix
+        )
+    return base.detach().cpu().to(torch.promote_types(base.dtype, change.dtype)) + change
 
 
-def _split(match: re.Match[str]) -> tuple[str, str, str]:
-    """`hada_w1_a` → hada and w1_a; `alpha` belongs to every method."""
-    slot = match["slot"]
-    method, line, rest = slot.partition("_")
-    return (method, line, rest) if method in _METHODS else ("", "", slot)
-
-
-def _module(source: Source, key: str, found: str | tuple[str, ...] | None, modules: Mapping[str, nn.Module]) -> str:
+def _module(source: Source, key: str, found: str | tuple[str, ...] | None) -> str:
     fix = "Load the file onto the model it was made for."
     what = f"tensor '{clip_key(key)}'"
     if found is None:
@@ -66,8 +73,6 @@ def _module(source: Source, key: str, found: str | tuple[str, ...] | None, modul
         several = " and ".join(f"'{name}'" for name in found)
         fix = "Rename one of the two in the model."
         raise refuse(source.path, what, "one layer of this model", f"{several}, which are written alike", fix)
-    if problem := layer_problem(found, modules[found]):
-        raise refuse(source.path, f"layer '{found}', {problem.what}", problem.expected, problem.found, problem.fix)
     return found
 
 

@@ -63,6 +63,8 @@ def save_foreign(
     layers = {layer: layer_of(modules[layer]) for layer in parts}
     check = peft_problems if format == "peft" else lycoris_problems
     _raise(path, [*_option_problems(modules, parts, format == "peft"), *check(parts, layers, trained)])
+    if not parts:
+        raise refuse(path, "adapter", "one with adapted layers", "none", "Save it with `tnpeft.save`.")
     if format == "peft":
         _write_folder(path, peft_contents(path, parts, trained, modules))
     else:

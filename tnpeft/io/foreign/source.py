@@ -50,7 +50,7 @@ _LOAD_ERRORS = (
 )
 _PEFT = re.compile(r"\.(lora_(A|B|embedding_A|magnitude_vector)|(hada|lokr)_[wt]\d(_[ab])?(\.\w+)?$)")
 _PAPER = re.compile(r"(tenvoo_weights|quanta_weights|\.loha_w\d_[ab]$)")
-_LYCORIS = re.compile(r"\.(lora_(up|down|mid)\.weight|(hada|lokr)_[wt]\d(_[ab])?)$")
+_LYCORIS = re.compile(r"\.(lora_(up|down|mid)\.weight|(hada|lokr)_[wt]\d(_[ab])?|w_norm|diff)$")
 # Marks of methods that are none of the supported ones, in their keys.
 _OTHERS = {
     "oft_": "OFT or BOFT",
@@ -61,8 +61,6 @@ _OTHERS = {
     "vera_lambda": "VeRA",
     ".a1.weight": "GLoRA",
     ".lambda_layer": "T-LoRA",
-    ".w_norm": "trained norms",
-    ".diff": "full weights",
     "prompt_embeddings": "prompt tuning",
 }
 
