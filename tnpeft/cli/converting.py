@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnpeft.cli.models import build_model
@@ -34,11 +33,12 @@ def convert_file(
     as_json: bool,
 ) -> None:
     """Put the adapter of `source` on the model, which is built for real, and write it to `target`."""
+    from tnpeft.io.files import file_path
     from tnpeft.io.foreign.source import format_of
 
     _check("--from", read_as, SOURCES)
     _check("--to", write_as, TARGETS)
-    kind = read_as or format_of(Path(source))
+    kind = read_as or format_of(file_path(source))
     if write_as is None and kind == "tnpeft":
         expected = f"one of {', '.join(TARGETS[1:])}"
         raise UsageError(Problem("--to", expected, "none, for a file of tnpeft", "Add --to peft, say."))

@@ -83,7 +83,8 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
     found = what_is_at(path)
     folder = path if found == "a folder" else path.parent
     if found == "a folder":
-        weights = next((path / name for name in (WEIGHTS, PICKLED_WEIGHTS) if (path / name).is_file()), None)
+        names = (WEIGHTS, PICKLED_WEIGHTS)
+        weights = next((path / name for name in names if what_is_at(path / name) == "a file"), None)
         if weights is None:
             raise refuse(path, "folder", f"`{WEIGHTS}` in it", "no such file", "Pass PEFT's adapter folder, or a file.")
     elif found == "a file":
@@ -91,12 +92,12 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
     else:
         raise refuse(path, "adapter file", "a file, or PEFT's folder", found, "Check the path.")
     tensors, pickled = _tensors(weights)
-    config = _config(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    kind = format or _format(path, tensors, pickled, config)
-    if kind == "peft" and config is None:
+    has_config = what_is_at(folder / CONFIG) == "a file"
+    kind = format or _format(path, tensors, pickled, has_config)
+    if kind == "peft" and not has_config:
         fix = "Keep the two files that PEFT saves together: the scale of the update stands in the config."
         raise refuse(path, "PEFT adapter", f"`{CONFIG}` beside it", "no such file", fix)
-    return Source(path, kind, tensors, config if kind == "peft" else None)
+    return Source(path, kind, tensors, _config(folder / CONFIG) if kind == "peft" else None)
 
 
 def format_of(path: Path) -> str:
@@ -124,16 +125,16 @@ def clip_key(key: str) -> str:
     return key if key.isprintable() and len(key) <= 120 else clip(key, 120)
 
 
-def _format(path: Path, tensors: Mapping[str, Tensor], pickled: bool, config: Mapping[str, Any] | None) -> str:
+def _format(path: Path, tensors: Mapping[str, Tensor], pickled: bool, has_config: bool) -> str:
     if any(_PAPER.search(key) for key in tensors):
         return "tenvoo"
     peft = any("lora_A" in key or "lora_B" in key or key.startswith("base_model.") for key in tensors)
-    if peft or (config is not None and any(_PEFT.search(key) for key in tensors)):
+    if peft or (has_config and any(_PEFT.search(key) for key in tensors)):
         return "peft"
     modules = [key[: match.start()] for key in tensors if (match := _LYCORIS.search(key))]
     if modules:
         return "tenvoo" if pickled and all("." in module for module in modules) else "lycoris"
-    if config is not None:
+    if has_config:
         return "peft"
     raise unsupported(path, tensors)
 
