@@ -29,7 +29,7 @@ from tnpeft.plan import Plan, plan
 from tnpeft.spec import Spec, list_specs, load_spec, register_init
 
 if TYPE_CHECKING:
-    from tnpeft.io import load, save
+    from tnpeft.io import load, load_foreign, save, save_foreign
     from tnpeft.modules import Adapter, compile
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
     from tnpeft.surgery import activate, detach, disabled, merge, unmerge
@@ -63,12 +63,14 @@ __all__ = [
     "list_recipes",
     "list_specs",
     "load",
+    "load_foreign",
     "load_recipe",
     "load_spec",
     "merge",
     "plan",
     "register_init",
     "save",
+    "save_foreign",
     "unmerge",
 ]
 
@@ -88,7 +90,9 @@ _LAZY = {
     "list_recipes": "recipe",
     "load_recipe": "recipe",
     "load": "io",
+    "load_foreign": "io",
     "save": "io",
+    "save_foreign": "io",
 }
 
 

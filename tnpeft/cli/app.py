@@ -140,6 +140,46 @@ def verify(
 
 @app.command()
 @reported
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="PEFT's folder, a LyCORIS file, a .pth of the TenVOO paper, or ours."),
+    ],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The file (for PEFT the folder) to write.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
+    ],
+    read_as: Annotated[
+        str | None,
+        typer.Option("--from", metavar="FORMAT", help="peft, lycoris, tenvoo or tnpeft; its keys say which."),
+    ] = None,
+    write_as: Annotated[
+        str | None, typer.Option("--to", metavar="FORMAT", help="tnpeft (for other libraries' files), peft or lycoris.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The adapter's name in a file of tnpeft.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="For LoCon, LoHa and LoKr of the paper, whose files do not hold it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert an adapter file between libraries. The model says the layers' names and sizes (for DoRA also weights)."""
+    from tnpeft.cli.converting import convert_file
+
+    convert_file(
+        Output(),
+        source,
+        target,
+        model,
+        read_as=read_as,
+        write_as=write_as,
+        name=name,
+        alpha=alpha,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@reported
 def version(as_json: Json = False) -> None:
     """Print the version."""
     output = Output()

@@ -1,4 +1,4 @@
-"""`monai:ddpm-paper` or `package.module:factory` → a model without data, on the meta device."""
+"""`monai:ddpm-paper` or `package.module:factory` → a model, without data unless it is asked for."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ _THEIR_ERRORS = (
 )
 
 
-def build_model(text: str) -> torch.nn.Module:
+def build_model(text: str, device: str = "meta") -> torch.nn.Module:
     """Build the model that `text` names; raises TnpeftError that says which step failed."""
     import torch
 
     factory = _factory(text)
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             model = factory()
     except _THEIR_ERRORS as error:
-        fix = "It is called without arguments, on the meta device: what reads values or files cannot stand in it."
+        fix = "It is called without arguments."
+        if device == "meta":
+            fix = "It is called without arguments, on the meta device: what reads values or files cannot stand in it."
         raise _mistake(text, "calling the factory", "a model", _said(error), fix) from error
     if not isinstance(model, torch.nn.Module):
         fix = "Let the factory return the model itself."

@@ -1,6 +1,7 @@
 """Adapter files: safetensors that carry their spec."""
 
+from tnpeft.io.foreign import load_foreign, save_foreign
 from tnpeft.io.loading import load
 from tnpeft.io.saving import save
 
-__all__ = ["load", "save"]
+__all__ = ["load", "load_foreign", "save", "save_foreign"]

@@ -19,7 +19,7 @@ from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.manifest import FORMAT, KEY, Manifest, digest, encode
 from tnpeft.spec.document import clip
 
-__all__ = ["FOREIGN", "file_path", "read", "refuse", "shown", "write"]
+__all__ = ["FOREIGN", "file_path", "read", "refuse", "replace_files", "shown", "what_is_at", "write"]
 
 FOREIGN = "Pass a file written by `tnpeft.save`."
 _LONGEST_SHOWN = 200  # characters of a path in a message
@@ -56,24 +56,38 @@ def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None
 
     Raises AdapterFileError, leaving no temporary file.
     """
-    found = _what_is_at(path)
+    found = what_is_at(path)
     if found == "a folder":
         raise refuse(path, "adapter file", "a file name", found, "Add a name, for example `adapter.safetensors`.")
     if found not in ("a file", "no such file"):
         raise refuse(path, "adapter file", "a new or an ordinary file", found, "Choose another path.")
-    target = Path(os.path.realpath(path))  # through a link, not over it
-    data = safetensors.torch.save(dict(tensors), {KEY: encode(manifest, tensors)})
-    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
+    replace_files({path: safetensors.torch.save(dict(tensors), {KEY: encode(manifest, tensors)})})
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Write each file beside its place, then move all of them there, the last one last.
+
+    Raises AdapterFileError, leaving no temporary file.
+    """
+    waiting: dict[Path, Path] = {}
+    path = next(iter(contents))
     try:
         try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-            _sync_folder(target.parent)
+            for path, data in contents.items():
+                target = Path(os.path.realpath(path))  # through a link, not over it
+                temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
+                waiting[temporary] = target
+                with temporary.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            for temporary, target in waiting.items():
+                temporary.replace(target)
+            for folder in {target.parent for target in waiting.values()}:
+                _sync_folder(folder)
         finally:
-            temporary.unlink(missing_ok=True)
+            for temporary in waiting:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         fix = "Choose a folder that exists, can be written to and has room."
         raise refuse(path, "adapter file", "to be written", error.strerror or str(error), fix) from error
@@ -84,7 +98,7 @@ def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
 
     Raises AdapterFileError for anything else.
     """
-    found = _what_is_at(path)
+    found = what_is_at(path)
     if found != "a file":
         raise refuse(path, "adapter file", "a file", found, FOREIGN)
     try:
@@ -125,7 +139,7 @@ def _fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return fields  # type: ignore[no-any-return]
 
 
-def _what_is_at(path: Path) -> str:
+def what_is_at(path: Path) -> str:
     """What a path leads to, through links. Raises AdapterFileError where that cannot be known."""
     try:
         mode = path.stat().st_mode

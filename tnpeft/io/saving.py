@@ -17,7 +17,7 @@ from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
 from tnpeft.surgery import ModelState, adapted, adapters_of, base_tensors, statistics_of, trained_of
 
-__all__ = ["fingerprint", "save"]
+__all__ = ["chosen", "fingerprint", "save"]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -32,6 +32,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     have no values, or the file cannot be written.
     """
     path = file_path(path)
+    root, state, name, adapters = chosen(model, path, name)
+    drawn = {layer: _drawn(adapter) for layer, adapter in adapters.items()}
+    manifest, tensors = _manifest(root, state, name, adapters, drawn), _tensors(root, name, adapters, drawn)
+    write(path, manifest, {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+
+
+def chosen(model: nn.Module, path: Path, name: str | None) -> tuple[nn.Module, ModelState, str, dict[str, Adapter]]:
+    """The adapted root in `model`, its state, and the adapter to write: its name and its compiled layers.
+
+    Raises AdapterFileError where there is none, or it cannot be written as it stands.
+    """
     try:
         root, state = adapted(model)
     except AttachError as error:
@@ -45,9 +56,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         if not adapter.has_values:
             fix = "Call `reset_parameters` of the adapted layer, or load the adapter, first."
             raise refuse(path, f"cores of layer '{layer}'", "values", "none (they were made on the meta device)", fix)
-    drawn = {layer: _drawn(adapter) for layer, adapter in adapters.items()}
-    manifest, tensors = _manifest(root, state, name, adapters, drawn), _tensors(root, name, adapters, drawn)
-    write(path, manifest, {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    return root, state, name, adapters
 
 
 def fingerprint(root: nn.Module) -> dict[str, BaseTensor]:

@@ -1,0 +1,6 @@
+"""Adapter files of other libraries: PEFT, LyCORIS, and the code of the TenVOO paper."""
+
+from tnpeft.io.foreign.loading import load_foreign
+from tnpeft.io.foreign.saving import save_foreign
+
+__all__ = ["load_foreign", "save_foreign"]

@@ -1,0 +1,109 @@
+"""Reading LyCORIS's (and kohya's) adapters: LoCon, LoHa and LoKr, one alpha for each layer, and what trained beside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.io.files import refuse
+from tnpeft.io.foreign.names import underscored
+from tnpeft.io.foreign.parts import Foreign, Part
+from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, wide
+from tnpeft.io.foreign.source import Source, clip_key, unsupported
+from tnpeft.network import layer_of
+from tnpeft.surgery import layer_problem
+
+__all__ = ["read_lycoris"]
+
+_SLOT = re.compile(
+    r"(?P<module>.+)\.((?P<method>lora|hada|lokr)_(?P<slot>up|down|mid|[wt][12](_[ab])?)(\.weight)?"
+    r"|(?P<beside>alpha|dora_scale)|(?P<trained>[wb]_norm|diff(_b)?))"
+)
+_METHODS = {"lora": lora_part, "hada": loha_part, "lokr": lokr_part}
+_TRAINED = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}  # what is added to which
+
+
+def read_lycoris(source: Source, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> Foreign:
+    """The parts by layer, and norms and whole layers that trained too. Raises AdapterFileError."""
+    found = {key: match for key in source.tensors if (match := _SLOT.fullmatch(key))}
+    if len(found) < len(source.tensors) or not found:
+        raise unsupported(source.path, [key for key in source.tensors if key not in found])
+    layers = underscored(
+        dict.fromkeys(match["module"] for match in found.values()),
+        (name for name, module in modules.items() if module._parameters),
+    )
+    slots: dict[str, Slots] = {}
+    methods: dict[str, set[str]] = {}
+    trained: dict[str, Tensor] = {}
+    for key, match in found.items():
+        name, tensor = _module(source, key, layers[match["module"]]), source.tensors[key]
+        if match["trained"]:
+            parameter = f"{name}.{_TRAINED[match['trained']]}"
+            trained[parameter] = _sum(source, key, tensor, parameter, parameters)
+            continue
+        if problem := layer_problem(name, modules[name]):
+            raise refuse(source.path, f"layer '{name}', {problem.what}", problem.expected, problem.found, problem.fix)
+        slots.setdefault(name, Slots(source.path, name)).add(match["slot"] or match["beside"], key, tensor)
+        methods.setdefault(name, set()).update({match["method"]} - {None})
+    return Foreign({name: _part(slots[name], methods[name], modules[name]) for name in slots}, trained)
+
+
+def _sum(source: Source, key: str, change: Tensor, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
+    """A parameter of the base model with its change, which is what the file stores."""
+    base, change = parameters.get(name), wide(source.path, key, change)
+    if base is None or base.shape != change.shape:
+        found = "none" if base is None else f"{tuple(base.shape)}"
+        fix = "Load the file onto the model it was made for."
+        raise refuse(
+            source.path, f"tensor '{clip_key(key)}', of the parameter '{name}'", f"{tuple(change.shape)}", found, fix
+        )
+    return base.detach().cpu().to(torch.promote_types(base.dtype, change.dtype)) + change
+
+
+def _module(source: Source, key: str, found: str | tuple[str, ...] | None) -> str:
+    fix = "Load the file onto the model it was made for."
+    what = f"tensor '{clip_key(key)}'"
+    if found is None:
+        raise refuse(source.path, what, "a layer of this model, its `.` written as `_`", "no such layer", fix)
+    if isinstance(found, tuple):
+        several = " and ".join(f"'{name}'" for name in found)
+        fix = "Rename one of the two in the model."
+        raise refuse(source.path, what, "one layer of this model", f"{several}, which are written alike", fix)
+    return found
+
+
+def _part(slots: Slots, methods: set[str], module: nn.Module) -> Part:
+    fix = "The file is incomplete: copy it again, or save the adapter once more."
+    if len(methods) != 1:
+        found = " and ".join(sorted(methods)) or f"`{next(iter(slots.tensors))}` alone"
+        raise slots.refuse("tensors", "those of one method", found, fix)
+    (method,) = methods
+    if slots.get("t1") is not None and method == "lokr":
+        raise slots.refuse("`lokr_t1`", "no such tensor", "one", "LyCORIS reads none either: remove it.")
+    layer = layer_of(module)
+    part = _METHODS[method](slots, layer, _scale(slots))
+    magnitude = slots.get("dora_scale")
+    if magnitude is None:
+        return part
+    if magnitude.numel() != layer.out_channels or magnitude.shape[0] != layer.out_channels:
+        fix = "LyCORIS's `wd_on_out=False` is not in the language of specs: merge it there."
+        expected = f"one number for each of {layer.out_channels} output channels"
+        raise slots.refuse("`dora_scale`", expected, f"the shape {tuple(magnitude.shape)}", fix)
+    return replace(part, magnitude=magnitude.flatten())
+
+
+def _scale(slots: Slots) -> Callable[[int | None], float]:
+    """alpha / rank; an alpha of 0, or none, means the rank. LoKr's two whole factors are not scaled."""
+    alpha = slots.get("alpha")
+    if alpha is not None and (alpha.numel() != 1 or not bool(alpha.isfinite())):
+        raise slots.refuse("`alpha`", "one finite number", f"{alpha.flatten()[:4].tolist()}", "Mend or remove it.")
+
+    def scale(rank: int | None) -> float:
+        value = 0.0 if alpha is None else float(alpha)
+        return value / rank if rank and value else 1.0
+
+    return scale

@@ -1,0 +1,139 @@
+"""Writing LyCORIS files: for each layer what `create_lycoris_from_weights` makes the same module of again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tnpeft.errors import Problem
+from tnpeft.io.foreign.kron import Sizes, lycoris_rebuilds
+from tnpeft.io.foreign.parts import Part, silenced
+from tnpeft.io.foreign.reduce import factors_of, half_ranks_equal, padded, untuckered, whole_large, whole_small
+from tnpeft.io.foreign.topologies import KRONS
+from tnpeft.network import Layer
+
+__all__ = ["lycoris_contents", "lycoris_problems"]
+
+_KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+_OTHER = "Merge it into the model instead, or keep it in tnpeft's own file."
+
+
+def lycoris_problems(
+    parts: Mapping[str, Part], layers: Mapping[str, Layer], trained: Mapping[str, Tensor]
+) -> Iterator[Problem]:
+    """Why LyCORIS cannot hold these parts, all of them."""
+    written: dict[str, str] = {}
+    for name, layer in layers.items():
+        where = f"layer '{name}'"
+        if layer.kind not in _KINDS:
+            yield Problem("LyCORIS", f"one of {', '.join(_KINDS)}", str(layer), _OTHER, where)
+        elif parts[name].topology in KRONS and _lokr(parts[name]) is None:
+            small, large = factors_of(parts[name])
+            found = f"{tuple(small.shape)} and {tuple(large.shape)}"
+            expected = "factors whose sizes its loader finds again"
+            yield Problem("LyCORIS's LoKr", expected, found, _OTHER, where)
+        first = written.setdefault(module_key(name), name)
+        if first != name:
+            found = f"that of layer '{first}' too"
+            yield Problem(f"LyCORIS's name '{module_key(name)}'", "one layer", found, "Rename one in the model.", where)
+    if trained:
+        shown = ", ".join(f"'{name}'" for name in list(trained)[:3])
+        fix = "Train the cores alone, or merge the adapter."
+        yield Problem("parameters trained beside the cores", "none: LyCORIS has no place for them", shown, fix)
+
+
+def module_key(name: str) -> str:
+    return f"lycoris_{name}".replace(".", "_")
+
+
+def lycoris_contents(path: Path, parts: Mapping[str, Part]) -> dict[Path, bytes]:
+    tensors = {
+        f"{module_key(name)}.{key}": tensor.contiguous()
+        for name, part in parts.items()
+        for key, tensor in _tensors(part).items()
+    }
+    return {path: safetensors.torch.save(tensors, {"format": "pt"})}
+
+
+def _tensors(part: Part) -> dict[str, Tensor]:
+    if part.scale == 0:  # an alpha of 0 would mean the rank
+        part = silenced(part)
+    write = _lokr if part.topology in KRONS else _loha if part.topology.startswith("loha") else _locon
+    tensors = write(part)
+    assert tensors is not None  # `lycoris_problems` said so
+    if part.magnitude is not None:
+        kernel = max(tensor.ndim for tensor in part.tensors.values()) - 2
+        tensors["dora_scale"] = part.magnitude.reshape(-1, 1, *(1,) * kernel)
+    return tensors
+
+
+def _alpha(scale: float, rank: int) -> Tensor:
+    return torch.tensor(scale * rank)
+
+
+def _has_window(kernel: torch.Size) -> bool:
+    """LyCORIS has a core for the kernel only where one of its axes is longer than 1."""
+    return any(size > 1 for size in kernel)
+
+
+def _locon(part: Part) -> dict[str, Tensor]:
+    tensors = part.tensors
+    if "mid" in tensors:
+        mid = tensors["mid"]
+        if mid.shape[0] != mid.shape[1] or not _has_window(mid.shape[2:]):
+            return _locon(untuckered(part))
+    up, down = tensors["up"], tensors["down"]
+    units = (1,) * (tensors.get("mid", down).ndim - 2)
+    written = {"alpha": _alpha(part.scale, down.shape[0]), "lora_up.weight": up.reshape(*up.shape, *units)}
+    if "mid" in tensors:
+        down = down.reshape(*down.shape, *units)
+        written["lora_mid.weight"] = tensors["mid"]
+    return {**written, "lora_down.weight": down}
+
+
+def _loha(part: Part) -> dict[str, Tensor]:
+    mids = [part.tensors[core] for core in ("mid_1", "mid_2") if core in part.tensors]
+    if mids and (len({size for mid in mids for size in mid.shape[:2]}) > 1 or not _has_window(mids[0].shape[2:])):
+        return _loha(untuckered(part))
+    if not mids:
+        part = half_ranks_equal(part)
+    written = {"alpha": _alpha(part.scale, part.tensors["down_1"].shape[0])}
+    for half in "12":
+        written[f"hada_w{half}_a"] = part.tensors[f"up_{half}"]
+        written[f"hada_w{half}_b"] = part.tensors[f"down_{half}"].flatten(1)
+        if mids:
+            written[f"hada_t{half}"] = part.tensors[f"mid_{half}"]
+    return written
+
+
+def _lokr(part: Part) -> dict[str, Tensor] | None:
+    """The first way of storing the factors that LyCORIS's loader makes the same product of, or None.
+
+    It reads no core for the kernel, a low-rank small factor only beside a low-rank large one, and a
+    low-rank factor only where the rank is less than half its larger side; two whole ones are not scaled.
+    """
+    small, large = factors_of(part)
+    size = Sizes(*small.shape, *large.shape[:2])
+    if KRONS[part.topology][2]:
+        return None  # the small factor as the inner one
+    low = untuckered(part)
+    if "down" in low.tensors:
+        down = low.tensors["down"].flatten(1)
+        ranks = [tensors.shape[0] for core, tensors in low.tensors.items() if core in ("down", "small_down")]
+        rank = max(ranks)
+        if 2 * rank < max(size.b, size.d) and lycoris_rebuilds(size, down.shape[1]):
+            written = {"alpha": _alpha(part.scale, rank)}
+            if "small_up" in low.tensors and 2 * rank < max(size.a, size.c):
+                written["lokr_w1_a"] = padded(low.tensors["small_up"], 1, rank)
+                written["lokr_w1_b"] = padded(low.tensors["small_down"], 0, rank)
+            else:
+                written["lokr_w1"] = whole_small(low).tensors["small"]
+            up = padded(low.tensors["up"], 1, rank)
+            return {**written, "lokr_w2_a": up, "lokr_w2_b": padded(down, 0, rank)}
+    if not lycoris_rebuilds(size, size.d):
+        return None
+    return {"alpha": _alpha(1.0, 1), "lokr_w1": small, "lokr_w2": whole_large(part).tensors["large"] * part.scale}

@@ -1,0 +1,148 @@
+"""What other libraries' files say of one layer, between their keys and our specs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.errors import BindError, Problem, SpecError
+from tnpeft.io.foreign.texts import spec_of_sizes
+from tnpeft.io.foreign.topologies import TOPOLOGIES, Topology, found_in
+from tnpeft.modules import Adapter
+from tnpeft.modules.dora import magnitudes
+from tnpeft.network import Layer, Network, layer_of
+from tnpeft.spec import list_specs, load_spec
+
+__all__ = ["Foreign", "Part", "adapter_of", "silenced"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The update of one layer: `scale` times a topology's network.
+
+    `tensors` and `start` (the frozen copies) hold the topology's cores with their legs in its order,
+    `keys` what each core is called in its file. With a `magnitude` for each output channel it is a
+    DoRA of that update.
+    """
+
+    topology: str
+    tensors: Mapping[str, Tensor]
+    scale: float = 1.0
+    start: Mapping[str, Tensor] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    magnitude: Tensor | None = None
+
+    @property
+    def shape(self) -> Topology:
+        return TOPOLOGIES[self.topology]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A whole file: the parts by layer, and the values of parameters that trained beside them."""
+
+    parts: Mapping[str, Part]
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def adapter_of(part: Part, module: nn.Module, name: str) -> Adapter:
+    """The adapter of one layer with the part's values, of a shipped spec where one has its sizes.
+
+    Raises BindError for tensors that do not fit together, or not the layer.
+    """
+    layer = layer_of(module)
+    sizes = _sizes(part, layer)
+    part = part if part.scale else silenced(part)
+    for network in _networks(part, layer, sizes):
+        values = _values(part, network)
+        if values is None:
+            continue
+        if part.magnitude is not None:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            start = magnitudes(layer, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
+            values |= {"dora_magnitude": part.magnitude, "start_magnitude": start}
+        adapter = Adapter(network, module, name=name, initialise=False)
+        if any(value.dtype.itemsize > 4 for value in values.values()):
+            adapter.double()
+        adapter.load_state_dict(values)
+        return adapter
+    fix = "Report this file: its topology is known, and yet no spec holds it."
+    raise BindError(Problem("cores", f"those of {part.topology}", f"sizes {sizes} and scale {part.scale:g}", fix))
+
+
+def _values(part: Part, network: Network) -> dict[str, Tensor] | None:
+    """The part's tensors as an adapter of `network` keeps them, or None where its sizes or scale are others."""
+    found = found_in(network, part.shape)
+    same_scale = math.isclose(network.scale * network.terms[0].scale, part.scale, rel_tol=1e-12, abs_tol=0.0)
+    if found is None or not same_scale or (network.compose == "dora") != (part.magnitude is not None):
+        return None
+    shapes = {core.name: core.shape for core in network.cores}
+    values = {}
+    for core, (ours, order) in found.items():
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        for prefix, tensors in (("core", part.tensors), ("start", part.start)):
+            if tensors:
+                values[f"{prefix}_{ours}"] = tensors[core].permute(inverse)
+                if tuple(tensors[core].permute(inverse).shape) != shapes[ours]:
+                    return None
+    return values
+
+
+def silenced(part: Part) -> Part:
+    """A part without effect as one that no scale of 0 turns off, which neither a spec nor LyCORIS knows."""
+    first = next(iter(part.tensors))
+    return replace(part, tensors={**part.tensors, first: torch.zeros_like(part.tensors[first])}, scale=1.0)
+
+
+def _sizes(part: Part, layer: Layer) -> dict[str, int]:
+    """Every leg's size, as the tensors have it. Raises BindError where they or the layer disagree."""
+    axes = len(layer.kernel_size)
+    sizes: dict[str, int] = {}
+    for core in part.tensors:
+        legs, key = part.shape.legs(core, axes), part.keys.get(core, core)
+        for values in (part.tensors, part.start or part.tensors):
+            shape = tuple(values[core].shape)
+            wanted = tuple(sizes.get(leg, size) for leg, size in zip(legs, shape, strict=False))
+            if len(shape) != len(legs) or shape != wanted or 0 in shape:
+                expected = f"{len(legs)} axes of at least 1" if len(shape) != len(legs) or 0 in shape else f"{wanted}"
+                raise BindError(_misfit(f"tensor `{key}`", expected, f"{shape}"))
+            sizes.update(zip(legs, shape, strict=True))
+    for axis, (legs, size) in enumerate(zip(part.shape.axes(axes), layer.weight_shape, strict=False)):
+        product = math.prod(sizes[leg] for leg in legs)
+        if product != size:
+            keys = ", ".join(f"`{key}`" for key in dict.fromkeys(part.keys.values())) or "the tensors"
+            what = f"axis {axis} of the update that {keys} make"
+            raise BindError(_misfit(what, f"{size}, as {layer} has it", f"{product}"))
+    if part.magnitude is not None and tuple(part.magnitude.shape) != (layer.out_channels,):
+        found = f"{tuple(part.magnitude.shape)}"
+        raise BindError(_misfit("magnitudes", f"one for each of {layer.out_channels} output channels", found))
+    return sizes
+
+
+def _misfit(what: str, expected: str, found: str) -> Problem:
+    return Problem(what, expected, found, "Load the file onto the model it was made for.")
+
+
+def _networks(part: Part, layer: Layer, sizes: Mapping[str, int]) -> Iterator[Network]:
+    """Networks to try: the shipped spec's, then that of a spec written for the purpose."""
+    rank = sizes[part.shape.rank] if part.shape.rank else 1
+    alpha = float(f"{part.scale * rank:.15g}")  # what the file said, where the product lost a bit
+    dora = part.magnitude is not None
+    shipped = {"lora": "dora"}.get(part.topology, "") if dora else part.topology
+    if shipped in list_specs():
+        spec = load_spec(shipped)
+        if layer.kind in spec.layers:
+            factors = [0, *sorted({sizes[leg] for leg in ("oa", "ia", "ob", "ib") if leg in sizes})]
+            for factor in factors if "factor" in spec.params else factors[:1]:
+                given = {"r": rank, "alpha": alpha, "factor": factor}
+                try:
+                    yield spec.bind(layer, **{key: value for key, value in given.items() if key in spec.params})
+                except (BindError, SpecError):
+                    continue
+    spec, params = spec_of_sizes(part.shape, layer, sizes, dora)
+    yield spec.bind(layer, **(params if part.shape.start != "zero" else {"alpha": alpha, **params}))

@@ -1,0 +1,256 @@
+"""Writing PEFT's folders: one method, one config, the rest by patterns."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from tnpeft.errors import Problem
+from tnpeft.io.files import refuse
+from tnpeft.io.foreign.kron import Sizes, common_factor
+from tnpeft.io.foreign.parts import Part
+from tnpeft.io.foreign.reduce import factors_of, half_ranks_equal, padded, untuckered, whole_large, whole_small
+from tnpeft.io.foreign.source import CONFIG, WEIGHTS
+from tnpeft.io.foreign.topologies import KRONS
+from tnpeft.network import Layer
+
+__all__ = ["method_of", "peft_contents", "peft_problems"]
+
+_KINDS = {
+    "LORA": ("Linear", "Conv1d", "Conv2d", "Conv3d"),
+    "LOHA": ("Linear", "Conv1d", "Conv2d"),
+    "LOKR": ("Linear", "Conv1d", "Conv2d"),
+}
+_OTHER = "Merge it into the model instead, or keep it in tnpeft's own file."
+_APART = "Attach, and save, each as an adapter of its own."
+
+
+def method_of(part: Part) -> str:
+    """PEFT's name of a part's method."""
+    if part.topology in KRONS:
+        return "LOKR"
+    return "LOHA" if part.topology.startswith("loha") else "LORA"
+
+
+def peft_problems(
+    parts: Mapping[str, Part], layers: Mapping[str, Layer], trained: Mapping[str, Tensor]
+) -> Iterator[Problem]:
+    """Why PEFT cannot hold these parts, all of them."""
+    methods = {name: method_of(part) for name, part in parts.items()}
+    if len(set(methods.values())) > 1:
+        found = ", ".join(f"{method} on '{name}'" for method, name in {m: n for n, m in methods.items()}.items())
+        yield Problem("methods", "one of LoRA, LoHa and LoKr for all layers", found, _APART)
+        return
+    for name, layer in layers.items():
+        kinds = _KINDS[methods[name]]
+        where = f"layer '{name}'"
+        if layer.kind not in kinds:
+            yield Problem(f"PEFT's {methods[name]}", f"one of {', '.join(kinds)}", str(layer), _OTHER, where)
+        elif methods[name] == "LORA" and layer.groups > 1:
+            yield Problem("PEFT's LORA", "an ungrouped convolution", str(layer), _OTHER, where)
+        elif layer.kind != "Conv1d" and KRONS.get(parts[name].topology, ("", "", False))[2]:
+            expected = "the small factor as the outer one"
+            yield Problem("PEFT's LOKR", expected, "the large one", _OTHER, where)
+    dora = [name for name, part in parts.items() if part.magnitude is not None]
+    if dora and (len(dora) < len(parts) or "LORA" not in methods.values()):
+        expected = "LoRA with magnitudes on every layer, or on none"
+        yield Problem("PEFT's DoRA", expected, f"magnitudes of {methods[dora[0]]} on '{dora[0]}'", _APART)
+    others = [name for name in trained if not name.endswith(".bias")]
+    if others or (trained and "LORA" not in methods.values()):
+        expected = "biases alone, beside LoRA" if others else "none beside LoHa and LoKr"
+        shown = ", ".join(f"'{name}'" for name in (others or list(trained))[:3])
+        fix = "Train the cores alone, or merge the adapter."
+        yield Problem("parameters trained beside the cores", expected, shown, fix)
+
+
+def peft_contents(
+    path: Path, parts: Mapping[str, Part], trained: Mapping[str, Tensor], modules: Collection[str]
+) -> dict[Path, bytes]:
+    """The folder's files, the config last. Raises AdapterFileError for LoKr of sizes that one config cannot say.
+
+    `modules` are the names of all modules, which PEFT looks for the targets among.
+    """
+    method = method_of(next(iter(parts.values())))
+    if method == "LOKR":
+        tensors, ranks, options = _lokr(path, parts)
+    else:
+        tensors, ranks, options = (_lora if method == "LORA" else _loha)(parts)
+    alphas = {name: parts[name].scale * ranks[name] for name in parts}
+    config = _config(method, ranks, alphas, {**options, "target_modules": _targets(list(parts), modules)})
+    values = {f"base_model.model.{name}.{key}": tensor for name in parts for key, tensor in tensors[name].items()}
+    if method == "LORA":
+        adapted = [name.removesuffix(".bias") in parts for name in trained]
+        config["bias"] = ("lora_only" if all(adapted) else "all") if trained else "none"
+        values |= {_bias_key(name, parts): value for name, value in trained.items()}
+    data = safetensors.torch.save({key: value.contiguous() for key, value in values.items()}, {"format": "pt"})
+    return {path / WEIGHTS: data, path / CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+
+
+def _bias_key(name: str, parts: Mapping[str, Part]) -> str:
+    layer = name.removesuffix(".bias")
+    return f"base_model.model.{layer}.base_layer.bias" if layer in parts else f"base_model.model.{name}"
+
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def _lora(parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
+    tensors: Tensors = {}
+    for name, part in parts.items():
+        up, down = (untuckered(part).tensors[core] for core in ("up", "down"))
+        units = (1,) * (down.ndim - 2)
+        tensors[name] = {"lora_A.weight": down, "lora_B.weight": up.reshape(*up.shape, *units)}
+        if part.magnitude is not None:
+            shape = (1, -1, *units) if units else (-1,)
+            tensors[name]["lora_magnitude_vector"] = part.magnitude.reshape(shape)
+    ranks = {name: tensor["lora_A.weight"].shape[0] for name, tensor in tensors.items()}
+    dora = any(part.magnitude is not None for part in parts.values())
+    return tensors, ranks, {"init_lora_weights": True, "lora_dropout": 0.0, "use_dora": dora}
+
+
+def _loha(parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
+    """With a core for the kernel only where every convolution (of a kernel larger than 1) has one."""
+    halves = {name: _one_rank(part) for name, part in parts.items()}
+    windows = {name for name, part in halves.items() if any(size > 1 for size in _kernel(part))}
+    effective = bool(windows) and all(halves[name].topology == "loha_tucker" for name in windows)
+    tensors: Tensors = {}
+    for name, part in halves.items():
+        if name in windows and effective:
+            cores = part.tensors
+            tensors[name] = {
+                key: _four_axes(cores[f"{core}_{half}"]) if core == "mid" else cores[f"{core}_{half}"]
+                for half in "12"
+                for core, key in (("mid", f"hada_t{half}"), ("up", f"hada_w{half}_a"), ("down", f"hada_w{half}_b"))
+            }
+        else:
+            cores = half_ranks_equal(untuckered(part)).tensors
+            tensors[name] = {
+                key: cores[f"{core}_{half}"].flatten(1)
+                for half in "12"
+                for core, key in (("up", f"hada_w{half}_a"), ("down", f"hada_w{half}_b"))
+            }
+    ranks = {name: tensor["hada_w1_b"].shape[0] for name, tensor in tensors.items()}
+    return tensors, ranks, {"use_effective_conv2d": effective, "init_weights": True}
+
+
+def _one_rank(part: Part) -> Part:
+    """LoHa-Tucker of one rank everywhere, else plain LoHa."""
+    if part.topology == "loha_tucker":
+        ranks = {size for half in "12" for size in part.tensors[f"mid_{half}"].shape[:2]}
+        return part if len(ranks) == 1 else untuckered(part)
+    return part
+
+
+def _kernel(part: Part) -> tuple[int, ...]:
+    core = next(core for core in ("mid_1", "down_1") if core in part.tensors)
+    return tuple(part.tensors[core].shape[2:])
+
+
+def _four_axes(mid: Tensor) -> Tensor:
+    """PEFT keeps a one-dimensional kernel as (k, 1)."""
+    return mid.unsqueeze(-1) if mid.ndim == 3 else mid
+
+
+def _lokr(path: Path, parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
+    sizes: dict[str, Sizes] = {}
+    for name, part in parts.items():
+        small, large = factors_of(part)
+        sizes[name] = Sizes(*small.shape, *large.shape[:2])
+    factor = common_factor(list(sizes.values()))
+    if factor is None:
+        found = "; ".join(f"'{name}': {s.a} x {s.b} and {s.c} x {s.d}" for name, s in list(sizes.items())[:3])
+        expected = "factors of the channels that one `decompose_factor` gives for all layers"
+        raise refuse(path, "PEFT's LOKR", expected, found, _APART)
+    reduced = {name: _low_where_smaller(untuckered(part), sizes[name]) for name, part in parts.items()}
+    for name, part in reduced.items():
+        whole = part.tensors.get("large")
+        if whole is not None and whole.ndim == 3 and not KRONS[part.topology][2]:
+            expected = "a rank below half the larger side of the second factor, which PEFT scrambles if it is whole"
+            found = f"a {whole.shape[0]} x {whole.shape[1]} factor of layer '{name}'"
+            raise refuse(path, "PEFT's LOKR on Conv1d", expected, found, _OTHER)
+    ranks = {name: _lokr_rank(part, sizes[name]) for name, part in reduced.items()}
+    # PEFT keeps the small factor whole unless `decompose_both`, and then only where the rank is too large for it.
+    both = all(
+        "small_up" in part.tensors or 2 * ranks[name] >= max(sizes[name].a, sizes[name].c)
+        for name, part in reduced.items()
+    ) and any("small_up" in part.tensors for part in reduced.values())
+    tensors: Tensors = {}
+    for name, part in reduced.items():
+        part = part if both and 2 * ranks[name] < max(sizes[name].a, sizes[name].c) else whole_small(part)
+        tensors[name] = {key: tensor.contiguous() for key, tensor in _lokr_keys(part, ranks[name]).items()}
+    options = {"decompose_both": both, "decompose_factor": factor, "use_effective_conv2d": False, "init_weights": True}
+    return tensors, ranks, options
+
+
+def _low_where_smaller(part: Part, size: Sizes) -> Part:
+    """PEFT builds the large factor whole once the rank is half its larger side."""
+    rank = _low_rank(part)
+    return part if rank is not None and 2 * rank < max(size.b, size.d) else whole_large(part)
+
+
+def _low_rank(part: Part) -> int | None:
+    """The rank of the factors that are products, the larger one of two."""
+    ranks = [part.tensors[core].shape[0] for core in ("small_down", "down") if core in part.tensors]
+    return max(ranks) if "down" in part.tensors else None
+
+
+def _lokr_rank(part: Part, size: Sizes) -> int:
+    return _low_rank(part) or max(size)
+
+
+def _lokr_keys(part: Part, rank: int) -> dict[str, Tensor]:
+    names = {"small": "w1", "small_up": "w1_a", "small_down": "w1_b", "large": "w2", "up": "w2_a", "down": "w2_b"}
+    tensors = {}
+    for core, tensor in part.tensors.items():
+        if core.endswith("up"):
+            tensor = padded(tensor, 1, rank)
+        elif core.endswith("down"):
+            tensor = padded(tensor.flatten(1), 0, rank)
+        tensors[f"lokr_{names[core]}"] = tensor
+    return tensors
+
+
+def _config(
+    method: str, ranks: Mapping[str, int], alphas: Mapping[str, float], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    rank, alpha = _usual(ranks), _usual(alphas)
+    return {
+        "peft_type": method,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha" if method == "LORA" else "alpha": _plain(alpha),
+        "rank_pattern": {_pattern(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {_pattern(name): _plain(value) for name, value in alphas.items() if value != alpha},
+        **options,
+    }
+
+
+def _usual(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _plain(value: float) -> int | float:
+    near = float(f"{value:.15g}")
+    return int(near) if near.is_integer() and math.isfinite(near) else near
+
+
+def _pattern(name: str) -> str:
+    """PEFT looks for a pattern at the end of a name: this one is the name itself."""
+    return f"^{re.escape(name)}"
+
+
+def _targets(names: list[str], modules: Collection[str]) -> list[str] | str:
+    """The layers by name, or as one expression where PEFT, which looks at the ends of names, would take others too."""
+    if any(other not in names and other.endswith(f".{name}") for name in names for other in modules):
+        return "|".join(re.escape(name) for name in names)
+    return sorted(names)

@@ -1,0 +1,181 @@
+"""Reading the adapters of the TenVOO paper's code: TenVOO-L and -Q, its QuanTA, LoCon, LoHa and LoKr.
+
+A file holds the adapter alone (`save_peft`), or the whole adapted model's state dict. The alpha of
+LoCon, LoHa and LoKr is in neither; where the caller gives none it is that of the code, `rank // 4`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.io.files import refuse
+from tnpeft.io.foreign.names import dotted
+from tnpeft.io.foreign.parts import Foreign, Part
+from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, wide
+from tnpeft.io.foreign.source import Source, clip_key, unsupported
+from tnpeft.io.foreign.topologies import TOPOLOGIES
+from tnpeft.network import layer_of
+from tnpeft.surgery import layer_problem
+
+__all__ = ["read_tenvoo"]
+
+_SLOT = re.compile(
+    r"(?P<module>.+)\.((?P<frozen>(tenvoo|quanta)_weights2)\.|(tenvoo|quanta)_weights\.|lora_|loha_|lokr_)"
+    r"(?P<slot>\d|-\d -\d|(up|down)(?=\.weight)|w[12]_[ab])(\.weight)?"
+)
+_FLAGS = re.compile(r".+\.(frozen_)?merged\.merged")
+_CORES = {  # by the number of cores, and whether the last has three axes
+    (10, True): "tenvoo_l",
+    (10, False): "tenvoo_q",
+}
+_MADE_FOR = "Load the file onto the model it was made for."
+_INCOMPLETE = "The file is incomplete: copy it again, or save the adapter once more."
+
+
+def read_tenvoo(
+    source: Source, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor], alpha: float | None = None
+) -> Foreign:
+    """The parts by layer and, from a whole model's state dict, what else was trained. Raises AdapterFileError."""
+    slots: dict[str, Slots] = {}
+    starts: dict[str, Slots] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in source.tensors.items():
+        match = _SLOT.fullmatch(key)
+        if match is None:
+            others |= {} if _FLAGS.fullmatch(key) else {key: tensor}
+            continue
+        name = _module(source, key, match["module"], modules)
+        where = starts if match["frozen"] else slots
+        where.setdefault(name, Slots(source.path, name)).add(match["slot"], key, tensor)
+    if not slots:
+        raise unsupported(source.path, source.tensors)
+    parts = {name: _part(slots[name], starts.get(name), modules[name], alpha) for name in slots}
+    return Foreign(parts, _trained(source, others, parts, parameters))
+
+
+def _module(source: Source, key: str, written: str, modules: Mapping[str, nn.Module]) -> str:
+    name = dotted(written, modules)
+    if name is None:
+        fix = "Load the file onto the model it was made for."
+        raise refuse(source.path, f"tensor '{clip_key(key)}'", "a layer of this model", "no such layer", fix)
+    if problem := layer_problem(name, modules[name]):
+        raise refuse(source.path, f"layer '{name}', {problem.what}", problem.expected, problem.found, problem.fix)
+    return name
+
+
+def _trained(
+    source: Source, others: Mapping[str, Tensor], parts: Iterable[str], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The parameters of a whole model's state dict that are not the base's; adapted weights are the base's own."""
+    adapted = {f"{layer}.weight" for layer in parts}
+    trained, unknown = {}, []
+    for key, tensor in others.items():
+        name = dotted(key, parameters)
+        if name is None:
+            unknown.append(key)
+        elif name not in adapted:
+            value, base = wide(source.path, key, tensor), parameters[name].detach().cpu()
+            if value.shape != base.shape or not torch.equal(value, base.to(value.dtype)):
+                trained[name] = value
+    if unknown and not any(dotted(key, parameters) in adapted for key in others):
+        raise unsupported(source.path, unknown)  # in a whole model, running statistics are no parameters
+    return trained
+
+
+def _part(slots: Slots, start: Slots | None, module: nn.Module, alpha: float | None) -> Part:
+    layer = layer_of(module)
+    scale = partial(_scale, slots, alpha)
+    if "up" in slots.tensors or "down" in slots.tensors:
+        return lora_part(slots, layer, scale)
+    keys = " ".join(slots.keys.values())
+    if "loha_" in keys:
+        part = loha_part(slots, layer, scale)
+        return part if layer.kind != "Linear" else _viewed(slots, part, layer.in_channels, layer.out_channels)
+    if "lokr_" in keys:
+        return lokr_part(slots, layer, scale)
+    return _network_part(slots, start)
+
+
+def _scale(slots: Slots, alpha: float | None, rank: int | None) -> float:
+    if not rank:
+        return 1.0  # no axis may be empty, which is said where the tensors meet the layer
+    if alpha is None and rank < 4:
+        fix = "Pass the alpha it was trained with, for example `alpha=1`."
+        found = f"none in the file, and rank {rank}, for which the published code takes 0: its update does nothing"
+        raise slots.refuse("`alpha`", "the number that the update was scaled with", found, fix)
+    return (rank // 4 if alpha is None else alpha) / rank
+
+
+def _viewed(slots: Slots, part: Part, ins: int, outs: int) -> Part:
+    """LoHa on a Linear: the code makes an (in, out) matrix and views it, without transposing, as (out, in)."""
+    cores = dict(part.tensors)
+    rows, columns = cores["up_1"].shape[0], cores["down_1"].shape[1]
+    if (rows, columns) != (ins, outs):
+        found = f"{rows} and {columns}"
+        raise slots.refuse("tensors", f"{ins} rows and {outs} columns", found, _MADE_FOR)
+    if ins == outs:
+        return part
+    if outs % ins and ins % outs:
+        found = f"Linear({ins}, {outs}), one of which does not divide the other"
+        fix = "The published code views an (in, out) matrix as (out, in), which is no network of its cores then."
+        raise slots.refuse("LoHa", "in and out features that divide each other", found, fix)
+    wide_ = outs > ins
+    for half in "12":
+        if wide_:
+            down = cores[f"down_{half}"]
+            cores[f"down_{half}"] = down.reshape(down.shape[0], outs // ins, ins)
+        else:
+            up = cores[f"up_{half}"]
+            cores[f"up_{half}"] = up.reshape(outs, ins // outs, up.shape[1])
+    return Part("loha_viewed_wide" if wide_ else "loha_viewed_tall", cores, part.scale, keys=part.keys)
+
+
+def _network_part(slots: Slots, start: Slots | None) -> Part:
+    """TenVOO and QuanTA: the cores as they are, but for TenVOO-Q's broadcast leg, and their frozen copies."""
+    last = slots.get("9")
+    name = "quanta" if "-1 -2" in slots.tensors else _CORES[10, last is not None and last.ndim == 3]
+    names = TOPOLOGIES[name].cores
+    missing = [core for core in names if core not in slots.tensors]
+    if missing or len(slots.tensors) != len(names):
+        given = ", ".join(f"'{core}'" for core in slots.tensors)
+        raise slots.refuse("cores", ", ".join(f"'{core}'" for core in names), given, _INCOMPLETE)
+    if start is None or any(core not in start.tensors for core in names):
+        beside = next(iter(slots.keys.values()))
+        expected = f"the frozen copies, `..._weights2`, beside '{beside}'"
+        fix = "The update is T(now) - T(start): save the adapter with its frozen copies, as `save_peft` does."
+        raise slots.refuse("start", expected, "none", fix)
+    convert: Callable[[Slots], dict[str, Tensor]] = _clean if name == "tenvoo_q" else _as_stored
+    return Part(name, convert(slots), 1.0, start=convert(start), keys=slots.keys)
+
+
+def _as_stored(slots: Slots) -> dict[str, Tensor]:
+    return dict(slots.tensors)
+
+
+def _clean(slots: Slots) -> dict[str, Tensor]:
+    """The published TenVOO-Q on the graph of Fig. 2(d).
+
+    There `kernel_h` is (kh, 1, r, r): its second axis is broadcast against the bond with `kernel_d`, its
+    last one dangles. Both are summed; the sum over the bond stands in one slice of it, so that what
+    trains afterwards is what trained there: elsewhere both cores are zero and receive no gradient.
+    """
+    cores = dict(slots.tensors)
+    kernel_d, kernel_h = cores["2"], cores["3"]
+    if kernel_d.ndim != 4 or kernel_h.ndim != 4 or kernel_h.shape[1] != 1:
+        if kernel_h.ndim == 3:  # the clean graph itself
+            return cores
+        found = f"{tuple(kernel_d.shape)} and {tuple(kernel_h.shape)}"
+        keys = f"tensors '{slots.keys['2']}' and '{slots.keys['3']}'"
+        raise slots.refuse(keys, "(kd, r, r, r) and (kh, 1, r, r)", found, _INCOMPLETE)
+    summed = kernel_h.sum(3)  # (kh, 1, r)
+    bond = kernel_d.shape[3]
+    cores["2"] = torch.zeros_like(kernel_d)
+    cores["2"][..., 0] = kernel_d.sum(3)
+    cores["3"] = summed.new_zeros(summed.shape[0], bond, summed.shape[2])
+    cores["3"][:, 0] = summed[:, 0]
+    return cores
