@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((*ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/**/*.py")))
 
 # Each room imports only what stands to its left; the last ones stand side by side.
-ROOMS = ("errors", "spec", "network", "plan", "program", "modules", "surgery", "recipe", "io", "cli")
+ROOMS = ("errors", "spec", "network", "plan", "program", "modules", "surgery", "recipe", "io", "fitting", "cli")
 WITHOUT_TORCH = ("errors", "spec", "network", "plan")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 MAX_TEST_LINES = 700  # tables of cases are long

@@ -17,13 +17,13 @@ from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.spec import Spec, load_spec
 from tnpeft.spec.document import clip
 
-__all__ = ["Fit", "Method", "fit", "fit_adapter"]
+__all__ = ["Fit", "Method", "check_method", "fit", "fit_adapter"]
 
 Method = Literal["auto", "als", "adam"]
 
 SWEEPS, STEPS = 100, 2000  # by default, of alternating least squares and of Adam
-STARTS = 3  # random ones, where no singular vectors are at hand
-TRIAL = 8  # sweeps from each start before the best goes on
+STARTS = 3  # random ones beside the adapter's own, where no singular vectors are at hand
+TRIAL = 15  # sweeps from each start before the best goes on
 TOLERANCE = 1e-6
 GOOD = 1e-6  # a relative error that needs no polishing
 
@@ -79,7 +79,7 @@ def fit(
 
     Raises SpecError and BindError.
     """
-    _check_method(method, iterations)
+    check_method(method, iterations)
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
     layer = layer.base if isinstance(layer, AdaptedLayer) else layer
     network = spec.bind(layer, **params)
@@ -93,7 +93,7 @@ def fit(
 
 def fit_adapter(adapter: Adapter, delta: Tensor, *, method: Method = "auto", iterations: int | None = None) -> Fit:
     """Fit an adapter that has its initial values, in place. Raises BindError."""
-    _check_method(method, iterations)
+    check_method(method, iterations)
     delta = _checked(delta, adapter.network.layer.stored_shape).detach()
     delta = (delta.cpu() if delta.device.type not in ("cpu", "cuda") else delta).to(torch.float64)
     if not bool(delta.any()):
@@ -153,7 +153,7 @@ def _checked(delta: object, shape: tuple[int, ...]) -> Tensor:
     return delta
 
 
-def _check_method(method: object, iterations: object) -> None:
+def check_method(method: object, iterations: object) -> None:
     if method not in ("auto", "als", "adam"):
         fix = "Leave it out, or choose one of them."
         raise BindError(Problem("`method`", "one of auto, als, adam", clip(method), fix))
