@@ -33,7 +33,7 @@ from tnpeft.surgery import (
     trained_of,
 )
 
-__all__ = ["Extraction", "ExtractedLayer", "Unexplained", "check_tensors", "extract"]
+__all__ = ["ExtractedLayer", "Extraction", "Unexplained", "check_tensors", "extract"]
 
 _SHOWN = 3  # tensors named in an error
 

@@ -71,7 +71,9 @@ def _neighbours(waiting: dict[str, Labels], name: str) -> list[str]:
     return [other for other, labels in waiting.items() if other != name and not set(labels).isdisjoint(waiting[name])]
 
 
-def _cut(rest: tuple[Tensor, Labels], labels: Labels, bond: Labels, shape: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, Labels]]:
+def _cut(
+    rest: tuple[Tensor, Labels], labels: Labels, bond: Labels, shape: tuple[int, ...]
+) -> tuple[Tensor, tuple[Tensor, Labels]]:
     """Split a leaf off: its core, in the order of its legs, and what is left, which holds the bond instead."""
     tensor, axes = rest
     sizes = dict(zip((*axes, *labels), (*tensor.shape, *shape), strict=True))
