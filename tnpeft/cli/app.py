@@ -112,6 +112,7 @@ def extract(
         str | None, typer.Option("--match", help="With --spec: a regular expression searched in the layers' names.")
     ] = None,
     settings: Settings = None,
+    scopes: Scopes = None,
     name: Annotated[str, typer.Option("--name", help="The adapter's name in the file.")] = "default",
     method: Annotated[str, typer.Option("--method", help="auto, als or adam.")] = "auto",
     iterations: Annotated[
@@ -127,7 +128,7 @@ def extract(
     from tnpeft.cli.fitting import extract_adapter
 
     good = extract_adapter(
-        Output(), base, tuned, model, recipe, spec, match, target, settings or [],
+        Output(), base, tuned, model, recipe, spec, match, target, settings or [], scopes or [],
         name=name, method=method, iterations=iterations, largest_error=largest_error, quiet=quiet, as_json=as_json,
     )  # fmt: skip
     if not good:
@@ -150,12 +151,13 @@ def budget(
         list[str] | None, typer.Option("--fixed", metavar="SPEC", help="A spec that keeps the recipe's. Repeatable.")
     ] = None,
     settings: Settings = None,
+    scopes: Scopes = None,
     as_json: Json = False,
 ) -> None:
     """Find the largest rank that trains no more than so many parameters. Nothing is computed or allocated."""
     from tnpeft.cli.fitting import find_budget
 
-    find_budget(Output(), what, model, params, match, param, fixed or [], settings or [], as_json)
+    find_budget(Output(), what, model, params, match, param, fixed or [], settings or [], scopes or [], as_json)
 
 
 @app.command()

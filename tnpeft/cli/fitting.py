@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from tnpeft.cli.arguments import parse_settings
+from tnpeft.cli.arguments import parse_scopes, parse_settings
 from tnpeft.cli.counting import check_match, check_params, load_what
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, table
@@ -34,6 +34,7 @@ def extract_adapter(
     match: str | None,
     target: str,
     settings: Sequence[str],
+    scopes: Sequence[str],
     *,
     name: str,
     method: str,
@@ -60,6 +61,7 @@ def extract_adapter(
         full,
         what,
         match=match,
+        scopes=parse_scopes(scopes) or None,
         name=name,
         method=cast("Method", method),
         iterations=iterations,
@@ -125,7 +127,7 @@ def _print_extraction(output: Output, target: str, extraction: Extraction) -> No
         )
         for row in extraction.layers
     )
-    output.show(table(f"{target}", columns, rows))
+    output.show(table(target, columns, rows))
     output.say()
     output.say(
         f"layers       {len(extraction.layers)}, parameters {sum(row.parameters for row in extraction.layers):,}"
@@ -151,6 +153,7 @@ def find_budget(
     param: str,
     fixed: Sequence[str],
     settings: Sequence[str],
+    scopes: Sequence[str],
     as_json: bool,
 ) -> None:
     """Solve for the rank and print it with its neighbours."""
@@ -166,7 +169,9 @@ def find_budget(
         fix = f"Leave --set {param} out."
         raise UsageError(Problem(f"--set {param}", f"{param} to be solved for", "a value for it", fix))
     check_match(what, match)
-    found = budget(what, build_model(model_text), params, match=match, param=param, fixed=fixed, **given)
+    bound = parse_scopes(scopes) or None
+    model = build_model(model_text)
+    found = budget(what, model, params, match=match, param=param, fixed=fixed, scopes=bound, **given)
     if as_json:
         output.data({"what": name, "model": model_text} | found.as_dict() | {"settings": found.settings})
     else:
@@ -177,7 +182,7 @@ def _print_budget(output: Output, title: str, found: Budget) -> None:
     columns = {"": "left", found.param: "right", "cores": "right", "trained": "right", "of the budget": "right"}
     rows = (
         (
-            "→" if row.value == found.value else "",
+            ">" * (row.value == found.value),
             f"{row.value}",
             f"{row.cores:,}",
             f"{row.total:,}",

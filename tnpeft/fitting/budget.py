@@ -6,17 +6,21 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from tnpeft.errors import AttachError, BindError, Problem, near_miss
-from tnpeft.network import Layer, layer_of
+from tnpeft.modules import Captured
+from tnpeft.modules.sharing import sharing_label
+from tnpeft.network import Layer, Network, layer_of
 from tnpeft.recipe import Entry, Recipe, Train
 from tnpeft.recipe.attach import recipe_of
 from tnpeft.recipe.model import train_from
+from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
@@ -92,12 +96,14 @@ def budget(
     param: str = "r",
     fixed: Iterable[str] = (),
     train: Train | Mapping[str, Any] | None = None,
+    scopes: Mapping[str, str] | None = None,
     **settings: float,
 ) -> Budget:
     """The largest value of a spec's param (its rank `r`) with which at most `params` parameters train.
 
-    `what`, `match`, `train` and `settings` are those of `attach`. All specs of a recipe get the same value, but for
-    the ones named in `fixed`, which keep the recipe's. Biases, norms and whatever else the recipe trains count too.
+    `what`, `match`, `train`, `scopes` and `settings` are those of `attach`. All specs of a recipe get the same value,
+    but for the ones named in `fixed`, which keep the recipe's. Biases, norms and whatever else the recipe trains count
+    too; a core that layers share counts once.
     Only sizes are worked out: the model may be on the meta device.
 
     Raises SpecError, BindError or AttachError, among them one for a budget that not even rank 1 meets.
@@ -107,6 +113,7 @@ def budget(
         raise AttachError(Problem("budget", "a positive whole number of parameters", clip(params), fix))
     recipe = recipe_of(what, match, settings)
     recipe = recipe if train is None else replace(recipe, train=train_from(train))
+    recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
     fixed = tuple(fixed)
     _check_names(recipe, param, fixed)
     counts = _Counts(model, recipe, param, fixed)
@@ -127,6 +134,15 @@ def _check_names(recipe: Recipe, param: str, fixed: Sequence[str]) -> None:
         raise AttachError(Problem(f"recipe '{recipe.name}', param {clip(param)}", expected, "none of them", fix))
 
 
+class _Place(NamedTuple):
+    """An adapted layer: what decides on the size and the sharing of its cores."""
+
+    entry: Entry
+    layer: Layer
+    captured: Captured
+    wide: bool
+
+
 class _Counts:
     """What the recipe trains on the model at each value of the param; a spec meets each kind of layer once."""
 
@@ -141,10 +157,15 @@ class _Counts:
             reason: sum({id(parameters[name]): parameters[name].numel() for name in names}.values())
             for reason, names in sizes.items()
         }
-        layers = {id(modules[name]): (entry, layer_of(modules[name])) for name, entry in claimed.items()}
-        self.layers = list(layers.values())
+        captured = captures(claimed, recipe.scopes)
+        layers: dict[int, _Place] = {}
+        for name, entry in claimed.items():
+            module = modules[name]
+            wide = module.weight.dtype == torch.float64
+            layers.setdefault(id(module), _Place(entry, layer_of(module), captured[name], wide))
+        self.places = list(layers.values())
         self.known: dict[int, int | BindError] = {}
-        self.bound: dict[tuple[int, Layer, int | None], int] = {}
+        self.bound: dict[tuple[int, Layer, int | None], Network] = {}
 
     def answer(self, params: int) -> Budget:
         smallest = self._smallest()
@@ -181,7 +202,8 @@ class _Counts:
         tried = [*self.known, *range(low, low + LOOK_AHEAD)]
         fits = [value for value in dict.fromkeys(tried) if self._total(value) <= params]
         # Of equal counts the smallest value: a greater one would add nothing.
-        return max(fits, key=lambda value: (self._total(value), -value))
+        best: int = max(fits, key=lambda value: (self._total(value), -value))
+        return best
 
     def _total(self, value: int) -> float:
         """All that trains; infinite where a spec does not take the value."""
@@ -192,17 +214,30 @@ class _Counts:
         """The elements of all cores."""
         if value not in self.known:
             try:
-                self.known[value] = sum(self._cores(entry, layer, value) for entry, layer in self.layers)
+                self.known[value] = self._counted(value)
             except BindError as error:
                 self.known[value] = error
         return self.known[value]
 
-    def _cores(self, entry: Entry, layer: Layer, value: int) -> int:
+    def _counted(self, value: int) -> int:
+        total = 0
+        shared: dict[tuple[Any, ...], int] = {}
+        for place in self.places:
+            network = self._network(place.entry, place.layer, value)
+            total += network.num_parameters
+            for core in network.cores:
+                if core.shared is not None and not core.frozen:
+                    total -= core.numel
+                    label = sharing_label(network.spec, core, place.captured)
+                    shared[network.spec, core.name, label, core.shape, place.wide] = core.numel
+        return total + sum(shared.values())
+
+    def _network(self, entry: Entry, layer: Layer, value: int) -> Network:
         varies = self.param in entry.spec.params and entry.spec.name not in self.fixed
         key = (id(entry), layer, value if varies else None)
         if key not in self.bound:
             params = {**entry.params, self.param: value} if varies else entry.params
-            self.bound[key] = entry.spec.bind(layer, **params).num_parameters
+            self.bound[key] = entry.spec.bind(layer, **params)
         return self.bound[key]
 
     def _budget(self, best: int, params: int) -> Budget:
@@ -217,7 +252,7 @@ class _Counts:
             if self.param in entry.spec.params and entry.spec.name not in self.fixed:
                 specs[entry.spec.name] = best
             elif self.param in entry.spec.params:
-                layer = next(layer for other, layer in self.layers if other is entry)
+                layer = next(place.layer for place in self.places if place.entry is entry)
                 specs[entry.spec.name] = entry.spec.bind(layer, **entry.params).params[self.param]
         return Budget(
             self.recipe.name,
@@ -227,7 +262,7 @@ class _Counts:
             counted[best] + beside,
             counted[best],
             **self.beside,
-            layers=len(self.layers),
+            layers=len(self.places),
             specs=specs,
             fixed=self.fixed,
             rows=rows,

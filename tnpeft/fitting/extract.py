@@ -121,6 +121,7 @@ def extract(
     match: str | Sequence[str] | None = None,
     name: str = "default",
     train: Train | Mapping[str, Any] | None = None,
+    scopes: Mapping[str, str] | None = None,
     seed: int | None = None,
     mode: str = "dense",
     method: Method = "auto",
@@ -139,7 +140,7 @@ def extract(
     """
     check_method(method, iterations)
     changes = _Changes(_plain(model), tuned)
-    handle = attach(model, what, match=match, name=name, train=train, seed=seed, mode=mode, **params)
+    handle = attach(model, what, match=match, name=name, train=train, scopes=scopes, seed=seed, mode=mode, **params)
     try:
         return _extracted(handle, changes, method, iterations, progress)
     except BaseException:
@@ -209,7 +210,8 @@ def _extracted(
     for name, adapter in adapters.items():
         began = time.perf_counter()
         delta = changes.of(f"{name}.weight")
-        row = _row(name, _fitted(name, adapter, delta, method, iterations), delta, time.perf_counter() - began)
+        fitted = _fitted(name, adapter, changes.base[f"{name}.weight"], delta, method, iterations)
+        row = _row(name, fitted, delta, time.perf_counter() - began)
         rows.append(row)
         if progress is not None:
             progress(row, len(rows), len(adapters))
@@ -221,7 +223,7 @@ def _extracted(
 
 def _refuse_shared(adapters: Mapping[str, Adapter]) -> None:
     for name, adapter in adapters.items():
-        shared = [core for core in adapter.network.cores if getattr(core, "shared", None) and not core.frozen]
+        shared = [core for core in adapter.network.cores if core.shared and not core.frozen]
         if shared:
             core = shared[0].name
             raise AttachError(
@@ -235,9 +237,9 @@ def _refuse_shared(adapters: Mapping[str, Adapter]) -> None:
             )
 
 
-def _fitted(name: str, adapter: Adapter, delta: Tensor, method: Method, iterations: int | None) -> Fit:
+def _fitted(name: str, adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, iterations: int | None) -> Fit:
     try:
-        return fit_adapter(adapter, delta, method=method, iterations=iterations)
+        return fit_adapter(adapter, weight, delta, method=method, iterations=iterations)
     except TnpeftError as error:
         raise AttachError(
             *(replace(problem, what=f"layer '{name}': {problem.what}") for problem in error.problems)

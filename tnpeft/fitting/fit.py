@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from tnpeft.errors import BindError, Problem
 from tnpeft.fitting import problem as posed
 from tnpeft.fitting.descent import Descent, adam, alternate, balanced, quasi_newton
-from tnpeft.fitting.setup import pose
+from tnpeft.fitting.setup import FACTOR, pose, pose_with_factor, vector_of_channels
 from tnpeft.fitting.start import random_start, tree_start
 from tnpeft.modules import AdaptedLayer, Adapter
+from tnpeft.modules.dora import magnitudes
+from tnpeft.network import Network
 from tnpeft.spec import Spec, load_spec
 from tnpeft.spec.document import clip
 
@@ -84,42 +86,97 @@ def fit(
     layer = layer.base if isinstance(layer, AdaptedLayer) else layer
     network = spec.bind(layer, **params)
     delta = _checked(delta, network.layer.stored_shape)
-    weight = layer.weight if isinstance(layer, nn.Module) else torch.empty_like(delta)
-    if weight.device.type == "meta":
-        weight = torch.empty_like(delta, dtype=weight.dtype)
-    adapter = Adapter(network, weight, seed=seed, name=name)
-    return fit_adapter(adapter, delta, method=method, iterations=iterations)
+    if not isinstance(layer, nn.Module) or layer.weight.device.type == "meta":
+        layer = _stand_in(network, delta, layer)
+    adapter = Adapter(network, layer, seed=seed, name=name)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return fit_adapter(adapter, weight, delta, method=method, iterations=iterations)
 
 
-def fit_adapter(adapter: Adapter, delta: Tensor, *, method: Method = "auto", iterations: int | None = None) -> Fit:
-    """Fit an adapter that has its initial values, in place. Raises BindError."""
+def _stand_in(network: Network, delta: Tensor, layer: object) -> nn.Module:
+    """A layer of the update's type and shape, for a network that needs nothing of the base weight's values."""
+    cores = [core for core in network.cores if core.origin is not None or core.init.name.startswith("svd_")]
+    if network.compose is not None or cores:
+        reader = "`compose`" if network.compose is not None else f"core '{cores[0].name}'"
+        found = "a layer on the meta device" if isinstance(layer, nn.Module) else f"only its signature, {network.layer}"
+        fix = "Pass the layer itself, with its base weight."
+        raise BindError(
+            Problem(f"layer, for {reader} of '{network.spec.name}'", "the base weight's values", found, fix)
+        )
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros_like(delta), requires_grad=False)
+    return module
+
+
+def fit_adapter(
+    adapter: Adapter, weight: Tensor, delta: Tensor, *, method: Method = "auto", iterations: int | None = None
+) -> Fit:
+    """Fit an adapter that has its initial values, in place; `weight` is its layer's base weight. Raises BindError."""
     check_method(method, iterations)
     delta = _checked(delta, adapter.network.layer.stored_shape).detach()
     delta = (delta.cpu() if delta.device.type not in ("cpu", "cuda") else delta).to(torch.float64)
     if not bool(delta.any()):
         return Fit(adapter, 0.0, "start", 0, (0.0,))
-    problem = pose(adapter, delta)
     steps = iterations if iterations is not None else STEPS if method == "adam" else SWEEPS
-    found, said = _descend(problem, _own_start(adapter, problem), method, steps)
-    for core, value in found.cores.items():
-        with torch.no_grad():
-            adapter.cores[core].copy_(value)
-    stored = {core: adapter.cores[core].detach().to(delta.device, torch.float64) for core in found.cores}
-    return Fit(adapter, problem.error(stored), said, len(found.errors) - 1, tuple(found.errors))
+    problem = pose(adapter, weight, delta)
+    if adapter.magnitude is None:
+        found, said = _descend(problem, _starts(problem, _held(adapter, problem)), method, steps)
+        _keep(adapter, found.cores)
+        error = problem.error(_held(adapter, problem))
+    else:
+        found, said, error = _with_factor(adapter, weight, delta, problem, method, steps)
+    return Fit(adapter, error, said, len(found.errors) - 1, tuple(found.errors))
 
 
-def _own_start(adapter: Adapter, problem: posed.Problem) -> posed.Cores:
-    """The adapter's initial cores."""
-    return {name: adapter.cores[name].detach().to(problem.target.device, torch.float64) for name in problem.shapes}
+def _with_factor(
+    adapter: Adapter, weight: Tensor, delta: Tensor, plain: posed.Problem, method: Method, steps: int
+) -> tuple[Descent, str, float]:
+    """`compose: dora`: first the network alone, then with a factor for each channel, which makes the magnitude."""
+    network, magnitude = adapter.network, adapter.magnitude
+    problem = pose_with_factor(adapter, weight, delta)
+    assert magnitude is not None
+    ones = problem.target.new_ones(problem.shapes[FACTOR])
+    first = _descend(plain, _starts(plain, _held(adapter, plain)), "als", steps)[0] if plain.shapes else Descent({}, [])
+    found, said = _descend(problem, [{**first.cores, FACTOR: ones}], method, steps)
+    _keep(adapter, {name: core for name, core in found.cores.items() if name != FACTOR})
+    held = {**_held(adapter, plain), FACTOR: ones}
+    norms = vector_of_channels(network, problem.value(held).reshape(ones.numel(), -1).norm(dim=1))
+    factor = vector_of_channels(network, found.cores[FACTOR])
+    # A channel of zeros has no direction: its magnitude acts as a factor that starts as one.
+    moves = magnitudes(network.layer, weight.detach()).to(norms) > 0
+    with torch.no_grad():
+        magnitude.copy_(torch.where(moves, factor * norms, factor - 1))
+    stored = magnitude.detach().to(norms)
+    safe = torch.where(norms > 0, norms, 1.0)
+    kept = ones.flatten().clone()
+    kept[: len(stored)] = torch.where(moves, stored / safe, stored + 1)
+    return found, said, problem.error({**held, FACTOR: kept.reshape(ones.shape)})
 
 
-def _descend(problem: posed.Problem, own: posed.Cores, method: Method, steps: int) -> tuple[Descent, str]:
-    """The best cores found, and what found them."""
+def _keep(adapter: Adapter, cores: posed.Cores) -> None:
+    with torch.no_grad():
+        for name, value in cores.items():
+            adapter.cores[name].copy_(value)
+
+
+def _held(adapter: Adapter, problem: posed.Problem) -> posed.Cores:
+    """The adapter's cores as they are."""
+    device = problem.target.device
+    return {name: adapter.cores[name].detach().to(device, torch.float64) for name in problem.shapes if name != FACTOR}
+
+
+def _starts(problem: posed.Problem, own: posed.Cores) -> list[posed.Cores]:
+    """Singular vectors, or the adapter's own start and random ones."""
     tree = tree_start(problem)
-    starts = [tree] if tree is not None else [own, *(random_start(problem, seed) for seed in range(STARTS))]
+    return [tree] if tree is not None else [own, *(random_start(problem, seed) for seed in range(STARTS))]
+
+
+def _descend(problem: posed.Problem, starts: list[posed.Cores], method: Method, steps: int) -> tuple[Descent, str]:
+    """The best cores found, and what found them."""
     descents = [_begun(problem, start) for start in starts]
     if method == "adam":
-        # From its own start with zeros, half the gradients would be zero.
+        # From a start with zeros, half the gradients would be zero: the random ones come last.
         return adam(problem, min(descents[-STARTS:], key=lambda descent: descent.error), steps), "adam"
     trial = min(TRIAL, steps)
     tried = [alternate(problem, descent, trial, TOLERANCE) for descent in descents]

@@ -101,7 +101,9 @@ class _Side:
         others = tuple(term for term in problem.terms if name not in term.free)
         rest = {label for term in own for other, labels in term.free.items() if other != name for label in labels}
         rest |= {label for term in own for _, labels in term.fixed for label in labels}
-        common, alone, summed = [], [], []
+        common: list[int] = []
+        alone: list[int] = []
+        summed: list[int] = []
         for axis in range(len(problem.shapes[name])):
             labels = {term.free[name][axis] for term in own}
             if len(labels) == 1 and labels <= set(problem.rows):
@@ -177,7 +179,7 @@ class _Side:
             total += scale * contract(operands, self._labels(left))
         return total
 
-    def _iterated(self, cores: Cores, right: Tensor, order: Labels | tuple[int, ...], shape: list[int]) -> Tensor:
+    def _iterated(self, cores: Cores, right: Tensor, order: tuple[int, ...], shape: list[int]) -> Tensor:
         """Conjugate gradients on the normal equations."""
         back = [order.index(axis) for axis in range(len(order))]
         flat = right.shape

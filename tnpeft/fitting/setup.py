@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,32 +12,61 @@ from tnpeft.fitting.contract import Labels, Operand
 from tnpeft.fitting.problem import Cores, Problem, Term
 from tnpeft.modules import Adapter
 from tnpeft.modules.inits import canonical_weight
-from tnpeft.network import Network
+from tnpeft.network import BoundTerm, Network
 
-__all__ = ["pose"]
+__all__ = ["FACTOR", "pose", "pose_with_factor", "vector_of_channels"]
+
+FACTOR = "the factor of each output channel"  # no core can be called so
 
 
-def pose(adapter: Adapter, delta: Tensor) -> Problem:
-    """The problem of the adapter's trainable cores for `delta`, in the shape of the layer's weight and in float64.
+def pose(adapter: Adapter, weight: Tensor, delta: Tensor) -> Problem:
+    """The problem of the adapter's trainable cores for `delta`, on the base `weight`, both as the layer stores them.
 
     With `start: frozen_copy` the network itself must make the update and what the copy makes.
     """
     network = adapter.network
-    axes = _Axes(network)
-    fixed = {
-        core.name: adapter.cores[core.name].detach().to(delta.device, torch.float64)
-        for core in network.cores
-        if core.frozen
-    }
+    axes = _Axes(network, delta.device)
+    base = canonical_weight(network.layer, weight.detach()).to(delta.device, torch.float64)
+    fixed = {name: core.detach().to(delta.device, torch.float64) for name, core in adapter.cores.items()}
+    fixed |= {core.name: base.reshape(core.shape) for core in network.cores if core.origin == "weight"}
     shapes = {core.name: core.shape for core in network.cores if not core.frozen}
-    terms = tuple(axes.term(1.0, [core.name for core in network.cores], network.weight, fixed) for _ in range(1))
+    terms = tuple(
+        axes.term(term, {name: core for name, core in fixed.items() if name not in shapes}) for term in network.terms
+    )
     target = axes.rows_of(canonical_weight(network.layer, delta)) / network.scale
     norm = float(torch.linalg.vector_norm(delta)) / abs(network.scale)
     problem = Problem(axes.rows, target, norm, terms, shapes)
     if network.start == "frozen_copy":
         start = {name: core.detach().to(delta.device, torch.float64) for name, core in adapter.start.items()}
-        problem = Problem(axes.rows, target + problem.value(start), norm, terms, shapes)
+        problem = replace(problem, target=target + problem.value(start))
     return problem
+
+
+def pose_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor) -> Problem:
+    """The problem of `compose: dora`: W + delta is a factor of each output channel times (W + the network's update).
+
+    The factor is one more core, and all stays linear in each: it stands in every term, and in one more with the base
+    weight (less what a frozen copy makes).
+    """
+    network = adapter.network
+    plain = pose(adapter, weight, delta)
+    axes = _Axes(network, delta.device)
+    base = axes.rows_of(canonical_weight(network.layer, weight.detach()).to(delta.device, torch.float64))
+    change = axes.rows_of(canonical_weight(network.layer, delta))
+    kept = base - (plain.target * network.scale - change)
+    labels = axes.axes[0]
+    terms = [
+        replace(term, scale=term.scale * network.scale, free={**term.free, FACTOR: labels}) for term in plain.terms
+    ]
+    terms.append(Term(1.0, {FACTOR: labels}, ((kept, axes.rows),)))
+    sizes = tuple(kept.shape[: len(labels)])
+    norm = float(torch.linalg.vector_norm(delta))
+    return Problem(axes.rows, base + change, norm, tuple(terms), {**plain.shapes, FACTOR: sizes})
+
+
+def vector_of_channels(network: Network, rows: Tensor) -> Tensor:
+    """What stands by the rows of the output channels, as one vector without padding."""
+    return rows.reshape(-1)[: network.layer.out_channels]
 
 
 class _Axes:
@@ -47,46 +76,45 @@ class _Axes:
     the axis is one row, and a term meets it through an identity reshaped to its legs.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, device: torch.device) -> None:
         self.network = network
+        self.device = device
         self.shape = network.layer.weight_shape
         self.axes: list[Labels] = []
-        rows: list[str] = []
         for number in range(len(self.shape)):
-            ways = {axes[number] for axes in (network.weight,)}
-            labels = ways.pop() if len(ways) == 1 else (f"axis {number}",)
-            self.axes.append(labels)
-            rows += labels
-        self.rows = tuple(rows)
-
-    def _sizes(self, number: int) -> list[int]:
-        labels = self.axes[number]
-        return [self.network.sizes.get(label, self.shape[number]) for label in labels]
+            ways = {term.weight[number] for term in network.terms}
+            self.axes.append(ways.pop() if len(ways) == 1 else (f"axis {number}",))
+        self.rows: Labels = tuple(label for axis in self.axes for label in axis)
 
     def rows_of(self, canonical: Tensor) -> Tensor:
         """The canonical weight by rows; padded axes get zeros."""
-        sizes = [self._sizes(number) for number in range(len(self.shape))]
-        padded = canonical.new_zeros([math.prod(part) for part in sizes])
-        padded[tuple(slice(size) for size in self.shape)] = canonical.to(torch.float64)
+        sizes = [
+            [self.network.sizes.get(label, size) for label in axis]
+            for axis, size in zip(self.axes, self.shape, strict=True)
+        ]
+        padded = canonical.new_zeros([math.prod(part) for part in sizes], dtype=torch.float64)
+        padded[tuple(slice(size) for size in self.shape)] = canonical
         return padded.reshape([size for part in sizes for size in part])
 
-    def term(self, scale: float, names: Sequence[str], weight: Sequence[Labels], fixed: Cores) -> Term:
+    def term(self, term: BoundTerm, fixed: Cores) -> Term:
         renamed: dict[str, str] = {}
         extra: list[Operand] = []
-        device = next((tensor.device for tensor in fixed.values()), None)
-        for number, legs in enumerate(weight):
-            size = self.shape[number]
+        for axis, legs, size in zip(self.axes, term.weight, self.shape, strict=True):
             sizes = [self.network.sizes[leg] for leg in legs]
-            whole = torch.arange(math.prod(sizes), device=device)
-            if legs == self.axes[number]:
-                if len(whole) > size:
-                    extra.append(((whole < size).double().reshape(sizes), legs))
-            elif len(legs) == 1 and sizes[0] == size:
-                renamed[legs[0]] = self.axes[number][0]
+            places = torch.arange(math.prod(sizes), device=self.device)
+            if legs == axis:
+                if len(places) > size:
+                    extra.append(((places < size).double().reshape(sizes), legs))
+            elif sizes == [size]:
+                renamed[legs[0]] = axis[0]
             else:
-                eye = (whole[:size, None] == whole).double()
-                extra.append((eye.reshape(size, *sizes), (*self.axes[number], *legs)))
-        cores = {core.name: core for core in self.network.cores}
-        labels = {name: tuple(renamed.get(leg, leg) for leg in cores[name].legs) for name in names}
-        known = [(fixed[name], labels[name]) for name in names if name in fixed]
-        return Term(scale, {name: labels[name] for name in names if name not in fixed}, (*known, *extra))
+                eye = (places[:size, None] == places).double()
+                extra.append((eye.reshape(size, *sizes), (*axis, *legs)))
+        labels = {
+            core.name: tuple(renamed.get(leg, leg) for leg in core.legs)
+            for core in self.network.cores
+            if core.name in term.cores
+        }
+        known = [(fixed[name], own) for name, own in labels.items() if name in fixed]
+        free = {name: own for name, own in labels.items() if name not in fixed}
+        return Term(term.scale, free, (*known, *extra))

@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from tnpeft.fitting.contract import Labels, contract
+from tnpeft.fitting.contract import Labels, Operand, contract
 from tnpeft.fitting.problem import Cores, Problem, Term
 
 __all__ = ["random_start", "tree_start"]
@@ -71,9 +71,7 @@ def _neighbours(waiting: dict[str, Labels], name: str) -> list[str]:
     return [other for other, labels in waiting.items() if other != name and not set(labels).isdisjoint(waiting[name])]
 
 
-def _cut(
-    rest: tuple[Tensor, Labels], labels: Labels, bond: Labels, shape: tuple[int, ...]
-) -> tuple[Tensor, tuple[Tensor, Labels]]:
+def _cut(rest: Operand, labels: Labels, bond: Labels, shape: tuple[int, ...]) -> tuple[Tensor, Operand]:
     """Split a leaf off: its core, in the order of its legs, and what is left, which holds the bond instead."""
     tensor, axes = rest
     sizes = dict(zip((*axes, *labels), (*tensor.shape, *shape), strict=True))
