@@ -138,7 +138,11 @@ def _with_factor(
     assert magnitude is not None
     ones = problem.target.new_ones(problem.shapes[FACTOR])
     first = _descend(plain, _starts(plain, _held(adapter, plain)), "als", steps)[0] if plain.shapes else Descent({}, [])
-    found, said = _descend(problem, [{**first.cores, FACTOR: ones}], method, steps)
+    # What scales each channel of the base weight alone nearest to its target, or leaves it as it is.
+    base = problem.terms[-1].fixed[0][0]
+    along = (base * problem.target).reshape(ones.numel(), -1).sum(1) / base.square().reshape(ones.numel(), -1).sum(1)
+    scaled = torch.where(along.isfinite() & (along != 0), along, 1.0).reshape(ones.shape)
+    found, said = _descend(problem, [{**first.cores, FACTOR: factor} for factor in (ones, scaled)], method, steps)
     _keep(adapter, {name: core for name, core in found.cores.items() if name != FACTOR})
     held = {**_held(adapter, plain), FACTOR: ones}
     norms = vector_of_channels(network, problem.value(held).reshape(ones.numel(), -1).norm(dim=1))
