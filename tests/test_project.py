@@ -28,8 +28,10 @@ ROOMS = (
     "surgery",
     "recipe",
     "io",
+    "fitting",
     "verify",
     "testing",
+    "draw",
     "cli",
 )
 WITHOUT_TORCH = ("errors", "spec", "network", "plan")

@@ -6,7 +6,8 @@ A YAML file declares the adapter's tensor network; `attach` puts it on a model:
 
 The rooms import only to the left:
 
-    errors <- spec <- network <- plan <- program <- modules <- surgery <- recipe <- io <- verify <- cli
+    errors <- spec <- network <- plan <- program <- modules <- surgery <- recipe
+           <- io <- fitting <- verify <- draw <- cli
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tnpeft.plan import Plan, plan
 from tnpeft.spec import Spec, list_specs, load_spec, register_init
 
 if TYPE_CHECKING:
+    from tnpeft.fitting import Budget, Extraction, Fit, budget, extract, fit
     from tnpeft.io import load, load_foreign, save, save_foreign
     from tnpeft.modules import Adapter, compile
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
@@ -41,7 +43,10 @@ __all__ = [
     "AdapterFileError",
     "AttachError",
     "BindError",
+    "Budget",
     "ExecutionError",
+    "Extraction",
+    "Fit",
     "Handle",
     "Layer",
     "Network",
@@ -56,9 +61,12 @@ __all__ = [
     "__version__",
     "activate",
     "attach",
+    "budget",
     "compile",
     "detach",
     "disabled",
+    "extract",
+    "fit",
     "layer_of",
     "list_recipes",
     "list_specs",
@@ -93,6 +101,12 @@ _LAZY = {
     "load_foreign": "io",
     "save": "io",
     "save_foreign": "io",
+    "Budget": "fitting",
+    "Extraction": "fitting",
+    "Fit": "fitting",
+    "budget": "fitting",
+    "extract": "fitting",
+    "fit": "fitting",
 }
 
 

@@ -140,6 +140,46 @@ def verify(
 
 @app.command()
 @reported
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model's weights: safetensors, or a folder.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Those of the full fine-tune.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
+    ],
+    target: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The adapter file to write.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Which spec goes on which layers, and what else is taken over.")
+    ] = None,
+    spec: Annotated[str | None, typer.Option("--spec", help="Instead of a recipe: one spec, with --match.")] = None,
+    match: Annotated[
+        str | None, typer.Option("--match", help="With --spec: a regular expression searched in the layers' names.")
+    ] = None,
+    settings: Settings = None,
+    scopes: Scopes = None,
+    name: Annotated[str, typer.Option("--name", help="The adapter's name in the file.")] = "default",
+    method: Annotated[str, typer.Option("--method", help="auto, als or adam.")] = "auto",
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", help="Sweeps (100) or Adam's steps (2000) per layer, at most.")
+    ] = None,
+    largest_error: Annotated[
+        float | None, typer.Option("--max-error", help="Exit with status 1 if a layer's relative error is above it.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a full fine-tune into an adapter file: fit every layer of a recipe to the change of its weight."""
+    from tnpeft.cli.fitting import extract_adapter
+
+    good = extract_adapter(
+        Output(), base, tuned, model, recipe, spec, match, target, settings or [], scopes or [],
+        name=name, method=method, iterations=iterations, largest_error=largest_error, quiet=quiet, as_json=as_json,
+    )  # fmt: skip
+    if not good:
+        raise typer.Exit(1)
+
+
+@app.command()
+@reported
 def convert(
     source: Annotated[
         str,
@@ -176,6 +216,31 @@ def convert(
         alpha=alpha,
         as_json=as_json,
     )
+
+
+@app.command()
+@reported
+def budget(
+    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_SPEC", help="A shipped name or a file.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
+    ],
+    params: Annotated[int, typer.Option("--params", "-p", metavar="NUMBER", help="How many parameters may train.")],
+    match: Annotated[
+        str | None, typer.Option("--match", help="With a spec: a regular expression searched in the layers' names.")
+    ] = None,
+    param: Annotated[str, typer.Option("--param", metavar="NAME", help="The param to solve for.")] = "r",
+    fixed: Annotated[
+        list[str] | None, typer.Option("--fixed", metavar="SPEC", help="A spec that keeps the recipe's. Repeatable.")
+    ] = None,
+    settings: Settings = None,
+    scopes: Scopes = None,
+    as_json: Json = False,
+) -> None:
+    """Find the largest rank that trains no more than so many parameters. Nothing is computed or allocated."""
+    from tnpeft.cli.fitting import find_budget
+
+    find_budget(Output(), what, model, params, match, param, fixed or [], settings or [], scopes or [], as_json)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from tnpeft.spec import Spec, list_specs, load_spec
 if TYPE_CHECKING:
     from tnpeft.recipe import LayerReport, Recipe, Report
 
-__all__ = ["count_parameters"]
+__all__ = ["check_match", "check_params", "count_parameters", "load_what"]
 
 
 def count_parameters(
@@ -32,9 +32,9 @@ def count_parameters(
     from tnpeft.recipe import attach
 
     params: dict[str, Any] = parse_settings(settings)
-    what = _load(name)
-    _check_params(what, params)
-    _check_match(what, match)
+    what = load_what(name)
+    check_params(what, params)
+    check_match(what, match)
     bound = parse_scopes(scopes) or None
     report = attach(build_model(model_text), what, match=match, scopes=bound, **params).report()
     if as_json:
@@ -43,7 +43,8 @@ def count_parameters(
         _print(output, f"{name} on {model_text}", report)
 
 
-def _load(name: str) -> Spec | Recipe:
+def load_what(name: str) -> Spec | Recipe:
+    """The recipe or spec of a shipped name or a file. Raises TnpeftError."""
     from tnpeft.recipe import list_recipes, load_recipe
 
     known = (*list_recipes(), *list_specs())
@@ -54,7 +55,8 @@ def _load(name: str) -> Spec | Recipe:
     return load_recipe(name) if kind_of(name) == "recipe" else load_spec(name)
 
 
-def _check_params(what: Spec | Recipe, params: Mapping[str, object]) -> None:
+def check_params(what: Spec | Recipe, params: Mapping[str, object]) -> None:
+    """Raises UsageError for a `--set` that no spec knows."""
     specs = (what,) if isinstance(what, Spec) else tuple(entry.spec for entry in what.entries)
     known = sorted({param for spec in specs for param in spec.params})
     problems = [
@@ -71,7 +73,8 @@ def _check_params(what: Spec | Recipe, params: Mapping[str, object]) -> None:
         raise UsageError(*problems)
 
 
-def _check_match(what: Spec | Recipe, match: str | None) -> None:
+def check_match(what: Spec | Recipe, match: str | None) -> None:
+    """Raises UsageError for a spec without `--match`, or a recipe with one."""
     if isinstance(what, Spec) and match is None:
         fix = r"Add --match, e.g. --match 'attn\.to_[qv]$'."
         raise UsageError(Problem(f"spec '{what.name}'", "--match, which layers it goes on", "none", fix))

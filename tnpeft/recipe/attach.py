@@ -20,7 +20,7 @@ from tnpeft.spec.document import clip, read_file
 from tnpeft.surgery import adapters_of, install, plain_modules, record_of, trained_of
 from tnpeft.surgery.checks import model_problems
 
-__all__ = ["Handle", "attach"]
+__all__ = ["Handle", "attach", "recipe_of"]
 
 Match = str | Sequence[str]
 
@@ -84,7 +84,7 @@ def attach(
     if not isinstance(model, nn.Module):
         fix = "Pass the model itself."
         raise AttachError(Problem("model", "a torch.nn.Module", clip(model), fix))
-    recipe = _recipe(what, match, params)
+    recipe = recipe_of(what, match, params)
     if train is not None:
         recipe = replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
@@ -104,7 +104,8 @@ def _json_like(about: dict[str, Any]) -> dict[str, Any]:
     return {**about, "trained": {reason: list(names) for reason, names in about["trained"].items()}}
 
 
-def _recipe(what: object, match: Match | None, params: Mapping[str, Any]) -> Recipe:
+def recipe_of(what: object, match: Match | None, params: Mapping[str, Any]) -> Recipe:
+    """What `attach` takes as a recipe: a spec becomes one of a single entry. Raises SpecError and AttachError."""
     found = _find(what) if isinstance(what, str | Path) else what
     if isinstance(found, Spec):
         return Recipe(found.name, (_entry(found, match, params),), Train(), found.title, found.source, found.file)

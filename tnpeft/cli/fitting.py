@@ -1,0 +1,207 @@
+"""`tnpeft extract` and `tnpeft budget`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from tnpeft.cli.arguments import parse_scopes, parse_settings
+from tnpeft.cli.counting import check_match, check_params, load_what
+from tnpeft.cli.models import build_model
+from tnpeft.cli.output import Output, UsageError, table
+from tnpeft.errors import Problem
+from tnpeft.spec import Spec
+
+if TYPE_CHECKING:
+    from tnpeft.fitting import Budget, ExtractedLayer, Extraction
+    from tnpeft.fitting.fit import Method
+    from tnpeft.recipe import Recipe
+
+__all__ = ["extract_adapter", "find_budget"]
+
+_SHOWN = 10  # unexplained tensors in the text
+_METHODS = ("auto", "als", "adam")
+
+
+def extract_adapter(
+    output: Output,
+    base: str,
+    tuned: str,
+    model_text: str,
+    recipe: str | None,
+    spec: str | None,
+    match: str | None,
+    target: str,
+    settings: Sequence[str],
+    scopes: Sequence[str],
+    *,
+    name: str,
+    method: str,
+    iterations: int | None,
+    largest_error: float | None,
+    quiet: bool,
+    as_json: bool,
+) -> bool:
+    """Fit, save and report; false where a layer's relative error is above `largest_error`."""
+    from tnpeft.fitting import extract
+    from tnpeft.fitting.checkpoint import Checkpoint, fill
+    from tnpeft.io import save
+
+    what = _recipe_or_spec(recipe, spec)
+    params: dict[str, Any] = parse_settings(settings)
+    check_params(what, params)
+    check_match(what, match)
+    _check_method(method, iterations)
+    source, full = Checkpoint(base), Checkpoint(tuned)
+    model = build_model(model_text)
+    fill(model, source)
+    extraction = extract(
+        model,
+        full,
+        what,
+        match=match,
+        scopes=parse_scopes(scopes) or None,
+        name=name,
+        method=cast("Method", method),
+        iterations=iterations,
+        progress=None if quiet else _progress,
+        **params,
+    )
+    save(model, target)
+    worst = max(row.error for row in extraction.layers)
+    good = largest_error is None or worst <= largest_error
+    if as_json:
+        output.data({"base": base, "tuned": tuned, "file": target, "ok": good} | extraction.as_dict())
+    else:
+        _print_extraction(output, target, extraction)
+        if not good:
+            output.say(f"the largest relative error, {worst:.3e}, is above {largest_error:g}")
+    return good
+
+
+def _recipe_or_spec(recipe: str | None, spec: str | None) -> Spec | Recipe:
+    if (recipe is None) == (spec is None):
+        found = "neither" if recipe is None else "both"
+        fix = r"For example --recipe lora_ddpm, or --spec lora --match 'attn\.to_[qv]$'."
+        raise UsageError(Problem("what to extract", "--recipe, or --spec with --match", found, fix))
+    what = load_what(cast(str, recipe if spec is None else spec))
+    if isinstance(what, Spec) != (spec is not None):
+        given, other = ("--spec", "--recipe") if spec is not None else ("--recipe", "--spec")
+        kind = "a spec" if isinstance(what, Spec) else "a recipe"
+        raise UsageError(Problem(given, f"a {given[2:]}", f"{kind}, '{what.name}'", f"Pass it with {other}."))
+    return what
+
+
+def _check_method(method: str, iterations: int | None) -> None:
+    if method not in _METHODS:
+        fix = "Leave it out, or choose one of them."
+        raise UsageError(Problem("--method", f"one of {', '.join(_METHODS)}", f"{method[:40]!a}", fix))
+    if iterations is not None and iterations < 1:
+        fix = "Leave it out, or allow 100, say."
+        raise UsageError(Problem("--iterations", "a positive whole number", f"{iterations}", fix))
+
+
+def _progress(row: ExtractedLayer, number: int, layers: int) -> None:
+    """A line on stderr: fitting a large model takes minutes."""
+    sys.stderr.write(
+        f"[{number}/{layers}] {row.name}: {row.spec}, relative error {row.error:.3e}, "
+        f"sweeps {row.sweeps}, {row.seconds:.1f} s\n"
+    )
+    sys.stderr.flush()
+
+
+def _print_extraction(output: Output, target: str, extraction: Extraction) -> None:
+    columns = {"layer": "left", "kind": "left", "spec": "left", "parameters": "right"}
+    columns |= {"change": "right", "error": "right", "captured": "right", "by": "left"}
+    rows = (
+        (
+            row.name,
+            row.layer,
+            row.spec,
+            f"{row.parameters:,}",
+            f"{row.norm:.3e}",
+            f"{row.error:.3e}",
+            f"{row.captured:.2%}",
+            f"{row.method}, {row.sweeps}" if row.sweeps else row.method,
+        )
+        for row in extraction.layers
+    )
+    output.show(table(target, columns, rows))
+    output.say()
+    output.say(
+        f"layers       {len(extraction.layers)}, parameters {sum(row.parameters for row in extraction.layers):,}"
+    )
+    output.say(f"copied       {len(extraction.copied)} biases, norms and statistics as they are tuned")
+    output.say(f"change       {extraction.norm:.3e}, of its energy {extraction.captured:.2%} captured")
+    if not extraction.unexplained:
+        output.say("unexplained  nothing: the recipe covers all that changed")
+        return
+    output.say(f"unexplained  {extraction.missing:.3e} in {len(extraction.unexplained)} tensors outside the recipe:")
+    for left in extraction.unexplained[:_SHOWN]:
+        output.say(f"  {left.norm:.3e}  {left.name}")
+    if len(extraction.unexplained) > _SHOWN:
+        output.say(f"  and {len(extraction.unexplained) - _SHOWN} more")
+
+
+def find_budget(
+    output: Output,
+    name: str,
+    model_text: str,
+    params: int,
+    match: str | None,
+    param: str,
+    fixed: Sequence[str],
+    settings: Sequence[str],
+    scopes: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Solve for the rank and print it with its neighbours."""
+    from tnpeft.fitting import budget
+
+    if params < 1:
+        fix = "For example --params 600000."
+        raise UsageError(Problem("--params", "a positive whole number", f"{params}", fix))
+    what = load_what(name)
+    given: dict[str, Any] = parse_settings(settings)
+    check_params(what, given)
+    if param in given:
+        fix = f"Leave --set {param} out."
+        raise UsageError(Problem(f"--set {param}", f"{param} to be solved for", "a value for it", fix))
+    check_match(what, match)
+    bound = parse_scopes(scopes) or None
+    model = build_model(model_text)
+    found = budget(what, model, params, match=match, param=param, fixed=fixed, scopes=bound, **given)
+    if as_json:
+        output.data({"what": name, "model": model_text} | found.as_dict() | {"settings": found.settings})
+    else:
+        _print_budget(output, f"{name} on {model_text}", found)
+
+
+def _print_budget(output: Output, title: str, found: Budget) -> None:
+    columns = {"": "left", found.param: "right", "cores": "right", "trained": "right", "of the budget": "right"}
+    rows = (
+        (
+            ">" * (row.value == found.value),
+            f"{row.value}",
+            f"{row.cores:,}",
+            f"{row.total:,}",
+            f"{row.share:.1%}",
+        )
+        for row in found.rows
+    )
+    output.show(table(title, columns, rows))
+    output.say()
+    for spec, value in found.specs.items():
+        kept = " (kept)" if spec in found.fixed else ""
+        output.say(f"{spec:<14}{found.param}={value}{kept}")
+    output.say(f"{'layers':<14}{found.layers}")
+    parts = (("cores", found.cores), ("biases", found.bias), ("norms", found.norm), ("others", found.also))
+    for label, count in parts:
+        output.say(f"{label:<14}{count:,}")
+    output.say(f"{'trained':<14}{found.total:,} of {found.params:,} ({found.total / found.params:.1%})")
+    if found.fixed:
+        free = ", ".join(f"'{spec}'" for spec in found.specs if spec not in found.fixed)
+        output.say(f"{'use':<14}params: {{{found.param}: {found.value}}} at {free} in the recipe")
+    else:
+        output.say(f"{'use':<14}--set {found.param}={found.value}")

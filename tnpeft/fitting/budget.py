@@ -1,0 +1,269 @@
+"""`budget`: the largest rank whose adapter trains no more than so many parameters."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from tnpeft.errors import AttachError, BindError, Problem, near_miss
+from tnpeft.modules import Captured
+from tnpeft.modules.sharing import sharing_label
+from tnpeft.network import Layer, Network, layer_of
+from tnpeft.recipe import Entry, Recipe, Train
+from tnpeft.recipe.attach import recipe_of
+from tnpeft.recipe.model import train_from
+from tnpeft.recipe.scopes import captures, scopes_from
+from tnpeft.recipe.targets import targets, trained
+from tnpeft.spec import Spec
+from tnpeft.spec.document import clip
+from tnpeft.surgery import plain_modules, plain_parameters
+
+__all__ = ["Budget", "BudgetRow", "budget"]
+
+LARGEST = 2**20  # no rank beyond it is tried
+LOOK_AHEAD = 8  # ranks looked at beyond one that is too much: counts need not grow with the rank
+SHOWN = 3  # neighbours of the answer on each side
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """One rank: the elements of all cores, and all that trains; `share` is of the budget."""
+
+    value: int
+    cores: int
+    total: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The largest adapter within a budget of trainable parameters.
+
+    `value` of the param `param` is the answer, for every spec but the `fixed` ones; `cores`, `bias`, `norm` and `also`
+    add up to `total`. `specs` has the value of `param` in each spec that has it, `rows` the neighbouring ranks.
+    """
+
+    what: str
+    param: str
+    params: int
+    value: int
+    total: int
+    cores: int
+    bias: int
+    norm: int
+    also: int
+    layers: int
+    specs: Mapping[str, int | float]
+    fixed: tuple[str, ...]
+    rows: tuple[BudgetRow, ...]
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What to pass to `attach`; with fixed specs, what to write at the others in the recipe."""
+        return {self.param: self.value}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer as plain data, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        title = f"{self.what}: {self.param}={self.value} trains {self.total:,} of {self.params:,}"
+        table = Table(title=title, title_justify="left")
+        for heading in (self.param, "cores", "total", "of the budget"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            table.add_row(f"{row.value}", f"{row.cores:,}", f"{row.total:,}", f"{row.share:.1%}")
+        stream = io.StringIO()
+        Console(file=stream, width=100, color_system=None, force_terminal=False).print(table)
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def budget(
+    what: Recipe | Spec | str | Path,
+    model: nn.Module,
+    params: int,
+    /,
+    *,
+    match: str | Sequence[str] | None = None,
+    param: str = "r",
+    fixed: Iterable[str] = (),
+    train: Train | Mapping[str, Any] | None = None,
+    scopes: Mapping[str, str] | None = None,
+    **settings: float,
+) -> Budget:
+    """The largest value of a spec's param (its rank `r`) with which at most `params` parameters train.
+
+    `what`, `match`, `train`, `scopes` and `settings` are those of `attach`. All specs of a recipe get the same value,
+    but for the ones named in `fixed`, which keep the recipe's. Biases, norms and whatever else the recipe trains count
+    too; a core that layers share counts once.
+    Only sizes are worked out: the model may be on the meta device.
+
+    Raises SpecError, BindError or AttachError, among them one for a budget that not even rank 1 meets.
+    """
+    if isinstance(params, bool) or not isinstance(params, int) or params < 1:
+        fix = "For example `params=600_000`."
+        raise AttachError(Problem("budget", "a positive whole number of parameters", clip(params), fix))
+    recipe = recipe_of(what, match, settings)
+    recipe = recipe if train is None else replace(recipe, train=train_from(train))
+    recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
+    fixed = tuple(fixed)
+    _check_names(recipe, param, fixed)
+    counts = _Counts(model, recipe, param, fixed)
+    return counts.answer(params)
+
+
+def _check_names(recipe: Recipe, param: str, fixed: Sequence[str]) -> None:
+    names = list(dict.fromkeys(entry.spec.name for entry in recipe.entries))
+    for name in fixed:
+        if name not in names:
+            fix = near_miss(name, names) or "Name a spec of the recipe."
+            raise AttachError(Problem(f"fixed spec {clip(name)}", f"one of {', '.join(names)}", "none of them", fix))
+    free = [entry.spec for entry in recipe.entries if entry.spec.name not in fixed]
+    known = sorted({known for spec in free for known in spec.params})
+    if param not in known:
+        expected = f"one of {', '.join(known)}" if known else "a spec with params that is not fixed"
+        fix = near_miss(param, known) or "Name the param that sets the adapter's size."
+        raise AttachError(Problem(f"recipe '{recipe.name}', param {clip(param)}", expected, "none of them", fix))
+
+
+class _Place(NamedTuple):
+    """An adapted layer: what decides on the size and the sharing of its cores."""
+
+    entry: Entry
+    layer: Layer
+    captured: Captured
+    wide: bool
+
+
+class _Counts:
+    """What the recipe trains on the model at each value of the param; a spec meets each kind of layer once."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, param: str, fixed: tuple[str, ...]) -> None:
+        self.recipe, self.param, self.fixed = recipe, param, fixed
+        modules = plain_modules(model)
+        claimed = targets(model, recipe)
+        also = trained(model, recipe.train, claimed)
+        parameters = plain_parameters(model)
+        sizes = {"bias": also.bias, "norm": also.norm, "also": also.also}
+        self.beside = {
+            reason: sum({id(parameters[name]): parameters[name].numel() for name in names}.values())
+            for reason, names in sizes.items()
+        }
+        captured = captures(claimed, recipe.scopes)
+        layers: dict[int, _Place] = {}
+        for name, entry in claimed.items():
+            module = modules[name]
+            wide = module.weight.dtype == torch.float64
+            layers.setdefault(id(module), _Place(entry, layer_of(module), captured[name], wide))
+        self.places = list(layers.values())
+        self.known: dict[int, int | BindError] = {}
+        self.bound: dict[tuple[int, Layer, int | None], Network] = {}
+
+    def answer(self, params: int) -> Budget:
+        smallest = self._smallest()
+        if self._total(smallest) > params:
+            found = f"{self._total(smallest):,} at {self.param}={smallest}, the least it takes"
+            fix = f"Allow {self._total(smallest):,}, adapt fewer layers, or train fewer biases and norms."
+            raise AttachError(Problem(f"budget of {params:,}", "room for the smallest adapter", found, fix))
+        best = self._largest(smallest, params)
+        if best is None:
+            found = f"{self._total(smallest):,} at every {self.param}"
+            fix = "Name another param."
+            raise AttachError(Problem(f"param '{self.param}'", "one that changes the count", found, fix))
+        return self._budget(best, params)
+
+    def _smallest(self) -> int:
+        """The first value that every spec accepts."""
+        for value in range(1, LOOK_AHEAD + 1):
+            if not isinstance(self._count(value), BindError):
+                return value
+        error = self._count(1)
+        assert isinstance(error, BindError)
+        raise error
+
+    def _largest(self, smallest: int, params: int) -> int | None:
+        """Doubling, then halving; then what lies just beyond is looked at, in case counts fall again."""
+        low, high = smallest, smallest + 1
+        while self._total(high) <= params:
+            low, high = high, high * 2
+            if high > LARGEST:
+                return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._total(middle) <= params else (low, middle)
+        tried = [*self.known, *range(low, low + LOOK_AHEAD)]
+        fits = [value for value in dict.fromkeys(tried) if self._total(value) <= params]
+        # Of equal counts the smallest value: a greater one would add nothing.
+        best: int = max(fits, key=lambda value: (self._total(value), -value))
+        return best
+
+    def _total(self, value: int) -> float:
+        """All that trains; infinite where a spec does not take the value."""
+        count = self._count(value)
+        return float("inf") if isinstance(count, BindError) else count + sum(self.beside.values())
+
+    def _count(self, value: int) -> int | BindError:
+        """The elements of all cores."""
+        if value not in self.known:
+            try:
+                self.known[value] = self._counted(value)
+            except BindError as error:
+                self.known[value] = error
+        return self.known[value]
+
+    def _counted(self, value: int) -> int:
+        total = 0
+        shared: dict[tuple[Any, ...], int] = {}
+        for place in self.places:
+            network = self._network(place.entry, place.layer, value)
+            total += network.num_parameters
+            for core in network.cores:
+                if core.shared is not None and not core.frozen:
+                    total -= core.numel
+                    label = sharing_label(network.spec, core, place.captured)
+                    shared[network.spec, core.name, label, core.shape, place.wide] = core.numel
+        return total + sum(shared.values())
+
+    def _network(self, entry: Entry, layer: Layer, value: int) -> Network:
+        varies = self.param in entry.spec.params and entry.spec.name not in self.fixed
+        key = (id(entry), layer, value if varies else None)
+        if key not in self.bound:
+            params = {**entry.params, self.param: value} if varies else entry.params
+            self.bound[key] = entry.spec.bind(layer, **params)
+        return self.bound[key]
+
+    def _budget(self, best: int, params: int) -> Budget:
+        near = range(max(1, best - SHOWN), best + SHOWN + 1)
+        beside = sum(self.beside.values())
+        counted = {value: count for value in near if not isinstance(count := self._count(value), BindError)}
+        rows = tuple(
+            BudgetRow(value, count, count + beside, (count + beside) / params) for value, count in counted.items()
+        )
+        specs: dict[str, int | float] = {}
+        for entry in self.recipe.entries:
+            if self.param in entry.spec.params and entry.spec.name not in self.fixed:
+                specs[entry.spec.name] = best
+            elif self.param in entry.spec.params:
+                layer = next(place.layer for place in self.places if place.entry is entry)
+                specs[entry.spec.name] = entry.spec.bind(layer, **entry.params).params[self.param]
+        return Budget(
+            self.recipe.name,
+            self.param,
+            params,
+            best,
+            counted[best] + beside,
+            counted[best],
+            **self.beside,
+            layers=len(self.places),
+            specs=specs,
+            fixed=self.fixed,
+            rows=rows,
+        )

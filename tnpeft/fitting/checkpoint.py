@@ -1,0 +1,109 @@
+"""Full checkpoints in safetensors: one file, or a folder of shards; one tensor is read at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from tnpeft.fitting.extract import check_tensors
+from tnpeft.io.files import file_path, refuse
+from tnpeft.surgery import base_tensors, parameter_groups
+from tnpeft.surgery.tree import slots, ties
+
+__all__ = ["Checkpoint", "fill"]
+
+_MEND = "Pass a .safetensors file, or a folder that holds one or shards with an index."
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, or of a folder with one such file or with shards and their index.
+
+    A tensor is read when it is asked for and not kept. Raises AdapterFileError for what cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = file_path(path)
+        self._shards: dict[str, Any] = {}
+        for file in _files(self.path):
+            shard = _opened(file)
+            for name in shard.keys():  # noqa: SIM118 - not a mapping
+                if name in self._shards:
+                    raise refuse(self.path, f"tensor '{name}'", "one of that name", "two, in several files", _MEND)
+                self._shards[name] = shard
+
+    def __getitem__(self, name: str) -> Tensor:
+        shard = self._shards[name]
+        try:
+            tensor: Tensor = shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise refuse(self.path, f"tensor '{name}'", "to be read", str(error), "Copy the file again.") from error
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        found = ", ".join(index.name for index in indices)
+        raise refuse(path, "checkpoint", "one index of shards", found, "Name the .safetensors file instead.")
+    if indices:
+        return _listed(indices[0])
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise refuse(path, "checkpoint", "safetensors files", "a folder without any", _MEND)
+    return files
+
+
+def _listed(index: Path) -> list[Path]:
+    """The shards that an index names, which must stand beside it."""
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        files = [index.parent / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise refuse(index, "index of shards", "a `weight_map` of file names", type(error).__name__, _MEND) from error
+    for file in files:
+        if file.parent != index.parent:
+            raise refuse(index, "index of shards", "names of files beside it", f"'{file}'", _MEND)
+    return files
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise refuse(file, "checkpoint", "a complete safetensors file", str(error), _MEND) from error
+    except OSError as error:
+        raise refuse(file, "checkpoint", "a file that can be read", error.strerror or str(error), _MEND) from error
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a model on the meta device the checkpoint's values, in the model's own types; tied tensors stay tied.
+
+    Buffers that no checkpoint holds stay on meta: nothing here runs the model. Raises AttachError.
+    """
+    check_tensors(base_tensors(model), checkpoint, parameter_groups(model), f"checkpoint {checkpoint.path}")
+    found = {**slots(model), **slots(model, "_buffers")}
+    for names in ties(found).values():
+        name = next((name for name in names if name in checkpoint), None)
+        if name is not None:
+            value = _like(found[name].tensor, checkpoint[name])
+            for other in names:
+                found[other].put(value)
+
+
+def _like(like: Tensor, value: Tensor) -> Tensor:
+    value = value.to(like.dtype)
+    return nn.Parameter(value, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else value

@@ -1,0 +1,120 @@
+"""From an adapter and a full update to the least-squares problem that fits one to the other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tnpeft.fitting.contract import Labels, Operand
+from tnpeft.fitting.problem import Cores, Problem, Term
+from tnpeft.modules import Adapter
+from tnpeft.modules.inits import canonical_weight
+from tnpeft.network import BoundTerm, Network
+
+__all__ = ["FACTOR", "pose", "pose_with_factor", "vector_of_channels"]
+
+FACTOR = "the factor of each output channel"  # no core can be called so
+
+
+def pose(adapter: Adapter, weight: Tensor, delta: Tensor) -> Problem:
+    """The problem of the adapter's trainable cores for `delta`, on the base `weight`, both as the layer stores them.
+
+    With `start: frozen_copy` the network itself must make the update and what the copy makes.
+    """
+    network = adapter.network
+    axes = _Axes(network, delta.device)
+    base = canonical_weight(network.layer, weight.detach()).to(delta.device, torch.float64)
+    fixed = {name: core.detach().to(delta.device, torch.float64) for name, core in adapter.cores.items()}
+    fixed |= {core.name: base.reshape(core.shape) for core in network.cores if core.origin == "weight"}
+    shapes = {core.name: core.shape for core in network.cores if not core.frozen}
+    terms = tuple(
+        axes.term(term, {name: core for name, core in fixed.items() if name not in shapes}) for term in network.terms
+    )
+    target = axes.rows_of(canonical_weight(network.layer, delta)) / network.scale
+    norm = float(torch.linalg.vector_norm(delta)) / abs(network.scale)
+    problem = Problem(axes.rows, target, norm, terms, shapes)
+    if network.start == "frozen_copy":
+        start = {name: core.detach().to(delta.device, torch.float64) for name, core in adapter.start.items()}
+        problem = replace(problem, target=target + problem.value(start))
+    return problem
+
+
+def pose_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor) -> Problem:
+    """The problem of `compose: dora`: W + delta is a factor of each output channel times (W + the network's update).
+
+    The factor is one more core, and all stays linear in each: it stands in every term, and in one more with the base
+    weight (less what a frozen copy makes).
+    """
+    network = adapter.network
+    plain = pose(adapter, weight, delta)
+    axes = _Axes(network, delta.device)
+    base = axes.rows_of(canonical_weight(network.layer, weight.detach()).to(delta.device, torch.float64))
+    change = axes.rows_of(canonical_weight(network.layer, delta))
+    kept = base - (plain.target * network.scale - change)
+    labels = axes.axes[0]
+    terms = [
+        replace(term, scale=term.scale * network.scale, free={**term.free, FACTOR: labels}) for term in plain.terms
+    ]
+    terms.append(Term(1.0, {FACTOR: labels}, ((kept, axes.rows),)))
+    sizes = tuple(kept.shape[: len(labels)])
+    norm = float(torch.linalg.vector_norm(delta))
+    return Problem(axes.rows, base + change, norm, tuple(terms), {**plain.shapes, FACTOR: sizes})
+
+
+def vector_of_channels(network: Network, rows: Tensor) -> Tensor:
+    """What stands by the rows of the output channels, as one vector without padding."""
+    return rows.reshape(-1)[: network.layer.out_channels]
+
+
+class _Axes:
+    """How the legs of each term make the rows of the target.
+
+    Where all terms build an axis of the same legs, these are the rows; a mask drops the entries of a padded axis. Else
+    the axis is one row, and a term meets it through an identity reshaped to its legs.
+    """
+
+    def __init__(self, network: Network, device: torch.device) -> None:
+        self.network = network
+        self.device = device
+        self.shape = network.layer.weight_shape
+        self.axes: list[Labels] = []
+        for number in range(len(self.shape)):
+            ways = {term.weight[number] for term in network.terms}
+            self.axes.append(ways.pop() if len(ways) == 1 else (f"axis {number}",))
+        self.rows: Labels = tuple(label for axis in self.axes for label in axis)
+
+    def rows_of(self, canonical: Tensor) -> Tensor:
+        """The canonical weight by rows; padded axes get zeros."""
+        sizes = [
+            [self.network.sizes.get(label, size) for label in axis]
+            for axis, size in zip(self.axes, self.shape, strict=True)
+        ]
+        padded = canonical.new_zeros([math.prod(part) for part in sizes], dtype=torch.float64)
+        padded[tuple(slice(size) for size in self.shape)] = canonical
+        return padded.reshape([size for part in sizes for size in part])
+
+    def term(self, term: BoundTerm, fixed: Cores) -> Term:
+        renamed: dict[str, str] = {}
+        extra: list[Operand] = []
+        for axis, legs, size in zip(self.axes, term.weight, self.shape, strict=True):
+            sizes = [self.network.sizes[leg] for leg in legs]
+            places = torch.arange(math.prod(sizes), device=self.device)
+            if legs == axis:
+                if len(places) > size:
+                    extra.append(((places < size).double().reshape(sizes), legs))
+            elif sizes == [size]:
+                renamed[legs[0]] = axis[0]
+            else:
+                eye = (places[:size, None] == places).double()
+                extra.append((eye.reshape(size, *sizes), (*axis, *legs)))
+        labels = {
+            core.name: tuple(renamed.get(leg, leg) for leg in core.legs)
+            for core in self.network.cores
+            if core.name in term.cores
+        }
+        known = [(fixed[name], own) for name, own in labels.items() if name in fixed]
+        free = {name: own for name, own in labels.items() if name not in fixed}
+        return Term(term.scale, free, (*known, *extra))
