@@ -14,7 +14,7 @@ __all__ = ["ROLES", "Diagram", "Line", "Node", "Stub", "diagram_of", "mirrors", 
 
 ROLES = ("in", "out", "kernel")
 _FEWEST_TO_MIRROR, _MOST_TO_MIRROR = 2, 16
-_MAPS_TRIED, _MAPS_KEPT = 400, 4
+_MAPS_TRIED, _MAPS_KEPT = 400, 2
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _distances(graph: networkx.Graph[int], diagram: Diagram, role: str) -> dict[
 def mirrors(diagram: Diagram) -> list[tuple[int, ...]]:
     """The graph's reflections that swap input and output: for each, every node's partner.
 
-    A few are kept, those first that hold fewest nodes on the axis. Counting stops early: a picture
+    A few are kept, those first that hold fewest nodes on the axis and that turn the order of the kernel's legs round. Counting stops early: a picture
     needs no complete list, and graphs of many equal cores have millions.
     """
     graph = diagram.graph
@@ -157,8 +157,13 @@ def mirrors(diagram: Diagram) -> list[tuple[int, ...]]:
     )
     maps = [tuple(found[number] for number in graph) for found in itertools.islice(_isomorphisms(matcher), _MAPS_TRIED)]
     reflections = [found for found in maps if all(found[found[number]] == number for number in graph)]
-    ordered = sorted(reflections, key=lambda found: (sum(found[number] == number for number in graph), found))
-    return ordered[:_MAPS_KEPT]
+    owners = list(dict.fromkeys(stub.node for stub in diagram.stubs if stub.role == "kernel"))
+
+    def rank(found: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+        disorder = sum(abs(owners.index(found[node]) + at - len(owners) + 1) for at, node in enumerate(owners))
+        return sum(found[number] == number for number in graph), disorder, found
+
+    return sorted(reflections, key=rank)[:_MAPS_KEPT]
 
 
 def _isomorphisms(matcher: networkx.algorithms.isomorphism.GraphMatcher[int]) -> Iterator[dict[int, int]]:

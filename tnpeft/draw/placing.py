@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,20 +16,20 @@ from numpy.typing import NDArray
 
 from tnpeft.draw.diagram import Diagram, mirrors, sides
 
-__all__ = ["ASPECT", "place"]
+__all__ = ["ASPECT", "bulge", "place"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 ASPECT = 1.2  # a column is that much wider than a row is high
 _CLEARANCE = 0.36  # of a row: how near a line may pass to the centre of a node that is not its own
-_STARTS, _KICKS = 5, 8
+_STARTS, _KICKS, _SWEEPS = 16, 12, 12
 _WORK = 120_000_000  # comparisons of lines and nodes in one search, about a second
 
 # The price of what makes a picture hard to read, against the length of one bond from row to row.
-_THROUGH, _CROSSING, _SLANTED = 60.0, 7.0, 0.25
-_SIDE, _SWAPPED, _MIDDLE, _INNER, _LOW, _ORDER, _ASYMMETRY, _AREA = 4.0, 6.0, 2.5, 0.6, 0.7, 0.4, 3.0, 0.15
-_BALANCE = 2.5
+_THROUGH, _CROSSING, _SLANTED = 60.0, 12.0, 0.25
+_SIDE, _SWAPPED, _MIDDLE, _INNER, _LOW, _ORDER, _ASYMMETRY, _AREA = 4.0, 6.0, 2.5, 0.6, 0.7, 0.4, 6.0, 0.15
+_BALANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,23 @@ class _Grid:
         return np.sign(cross).astype(np.int8).reshape(-1)
 
     @cached_property
-    def near(self) -> NDArray[np.bool_]:
-        """near[p, q, s]: whether the line from p to q passes too near to s, which is neither; flattened."""
+    def _apart(self) -> NDArray[np.float32]:
+        """_apart[p, q, s]: how far s is from the line from p to q, in rows; far where it is an end."""
         x, y = self.x * ASPECT, self.y
         dx, dy = (x[None] - x[:, None])[:, :, None], (y[None] - y[:, None])[:, :, None]
         to_x, to_y = (x[None] - x[:, None])[:, None, :], (y[None] - y[:, None])[:, None, :]
         length = np.maximum(dx**2 + dy**2, 1e-12)
         along = np.clip((dx * to_x + dy * to_y) / length, 0, 1)
         distance = np.hypot(to_x - along * dx, to_y - along * dy)
-        close = (distance < _CLEARANCE).reshape(len(x), len(x), len(x))
         points = np.arange(len(x))
-        close[points, :, points] = False
-        close[:, points, points] = False
-        return close.reshape(-1)
+        distance[points, :, points] = np.inf
+        distance[:, points, points] = np.inf
+        return distance.astype(np.float32)
+
+    @lru_cache(maxsize=8)  # noqa: B019 - grids are few and stay
+    def near(self, clearance: float) -> NDArray[np.bool_]:
+        """near[p, q, s]: whether the line from p to q passes too near to s, which is neither; flattened."""
+        return (self._apart < clearance).reshape(-1)
 
 
 @lru_cache(maxsize=8)
@@ -80,11 +86,11 @@ def _grid(columns: int, rows: int) -> _Grid:
     return _Grid(columns, rows)
 
 
-def _grid_for(nodes: int) -> _Grid:
-    """Odd numbers of columns, so that there is a middle."""
+def _grid_for(nodes: int, stacked: int) -> _Grid:
+    """Odd numbers of columns, so that there is a middle, which has room for `stacked` nodes."""
     for columns, rows, most in ((5, 3, 4), (7, 5, 12), (9, 6, 20)):
         if nodes <= most:
-            return _grid(columns, rows)
+            return _grid(columns, max(rows, stacked))
     side = math.ceil(math.sqrt(1.6 * nodes))
     return _grid(2 * (side // 2) + 5, side + 1)
 
@@ -95,17 +101,24 @@ class _Objective:
     def __init__(self, diagram: Diagram, grid: _Grid) -> None:
         self.grid = grid
         self.nodes = len(diagram.nodes)
-        pairs = sorted({(min(line.ends), max(line.ends)) for line in diagram.lines})
+        bonds = Counter((min(line.ends), max(line.ends)) for line in diagram.lines)
+        pairs = sorted(bonds, key=lambda pair: (bonds[pair], pair))
         self.ends = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        # Parallel bonds bulge: the lines in order of how many they stand for, and the clearance of each such group.
+        self.groups = []
+        for count, group in itertools.groupby(range(len(pairs)), key=lambda number: bonds[pairs[number]]):
+            numbers = list(group)
+            self.groups.append((slice(numbers[0], numbers[-1] + 1), _CLEARANCE + bulge(count - 1, count)))
         self.reflections = mirrors(diagram)
         side = sides(diagram)
         self.left, self.middle, self.right = (np.array([s == at for s in side]) for at in (-1, 0, 1))
         self.inner = np.array([s is None and node.core is not None for s, node in zip(side, diagram.nodes, strict=True)])
         self.low = np.array(["kernel" in node.own for node in diagram.nodes])
-        self.falling = _falling(diagram)
+        self.falling = [pair for role in ("in", "out") for pair in _in_order(diagram, role)]
+        self.rightward = _in_order(diagram, "kernel")
         graph = diagram.graph
         dots = [number for number, node in enumerate(diagram.nodes) if node.core is None]
-        self.around = [(dot, sorted(graph[dot])) for dot in dots if graph[dot]]
+        self.between = [(dot, *sorted(graph[dot])) for dot in dots if len(graph[dot]) == 2]
 
     @property
     def work(self) -> int:
@@ -127,7 +140,7 @@ class _Objective:
         one, other = self.ends.T
         points = len(self.grid.x)
         triples = (states[:, one] * points + states[:, other])[:, :, None] * points + states[:, None, :]
-        through = self.grid.near.take(triples).sum((1, 2))
+        through = sum(self.grid.near(clearance).take(triples[:, lines]).sum((1, 2)) for lines, clearance in self.groups)
         turns = self.grid.turn.take(triples)
         apart = turns[:, :, one] * turns[:, :, other] < 0  # whether line e has the ends of line f on both sides
         crossings = (apart & apart.transpose(0, 2, 1)).sum((1, 2)) / 2
@@ -148,8 +161,10 @@ class _Objective:
         price += _LOW * ((y - lowest) * self.low).sum(1)
         for above, below in self.falling:
             price += _ORDER * (y[:, above] < y[:, below])
-        for dot, cores in self.around:  # a hyperedge's dot stands level with the middle of its cores
-            price += _BALANCE * np.abs(y[:, dot] - y[:, cores].mean(1))
+        for one, next_one in self.rightward:
+            price += _ORDER * (x[:, one] > x[:, next_one])
+        for dot, one, other in self.between:
+            price += _BALANCE * np.abs(y[:, dot] - (y[:, one] + y[:, other]) / 2)
         return price + _AREA * ((last - first + 1) * (highest - lowest + 1))[:, 0]
 
     @staticmethod
@@ -159,13 +174,15 @@ class _Objective:
         return _ASYMMETRY * (np.abs(x + x[:, partner] - axis) + np.abs(y - y[:, partner])).sum(1) / 2
 
 
-def _falling(diagram: Diagram) -> list[tuple[int, int]]:
-    """Pairs of nodes of which the first holds the earlier legs of the same side, and so stands higher."""
-    pairs = []
-    for role in ("in", "out"):
-        owners = list(dict.fromkeys(stub.node for stub in diagram.stubs if stub.role == role))
-        pairs += list(zip(owners, owners[1:], strict=False))
-    return pairs
+def _in_order(diagram: Diagram, role: str) -> list[tuple[int, int]]:
+    """Pairs of nodes of which the first holds the earlier legs of a role."""
+    owners = list(dict.fromkeys(stub.node for stub in diagram.stubs if stub.role == role))
+    return list(zip(owners, owners[1:], strict=False))
+
+
+def bulge(number: int, count: int) -> float:
+    """How far the middle of one of `count` parallel bonds is from the straight line, in rows."""
+    return (number - (count - 1) / 2) * min(0.3, 1.2 / count)
 
 
 def place(diagram: Diagram) -> list[tuple[float, float]]:
@@ -183,83 +200,100 @@ def place(diagram: Diagram) -> list[tuple[float, float]]:
 
 
 class _Search:
-    """A placement is where each of the grid's points' items goes: nodes first, then blanks, so that every move is a swap."""
+    """Several placements improve side by side: `states[s, n]` is the point of node n in placement s."""
 
     def __init__(self, diagram: Diagram) -> None:
-        self.grid = _grid_for(len(diagram.nodes))
-        self.objective = _Objective(diagram, self.grid)
         self.sides = sides(diagram)
+        self.nodes = len(diagram.nodes)
+        self.grid = _grid_for(self.nodes, self.sides.count(0))
+        self.objective = _Objective(diagram, self.grid)
         self.random = random.Random(0)
         self.left_to_do = _WORK
 
     def run(self) -> Ints:
-        best: tuple[float, Ints] | None = None
-        for _ in range(_STARTS):
-            found = self._improve(self._start())
-            for _ in range(_KICKS):
-                if self.left_to_do < 0:
-                    break
-                other = self._improve(self._kicked(found[1]))
-                if other[0] < found[0]:
-                    found = other
-            if best is None or found[0] < best[0]:
-                best = found
+        states = np.array([self._start() for _ in range(_STARTS)], dtype=np.int64)
+        states, prices = self._improved(states)
+        for _ in range(_KICKS):
             if self.left_to_do < 0:
                 break
-        assert best is not None
-        return best[1][: self.objective.nodes]
+            kicked, new_prices = self._improved(self._kicked(states))
+            better = new_prices < prices
+            states, prices = np.where(better[:, None], kicked, states), np.where(better, new_prices, prices)
+            order = np.argsort(prices, kind="stable")
+            best, worst = order[: _STARTS // 4], order[-(_STARTS // 4) :]
+            states[worst], prices[worst] = states[best], prices[best]
+        return states[prices.argmin()]
 
-    def _start(self) -> Ints:
+    def _start(self) -> list[int]:
         """Nodes at random points of the third of the grid that their side asks for."""
-        grid, taken = self.grid, set[int]()
-        places: list[int] = []
+        grid, places = self.grid, list[int]()
         for side in self.sides:
-            free = [point for point in range(len(grid.x)) if point not in taken]
-            wanted = [point for point in free if side is None or side * grid.x[point] > grid.columns / 6 or not side]
+            free = [point for point in range(len(grid.x)) if point not in places]
+            wanted = [point for point in free if not side or side * grid.x[point] > grid.columns / 6]
             places.append(self.random.choice(wanted or free))
-            taken.add(places[-1])
-        places += [point for point in range(len(grid.x)) if point not in taken]
-        return np.array(places, dtype=np.int64)
+        return places
 
-    def _kicked(self, state: Ints) -> Ints:
-        """A few nodes swapped with any points."""
-        state = state.copy()
-        for _ in range(self.random.randint(2, 4)):
-            one, other = self.random.randrange(self.objective.nodes), self.random.randrange(len(state))
-            state[[one, other]] = state[[other, one]]
-        return state
+    def _kicked(self, states: Ints) -> Ints:
+        """A few nodes of each placement moved to any points."""
+        states = states.copy()
+        for row in states:
+            for _ in range(self.random.randint(2, 4)):
+                node, target = self.random.randrange(self.nodes), self.random.randrange(len(self.grid.x))
+                row[:] = _swapped(row[None], np.array([node]), np.array([target]))[0]
+        return states
 
-    def _improve(self, state: Ints) -> tuple[float, Ints]:
-        """The best move of each node in turn, until none helps."""
-        price = float(self.objective(state[None, : self.objective.nodes])[0])
-        helped = True
-        while helped and self.left_to_do > 0:
-            helped = False
-            for node in self.random.sample(range(self.objective.nodes), self.objective.nodes):
-                moves = self._moves(state, node)
-                prices = self.objective(moves[:, : self.objective.nodes])
-                self.left_to_do -= len(moves) * self.objective.work
-                best = int(prices.argmin())
-                if prices[best] < price:
-                    price, state, helped = float(prices[best]), moves[best], True
-        return price, state
+    def _improved(self, states: Ints) -> tuple[Ints, Floats]:
+        """The best move of each node in turn, and shifts of whole parts, until none helps."""
+        prices = self.objective(states)
+        for _ in range(_SWEEPS):
+            before = prices
+            orders = np.array([self.random.sample(range(self.nodes), self.nodes) for _ in states])
+            for nodes in orders.T:
+                states, prices = self._best(states, prices, self._moves(states, nodes))
+            states, prices = self._best(states, prices, self._shifts(states))
+            if self.left_to_do < 0 or not (prices < before).any():
+                break
+        return states, prices
 
-    def _moves(self, state: Ints, node: int) -> Ints:
-        """`node` at every point, alone and, for each reflection, with its partner at the mirrored point."""
-        points = np.arange(len(state))
-        alone = _swapped(np.tile(state, (len(points), 1)), node, points)
+    def _best(self, states: Ints, prices: Floats, moves: Ints) -> tuple[Ints, Floats]:
+        """For each placement the cheapest of its moves, where it is cheaper than staying. `moves[s, m]` is one."""
+        new_prices = self.objective(moves.reshape(-1, self.nodes)).reshape(moves.shape[:2])
+        self.left_to_do -= new_prices.size * self.objective.work
+        rows, best = np.arange(len(states)), new_prices.argmin(1)
+        cheaper = new_prices[rows, best] < prices
+        states = np.where(cheaper[:, None], moves[rows, best], states)
+        return states, np.where(cheaper, new_prices[rows, best], prices)
+
+    def _moves(self, states: Ints, nodes: Ints) -> Ints:
+        """`nodes[s]` to every point, alone and, for each reflection, with its partner to the mirrored point."""
+        count, points = len(states), np.arange(len(self.grid.x))
+        item, target = np.repeat(nodes, len(points)), np.tile(points, count)
+        alone = _swapped(np.repeat(states, len(points), axis=0), item, target)
         moves = [alone]
         for reflection in self.objective.reflections:
-            if reflection[node] != node:
-                moves.append(_swapped(alone, reflection[node], self.grid.mirrored))
-        return np.concatenate(moves)
+            partner = np.array(reflection)[item]
+            moves.append(_swapped(alone, partner, np.where(partner == item, target, self.grid.mirrored[target])))
+        return np.concatenate([move.reshape(count, len(points), -1) for move in moves], axis=1)
+
+    def _shifts(self, states: Ints) -> Ints:
+        """All nodes beyond a column or row one nearer, where there is room; else the placement itself."""
+        grid = self.grid
+        moved = []
+        for places, most, step in (
+            (states % grid.columns, grid.columns, 1),
+            (states // grid.columns, grid.rows, grid.columns),
+        ):
+            for cut in range(1, most):
+                for beyond, way in ((places >= cut, -step), (places < cut, step)):
+                    targets = states + way * beyond
+                    clash = (np.diff(np.sort(targets, axis=1), axis=1) == 0).any(1)
+                    moved.append(np.where(clash[:, None], states, targets))
+        return np.stack(moved, axis=1)
 
 
-def _swapped(states: Ints, item: int, targets: Ints) -> Ints:
-    """In row b, `item` goes to `targets[b]` and what is there to where the item was."""
+def _swapped(states: Ints, items: Ints, targets: Ints) -> Ints:
+    """In row b node `items[b]` goes to point `targets[b]`, and a node that is there to where it was."""
     rows = np.arange(len(states))
-    there = np.argmax(states == targets[:, None], axis=1)
-    result = states.copy()
-    result[rows, there] = states[:, item]
-    result[rows, item] = targets
+    result = np.where(states == targets[:, None], states[rows, items][:, None], states)
+    result[rows, items] = targets
     return result

@@ -11,7 +11,7 @@ import numpy as np
 
 from tnpeft.draw.diagram import Diagram, Node
 from tnpeft.draw.labels import Box, Choice, Obstacles, Points, choose, overlap
-from tnpeft.draw.placing import ASPECT
+from tnpeft.draw.placing import ASPECT, bulge
 from tnpeft.draw.text import fitted, text_size
 
 __all__ = ["LABEL_POINTS", "Disc", "Label", "Quality", "Scene", "Stroke", "scene_of"]
@@ -21,7 +21,6 @@ _RADIUS, _DOT_RADIUS, _COLUMN = 0.3, 0.05, 1.2
 _SCALES = (1.0, 1.12, 1.25, 1.4, 1.6, 1.9, 2.3, 2.8, 3.4, 4.2)
 _ENOUGH = 1.6  # from here on labels may stand on lines, if they must
 _STEP = 0.03  # between two points of a line
-_BULGE = 0.34  # between two parallel bonds
 _STUB, _STUB_FROM_DOT, _DIRECTIONS = 0.2, 0.16, 24
 _STEP_OF_FAN = math.radians(30)  # between two open legs of one core
 _WAY = {"in": math.pi, "out": 0.0, "kernel": -math.pi / 2}  # where the open legs of a role point
@@ -169,19 +168,19 @@ def _bonds(diagram: Diagram, discs: Sequence[Disc]) -> list[Stroke]:
     bonds = []
     for line in diagram.lines:
         pair = frozenset(line.ends)
-        bulge = (seen[pair] - (count[pair] - 1) / 2) * _BULGE
+        away = bulge(seen[pair], count[pair]) * _COLUMN / ASPECT
         seen[pair] += 1
         one, other = (discs[end] for end in sorted(line.ends))
-        bonds.append(Stroke(_curve(one, other, bulge), line.index, line.size, line.ends))
+        bonds.append(Stroke(_curve(one, other, away), line.index, line.size, line.ends))
     return bonds
 
 
-def _curve(one: Disc, other: Disc, bulge: float) -> Points:
-    """A quadratic curve whose middle is `bulge` away from the straight line, without what the discs cover."""
+def _curve(one: Disc, other: Disc, away: float) -> Points:
+    """A quadratic curve whose middle is `away` from the straight line, without what the discs cover."""
     start, end = np.array([one.x, one.y]), np.array([other.x, other.y])
     way = end - start
     length = float(np.hypot(*way))
-    control = (start + end) / 2 + 2 * bulge * np.array([-way[1], way[0]]) / length
+    control = (start + end) / 2 + 2 * away * np.array([-way[1], way[0]]) / length
     at = np.linspace(0, 1, max(8, round(length / _STEP)))[:, None]
     path = (1 - at) ** 2 * start + 2 * at * (1 - at) * control + at**2 * end
     seen = (np.hypot(*(path - start).T) > one.radius) & (np.hypot(*(path - end).T) > other.radius)
