@@ -48,9 +48,7 @@ def choose(items: Sequence[Sequence[Choice]], obstacles: Obstacles) -> list[Choi
     """
     if not items:
         return []
-    choices = [choice for item in items for choice in item]
-    first = np.cumsum([0, *(len(item) for item in items)])
-    own = _own_prices(choices, obstacles)
+    choices, own, first = _sifted(items, obstacles)
     pairs = _pair_prices(choices)
     order, source = list(range(len(items))), random.Random(0)
     best: tuple[float, list[int]] | None = None
@@ -70,6 +68,20 @@ def choose(items: Sequence[Sequence[Choice]], obstacles: Obstacles) -> list[Choi
         source.shuffle(order)
     assert best is not None
     return [choices[number] for number in best[1]]
+
+
+def _sifted(items: Sequence[Sequence[Choice]], obstacles: Obstacles) -> tuple[list[Choice], Points, list[int]]:
+    """Choices that are not hopeless from the start, their own prices, and where each item's choices begin."""
+    choices: list[Choice] = []
+    prices: list[float] = []
+    first = [0]
+    for item in items:
+        own = _own_prices(item, obstacles)
+        kept = np.flatnonzero(own < own.min() + _HARD / 2)
+        choices += [item[number] for number in kept]
+        prices += own[kept].tolist()
+        first.append(len(choices))
+    return choices, np.array(prices), first
 
 
 def _boxes(choices: Sequence[Choice], margin: float) -> Points:
@@ -123,6 +135,7 @@ def _pair_prices(choices: Sequence[Choice]) -> Points:
     on_label = _contains(boxes, tails.reshape(-1, 2)).reshape(len(boxes), *tails.shape[:2]).any(2)
     price[:, numbers] += _TAIL_ON_LABEL * on_label
     price[numbers, :] += _TAIL_ON_LABEL * on_label.T
-    apart = np.hypot(*np.moveaxis(tails[:, None, :, None] - tails[None, :, None, :], -1, 0))
-    price[np.ix_(numbers, numbers)] += _TAIL_ON_LINE * (apart < _TAIL_GAP).any((2, 3))
+    for number, tail in zip(numbers, tails, strict=True):
+        away = tails[:, :, None] - tail
+        price[number, numbers] += _TAIL_ON_LINE * ((away**2).sum(-1) < _TAIL_GAP**2).any((1, 2))
     return price

@@ -147,12 +147,22 @@ class _Objective:
         one, other = self.ends.T
         count, at = len(self.grid.x), np.ascontiguousarray(states.T)  # placements last: four times as fast
         triples = (at[one] * count + at[other])[None] * count + at[:, None]  # (nodes, lines, placements)
-        through = sum(self.grid.near(gap).take(triples[:, lines]).sum((0, 1)) for lines, gap in self.groups)
+        through = self._through(triples)
         turns = self.grid.turn.take(triples)
         apart = turns[one] * turns[other] < 0  # apart[f, e]: whether line e has the ends of line f on both sides
         crossings = (apart & apart.transpose(1, 0, 2)).sum((0, 1)) / 2
         lengths = self.grid.line.take(at[one] * count + at[other]).sum(0)
         return _THROUGH * through + _CROSSING * crossings + lengths
+
+    def _through(self, triples: Ints) -> Any:
+        return sum(self.grid.near(gap).take(triples[:, lines]).sum((0, 1)) for lines, gap in self.groups)
+
+    def through(self, points: Ints) -> int:
+        """How many lines of one placement pass through nodes."""
+        one, other = self.ends.T
+        count = len(self.grid.x)
+        triples = (points[one] * count + points[other])[None, :, None] * count + points[:, None, None]
+        return int(np.sum(self._through(triples)))
 
     def _roles(self, x: Floats, y: Floats) -> Any:
         first, last = x.min(1, keepdims=True), x.max(1, keepdims=True)
@@ -195,13 +205,25 @@ def place(diagram: Diagram) -> list[tuple[float, float]]:
 
     A local search with restarts and a fixed seed. It looks for few crossings, no line through a node, short and
     straight lines, input on the left, output on the right, the kernel low, and the two sides each
-    other's mirror image where the graph allows it.
+    other's mirror image where the graph allows it. Where some line still passes through a node, all go on a circle.
     """
     search = _Search(diagram)
     points = search.run()
     x, y = search.grid.x[points], search.grid.y[points]
+    if search.objective.through(points):
+        x, y = _on_circle(x, y)
     x, y = x - (x.min() + x.max()) / 2, y - (y.min() + y.max()) / 2
     return [(float(a), float(b)) for a, b in zip(x, y, strict=True)]
+
+
+def _on_circle(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """The same nodes, as near as can be in the same directions, on a circle that no line leaves."""
+    count = len(x)
+    order = np.argsort(np.round(np.arctan2(y - y.mean(), x - x.mean()), 6), kind="stable")
+    angles = np.empty(count)
+    angles[order] = 2 * math.pi * np.arange(count) / count - math.pi
+    radius = max(_CLEARANCE / (1 - math.cos(2 * math.pi / count)), count / 4)
+    return radius * np.cos(angles) / ASPECT, radius * np.sin(angles)
 
 
 class _Search:

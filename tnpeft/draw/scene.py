@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ _RADIUS, _DOT_RADIUS, _COLUMN = 0.3, 0.05, 1.2
 _SCALES = (1.0, 1.12, 1.25, 1.4, 1.6, 1.9, 2.3, 2.8, 3.4, 4.2)
 _ENOUGH = 1.6  # from here on labels may stand on lines, if they must
 _STEP = 0.03  # between two points of a line
-_STUB, _STUB_FROM_DOT, _DIRECTIONS = 0.2, 0.16, 24
+_STUBS, _STUB_FROM_DOT, _DIRECTIONS = (0.2, 0.45, 0.8), 0.16, 24
 _STEP_OF_FAN = math.radians(30)  # between two open legs of one core
 _WAY = {"in": math.pi, "out": 0.0, "kernel": -math.pi / 2}  # where the open legs of a role point
 
@@ -122,7 +123,7 @@ def _at_scale(diagram: Diagram, places: Sequence[tuple[float, float]], with_size
     first_stub = len(items)
     for stub, way in zip(diagram.stubs, _ways(diagram), strict=True):
         texts.append((_text(stub.index, stub.size, with_sizes), stub.role))
-        items.append(_stub_choices(discs[stub.node], way, texts[-1][0]))
+        items.append(_stub_choices(discs[stub.node], way, texts[-1][0], _STUBS if scale > 1 else _STUBS[:1]))
     obstacles = Obstacles([(disc.x, disc.y, disc.radius) for disc in discs], [bond.path for bond in bonds])
     chosen = choose(items, obstacles)
     labels = [Label(text, choice.box, role) for (text, role), choice in zip(texts, chosen, strict=True)]
@@ -213,20 +214,20 @@ def _ways(diagram: Diagram) -> list[float]:
     return ways
 
 
-def _stub_choices(disc: Disc, liked: float, text: str) -> list[Choice]:
-    """An open leg in any direction, with its label at the end."""
+def _stub_choices(disc: Disc, liked: float, text: str, lengths: Sequence[float]) -> list[Choice]:
+    """An open leg in any direction, with its label at the end; short, and near the direction that it likes."""
     width, height = text_size(text, LABEL_POINTS)
     choices = []
-    for number in range(_DIRECTIONS):
+    for rank, number in itertools.product(range(len(lengths)), range(_DIRECTIONS)):
         angle = 2 * math.pi * number / _DIRECTIONS
         away = abs(math.remainder(angle - liked, 2 * math.pi))
         way = np.array([math.cos(angle), math.sin(angle)])
         begin = max(disc.radius + 0.02, _STUB_FROM_DOT)
-        end = max(disc.radius, 0.1) + _STUB
-        tail = np.array([disc.x, disc.y]) + np.linspace(begin, end, 5)[:, None] * way
+        end = max(disc.radius, 0.1) + lengths[rank]
+        tail = np.array([disc.x, disc.y]) + np.linspace(begin, end, 8)[:, None] * way
         gap = end + abs(way[0]) * width / 2 + abs(way[1]) * height / 2 + 0.03
         box = _box(np.array([disc.x, disc.y]) + gap * way, width, height)
-        choices.append(Choice(box, tail, 2.0 * away**2))
+        choices.append(Choice(box, tail, 2.0 * away**2 + 1.5 * rank))
     return choices
 
 
