@@ -101,13 +101,13 @@ def _own_prices(choices: Sequence[Choice], obstacles: Obstacles) -> Points:
         price += _HARD * (np.hypot(away_x, away_y) < radius)
     for line in obstacles.lines:
         price += _LABEL_ON_LINE * _contains(boxes, line).any(1)
-    tails = [number for number, choice in enumerate(choices) if choice.tail is not None]
-    for number in tails:
-        tail = choices[number].tail
-        for x, y, radius in obstacles.discs:
-            price[number] += _TAIL_ON_DISC * bool((np.hypot(*(tail - (x, y)).T) < radius).any())
-        for line in obstacles.lines:
-            price[number] += _TAIL_ON_LINE * _close(tail, line)
+    if all(choice.tail is None for choice in choices):
+        return price
+    tails = np.array([choice.tail for choice in choices])  # an item's choices all have a tail, or none has
+    for x, y, radius in obstacles.discs:
+        price += _TAIL_ON_DISC * (np.hypot(*np.moveaxis(tails - (x, y), -1, 0)) < radius).any(1)
+    for line in obstacles.lines:
+        price += _TAIL_ON_LINE * _close(tails, line)
     return price
 
 
@@ -117,8 +117,10 @@ def _contains(boxes: Points, points: Points) -> NDArray[np.bool_]:
     return (left < x) & (x < right) & (bottom < y) & (y < top)
 
 
-def _close(tail: Points, line: Points) -> bool:
-    return bool((np.hypot(*(tail[:, None] - line[None]).T) < _TAIL_GAP).any())
+def _close(tails: Points, points: Points) -> NDArray[np.bool_]:
+    """Which open legs, given as points, come too near to a line or another leg."""
+    away = tails[:, :, None] - points
+    return ((away**2).sum(-1) < _TAIL_GAP**2).any((1, 2))
 
 
 def _pair_prices(choices: Sequence[Choice]) -> Points:
@@ -136,6 +138,5 @@ def _pair_prices(choices: Sequence[Choice]) -> Points:
     price[:, numbers] += _TAIL_ON_LABEL * on_label
     price[numbers, :] += _TAIL_ON_LABEL * on_label.T
     for number, tail in zip(numbers, tails, strict=True):
-        away = tails[:, :, None] - tail
-        price[number, numbers] += _TAIL_ON_LINE * ((away**2).sum(-1) < _TAIL_GAP**2).any((1, 2))
+        price[number, numbers] += _TAIL_ON_LINE * _close(tails, tail)
     return price
