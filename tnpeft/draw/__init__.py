@@ -1,4 +1,4 @@
-"""The network as a picture, as papers draw it: cores as circles, bonds as lines, open legs by their side of the weight."""
+"""The network as a picture, as papers draw it: cores are circles, bonds are lines, open legs point to their side."""
 
 from tnpeft.draw.files import is_current
 from tnpeft.draw.picture import Picture, draw_network

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import networkx
@@ -80,7 +80,8 @@ def diagram_of(network: Network) -> Diagram:
         for leg in core.legs:
             holders.setdefault(leg, []).append(number)
     owner: dict[str, int] = {}
-    lines, dots = [], []
+    lines: list[Line] = []
+    dots: list[str] = []
     for leg, cores in holders.items():
         size = network.sizes[leg]
         if leg in role_of and len(cores) == 1:
@@ -92,7 +93,9 @@ def diagram_of(network: Network) -> Diagram:
             lines += [Line((owner[leg], core), leg, size) for core in cores]
             dots.append(leg)
     stubs = [Stub(owner[leg], leg, network.sizes[leg], role) for leg, role in role_of.items() if leg in owner]
-    kept: list[set[str]] = [{stub.role for stub in stubs if stub.node == node} for node in range(len(network.cores) + len(dots))]
+    kept: list[set[str]] = [
+        {stub.role for stub in stubs if stub.node == node} for node in range(len(network.cores) + len(dots))
+    ]
     nodes = [Node(core.name, core, _ordered(role_of.get(leg) for leg in core.legs), ()) for core in network.cores]
     nodes += [Node(leg, None, _ordered([role_of.get(leg)]), ()) for leg in dots]
     nodes = [replace(node, own=_ordered(own)) for node, own in zip(nodes, kept, strict=True)]
@@ -139,8 +142,8 @@ def _distances(graph: networkx.Graph[int], diagram: Diagram, role: str) -> dict[
 def mirrors(diagram: Diagram) -> list[tuple[int, ...]]:
     """The graph's reflections that swap input and output: for each, every node's partner.
 
-    A few are kept, those first that hold fewest nodes on the axis and that turn the order of the kernel's legs round. Counting stops early: a picture
-    needs no complete list, and graphs of many equal cores have millions.
+    A few are kept: first those that hold fewest nodes on the axis and turn the order of the kernel's legs round.
+    Counting stops early, for a picture needs no complete list and graphs of many equal cores have millions.
     """
     graph = diagram.graph
     if not _FEWEST_TO_MIRROR <= len(graph) <= _MOST_TO_MIRROR:
@@ -155,7 +158,9 @@ def mirrors(diagram: Diagram) -> list[tuple[int, ...]]:
         node_match=lambda one, other: one["own"] == other["swapped"],
         edge_match=lambda one, other: one["bonds"] == other["bonds"],
     )
-    maps = [tuple(found[number] for number in graph) for found in itertools.islice(_isomorphisms(matcher), _MAPS_TRIED)]
+    maps = [
+        tuple(found[number] for number in graph) for found in itertools.islice(matcher.isomorphisms_iter(), _MAPS_TRIED)
+    ]
     reflections = [found for found in maps if all(found[found[number]] == number for number in graph)]
     owners = list(dict.fromkeys(stub.node for stub in diagram.stubs if stub.role == "kernel"))
 
@@ -164,7 +169,3 @@ def mirrors(diagram: Diagram) -> list[tuple[int, ...]]:
         return sum(found[number] == number for number in graph), disorder, found
 
     return sorted(reflections, key=rank)[:_MAPS_KEPT]
-
-
-def _isomorphisms(matcher: networkx.algorithms.isomorphism.GraphMatcher[int]) -> Iterator[dict[int, int]]:
-    yield from matcher.isomorphisms_iter()

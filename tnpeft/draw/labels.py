@@ -77,7 +77,7 @@ def _sifted(items: Sequence[Sequence[Choice]], obstacles: Obstacles) -> tuple[li
     first = [0]
     for item in items:
         own = _own_prices(item, obstacles)
-        kept = np.flatnonzero(own < own.min() + _HARD / 2)
+        kept = np.flatnonzero(own < own.min() + _HARD / 2).tolist()
         choices += [item[number] for number in kept]
         prices += own[kept].tolist()
         first.append(len(choices))
@@ -120,7 +120,7 @@ def _contains(boxes: Points, points: Points) -> NDArray[np.bool_]:
 def _close(tails: Points, points: Points) -> NDArray[np.bool_]:
     """Which open legs, given as points, come too near to a line or another leg."""
     away = tails[:, :, None] - points
-    return ((away**2).sum(-1) < _TAIL_GAP**2).any((1, 2))
+    return np.asarray(((away**2).sum(-1) < _TAIL_GAP**2).any((1, 2)))
 
 
 def _pair_prices(choices: Sequence[Choice]) -> Points:
@@ -129,7 +129,7 @@ def _pair_prices(choices: Sequence[Choice]) -> Points:
     one, other = boxes[:, None], boxes[None]
     meet = (one[..., 0] < other[..., 2]) & (other[..., 0] < one[..., 2])
     meet &= (one[..., 1] < other[..., 3]) & (other[..., 1] < one[..., 3])
-    price = _HARD * meet
+    price: Points = np.where(meet, _HARD, 0.0)
     numbers = [number for number, choice in enumerate(choices) if choice.tail is not None]
     if not numbers:
         return price

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tnpeft.draw.diagram import diagram_of
 from tnpeft.draw.placing import place
 from tnpeft.draw.scene import Quality, Scene, scene_of
-from tnpeft.draw.text import text_size, wrapped
+from tnpeft.draw.text import clean, text_size, wrapped
 from tnpeft.network import BoundCore, Network
 
 __all__ = ["Page", "Text", "page_of"]
@@ -105,19 +105,24 @@ def _signs(network: Network) -> Iterator[str]:
 def _head(network: Network, with_sizes: bool, width: float) -> Iterator[tuple[str, float, bool]]:
     """Lines of the title and below it, with their size and whether they are bold."""
     spec = network.spec
-    for line in wrapped(f"{spec.name}: {spec.title}" if spec.title else spec.name, _TITLE, width, strong=True):
+    title = f"{spec.name}: {' '.join(spec.title.split())}" if spec.title else spec.name
+    for line in wrapped(clean(title, 200), _TITLE, width, strong=True):
         yield line, _TITLE, True
     facts = []
     if with_sizes:
         params = [f"{name} = {value:g}" for name, value in network.params.items()]
-        facts.append(", ".join([str(network.layer), *params]))
-        facts.append(f"{network.num_parameters:,} parameters = {network.formula}")
+        scale = [] if math.isclose(network.scale, 1) else [f"scale {network.scale:.4g}"]
+        facts.append(", ".join([str(network.layer), *params, *scale]))
+        formula = f" = {network.formula}" if network.formula else ""
+        facts.append(f"{network.num_parameters:,} parameters{formula}")
     else:
         facts.append(f"parameters: {network.formula}")
     if network.compose == "dora":
-        facts.append("compose: dora, the sum with the base weight is normalised per output channel, its magnitude trained")
+        facts.append(
+            "compose: dora, the sum with the base weight is normalised per output channel, its magnitude trained"
+        )
     for fact in facts:
-        for line in wrapped(fact, _SUBTITLE, width):
+        for line in wrapped(clean(fact, 400), _SUBTITLE, width):
             yield line, _SUBTITLE, False
 
 

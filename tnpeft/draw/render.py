@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from tnpeft.draw.page import Page
 from tnpeft.draw.scene import LABEL_POINTS, Disc, Scene, Stroke
+from tnpeft.draw.text import FONT
 
-__all__ = ["rendered"]
+__all__ = ["figure_of", "rendered"]
 
 # Tints of Okabe and Ito's colours, which stay apart for every kind of colour vision; lines have the full colour.
 _FILLS = {"in": "#b3d9f2", "out": "#f9d9a4", "kernel": "#a8dccb", "inner": "#ffffff"}
 _COLOURS = {"in": "#0072b2", "out": "#b85400", "kernel": "#007a58", None: "#404040"}
-_INK, _LINE, _FROZEN = "#1a1a1a", "#707070", "#8a8a8a"
+_INK, _LINE, _FROZEN, _WEIGHT = "#1a1a1a", "#707070", "#8a8a8a", "#d9d9d9"
 _DPI = 200
 _THICKEST = 64  # sizes from here on have one thickness
 
@@ -27,21 +30,35 @@ def rendered(page: Page, suffix: str, title: str, digest: str) -> bytes:
 
     `digest` goes into the metadata as `sha256:...`.
     """
-    import matplotlib
+    with _settings():
+        file = io.BytesIO()
+        figure_of(page).savefig(file, format=suffix, dpi=_DPI, metadata=_metadata(suffix, title, digest))
+    return file.getvalue()
+
+
+def figure_of(page: Page) -> Any:
+    """The page as a matplotlib figure, a unit for each inch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    mine = {"svg.hashsalt": "tnpeft", "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "hatch.linewidth": 0.6}
+    figure = Figure(figsize=(page.width, page.height), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, page.width), ylim=(0, page.height))
+    axes.axis("off")
+    _draw(axes, page)
+    return figure
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Our own settings, whatever the user's are; and no words about letters of a title that the font lacks."""
+    import matplotlib
+
+    mine = {"svg.hashsalt": "tnpeft", "svg.fonttype": "none", "font.family": [FONT], "hatch.linewidth": 0.6}
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key.split(".")[0] in _USED}
-    with matplotlib.rc_context({**defaults, **mine}):
-        figure = Figure(figsize=(page.width, page.height), facecolor="white")
-        FigureCanvasAgg(figure)
-        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, page.width), ylim=(0, page.height))
-        axes.axis("off")
-        _draw(axes, page)
-        file = io.BytesIO()
-        figure.savefig(file, format=suffix, dpi=_DPI, metadata=_metadata(suffix, title, digest))
-    return file.getvalue()
+    with matplotlib.rc_context({**defaults, **mine}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
 
 
 # What a user's own settings could change in a picture.
@@ -59,19 +76,21 @@ def _draw(axes: Any, page: Page) -> None:
         _scene(axes, scene, x, y)
     for text in page.texts:
         weight = "bold" if text.strong else "normal"
-        axes.text(text.x, text.y, _plain(text.text), fontsize=text.points, fontweight=weight, color=_INK, va="center")
+        axes.text(
+            text.x,
+            text.y,
+            text.text,
+            fontsize=text.points,
+            fontweight=weight,
+            color=_INK,
+            va="center",
+            parse_math=False,
+        )
     for kind, x, y in page.legend:
         _legend_mark(axes, kind, x + 0.1, y)
 
 
-def _plain(text: str) -> str:
-    """Dollars are dollars, not formulas."""
-    return text.replace("$", r"\$")
-
-
 def _scene(axes: Any, scene: Scene, x: float, y: float) -> None:
-    from matplotlib.patheffects import withStroke
-
     for stroke in scene.strokes:
         _stroke(axes, stroke, x, y)
     for disc in scene.discs:
@@ -81,13 +100,14 @@ def _scene(axes: Any, scene: Scene, x: float, y: float) -> None:
         axes.text(
             (left + right) / 2 + x,
             (bottom + top) / 2 + y,
-            _plain(label.text),
+            label.text,
             fontsize=LABEL_POINTS,
             color=_COLOURS[label.role],
             ha="center",
             va="center_baseline",
             zorder=6,
-            path_effects=[withStroke(linewidth=1.5, foreground="white")],
+            parse_math=False,
+            bbox={"boxstyle": "square,pad=0", "facecolor": "white", "linewidth": 0, "alpha": 0.8},
             gid=f"label {label.text}",
         )
 
@@ -101,8 +121,6 @@ def _stroke(axes: Any, stroke: Stroke, x: float, y: float) -> None:
 
 def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
     from matplotlib.patches import Circle
-    from matplotlib.patheffects import withStroke
-
     place = (disc.x + x, disc.y + y)
     core = disc.node.core
     if core is None:
@@ -113,14 +131,15 @@ def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
     _core(axes, place, disc.radius, _fills(disc.node.roles), square, core.frozen and not square, bool(core.shared))
     axes.text(
         *place,
-        _plain("\n".join(disc.lines)),
+        "\n".join(disc.lines),
         fontsize=disc.points,
         color=_INK,
         ha="center",
         va="center_baseline" if len(disc.lines) == 1 else "center",
         linespacing=1.0,
         zorder=5,
-        path_effects=[withStroke(linewidth=1.8, foreground="white")] if core.frozen else None,
+        parse_math=False,
+        bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0, "alpha": 0.85} if core.frozen else None,
     )
 
 
@@ -137,14 +156,16 @@ def _core(
     x, y = place
     outline: dict[str, Any] = {"edgecolor": _INK, "linewidth": 1.0, "zorder": 4}
     if square:
-        axes.add_patch(Rectangle((x - radius * 0.8, y - radius * 0.8), radius * 1.6, radius * 1.6, fc="#d9d9d9", **outline))
+        axes.add_patch(Rectangle((x - radius, y - radius), 2 * radius, 2 * radius, facecolor=_WEIGHT, **outline))
         return
     for number, fill in enumerate(fills):
         first = 90 + 360 * number / len(fills)  # the input's sector lies on the left
         sector = Wedge(place, radius, first, first + 360 / len(fills), facecolor=fill, linewidth=0, zorder=3)
         axes.add_patch(sector)
     if frozen:
-        axes.add_patch(Circle(place, radius, facecolor="none", edgecolor=_FROZEN, hatch="////", linewidth=0, zorder=3.5))
+        axes.add_patch(
+            Circle(place, radius, facecolor="none", edgecolor=_FROZEN, hatch="////", linewidth=0, zorder=3.5)
+        )
     style = (0, (3, 2)) if frozen else "solid"
     axes.add_patch(Circle(place, radius, facecolor="none", linestyle=style, **outline))
     if shared:

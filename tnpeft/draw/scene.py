@@ -12,8 +12,8 @@ import numpy as np
 
 from tnpeft.draw.diagram import Diagram, Node
 from tnpeft.draw.labels import Box, Choice, Obstacles, Points, choose, overlap
-from tnpeft.draw.placing import ASPECT, bulge
-from tnpeft.draw.text import fitted, text_size
+from tnpeft.draw.objective import ASPECT, bulge
+from tnpeft.draw.text import clean, fitted, text_size
 
 __all__ = ["LABEL_POINTS", "Disc", "Label", "Quality", "Scene", "Stroke", "scene_of"]
 
@@ -85,7 +85,10 @@ class Scene:
     @property
     def bounds(self) -> Box:
         boxes = [label.box for label in self.labels]
-        boxes += [(disc.x - disc.radius, disc.y - disc.radius, disc.x + disc.radius, disc.y + disc.radius) for disc in self.discs]
+        boxes += [
+            (disc.x - disc.radius, disc.y - disc.radius, disc.x + disc.radius, disc.y + disc.radius)
+            for disc in self.discs
+        ]
         boxes += [(*stroke.path.min(0), *stroke.path.max(0)) for stroke in self.strokes]
         left, bottom, right, top = zip(*boxes, strict=True)
         return min(left), min(bottom), max(right), max(top)
@@ -114,7 +117,8 @@ def _at_scale(diagram: Diagram, places: Sequence[tuple[float, float]], with_size
         for node, (column, row) in zip(diagram.nodes, places, strict=True)
     )
     bonds = _bonds(diagram, discs)
-    items, texts = [], []
+    items: list[list[Choice]] = []
+    texts: list[tuple[str, str | None]] = []
     for stroke in bonds:
         if diagram.nodes[stroke.ends[0]].core is None and _labelled_elsewhere(diagram, stroke, bonds):
             continue
@@ -143,7 +147,7 @@ def _disc(node: Node, x: float, y: float) -> Disc:
     if node.core.shared:
         marks.append(f"({node.core.shared})")
     if node.core.origin == "weight":
-        return Disc(x, y, _RADIUS, node, ("W", *marks), 11.0)
+        return Disc(x, y, 0.9 * _RADIUS, node, ("W", *marks), 11.0)
     if node.core.origin:
         marks.append(f"({node.core.origin})")
     lines, points = fitted(node.name, marks, _RADIUS)
@@ -151,7 +155,8 @@ def _disc(node: Node, x: float, y: float) -> Disc:
 
 
 def _text(index: str, size: int, with_sizes: bool) -> str:
-    return f"{index}={size}" if with_sizes else index
+    name = clean(index, 24)
+    return f"{name}={size}" if with_sizes else name
 
 
 def _labelled_elsewhere(diagram: Diagram, stroke: Stroke, bonds: Sequence[Stroke]) -> bool:
@@ -185,7 +190,7 @@ def _curve(one: Disc, other: Disc, away: float) -> Points:
     at = np.linspace(0, 1, max(8, round(length / _STEP)))[:, None]
     path = (1 - at) ** 2 * start + 2 * at * (1 - at) * control + at**2 * end
     seen = (np.hypot(*(path - start).T) > one.radius) & (np.hypot(*(path - end).T) > other.radius)
-    return path[seen] if seen.sum() > 1 else path
+    return np.asarray(path[seen] if seen.sum() > 1 else path)
 
 
 def _beside(path: Points, text: str) -> list[Choice]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 
-__all__ = ["fitted", "text_size", "wrapped"]
+__all__ = ["FONT", "clean", "fitted", "text_size", "wrapped"]
 
+FONT = "DejaVu Sans"  # matplotlib's own
 _LARGEST, _SMALLEST = 8.5, 4.5  # points
 _MOST_LINES, _LEADING = 3, 1.15
 _POINTS = 72.0  # in an inch
@@ -19,9 +21,17 @@ def text_size(text: str, points: float, strong: bool = False) -> tuple[float, fl
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    font = FontProperties(family="DejaVu Sans", size=points, weight="bold" if strong else "normal")
-    width, _, _ = text_to_path.get_text_width_height_descent(text, font, False)
+    font = FontProperties(family=FONT, size=points, weight="bold" if strong else "normal")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a letter that the font lacks
+        width, _, _ = text_to_path.get_text_width_height_descent(text, font, False)
     return float(width) / _POINTS, _LEADING * points / _POINTS
+
+
+def clean(text: str, most: int) -> str:
+    """At most so many characters, the middle left out, all of them printable."""
+    short = text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-(most // 3 - 1) :]}"
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in short)
 
 
 def wrapped(text: str, points: float, width: float, strong: bool = False) -> list[str]:
@@ -46,7 +56,7 @@ def fitted(name: str, marks: Sequence[str], radius: float) -> tuple[list[str], f
             if _inside([*lines, *marks], points, radius):
                 return [*lines, *marks], points
         points -= 0.5
-    short = name if len(name) <= 24 else f"{name[:14]}…{name[-9:]}"
+    short = clean(name, 24)
     third = math.ceil(len(short) / _MOST_LINES)
     return [*(short[at : at + third] for at in range(0, len(short), third)), *marks], _SMALLEST
 
