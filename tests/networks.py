@@ -39,7 +39,7 @@ def make_network(
         legs = tuple(text.split())
         shape = tuple(sizes[leg] for leg in legs)
         bound.append(BoundCore(name, legs, shape, BoundInit("normal", {"std": 1.0}), name in frozen))
-    spec = cast(Any, SimpleNamespace(name="by hand", start=start, compose=None))
+    spec = cast(Any, SimpleNamespace(name="by hand", title="", start=start, compose=None))
     return Network(spec, layer, {}, dict(sizes), tuple(bound), (BoundTerm(tuple(cores), axes),), scale, "")
 
 

@@ -19,6 +19,7 @@ from tnpeft.errors import (
     AdapterFileError,
     AttachError,
     BindError,
+    DrawError,
     ExecutionError,
     Position,
     Problem,
@@ -30,6 +31,7 @@ from tnpeft.plan import Plan, plan
 from tnpeft.spec import Spec, list_specs, load_spec, register_init
 
 if TYPE_CHECKING:
+    from tnpeft.draw import draw_network
     from tnpeft.fitting import Budget, Extraction, Fit, budget, extract, fit
     from tnpeft.io import load, load_foreign, save, save_foreign
     from tnpeft.modules import Adapter, compile
@@ -44,6 +46,7 @@ __all__ = [
     "AttachError",
     "BindError",
     "Budget",
+    "DrawError",
     "ExecutionError",
     "Extraction",
     "Fit",
@@ -65,6 +68,7 @@ __all__ = [
     "compile",
     "detach",
     "disabled",
+    "draw_network",
     "extract",
     "fit",
     "layer_of",
@@ -107,6 +111,7 @@ _LAZY = {
     "budget": "fitting",
     "extract": "fitting",
     "fit": "fitting",
+    "draw_network": "draw",
 }
 
 

@@ -6,6 +6,7 @@
   * AttachError      surgery on a model that is refused
   * AdapterFileError an adapter file that cannot be read or written
   * ExecutionError   an adapted model that cannot run as asked
+  * DrawError        a picture that cannot be drawn or written
 
 Callers read `error.problems`; the text is for people.
 """
@@ -21,6 +22,7 @@ __all__ = [
     "AdapterFileError",
     "AttachError",
     "BindError",
+    "DrawError",
     "ExecutionError",
     "Position",
     "Problem",
@@ -92,6 +94,10 @@ class AdapterFileError(TnpeftError, ValueError):
 
 class ExecutionError(TnpeftError, RuntimeError):
     """An adapted model that cannot run as asked."""
+
+
+class DrawError(TnpeftError, ValueError):
+    """A picture that cannot be drawn or written."""
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:

@@ -88,6 +88,26 @@ def show(
 
 @app.command()
 @reported
+def draw(
+    specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="Shipped names, files, or folders of specs.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="A .svg or .png; for several specs a folder.")
+    ],
+    layer: Annotated[
+        str | None,
+        typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="Draw it on this layer, with sizes."),
+    ] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the network of a spec as papers do: cores as circles, bonds as lines, open legs by their side."""
+    from tnpeft.cli.drawing import draw_specs
+
+    draw_specs(Output(), specs, output, layer, settings or [], as_json)
+
+
+@app.command()
+@reported
 def count(
     what: Annotated[str, typer.Argument(metavar="RECIPE_OR_SPEC", help="A shipped name or a file.")],
     model: Annotated[

@@ -13,7 +13,7 @@ from tnpeft.spec import list_specs, load_spec
 from tnpeft.spec.document import Problems, read_file
 from tnpeft.spec.reader import parse_table
 
-__all__ = ["SUFFIXES", "check_files", "kind_of"]
+__all__ = ["SUFFIXES", "check_files", "expand", "kind_of"]
 
 SUFFIXES = (".yaml", ".yml")
 MARKS = {"tnpeft", "cores"}  # one of them makes a YAML file in a folder a spec, if only a wrong one
@@ -35,7 +35,7 @@ def check_files(output: Output, names: Sequence[str], as_json: bool) -> bool:
 
     What is neither spec nor recipe nor factor table is a mistake where it was named, and passed over in a folder.
     """
-    results = [_check(name, found) for name, found in _expand(names).items()]
+    results = [_check(name, found) for name, found in expand(names).items()]
     mistakes = sum(len(result.problems) for result in results)
     if as_json:
         output.data({"files": [result.data() for result in results], "mistakes": mistakes})
@@ -61,7 +61,7 @@ def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _expand(names: Iterable[str]) -> dict[str, bool]:
+def expand(names: Iterable[str]) -> dict[str, bool]:
     """Name → whether it was found in a folder. Folders become the YAML files below them, but for hidden ones."""
     expanded: dict[str, bool] = {}
     for name in names:

@@ -1,0 +1,71 @@
+"""`tnpeft draw`: specs as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tnpeft.cli.arguments import parse_layer, parse_settings
+from tnpeft.cli.checking import expand, kind_of
+from tnpeft.cli.output import Output, UsageError
+from tnpeft.draw import Picture, draw_network
+from tnpeft.errors import Problem
+from tnpeft.spec import load_spec
+
+__all__ = ["draw_specs"]
+
+
+def draw_specs(
+    output: Output, names: Sequence[str], target: str, layer: str | None, settings: Sequence[str], as_json: bool
+) -> None:
+    """Draw one spec to a file, or specs and folders of specs into a folder, each as NAME.svg."""
+    specs = _specs(names)
+    into_folder = Path(target).is_dir() or target.endswith("/") or specs != list(names) or len(specs) > 1
+    if into_folder:
+        _make_folder(Path(target))
+    chosen = None if layer is None else parse_layer(layer)
+    params = parse_settings(settings)
+    drawn = []
+    for name in specs:
+        spec = load_spec(name)
+        path = Path(target) / f"{spec.name}.svg" if into_folder else Path(target)
+        picture = draw_network(spec, path, chosen, **params)
+        drawn.append(_data(picture, path))
+        if not as_json:
+            output.say(f"drew {path}")
+    if as_json:
+        output.data({"pictures": drawn})
+
+
+def _specs(names: Sequence[str]) -> list[str]:
+    """The specs among the files named and found; what else a folder holds is passed over."""
+    found = [name for name, in_folder in expand(names).items() if not in_folder or kind_of(name) == "spec"]
+    for name in found:
+        if name and Path(name).is_dir():
+            raise UsageError(Problem("nothing to draw", "specs in this folder", "none", "Name another folder.", name))
+    return found
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises UsageError where there is none and none can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fix = "Name a folder for several pictures, with -o pictures/."
+        found = error.strerror or str(error)
+        raise UsageError(Problem("-o", "a folder", found, fix, str(folder))) from error
+
+
+def _data(picture: Picture, path: Path) -> dict[str, Any]:
+    network, quality = picture.network, picture.quality
+    return {
+        "spec": network.spec.name,
+        "file": str(path),
+        "layer": str(network.layer),
+        "params": dict(network.params),
+        "crossings": quality.crossings,
+        "through_cores": quality.through_cores,
+        "label_overlaps": quality.label_overlaps,
+        "label_crossings": quality.label_crossings,
+    }

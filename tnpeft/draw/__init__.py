@@ -1,0 +1,7 @@
+"""The network as a picture, as papers draw it: cores are circles, bonds are lines, open legs point to their side."""
+
+from tnpeft.draw.files import is_current
+from tnpeft.draw.picture import Picture, draw_network
+from tnpeft.draw.scene import Quality
+
+__all__ = ["Picture", "Quality", "draw_network", "is_current"]

@@ -1,0 +1,74 @@
+"""Pictures on disk: whole or not there, and current or not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+from importlib.util import find_spec
+from pathlib import Path
+
+from tnpeft.errors import DrawError, Problem
+from tnpeft.spec import Spec
+from tnpeft.spec.document import clip
+
+__all__ = ["SUFFIXES", "checked_path", "digest_of", "is_current", "need_matplotlib", "write"]
+
+SUFFIXES = (".svg", ".png")
+_IDENTIFIER = re.compile(r"sha256:([0-9a-f]{64})")
+_HEAD = 8192  # the metadata stand at the start
+
+
+def digest_of(spec: Spec) -> str:
+    """The sha256 of a spec's text."""
+    return hashlib.sha256(spec.text.encode()).hexdigest()
+
+
+def is_current(path: str | Path, spec: Spec) -> bool:
+    """Whether the picture at `path` was drawn from this very spec; false where there is none."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(_HEAD).decode("utf-8", errors="replace")
+    except OSError:
+        return False
+    found = _IDENTIFIER.search(head)
+    return found is not None and found[1] == digest_of(spec)
+
+
+def need_matplotlib() -> None:
+    """Raises DrawError where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        fix = "Run `pip install 'tnpeft[draw]'`."
+        raise DrawError(Problem("pictures", "matplotlib", "it is not installed", fix))
+
+
+def checked_path(path: str | Path) -> Path:
+    """Raises DrawError for a file whose suffix says neither SVG nor PNG."""
+    checked = Path(path)
+    if checked.suffix.lower() not in SUFFIXES:
+        found = clip(checked.suffix) if checked.suffix else "no suffix"
+        fix = "Name the file like `picture.svg`."
+        raise DrawError(Problem("picture", f"a name in {' or '.join(SUFFIXES)}", found, fix, clip_path(checked)))
+    return checked
+
+
+def clip_path(path: Path) -> str:
+    text = str(path)
+    return text if text.isprintable() and len(text) <= 200 else clip(text, 200)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write one file atomically: `path` is what it was, or complete. Raises DrawError."""
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        fix = "Choose a folder that exists and can be written to."
+        raise DrawError(Problem("picture", "to be written", found, fix, clip_path(path))) from error

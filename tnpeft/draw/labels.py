@@ -1,0 +1,142 @@
+"""Where labels and open legs go, so that nothing covers anything."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Box", "Choice", "Obstacles", "choose", "overlap"]
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top in inches
+Points = NDArray[np.float64]  # (n, 2)
+
+_HARD, _TAIL_ON_DISC, _LABEL_ON_LINE, _TAIL_ON_LINE, _TAIL_ON_LABEL = 100.0, 60.0, 8.0, 10.0, 20.0
+_MARGIN = 0.012  # between a label and what is beside it
+_TAIL_GAP = 0.085  # between an open leg and a line or another leg
+_ROUNDS, _SWEEPS = 6, 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to place a label: its box, the open leg that leads to it, and how little it is liked."""
+
+    box: Box
+    tail: Points | None
+    price: float
+
+
+@dataclass(frozen=True)
+class Obstacles:
+    """What is placed already: discs as (x, y, radius) and lines as points along them."""
+
+    discs: Sequence[tuple[float, float, float]]
+    lines: Sequence[Points]
+
+
+def overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def choose(items: Sequence[Sequence[Choice]], obstacles: Obstacles) -> list[Choice]:
+    """One choice for each item, so that labels, open legs, lines and discs keep clear of each other.
+
+    Coordinate descent from a few orders with a fixed seed: each item in turn takes its best choice given the others.
+    """
+    if not items:
+        return []
+    choices, own, first = _sifted(items, obstacles)
+    pairs = _pair_prices(choices)
+    order, source = list(range(len(items))), random.Random(0)
+    best: tuple[float, list[int]] | None = None
+    for _ in range(_ROUNDS):
+        taken = [int(first[item] + own[first[item] : first[item + 1]].argmin()) for item in range(len(items))]
+        for _ in range(_SWEEPS):
+            before = list(taken)
+            for item in order:
+                others = [choice for number, choice in enumerate(taken) if number != item]
+                here = slice(first[item], first[item + 1])
+                taken[item] = int(first[item] + np.round(own[here] + pairs[here][:, others].sum(1), 6).argmin())
+            if taken == before:
+                break
+        price = float(own[taken].sum() + pairs[np.ix_(taken, taken)].sum() / 2)
+        if best is None or price < best[0] - 1e-6:
+            best = (price, taken)
+        source.shuffle(order)
+    assert best is not None
+    return [choices[number] for number in best[1]]
+
+
+def _sifted(items: Sequence[Sequence[Choice]], obstacles: Obstacles) -> tuple[list[Choice], Points, list[int]]:
+    """Choices that are not hopeless from the start, their own prices, and where each item's choices begin."""
+    choices: list[Choice] = []
+    prices: list[float] = []
+    first = [0]
+    for item in items:
+        own = _own_prices(item, obstacles)
+        kept = np.flatnonzero(own < own.min() + _HARD / 2).tolist()
+        choices += [item[number] for number in kept]
+        prices += own[kept].tolist()
+        first.append(len(choices))
+    return choices, np.array(prices), first
+
+
+def _boxes(choices: Sequence[Choice], margin: float) -> Points:
+    grown = np.array([choice.box for choice in choices])
+    grown[:, :2] -= margin
+    grown[:, 2:] += margin
+    return grown
+
+
+def _own_prices(choices: Sequence[Choice], obstacles: Obstacles) -> Points:
+    """What each choice costs whatever the others are."""
+    price = np.array([choice.price for choice in choices])
+    boxes = _boxes(choices, _MARGIN)
+    for x, y, radius in obstacles.discs:
+        away_x = np.maximum(np.maximum(boxes[:, 0] - x, x - boxes[:, 2]), 0)
+        away_y = np.maximum(np.maximum(boxes[:, 1] - y, y - boxes[:, 3]), 0)
+        price += _HARD * (np.hypot(away_x, away_y) < radius)
+    for line in obstacles.lines:
+        price += _LABEL_ON_LINE * _contains(boxes, line).any(1)
+    if all(choice.tail is None for choice in choices):
+        return price
+    tails = np.array([choice.tail for choice in choices])  # an item's choices all have a tail, or none has
+    for x, y, radius in obstacles.discs:
+        price += _TAIL_ON_DISC * (np.hypot(*np.moveaxis(tails - (x, y), -1, 0)) < radius).any(1)
+    for line in obstacles.lines:
+        price += _TAIL_ON_LINE * _close(tails, line)
+    return price
+
+
+def _contains(boxes: Points, points: Points) -> NDArray[np.bool_]:
+    x, y = points[None, :, 0], points[None, :, 1]
+    left, bottom, right, top = (boxes[:, side, None] for side in range(4))
+    return (left < x) & (x < right) & (bottom < y) & (y < top)
+
+
+def _close(tails: Points, points: Points) -> NDArray[np.bool_]:
+    """Which open legs, given as points, come too near to a line or another leg."""
+    away = tails[:, :, None] - points
+    return np.asarray(((away**2).sum(-1) < _TAIL_GAP**2).any((1, 2)))
+
+
+def _pair_prices(choices: Sequence[Choice]) -> Points:
+    """What two choices cost each other."""
+    boxes = _boxes(choices, _MARGIN / 2)
+    one, other = boxes[:, None], boxes[None]
+    meet = (one[..., 0] < other[..., 2]) & (other[..., 0] < one[..., 2])
+    meet &= (one[..., 1] < other[..., 3]) & (other[..., 1] < one[..., 3])
+    price: Points = np.where(meet, _HARD, 0.0)
+    numbers = [number for number, choice in enumerate(choices) if choice.tail is not None]
+    if not numbers:
+        return price
+    tails = np.array([choices[number].tail for number in numbers])  # (t, samples, 2)
+    on_label = _contains(boxes, tails.reshape(-1, 2)).reshape(len(boxes), *tails.shape[:2]).any(2)
+    price[:, numbers] += _TAIL_ON_LABEL * on_label
+    price[numbers, :] += _TAIL_ON_LABEL * on_label.T
+    for number, tail in zip(numbers, tails, strict=True):
+        price[number, numbers] += _TAIL_ON_LINE * _close(tails, tail)
+    return price

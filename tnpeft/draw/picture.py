@@ -1,0 +1,100 @@
+"""`draw_network`: from a spec or a network to a picture, and to a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tnpeft.draw.files import checked_path, digest_of, need_matplotlib, write
+from tnpeft.draw.page import Page, page_of
+from tnpeft.draw.render import rendered
+from tnpeft.draw.scene import Quality
+from tnpeft.errors import BindError, DrawError, Problem
+from tnpeft.network import Layer, Network
+from tnpeft.spec import Spec, load_spec
+from tnpeft.spec.document import clip
+from tnpeft.spec.pattern import KINDS
+
+__all__ = ["Picture", "draw_network"]
+
+# Layers to draw a spec on when none is given: the first that it fits.
+_CHANNELS = ((64, 128), (64, 64), (768, 768), (60, 120))
+_KERNELS = (3, 1, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A network laid out. `with_sizes` says whether its labels hold sizes beside names."""
+
+    network: Network
+    with_sizes: bool
+
+    @cached_property
+    def page(self) -> Page:
+        need_matplotlib()
+        return page_of(self.network, self.with_sizes)
+
+    @property
+    def places(self) -> tuple[dict[str, tuple[float, float]], ...]:
+        """For each term, where its cores' centres are, in inches to the right and up."""
+        return tuple(
+            {disc.node.name: (disc.x, disc.y) for disc in scene.discs if disc.node.core is not None}
+            for scene, _, _ in self.page.panels
+        )
+
+    @property
+    def quality(self) -> Quality:
+        """Crossings and overlaps, counted."""
+        return self.page.quality
+
+    def data(self, suffix: str = "svg") -> bytes:
+        """The picture as `svg` or `png`, the same bytes in every process."""
+        spec = self.network.spec
+        return rendered(self.page, suffix, spec.name, digest_of(spec))
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a `.svg` or `.png`. Raises DrawError."""
+        checked = checked_path(path)
+        write(checked, self.data(checked.suffix.lower()[1:]))
+
+
+def draw_network(
+    what: Network | Spec | str | Path, path: str | Path | None = None, layer: Any = None, **params: Any
+) -> Picture:
+    """Draw a network, or a spec on a layer; with `path`, write it to that `.svg` or `.png`.
+
+    `what` is a bound network, a spec, a shipped name or a spec's file, `layer` anything that `Spec.bind` takes. A
+    spec without a layer is drawn on a typical one of the first kind that it supports, with names
+    and no sizes. Raises DrawError, SpecError or BindError.
+    """
+    need_matplotlib()
+    checked = None if path is None else checked_path(path)
+    if isinstance(what, Network):
+        if layer is not None or params:
+            fix = "Pass the spec instead."
+            raise DrawError(Problem("draw_network", "a bound network alone", "a layer or params beside it", fix))
+        picture = Picture(what, True)
+    else:
+        spec = what if isinstance(what, Spec) else load_spec(what)
+        network = _on_typical_layer(spec, params) if layer is None else spec.bind(layer, **params)
+        picture = Picture(network, layer is not None)
+    if checked is not None:
+        picture.save(checked)
+    return picture
+
+
+def _on_typical_layer(spec: Spec, params: dict[str, Any]) -> Network:
+    """The spec on the first layer of a short list that it fits; raises the first BindError where it fits none."""
+    first: BindError | None = None
+    for kind in spec.layers:
+        for inputs, outputs in _CHANNELS:
+            for kernel in _KERNELS if KINDS[kind] else (1,):
+                try:
+                    return spec.bind(Layer(kind, inputs, outputs, (kernel,) * KINDS[kind]), **params)
+                except BindError as error:
+                    first = first or error
+    if first is None:
+        raise DrawError(Problem(f"spec {clip(spec.name)}", "a kind of layer", "none", "Add `layers`.", spec.file))
+    raise first

@@ -1,0 +1,147 @@
+"""Where the nodes of a diagram go: a search over the points of a grid."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+
+from tnpeft.draw.diagram import Diagram, sides
+from tnpeft.draw.objective import ASPECT, CLEARANCE, Floats, Ints, Objective, grid_for
+
+__all__ = ["place"]
+
+_STARTS, _KICKS, _SWEEPS, _PATIENCE = 8, 60, 12, 8
+_WORK = 200_000_000  # comparisons of lines and nodes in one search, about a second
+
+
+def place(diagram: Diagram) -> list[tuple[float, float]]:
+    """Each node's column and row, counted from the middle of the picture.
+
+    A local search with restarts and a fixed seed. It looks for few crossings, no line through a node, short and
+    straight lines, input on the left, output on the right, the kernel low, and the two sides each
+    other's mirror image where the graph allows it. Where some line still passes through a node, all go on a circle.
+    """
+    search = _Search(diagram)
+    points = search.run()
+    x, y = search.grid.x[points], search.grid.y[points]
+    if search.objective.through(points):
+        x, y = _on_circle(x, y)
+    x, y = x - (x.min() + x.max()) / 2, y - (y.min() + y.max()) / 2
+    return [(float(a), float(b)) for a, b in zip(x, y, strict=True)]
+
+
+def _on_circle(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """The same nodes, as near as can be in the same directions, on a circle that no line leaves."""
+    count = len(x)
+    order = np.argsort(np.round(np.arctan2(y - y.mean(), x - x.mean()), 6), kind="stable")
+    angles = np.empty(count)
+    angles[order] = 2 * math.pi * np.arange(count) / count - math.pi
+    radius = max(CLEARANCE / (1 - math.cos(2 * math.pi / count)), count / 4)
+    return radius * np.cos(angles) / ASPECT, radius * np.sin(angles)
+
+
+class _Search:
+    """Several placements improve side by side: `states[s, n]` is the point of node n in placement s."""
+
+    def __init__(self, diagram: Diagram) -> None:
+        self.sides = sides(diagram)
+        self.nodes = len(diagram.nodes)
+        self.grid = grid_for(self.nodes, self.sides.count(0))
+        self.objective = Objective(diagram, self.grid)
+        self.random = random.Random(0)
+        self.left_to_do = _WORK
+
+    def run(self) -> Ints:
+        states = np.array([self._start() for _ in range(_STARTS)], dtype=np.int64)
+        states, prices = self._improved(states)
+        best_so_far: list[float] = []
+        for _ in range(_KICKS):
+            best_so_far.append(float(prices.min()))
+            if self.left_to_do < 0 or best_so_far[-_PATIENCE - 1 : -_PATIENCE] == best_so_far[-1:]:
+                break
+            kicked, new_prices = self._improved(self._kicked(states))
+            better = new_prices < prices
+            states, prices = np.where(better[:, None], kicked, states), np.where(better, new_prices, prices)
+            order = np.argsort(prices, kind="stable")
+            best, worst = order[: _STARTS // 4], order[-(_STARTS // 4) :]
+            states[worst], prices[worst] = states[best], prices[best]
+        return np.asarray(states[prices.argmin()])
+
+    def _start(self) -> list[int]:
+        """Nodes at random points of the part of the grid that their side asks for."""
+        grid, places = self.grid, list[int]()
+        for side in self.sides:
+            free = [point for point in range(len(grid.x)) if point not in places]
+            if side == 0:
+                wanted = [point for point in free if grid.x[point] == 0]
+            else:
+                wanted = [point for point in free if not side or side * grid.x[point] > grid.columns / 6]
+            places.append(self.random.choice(wanted or free))
+        return places
+
+    def _kicked(self, states: Ints) -> Ints:
+        """A few nodes of each placement moved to any points."""
+        states = states.copy()
+        for row in states:
+            for _ in range(self.random.randint(2, 4)):
+                node, target = self.random.randrange(self.nodes), self.random.randrange(len(self.grid.x))
+                row[:] = _swapped(row[None], np.array([node]), np.array([target]))[0]
+        return states
+
+    def _improved(self, states: Ints) -> tuple[Ints, Floats]:
+        """The best move of each node in turn, and shifts of whole parts, until none helps."""
+        prices = self.objective(states)
+        for _ in range(_SWEEPS):
+            before = prices
+            orders = np.array([self.random.sample(range(self.nodes), self.nodes) for _ in states])
+            for nodes in orders.T:
+                states, prices = self._best(states, prices, self._moves(states, nodes))
+            states, prices = self._best(states, prices, self._shifts(states))
+            if self.left_to_do < 0 or not (prices < before).any():
+                break
+        return states, prices
+
+    def _best(self, states: Ints, prices: Floats, moves: Ints) -> tuple[Ints, Floats]:
+        """For each placement the cheapest of its moves, where it is cheaper than staying. `moves[s, m]` is one."""
+        new_prices = self.objective(moves.reshape(-1, self.nodes)).reshape(moves.shape[:2])
+        self.left_to_do -= new_prices.size * self.objective.work
+        rows, best = np.arange(len(states)), new_prices.argmin(1)
+        cheaper = new_prices[rows, best] < prices
+        states = np.where(cheaper[:, None], moves[rows, best], states)
+        return states, np.where(cheaper, new_prices[rows, best], prices)
+
+    def _moves(self, states: Ints, nodes: Ints) -> Ints:
+        """`nodes[s]` to every point, alone and, for each reflection, with its partner to the mirrored point."""
+        count, points = len(states), np.arange(len(self.grid.x))
+        item, target = np.repeat(nodes, len(points)), np.tile(points, count)
+        alone = _swapped(np.repeat(states, len(points), axis=0), item, target)
+        moves = [alone]
+        for reflection in self.objective.reflections:
+            partner = np.array(reflection)[item]
+            moves.append(_swapped(alone, partner, np.where(partner == item, target, self.grid.mirrored[target])))
+        return np.concatenate([move.reshape(count, len(points), -1) for move in moves], axis=1)
+
+    def _shifts(self, states: Ints) -> Ints:
+        """All nodes beyond a column or row one nearer, where there is room; else the placement itself."""
+        grid = self.grid
+        moved = []
+        for places, most, step in (
+            (states % grid.columns, grid.columns, 1),
+            (states // grid.columns, grid.rows, grid.columns),
+        ):
+            for cut in range(1, most):
+                for beyond, way in ((places >= cut, -step), (places < cut, step)):
+                    targets = states + way * beyond
+                    clash = (np.diff(np.sort(targets, axis=1), axis=1) == 0).any(1)
+                    moved.append(np.where(clash[:, None], states, targets))
+        return np.stack(moved, axis=1)
+
+
+def _swapped(states: Ints, items: Ints, targets: Ints) -> Ints:
+    """In row b node `items[b]` goes to point `targets[b]`, and a node that is there to where it was."""
+    rows = np.arange(len(states))
+    result = np.where(states == targets[:, None], states[rows, items][:, None], states)
+    result[rows, items] = targets
+    return result

@@ -1,0 +1,287 @@
+"""One term of a network as a drawing in inches: discs, strokes, labels, and how readable they are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tnpeft.draw.diagram import Diagram, Node
+from tnpeft.draw.labels import Box, Choice, Obstacles, Points, choose, overlap
+from tnpeft.draw.objective import ASPECT, bulge
+from tnpeft.draw.text import clean, fitted, text_size
+
+__all__ = ["LABEL_POINTS", "Disc", "Label", "Quality", "Scene", "Stroke", "scene_of"]
+
+LABEL_POINTS = 7.0
+_RADIUS, _DOT_RADIUS, _COLUMN = 0.3, 0.05, 1.2
+_SCALES = (1.0, 1.12, 1.25, 1.4, 1.6, 1.9, 2.3, 2.8, 3.4, 4.2)
+_ENOUGH = 1.6  # from here on labels may stand on lines, if they must
+_STEP = 0.03  # between two points of a line
+_STUBS, _STUB_FROM_DOT, _DIRECTIONS = (0.2, 0.45, 0.8), 0.16, 24
+_STEP_OF_FAN = math.radians(30)  # between two open legs of one core
+_WAY = {"in": math.pi, "out": 0.0, "kernel": -math.pi / 2}  # where the open legs of a role point
+
+
+@dataclass(frozen=True)
+class Disc:
+    """A core, or a hyperedge's dot."""
+
+    x: float
+    y: float
+    radius: float
+    node: Node
+    lines: tuple[str, ...]
+    points: float  # the size of its text
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """A bond or an open leg, as points from end to end; `ends` are its discs."""
+
+    path: Points
+    index: str
+    size: int
+    ends: tuple[int, ...]
+    role: str | None = None
+
+
+@dataclass(frozen=True)
+class Label:
+    text: str
+    box: Box
+    role: str | None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What makes a drawing hard to read, counted."""
+
+    crossings: int  # of two lines
+    through_cores: int  # lines through a core or dot that is not theirs
+    label_overlaps: int  # labels on another label, a core or a dot
+    label_crossings: int  # lines through labels
+
+    def __add__(self, other: Quality) -> Quality:
+        return Quality(
+            self.crossings + other.crossings,
+            self.through_cores + other.through_cores,
+            self.label_overlaps + other.label_overlaps,
+            self.label_crossings + other.label_crossings,
+        )
+
+
+@dataclass(frozen=True)
+class Scene:
+    discs: tuple[Disc, ...]
+    strokes: tuple[Stroke, ...]
+    labels: tuple[Label, ...]
+    quality: Quality
+
+    @property
+    def bounds(self) -> Box:
+        boxes = [label.box for label in self.labels]
+        boxes += [
+            (disc.x - disc.radius, disc.y - disc.radius, disc.x + disc.radius, disc.y + disc.radius)
+            for disc in self.discs
+        ]
+        boxes += [(*stroke.path.min(0), *stroke.path.max(0)) for stroke in self.strokes]
+        left, bottom, right, top = zip(*boxes, strict=True)
+        return min(left), min(bottom), max(right), max(top)
+
+
+def scene_of(diagram: Diagram, places: Sequence[tuple[float, float]], with_sizes: bool) -> Scene:
+    """The drawing of nodes at `places`, spread as far as its labels need."""
+    best: Scene | None = None
+    for scale in _SCALES:
+        scene = _at_scale(diagram, places, with_sizes, scale)
+        if best is None or _badness(scene) < _badness(best):
+            best = scene
+        if _badness(best) == (0, 0) or (scale >= _ENOUGH and not best.quality.label_overlaps):
+            break
+    assert best is not None
+    return best
+
+
+def _badness(scene: Scene) -> tuple[int, int]:
+    return scene.quality.label_overlaps, scene.quality.label_crossings
+
+
+def _at_scale(diagram: Diagram, places: Sequence[tuple[float, float]], with_sizes: bool, scale: float) -> Scene:
+    discs = tuple(
+        _disc(node, column * _COLUMN * scale, row * _COLUMN / ASPECT * scale)
+        for node, (column, row) in zip(diagram.nodes, places, strict=True)
+    )
+    bonds = _bonds(diagram, discs)
+    items: list[list[Choice]] = []
+    texts: list[tuple[str, str | None]] = []
+    for stroke in bonds:
+        if diagram.nodes[stroke.ends[0]].core is None and _labelled_elsewhere(diagram, stroke, bonds):
+            continue
+        texts.append((_text(stroke.index, stroke.size, with_sizes), None))
+        items.append(_beside(stroke.path, texts[-1][0]))
+    first_stub = len(items)
+    for stub, way in zip(diagram.stubs, _ways(diagram), strict=True):
+        texts.append((_text(stub.index, stub.size, with_sizes), stub.role))
+        items.append(_stub_choices(discs[stub.node], way, texts[-1][0], _STUBS if scale > 1 else _STUBS[:1]))
+    obstacles = Obstacles([(disc.x, disc.y, disc.radius) for disc in discs], [bond.path for bond in bonds])
+    chosen = choose(items, obstacles)
+    labels = [Label(text, choice.box, role) for (text, role), choice in zip(texts, chosen, strict=True)]
+    stubs = [
+        Stroke(_from_disc(choice.tail, discs[stub.node]), stub.index, stub.size, (stub.node,), stub.role)
+        for stub, choice in zip(diagram.stubs, chosen[first_stub:], strict=True)
+        if choice.tail is not None
+    ]
+    strokes = (*bonds, *stubs)
+    return Scene(discs, strokes, tuple(labels), _quality(discs, strokes, labels))
+
+
+def _disc(node: Node, x: float, y: float) -> Disc:
+    if node.core is None:
+        return Disc(x, y, _DOT_RADIUS, node, (), LABEL_POINTS)
+    marks = []
+    if node.core.shared:
+        marks.append(f"({node.core.shared})")
+    if node.core.origin == "weight":
+        return Disc(x, y, 0.9 * _RADIUS, node, ("W", *marks), 11.0)
+    if node.core.origin:
+        marks.append(f"({node.core.origin})")
+    lines, points = fitted(node.name, marks, _RADIUS)
+    return Disc(x, y, _RADIUS, node, tuple(lines), points)
+
+
+def _text(index: str, size: int, with_sizes: bool) -> str:
+    name = clean(index, 24)
+    return f"{name}={size}" if with_sizes else name
+
+
+def _labelled_elsewhere(diagram: Diagram, stroke: Stroke, bonds: Sequence[Stroke]) -> bool:
+    """A hyperedge is named once: at its open leg, else at its longest line."""
+    if any(stub.index == stroke.index for stub in diagram.stubs):
+        return True
+    same = [other for other in bonds if other.index == stroke.index]
+    return stroke is not max(same, key=lambda other: (len(other.path), -other.ends[1]))
+
+
+def _bonds(diagram: Diagram, discs: Sequence[Disc]) -> list[Stroke]:
+    """Straight lines from disc to disc; parallel bonds bulge to both sides."""
+    count = Counter(frozenset(line.ends) for line in diagram.lines)
+    seen: Counter[frozenset[int]] = Counter()
+    bonds = []
+    for line in diagram.lines:
+        pair = frozenset(line.ends)
+        away = bulge(seen[pair], count[pair]) * _COLUMN / ASPECT
+        seen[pair] += 1
+        one, other = (discs[end] for end in sorted(line.ends))
+        bonds.append(Stroke(_curve(one, other, away), line.index, line.size, line.ends))
+    return bonds
+
+
+def _curve(one: Disc, other: Disc, away: float) -> Points:
+    """A quadratic curve whose middle is `away` from the straight line, without what the discs cover."""
+    start, end = np.array([one.x, one.y]), np.array([other.x, other.y])
+    way = end - start
+    length = float(np.hypot(*way))
+    control = (start + end) / 2 + 2 * away * np.array([-way[1], way[0]]) / length
+    at = np.linspace(0, 1, max(8, round(length / _STEP)))[:, None]
+    path = (1 - at) ** 2 * start + 2 * at * (1 - at) * control + at**2 * end
+    seen = (np.hypot(*(path - start).T) > one.radius) & (np.hypot(*(path - end).T) > other.radius)
+    return np.asarray(path[seen] if seen.sum() > 1 else path)
+
+
+def _beside(path: Points, text: str) -> list[Choice]:
+    """A label on either side of a line, the middle preferred."""
+    width, height = text_size(text, LABEL_POINTS)
+    choices = []
+    for rank, at in enumerate((0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74, 0.18, 0.82)):
+        here = round(at * (len(path) - 1))
+        way = path[min(here + 1, len(path) - 1)] - path[max(here - 1, 0)]
+        across = np.array([-way[1], way[0]]) / np.hypot(*way)
+        if across[1] < -1e-9 or (abs(across[1]) < 1e-9 and across[0] < 0):
+            across = -across  # up, or to the right
+        for side, price in ((1, 0.0), (-1, 0.15)):
+            gap = abs(across[0]) * width / 2 + abs(across[1]) * height / 2 + 0.045
+            choices.append(Choice(_box(path[here] + side * gap * across, width, height), None, 0.3 * rank + price))
+    return choices
+
+
+def _ways(diagram: Diagram) -> list[float]:
+    """The direction that each open leg likes best: a node's legs of one role make a fan, the first on top or left."""
+    ways = []
+    for stub in diagram.stubs:
+        fan = [other for other in diagram.stubs if (other.node, other.role) == (stub.node, stub.role)]
+        turn = (fan.index(stub) - (len(fan) - 1) / 2) * _STEP_OF_FAN
+        ways.append(_WAY[stub.role] + (-turn if stub.role == "out" else turn))
+    return ways
+
+
+def _stub_choices(disc: Disc, liked: float, text: str, lengths: Sequence[float]) -> list[Choice]:
+    """An open leg in any direction, with its label at the end; short, and near the direction that it likes."""
+    width, height = text_size(text, LABEL_POINTS)
+    choices = []
+    for rank, number in itertools.product(range(len(lengths)), range(_DIRECTIONS)):
+        angle = 2 * math.pi * number / _DIRECTIONS
+        away = abs(math.remainder(angle - liked, 2 * math.pi))
+        way = np.array([math.cos(angle), math.sin(angle)])
+        begin = max(disc.radius + 0.02, _STUB_FROM_DOT)
+        end = max(disc.radius, 0.1) + lengths[rank]
+        tail = np.array([disc.x, disc.y]) + np.linspace(begin, end, 8)[:, None] * way
+        gap = end + abs(way[0]) * width / 2 + abs(way[1]) * height / 2 + 0.03
+        box = _box(np.array([disc.x, disc.y]) + gap * way, width, height)
+        choices.append(Choice(box, tail, 2.0 * away**2 + 1.5 * rank))
+    return choices
+
+
+def _box(centre: Points, width: float, height: float) -> Box:
+    x, y = float(centre[0]), float(centre[1])
+    return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+
+
+def _from_disc(tail: Points, disc: Disc) -> Points:
+    """A leg's visible line: from the edge of its disc to its end."""
+    centre = np.array([disc.x, disc.y])
+    way = (tail[-1] - centre) / np.hypot(*(tail[-1] - centre))
+    return np.linspace(centre + disc.radius * way, tail[-1], 8)
+
+
+def _quality(discs: Sequence[Disc], strokes: Sequence[Stroke], labels: Sequence[Label]) -> Quality:
+    through = sum(
+        bool((np.hypot(*(stroke.path - (disc.x, disc.y)).T) < disc.radius).any())
+        for stroke in strokes
+        for number, disc in enumerate(discs)
+        if number not in stroke.ends
+    )
+    boxes = [label.box for label in labels]
+    overlaps = sum(overlap(one, other) for number, one in enumerate(boxes) for other in boxes[number + 1 :])
+    overlaps += sum(_on_disc(box, disc) for box in boxes for disc in discs)
+    crossed = sum(_inside(stroke.path, box) for stroke in strokes for box in boxes)
+    crossings = sum(
+        _cross(one.path, other.path) for number, one in enumerate(strokes) for other in strokes[number + 1 :]
+    )
+    return Quality(crossings, through, overlaps, crossed)
+
+
+def _on_disc(box: Box, disc: Disc) -> bool:
+    away_x = max(box[0] - disc.x, disc.x - box[2], 0)
+    away_y = max(box[1] - disc.y, disc.y - box[3], 0)
+    return math.hypot(away_x, away_y) < disc.radius
+
+
+def _inside(path: Points, box: Box) -> bool:
+    x, y = path.T
+    return bool(((box[0] < x) & (x < box[2]) & (box[1] < y) & (y < box[3])).any())
+
+
+def _cross(one: Points, other: Points) -> bool:
+    """Whether two lines meet between their ends (those of a dot may touch there)."""
+    a, b = one[:-1, None], one[1:, None]
+    c, d = other[None, :-1], other[None, 1:]
+
+    def turn(p: Points, q: Points, s: Points) -> Points:
+        return (q[..., 0] - p[..., 0]) * (s[..., 1] - p[..., 1]) - (q[..., 1] - p[..., 1]) * (s[..., 0] - p[..., 0])
+
+    return bool(((turn(a, b, c) * turn(a, b, d) < 0) & (turn(c, d, a) * turn(c, d, b) < 0)).any())
