@@ -36,7 +36,8 @@ types: $(VENV)/.test ## mypy --strict
 specs: $(VENV)/.test ## tnpeft check on every shipped spec and recipe
 	@$(RUN) -m tnpeft check specs
 
-catalogue: $(VENV)/.test ## the table in specs/README.md and the schemas for editors, from the specs and the code
+catalogue: $(VENV)/.test ## pictures, the table in specs/README.md and the schemas for editors, from the specs and the code
+	@$(RUN) -m tnpeft draw specs -o specs/pictures/
 	@$(RUN) -m tnpeft list --markdown specs/README.md
 	@$(RUN) -m tnpeft schema spec > specs/schema/spec.json
 	@$(RUN) -m tnpeft schema recipe > specs/schema/recipe.json
