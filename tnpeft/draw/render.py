@@ -121,6 +121,7 @@ def _stroke(axes: Any, stroke: Stroke, x: float, y: float) -> None:
 
 def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
     from matplotlib.patches import Circle
+
     place = (disc.x + x, disc.y + y)
     core = disc.node.core
     if core is None:
@@ -139,7 +140,9 @@ def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
         linespacing=1.0,
         zorder=5,
         parse_math=False,
-        bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0, "alpha": 0.85} if core.frozen else None,
+        bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0, "alpha": 0.85}
+        if core.frozen
+        else None,
     )
 
 
