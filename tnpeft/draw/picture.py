@@ -14,14 +14,10 @@ from tnpeft.draw.scene import Quality
 from tnpeft.errors import BindError, DrawError, Problem
 from tnpeft.network import Layer, Network
 from tnpeft.spec import Spec, load_spec
-from tnpeft.spec.document import clip
+from tnpeft.spec.checks import SAMPLES
 from tnpeft.spec.pattern import KINDS
 
 __all__ = ["Picture", "draw_network"]
-
-# Layers to draw a spec on when none is given: the first that it fits.
-_CHANNELS = ((64, 128), (64, 64), (768, 768), (60, 120))
-_KERNELS = (3, 1, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +82,13 @@ def draw_network(
 
 
 def _on_typical_layer(spec: Spec, params: dict[str, Any]) -> Network:
-    """The spec on the first layer of a short list that it fits; raises the first BindError where it fits none."""
-    first: BindError | None = None
+    """The spec on the first of the layers that it was checked with and fits; raises the first BindError."""
+    errors = []
     for kind in spec.layers:
-        for inputs, outputs in _CHANNELS:
-            for kernel in _KERNELS if KINDS[kind] else (1,):
-                try:
-                    return spec.bind(Layer(kind, inputs, outputs, (kernel,) * KINDS[kind]), **params)
-                except BindError as error:
-                    first = first or error
-    if first is None:
-        raise DrawError(Problem(f"spec {clip(spec.name)}", "a kind of layer", "none", "Add `layers`.", spec.file))
-    raise first
+        for inputs, outputs, side, groups in SAMPLES:
+            layer = Layer(kind, inputs, outputs, (side,) * KINDS[kind], groups if KINDS[kind] else 1)
+            try:
+                return spec.bind(layer, **params)
+            except BindError as error:
+                errors.append(error)
+    raise errors[0]

@@ -121,6 +121,7 @@ def _stroke(axes: Any, stroke: Stroke, x: float, y: float) -> None:
 
 def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
     from matplotlib.patches import Circle
+
     place = (disc.x + x, disc.y + y)
     core = disc.node.core
     if core is None:
@@ -128,7 +129,8 @@ def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
         axes.add_patch(Circle(place, disc.radius, facecolor=colour, edgecolor="white", linewidth=0.5, zorder=4))
         return
     square = core.origin == "weight"
-    _core(axes, place, disc.radius, _fills(disc.node.roles), square, core.frozen and not square, bool(core.shared))
+    frozen = core.frozen and not square
+    _core(axes, place, disc.radius, _fills(disc.node.roles), square, frozen, bool(core.shared))
     axes.text(
         *place,
         "\n".join(disc.lines),
@@ -137,9 +139,9 @@ def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
         ha="center",
         va="center_baseline" if len(disc.lines) == 1 else "center",
         linespacing=1.0,
-        zorder=5,
+        zorder=3.8 if frozen else 5,  # its bright ground stays inside the outline
         parse_math=False,
-        bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0, "alpha": 0.85} if core.frozen else None,
+        bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0, "alpha": 0.85} if frozen else None,
     )
 
 

@@ -150,7 +150,7 @@ def _disc(node: Node, x: float, y: float) -> Disc:
         return Disc(x, y, 0.9 * _RADIUS, node, ("W", *marks), 11.0)
     if node.core.origin:
         marks.append(f"({node.core.origin})")
-    lines, points = fitted(node.name, marks, _RADIUS)
+    lines, points = fitted(node.name, marks, 0.88 * _RADIUS if node.core.shared else _RADIUS)
     return Disc(x, y, _RADIUS, node, tuple(lines), points)
 
 

@@ -15,7 +15,7 @@ from tnpeft.spec.inits import Last, Legs
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, LAYER_NAMES, expand_axes
 from tnpeft.spec.resolve import Fault, layer_names, resolve
 
-__all__ = ["check"]
+__all__ = ["SAMPLES", "check"]
 
 
 def check(draft: Draft, problems: Problems) -> None:
@@ -248,8 +248,9 @@ def _unused(draft: Draft, problems: Problems) -> None:
                 )
 
 
-# Layers tried for every kind in `layers`: a mistake that depends on numbers is one only if no layer is spared.
-_SAMPLES = (
+# Layers tried for every kind in `layers`: in and out channels, kernel, groups. A mistake that depends on numbers is
+# one only if no layer is spared.
+SAMPLES = (
     (64, 128, 3, 1),
     (256, 256, 3, 1),
     (512, 768, 1, 1),
@@ -278,7 +279,7 @@ def _kinds(draft: Draft, problems: Problems) -> None:
         return
     for kind in draft.layers:
         runs = []
-        for sample in _SAMPLES:
+        for sample in SAMPLES:
             runs.append(_try(draft, kind, sample))
             if not runs[-1]:
                 break
