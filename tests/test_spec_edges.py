@@ -27,8 +27,9 @@ import tnpeft
         (
             "bond: r",
             "bnd: r",
-            "5:1: unknown key 'bnd' in the file: expected one of bond, cores, factors, init, layers, name, params, "
-            "scale, seed, sizes, source, start, title, tnpeft, weight, found 'bnd'. Did you mean `bond`?",
+            "5:1: unknown key 'bnd' in the file: expected one of bond, compose, cores, factors, init, layers, name, "
+            "params, scale, seed, sizes, source, start, terms, title, tnpeft, weight, found 'bnd'. "
+            "Did you mean `bond`?",
         ),
     ],
 )

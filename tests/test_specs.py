@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.cli.arguments import parse_layer
+from tnpeft.draw import is_current
 
 ROOT = Path(__file__).parent.parent
 SPECS = ROOT / "specs"
@@ -186,3 +187,13 @@ def test_file_names_are_the_specs_names():
     assert all(tnpeft.load_spec(name).name == name for name in tnpeft.list_specs())
     assert {path.stem for path in SPECS.glob("recipes/*.yaml")} == set(tnpeft.list_recipes())
     assert all(tnpeft.load_recipe(name).name == name for name in tnpeft.list_recipes())
+
+
+@pytest.mark.parametrize("name", tnpeft.list_specs())
+def test_every_spec_has_a_current_picture(name: str):
+    """`make catalogue` draws them again."""
+    assert is_current(SPECS / "pictures" / f"{name}.svg", tnpeft.load_spec(name))
+
+
+def test_every_picture_is_of_a_shipped_spec():
+    assert {path.name for path in (SPECS / "pictures").iterdir()} == {f"{name}.svg" for name in tnpeft.list_specs()}

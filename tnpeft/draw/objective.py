@@ -73,7 +73,7 @@ class Grid:
         to_x, to_y = (x[None] - x[:, None])[:, None, :], (y[None] - y[:, None])[:, None, :]
         length = np.maximum(dx**2 + dy**2, 1e-12)
         along = np.clip((dx * to_x + dy * to_y) / length, 0, 1)
-        distance = np.hypot(to_x - along * dx, to_y - along * dy)
+        distance: NDArray[np.float32] = np.hypot(to_x - along * dx, to_y - along * dy)
         points = np.arange(len(x))
         distance[points, :, points] = np.inf
         distance[:, points, points] = np.inf
