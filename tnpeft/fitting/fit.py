@@ -46,6 +46,11 @@ class Fit:
     history: tuple[float, ...]
 
     @property
+    def relative_error(self) -> float:
+        """`error` by its full name."""
+        return self.error
+
+    @property
     def captured(self) -> float:
         """The share of delta's energy (its squared norm) that the adapter makes."""
         return max(0.0, 1.0 - self.error**2)
@@ -62,7 +67,6 @@ def fit(
     spec: Spec | str,
     delta: Tensor,
     layer: Any,
-    /,
     *,
     method: Method = "auto",
     iterations: int | None = None,
