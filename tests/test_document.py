@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
+from timing import takes_less_than
 
 from tnpeft.errors import SpecError
 from tnpeft.spec.document import MAX_BYTES, read_document, read_file
@@ -138,9 +137,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_refused_within_a_second(name):
-    started = time.process_time()
-    refused(BOMBS[name])
-    assert time.process_time() - started < 1.0
+    assert takes_less_than(1.0, lambda: refused(BOMBS[name]))
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
