@@ -94,7 +94,7 @@ def adam(problem: Problem, descent: Descent, steps: int, rate: float = 0.02) -> 
         optimizer.zero_grad()
         loss = _loss(problem, scaled())
         loss.backward()  # type: ignore[no-untyped-call]
-        error = math.sqrt(float(loss))
+        error = math.sqrt(float(loss.detach()))
         if error < lowest:
             lowest, best = error, Descent(_detached(scaled()), [])
         errors.append(error)
