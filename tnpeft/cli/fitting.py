@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tnpeft.cli.arguments import parse_scopes, parse_settings
@@ -53,6 +54,7 @@ def extract_adapter(
     check_params(what, params)
     check_match(what, match)
     _check_method(method, iterations)
+    _check_target(target, base, tuned)
     source, full = Checkpoint(base), Checkpoint(tuned)
     model = build_model(model_text)
     fill(model, source)
@@ -100,6 +102,18 @@ def _check_method(method: str, iterations: int | None) -> None:
     if iterations is not None and iterations < 1:
         fix = "Leave it out, or allow 100, say."
         raise UsageError(Problem("--iterations", "a positive whole number", f"{iterations}", fix))
+
+
+def _check_target(target: str, *sources: str) -> None:
+    """Fitting takes minutes: what can be known to fail at its end fails before; no checkpoint is written over."""
+    path = Path(target)
+    fix = "For example -o adapter.safetensors."
+    for source in map(Path, sources):
+        if path.resolve() == source.resolve() or (path.resolve().parent == source.resolve() and path.exists()):
+            raise UsageError(Problem("--output", "a file of its own", f"a checkpoint, {source}", fix))
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        found = "a folder" if path.is_dir() else f"no folder '{path.parent}'"
+        raise UsageError(Problem("--output", "a file name in a folder that exists", found, fix))
 
 
 def _progress(row: ExtractedLayer, number: int, layers: int) -> None:

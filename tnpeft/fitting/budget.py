@@ -24,7 +24,7 @@ from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
-from tnpeft.surgery import plain_modules, plain_parameters
+from tnpeft.surgery import model_problems, plain_modules, plain_parameters
 
 __all__ = ["Budget", "BudgetRow", "budget"]
 
@@ -111,6 +111,10 @@ def budget(
     if isinstance(params, bool) or not isinstance(params, int) or params < 1:
         fix = "For example `params=600_000`."
         raise AttachError(Problem("budget", "a positive whole number of parameters", clip(params), fix))
+    if problems := list(model_problems(model)):
+        raise AttachError(*problems)
+    if param in settings:
+        raise AttachError(Problem("budget", f"`{param}` to be solved for", "a value for it", f"Leave `{param}=` out."))
     recipe = recipe_of(what, match, settings)
     recipe = recipe if train is None else replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))

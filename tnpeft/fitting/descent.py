@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnpeft.fitting.problem import Cores, Problem
+from tnpeft.fitting.problem import RIDGE, Cores, Problem
 
 __all__ = ["Descent", "adam", "alternate", "balanced", "quasi_newton"]
 
 EXACT = 1e-12  # a relative error that counts as none
 PATIENCE = 3  # sweeps in a row without progress
+STIFFER, STIFFEST = 1e3, 1e-4  # the ridge grows so, and so far, where rounding spoils a sweep
 
 
 @dataclass
@@ -33,17 +34,24 @@ class Descent:
 def alternate(problem: Problem, descent: Descent, sweeps: int, tolerance: float) -> Descent:
     """Alternating least squares: every sweep solves for each core once; then a step is tried in the same direction.
 
-    Ends where the error no longer falls by `tolerance` of itself in a sweep.
+    Ends where the error no longer falls by `tolerance` of itself in a sweep. It never rises: where more parameters
+    than the network can use leave a core to rounding, the sweep is taken back and the cores are held more firmly.
     """
-    cores, errors, idle = dict(descent.cores), list(descent.errors), 0
+    cores, errors, idle, ridge = dict(descent.cores), list(descent.errors), 0, RIDGE
     for _ in range(sweeps):
         before, last = dict(cores), errors[-1]
+        if last < EXACT:
+            return Descent(cores, errors, done=True)
         # A core of zeros first: while it is there, no other can be solved for.
         for name in sorted(problem.shapes, key=lambda name: bool(cores[name].any())):
-            cores[name] = problem.solved(cores, name)
+            cores[name] = problem.solved(cores, name, ridge)
         error = problem.error(cores)
-        if not error < math.inf:
-            return Descent(before, errors, done=True)
+        if error > last:
+            ridge *= STIFFER
+            cores, errors = before, [*errors, last]
+            if ridge > STIFFEST:
+                return Descent(cores, errors, done=True)
+            continue
         if len(errors) > 2 and error > EXACT:
             cores, error = _further(problem, before, cores, error, len(errors))
         cores = balanced(problem, cores)
@@ -86,7 +94,7 @@ def adam(problem: Problem, descent: Descent, steps: int, rate: float = 0.02) -> 
         optimizer.zero_grad()
         loss = _loss(problem, scaled())
         loss.backward()  # type: ignore[no-untyped-call]
-        error = math.sqrt(float(loss))
+        error = math.sqrt(float(loss.detach()))
         if error < lowest:
             lowest, best = error, Descent(_detached(scaled()), [])
         errors.append(error)

@@ -21,6 +21,7 @@ from tnpeft.modules import Adapter
 from tnpeft.network import Network
 from tnpeft.recipe import Handle, Recipe, Train, attach
 from tnpeft.spec import Spec
+from tnpeft.spec.document import clip
 from tnpeft.surgery import (
     adapters_of,
     base_tensors,
@@ -139,6 +140,9 @@ def extract(
     Raises SpecError, BindError or AttachError; the model is then as it was.
     """
     check_method(method, iterations)
+    if not isinstance(tuned, Mapping):
+        fix = "Pass the state dict of the full fine-tune."
+        raise AttachError(Problem("tuned checkpoint", "tensors by name", clip(tuned), fix))
     changes = _Changes(_plain(model), tuned)
     handle = attach(model, what, match=match, name=name, train=train, scopes=scopes, seed=seed, mode=mode, **params)
     try:
@@ -180,11 +184,18 @@ def check_tensors(
     if found:
         fix = _prefix(missing, odd) or (near_miss(odd[0], base) if odd else "") or "Pass checkpoints of this model."
         raise AttachError(Problem(what, "the names of the model's tensors", "; ".join(found), fix))
-    wrong = [name for name in tuned if tuned[name].shape != base[name].shape]
+    wrong: dict[str, str] = {}
+    for name in tuned:
+        value: object = tuned[name]
+        if not isinstance(value, Tensor):
+            wrong[name] = f"'{name}', a {type(value).__name__}"
+        elif value.shape != base[name].shape:
+            wrong[name] = f"'{name}' of shape {tuple(value.shape)}"
     if wrong:
-        texts = [f"'{name}' of shape {tuple(tuned[name].shape)}" for name in wrong[:_SHOWN]]
+        texts = list(wrong.values())[:_SHOWN]
+        first = next(iter(wrong))
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        expected = f"the model's shapes, for '{wrong[0]}' {tuple(base[wrong[0]].shape)}"
+        expected = f"the model's shapes, for '{first}' {tuple(base[first].shape)}"
         raise AttachError(Problem(what, expected, "; ".join(texts) + more, "Pass checkpoints of this model."))
 
 

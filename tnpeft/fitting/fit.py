@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,9 +27,11 @@ Method = Literal["auto", "als", "adam"]
 
 SWEEPS, STEPS = 100, 2000  # by default, of alternating least squares and of Adam
 STARTS = 3  # random ones beside the adapter's own, where no singular vectors are at hand
+MANY, SMALL = 15, 2**12  # more of them for a target of so few elements, while none has led to an exact fit
 TRIAL = 15  # sweeps from each start before the best goes on
 TOLERANCE = 1e-6
 GOOD = 1e-6  # a relative error that needs no polishing
+SMALLEST = 1e-100  # of an update's largest entry, and one over it
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,24 @@ def fit_adapter(
     """Fit an adapter that has its initial values, in place; `weight` is its layer's base weight. Raises BindError."""
     check_method(method, iterations)
     delta = _checked(delta, adapter.network.layer.stored_shape).detach()
-    delta = (delta.cpu() if delta.device.type not in ("cpu", "cuda") else delta).to(torch.float64)
     if not bool(delta.any()):
         return Fit(adapter, 0.0, "start", 0, (0.0,))
     steps = iterations if iterations is not None else STEPS if method == "adam" else SWEEPS
+    # Some descents take gradients, wherever they are asked for; a tensor of inference mode has none.
+    with torch.inference_mode(False), torch.enable_grad():
+        delta = (delta.cpu() if delta.device.type not in ("cpu", "cuda") else delta).to(torch.float64, copy=True)
+        before = [(parameter, parameter.detach().clone()) for parameter in adapter.parameters()]
+        fitted = _fitted(adapter, weight, delta, method, steps)
+        if fitted.error < 1:
+            return fitted
+        # Rounded to the adapter's own type, a small change of large cores may be worse than none.
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+        return Fit(adapter, 1.0, "start", 0, (1.0,))
+
+
+def _fitted(adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, steps: int) -> Fit:
     problem = pose(adapter, weight, delta)
     if adapter.magnitude is None:
         found, said = _descend(problem, _starts(problem, _held(adapter, problem)), method, steps)
@@ -174,21 +192,28 @@ def _held(adapter: Adapter, problem: posed.Problem) -> posed.Cores:
     return {name: adapter.cores[name].detach().to(device, torch.float64) for name in problem.shapes if name != FACTOR}
 
 
-def _starts(problem: posed.Problem, own: posed.Cores) -> list[posed.Cores]:
-    """Singular vectors, or the adapter's own start and random ones."""
+def _starts(problem: posed.Problem, own: posed.Cores) -> Iterator[posed.Cores]:
+    """Singular vectors, or the adapter's own start and random ones; one will do for a core that is alone."""
     tree = tree_start(problem)
-    return [tree] if tree is not None else [own, *(random_start(problem, seed) for seed in range(STARTS))]
+    yield own if tree is None else tree
+    if tree is None and len(problem.shapes) > 1:
+        many = MANY if problem.target.numel() <= SMALL else STARTS
+        yield from (random_start(problem, seed) for seed in range(many))
 
 
-def _descend(problem: posed.Problem, starts: list[posed.Cores], method: Method, steps: int) -> tuple[Descent, str]:
+def _descend(problem: posed.Problem, starts: Iterable[posed.Cores], method: Method, steps: int) -> tuple[Descent, str]:
     """The best cores found, and what found them."""
-    descents = [_begun(problem, start) for start in starts]
+    descents = (_begun(problem, start) for start in starts)
     if method == "adam":
         # From a start with zeros, half the gradients would be zero: the random ones come last.
-        return adam(problem, min(descents[-STARTS:], key=lambda descent: descent.error), steps), "adam"
+        few = list(itertools.islice(descents, STARTS + 1))[-STARTS:]
+        return adam(problem, min(few, key=lambda descent: descent.error), steps), "adam"
     trial = min(TRIAL, steps)
-    tried = [alternate(problem, descent, trial, TOLERANCE) for descent in descents]
-    best = min(tried, key=lambda descent: descent.error)
+    best = alternate(problem, next(descents), trial, TOLERANCE)
+    for descent in descents:
+        if best.error < GOOD:
+            break
+        best = min(best, alternate(problem, descent, trial, TOLERANCE), key=lambda descent: descent.error)
     if not best.done:
         best = alternate(problem, best, steps - trial, TOLERANCE)
     if method == "als" or best.done or best.error < GOOD:
@@ -212,9 +237,16 @@ def _checked(delta: object, shape: tuple[int, ...]) -> Tensor:
     if not delta.is_floating_point():
         dtype = str(delta.dtype).removeprefix("torch.")
         raise BindError(Problem("delta", "floating-point numbers", dtype, "Convert it, for example by `.float()`."))
+    if delta.layout is not torch.strided:
+        layout = str(delta.layout).removeprefix("torch.")
+        raise BindError(Problem("delta", "a dense tensor", layout, "Convert it by `.to_dense()`."))
     if delta.device.type == "meta" or not bool(torch.isfinite(delta).all()):
         found = "none (it is on the meta device)" if delta.device.type == "meta" else "nan or inf"
         raise BindError(Problem("delta", "finite numbers", found, "Check both weights: training may have diverged."))
+    largest = float(delta.detach().abs().max())
+    if largest and not SMALLEST < largest < 1 / SMALLEST:
+        fix = "Scale both weights."
+        raise BindError(Problem("delta", "numbers whose squares float64 can add up", f"{largest:.1e} at most", fix))
     return delta
 
 

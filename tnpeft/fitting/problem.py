@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tnpeft.fitting.contract import Labels, Operand, contract
 
-__all__ = ["Cores", "Problem", "Term"]
+__all__ = ["RIDGE", "Cores", "Problem", "Term"]
 
 Cores = dict[str, Tensor]
 
@@ -63,16 +63,13 @@ class Problem:
         error = float(torch.linalg.vector_norm(self.target - self.value(cores))) / self.norm
         return error if math.isfinite(error) else math.inf
 
-    def solved(self, cores: Cores, name: str) -> Tensor:
-        """The best value of one core while all others stay."""
-        return self._side(name).solved(cores)
+    def solved(self, cores: Cores, name: str, ridge: float = RIDGE) -> Tensor:
+        """The best value of one core while all others stay; a greater ridge keeps it nearer to where it was."""
+        return self._sides[name].solved(cores, ridge)
 
     @cached_property
     def _nothing(self) -> Tensor:
         return self.target.new_zeros(())
-
-    def _side(self, name: str) -> _Side:
-        return self._sides[name]
 
     @cached_property
     def _sides(self) -> dict[str, _Side]:
@@ -112,7 +109,7 @@ class _Side:
                 summed.append(axis)
         return cls(problem, name, own, others, tuple(common), tuple(alone), tuple(summed))
 
-    def solved(self, cores: Cores) -> Tensor:
+    def solved(self, cores: Cores, ridge: float) -> Tensor:
         core = cores[self.name]
         order = (*self.common, *self.summed, *self.alone)
         sizes = [[core.shape[axis] for axis in axes] for axes in (self.common, self.summed, self.alone)]
@@ -120,7 +117,7 @@ class _Side:
         right = self._right(cores).permute(order).reshape(flat)
         if flat[0] * flat[1] ** 2 <= LARGEST_GRAM and flat[1] <= LARGEST_SIDE:
             gram = self._gram(cores)
-            step = _direct(gram, right - gram @ core.permute(order).reshape(flat))
+            step = _direct(gram, right - gram @ core.permute(order).reshape(flat), ridge)
         else:
             right = right - self._applied(cores, core).permute(order).reshape(flat)
             step = self._iterated(cores, right, order, [size for part in sizes for size in part])
@@ -207,11 +204,10 @@ class _Side:
         return tuple(label if label in self.problem.rows else label + "'" for label in labels)
 
 
-def _direct(gram: Tensor, right: Tensor) -> Tensor:
+def _direct(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     """gram^-1 right, where the gram may be singular: what it does not see is left at zero."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    ridge = RIDGE
     while ridge < 1:
         factor, failed = torch.linalg.cholesky_ex(gram + (ridge * mean)[:, None, None] * eye)
         solvable = (failed == 0) & (mean > 0)

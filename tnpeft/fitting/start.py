@@ -57,14 +57,16 @@ def tree_start(problem: Problem) -> Cores | None:
 def _is_plain(problem: Problem, term: Term) -> bool:
     """Whether each row stands in one core and every other label in two; a mask may stand beside them."""
     places = Counter(label for labels in term.free.values() for label in labels)
-    masks = all(set(labels) <= set(problem.rows) for _, labels in term.fixed)
+    masks = all(set(labels) <= set(problem.rows) and _is_padding(tensor) for tensor, labels in term.fixed)
     rows = all(places[label] == 1 for label in problem.rows)
     plain = all(count == 2 for label, count in places.items() if label not in problem.rows)
-    return masks and rows and plain and not _has_weight(problem, term)
+    return masks and rows and plain
 
 
-def _has_weight(problem: Problem, term: Term) -> bool:
-    return any(bool(((tensor != 0) & (tensor != 1)).any()) for tensor, _ in term.fixed)
+def _is_padding(tensor: Tensor) -> bool:
+    """Whether it keeps the first entries as they are and drops the others, of which the target has none."""
+    flat = tensor.flatten()
+    return bool(((flat == 0) | (flat == 1)).all() and (flat.diff() <= 0).all())
 
 
 def _neighbours(waiting: dict[str, Labels], name: str) -> list[str]:
