@@ -81,7 +81,7 @@ def test_a_part_of_the_model_that_was_cast_is_saved_and_loaded(tmp_path):
 
 def test_frozen_copies_that_are_loaded_where_they_are_held_are_read_everywhere():
     model, other = rows(), rows()
-    adapters, others = attached(model), attached(other, seed=5)
+    adapters, others = attached(model, block=""), attached(other, block="", seed=5)
     shift(other)
     model(torch.ones(1, 6))  # the first copies are folded into constants
     for adapter, with_values in reversed([*zip(adapters, others, strict=True)]):
