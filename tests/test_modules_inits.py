@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnpeft.errors import BindError
+from tnpeft.errors import BindError, SpecError
 from tnpeft.modules import compile
 from tnpeft.modules.inits import stream
 from tnpeft.spec import Spec, register_init
@@ -199,6 +199,9 @@ def test_registered_inits_are_called_with_shape_stream_and_arguments():
         (torch.zeros(2, 3), "the shape (3, 2)", "(2, 3)"),
         (torch.zeros(3, 2, dtype=torch.long), "floating-point numbers", "torch.int64"),
         (torch.full((3, 2), math.nan), "finite numbers", "nan or inf"),
+        (torch.full((3, 2), 1e300, dtype=torch.float64), "finite numbers", "nan or inf"),
+        (torch.zeros(3, 2).to_sparse(), "a dense tensor with values", "torch.sparse_coo"),
+        (torch.zeros(3, 2, device="meta"), "a dense tensor with values", "one on meta"),
     ],
 )
 def test_what_a_registered_init_returns_is_checked(result, expected, found):
@@ -207,4 +210,43 @@ def test_what_a_registered_init_returns_is_checked(result, expected, found):
         draw("odd", nn.Linear(2, 3))
     assert str(excinfo.value) == (
         f"core `w`, init `odd`: expected {expected}, found {found}. Mend the function registered as `odd`."
+    )
+
+
+@pytest.mark.usefixtures("empty_registry")
+def test_a_registered_init_that_fails_is_a_mistake_of_its_layer():
+    def broken(shape, generator):
+        raise KeyError("no such file")
+
+    register_init("odd", broken)
+    with pytest.raises(BindError) as excinfo:
+        draw("odd", nn.Linear(2, 3))
+    assert str(excinfo.value) == (
+        "core `w`, init `odd`: expected a tensor, found KeyError: 'no such file'. "
+        "Mend the function registered as `odd`."
+    )
+    assert isinstance(excinfo.value.__cause__, KeyError)
+
+
+@pytest.mark.usefixtures("empty_registry")
+@pytest.mark.parametrize("function", [lambda: 0, lambda shape: 0, lambda shape, *, generator: 0, max])
+def test_what_takes_no_shape_and_generator_is_not_registered(function):
+    with pytest.raises(SpecError) as excinfo:
+        register_init("odd", function)
+    assert str(excinfo.value) == (
+        "register_init 'odd': expected a function of a shape and a generator, found one that cannot be called so. "
+        "Pass `function(shape, generator, **arguments) -> Tensor`."
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_singular_vectors_need_finite_weights(value):
+    layer = nn.Linear(8, 4)
+    with torch.no_grad():
+        layer.weight[0, 0] = value
+    with pytest.raises(BindError) as excinfo:
+        compile(Spec.from_yaml(PISSA), layer)
+    assert str(excinfo.value) == (
+        "core `u`, init `svd_us`: expected a base weight of finite numbers, found nan or inf. "
+        "Mend the layer's weight, or match other layers."
     )

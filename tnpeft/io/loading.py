@@ -115,7 +115,8 @@ def _adapters(
 ) -> dict[str, Adapter]:
     """Every layer's adapter with its values, which are taken out of `tensors`."""
     try:
-        specs = [Spec.from_yaml(entry.text, file=entry.file, tables=entry.tables) for entry in manifest.specs]
+        # Cores have their values in the file: an init that was registered where it was made need not be so here.
+        specs = [Spec.from_yaml(entry.text, entry.file, entry.tables, known_inits=False) for entry in manifest.specs]
     except TnpeftError as error:
         raise AdapterFileError(*_in_file(path, error)) from error
     sharing = Sharing()
@@ -171,7 +172,10 @@ def _draw_again(path: Path, layer: str, adapter: Adapter, names: Mapping[str, st
         core = cores.get(name)
         if core is None or not core.frozen or not is_drawn(core) or name in adapter.shared:
             raise refuse(path, "metadata", "that of an adapter", f"a core '{name}' that is not drawn", FOREIGN)
-        values = adapter.initial(core)
+        try:
+            values = adapter.initial(core)
+        except TnpeftError as error:
+            raise AdapterFileError(*_in_file(path, error, f"layer '{layer}'")) from error
         if digest_of(values) != expected:
             fix = "Save the adapter again where it was made, after writing to that core."
             raise refuse(path, f"frozen core '{name}' of layer '{layer}'", "the values of its seed", "others", fix)

@@ -29,6 +29,7 @@ class _Folded(NamedTuple):
     """What a program makes of the frozen copy `start` alone; never copied, moved, pickled or saved."""
 
     start: tuple[Tensor, ...]
+    writes: tuple[int, ...]  # of those that hold some of it
     constants: Constants
 
 
@@ -68,6 +69,7 @@ class Adapter(nn.Module):
         asked = network.reads_weight or any(core.shared for core in network.cores)
         self._layer: tuple[nn.Module, ...] = (layer,) if asked else ()
         self._folded: _Folded | None = None
+        self._writes = 0  # how often its tensors got other values, for those that fold them
         self._initialised = False
         weight = layer.weight
         assert isinstance(weight, Tensor)
@@ -87,8 +89,8 @@ class Adapter(nn.Module):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         copies = self.network.start == "frozen_copy"
         for core in self.network.cores:
-            if core.shared is not None and sharing.holder(self, core, dtype) is not self:
-                holder = sharing.holder(self, core, dtype)
+            holder = self if core.shared is None else sharing.holder(self, core)
+            if holder is not self:
                 self._holders |= {_CORE + core.name: holder, _START + core.name: holder}
             elif core.origin != "weight":
                 like = weight.new_empty(core.shape, dtype=dtype)
@@ -192,7 +194,7 @@ class Adapter(nn.Module):
                 own.copy_(values)
                 if _START + name in self._buffers:
                     self._tensor(_START + name).copy_(own)
-        self._folded = None
+        self._written()
         self._initialised = True
 
     def initial(self, core: BoundCore, weight: Tensor | None = None) -> Tensor:
@@ -216,7 +218,7 @@ class Adapter(nn.Module):
         found = [None if key is None else self._tensor(key) for key in keys]
         # Layers that share cores may live on several devices, and be wider than those that hold them.
         base = self._base(weight).detach()
-        dtype = torch.float32
+        dtype = torch.promote_types(torch.float32, base.dtype)
         for core in found:
             dtype = dtype if core is None else torch.promote_types(dtype, core.dtype)
         both = zip(found, self.network.cores, strict=True)
@@ -247,15 +249,24 @@ class Adapter(nn.Module):
     def _constants(self, start: tuple[Tensor, ...]) -> Constants:
         if None in self._core_keys:  # they depend on the base weight, which may be written to unseen
             return self._program.constants(start)
-        folded = self._folded
+        folded, writes = self._folded, tuple(holder._writes for holder in self._holders.values())
         # By identity, for `torch.func.functional_call` may pass other tensors.
-        if folded is not None and all(one is other for one, other in zip(folded.start, start, strict=True)):
+        if (
+            folded is not None
+            and folded.writes == writes
+            and all(one is other for one, other in zip(folded.start, start, strict=True))
+        ):
             return folded.constants
         with torch.inference_mode(False), torch.no_grad():
             constants = self._program.constants(start)
         if not torch.compiler.is_compiling():  # a graph must not leave its own tensors behind
-            self._folded = _Folded(start, constants)
+            self._folded = _Folded(start, writes, constants)
         return constants
+
+    def _written(self) -> None:
+        """Forget what was made of its tensors' earlier values, here and where they are shared."""
+        self._folded = None
+        self._writes += 1
 
     def _require_values(self) -> None:
         if self.has_values or any(tensor.device.type == "meta" for tensor in self.cores.values()):
@@ -271,7 +282,7 @@ class Adapter(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
-        self._folded = None
+        self._written()
         super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
         if self._on_meta():
             self._initialised = False
@@ -283,7 +294,7 @@ class Adapter(nn.Module):
             tensor.dtype.itemsize < 4 for tensor in self.state_dict().values()
         ):  # `assign=True` takes what it is given
             super()._apply(lambda tensor: tensor.float())  # type: ignore[no-untyped-call]
-        self._folded = None
+        self._written()
         if all(prefix + key in state_dict for key in (*self._parameters, *self._buffers)):
             self._initialised = True
 

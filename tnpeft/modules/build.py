@@ -6,7 +6,6 @@ from torch import nn
 
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.layers import AdaptedLayer
-from tnpeft.modules.sharing import Captured, Sharing
 from tnpeft.spec import Spec, load_spec
 
 __all__ = ["compile"]
@@ -20,19 +19,17 @@ def compile(
     seed: int | None = None,
     name: str = "",
     mode: str = "dense",
-    sharing: Sharing | None = None,
-    captured: Captured | None = None,
     **params: float,
 ) -> Adapter:
     """The adapter of `spec` (or of a shipped spec's name, or a path) for `layer`, which is only read.
 
     `name` is the layer's name in its model: with `seed` (the spec's own where None) it decides the
-    initial values. Layers that are compiled with the same `sharing` share the cores that the spec
-    says, within what its scopes `captured` of their names. Raises SpecError and BindError.
+    initial values. A shared core is this layer's alone: layers share what is attached to them together.
+    Raises SpecError and BindError.
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
     if isinstance(layer, AdaptedLayer):
         layer = layer.base
     network = spec.bind(layer, **params)
-    return Adapter(network, layer, seed=seed, name=name, mode=mode, sharing=sharing, captured=captured)
+    return Adapter(network, layer, seed=seed, name=name, mode=mode)

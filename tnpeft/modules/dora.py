@@ -5,7 +5,7 @@
 with m = ||W|| at the start. Its update W' - W is made of differences alone, so that it starts as an exact zero and
 small updates keep their digits: with g = (m - m0) / m0 and d = ||W|| / ||W + dW|| - 1,
 
-    W' - W = dW + (g + d + g d) (W + dW),    d = -(2 <W, dW> + ||dW||^2) / (n (||W|| + n)),    n = ||W + dW||.
+    W' - W = dW + (g + d + g d) (W + dW),    d = -<dW, 2 W + dW> / (n (||W|| + n)),    n = ||W + dW||.
 
 Gradients are those of the formula: they flow through the norm too, which the paper holds fixed to save memory.
 """
@@ -23,22 +23,28 @@ __all__ = ["composed", "magnitudes"]
 def magnitudes(layer: Layer, weight: Tensor) -> Tensor:
     """The norm of each output channel of a stored weight, as a vector of out_channels."""
     channels, inner = _channels(layer, weight)
-    return channels.square().sum(inner).sqrt().flatten()
+    return _norm(channels.double(), inner).flatten().to(weight.dtype)  # squares that fp32 cannot hold
 
 
 def composed(layer: Layer, weight: Tensor, delta: Tensor, magnitude: Tensor, start: Tensor) -> Tensor:
     """W' - W in the shape of the stored `weight`; `delta` is the network's update, `start` the first magnitude."""
     base, inner = _channels(layer, weight.detach().to(delta.dtype))
     change, _ = _channels(layer, delta)
-    before = base.square().sum(inner, keepdim=True)
-    grown = (2 * base * change + change.square()).sum(inner, keepdim=True)
+    whole = base + change
+    before, after = _norm(base, inner), _norm(whole, inner)
+    grown = (change * (base + whole)).sum(inner, keepdim=True)
     # A channel of zeros has no direction to keep: its magnitude acts as a factor that starts as one.
-    moves = before > 0
-    norm = torch.where(moves, before + grown, 1.0).clamp(min=torch.finfo(delta.dtype).tiny).sqrt()
-    turned = torch.where(moves, -grown / (norm * (before.sqrt() + norm)), 0.0)
-    gain = ((magnitude - start) / torch.where(start > 0, start, 1.0)).reshape(before.shape)
-    update = change + (gain + turned + gain * turned) * (base + change)
+    none = torch.finfo(torch.float32).tiny
+    moves = (before > none) & (after > none)
+    turned = torch.where(moves, -grown / torch.where(moves, after * (before + after), 1.0), 0.0)
+    gain = ((magnitude - start) / torch.where(start > none, start, 1.0)).reshape(before.shape)
+    update = change + (gain + turned + gain * turned) * whole
     return update.reshape(delta.shape)
+
+
+def _norm(channels: Tensor, inner: tuple[int, ...]) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(channels, dim=inner, keepdim=True)
+    return norm
 
 
 def _channels(layer: Layer, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:

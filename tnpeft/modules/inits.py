@@ -13,6 +13,7 @@ from torch import Tensor
 from tnpeft.errors import BindError, Problem
 from tnpeft.network import BoundCore, Layer, Network
 from tnpeft.spec import init_function
+from tnpeft.spec.document import clip
 
 __all__ = ["canonical_weight", "initial_core", "is_drawn", "stream"]
 
@@ -48,7 +49,12 @@ def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weigh
     if function is None:
         fix = f'Call `tnpeft.register_init("{name}", function)` first.'
         raise BindError(_misfit(core, "a registered function", "none of that name", fix))
-    return _checked(core, function(core.shape, generator, **arguments))
+    try:
+        made = function(core.shape, generator, **arguments)
+    except Exception as error:
+        found = clip(f"{type(error).__name__}: {error}")[1:-1]
+        raise BindError(_misfit(core, "a tensor", found, _mend(core))) from error
+    return _checked(core, made)
 
 
 def is_drawn(core: BoundCore) -> bool:
@@ -171,6 +177,9 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
         fix = "Give the model its weights first, then call `reset_parameters` with the layer's weight."
         raise BindError(_misfit(core, "the base weight's values", "none", fix))
     matrix = canonical_weight(network.layer, weight.detach()).to("cpu", torch.float64)
+    if not bool(torch.isfinite(matrix).all()):
+        fix = "Mend the layer's weight, or match other layers."
+        raise BindError(_misfit(core, "a base weight of finite numbers", "nan or inf", fix))
     rank, limit = network.sizes[bonds[0]], min(matrix.shape[0], matrix[0].numel())
     if rank > limit:
         fix = f"Lower the size of `{bonds[0]}`."
@@ -202,16 +211,24 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _checked(core: BoundCore, value: object) -> Tensor:
     """What a registered function returned, or the BindError that says why it cannot be used."""
-    fix = f"Mend the function registered as `{core.init.name}`."
+    fix = _mend(core)
     if not isinstance(value, Tensor):
         raise BindError(_misfit(core, "a tensor", type(value).__name__, fix))
     if tuple(value.shape) != core.shape:
         raise BindError(_misfit(core, f"the shape {core.shape}", str(tuple(value.shape)), fix))
     if not value.is_floating_point():
         raise BindError(_misfit(core, "floating-point numbers", str(value.dtype), fix))
-    if not bool(torch.isfinite(value).all()):
+    if value.layout != torch.strided or value.device.type == "meta":
+        found = "one on meta" if value.device.type == "meta" else str(value.layout)
+        raise BindError(_misfit(core, "a dense tensor with values", found, fix))
+    drawn = value.detach().to("cpu", torch.float32).contiguous()
+    if not bool(torch.isfinite(drawn).all()):
         raise BindError(_misfit(core, "finite numbers", "nan or inf", fix))
-    return value.detach().to("cpu", torch.float32).contiguous()
+    return drawn
+
+
+def _mend(core: BoundCore) -> str:
+    return f"Mend the function registered as `{core.init.name}`."
 
 
 def _misfit(core: BoundCore, expected: str, found: str, fix: str) -> Problem:

@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
-
 from tnpeft.network import BoundCore
 from tnpeft.spec import Spec
 
@@ -19,7 +17,7 @@ __all__ = ["Captured", "Sharing", "sharing_label"]
 Captured = Mapping[str, tuple[str, ...]]
 """For each scope, what its regular expression captured in a layer's name."""
 
-_Key = tuple[Spec, str, str, tuple[int, ...], torch.dtype]
+_Key = tuple[Spec, str, str, tuple[int, ...]]
 
 
 class Sharing:
@@ -32,10 +30,10 @@ class Sharing:
     def __init__(self) -> None:
         self._holders: dict[_Key, Adapter] = {}
 
-    def holder(self, adapter: Adapter, core: BoundCore, dtype: torch.dtype) -> Adapter:
+    def holder(self, adapter: Adapter, core: BoundCore) -> Adapter:
         """The adapter that holds `core`, which is `adapter` itself where none did before."""
         label = sharing_label(adapter.network.spec, core, adapter.captured)
-        key = (adapter.network.spec, core.name, label, core.shape, dtype)
+        key = (adapter.network.spec, core.name, label, core.shape)
         return self._holders.setdefault(key, adapter)
 
 

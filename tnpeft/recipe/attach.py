@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, near_miss
-from tnpeft.modules import Adapter, Captured, Sharing, compile
+from tnpeft.modules import Adapter, Captured, Sharing
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, list_recipes, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
@@ -190,15 +190,14 @@ def _compile(
             continue
         seen.add(id(modules[name]))
         try:
-            adapters[name] = compile(
-                entry.spec,
+            adapters[name] = Adapter(
+                entry.spec.bind(modules[name], **entry.params),
                 modules[name],
                 seed=seed,
                 name=name,
                 mode=mode,
                 sharing=sharing,
                 captured=captured[name],
-                **entry.params,
             )
         except BindError as error:
             problems += [replace(problem, what=f"layer '{name}': {problem.what}") for problem in error.problems]

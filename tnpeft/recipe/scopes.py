@@ -47,7 +47,7 @@ def scopes_from(given: object, recipe: Recipe) -> dict[str, str]:
 
 
 def captures(claimed: Mapping[str, Entry], scopes: Mapping[str, str]) -> Mapping[str, Captured]:
-    """For each layer, what each scope of its spec captured in its name.
+    """For each layer, what each scope of its spec captured in its name: its groups, or all it matched if it has none.
 
     Raises AttachError for a scope that does not match a layer that needs it.
     """
@@ -62,7 +62,7 @@ def captures(claimed: Mapping[str, Entry], scopes: Mapping[str, str]) -> Mapping
             if match is None:
                 missed.setdefault(scope, []).append(layer)
             else:
-                found[layer][scope] = tuple("" if text is None else text for text in match.groups())
+                found[layer][scope] = match.groups("") or (match.group(),)
     if missed:
         raise AttachError(*(_missed(scope, scopes[scope], layers) for scope, layers in missed.items()))
     return found

@@ -99,15 +99,28 @@ def register_init(name: str, function: InitFunction) -> None:
 
     `shape` is the core's shape as a tuple, `generator` a CPU `torch.Generator` of the core's own.
     Arguments that a spec may pass are the function's further parameters. Raises SpecError for a
-    name that is built in or no ASCII word.
+    name that is built in or no ASCII word, and for what cannot be called so.
     """
     if not isinstance(name, str) or not is_name(name) or name in _BUILT_IN:
         fix = "Choose another name."
         raise SpecError(Problem("register_init", "a new ASCII word", clip(name), fix))
+    fix = "Pass `function(shape, generator, **arguments) -> Tensor`."
     if not callable(function):
-        fix = "Pass `function(shape, generator, **arguments) -> Tensor`."
         raise SpecError(Problem(f"register_init '{name}'", "a function", clip(function), fix))
+    if not _takes_two(function):
+        expected = "a function of a shape and a generator"
+        raise SpecError(Problem(f"register_init '{name}'", expected, "one that cannot be called so", fix))
     _registered[name] = function
+
+
+def _takes_two(function: InitFunction) -> bool:
+    """Whether a function can be called with a shape and a generator, and tells what else it takes."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some built-in functions have none
+        return False
+    places = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    return len(places) >= 2 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
 
 
 def init_function(name: str) -> InitFunction | None:
@@ -126,20 +139,28 @@ def init_names() -> tuple[str, ...]:
 
 
 def _arguments(name: str) -> tuple[str, ...]:
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]
-    return tuple(inspect.signature(_registered[name]).parameters)[2:]
+    return _BUILT_IN[name] if name in _BUILT_IN else tuple(parameter.name for parameter in _further(name))
 
 
-def parse_init(node: Node, problems: Problems) -> Init | None:
-    """`name` or `name(argument, key=argument)`; None, with the reason reported, where it is neither."""
+def _further(name: str) -> list[inspect.Parameter]:
+    """What a registered function takes beside shape and generator; nothing is known of one that is not there."""
+    if name not in _registered:
+        return []
+    return list(inspect.signature(_registered[name]).parameters.values())[2:]
+
+
+def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | None:
+    """`name` or `name(argument, key=argument)`; None, with the reason reported, where it is neither.
+
+    Unless it must be `known`, a name that nobody has registered is one that somebody may: whatever its arguments.
+    """
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", node.text, re.ASCII | re.DOTALL)
     if match is None:
         fix = "For example `kaiming_uniform(fan=last(2), gain=relu)`."
         problems.add(node.position, "init", "a name with arguments in parentheses", clip(node.text), fix)
         return None
     name = match.group(1)
-    if name not in init_names():
+    if name not in init_names() and known:
         fix = near_miss(name, init_names()) or "Use one of them, or register yours with `tnpeft.register_init`."
         problems.add(
             node.position,
@@ -149,7 +170,7 @@ def parse_init(node: Node, problems: Problems) -> Init | None:
             fix,
         )
         return None
-    given = _bind_arguments(name, _split(match.group(2) or ""), node, problems)
+    given = _bind_arguments(name, _split(match.group(2) or ""), node, problems if known or name in _BUILT_IN else None)
     parsed: dict[str, Expression | Legs | Last] = {}
     for key, text in given.items():
         value = _parse_argument(key, text, node, problems)
@@ -160,7 +181,7 @@ def parse_init(node: Node, problems: Problems) -> Init | None:
         if key in _OPTIONAL and key not in parsed:
             parsed[key] = parse_expression(_OPTIONAL[key])
     missing = [key for key in _required(name) if key not in parsed]
-    if missing:
+    if missing and (known or name in _BUILT_IN):
         problems.add(
             node.position, f"init `{name}`", f"`{missing[0]}`", "it missing", f"Write `{name}({missing[0]}=...)`."
         )
@@ -171,8 +192,8 @@ def parse_init(node: Node, problems: Problems) -> Init | None:
 def _required(name: str) -> tuple[str, ...]:
     if name in _BUILT_IN:
         return tuple(key for key in _BUILT_IN[name] if key not in _OPTIONAL and key != "fan")
-    parameters = list(inspect.signature(_registered[name]).parameters.values())[2:]
-    return tuple(p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return tuple(one.name for one in _further(name) if one.default is one.empty and one.kind not in variadic)
 
 
 def _split(text: str) -> list[str]:
@@ -187,13 +208,16 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _bind_arguments(name: str, parts: list[str], node: Node, problems: Problems) -> dict[str, str]:
+def _bind_arguments(name: str, parts: list[str], node: Node, problems: Problems | None) -> dict[str, str]:
+    """The text of each argument by its name; without `problems`, those that the function has not are taken too."""
     known = _arguments(name)
     given: dict[str, str] = {}
     for place, part in enumerate(parts):
         match = re.match(r"([A-Za-z_]\w*)\s*=(?!=)\s*(.*)", part, re.ASCII | re.DOTALL)
         key, text = match.groups() if match else (known[place] if place < len(known) else "", part)
-        if key not in known or key in given:
+        if problems is None:
+            given[key or str(place)] = text
+        elif key not in known or key in given:
             expected = " and ".join(f"`{word}`" for word in known) or "no arguments"
             fix = near_miss(key, known) or "Remove it."
             problems.add(node.position, f"init `{name}`", expected, clip(part), fix)

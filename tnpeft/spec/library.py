@@ -75,13 +75,13 @@ def _parsed(text: bytes, file: str, _inits: object) -> Spec:
     return Spec.from_yaml(text, file)
 
 
-def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None) -> Spec:
+def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None, known_inits: bool) -> Spec:
     """The body of `Spec.from_yaml`."""
     if not isinstance(text, str | bytes):
         fix = "Pass the YAML itself, or use `load_spec` for a file."
         raise SpecError(Problem("spec", "YAML text", clip(text), fix))
     problems = Problems()
-    draft = parse_draft(text, file, {**shipped_tables(), **(tables or {})}, problems)
+    draft = parse_draft(text, file, {**shipped_tables(), **(tables or {})}, problems, known_inits)
     check(draft, problems)
     problems.raise_if_any()
     # pydantic checks once more that no part is missing.

@@ -94,13 +94,21 @@ class Spec(BaseModel):
     tables: Mapping[str, Table] = Field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_yaml(cls, text: str | bytes, file: str = "<spec>", tables: Mapping[str, Table] | None = None) -> Spec:
+    def from_yaml(
+        cls,
+        text: str | bytes,
+        file: str = "<spec>",
+        tables: Mapping[str, Table] | None = None,
+        known_inits: bool = True,
+    ) -> Spec:
         """Read a spec from YAML text.
 
         `file` names the text in errors; `tables` are factor tables that `factors: NAME` may name
-        beside the shipped ones. Raises SpecError with every mistake found, each with its place.
+        beside the shipped ones. Without `known_inits`, an init may be one that nobody has registered here:
+        its function is missed when a core is drawn, not before. Raises SpecError with every mistake found,
+        each with its place.
         """
-        spec: Spec = _hooks["read"](text, file, tables)
+        spec: Spec = _hooks["read"](text, file, tables, known_inits)
         return spec
 
     def bind(self, layer: Any, /, **params: Any) -> Network:
@@ -136,7 +144,7 @@ class Spec(BaseModel):
 
 
 def _from_parts(text: str, file: str, tables: Mapping[str, Table]) -> Spec:
-    return Spec.from_yaml(text, file, tables)
+    return Spec.from_yaml(text, file, tables, known_inits=False)  # a copy has its cores drawn already
 
 
 # `read` is filled by the reader, which builds specs, and `bind` by the network room, which stands to

@@ -26,7 +26,9 @@ SHORT_KINDS = {
 }
 
 
-def parse_draft(text: str | bytes, file: str, tables: Mapping[str, Table], problems: Problems) -> Draft:
+def parse_draft(
+    text: str | bytes, file: str, tables: Mapping[str, Table], problems: Problems, known_inits: bool = True
+) -> Draft:
     """Parse every part of the file; what is wrong is reported and left out."""
     root = with_text_keys(read_document(text, file), problems)
     broken = check_shape(root, problems, SPEC)
@@ -39,7 +41,7 @@ def parse_draft(text: str | bytes, file: str, tables: Mapping[str, Table], probl
         "cores": not absent & {"cores", "weight", "terms"},
     }
     draft.places = {str(key.value): value.position for key, value in root.items()}
-    parse = _Parser(draft, broken, problems)
+    parse = _Parser(draft, broken, problems, known_inits)
     parse.scalars()
     parse.layers()
     parse.params()
@@ -51,8 +53,8 @@ def parse_draft(text: str | bytes, file: str, tables: Mapping[str, Table], probl
 
 
 class _Parser:
-    def __init__(self, draft: Draft, broken: set[tuple[str | int, ...]], problems: Problems) -> None:
-        self.draft, self.broken, self.problems = draft, broken, problems
+    def __init__(self, draft: Draft, broken: set[tuple[str | int, ...]], problems: Problems, known_inits: bool) -> None:
+        self.draft, self.broken, self.problems, self.known_inits = draft, broken, problems, known_inits
 
     def _node(self, key: str) -> Node | None:
         """The part under a key of the file, None where it is absent or of the wrong type."""
@@ -176,7 +178,7 @@ class _Parser:
         default = self._node("init")
         default_init = DEFAULT_INIT
         if default is not None and default.value is not None:
-            parsed = parse_init(default, self.problems)
+            parsed = parse_init(default, self.problems, self.known_inits)
             default_init = parsed if parsed is not None else DEFAULT_INIT
         node = self._node("cores")
         self.draft.whole["cores"] &= node is not None and bool(node.items())
@@ -220,7 +222,7 @@ class _Parser:
         if (*path, "init") in self.broken:
             init, named = None, True
         elif own is not None and own.value is not None:
-            init, named = parse_init(own, self.problems), True
+            init, named = parse_init(own, self.problems, self.known_inits), True
         if origin is not None:
             init, named = Init(f"from {origin}", {}, f"from {origin}"), True
         self._options(name, fields, origin, shared)
