@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from terminal import data, mistakes, run, text
 
+import tnpeft
 from tnpeft.modules import AdaptedLayer
 
 SMALL = ("--examples", "4")
@@ -51,6 +54,13 @@ def test_json_is_the_report():
     (row,) = report["conditioning"]
     assert row["layer"] == "Conv3d(32, 32, 3x3x3)"
     assert row["network_ratio"] > 1
+
+
+def test_nothing_is_left_where_the_command_ran(tmp_path: Path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(tnpeft.__file__).parents[1])}
+    command = [sys.executable, "-m", "tnpeft", "verify", "lora", "--layer", "Linear:4,6", "--examples", "2"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_equal_seeds_give_equal_reports():

@@ -247,6 +247,23 @@ def test_quality_counts():
     assert scene_of(diagram, place(diagram), False).quality.crossings == 0
 
 
+@pytest.mark.parametrize("corner", [(2, 2), (2.5, 2), (3, 3), (2, 1.7)])
+def test_a_crossing_counts_wherever_it_is(corner: tuple[float, float]):
+    """The diagonals of a rectangle have a point in common; others cross between their points."""
+    diagram = diagram_of(network_of_graph(networkx.Graph([(0, 1), (2, 3)]), open_legs=4))
+    assert scene_of(diagram, [(0, 0), corner, (0, corner[1]), (corner[0], 0)], False).quality.crossings == 1
+
+
+def test_lines_on_one_straight_line_do_not_cross():
+    diagram = diagram_of(network_of_graph(networkx.path_graph(4), open_legs=0))
+    assert scene_of(diagram, [(0, 0), (1, 1), (2, 2), (3, 3)], False).quality.crossings == 0
+
+
+@pytest.mark.parametrize("name", ["loha_tucker", "randlora", "loha", "abba"])
+def test_planar_networks_on_3d_layers_are_drawn_without_crossings(name: str):
+    assert draw_network(name, None, tnpeft.Layer("Conv3d", 32, 64, (3, 3, 3))).quality.crossings == 0
+
+
 # what the marks mean
 
 
@@ -467,6 +484,10 @@ def test_draw_says_what_is_wrong(tmp_path: Path):
     (tmp_path / "file").write_text("")
     assert mistakes("draw", "lora", "loha", "-o", tmp_path / "file", status=2) == [
         f"{tmp_path / 'file'}: -o: expected a folder, found File exists. "
+        "Name a folder for several pictures, with -o pictures/."
+    ]
+    assert mistakes("draw", "lora", "loha", "-o", tmp_path / "x.svg", status=2) == [
+        f"{tmp_path / 'x.svg'}: -o: expected a folder, found the name of one picture. "
         "Name a folder for several pictures, with -o pictures/."
     ]
     assert mistakes("draw", "tenvool", "-o", tmp_path / "x.svg")[0].endswith("Did you mean `tenvoo_l`?")

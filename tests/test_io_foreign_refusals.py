@@ -327,6 +327,8 @@ def test_pickles_are_not_run(tmp_path: Path):
         torch.save({"a": Evil()}, tmp_path / "evil.pth", **options)
         text = refused(tmp_path / "evil.pth")
         assert text.startswith("PATH: adapter file: expected a state dict that `weights_only` can load, found ")
+        assert "unsupported global" in text.lower()
+        assert "False" not in text  # torch's advice to load it with weights_only=False
         assert not (tmp_path / "run").exists()
     torch.save([1, 2], tmp_path / "list.pth")
     assert refused(tmp_path / "list.pth") == (

@@ -139,7 +139,7 @@ def test_the_assertion_names_the_dead_cores():
     lines = str(excinfo.value).splitlines()
     assert lines[0] == "spec 'dead' fails alive (seed 0, 0 layers refused)"
     assert lines[1] == (
-        "  alive: no gradient ever reaches cores 'up', 'down': freeze it, or mend the inits of the cores around it"
+        "  alive: no gradient ever reaches cores 'up', 'down': freeze them, or mend the inits of the cores around them"
     )
 
 

@@ -10,6 +10,7 @@ from tnpeft.cli.arguments import parse_layer, parse_settings
 from tnpeft.cli.checking import expand, kind_of
 from tnpeft.cli.output import Output, UsageError
 from tnpeft.draw import Picture, draw_network
+from tnpeft.draw.files import SUFFIXES
 from tnpeft.errors import Problem
 from tnpeft.spec import load_spec
 
@@ -49,10 +50,12 @@ def _specs(names: Sequence[str]) -> list[str]:
 
 def _make_folder(folder: Path) -> None:
     """Raises UsageError where there is none and none can be made."""
+    fix = "Name a folder for several pictures, with -o pictures/."
+    if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
+        raise UsageError(Problem("-o", "a folder", "the name of one picture", fix, str(folder)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fix = "Name a folder for several pictures, with -o pictures/."
         found = error.strerror or str(error)
         raise UsageError(Problem("-o", "a folder", found, fix, str(folder))) from error
 

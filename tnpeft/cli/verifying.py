@@ -38,8 +38,10 @@ def verify_spec(
         fix = "Choose another layer, or add the kind to the spec's `layers`."
         raise UsageError(Problem("--layer", f"one of {', '.join(spec.layers)}", signature.kind, fix))
     from tnpeft.verify import verify
+    from tnpeft.verify.properties import kept_nowhere
 
-    report = verify(spec, label=name, examples=examples, seed=seed, layer=signature, seconds=seconds, **params)
+    with kept_nowhere():
+        report = verify(spec, label=name, examples=examples, seed=seed, layer=signature, seconds=seconds, **params)
     if as_json:
         output.data(report.as_dict())
     else:

@@ -24,7 +24,7 @@ ASPECT = 1.2  # a column is that much wider than a row is high
 CLEARANCE = 0.36  # of a row: how near a line may pass to the centre of a node that is not its own
 
 # The price of what makes a picture hard to read, against the length of one bond from row to row.
-_THROUGH, _CROSSING, _SLANTED, _LONG = 60.0, 12.0, 0.25, 0.08
+_THROUGH, _CROSSING, _SLANTED, _LONG = 60.0, 24.0, 0.25, 0.08
 _SIDE, _SWAPPED, _MIDDLE, _INNER, _LOW, _ORDER, _ASYMMETRY, _AREA = 4.0, 6.0, 2.5, 0.6, 0.7, 0.4, 6.0, 0.15
 _BALANCE = 2.0
 

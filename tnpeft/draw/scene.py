@@ -22,6 +22,7 @@ _RADIUS, _DOT_RADIUS, _COLUMN = 0.3, 0.05, 1.2
 _SCALES = (1.0, 1.12, 1.25, 1.4, 1.6, 1.9, 2.3, 2.8, 3.4, 4.2)
 _ENOUGH = 1.6  # from here on labels may stand on lines, if they must
 _STEP = 0.03  # between two points of a line
+_TOLERANCE = 1e-6  # of a piece of a line
 _STUBS, _STUB_FROM_DOT, _DIRECTIONS = (0.2, 0.45, 0.8), 0.16, 24
 _STEP_OF_FAN = math.radians(30)  # between two open legs of one core
 _WAY = {"in": math.pi, "out": 0.0, "kernel": -math.pi / 2}  # where the open legs of a role point
@@ -278,10 +279,17 @@ def _inside(path: Points, box: Box) -> bool:
 
 def _cross(one: Points, other: Points) -> bool:
     """Whether two lines meet between their ends (those of a dot may touch there)."""
-    a, b = one[:-1, None], one[1:, None]
-    c, d = other[None, :-1], other[None, 1:]
+    start, way = one[:-1, None], np.diff(one, axis=0)[:, None]
+    begin, other_way = other[None, :-1], np.diff(other, axis=0)[None]
+    area = _cross_product(way, other_way)
+    slanted = np.abs(area) > 1e-12  # parallel pieces do not cross
+    area = np.where(slanted, area, 1.0)
+    apart = begin - start
+    at, other_at = _cross_product(apart, other_way) / area, _cross_product(apart, way) / area
+    # Points of both lines may coincide where they cross, as on a rectangle's diagonals: rounding must not hide it.
+    within = (np.abs(at - 0.5) < 0.5 + _TOLERANCE) & (np.abs(other_at - 0.5) < 0.5 + _TOLERANCE)
+    return bool((slanted & within).any())
 
-    def turn(p: Points, q: Points, s: Points) -> Points:
-        return (q[..., 0] - p[..., 0]) * (s[..., 1] - p[..., 1]) - (q[..., 1] - p[..., 1]) * (s[..., 0] - p[..., 0])
 
-    return bool(((turn(a, b, c) * turn(a, b, d) < 0) & (turn(c, d, a) * turn(c, d, b) < 0)).any())
+def _cross_product(one: Points, other: Points) -> Points:
+    return np.asarray(one[..., 0] * other[..., 1] - one[..., 1] * other[..., 0])

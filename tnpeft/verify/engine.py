@@ -249,7 +249,8 @@ class _Run:
         dead = [name for name, found in self.reached.items() if not any(found)]
         if failure is None and dead:
             case = min((self.unreached[name] for name in dead), key=lambda one: one.size)
-            text = f"no gradient ever reaches {_cores(dead)}: freeze it, or mend the inits of the cores around it"
+            it = "it" if len(dead) == 1 else "them"
+            text = f"no gradient ever reaches {_cores(dead)}: freeze {it}, or mend the inits of the cores around {it}"
             failure = Counterexample("alive", case, text, self.label)
         return CheckResult("alive", title, self.tried["alive"], 0, failure)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+
 from tnpeft.errors import Problem, TnpeftError
 
 try:
     from hypothesis import HealthCheck, Phase, Verbosity, assume, find, settings
     from hypothesis import strategies as st
+    from hypothesis.configuration import set_hypothesis_home_dir
     from hypothesis.errors import Flaky, NoSuchExample, Unsatisfiable
 except ImportError as error:
     raise TnpeftError(
@@ -22,6 +27,18 @@ __all__ = [
     "Verbosity",
     "assume",
     "find",
+    "kept_nowhere",
     "settings",
     "st",
 ]
+
+
+@contextmanager
+def kept_nowhere() -> Iterator[None]:
+    """Let Hypothesis keep its notes in a folder that goes, and not in `.hypothesis` where the command runs."""
+    with TemporaryDirectory() as folder:
+        set_hypothesis_home_dir(folder)
+        try:
+            yield
+        finally:
+            set_hypothesis_home_dir(None)

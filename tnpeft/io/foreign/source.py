@@ -168,7 +168,9 @@ def _pickled(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # of pickles that are not torch's own, which fail or hold tensors alone
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:
-        found = " ".join(str(error).split())[:200] or type(error).__name__
+        # torch wraps what its unpickler said in advice to run the pickle all the same, which nobody should follow.
+        said = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
+        found = " ".join(str(said).split())[:200] or type(said).__name__
         fix = "Copy or download it again, or save its state dict alone; nothing else is loaded from a pickle."
         raise refuse(path, "adapter file", "a state dict that `weights_only` can load", found, fix) from error
     for name in ("state_dict", "model_state_dict", "model"):
