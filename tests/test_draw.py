@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -237,6 +238,27 @@ def test_hyperedges_and_outer_products_are_readable(network: tnpeft.Network):
 def test_hard_cases_are_readable(network: tnpeft.Network):
     quality = page_of(network, True).quality
     assert (quality.through_cores, quality.label_overlaps) == (0, 0)
+
+
+def test_many_terms_stand_in_rows():
+    """Five in one row would be 18 inches wide, and tiny wherever they are shown."""
+    terms = ", ".join(["{cores: [up, down], weight: o i k...}"] * 5)
+    text = f"""
+tnpeft: 1
+name: many
+layers: any
+params: {{r: 4}}
+sizes: {{o: out_channels, i: in_channels}}
+cores: {{up: o r, down: {{legs: r i k..., init: zeros}}}}
+terms: [{terms}]
+start: zero
+"""
+    page = page_of(tnpeft.Spec.from_yaml(text).bind(LINEAR), True)
+    assert page.width < 10
+    rows = Counter(round(y + scene.bounds[3], 3) for scene, _, y in page.panels)
+    assert list(rows.values()) == sorted(rows.values(), reverse=True)
+    assert sum(rows.values()) == 5
+    assert len(rows) > 1
 
 
 def test_quality_counts():

@@ -16,10 +16,11 @@ __all__ = ["Page", "Text", "page_of"]
 
 _MARGIN, _GAP = 0.15, 0.3
 _TITLE, _SUBTITLE, _SIGN, _LEGEND = 11.0, 8.0, 13.0, 7.0  # points
-_NARROWEST = 3.4
+_NARROWEST, _WIDEST = 3.4, 9.0  # without the margins
 _ROW = 0.2  # a line of the legend
 _MARK = 0.2  # the width of a legend's mark
 
+Item = tuple[Scene, str]  # a term and the sign before it
 ROLE_TEXTS = {"in": "input", "out": "output", "kernel": "kernel", "inner": "no open leg"}
 
 
@@ -48,38 +49,39 @@ class Page:
 
 def page_of(network: Network, with_sizes: bool) -> Page:
     """Lay a network out, term by term."""
-    scenes = [_scene(part, with_sizes) for part in network.parts]
-    signs = list(_signs(network))
-    inner = sum(_width(scene) for scene in scenes)
-    inner += sum(text_size(sign, _SIGN, True)[0] + _GAP for sign in signs if sign) + _GAP * (len(scenes) - 1)
+    items = list(zip([_scene(part, with_sizes) for part in network.parts], _signs(network), strict=True))
+    rows = _rows(items)
+    inner = max(map(_row_width, rows))
     width = max(inner, _NARROWEST) + 2 * _MARGIN
     head = list(_head(network, with_sizes, width - 2 * _MARGIN))
     marks = _flow(_marks(network), width - 2 * _MARGIN)
-    tallest = max(scene.bounds[3] - scene.bounds[1] for scene in scenes)
+    body = sum(map(_row_height, rows)) + _GAP * (len(rows) - 1)
     foot = _ROW * (1 + max((row for _, _, row in marks), default=-1))
     head_height = sum(text_size(line, points)[1] for line, points, _ in head) + 0.04
-    height = 2 * _MARGIN + head_height + tallest + foot + 0.3
+    height = 2 * _MARGIN + head_height + body + foot + 0.3
 
     texts, y = [], height - _MARGIN
     for line, points, strong in head:
         step = text_size(line, points)[1]
         texts.append(Text(line, _MARGIN, y - step / 2, points, strong))
         y -= step
-    middle = _MARGIN + foot + 0.15 + tallest / 2
-    panels, x = [], (width - inner) / 2
-    for scene, sign in zip(scenes, signs, strict=True):
-        if sign:
-            texts.append(Text(sign, x, middle, _SIGN, True))
-            x += text_size(sign, _SIGN, True)[0] + _GAP
-        left, bottom, right, top = scene.bounds
-        panels.append((scene, x - left, middle - (bottom + top) / 2))
-        x += right - left + _GAP
+    panels, top = [], _MARGIN + foot + 0.15 + body
+    for row in rows:
+        middle, x = top - _row_height(row) / 2, (width - inner) / 2
+        top -= _row_height(row) + _GAP
+        for scene, sign in row:
+            if sign:
+                texts.append(Text(sign, x, middle, _SIGN, True))
+                x += text_size(sign, _SIGN, True)[0] + _GAP
+            left, bottom, right, upper = scene.bounds
+            panels.append((scene, x - left, middle - (bottom + upper) / 2))
+            x += right - left + _GAP
     legend = []
-    for (kind, text), at, row in marks:
-        line_y = _MARGIN + foot - _ROW * (row + 0.5)
+    for (kind, text), at, line_number in marks:
+        line_y = _MARGIN + foot - _ROW * (line_number + 0.5)
         legend.append((kind, _MARGIN + at, line_y))
         texts.append(Text(text, _MARGIN + at + _MARK + 0.05, line_y, _LEGEND))
-    quality = sum((scene.quality for scene in scenes), Quality(0, 0, 0, 0))
+    quality = sum((scene.quality for scene, _ in items), Quality(0, 0, 0, 0))
     return Page(width, height, tuple(texts), tuple(panels), tuple(legend), quality)
 
 
@@ -88,9 +90,23 @@ def _scene(part: Network, with_sizes: bool) -> Scene:
     return scene_of(diagram, place(diagram), with_sizes)
 
 
-def _width(scene: Scene) -> float:
-    left, _, right, _ = scene.bounds
-    return right - left
+def _rows(items: Sequence[Item]) -> list[list[Item]]:
+    """The terms, each with its sign, in as many rows as keep the page narrow enough to read."""
+    rows: list[list[Item]] = [[]]
+    for item in items:
+        if rows[-1] and _row_width([*rows[-1], item]) > _WIDEST:
+            rows.append([])
+        rows[-1].append(item)
+    return rows
+
+
+def _row_width(row: Sequence[Item]) -> float:
+    signs = sum(text_size(sign, _SIGN, True)[0] + _GAP for _, sign in row if sign)
+    return sum(scene.bounds[2] - scene.bounds[0] for scene, _ in row) + signs + _GAP * (len(row) - 1)
+
+
+def _row_height(row: Sequence[Item]) -> float:
+    return max(scene.bounds[3] - scene.bounds[1] for scene, _ in row)
 
 
 def _signs(network: Network) -> Iterator[str]:
