@@ -11,7 +11,7 @@ from tnpeft.cli.picture import picture
 from tnpeft.errors import Problem
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import Plan, plan
-from tnpeft.spec import Spec, load_spec
+from tnpeft.spec import Core, Spec, load_spec
 
 __all__ = ["show_spec"]
 
@@ -124,16 +124,17 @@ def _spec_data(spec: Spec) -> dict[str, Any]:
         "layers": list(spec.layers),
         "start": spec.start,
         "compose": spec.compose,
-        "cores": [
-            {
-                "name": core.name,
-                "legs": list(core.legs),
-                "frozen": core.frozen,
-                "shared": core.shared,
-                "from": core.origin,
-            }
-            for core in spec.cores
-        ],
+        "cores": [_core_data(core) for core in spec.cores],
+    }
+
+
+def _core_data(core: Core | BoundCore) -> dict[str, Any]:
+    return {
+        "name": core.name,
+        "legs": list(core.legs),
+        "frozen": core.frozen,
+        "shared": core.shared,
+        "from": core.origin,
     }
 
 
@@ -150,12 +151,8 @@ def _network_data(network: Network) -> dict[str, Any]:
         "params": dict(network.params),
         "sizes": dict(network.sizes),
         "cores": [
-            {
-                "name": core.name,
-                "legs": list(core.legs),
-                "frozen": core.frozen,
-                "shared": core.shared,
-                "from": core.origin,
+            _core_data(core)
+            | {
                 "shape": list(core.shape),
                 "init": {"name": core.init.name, "arguments": dict(core.init.arguments)},
                 "elements": core.numel,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-__all__ = ["dotted", "underscored"]
+from torch import nn
+
+from tnpeft.io.files import refuse
+from tnpeft.io.foreign.source import Source, clip_key
+from tnpeft.surgery import layer_problem
+
+__all__ = ["dotted", "layer_named", "underscored"]
 
 _WRAPPERS = ("base_model.model.", "base_model.", "_orig_mod.", "module.", "model.")
 _PREFIXES = ("lycoris_", "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_", "")
@@ -17,6 +23,17 @@ def dotted(name: str, known: Collection[str]) -> str | None:
         if rest is None:
             return None
         name = rest
+    return name
+
+
+def layer_named(source: Source, key: str, written: str, modules: Mapping[str, nn.Module]) -> str:
+    """The layer that the tensor `key` is for, whose name the file has as `written`. Raises AdapterFileError."""
+    name = dotted(written, modules)
+    if name is None:
+        fix = "Load the file onto the model it was made for."
+        raise refuse(source.path, f"tensor '{clip_key(key)}'", "a layer of this model", "no such layer", fix)
+    if problem := layer_problem(name, modules[name]):
+        raise refuse(source.path, f"layer '{name}', {problem.what}", problem.expected, problem.found, problem.fix)
     return name
 
 

@@ -11,13 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnpeft.io.files import refuse
-from tnpeft.io.foreign.names import dotted
+from tnpeft.io.foreign.names import dotted, layer_named
 from tnpeft.io.foreign.parts import Foreign, Part
 from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, wide
-from tnpeft.io.foreign.source import SUPPORTED, Source, clip_key, unsupported
+from tnpeft.io.foreign.source import SUPPORTED, Source, unsupported
 from tnpeft.network import layer_of
 from tnpeft.spec.document import clip
-from tnpeft.surgery import layer_problem
 
 __all__ = ["read_peft"]
 
@@ -53,7 +52,7 @@ def read_peft(source: Source, modules: Mapping[str, nn.Module], parameters: Mapp
             else:
                 trained[name] = wide(source.path, key, tensor)
             continue
-        module = _module(source, key, match["module"], modules)
+        module = layer_named(source, key, match["module"], modules)
         if match["leaf"] == ".bias":
             biases[module] = wide(source.path, key, tensor)
             continue
@@ -80,16 +79,6 @@ def _check_config(source: Source, config: Mapping[str, Any]) -> None:
     if init not in _PLAIN_INITS:
         fix = "PEFT changes the base weights then: save it with `path_initial_model_for_weight_conversion`."
         raise refuse(source.path, "`init_lora_weights`", "an init that leaves the base weights alone", clip(init), fix)
-
-
-def _module(source: Source, key: str, written: str, modules: Mapping[str, nn.Module]) -> str:
-    name = dotted(written, modules)
-    if name is None:
-        fix = "Load the file onto the model it was made for."
-        raise refuse(source.path, f"tensor '{clip_key(key)}'", "a layer of this model", "no such layer", fix)
-    if problem := layer_problem(name, modules[name]):
-        raise refuse(source.path, f"layer '{name}', {problem.what}", problem.expected, problem.found, problem.fix)
-    return name
 
 
 def _part(source: Source, config: Mapping[str, Any], slots: Slots, module: nn.Module) -> Part:

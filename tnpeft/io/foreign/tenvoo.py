@@ -13,14 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tnpeft.io.files import refuse
-from tnpeft.io.foreign.names import dotted
+from tnpeft.io.foreign.names import dotted, layer_named
 from tnpeft.io.foreign.parts import Foreign, Part
 from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, wide
-from tnpeft.io.foreign.source import Source, clip_key, unsupported
+from tnpeft.io.foreign.source import Source, unsupported
 from tnpeft.io.foreign.topologies import TOPOLOGIES
 from tnpeft.network import layer_of
-from tnpeft.surgery import layer_problem
 
 __all__ = ["read_tenvoo"]
 
@@ -49,23 +47,13 @@ def read_tenvoo(
         if match is None:
             others |= {} if _FLAGS.fullmatch(key) else {key: tensor}
             continue
-        name = _module(source, key, match["module"], modules)
+        name = layer_named(source, key, match["module"], modules)
         where = starts if match["frozen"] else slots
         where.setdefault(name, Slots(source.path, name)).add(match["slot"], key, tensor)
     if not slots:
         raise unsupported(source.path, source.tensors)
     parts = {name: _part(slots[name], starts.get(name), modules[name], alpha) for name in slots}
     return Foreign(parts, _trained(source, others, parts, parameters))
-
-
-def _module(source: Source, key: str, written: str, modules: Mapping[str, nn.Module]) -> str:
-    name = dotted(written, modules)
-    if name is None:
-        fix = "Load the file onto the model it was made for."
-        raise refuse(source.path, f"tensor '{clip_key(key)}'", "a layer of this model", "no such layer", fix)
-    if problem := layer_problem(name, modules[name]):
-        raise refuse(source.path, f"layer '{name}', {problem.what}", problem.expected, problem.found, problem.fix)
-    return name
 
 
 def _trained(
