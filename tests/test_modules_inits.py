@@ -165,7 +165,11 @@ def test_svd_inits_need_the_weight_and_a_small_enough_bond():
     with pytest.raises(BindError) as excinfo:
         compile(Spec.from_yaml(PISSA), nn.Linear(8, 2))
     assert str(excinfo.value) == (
-        "core `u`, init `svd_us`: expected a bond of at most 2, the rank of the weight, found 3. Lower the size of `r`."
+        "".join(
+            f"<spec>:{line}:13: core '{core}', `svd_{core}s`, on Linear(8, 2): expected a bond of at most 2, "
+            "the rank of the weight, found 3. Lower the size of `r`.\n"
+            for line, core in ((9, "u"), (10, "v"))
+        ).strip()
     )
     adapter = compile(Spec.from_yaml(PISSA), nn.Linear(8, 8))
     with pytest.raises(BindError) as excinfo:

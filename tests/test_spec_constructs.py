@@ -385,3 +385,44 @@ start: zero
     )
     both.square().sum().backward()
     assert torch.allclose(adapter.cores["c"].grad.double(), reference.grad, rtol=1e-5)
+
+
+LEFT = "{legs: o2 a o1, from: svd_u}"
+VALUES = "{legs: a, from: svd_s}"
+RIGHT = "{legs: k... b i, from: svd_v}"
+SINGULAR = f"""\
+tnpeft: 1
+name: demo
+layers: any
+params: {{r: 2}}
+bond: r
+sizes: {{o1 o2: "factorize(out_channels, 2)", i: in_channels}}
+cores:
+  u: {LEFT}
+  s: {VALUES}
+  m: {{legs: a b, init: zeros}}
+  v: {RIGHT}
+weight: (o1 o2) i k...
+start: zero
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (LEFT, "{legs: o1 o2 a b, from: svd_u}", "8:13: core 'u', `svd_u`: expected the legs 'o1', 'o2' and one bond, "
+         "found 'o1', 'o2', 'a', 'b'."),
+        (LEFT, "{legs: o1 o2 a k..., init: svd_us}", "8:13: core 'u', `svd_us`: expected the legs 'o1', 'o2' and one "
+         "bond, found 'o1', 'o2', 'a', 'k...'."),
+        (VALUES, "{legs: a b, from: svd_s}", "9:13: core 's', `svd_s`: expected one bond, found 'a', 'b'."),
+        (VALUES, '{legs: "", from: svd_s}', "9:13: core 's', `svd_s`: expected one bond, found none."),
+        (RIGHT, "{legs: i k..., from: svd_v}", "11:13: core 'v', `svd_v`: expected the legs 'i', 'k...' and one bond, "
+         "found 'i', 'k...'."),
+    ],
+)  # fmt: skip
+def test_singular_vectors_have_the_legs_of_their_side(old: str, new: str, message: str):
+    tnpeft.Spec.from_yaml(SINGULAR)
+    with pytest.raises(tnpeft.SpecError) as caught:
+        tnpeft.Spec.from_yaml(SINGULAR.replace(old, new), "demo.yaml")
+    message = f"demo.yaml:{message} Choose its legs by the weight, which is unfolded as out x rest."
+    assert message in str(caught.value).splitlines()

@@ -169,10 +169,7 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
     part = _part_with(network, core)
     axes = {"left": slice(0, 1), "right": slice(1, None), "values": slice(0, 0)}[side]
     legs = [leg for axis in part.weight[axes] for leg in axis]
-    bonds = [leg for leg in core.legs if leg not in part.open_legs]
-    if len(bonds) != 1 or sorted(core.legs) != sorted(legs + bonds):
-        wanted = f"the legs {', '.join(map(repr, legs))} and one bond" if legs else "one bond"
-        raise BindError(_misfit(core, wanted, ", ".join(map(repr, core.legs)) or "none", _OTHER))
+    (bond,) = (leg for leg in core.legs if leg not in part.open_legs)
     if weight is None or weight.device.type == "meta":
         fix = "Give the model its weights first, then call `reset_parameters` with the layer's weight."
         raise BindError(_misfit(core, "the base weight's values", "none", fix))
@@ -180,10 +177,7 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
     if not bool(torch.isfinite(matrix).all()):
         fix = "Mend the layer's weight, or match other layers."
         raise BindError(_misfit(core, "a base weight of finite numbers", "nan or inf", fix))
-    rank, limit = network.sizes[bonds[0]], min(matrix.shape[0], matrix[0].numel())
-    if rank > limit:
-        fix = f"Lower the size of `{bonds[0]}`."
-        raise BindError(_misfit(core, f"a bond of at most {limit}, the rank of the weight", str(rank), fix))
+    rank = network.sizes[bond]
     u, s, v = _decomposed(matrix)
     scaled = s[:rank] ** power
     if side == "values":
@@ -191,7 +185,7 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
     values = ((u if side == "left" else v)[:, :rank] * scaled).reshape(*matrix.shape[axes], rank)
     full = values.new_zeros(*part.padded_shape[axes], rank)
     full[tuple(slice(0, size) for size in values.shape)] = values  # a padded axis is zero where no weight is
-    legs += bonds
+    legs.append(bond)
     folded = full.reshape([network.sizes[leg] for leg in legs])
     return folded.permute([legs.index(leg) for leg in core.legs]).float().contiguous()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,10 @@ def bind(spec: Spec, layer: Any, params: Mapping[str, Any]) -> Network:
     if resolved.faults:
         problems = dict.fromkeys(fault.problem for fault in resolved.faults)
         raise BindError(*(replace(problem, what=f"{problem.what}, on {layer}") for problem in problems))
-    return _network(spec, layer, resolved)
+    network = _network(spec, layer, resolved)
+    if too_wide := [*_ranks(network)]:
+        raise BindError(*too_wide)
+    return network
 
 
 def _network(spec: Spec, layer: Layer, resolved: Resolved) -> Network:
@@ -94,6 +97,23 @@ def _network(spec: Spec, layer: Layer, resolved: Resolved) -> Network:
         for term, weight, scale in zip(spec.terms, resolved.weights, resolved.scales, strict=True)
     )
     return Network(spec, layer, resolved.params, resolved.sizes, cores, terms, resolved.scale, formula)
+
+
+_SINGULAR = ("from svd_u", "from svd_s", "from svd_v", "svd_us", "svd_vs")
+
+
+def _ranks(network: Network) -> Iterator[Problem]:
+    """Singular vectors are as many as the weight, unfolded as out x rest, has."""
+    limit = min(network.layer.out_channels, network.layer.numel // network.layer.out_channels)
+    for core, own in zip(network.cores, network.spec.cores, strict=True):
+        if core.init.name not in _SINGULAR:
+            continue
+        part = next(part for part in network.parts if core in part.cores)
+        (bond,) = (leg for leg in core.legs if leg not in part.open_legs)
+        if network.sizes[bond] > limit:
+            what = f"core '{core.name}', `{core.origin or core.init.name}`, on {network.layer}"
+            expected, fix = f"a bond of at most {limit}, the rank of the weight", f"Lower the size of `{bond}`."
+            yield Problem(what, expected, str(network.sizes[bond]), fix, own.position, core=core.name)
 
 
 def _check_kind(spec: Spec, layer: Layer) -> None:

@@ -29,6 +29,7 @@ def check(draft: Draft, problems: Problems) -> None:
     if draft.whole["cores"]:
         _members(draft, problems)
         _occurrences(draft, problems)
+        _singular(draft, problems)
         if draft.whole["sizes"] and draft.whole["params"]:
             _sized(draft, problems)
             _unused(draft, problems)
@@ -206,6 +207,28 @@ def _occurrences_in(term: DraftTerm, members: list[DraftCore], problems: Problem
         if leg not in used:
             fix = near_miss(leg, used) or f"Add '{leg}' to a core, or remove it from `weight`."
             problems.add(where, f"{term.label}, index '{leg}'", "a core that has it", "none", fix, index=leg)
+
+
+# What each takes of the weight unfolded as out x rest, beside a bond: the legs of which of the weight's axes.
+_SINGULAR = {"svd_u": slice(0, 1), "svd_us": slice(0, 1), "svd_s": slice(0, 0)}
+_SINGULAR |= {"svd_v": slice(1, None), "svd_vs": slice(1, None)}
+
+
+def _singular(draft: Draft, problems: Problems) -> None:
+    """Fine rule 10: singular vectors have the legs of one side of the weight and a bond, the values a bond alone."""
+    for core in draft.cores:
+        kind = core.origin or (core.init.name if core.init is not None else "")
+        term = next((term for term in draft.terms if core.name in term.cores), None)
+        if kind not in _SINGULAR or term is None or core.shared is not None:
+            continue
+        legs = [leg for axis in term.weight[_SINGULAR[kind]] for leg in axis]
+        bonds = [leg for leg in core.legs if leg not in term.weight_places]
+        if len(bonds) == 1 and set(core.legs) == {*legs, *bonds}:
+            continue
+        expected = f"the legs {', '.join(map(repr, legs))} and one bond" if legs else "one bond"
+        found = ", ".join(map(repr, core.legs)) or "none"
+        fix = "Choose its legs by the weight, which is unfolded as out x rest."
+        problems.add(core.position, f"core '{core.name}', `{kind}`", expected, found, fix, core=core.name)
 
 
 def _sized(draft: Draft, problems: Problems) -> None:
