@@ -78,7 +78,7 @@ cores: {up: {legs: o a, init: zeros}, down: a i k...}
 weight: o i k...
 start: zero
 """
-ODD = MANY.replace("name: ragged", "name: odd").replace("r: 2", "r: 1").replace("if r % 3 else 1", "if r % 2 else 0 - r")
+ODD = MANY.replace("ragged", "odd").replace("r: 2", "r: 1").replace("if r % 3 else 1", "if r % 2 else 0 - r")
 SPECS = {
     "ragged": Spec.from_yaml(MANY),
     **{name: tnpeft.load_spec(name) for name in ("lora", "dora", "lotr", "vera", "lokr", "tucker5", "loha")},
@@ -87,7 +87,7 @@ SPECS = {
 
 @cache
 def counts(name: str, match: str, bias: str) -> dict[int, int]:
-    return {rank: counted(net(), SPECS[name], rank, match=match, train={"bias": bias}) for rank in range(1, 11)}
+    return {rank: counted(net(), SPECS[name], rank, match=match, train={"bias": bias}) for rank in range(1, 8)}
 
 
 @settings(max_examples=40)
@@ -98,14 +98,14 @@ def test_against_every_rank(name: str, params: int, data: st.DataObject):
     bias = data.draw(st.sampled_from(["none", "adapted"]), "bias")
     train, ranks = {"bias": bias}, counts(name, match, bias)
     within = [rank for rank, count in ranks.items() if count <= params]
-    try:
-        found = tnpeft.budget(SPECS[name], model, params, match=match, train=train)
-    except AttachError as error:
-        assert ranks[1] > params or "one that changes the count" in str(error)
+    if ranks[1] > params:
+        with pytest.raises(AttachError, match="expected room for the smallest adapter"):
+            tnpeft.budget(SPECS[name], model, params, match=match, train=train)
         return
+    found = tnpeft.budget(SPECS[name], model, params, match=match, train=train)
     assert found.total <= params
     assert found.total == counted(model, SPECS[name], found.value, match=match, train=train)
-    if found.value < 10:
+    if found.value < 7:
         most = max(ranks[rank] for rank in within)
         assert found.total == most
         assert found.value == min(rank for rank in within if ranks[rank] == most)

@@ -95,7 +95,8 @@ def test_a_recipe_and_what_it_does_not_cover(tuned: dict[str, Tensor]):
 
 
 def test_a_largest_error(tuned: dict[str, Tensor]):
-    save_file({name: tensor + torch.rand(tensor.shape) * 0.1 for name, tensor in tuned.items()}, "noisy.safetensors")
+    noise = torch.rand(tuned["wide.weight"].shape, generator=torch.Generator().manual_seed(8))
+    save_file({**tuned, "wide.weight": tuned["wide.weight"] + 0.1 * noise}, "noisy.safetensors")
     arguments = ("extract", "base.safetensors", "noisy.safetensors", *MODEL, *LORA, "-o", "a.safetensors", "-q")
     result = run(*arguments, "--max-error", "1e-3")
     assert result.exit_code == 1

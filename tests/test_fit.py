@@ -149,22 +149,21 @@ def test_an_update_of_the_spec_itself_is_found_again(name: str):
     assert true_error(fitted, delta) < 1e-6
 
 
-@pytest.mark.parametrize(("name", "bound"), [("dora", 1e-4), ("loha_tucker", 0.2)])
-def test_long_valleys_and_local_minima_are_left_near_the_bottom(name: str, bound: float):
-    """What holds where alternating least squares crawl: the bounds are those of the worst of several draws."""
-    layer = copy.deepcopy(METHODS[name][1][4 if name == "loha_tucker" else 2]).double()
-    adapter = tnpeft.compile(tnpeft.load_spec(name), layer, **params_of(name))
+def test_a_long_valley_is_left_near_its_bottom():
+    """Magnitudes and cores are solved for in turn, and crawl."""
+    layer = nn.Conv2d(6, 9, (3, 2), groups=3).double()
+    adapter = tnpeft.compile(tnpeft.load_spec("dora"), layer, r=2)
     of_rank(adapter)
-    assert tnpeft.fit(name, adapter.delta_weight().detach(), layer, **params_of(name)).error < bound
+    assert tnpeft.fit("dora", adapter.delta_weight().detach(), layer, r=2).error < 1e-4
 
 
 @pytest.mark.parametrize("name", tnpeft.list_specs())
 def test_no_fit_is_worse_than_none(name: str):
     """In fp32, on an update as small as fine-tuning makes; its error is that of the cores as they are stored."""
     torch.manual_seed(7)
-    layer = copy.deepcopy(METHODS[name][1][0])
+    layer = copy.deepcopy(METHODS[name][1][1])
     delta = 1e-3 * update(layer)
-    fitted = tnpeft.fit(name, delta, layer, iterations=2, **params_of(name))
+    fitted = tnpeft.fit(name, delta, layer, method="als", iterations=1, **params_of(name))
     assert fitted.error <= 1
     assert list(fitted.history) == sorted(fitted.history, reverse=True)
     assert fitted.sweeps == len(fitted.history) - 1
@@ -205,9 +204,9 @@ def test_the_same_bits_twice_and_nothing_else_touched(name: str, method: str):
 def test_adam_goes_down_and_says_so():
     layer = nn.Linear(6, 8).double()
     delta = update(layer)
-    fitted = tnpeft.fit("loha", delta, layer, r=1, method="adam", iterations=400)
+    fitted = tnpeft.fit("loha", delta, layer, r=1, method="adam", iterations=250)
     assert fitted.method == "adam"
-    assert fitted.sweeps == 400
+    assert fitted.sweeps == 250
     assert fitted.error == pytest.approx(true_error(fitted, delta), rel=1e-9)
     assert fitted.error == min(fitted.history)
     assert fitted.error < 1.1 * tnpeft.fit("loha", delta, layer, r=1).error
@@ -279,7 +278,7 @@ def test_what_is_fitted_is_what_trains_and_merges():
 
 def test_its_text():
     layer = nn.Linear(4, 6).double()
-    assert str(tnpeft.fit("lora", update(layer), layer, r=4)).startswith("lora on Linear(4, 6), 40 parameters: relative")
+    assert str(tnpeft.fit("lora", update(layer), layer, r=4)).startswith("lora on Linear(4, 6), 40 parameters: ")
     assert str(tnpeft.fit("full", torch.zeros(6, 4), layer)) == (
         "full on Linear(4, 6), 24 parameters: relative error 0.000e+00 (100.00% of the energy) by start, sweeps 0"
     )
@@ -353,9 +352,8 @@ def test_arguments_that_are_none():
 )
 def test_what_needs_the_base_weight(name: str, reader: str):
     found = "only its signature, Linear(4, 6)"
-    text = (
-        "layer, for {} of '{}': expected the base weight's values, found {}. Pass the layer itself, with its base weight."
-    )
+    text = "layer, for {} of '{}': expected the base weight's values, found {}. "
+    text += "Pass the layer itself, with its base weight."
     delta = torch.ones(6, 4)
     assert refused(name, delta, "Linear", in_channels=4, out_channels=6) == text.format(reader, name, found)
     meta = nn.Linear(4, 6, device="meta")
