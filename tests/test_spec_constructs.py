@@ -61,6 +61,17 @@ MISTAKES = [
         ],
     ),
     (
+        "a term that is no mapping",
+        "{cores: [c, d], weight: o i k..., scale: -1}",
+        "[c, d]",
+        [
+            (
+                "14:5: `terms`, entry 2: expected a term with `cores` and `weight`, found a list. "
+                "For example `- {cores: [up, down], weight: o i}`."
+            ),
+        ],
+    ),
+    (
         "a term without weight",
         "[c, d], weight: o i k..., scale: -1",
         "[c, d]",

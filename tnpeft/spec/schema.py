@@ -81,6 +81,7 @@ SPEC = Schema(
         "cores": ("its legs, or a mapping with `legs`", "For example `up: o r`, or `up: {legs: o r, init: zeros}`."),
         "params": ("a number or an expression", "For example `params: {r: 4, alpha: r}`."),
         "sizes": ("a size", "For example `sizes: {o: out_channels, i: in_channels}`."),
+        "terms": ("a term with `cores` and `weight`", "For example `- {cores: [up, down], weight: o i}`."),
     },
     instead={"weight": "terms"},
 )

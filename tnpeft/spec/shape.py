@@ -129,7 +129,8 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
         _split_value(parent, str(key), f"`{path[-2]}`", core, problems)
     elif len(path) == 2 and path[0] in schema.parts:
         expected, fix = schema.parts[str(path[0])]
-        what = owner if core else f"`{path[0]}`, {clip(key)}"
+        place = f"entry {key + 1}" if isinstance(key, int) else clip(key)
+        what = owner if core else f"`{path[0]}`, {place}"
         problems.add(node.position, what, expected, node.describe(), fix, core=core)
     else:
         named = next((str(step) for step in reversed(path) if step in schema.expected), str(path[0]))
