@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from saved import refused
+from saved import metadata, refused
 from torch import nn
 
 import tnpeft
@@ -130,11 +130,19 @@ def test_a_frozen_core_that_cannot_be_drawn_again_is_a_damaged_file(tmp_path):
     model, file = rows(), tmp_path / "odd.safetensors"
     attached(model, text)
     tnpeft.save(model, file)
-    _forge_text(file, "init: ones", "init: orthogonal")
+    _forge_text(file, "init: ones", "init: cosine(0)")
     assert refused(rows(), file) == (
-        "FILE: layer '0': core `s`, init `orthogonal`: expected two legs or more, found 1. "
+        "FILE: layer '0': core `s`, init `cosine`: expected two legs, waves and positions, found 1. "
         "Give the core another `init`."
     )
+
+
+def test_a_frozen_core_that_lapack_makes_is_stored(tmp_path):
+    text = DORA.replace("down: r i k...", "down: {legs: r i k..., init: orthogonal, frozen: true}")
+    model, file = rows(), tmp_path / "odd.safetensors"
+    attached(model, text)
+    tnpeft.save(model, file)
+    assert metadata(file)["layers"]["0"]["drawn"] == {}
 
 
 def _forge_text(path: Path, old: str, new: str) -> None:

@@ -58,8 +58,11 @@ def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weigh
 
 
 def is_drawn(core: BoundCore) -> bool:
-    """Whether the seed alone gives the core's first value: neither the base weight nor a function of the user's."""
-    return core.origin is None and (core.init.name in _DRAWS or core.init.name in _WAVES)
+    """Whether the seed alone gives the core's first value, to the bit on any machine.
+
+    Not where the base weight or a function of the user's has a part in it, nor LAPACK.
+    """
+    return core.origin is None and core.init.name != "orthogonal" and (core.init.name in {*_DRAWS, *_WAVES})
 
 
 def canonical_weight(layer: Layer, weight: Tensor) -> Tensor:
