@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -158,3 +160,8 @@ def test_usage(act, message: str):
     with pytest.raises(TnpeftError) as excinfo:
         act()
     assert str(excinfo.value).startswith(message)
+
+
+def test_it_is_there_without_an_import_of_its_own():
+    code = "import sys, tnpeft; assert 'torch' not in sys.modules; assert callable(tnpeft.testing.assert_adapter_ok)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
