@@ -103,7 +103,7 @@ def _manifest(
             spec=specs.setdefault(adapter.network.spec, len(specs)),
             params=dict(adapter.network.params),
             seed=adapter.seed,
-            mode=adapter.plan.mode,
+            mode=adapter.mode,
             captured={scope: tuple(texts) for scope, texts in adapter.captured.items()},
             drawn=drawn[layer],
         )

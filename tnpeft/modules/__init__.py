@@ -2,20 +2,21 @@
 
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.build import compile
-from tnpeft.modules.execution import EXECUTIONS, Execution
+from tnpeft.modules.calling import Calling, Group, Running
 from tnpeft.modules.inits import is_drawn
 from tnpeft.modules.layers import AdaptedConv, AdaptedConvTranspose, AdaptedLayer, AdaptedLinear, wrap
 from tnpeft.modules.sharing import Captured, Sharing
 
 __all__ = [
-    "EXECUTIONS",
     "AdaptedConv",
     "AdaptedConvTranspose",
     "AdaptedLayer",
     "AdaptedLinear",
     "Adapter",
+    "Calling",
     "Captured",
-    "Execution",
+    "Group",
+    "Running",
     "Sharing",
     "compile",
     "is_drawn",

@@ -15,7 +15,8 @@ from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.network import BoundCore, Network
-from tnpeft.plan import Plan, plan
+from tnpeft.modules.calling import Calling
+from tnpeft.plan import Plan, check_mode, plan
 from tnpeft.program import Constants, Program, build_program, without_autocast
 from tnpeft.spec.document import clip
 
@@ -61,7 +62,10 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.plan: Plan = plan(network, mode=mode)
+        check_mode(mode)
+        self.mode = mode
+        self.plan: Plan = plan(network)
+        self._calling: Calling | None = None
         self.seed = _whole(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self.captured: Captured = captured or {}
@@ -176,6 +180,33 @@ class Adapter(nn.Module):
             self._lay_out(strides)
         return self.delta_weight(weight)
 
+    @property
+    def calling(self) -> Calling:
+        """What it needs to run in another mode than dense."""
+        if self._calling is None:
+            self._calling = Calling(self)
+        return self._calling
+
+    @property
+    def memory_order(self) -> tuple[int, ...]:
+        """Of the weights that the program writes: the axes from the slowest varying to the fastest."""
+        return memory_order(self._strides)
+
+    @property
+    def writes(self) -> tuple[int, ...]:
+        """Counts that change whenever a core or copy that it uses got other values other than by training."""
+        return (self._writes, *(holder._writes for holder in self._holders.values()))
+
+    def core_tensors(self) -> list[Tensor]:
+        """The network's cores in its order, where none is the base weight. Raises ExecutionError without values."""
+        if not self._initialised or self._holders:
+            self._require_values()
+        return self._tensors(self._core_keys, None)
+
+    def start_tensors(self) -> list[Tensor]:
+        """Their frozen copies; a core that is frozen is its own."""
+        return self._tensors(self._start_keys, None)
+
     def reset_parameters(self, weight: Tensor | None = None) -> None:
         """Draw the initial cores and copy them to the frozen copy; on meta, do nothing.
 
@@ -203,7 +234,7 @@ class Adapter(nn.Module):
         return initial_core(self.network, core, self.seed, label, weight)
 
     def extra_repr(self) -> str:
-        return f"{self.network.spec.name}, parameters={self.network.num_parameters}, mode={self.plan.mode}"
+        return f"{self.network.spec.name}, parameters={self.network.num_parameters}, mode={self.mode}"
 
     def _tensor(self, key: str) -> Tensor:
         holder = self._holders.get(key, self) if self._holders else self
@@ -299,7 +330,7 @@ class Adapter(nn.Module):
             self._initialised = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None, "_program": None}
+        return {**self.__dict__, "_folded": None, "_program": None, "_calling": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -1,31 +1,42 @@
-"""How an adapted layer computes: one function per execution mode.
+"""How an adapted layer computes: dense, factored or hybrid, and which of them for a call.
 
-`dense` convolves once with the summed weight. A further mode is one more entry in `EXECUTIONS`: it
-gets the wrapper and the call's arguments, and everything it needs is there (`layer.base`,
-`layer.active`, `layer.call_base`). Layers that are merged or disabled, or that several adapters
-share, run dense whatever their mode.
+`dense` calls the layer once with the summed weight. `factored` adds the update of the base layer's output, made by the
+factored chain. `hybrid` computes as dense does, and takes the cores' gradients from the chain. Layers run dense whatever
+their mode if they are merged or disabled, if several adapters act on them or one at another scale than 1, and inside a
+compiled graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tnpeft.modules.adapter import Adapter
+from tnpeft.modules.calling import Running
+from tnpeft.modules.calls import chain_input
+from tnpeft.program import ClusterGradients, FactoredUpdate, LayerClusters
 
 if TYPE_CHECKING:
     from tnpeft.modules.layers import AdaptedLayer
 
-__all__ = ["EXECUTIONS", "Execution", "dense", "summed_weight"]
+__all__ = ["dense", "execute", "summed_weight"]
 
 
-class Execution(Protocol):
-    """Computes an adapted layer's output from its input and the call's other arguments."""
-
-    def __call__(self, layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor: ...
+def execute(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
+    """The layer's output in the mode that its adapter has, or chooses, for this call."""
+    if len(layer.scales) != 1 or layer.disabled or layer.merged or torch.compiler.is_compiling():
+        return dense(layer, x, *rest)
+    ((adapter, scale),) = layer.active
+    if adapter.mode == "dense" or scale != 1.0:
+        return dense(layer, x, *rest)
+    calling = adapter.calling
+    running = calling.running(layer.base, x, rest)
+    if running.mode == "dense":
+        return dense(layer, x, *rest)
+    return _RUNS[running.mode](layer, calling.clusters(running), running, x, *rest)
 
 
 def dense(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
@@ -33,7 +44,25 @@ def dense(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     return layer.call_base(x, layer.weight, layer.bias, *rest)
 
 
-EXECUTIONS: dict[str, Execution] = {"dense": dense}
+def _factored(layer: AdaptedLayer, clusters: LayerClusters, running: Running, x: Tensor, *rest: Any) -> Tensor:
+    out = layer.call_base(x, layer.base.weight.detach(), layer.bias, *rest)
+    seen = chain_input(layer.base, x)
+    updated: Tensor = FactoredUpdate.apply(out, seen, running.chain, clusters.paired, *clusters.values)  # type: ignore[no-untyped-call]
+    return updated
+
+
+def _hybrid(layer: AdaptedLayer, clusters: LayerClusters, running: Running, x: Tensor, *rest: Any) -> Tensor:
+    assert running.completion is not None
+    weight = layer.base.weight.detach()
+    out = layer.call_base(x, add_weight(running.completion(clusters), weight), layer.bias, *rest)
+    if not torch.is_grad_enabled():
+        return out
+    seen = chain_input(layer.base, x.detach())
+    updated: Tensor = ClusterGradients.apply(out, seen, running.chain, *clusters.values)  # type: ignore[no-untyped-call]
+    return updated
+
+
+_RUNS: Mapping[str, Callable[..., Tensor]] = {"factored": _factored, "hybrid": _hybrid}
 
 
 def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]]) -> Tensor:
@@ -49,6 +78,11 @@ def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]]) -> Te
         total = total * scale
     for adapter, scale in active[1:]:
         total = total.add(adapter.delta_for(weight), alpha=scale)
+    return add_weight(total, weight)
+
+
+def add_weight(total: Tensor, weight: Tensor) -> Tensor:
+    """W + ΔW in W's strides and dtype; ΔW, which nobody else holds, is used up."""
     if torch.compiler.is_compiling():
         total = weight + total
     else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tnpeft.modules.adapter import Adapter
-from tnpeft.modules.execution import EXECUTIONS, dense, summed_weight
+from tnpeft.modules.execution import execute, summed_weight
 
 __all__ = ["AdaptedConv", "AdaptedConvTranspose", "AdaptedLayer", "AdaptedLinear", "wrap"]
 
@@ -125,10 +125,7 @@ class AdaptedLayer(nn.Module):
             self.merge()
 
     def forward(self, input: Tensor, *rest: Any) -> Tensor:  # noqa: A002 - torch's name, may be a keyword
-        if len(self.scales) == 1 and not self.disabled and not self.merged:
-            (name,) = self.scales
-            return EXECUTIONS[self.adapter(name).plan.mode](self, input, *rest)
-        return dense(self, input, *rest)
+        return execute(self, input, *rest)
 
     def call_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         """The base layer's own function of an input, a weight and a bias."""

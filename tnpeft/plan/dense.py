@@ -1,34 +1,22 @@
-"""Planning: sizes are checked, a path is found, and its steps are priced."""
+"""Planning the dense mode: sizes are checked, a path is found, and its steps are priced."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator, Mapping
 
-from tnpeft.errors import BindError, Problem, TnpeftError, near_miss
+from tnpeft.errors import BindError, Problem
 from tnpeft.network.model import Network
 from tnpeft.plan.model import Plan, Step
 from tnpeft.plan.path import Path, find_path
 
-__all__ = ["MODES", "plan"]
+__all__ = ["plan_dense", "steps_of"]
 
 
-def plan(network: Network, mode: str = "dense") -> Plan:
-    """The plan of `network` in the execution mode `mode`; paths are cached per signature.
-
-    Raises:
-        TnpeftError: `mode` is unknown, or `network` is none.
-        BindError: the cores' sizes contradict each other, or an index dangles.
-    """
-    _check_arguments(network, mode)
-    return MODES[mode](network)
-
-
-def _plan_dense(network: Network) -> Plan:
+def plan_dense(network: Network) -> Plan:
     """Contract all cores to the delta weight, which one convolution then uses together with the base weight."""
     if network.parts != (network,):
-        return Plan(network, "dense", (), (), tuple(map(_plan_dense, network.parts)))
+        return Plan(network, "dense", (), (), tuple(map(plan_dense, network.parts)))
     problems = tuple(_problems(network))
     if problems:
         raise BindError(*problems)
@@ -39,21 +27,9 @@ def _plan_dense(network: Network) -> Plan:
     output = "".join(network.symbols[leg] for axis in axes for leg in axis)
     sizes = tuple((letter, network.sizes[leg]) for leg, letter in network.symbols.items())
     path = find_path(inputs, output, sizes)
-    return Plan(network, "dense", path, tuple(_steps(network, path)))
-
-
-MODES: Mapping[str, Callable[[Network], Plan]] = MappingProxyType({"dense": _plan_dense})
-"""Execution modes by name; each plans a network."""
-
-
-def _check_arguments(network: object, mode: object) -> None:
-    if not isinstance(mode, str) or mode not in MODES:
-        known = ", ".join(f"`{name}`" for name in MODES)
-        fix = near_miss(str(mode), MODES) or "Leave `mode` out for the default."
-        raise TnpeftError(Problem("the execution mode", f"one of {known}", f"`{str(mode)[:40]}`", fix))
-    if not isinstance(network, Network):
-        fix = "Bind a spec to a layer: `tnpeft.plan(spec.bind(layer))`."
-        raise TnpeftError(Problem("plan", "a network", type(network).__name__, fix))
+    cores = [(number, core.legs) for number, core in enumerate(network.cores)]
+    steps = steps_of(cores, network.open_legs, path, network.sizes)
+    return Plan(network, "dense", path, tuple(steps))
 
 
 def _problems(network: Network) -> Iterator[Problem]:
@@ -72,17 +48,26 @@ def _problems(network: Network) -> Iterator[Problem]:
             yield Problem(f"index {leg!r}", expected, found, "Add it to another core, or to `weight`.", index=leg)
 
 
-def _steps(network: Network, path: Path) -> Iterator[Step]:
-    """The path's steps; each result has the operands' legs, left before right, without those that are summed."""
-    live = [(number, core.legs) for number, core in enumerate(network.cores)]
+def steps_of(
+    tensors: Iterable[tuple[int, tuple[str, ...]]],
+    kept: Iterable[str],
+    path: Path,
+    sizes: Mapping[str, int],
+    first: int = 0,
+) -> Iterator[Step]:
+    """The steps of a path over some cores, given by number and legs; the results count from `first` or the cores on.
+
+    Each result has the operands' legs, left before right, without those that are summed; `kept` never are.
+    """
+    live = list(tensors)
+    first = first or len(live)
     for place, pair in enumerate(path):
         right_number, right = live.pop(max(pair))
         left_number, left = live.pop(min(pair))
-        wanted = set(network.open_legs).union(*(legs for _, legs in live))
+        wanted = set(kept).union(*(legs for _, legs in live))
         joint = tuple(dict.fromkeys((*left, *right)))
         output = tuple(leg for leg in joint if leg in wanted)
-        operations = math.prod(network.sizes[leg] for leg in joint) * (2 if len(output) < len(joint) else 1)
-        elements = math.prod(network.sizes[leg] for leg in output)
-        number = len(network.cores) + place
-        yield Step(number, (left_number, right_number), left, right, output, operations, elements)
-        live.append((number, output))
+        operations = math.prod(sizes[leg] for leg in joint) * (2 if len(output) < len(joint) else 1)
+        elements = math.prod(sizes[leg] for leg in output)
+        yield Step(first + place, (left_number, right_number), left, right, output, operations, elements)
+        live.append((first + place, output))

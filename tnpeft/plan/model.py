@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tnpeft.network.model import Network
+from tnpeft.plan.call import Call
 from tnpeft.plan.path import Path
 
-__all__ = ["FLOAT_BYTES", "Plan", "Step"]
+__all__ = ["FLOAT_BYTES", "Link", "Plan", "Step"]
 
 # Cores and delta weights are fp32 unless the layer is fp64.
 FLOAT_BYTES = 4
@@ -43,9 +44,34 @@ class Step:
         return f"({left}) ({right}) -> ({output})"
 
 
+@dataclass(frozen=True)
+class Link:
+    """One link of a factored chain: a cluster of cores is contracted, and absorbed into the layer's input.
+
+    `cluster` is the number of the cluster's tensor, `steps` make it, `kept` are its legs. `axes` are the kernel axes
+    that it has, `kernel` their legs. With `gather` the input is copied once for each kernel entry before the product,
+    else the product is made for each and added up. `before` and `after` are the channels' legs of the input, `flops`
+    those of the product.
+    """
+
+    cluster: int
+    steps: tuple[Step, ...]
+    kept: tuple[str, ...]
+    axes: tuple[int, ...]
+    kernel: tuple[str, ...]
+    gather: bool
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    flops: int
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How a network is contracted to its delta weight.
+    """How a network is contracted, and in which execution mode: to its delta weight, or with the layer's input.
+
+    `dense` has the steps to the delta weight. `factored` has `links`, whose clusters `steps` contract; its path counts
+    the layer's input as one tensor more, after the cores. `hybrid` is dense, with the factored plan of its backward
+    pass in `chain`. Both are made for one `call`. `reason` says why a mode that was asked for is not the plan's.
 
     Plans are equal when one program runs them both: same signature, mode and paths, whatever the names.
     `path` is in opt_einsum's linear format. One core has no steps. A sum of several networks has none of
@@ -57,16 +83,31 @@ class Plan:
     path: Path
     steps: tuple[Step, ...] = field(repr=False)
     terms: tuple[Plan, ...] = field(default=(), repr=False)
+    call: Call | None = None
+    links: tuple[Link, ...] = field(default=(), repr=False)
+    chain: Plan | None = field(default=None, repr=False)
+    reason: str | None = None
 
     @cached_property
     def key(self) -> Hashable:
-        return (self.network.signature, self.mode, self.path, tuple(term.path for term in self.terms))
+        paths = (self.path, tuple(term.path for term in self.terms))
+        return (self.network.signature, self.mode, paths, self.call, self._gathers, self.chain and self.chain.key)
+
+    @cached_property
+    def _gathers(self) -> tuple[object, ...]:
+        return tuple(link.gather for link in self.links) + tuple(term._gathers for term in self.terms)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.key == other.key
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    @cached_property
+    def cluster_key(self) -> Hashable:
+        """What the clusters of a factored plan depend on; calls of other sizes may share them."""
+        own = tuple((link.steps, link.cluster, link.kept, link.gather, link.before, link.after) for link in self.links)
+        return (self.network.signature, own, tuple(term.cluster_key for term in self.terms))
 
     @property
     def flops(self) -> int:

@@ -1,8 +1,6 @@
 """The delta weight, as the network's value or as its difference from a frozen copy, and its gradient.
 
-With A = A0 + dA for every tensor, d(A B) = dA B0 + A dB: the difference of two networks close to each other is made
-of differences all the way, never by subtraction of large values. The A0 are constants. The gradient needs no pairs, for
-d(T - T0)/d(cores) = dT/d(cores): the backward pass is that of the plain network.
+The differences are made as `tree` says.
 """
 
 from __future__ import annotations
@@ -14,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tnpeft.program.contraction import View
-from tnpeft.program.execute import contract, contract_difference, is_watched, reorder
+from tnpeft.program.execute import contract, is_watched, reorder
 from tnpeft.program.finish import Finish
 from tnpeft.program.layout import Instruction
+from tnpeft.program.tree import core_changes, core_gradients, run_changes, run_gradients, run_values, scaled_cores
 
 __all__ = ["Code"]
 
@@ -42,14 +41,7 @@ class Code:
 
     def values(self, cores: Sequence[Tensor], known: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Every tensor but the last result; results that are `known` are not made again."""
-        tensors = [core.contiguous() for core in cores]
-        plain = is_watched()
-        for place, step in enumerate(self.instructions[:-1]):
-            found = known[place] if known else None
-            if found is None:
-                found = contract(step.forward, tensors[step.left], tensors[step.right], plain)
-            tensors.append(found)
-        return tensors
+        return run_values(self.instructions[:-1], cores, known)
 
     def last(self, tensors: Sequence[Tensor]) -> Tensor:
         if not self.instructions:
@@ -59,10 +51,7 @@ class Code:
 
     def scale_one(self, cores: Sequence[Tensor]) -> list[Tensor]:
         """The cores with the scale in one of them."""
-        scaled = [core.contiguous() for core in cores]
-        if self.scale != 1.0:
-            scaled[self.scaled] = scaled[self.scaled] * self.scale
-        return scaled
+        return scaled_cores(cores, self.scaled, self.scale)
 
     def value(self, cores: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """scale * T(cores) as the stored weight, and every tensor on the way."""
@@ -78,23 +67,8 @@ class Code:
     ) -> tuple[Tensor, list[Tensor]]:
         """scale * (T(cores) - T(start)) as the stored weight, and every tensor of T(cores) on the way."""
         tensors = self.scale_one(cores)
-        changes: list[Tensor | None] = [
-            None if frozen else (core - first).contiguous()
-            for core, first, frozen in zip(cores, start, self.frozen, strict=True)
-        ]
-        change = changes[self.scaled]
-        if self.scale != 1.0 and change is not None:
-            changes[self.scaled] = change * self.scale
-        plain = is_watched()
-        for step in self.instructions:
-            left, right = step.left, step.right
-            change = contract_difference(
-                step.forward, (tensors[left], changes[left]), (constants[right], changes[right]), plain
-            )
-            changes.append(change)
-            if step is not self.instructions[-1]:
-                constant = constants[step.number]
-                tensors.append(constant if change is None else constant + change)
+        changes = core_changes(cores, start, self.frozen, self.scaled, self.scale)
+        tensors, changes = run_changes(self.instructions, tensors, changes, constants, False)
         change = changes[-1]
         if change is None:  # every core is frozen
             change = torch.zeros_like(self.last(tensors))
@@ -104,23 +78,9 @@ class Code:
 
     def gradients(self, tensors: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
         """Those of the cores that need one; plain operations, and so differentiable again."""
-        wanted = list(needed)
-        for step in self.instructions:
-            wanted.append(wanted[step.left] or wanted[step.right])
-        plain = is_watched()
-        found: list[Tensor | None] = [None] * len(wanted)
+        found: list[Tensor | None] = [None] * (self.cores + len(self.instructions))
         found[-1] = self.finish.undo(gradient)
-        for step in reversed(self.instructions):
-            own = found[step.number]
-            if own is not None and wanted[step.left]:
-                found[step.left] = contract(step.to_left, own, tensors[step.right], plain)
-            if own is not None and wanted[step.right]:
-                found[step.right] = contract(step.to_right, own, tensors[step.left], plain)
+        run_gradients(self.instructions, tensors, found, list(needed))
         if not self.instructions:
             found = [reorder(self.finish.undo(gradient), self.only_back, True)]
-        pairs = zip(found[: self.cores], tensors[: self.cores], strict=True)
-        shaped = [None if one is None else one.reshape(core.shape) for one, core in pairs]
-        change = shaped[self.scaled]
-        if self.scale != 1.0 and change is not None:
-            shaped[self.scaled] = change * self.scale
-        return shaped
+        return core_gradients(found, tensors[: self.cores], self.scaled, self.scale)

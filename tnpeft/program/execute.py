@@ -1,10 +1,14 @@
 """Lowered contractions run on tensors: few operations, all of them differentiable and traceable where `plain`.
 
 Otherwise, under an autograd function of tnpeft's own, views are made by `as_strided` and sums in place: with forty
-adapted layers of small cores, what counts is the number of operations to start.
+adapted layers of small cores, what counts is the number of operations to start. For the same reason a contraction is
+turned into one function of its operands, with everything decided, the first time that it runs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +16,9 @@ from torch import Tensor
 from tnpeft.program.contraction import Contraction, View
 
 __all__ = ["contract", "contract_difference", "is_watched", "reorder"]
+
+Seen: TypeAlias = "Callable[[Tensor], Tensor]"
+Product: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 
 
 def is_watched() -> bool:
@@ -21,9 +28,11 @@ def is_watched() -> bool:
 
 def contract(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> Tensor:
     """The product of two stored tensors, contiguous in the order that it was lowered for; its shape is arbitrary."""
-    first, second = _factors(product, left, right, plain)
+    if not plain:
+        return _quick(product)(left, right)
+    first, second = _factors(product, left, right)
     made = _multiply(product, first, second)
-    return made if product.result is None else reorder(made, product.result, plain)
+    return made if product.result is None else reorder(made, product.result, True)
 
 
 def contract_difference(
@@ -40,10 +49,11 @@ def contract_difference(
         return contract(product, left_change, start, plain)
     if product.double:
         made = _doubled(product, (left_change, start), (whole, right_change), plain)
+    elif plain:
+        made = _multiply(product, *_factors(product, left_change, start))
+        made = made + _multiply(product, *_factors(product, whole, right_change))
     else:
-        made = _multiply(product, *_factors(product, left_change, start, plain))
-        first, second = _factors(product, whole, right_change, plain)
-        made = made + _multiply(product, first, second) if plain else _add_product(product, made, first, second)
+        made = _added(product, (left_change, start), (whole, right_change))
     return made if product.result is None else reorder(made, product.result, plain)
 
 
@@ -52,11 +62,57 @@ def reorder(tensor: Tensor, view: View, plain: bool) -> Tensor:
     return _see(tensor, view, 0, plain).contiguous()
 
 
-def _factors(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
+def _quick(product: Contraction) -> Product:
+    """`contract` for this product alone, kept on it."""
+    found: Product | None = product.__dict__.get("_quick")
+    if found is None:
+        found = _specialised(product)
+        product.__dict__["_quick"] = found
+    return found
+
+
+def _specialised(product: Contraction) -> Product:
+    multiply, result = _multiplication(product), product.result
+    one, other = _seer(product.first, product.expand[0]), _seer(product.second, product.expand[1])
+    if product.swapped:
+
+        def made(left: Tensor, right: Tensor) -> Tensor:
+            return multiply(one(right), other(left))
+
+    else:
+
+        def made(left: Tensor, right: Tensor) -> Tensor:
+            return multiply(one(left), other(right))
+
+    if result is None:
+        return made
+    ordered = _seer(result, 0)
+    return lambda left, right: ordered(made(left, right)).contiguous()
+
+
+def _seer(view: View, expand: int) -> Seen:
+    """`_see` for this view alone, not plain."""
+    final, strides = view.final, view.strides
+    if view.sizes != final:
+        return lambda tensor: _see(tensor, view, expand, False)
+    if expand:
+        final, strides = (expand, *final), (0, *strides)
+    return lambda tensor: tensor.as_strided(final, strides)
+
+
+def _multiplication(product: Contraction) -> Product:
+    if product.product == "mm":
+        return torch.mm
+    if product.product == "bmm":
+        return torch.bmm
+    return lambda first, second: _multiply(product, first, second)
+
+
+def _factors(product: Contraction, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     if product.swapped:
         left, right = right, left
     expand = product.expand
-    return _see(left, product.first, expand[0], plain), _see(right, product.second, expand[1], plain)
+    return _see(left, product.first, expand[0], True), _see(right, product.second, expand[1], True)
 
 
 def _see(tensor: Tensor, view: View, expand: int, plain: bool) -> Tensor:
@@ -86,8 +142,18 @@ def _multiply(product: Contraction, first: Tensor, second: Tensor) -> Tensor:
     return made.sum(0) if product.product == "bmm_sum" else made
 
 
-def _add_product(product: Contraction, made: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """`made`, which nobody else holds, with a product added to it."""
+def _added(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of two products of stored tensors, the second added to the first in place."""
+    if product.swapped:
+        one, two = one[::-1], two[::-1]
+    expand = product.expand
+    made = _multiply(
+        product, _see(one[0], product.first, expand[0], False), _see(one[1], product.second, expand[1], False)
+    )
+    first, second = (
+        _see(two[0], product.first, expand[0], False),
+        _see(two[1], product.second, expand[1], False),
+    )
     if product.product == "mm":
         return made.addmm_(first, second)
     if product.product == "bmm":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tnpeft.plan import Plan, Step
 from tnpeft.program.contraction import Contraction, Sizes, copy_time, lower, lowering_time
 
-__all__ = ["Instruction", "lay_out"]
+__all__ = ["Instruction", "lay_out", "lay_out_steps"]
 
 # Summed legs are tried in every order up to this number of them.
 PERMUTED_LEGS = 3
@@ -34,22 +34,32 @@ class Instruction:
 def lay_out(plan: Plan, output: str) -> tuple[Instruction, ...]:
     """The plan's steps with the last result stored in the order `output`, a string of the network's index letters."""
     network = plan.network
-    letters = network.symbols
-    sizes = {letter: network.sizes[leg] for leg, letter in letters.items()}
     orders = {number: network.symbols_of(core) for number, core in enumerate(network.cores)}
-    steps = {
+    if plan.steps:
+        orders[plan.steps[-1].number] = output
+    sizes = {letter: network.sizes[leg] for leg, letter in network.symbols.items()}
+    return lay_out_steps(plan.steps, orders, network.symbols, sizes)
+
+
+def lay_out_steps(
+    steps: Sequence[Step], orders: Mapping[int, str], letters: Mapping[str, str], sizes: Sizes, batch: str = ""
+) -> tuple[Instruction, ...]:
+    """Steps, perhaps of several trees, with the orders of their first operands and last results given.
+
+    `letters` are those of the steps' legs. Every tensor has the legs `batch` before its own.
+    """
+    orders = dict(orders)
+    lettered = {
         step.number: _Letters(
             step, *("".join(letters[leg] for leg in legs) for legs in (step.left, step.right, step.output))
         )
-        for step in plan.steps
+        for step in steps
     }
     instructions: list[Instruction] = []
-    if plan.steps:
-        orders[plan.steps[-1].number] = output
-    for step in reversed(plan.steps):
-        left, right = _operand_orders(steps[step.number], orders, steps, sizes)
+    for step in reversed(steps):
+        left, right = _operand_orders(lettered[step.number], orders, lettered, sizes)
         orders.update(zip(step.operands, (left, right), strict=True))
-        products = _lowered(left, right, orders[step.number], sizes)
+        products = _lowered(batch + left, batch + right, batch + orders[step.number], sizes)
         instructions.append(Instruction(step.number, *step.operands, *products))
     return tuple(reversed(instructions))
 

@@ -120,7 +120,7 @@ def report_of(model: nn.Module, name: str) -> Report:
                 str(network.layer),
                 network.spec.name,
                 dict(network.params),
-                adapter.plan.mode,
+                adapter.mode,
                 sum(parameter.numel() for parameter in adapter.trained.values()),
                 own,
                 weight,

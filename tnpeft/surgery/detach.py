@@ -6,6 +6,7 @@ from torch import nn
 
 from tnpeft.errors import AttachError, Problem
 from tnpeft.modules import AdaptedLayer
+from tnpeft.surgery.passes import remove_pass
 from tnpeft.surgery.state import ModelState, adapted, known_adapter
 from tnpeft.surgery.switch import apply_state, refuse_disabled
 from tnpeft.surgery.trained import all_tied
@@ -72,6 +73,7 @@ def _restore(root: nn.Module, state: ModelState, merge: bool) -> None:
     for name, slot in slots(root).items():
         if name in state.requires_grad:
             slot.tensor.requires_grad_(state.requires_grad[name])
+    remove_pass(root)
     state.drop_from(root)
 
 

@@ -209,7 +209,7 @@ def check_modes(subject: Subject) -> None:
     for mode in MODES:
         model = subject.attached(mode, subject.working, moved=True)
         for layer in adapted_layers(model):
-            require_equal("the execution mode", layer.adapter("default").plan.mode, mode)
+            require_equal("the execution mode", layer.adapter("default").mode, mode)
         if mode != "dense":
             _compare_with_exact(subject, mode)
 

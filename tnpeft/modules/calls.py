@@ -1,0 +1,76 @@
+"""A call of a torch layer as the planner knows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tnpeft.network import Layer
+from tnpeft.plan import Axis, Call
+
+__all__ = ["call_of", "chain_input"]
+
+
+def call_of(base: Any, layer: Layer, shape: Sequence[int], output_size: Any, device: str) -> Call | None:
+    """The call of `base` with an input of this shape; None where it has no elements or does not fit.
+
+    Convolutions with a padding mode other than zeros are called unpadded, on their padded input.
+    """
+    if math.prod(shape) == 0:
+        return None
+    if not layer.kernel_size:
+        return Call(math.prod(shape[:-1]), device=device) if shape[-1] == layer.in_channels else None
+    axes = len(layer.kernel_size)
+    if len(shape) not in (axes + 1, axes + 2) or shape[-axes - 1] != layer.in_channels:
+        return None
+    batch = shape[0] if len(shape) == axes + 2 else 1
+    found = _transposed_axes(base, shape, output_size) if layer.transposed else _axes(base, shape)
+    if any(axis.outputs < 1 for axis in found):
+        return None
+    return Call(batch, found, layer.transposed, device)
+
+
+def chain_input(base: Any, x: Tensor) -> Tensor:
+    """What the chain of a convolution reads: its input, padded where the padding is not of zeros."""
+    if getattr(base, "padding_mode", "zeros") == "zeros":
+        return x
+    return functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+
+
+def _axes(base: nn.Conv3d, shape: Sequence[int]) -> tuple[Axis, ...]:
+    found = []
+    kernel, stride, dilation = base.kernel_size, base.stride, base.dilation
+    for place, size in enumerate(shape[-len(kernel) :]):
+        span = dilation[place] * (kernel[place] - 1)
+        before, both = _padding(base, place, span)
+        if base.padding_mode != "zeros":
+            size, before, both = size + both, 0, 0  # the chain reads the padded input
+        outputs = (size + both - span - 1) // stride[place] + 1
+        found.append(Axis(size, outputs, kernel[place], stride[place], dilation[place], before))
+    return tuple(found)
+
+
+def _padding(base: nn.Conv3d, place: int, span: int) -> tuple[int, int]:
+    """The padding before an axis, and before and after it together; `same` puts the odd one after."""
+    if isinstance(base.padding, str):
+        return (span // 2, span) if base.padding == "same" else (0, 0)
+    return int(base.padding[place]), 2 * int(base.padding[place])
+
+
+def _transposed_axes(base: nn.ConvTranspose3d, shape: Sequence[int], output_size: Any) -> tuple[Axis, ...]:
+    kernel = base.kernel_size
+    axes = len(kernel)
+    found = []
+    for place, size in enumerate(shape[-axes:]):
+        stride, dilation, before = base.stride[place], base.dilation[place], int(base.padding[place])
+        outputs = (size - 1) * stride - 2 * before + dilation * (kernel[place] - 1) + 1
+        if output_size is None:
+            outputs += base.output_padding[place]
+        else:
+            outputs = int(output_size[-axes:][place])
+        found.append(Axis(size, outputs, kernel[place], stride, dilation, before))
+    return tuple(found)

@@ -1,0 +1,108 @@
+"""Planning the factored mode: the order in which clusters are absorbed, and how each is contracted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opt_einsum.paths import ssa_to_linear
+
+from tnpeft.network.model import Network
+from tnpeft.plan.call import Call
+from tnpeft.plan.dense import steps_of
+from tnpeft.plan.factored import Absorption, Graph, find_chain
+from tnpeft.plan.model import Link, Plan, Step
+from tnpeft.plan.path import Path, find_path
+
+__all__ = ["obstacle", "plan_factored"]
+
+
+def obstacle(network: Network) -> str | None:
+    """Why a network cannot be contracted with its layer's input, whatever the call, or None if it may be."""
+    if network.layer.groups > 1:
+        return f"groups={network.layer.groups}: each group has its own input"
+    if network.compose is not None:
+        return f"`compose: {network.compose}` needs the whole weight"
+    if any(core.origin == "weight" for core in network.cores):
+        return "a core is the base weight itself"
+    return None
+
+
+def plan_factored(network: Network, call: Call) -> Plan | str:
+    """The plan of the chain for one call, or why there is none."""
+    if reason := obstacle(network):
+        return reason
+    if network.parts != (network,):
+        parts = [plan_factored(part, call) for part in network.parts]
+        for number, part in enumerate(parts):
+            if isinstance(part, str):
+                return f"term {number + 1}: {part}"
+        terms = tuple(part for part in parts if isinstance(part, Plan))
+        return Plan(network, "factored", (), (), terms, call=call)
+    absorptions = find_chain(_graph(network), call)
+    if not absorptions:
+        return "every order builds the whole weight first"
+    links = tuple(_links(network, absorptions))
+    steps = tuple(step for link in links for step in link.steps)
+    return Plan(network, "factored", _path(network, links), steps, call=call, links=links)
+
+
+def _graph(network: Network) -> Graph:
+    """In the network's letters, so that layers of one signature share a search."""
+    letters = network.symbols
+    outputs, inputs, *kernel = (tuple(letters[leg] for leg in axis) for axis in network.weight)
+    cores = tuple(tuple(network.symbols_of(core)) for core in network.cores)
+    return Graph(cores, outputs, inputs, tuple(kernel), tuple((letters[leg], network.sizes[leg]) for leg in letters))
+
+
+def _links(network: Network, absorptions: tuple[Absorption, ...]) -> Iterator[Link]:
+    names = {letter: leg for leg, letter in network.symbols.items()}
+    kernel = {leg for axis in network.weight[2:] for leg in axis}
+    legs = network.weight[1]
+    number = len(network.cores)
+    for absorption in absorptions:
+        after = {names[letter] for letter in absorption.legs}
+        members = [(core, network.cores[core].legs) for core in absorption.cores]
+        outside = {leg for core in network.cores for leg in core.legs if core.name not in _names(network, absorption)}
+        own = tuple(dict.fromkeys(leg for _, core_legs in members for leg in core_legs))
+        kept = tuple(leg for leg in own if leg in outside or leg in network.open_legs)
+        steps = tuple(steps_of(members, kept, _cluster_path(network, members, kept), network.sizes, number))
+        result = steps[-1].number if steps else absorption.cores[0]
+        number += len(steps)
+        new = tuple(leg for leg in (*legs, *kept) if leg in after and leg not in kernel)
+        axes = tuple(leg for axis in absorption.axes for leg in network.weight[2 + axis])
+        yield Link(
+            result, steps, kept, absorption.axes, axes, absorption.gather, legs, tuple(dict.fromkeys(new)),
+            2 * absorption.multiplications,
+        )  # fmt: skip
+        legs = tuple(dict.fromkeys(new))
+
+
+def _names(network: Network, absorption: Absorption) -> set[str]:
+    return {network.cores[core].name for core in absorption.cores}
+
+
+def _cluster_path(network: Network, members: list[tuple[int, tuple[str, ...]]], kept: tuple[str, ...]) -> Path:
+    inputs = tuple("".join(network.symbols[leg] for leg in legs) for _, legs in members)
+    used = dict.fromkeys("".join(inputs))
+    output = "".join(network.symbols[leg] for leg in kept)
+    sizes = {network.symbols[leg]: network.sizes[leg] for leg in network.symbols}
+    return find_path(inputs, output, tuple((letter, sizes[letter]) for letter in used))
+
+
+def _path(network: Network, links: tuple[Link, ...]) -> Path:
+    """The whole contraction in opt_einsum's linear format; the layer's input stands after the last core."""
+    cores = len(network.cores)
+    numbers = {number: number for number in range(cores)}
+    pairs: list[tuple[int, int]] = []
+    bearing = cores
+
+    def result_of(step: Step) -> None:
+        pairs.append((numbers[step.operands[0]], numbers[step.operands[1]]))
+        numbers[step.number] = cores + len(pairs)
+
+    for link in links:
+        for step in link.steps:
+            result_of(step)
+        pairs.append((bearing, numbers[link.cluster]))
+        bearing = cores + len(pairs)
+    return tuple((min(pair), max(pair)) for pair in ssa_to_linear(pairs))

@@ -1,0 +1,77 @@
+"""Execution modes: each plans a network for a call, and `auto` takes the one with the least predicted time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from tnpeft.errors import Problem, TnpeftError, near_miss
+from tnpeft.network.model import Network
+from tnpeft.plan.call import Call, nominal_call
+from tnpeft.plan.chain import plan_factored
+from tnpeft.plan.dense import plan_dense
+from tnpeft.plan.model import Plan
+from tnpeft.plan.predict import predict
+
+__all__ = ["MODES", "check_mode", "plan"]
+
+
+def plan(network: Network, mode: str = "dense", call: Call | None = None) -> Plan:
+    """The plan of `network` in the execution mode `mode`, for calls like `call`; paths are cached per signature.
+
+    `dense` contracts the cores to the delta weight. `factored` contracts them with the layer's input, `hybrid` uses the
+    delta weight forward and the factored chain for the cores' gradients; where a network cannot be factored the plan
+    is the dense one, and its `reason` says why. `auto` is the one of the three with the least predicted time. Without a
+    `call` one of moderate size is assumed.
+
+    Raises:
+        TnpeftError: `mode` is unknown, or `network` is none.
+        BindError: the cores' sizes contradict each other, or an index dangles.
+    """
+    check_mode(mode)
+    if not isinstance(network, Network):
+        fix = "Bind a spec to a layer: `tnpeft.plan(spec.bind(layer))`."
+        raise TnpeftError(Problem("plan", "a network", type(network).__name__, fix))
+    return _planned(network, mode, call or nominal_call(network.layer))
+
+
+def check_mode(mode: object) -> None:
+    """Raises TnpeftError for what is no execution mode."""
+    if not isinstance(mode, str) or mode not in MODES:
+        known = ", ".join(f"`{name}`" for name in MODES)
+        fix = near_miss(str(mode), MODES) or "Leave `mode` out for the default."
+        raise TnpeftError(Problem("the execution mode", f"one of {known}", f"`{str(mode)[:40]}`", fix))
+
+
+def _dense(network: Network, call: Call) -> Plan:
+    return plan_dense(network)
+
+
+def _factored(network: Network, call: Call) -> Plan:
+    dense = plan_dense(network)  # checks the sizes first
+    found = plan_factored(network, call)
+    return replace(dense, reason=found) if isinstance(found, str) else found
+
+
+def _hybrid(network: Network, call: Call) -> Plan:
+    dense = plan_dense(network)
+    found = plan_factored(network, call)
+    if isinstance(found, str):
+        return replace(dense, reason=found)
+    return replace(dense, mode="hybrid", chain=found, call=call)
+
+
+def _auto(network: Network, call: Call) -> Plan:
+    plans = [_planned(network, mode, call) for mode in ("dense", "hybrid", "factored")]
+    return min(plans, key=lambda plan: predict(plan, call).step)
+
+
+def _planned(network: Network, mode: str, call: Call) -> Plan:
+    return MODES[mode](network, call)
+
+
+MODES: Mapping[str, Callable[[Network, Call], Plan]] = MappingProxyType(
+    {"dense": _dense, "factored": _factored, "hybrid": _hybrid, "auto": _auto}
+)
+"""Execution modes by name; each plans a network for a call."""

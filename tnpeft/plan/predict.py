@@ -1,0 +1,205 @@
+"""What a training step of one layer takes in each mode, in seconds: the model by which `auto` chooses.
+
+Counted are multiplications, elements moved and operations started, each at a fixed price. The base layer's forward pass
+and its input's gradient cost the same in every mode; what differs is
+
+* dense: the delta weight and its gradients, the sum with the weight, and the weight's gradient of one layer call;
+* hybrid: the clusters, the delta weight from them, the sum; backward the chain of values;
+* factored: the clusters and the chain, with pairs where there is a frozen copy, forward and backward.
+
+`benchmarks/modes.py` holds the predictions against timings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tnpeft.plan.call import Call
+from tnpeft.plan.model import Plan, Step
+
+__all__ = ["MACHINES", "Machine", "Prediction", "predict"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Prices in ns: of starting an operation with its views; of a shifted copy along one axis; of a multiplication and
+    addition in a product, in a layer call, and in the gradient of its weight; of an element read or written; of a
+    weight's element in a layer call. Products of fewer than `narrow` rows or columns take longer."""
+
+    start: float
+    shift: float
+    multiply: float
+    call: float
+    weight_gradient: float
+    move: float
+    weight: float
+    narrow: float
+
+
+# `cpu`: fitted to a 2-core EPYC without bf16 instructions (benchmarks/results/modes.json). `cuda`: an estimate from the
+# data sheet of an H100 and a launch of 6 us; time calls there with `autotune=True`.
+MACHINES = {
+    "cpu": Machine(11e3, 32e3, 0.034, 0.032, 0.040, 0.35, 1.3, 12.0),
+    "cuda": Machine(9e3, 12e3, 6e-5, 3e-5, 4e-5, 0.0016, 0.003, 64.0),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one layer call, and of its backward pass."""
+
+    forward: float
+    backward: float
+
+    @property
+    def step(self) -> float:
+        return self.forward + self.backward
+
+
+def predict(plan: Plan, call: Call) -> Prediction:
+    """What a call and its backward pass take in the plan's mode."""
+    price = _Prices(MACHINES.get(call.device, MACHINES["cuda"]))
+    forward, backward = price.base(plan, call)
+    if plan.mode == "dense":
+        more = price.dense(plan, call)
+    else:
+        chain = plan.chain or plan
+        more = [price.clusters(part) for part in chain.terms or (chain,)]
+        if plan.mode == "hybrid":
+            more += [price.completion(part) for part in chain.terms or (chain,)]
+            more += [(price.moved(3 * plan.network.layer.numel), 0.0)]
+        more += [price.chain(part, call, plan.mode == "factored") for part in chain.terms or (chain,)]
+    forward += sum(one for one, _ in more)
+    backward += sum(other for _, other in more)
+    return Prediction(forward * 1e-9, backward * 1e-9)
+
+
+class _Prices:
+    """Times in ns; pairs are those of a forward and of a backward pass."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def product(self, multiplications: float, rows: float) -> float:
+        narrow = self.machine.narrow
+        slow = 1 + (narrow / max(rows, 1)) if rows < narrow else 1.0
+        return self.machine.start + self.machine.multiply * multiplications * slow
+
+    def moved(self, elements: float) -> float:
+        return self.machine.start + self.machine.move * elements
+
+    def base(self, plan: Plan, call: Call) -> tuple[float, float]:
+        once = self.machine.start + self.machine.call * _multiplications(plan, call)
+        once += self.machine.weight * plan.network.layer.numel
+        return once, once
+
+    def dense(self, plan: Plan, call: Call) -> list[tuple[float, float]]:
+        numel = plan.network.layer.numel
+        found = []
+        for part in plan.terms or (plan,):
+            pairs = 3 if part.network.start == "frozen_copy" else 1
+            forward = sum(pairs * self._step(step) for step in part.steps)
+            found.append((forward, 2 * sum(self._step(step) for step in part.steps) + self.moved(numel)))
+        gradient = self.machine.start + self.machine.weight_gradient * _multiplications(plan, call)
+        found.append((self.moved(3 * numel), gradient + 2 * self.machine.weight * numel))
+        return found
+
+    def clusters(self, plan: Plan) -> tuple[float, float]:
+        """Contracted for each layer alone; groups of layers share the operations that are started."""
+        pairs = 3 if plan.network.start == "frozen_copy" else 1
+        own = sum(self._step(step) for step in plan.steps)
+        elements = sum(_elements(plan, link.kept) for link in plan.links)
+        starts = self.machine.start * len(plan.network.cores)
+        return pairs * own + starts + self.moved(2 * pairs * elements), 2 * own + starts / 2 + self.moved(elements)
+
+    def completion(self, plan: Plan) -> tuple[float, float]:
+        """From the clusters to the delta weight; the last product writes it, over the smallest bond of the chain."""
+        numel, links = plan.network.layer.numel, plan.links
+        double = 2 if plan.network.start == "frozen_copy" else 1
+        inner = links[:-1]
+        bond = min((_elements(plan, _cut(plan, place)) for place in range(len(inner))), default=1)
+        return len(inner) * self.machine.start + self.product(numel * bond * double, bond) + self.moved(numel), 0.0
+
+    def chain(self, plan: Plan, call: Call, factored: bool) -> tuple[float, float]:
+        """The products and shifted copies of a chain; with pairs each tensor between two links is twice as large."""
+        paired = factored and plan.network.start == "frozen_copy"
+        forward = backward = 0.0
+        links = [*_links(plan, call)]
+        for place, link in enumerate(links):
+            first, last = place == 0, place == len(links) - 1
+            wide = (1 if first else 2) * (1 if last else 2) if paired else 1
+            side = (1 if (first if link.gather else last) else 2) if paired else 1
+            if factored:
+                forward += self._link(link, wide, side)
+                backward += self._link(link, wide, side)
+            elif not first:
+                backward += self._link(link, 1, 1)  # the input's gradient
+            if not last:
+                backward += self._link(link, 1, 1)  # the value, made again
+            half = 2 if paired and not last else 1
+            backward += self._link(link, half, half if not link.gather else 1)  # the cluster's gradient
+        if factored:
+            forward += self.moved(2 * call.batch * call.outputs * plan.network.layer.out_channels)
+            backward += self.moved(2 * call.batch * call.inputs * plan.network.layer.in_channels)
+        return forward, backward
+
+    def _step(self, step: Step) -> float:
+        return 1.5 * self.machine.start + self.machine.multiply * step.flops / 2 + self.machine.move * step.elements
+
+    def _link(self, link: _Link, wide: int, side: int) -> float:
+        found = self.product(link.multiplications * wide, link.rows * min(wide, 2)) + self.machine.start
+        found += self.machine.move * (link.read + link.written) * min(wide, 2)
+        if link.shifts:
+            found += link.shifts * self.machine.shift + 2 * self.machine.move * link.copied * side
+        return found
+
+
+@dataclass(frozen=True)
+class _Link:
+    """One product of a chain: what it multiplies, reads, writes, and how its shifted copies are made."""
+
+    multiplications: float
+    rows: int
+    read: float
+    written: float
+    copied: float
+    shifts: int
+    gather: bool
+
+
+def _links(plan: Plan, call: Call) -> Iterator[_Link]:
+    sizes = [axis.inputs for axis in call.axes]
+    for link in plan.links:
+        inputs = math.prod(sizes)
+        shifts = 0
+        for axis in link.axes:
+            sizes[axis] = call.axes[axis].outputs
+            shifts += not call.axes[axis].plain
+        outputs = math.prod(sizes)
+        before, after = (call.batch * _elements(plan, legs) for legs in (link.before, link.after))
+        entries = _elements(plan, link.kernel)
+        copied = entries * (before * outputs if link.gather else after * inputs)
+        new = _elements(plan, tuple(leg for leg in link.after if leg not in link.before))
+        summed = _elements(plan, tuple(leg for leg in link.before if leg not in link.after))
+        rows = min(new * (1 if link.gather else entries), summed * (entries if link.gather else 1))
+        yield _Link(link.flops / 2, rows, before * inputs, after * outputs, copied, shifts, link.gather)
+
+
+def _cut(plan: Plan, place: int) -> tuple[str, ...]:
+    """The legs between the clusters up to a place and those after it."""
+    done = {leg for link in plan.links[: place + 1] for leg in link.kept}
+    later = {leg for link in plan.links[place + 1 :] for leg in link.kept}
+    opened = set(plan.network.open_legs)
+    return tuple(leg for leg in plan.network.sizes if leg in done and leg in later and leg not in opened)
+
+
+def _elements(plan: Plan, legs: tuple[str, ...]) -> int:
+    return math.prod(plan.network.sizes[leg] for leg in legs)
+
+
+def _multiplications(plan: Plan, call: Call) -> float:
+    layer = plan.network.layer
+    voxels = call.inputs if call.transposed else call.outputs
+    return call.batch * voxels * layer.numel

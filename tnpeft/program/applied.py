@@ -1,0 +1,219 @@
+"""Factored and hybrid layers: the update of a layer's output, the summed weight, and the gradients of the clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnpeft.errors import ExecutionError, Problem
+from tnpeft.plan import Plan
+from tnpeft.program.chain import Chain, lower_chain
+from tnpeft.program.clusters import LayerClusters
+from tnpeft.program.completion import complete
+from tnpeft.program.route import routes
+from tnpeft.program.total import without_autocast
+
+__all__ = ["ChainProgram", "ClusterGradients", "Completions", "FactoredUpdate", "build_chain", "build_completion"]
+
+
+class _Term(NamedTuple):
+    """One term's chain, its clusters' place among all, and its channels: of the layer, and padded."""
+
+    chain: Chain
+    clusters: slice
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+
+
+class ChainProgram:
+    """The chains of a network's terms for one call.
+
+    The layer's input comes as (batch, in_channels, voxels...), a Linear's as (rows, in_features).
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        network, call = plan.network, plan.call
+        assert call is not None
+        self.space = tuple(axis.inputs for axis in call.axes)
+        self.output_space = tuple(axis.outputs for axis in call.axes)
+        self.terms: list[_Term] = []
+        self.clusters = 0
+        for part, route in routes(plan):
+            own = slice(self.clusters, self.clusters + len(route.stops))
+            self.clusters = own.stop
+            outputs, inputs, *_ = part.network.padded_shape
+            channels = (network.layer.in_channels, inputs), (network.layer.out_channels, outputs)
+            self.terms.append(_Term(lower_chain(part, route), own, *channels))
+
+    def add_output(self, out: Tensor, x: Tensor, clusters: Sequence[Tensor], paired: bool) -> None:
+        """Add every term's update to `out`, (batch, out_channels, voxels...) in any memory order."""
+        for term in self.terms:
+            made = term.chain.output(_padded(x, term.inputs), clusters[term.clusters], paired)
+            narrow, wide = term.outputs
+            shaped = made.reshape(-1, wide, *self.output_space)
+            out.add_(shaped[:, :narrow] if narrow < wide else shaped)
+
+    def gradients(
+        self, x: Tensor, values: Sequence[Tensor], paired: Sequence[Tensor], gradient: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Those of the update: the input's, (batch, in_channels, voxels...), and the clusters'; `wanted` says which."""
+        found: list[Tensor | None] = []
+        total: Tensor | None = None
+        for term in self.terms:
+            made, own = term.chain.gradients(
+                _padded(x, term.inputs),
+                values[term.clusters],
+                paired[term.clusters],
+                _padded(gradient, term.outputs),
+                (wanted[0], *wanted[1:][term.clusters]),
+            )
+            found += own
+            if made is not None:
+                narrow, wide = term.inputs
+                shaped = made.reshape(-1, wide, *self.space)[:, :narrow]
+                total = shaped if total is None else total + shaped
+        return total, found
+
+
+@lru_cache(maxsize=4096)
+def build_chain(plan: Plan) -> ChainProgram:
+    """The chains of a factored plan, cached."""
+    return ChainProgram(plan)
+
+
+class Completions:
+    """From the clusters of all terms to the delta weight."""
+
+    def __init__(self, plan: Plan, memory_order: tuple[int, ...]) -> None:
+        self.terms = []
+        done = 0
+        for part, route in routes(plan):
+            self.terms.append((slice(done, done + len(route.stops)), complete(part, route, memory_order)))
+            done += len(route.stops)
+
+    def __call__(self, clusters: LayerClusters) -> Tensor:
+        """ΔW in its memory order, a tensor that nothing else holds; it carries no gradient."""
+        known = clusters.paired or clusters.values
+        with torch.no_grad(), without_autocast(known[0]):
+            total: Tensor | None = None
+            for own, term in self.terms:
+                weight = term(known[own])
+                total = weight if total is None else total.add_(weight)
+        assert total is not None
+        return total
+
+
+@lru_cache(maxsize=1024)
+def build_completion(plan: Plan, memory_order: tuple[int, ...]) -> Completions:
+    """The completion of a factored plan, cached."""
+    return Completions(plan, memory_order)
+
+
+def _padded(tensor: Tensor, channels: tuple[int, int]) -> Tensor:
+    """The tensor, contiguous, with channels of zeros added."""
+    narrow, wide = channels
+    if wide == narrow:
+        return tensor.contiguous()
+    return torch.constant_pad_nd(tensor, (0, 0) * (tensor.dim() - 2) + (0, wide - narrow)).contiguous()
+
+
+def _chain_dtype(x: Tensor) -> torch.dtype:
+    """The type in which the input meets the clusters: that of autocast or the input, but never fp16, where values
+    overflow of which the difference is still zero."""
+    device = x.device.type
+    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    found = torch.get_autocast_dtype(device) if autocast else x.dtype
+    return torch.float32 if found == torch.float16 else found
+
+
+class FactoredUpdate(torch.autograd.Function):
+    """Adds the update of a factored layer to its base layer's output; keeps the input and the clusters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, program: ChainProgram, paired: tuple[Tensor, ...], *values: Tensor
+    ) -> Tensor:
+        """`out` is the base layer's, a tensor that no backward pass reads; it is written to."""
+        ctx.dtype = _chain_dtype(x)
+        out = out.detach()
+        with without_autocast(out):
+            flat = _flat(x, program.space).to(ctx.dtype)
+            program.add_output(_flat(out, program.output_space), flat, _cast(paired or values, ctx.dtype), bool(paired))
+        ctx.save_for_backward(x, *values, *paired)
+        ctx.program = program
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        _refuse_double_backward("factored")
+        program: ChainProgram = ctx.program
+        x, *clusters = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        with without_autocast(gradient):
+            own, found = program.gradients(
+                _flat(x, program.space).to(ctx.dtype),
+                _cast(clusters[: program.clusters], ctx.dtype),
+                _cast(clusters[program.clusters :], ctx.dtype),
+                _flat(gradient, program.output_space).to(ctx.dtype),
+                (needs[1], *needs[4:]),
+            )
+        shaped = None if own is None else own.to(x.dtype).reshape(x.shape)
+        return (gradient if needs[0] else None, shaped, None, None, *_like(found, clusters))
+
+
+class ClusterGradients(torch.autograd.Function):
+    """Leaves a hybrid layer's output as it is; its backward pass makes the clusters' gradients from the input."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, program: ChainProgram, *values: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *values)
+        ctx.program, ctx.dtype = program, _chain_dtype(x)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        _refuse_double_backward("hybrid")
+        program: ChainProgram = ctx.program
+        x, *values = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        with without_autocast(gradient):
+            _, found = program.gradients(
+                _flat(x, program.space).to(ctx.dtype),
+                _cast(values, ctx.dtype),
+                (),
+                _flat(gradient, program.output_space).to(ctx.dtype),
+                (False, *needs[3:]),
+            )
+        return (gradient if needs[0] else None, None, None, *_like(found, values))
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Tensors of one type in another one."""
+    if not tensors or tensors[0].dtype == dtype:
+        return tensors
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _like(found: Sequence[Tensor | None], clusters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The clusters' gradients in their own shape and type."""
+    pairs = zip(found, clusters, strict=False)
+    return [None if one is None else one.to(like.dtype).view(like.shape) for one, like in pairs]
+
+
+def _flat(tensor: Tensor, space: tuple[int, ...]) -> Tensor:
+    """With one batch axis: unbatched inputs of convolutions get one, the leading axes of a Linear's become one."""
+    if not space:
+        return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == len(space) + 2 else tensor.unsqueeze(0)
+
+
+def _refuse_double_backward(mode: str) -> None:
+    """Autograd would take the gradients for constants, in silence. Raises ExecutionError where it looks on."""
+    if torch.is_grad_enabled():
+        what = f"double backward through a layer in {mode} mode"
+        fix = 'Attach the adapter with `mode="dense"` for second derivatives.'
+        raise ExecutionError(Problem(what, "gradients that are not differentiated", "`create_graph=True`", fix))

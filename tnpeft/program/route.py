@@ -1,0 +1,124 @@
+"""The order of legs of everything in a factored chain: of the layer's input on its way, and of the clusters it absorbs.
+
+The input is stored as (batch, channels' legs, voxels) after every link; the legs that the next product sums stand last,
+so that it is a matrix product. With a frozen copy the input on its way is a pair, the value and its change, along one
+leg more: the *pair leg* of a link, made by its cluster and summed by the next. Torch is not needed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from tnpeft.plan import Link, Plan
+
+__all__ = ["BATCH", "GROUP", "VOXELS", "Route", "Stop", "routes"]
+
+# Letters of the batch, the voxels, and the layers of a group; networks have those of `opt_einsum.get_symbol`, which
+# are none of these. Pair legs follow them.
+BATCH, VOXELS, GROUP = "\u0001", "\u0002", "\u0003"
+_PAIRS = 0x10
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The legs at one link, as strings of letters.
+
+    `before` and `after` are the channels' legs of the input; the cluster has `shared` legs, which stay, `new` ones,
+    which it brings, `summed` ones, and those of its `kernel` axes. `pair_in` and `pair_out` are pair legs, empty at the
+    first and last link.
+    """
+
+    link: Link
+    before: str
+    after: str
+    shared: str
+    new: str
+    summed: str
+    kernel: str
+    pair_in: str
+    pair_out: str
+    passing: str  # of `before`, those that go; they stand last
+    leaving: str  # of `after`, those that the next link sums; they stand last
+
+    def cluster(self, paired: bool) -> str:
+        """The order of the cluster's legs."""
+        pair_in, pair_out = (self.pair_in, self.pair_out) if paired else ("", "")
+        tail = pair_in + self.summed
+        tail = tail + self.kernel if self.link.gather else self.kernel + tail
+        return self.shared + pair_out + self.new + tail
+
+    def input(self, paired: bool) -> str:
+        """The order of the input's legs before the link."""
+        split = len(self.before) - len(self.passing)
+        return self.before[:split] + (self.pair_in if paired else "") + self.before[split:]
+
+    def output(self, paired: bool) -> str:
+        split = len(self.after) - len(self.leaving)
+        return self.after[:split] + (self.pair_out if paired else "") + self.after[split:]
+
+
+@dataclass(frozen=True)
+class Route:
+    """All links of one term, and the sizes of every letter but the voxels'."""
+
+    stops: tuple[Stop, ...]
+    sizes: Mapping[str, int]
+
+
+def routes(plan: Plan) -> Iterator[tuple[Plan, Route]]:
+    """The terms of a factored plan with their routes."""
+    for part in plan.terms or (plan,):
+        yield part, _route(part)
+
+
+def _route(plan: Plan) -> Route:
+    letters = plan.network.symbols
+    sizes = {letter: plan.network.sizes[leg] for leg, letter in letters.items()}
+    orders = ["".join(letters[leg] for leg in plan.network.weight[1])]
+    for place in range(len(plan.links)):
+        orders.append(_order_after(plan, place))
+    stops = []
+    for place, link in enumerate(plan.links):
+        before, after = orders[place], orders[place + 1]
+        own = "".join(letters[leg] for leg in link.kept)
+        last = place == len(plan.links) - 1
+        pair_in, pair_out = (chr(_PAIRS + place) if place else "", "" if last else chr(_PAIRS + place + 1))
+        sizes |= dict.fromkeys(pair_in + pair_out, 2)
+        stops.append(
+            Stop(
+                link=link,
+                before=before,
+                after=after,
+                shared="".join(letter for letter in after if letter in before and letter in own),
+                new="".join(letter for letter in after if letter in own and letter not in before),
+                summed="".join(letter for letter in before if letter in own and letter not in after),
+                kernel="".join(letters[leg] for leg in link.kernel),
+                pair_in=pair_in,
+                pair_out=pair_out,
+                passing="".join(letter for letter in before if letter not in after),
+                leaving="" if last else "".join(letter for letter in after if letter not in _left_by_next(plan, place)),
+            )
+        )
+    return Route(tuple(stops), sizes)
+
+
+def _left_by_next(plan: Plan, place: int) -> str:
+    """The letters that the next link leaves."""
+    return "".join(plan.network.symbols[leg] for leg in plan.links[place + 1].after)
+
+
+def _order_after(plan: Plan, place: int) -> str:
+    """The legs that stay longest first; after the last link they stand as in the weight."""
+    links, weight = plan.links, plan.network.weight[0]
+    letters = plan.network.symbols
+    if place == len(links) - 1:
+        return "".join(letters[leg] for leg in weight)
+    natural = [*weight, *links[place].after]
+
+    def stays(leg: str) -> int:
+        gone = (later for later in range(place + 1, len(links)) if leg not in links[later].after)
+        return next(gone, len(links))
+
+    ordered = sorted(links[place].after, key=lambda leg: (-stays(leg), natural.index(leg)))
+    return "".join(letters[leg] for leg in ordered)
