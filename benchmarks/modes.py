@@ -70,23 +70,24 @@ def measure(name: str, layer: nn.Module, x: Tensor, rounds: int) -> dict[str, An
     with torch.no_grad():
         gradient = torch.randn_like(layer(x))
     calls: dict[str, Callable[[], None]] = {"frozen": step(frozen, x, gradient)}
-    predicted, planned = {}, {}
+    plans = {}
     for mode in (*MODES, "auto"):
         model = nn.Sequential(copy.deepcopy(layer))
         tnpeft.attach(model, name, match=["0"], mode=mode, **SPECS.get(name, {}))
-        model(x)
-        running = model[0].adapter("default").calling.last
-        planned[mode] = running.mode
+        adapter = model[0].adapter("default")
+        plans[mode] = adapter.calling.running(model[0].base, x, ()).plan
         if mode != "auto":
             calls[mode] = step(model, x, gradient)
-            predicted[mode] = predict(running.plan, running.call).step
+    call = adapter.calling.last.call
+    predicted = {mode: predict(plans[mode], call).step for mode in MODES}
+    planned = {mode: found.mode for mode, found in plans.items()}
     found = timings(alternating(calls, rounds), "frozen")
     times = {mode: found[mode].seconds for mode in calls}
     possible = [mode for mode in MODES if planned[mode] == mode]
     best = min(possible, key=lambda mode: times[mode])
     return {
         "spec": name,
-        "layer": str(running.plan.network.layer),
+        "layer": str(adapter.network.layer),
         "input": list(x.shape),
         "seconds": times,
         "predicted": predicted,

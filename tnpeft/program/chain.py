@@ -1,11 +1,11 @@
 """The factored chain as code: the products with which a layer's input absorbs the clusters, one after the other.
 
-After every link the input is stored as (batch, channels' legs, voxels), contiguous; kernel legs stand before the voxels
-where there are some. A product is `mm` or `bmm` on views of that.
+Everything is stored contiguously, in the orders of its route. A product is `mm` or `bmm` on views of that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,13 +35,13 @@ class Absorb:
 
     With `gather` the windows spread the input before the product, else they collect the product; `back` are the same
     windows for gradients. `paired.to_cluster` takes the pair's gradient and the input's value, and leaves the pair leg
-    to be summed in front (`pair`: there is one).
+    to be summed, after `outer` entries (0: there is none).
     """
 
     gather: bool
     plain: Products
     paired: Products
-    pair: bool
+    outer: int
     windows: Windows
     back: Windows
 
@@ -101,8 +101,8 @@ class Chain:
             received = link.received(gradient)
             if wanted[1 + place]:
                 made = contract(products.to_cluster, received, inputs[place], plain)
-                if differing and link.pair:
-                    made = made.reshape(2, -1).sum(0)
+                if differing and link.outer:
+                    made = made.reshape(link.outer, 2, -1).sum(1)
                 found[place] = made
             if place or wanted[0]:
                 cluster = (paired if differing else values)[place]
@@ -126,7 +126,7 @@ def lower_chain(plan: Plan, route: Route) -> Chain:
     space = _Space(plan.call)
     # Axes without legs move the input first.
     legless = [axis for axis, legs in enumerate(plan.network.weight[2:]) if not legs]
-    entry, leave = space.windows(legless, False, False), space.windows(legless, True, True)
+    entry, leave = space.windows(legless, False, False, None), space.windows(legless, True, True, None)
     space.absorb(legless)
     links = tuple(_absorb(stop, route, space) for stop in route.stops)
     return Chain(links, entry, leave)
@@ -141,53 +141,59 @@ class _Space:
 
     @property
     def voxels(self) -> int:
-        number = 1
-        for size in self.sizes:
-            number *= size
-        return number
+        return math.prod(self.sizes)
 
     def absorb(self, axes: Sequence[int]) -> None:
         """The axes have their output's size from here on."""
         for axis in axes:
             self.sizes[axis] = self.call.axes[axis].outputs
 
-    def windows(self, axes: Sequence[int], backward: bool, collects: bool) -> Windows:
+    def windows(self, axes: Sequence[int], backward: bool, collects: bool, before: int | None) -> Windows:
         """Of some axes, to spread them or to collect them.
 
         Forward they lead from the input's side to the output's, backward the other way. Axes along which nothing moves
-        need none.
+        need none. Kernel legs stand after so many elements of the channels' legs, which follow the voxels, or (None)
+        before the voxels, and the channels' legs before them.
         """
         sizes = list(self.sizes)
         for axis in axes:
             known = self.call.axes[axis]
             sizes[axis] = known.outputs if backward else known.inputs
-        found = {}
+        found: dict[int, Window] = {}
         for axis in reversed(axes) if collects else axes:
             known = self.call.axes[axis]
             if not known.plain:
-                found[axis] = Window.of(known, self.call.transposed, sizes[:axis], sizes[axis + 1 :], backward)
+                around = sizes[:axis], sizes[axis + 1 :]
+                # Kernel axes before this one stand before it.
+                others = math.prod(self.call.axes[other].kernel for other in axes[: axes.index(axis)])
+                place = None if before is None else (self.call.batch, before * others)
+                found[axis] = Window.of(known, self.call.transposed, *around, backward, place)
             sizes[axis] = known.inputs if backward else known.outputs
         return Windows([found[axis] for axis in axes if axis in found], collects)
 
 
 def _absorb(stop: Stop, route: Route, space: _Space) -> Absorb:
     link = stop.link
-    forward = space.windows(link.axes, False, not link.gather)
-    back = space.windows(link.axes, True, link.gather)
+    if link.gather:
+        staying = stop.before[: -len(stop.passing) or None]
+        before = None if stop.first else math.prod(route.sizes[letter] for letter in staying)
+    else:
+        before = None if stop.last else 1
+    forward = space.windows(link.axes, False, not link.gather, before)
+    back = space.windows(link.axes, True, link.gather, before)
     inputs = space.voxels
     space.absorb(link.axes)
     sizes = dict(route.sizes) | {BATCH: space.call.batch, VOXELS: space.voxels if link.gather else inputs}
-    gathered, scattered = (stop.kernel, "") if link.gather else ("", stop.kernel)
+    outer = math.prod(route.sizes[letter] for letter in stop.pieces[0])
 
     def products(paired: bool) -> Products:
-        cluster = stop.cluster(paired)
-        seen = BATCH + stop.input(paired) + gathered + VOXELS
-        made = BATCH + stop.output(paired) + scattered + VOXELS
+        cluster, seen, made = stop.cluster(paired), stop.seen(paired), stop.made(paired)
         # The clusters' gradients need the input's value alone.
-        value = BATCH + stop.input(False) + gathered + VOXELS
-        total = (stop.pair_out if paired else "") + stop.cluster(False)
+        total = stop.pieces[0] + (stop.pair_out if paired else "") + "".join(stop.pieces[1:])
         return Products(
-            lower(seen, cluster, made, sizes), lower(made, cluster, seen, sizes), lower(made, value, total, sizes)
+            forward=lower(seen, cluster, made, sizes),
+            to_input=lower(made, cluster, seen, sizes),
+            to_cluster=lower(made, stop.seen(False), total, sizes),
         )
 
-    return Absorb(link.gather, products(False), products(True), bool(stop.pair_out), forward, back)
+    return Absorb(link.gather, products(False), products(True), 0 if stop.last else outer, forward, back)

@@ -213,10 +213,8 @@ def _term(plan: Plan, route: Route, numbers: dict[str, int], count: int) -> _Ter
         elif orders[number] != wanted:
             ordered = reordering(batch + orders[number], batch + wanted, sizes)
             back = reordering(batch + wanted, batch + orders[number], sizes)
-        outer = math.prod(sizes[letter] for letter in stop.shared) * count
-        new = math.prod(sizes[letter] for letter in stop.new + ("" if stop.link.gather else stop.kernel))
-        rest = math.prod(sizes[letter] for letter in stop.summed + (stop.kernel if stop.link.gather else ""))
-        clusters.append(_Cluster(number, ordered, back, (outer, new, rest), not stop.pair_in, not stop.pair_out))
+        outer, between, rest = (math.prod(sizes[letter] for letter in piece) for piece in stop.pieces)
+        clusters.append(_Cluster(number, ordered, back, (outer * count, between, rest), stop.first, stop.last))
     elements = [core.numel for core in network.cores]
     return _Term(
         cores=tuple(numbers[core.name] for core in network.cores),

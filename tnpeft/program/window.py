@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ Pair = tuple[slice, slice]
 
 @dataclass(frozen=True)
 class Window:
-    """One kernel axis of a tensor (rows, outer voxels, the axis, inner voxels).
+    """One kernel axis of a tensor (rows, outer voxels, the axis, inner voxels, more rows, columns).
 
-    `pairs` joins positions of the side that `spread` reads to those that it writes, entry by entry (None: nothing).
-    `padding` are the zeros before and after with which every entry is a plain run of positions from one of the `starts`
-    on; None where there is no such padding. `whole` is the entry that writes every position, if there is one.
+    The kernel's place is after the rows before the voxels (`first`), or after those that follow them. `pairs` joins
+    positions of the side that `spread` reads to those that it writes, entry by entry (None: nothing). `padding` are the
+    zeros before and after with which every entry is a plain run of positions from one of the `starts` on; None where
+    there is no such padding. `whole` is the entry that writes every position, if there is one.
     """
 
     kernel: int
@@ -35,6 +36,8 @@ class Window:
     written: int
     outer: int
     inner: int
+    rows: tuple[int, int]
+    first: bool
     pairs: tuple[Pair | None, ...]
     padding: tuple[int, int] | None
     starts: tuple[int, ...]
@@ -47,8 +50,20 @@ class Window:
         return around * self.read, around * self.written
 
     @classmethod
-    def of(cls, axis: Axis, transposed: bool, outer: Sequence[int], inner: Sequence[int], backward: bool) -> Window:
-        """`outer` and `inner` are the sizes of the axes around; `backward`: from the output's side to the input's."""
+    def of(
+        cls,
+        axis: Axis,
+        transposed: bool,
+        outer: Sequence[int],
+        inner: Sequence[int],
+        backward: bool,
+        place: tuple[int, int] | None,
+    ) -> Window:
+        """`outer` and `inner` are the sizes of the axes around; `backward`: from the output's side to the input's.
+
+        `place` has the rows before the voxels and those between voxels and kernel; None if all stand before the kernel,
+        and that before the voxels.
+        """
         found = [axis.slices(entry, transposed) for entry in range(axis.kernel)]
         pairs = tuple(None if pair is None else (pair[::-1] if backward else pair) for pair in found)
         read, written = (axis.outputs, axis.inputs) if backward else (axis.inputs, axis.outputs)
@@ -61,36 +76,55 @@ class Window:
             starts = tuple(offset + padding[0] for offset in offsets)
         full = (entry for entry, pair in enumerate(pairs) if pair and len(range(*pair[1].indices(written))) == written)
         return cls(
-            axis.kernel, read, written, math.prod(outer), math.prod(inner), pairs, padding, starts, next(full, None)
+            kernel=axis.kernel,
+            read=read,
+            written=written,
+            outer=math.prod(outer),
+            inner=math.prod(inner),
+            rows=(-1, 1) if place is None else place,
+            first=place is None,
+            pairs=pairs,
+            padding=padding,
+            starts=starts,
+            whole=next(full, None),
         )
 
     def spread(self, tensor: Tensor) -> Tensor:
-        """(rows, voxels) to (rows, kernel, voxels): one copy for each kernel entry, zero where it reads nothing."""
-        seen = tensor.reshape(-1, self.outer, self.read, self.inner)
+        """One copy for each kernel entry, at the kernel's place; zero where an entry reads nothing."""
+        rows, more = self.rows
+        seen = tensor.reshape(rows, self.outer, self.read, self.inner * more, 1 if self.first else -1)
+        place = 1 if self.first else 4
         if self.padding is not None:
             if self.padding != (0, 0):
-                seen = torch.constant_pad_nd(seen, (0, 0, *self.padding))
+                seen = torch.constant_pad_nd(seen, (0, 0, 0, 0, *self.padding))
             if self.kernel == 1:
                 return seen.narrow(2, self.starts[0], self.written).contiguous()
-            return torch.stack([seen.narrow(2, start, self.written) for start in self.starts], 1)
-        found = seen.new_zeros(seen.shape[0], self.kernel, self.outer, self.written, self.inner)
+            return torch.stack([seen.narrow(2, start, self.written) for start in self.starts], place)
+        shape = [seen.shape[0], self.outer, self.written, *seen.shape[3:]]
+        shape.insert(place, self.kernel)
+        found = seen.new_zeros(shape)
         for entry, pair in enumerate(self.pairs):
             if pair is not None:
-                found[:, entry, :, pair[1]] = seen[:, :, pair[0]]
+                found.select(place, entry)[:, :, pair[1]] = seen[:, :, pair[0]]
         return found
 
     def collect(self, tensor: Tensor) -> Tensor:
-        """(rows, kernel, voxels) to (rows, voxels): what `spread` would read is added to what it would write."""
-        seen = tensor.reshape(-1, self.kernel, self.outer, self.read, self.inner)
+        """What `spread` would read is added to what it would write, and the kernel's place is gone."""
+        rows, more = self.rows
+        if self.first:
+            entries = tensor.reshape(-1, self.kernel, self.outer, self.read, self.inner).unbind(1)
+        else:
+            entries = tensor.reshape(rows, self.outer, self.read, self.inner * more, self.kernel, -1).unbind(4)
         if self.whole is None:
-            found = seen.new_zeros(seen.shape[0], self.outer, self.written, self.inner)
+            shape = entries[0].shape
+            found = tensor.new_zeros(*shape[:2], self.written, *shape[3:])
         else:
             pair = self.pairs[self.whole]
             assert pair is not None
-            found = seen[:, self.whole, :, pair[0]].clone(memory_format=torch.contiguous_format)
+            found = entries[self.whole][:, :, pair[0]].clone(memory_format=torch.contiguous_format)
         for entry, pair in enumerate(self.pairs):
             if pair is not None and entry != self.whole:
-                found[:, :, pair[1]] += seen[:, entry, :, pair[0]]
+                found[:, :, pair[1]] += entries[entry][:, :, pair[0]]
         return found
 
 
@@ -107,33 +141,45 @@ class Windows:
 
     def __init__(self, axes: Sequence[Window], collects: bool) -> None:
         self.axes, self.collects = tuple(axes), collects
-        self.kernel = math.prod(window.kernel for window in axes)
         self._matrices: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._small = False
         if axes:
+            kernel = math.prod(window.kernel for window in axes)
             first, last = (axes[-1], axes[0]) if collects else (axes[0], axes[-1])
-            self.read = first.numel[0] * (self.kernel if collects else 1)
-            written = last.numel[1] * (1 if collects else self.kernel)
-            self.small = self.read * written <= MATRIX
+            self._read = first.numel[0] * (kernel if collects else 1)
+            written = last.numel[1] * (1 if collects else kernel)
+            # Legs between the voxels and the kernel's place would stand in the matrix' way.
+            self._small = self._read * written <= MATRIX and axes[0].rows[1] == 1
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """(rows, voxels) to (rows, kernel entries, voxels), or back; shapes are arbitrary, memory is contiguous."""
+        """The tensor with shifted copies or without them; its shape is arbitrary, its memory contiguous."""
         if not self.axes:
             return tensor
-        if not self.small or torch.compiler.is_compiling():
-            return self._moved(tensor)
-        kind = tensor.dtype, tensor.device
-        matrix = self._matrices.get(kind)
-        if matrix is None:
-            with torch.inference_mode(False), torch.no_grad():
-                matrix = self._moved(torch.eye(self.read, dtype=kind[0], device=kind[1])).reshape(self.read, -1)
-            self._matrices[kind] = matrix
-        return torch.mm(tensor.reshape(-1, self.read), matrix)
+        if not self._small or torch.compiler.is_compiling():
+            return self._moved(tensor, self.axes)
+        matrix = self._matrix(tensor)
+        if self.axes[0].first:
+            return torch.mm(tensor.reshape(-1, self._read), matrix)
+        batch = self.axes[0].rows[0]
+        seen = tensor.reshape(batch, self._read, -1)
+        if batch == 1:
+            return torch.mm(matrix, seen[0])
+        return torch.bmm(matrix.expand(batch, *matrix.shape), seen)
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        if not self.collects:
-            for window in self.axes:
-                tensor = window.spread(tensor)
-            return tensor
-        for window in reversed(self.axes):
-            tensor = window.collect(tensor)
+    def _matrix(self, like: Tensor) -> Tensor:
+        kind = like.dtype, like.device
+        found = self._matrices.get(kind)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                voxels = torch.eye(self._read, dtype=kind[0], device=kind[1])
+                # For a batch of one, whose columns are the entries read; or whose rows are, where voxels stand last.
+                axes = [replace(axis, rows=(1, axis.rows[1])) if not axis.first else axis for axis in self.axes]
+                found = self._moved(voxels, axes)
+                found = found.reshape(self._read, -1) if self.axes[0].first else found.reshape(-1, self._read)
+            self._matrices[kind] = found
+        return found
+
+    def _moved(self, tensor: Tensor, axes: Sequence[Window]) -> Tensor:
+        for window in reversed(axes) if self.collects else axes:
+            tensor = window.collect(tensor) if self.collects else window.spread(tensor)
         return tensor
