@@ -6,7 +6,7 @@ Everything is stored contiguously, in the orders of its route. A product is `mm`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from tnpeft.plan import Call, Plan
 from tnpeft.program.contraction import Contraction, lower
 from tnpeft.program.execute import contract, is_watched
 from tnpeft.program.route import BATCH, VOXELS, Route, Stop
-from tnpeft.program.window import Window, Windows
+from tnpeft.program.window import Positions, Window, Windows
 
 __all__ = ["Chain", "lower_chain"]
 
@@ -169,7 +169,16 @@ class _Space:
                 place = None if before is None else (self.call.batch, before * others)
                 found[axis] = Window.of(known, self.call.transposed, *around, backward, place)
             sizes[axis] = known.inputs if backward else known.outputs
-        return Windows([found[axis] for axis in axes if axis in found], collects)
+        positions = None if before is None else self._positions(found, backward, before)
+        return Windows([found[axis] for axis in axes if axis in found], collects, positions)
+
+    def _positions(self, found: Mapping[int, Window], backward: bool, before: int) -> Positions:
+        axes = []
+        for axis, size in enumerate(self.sizes):
+            window = found.get(axis)
+            known = (size, size, None) if window is None else (window.read, window.written, window.pairs)
+            axes.append(known)
+        return Positions(self.call.batch, tuple(axes), before)
 
 
 def _absorb(stop: Stop, route: Route, space: _Space) -> Absorb:
