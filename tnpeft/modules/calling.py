@@ -145,9 +145,9 @@ def _same(known: list[list[Tensor]], found: list[list[Tensor]]) -> bool:
 def _contracted(program: ClusterProgram, adapters: Sequence[Adapter], starts: _Starts) -> list[LayerClusters]:
     cores = [adapter.core_tensors() for adapter in adapters]
     if adapters[0].network.start == "zero":
-        return program(cores, None, ())
+        return program(cores, ())
     start = [adapter.start_tensors() for adapter in adapters]
-    return program(cores, start, starts.of(program, start))
+    return program(cores, starts.of(program, start))
 
 
 def _is_checkpointing() -> bool:

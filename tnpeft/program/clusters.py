@@ -38,8 +38,8 @@ class LayerClusters(NamedTuple):
     paired: tuple[Tensor, ...]
 
 
-StartValues = tuple[tuple[Tensor, ...], ...]
-"""Of each term, every tensor that its clusters are contracted by, in the frozen copy."""
+StartValues = tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], ...]
+"""Of each term its cores in the frozen copy, and every tensor that its clusters are contracted by; () without one."""
 
 
 class _Cluster(NamedTuple):
@@ -67,9 +67,29 @@ class _Term:
     scaled: int
     instructions: tuple[Instruction, ...]
     clusters: tuple[_Cluster, ...]
+    orders: tuple[tuple[int, ...] | None, ...]
 
-    def own(self, tensors: Sequence[Any]) -> list[Any]:
-        return [tensors[core] for core in self.cores]
+    def own(self, flags: Sequence[bool]) -> list[bool]:
+        return [flags[core] for core in self.cores]
+
+    def stacked(self, layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Each of its cores for all layers, in the order of legs in which it is contracted."""
+        if len(layers) == 1:
+            return [layers[0][core].contiguous() for core in self.cores]
+        found = []
+        for core, order in zip(self.cores, self.orders, strict=True):
+            own = [layer[core] for layer in layers]
+            found.append(torch.stack(own if order is None else [tensor.permute(order) for tensor in own]))
+        return found
+
+    def unordered(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of stacked cores in the cores' own orders of legs."""
+        found: list[Tensor | None] = []
+        for gradient, order in zip(gradients, self.orders, strict=True):
+            if gradient is not None and order is not None:
+                gradient = gradient.permute(0, *(1 + order.index(axis) for axis in range(len(order))))  # noqa: PLW2901
+            found.append(gradient)
+        return found
 
     def ordered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The clusters' tensors in the orders of their routes."""
@@ -94,18 +114,17 @@ class ClusterProgram:
     def start_values(self, start: Sequence[Sequence[Tensor]]) -> StartValues:
         """What the changes need of the layers' frozen copies."""
         with torch.no_grad(), without_autocast(start[0][0]):
-            stacked = self._stacked(start)
-            return tuple(
-                tuple(run_values(term.instructions, scaled_cores(term.own(stacked), term.scaled, term.scale), ()))
-                for term in self.terms
-            )
+            found = []
+            for term in self.terms:
+                cores = term.stacked(start)
+                values = run_values(term.instructions, scaled_cores(cores, term.scaled, term.scale), ())
+                found.append((tuple(cores), tuple(values)))
+            return tuple(found)
 
-    def __call__(
-        self, cores: Sequence[Sequence[Tensor]], start: Sequence[Sequence[Tensor]] | None, known: StartValues
-    ) -> list[LayerClusters]:
-        """The clusters of each layer, from its cores and, with a frozen copy, its start and `start_values`."""
+    def __call__(self, cores: Sequence[Sequence[Tensor]], known: StartValues) -> list[LayerClusters]:
+        """The clusters of each layer, from its cores and, with a frozen copy, the `start_values`."""
         flat = [core for own in cores for core in own]
-        found = Contracted.apply(self, start, known, *flat)  # type: ignore[no-untyped-call]
+        found = Contracted.apply(self, known, *flat)  # type: ignore[no-untyped-call]
         places = self.places
         values, paired = found[: places * self.count], found[places * self.count :]
         return [
@@ -114,26 +133,26 @@ class ClusterProgram:
         ]
 
     def contracted(
-        self, cores: Sequence[Tensor], start: Sequence[Sequence[Tensor]] | None, known: StartValues
+        self, cores: Sequence[Tensor], known: StartValues
     ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
         """For all layers together: values, paired forms, and for each term the tensors that gradients need."""
         grouped = [cores[first : first + self.cores] for first in range(0, len(cores), self.cores)]
-        stacked = self._stacked(grouped)
-        starts = None if start is None else self._stacked(start)
         values: list[Tensor] = []
         paired: list[Tensor] = []
         kept = []
         for place, term in enumerate(self.terms):
-            scaled = scaled_cores(term.own(stacked), term.scaled, term.scale)
-            if starts is None:
+            stacked = term.stacked(grouped)
+            scaled = scaled_cores(stacked, term.scaled, term.scale)
+            if not known:
                 tensors = run_values(term.instructions, scaled, ())
                 values += term.ordered(tensors)
             else:
-                changes = core_changes(term.own(stacked), term.own(starts), term.frozen, term.scaled, term.scale)
-                tensors, found = run_changes(term.instructions, scaled, changes, known[place], True)
+                start, constants = known[place]
+                changes = core_changes(stacked, start, term.frozen, term.scaled, term.scale)
+                tensors, found = run_changes(term.instructions, scaled, changes, constants, True)
                 own = term.ordered(tensors)
                 values += own
-                paired += _paired_forms(term, own, found, term.ordered(known[place]))
+                paired += _paired_forms(term, own, found, term.ordered(constants))
             kept.append(tensors)
         return values, paired, kept
 
@@ -153,9 +172,8 @@ class ClusterProgram:
                 found[cluster.number] = own
                 place += 1
             run_gradients(term.instructions, tensors, found, term.own(wanted))
-            for core, one in zip(
-                term.cores, core_gradients(found, tensors[: len(term.cores)], term.scaled, term.scale), strict=True
-            ):
+            own_cores = core_gradients(found, tensors[: len(term.cores)], term.scaled, term.scale)
+            for core, one in zip(term.cores, term.unordered(own_cores), strict=True):
                 before = totals[core]
                 totals[core] = one if before is None or one is None else before + one
         if self.count == 1:
@@ -170,11 +188,6 @@ class ClusterProgram:
             return gradients[0]
         like = next(one for one in gradients if one is not None)
         return torch.stack([torch.zeros_like(like) if one is None else one for one in gradients])
-
-    def _stacked(self, grouped: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        if self.count == 1:
-            return list(grouped[0])
-        return [torch.stack(list(layers)) for layers in zip(*grouped, strict=True)]
 
 
 @lru_cache(maxsize=1024)
@@ -203,12 +216,14 @@ def _term(plan: Plan, route: Route, numbers: dict[str, int], count: int) -> _Ter
     network = plan.network
     batch = GROUP if count > 1 else ""
     sizes = dict(route.sizes) | {GROUP: count}
-    orders = {number: network.symbols_of(core) for number, core in enumerate(network.cores)}
+    own = [network.symbols_of(core) for core in network.cores]
+    # Stacking the cores of a group copies them, in any order.
+    orders = {} if batch else dict(enumerate(own))
     clusters = []
     for stop in route.stops:
         wanted, number = stop.cluster(False), stop.link.cluster
         ordered = back = None
-        if stop.link.steps:
+        if stop.link.steps or batch:
             orders[number] = wanted
         elif orders[number] != wanted:
             ordered = reordering(batch + orders[number], batch + wanted, sizes)
@@ -216,14 +231,22 @@ def _term(plan: Plan, route: Route, numbers: dict[str, int], count: int) -> _Ter
         outer, between, rest = (math.prod(sizes[letter] for letter in piece) for piece in stop.pieces)
         clusters.append(_Cluster(number, ordered, back, (outer * count, between, rest), stop.first, stop.last))
     elements = [core.numel for core in network.cores]
+    instructions, orders = lay_out_steps(plan.steps, orders, network.symbols, sizes, batch)
+    chosen = [orders[number] for number in range(len(own))]
     return _Term(
         cores=tuple(numbers[core.name] for core in network.cores),
         frozen=tuple(core.frozen for core in network.cores),
         scale=network.scale,
         scaled=elements.index(min(elements)),
-        instructions=lay_out_steps(plan.steps, orders, network.symbols, sizes, batch),
+        instructions=instructions,
         clusters=tuple(clusters),
+        orders=tuple(_permutation(legs, order) for legs, order in zip(own, chosen, strict=True)),
     )
+
+
+def _permutation(legs: str, order: str) -> tuple[int, ...] | None:
+    """The axes of a core stored as `legs`, in another order; None where that is its own."""
+    return None if legs == order else tuple(legs.index(letter) for letter in order)
 
 
 def _paired_forms(
@@ -250,11 +273,9 @@ class Contracted(torch.autograd.Function):
     """The clusters of a group of layers: values layer by layer, then paired forms, which carry no gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, program: ClusterProgram, start: Any, known: StartValues, *cores: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, program: ClusterProgram, known: StartValues, *cores: Tensor) -> tuple[Tensor, ...]:
         with without_autocast(cores[0]):
-            values, paired, kept = program.contracted(cores, start, known)
+            values, paired, kept = program.contracted(cores, known)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*cores)  # for the check that nothing wrote to them
         ctx.program, ctx.kept = program, kept
@@ -267,8 +288,8 @@ class Contracted(torch.autograd.Function):
         program: ClusterProgram = ctx.program
         cores = ctx.saved_tensors
         with without_autocast(cores[0]):
-            found = program.gradients(ctx.kept, gradients[: program.places * program.count], ctx.needs_input_grad[3:])
-        return (None, None, None, *(one for own in found for one in own))
+            found = program.gradients(ctx.kept, gradients[: program.places * program.count], ctx.needs_input_grad[2:])
+        return (None, None, *(one for own in found for one in own))
 
 
 def _layers(stacked: Sequence[Tensor], count: int) -> list[Tensor]:

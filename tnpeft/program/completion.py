@@ -50,4 +50,4 @@ def complete(plan: Plan, route: Route, memory_order: tuple[int, ...]) -> Complet
     if steps:
         orders[steps[-1].number] = finish.legs
     only = reordering(orders[0], finish.legs if not steps else orders[0], sizes)
-    return Completion(lay_out_steps(steps, orders, letters, sizes), only, finish)
+    return Completion(lay_out_steps(steps, orders, letters, sizes)[0], only, finish)

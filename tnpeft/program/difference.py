@@ -67,7 +67,7 @@ class Code:
     ) -> tuple[Tensor, list[Tensor]]:
         """scale * (T(cores) - T(start)) as the stored weight, and every tensor of T(cores) on the way."""
         tensors = self.scale_one(cores)
-        changes = core_changes(cores, start, self.frozen, self.scaled, self.scale)
+        changes = core_changes([*map(Tensor.contiguous, cores)], start, self.frozen, self.scaled, self.scale)
         tensors, changes = run_changes(self.instructions, tensors, changes, constants, False)
         change = changes[-1]
         if change is None:  # every core is frozen

@@ -38,15 +38,16 @@ def lay_out(plan: Plan, output: str) -> tuple[Instruction, ...]:
     if plan.steps:
         orders[plan.steps[-1].number] = output
     sizes = {letter: network.sizes[leg] for leg, letter in network.symbols.items()}
-    return lay_out_steps(plan.steps, orders, network.symbols, sizes)
+    return lay_out_steps(plan.steps, orders, network.symbols, sizes)[0]
 
 
 def lay_out_steps(
     steps: Sequence[Step], orders: Mapping[int, str], letters: Mapping[str, str], sizes: Sizes, batch: str = ""
-) -> tuple[Instruction, ...]:
-    """Steps, perhaps of several trees, with the orders of their first operands and last results given.
+) -> tuple[tuple[Instruction, ...], dict[int, str]]:
+    """Steps, perhaps of several trees, with the orders of their last results given, and the orders of all tensors.
 
-    `letters` are those of the steps' legs. Every tensor has the legs `batch` before its own.
+    Orders of first operands are given, or chosen as those of results are. `letters` are those of the steps' legs. Every
+    tensor has the legs `batch` before its own.
     """
     orders = dict(orders)
     lettered = {
@@ -61,7 +62,7 @@ def lay_out_steps(
         orders.update(zip(step.operands, (left, right), strict=True))
         products = _lowered(batch + left, batch + right, batch + orders[step.number], sizes)
         instructions.append(Instruction(step.number, *step.operands, *products))
-    return tuple(reversed(instructions))
+    return tuple(reversed(instructions)), orders
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,9 @@ def scaled_cores(cores: Sequence[Tensor], scaled: int, scale: float) -> list[Ten
 def core_changes(
     cores: Sequence[Tensor], start: Sequence[Tensor], frozen: Sequence[bool], scaled: int, scale: float
 ) -> list[Tensor | None]:
-    """What has changed of each core since the frozen copy, scaled; None of frozen cores."""
+    """What has changed of each core since the frozen copy, scaled; None of frozen cores. All are contiguous."""
     changes: list[Tensor | None] = [
-        None if fixed else (core - first).contiguous() for core, first, fixed in zip(cores, start, frozen, strict=True)
+        None if fixed else core - first for core, first, fixed in zip(cores, start, frozen, strict=True)
     ]
     change = changes[scaled]
     if scale != 1.0 and change is not None:
