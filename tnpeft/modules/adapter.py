@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import BindError, ExecutionError, Problem
+from tnpeft.modules.calling import Calling
 from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.network import BoundCore, Network
-from tnpeft.modules.calling import Calling
 from tnpeft.plan import Plan, check_mode, plan
 from tnpeft.program import Constants, Program, build_program, without_autocast
 from tnpeft.spec.document import clip

@@ -1,9 +1,9 @@
 """How an adapted layer computes: dense, factored or hybrid, and which of them for a call.
 
 `dense` calls the layer once with the summed weight. `factored` adds the update of the base layer's output, made by the
-factored chain. `hybrid` computes as dense does, and takes the cores' gradients from the chain. Layers run dense whatever
-their mode if they are merged or disabled, if several adapters act on them or one at another scale than 1, and inside a
-compiled graph.
+factored chain. `hybrid` computes as dense does, and takes the cores' gradients from the chain. Layers run dense
+whatever their mode if they are merged or disabled, if several adapters act on them or one at another scale than 1, and
+inside a compiled graph.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class _Term:
         found: list[Tensor | None] = []
         for gradient, order in zip(gradients, self.orders, strict=True):
             if gradient is not None and order is not None:
-                gradient = gradient.permute(0, *(1 + order.index(axis) for axis in range(len(order))))  # noqa: PLW2901
+                gradient = gradient.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
             found.append(gradient)
         return found
 

@@ -2,9 +2,9 @@
 
 The layer's input and output are stored as (batch, channels' legs, voxels); between two links the input is stored as
 (batch, voxels, channels' legs), for products of few channels and many voxels are several times quicker that way. The
-legs that the next product sums stand last, so that it is a matrix product. With a frozen copy the input on its way is a
-pair, the value and its change, along one leg more: the *pair leg* of a link, made by its cluster and summed by the next.
-Torch is not needed here.
+legs that the next product sums stand last, so that it is a matrix product. With a frozen copy the input on its way is
+a pair, the value and its change, along one leg more: the *pair leg* of a link, which its cluster makes and the next
+sums. Torch is not needed here.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ class Window:
 # Up to so many entries of the matrix from voxels to their copies, one product with it is quicker than slices: for 4^3
 # voxels and one axis it takes 14 us where padding and stacking take 60 (2-core EPYC).
 MATRIX = 3 * 64 * 64
-# Rows of channels are picked by number where these are so few; numbers take memory. At 8^3 voxels of 32 channels and one
-# axis that takes 28 us where stacking slices takes 66, and adding up by number 51 where slices take 82 (2-core EPYC).
+# Rows of channels are picked by number where these are so few; numbers take memory. At 8^3 voxels of 32 channels and
+# one axis that takes 28 us where stacking slices takes 66, adding up by number 51 where slices take 82 (2-core EPYC).
 NUMBERED = 1 << 19
 # Up to so many rows adding up by number is quicker than slices.
 ADDED = 1 << 12
@@ -142,8 +142,8 @@ ADDED = 1 << 12
 class Windows:
     """Some kernel axes, one after the other: `spread`, or `collect`, which takes the last axis first.
 
-    Where channels stand before the voxels and these are few, that is a product with a matrix of zeros and ones, which is
-    exact. Where channels stand last, rows of them are picked, or added up, by number.
+    Where channels stand before the voxels and these are few, that is a product with a matrix of zeros and ones, which
+    is exact. Where channels stand last, rows of them are picked, or added up, by number.
     """
 
     def __init__(self, axes: Sequence[Window], collects: bool, positions: Positions | None = None) -> None:
@@ -224,7 +224,7 @@ class Positions:
 
     def rows(self, written: bool) -> int:
         """Rows of the side written or read, without kernel entries."""
-        return self.batch * math.prod(axis[1 if written else 0] for axis in self.axes) * self.more
+        return self.batch * math.prod(after if written else before for before, after, _ in self.axes) * self.more
 
     def numbers(self, collects: bool) -> Tensor:
         """For every row written, and every kernel entry, the row read; one past the last where there is none.
