@@ -3,7 +3,7 @@
 from tnpeft.plan.call import Axis, Call, nominal_call
 from tnpeft.plan.dense import steps_of
 from tnpeft.plan.model import Link, Plan, Step
-from tnpeft.plan.modes import MODES, check_mode, plan
+from tnpeft.plan.modes import MODES, best_plan, check_mode, feasible_plans, plan
 from tnpeft.plan.path import Path, find_path
 from tnpeft.plan.predict import Prediction, predict
 
@@ -16,7 +16,9 @@ __all__ = [
     "Plan",
     "Prediction",
     "Step",
+    "best_plan",
     "check_mode",
+    "feasible_plans",
     "find_path",
     "nominal_call",
     "plan",

@@ -1,19 +1,20 @@
-"""Planning the factored mode: the order in which clusters are absorbed, and how each is contracted."""
+"""Planning the factored mode: the order in which clusters are absorbed, and how each is contracted; and hybrid."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from opt_einsum.paths import ssa_to_linear
 
 from tnpeft.network.model import Network
 from tnpeft.plan.call import Call
-from tnpeft.plan.dense import steps_of
+from tnpeft.plan.dense import steps_of, stored_legs
 from tnpeft.plan.factored import Absorption, Graph, find_chain
 from tnpeft.plan.model import Link, Plan, Step
 from tnpeft.plan.path import Path, find_path
 
-__all__ = ["obstacle", "plan_factored"]
+__all__ = ["obstacle", "plan_factored", "plan_hybrid"]
 
 
 def obstacle(network: Network) -> str | None:
@@ -46,6 +47,21 @@ def plan_factored(network: Network, call: Call) -> Plan | str:
     return Plan(network, "factored", _path(network, links), steps, call=call, links=links)
 
 
+def plan_hybrid(dense: Plan, chain: Plan) -> Plan:
+    """The plan that contracts the clusters of `chain`, a factored plan, to the delta weight."""
+    terms = tuple(plan_hybrid(part, one) for part, one in zip(dense.terms, chain.terms, strict=True))
+    hybrid = replace(dense, mode="hybrid", terms=terms, call=chain.call, chain=chain)
+    if terms:
+        return replace(hybrid, terms=tuple(replace(term, chain=None) for term in terms))
+    network = chain.network
+    clusters = [(link.cluster, link.kept) for link in chain.links]
+    kept = stored_legs(network)
+    path = _path_over(network, clusters, kept)
+    steps = (*chain.steps, *steps_of(clusters, kept, path, network.sizes, len(network.cores) + len(chain.steps)))
+    pairs = ssa_to_linear([step.operands for step in steps])
+    return replace(hybrid, path=tuple((min(pair), max(pair)) for pair in pairs), steps=steps)
+
+
 def _graph(network: Network) -> Graph:
     """In the network's letters, so that layers of one signature share a search."""
     letters = network.symbols
@@ -65,7 +81,7 @@ def _links(network: Network, absorptions: tuple[Absorption, ...]) -> Iterator[Li
         outside = {leg for core in network.cores for leg in core.legs if core.name not in _names(network, absorption)}
         own = tuple(dict.fromkeys(leg for _, core_legs in members for leg in core_legs))
         kept = tuple(leg for leg in own if leg in outside or leg in network.open_legs)
-        steps = tuple(steps_of(members, kept, _cluster_path(network, members, kept), network.sizes, number))
+        steps = tuple(steps_of(members, kept, _path_over(network, members, kept), network.sizes, number))
         result = steps[-1].number if steps else absorption.cores[0]
         number += len(steps)
         new = tuple(leg for leg in (*legs, *kept) if leg in after and leg not in kernel)
@@ -81,7 +97,7 @@ def _names(network: Network, absorption: Absorption) -> set[str]:
     return {network.cores[core].name for core in absorption.cores}
 
 
-def _cluster_path(network: Network, members: list[tuple[int, tuple[str, ...]]], kept: tuple[str, ...]) -> Path:
+def _path_over(network: Network, members: list[tuple[int, tuple[str, ...]]], kept: tuple[str, ...]) -> Path:
     inputs = tuple("".join(network.symbols[leg] for leg in legs) for _, legs in members)
     used = dict.fromkeys("".join(inputs))
     output = "".join(network.symbols[leg] for leg in kept)

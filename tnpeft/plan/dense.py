@@ -10,7 +10,7 @@ from tnpeft.network.model import Network
 from tnpeft.plan.model import Plan, Step
 from tnpeft.plan.path import Path, find_path
 
-__all__ = ["plan_dense", "steps_of"]
+__all__ = ["plan_dense", "steps_of", "stored_legs"]
 
 
 def plan_dense(network: Network) -> Plan:
@@ -21,15 +21,19 @@ def plan_dense(network: Network) -> Plan:
     if problems:
         raise BindError(*problems)
     inputs = tuple(network.symbols_of(core) for core in network.cores)
-    axes = list(network.weight)
-    if network.layer.transposed:
-        axes[0], axes[1] = axes[1], axes[0]
-    output = "".join(network.symbols[leg] for axis in axes for leg in axis)
+    output = "".join(network.symbols[leg] for leg in stored_legs(network))
     sizes = tuple((letter, network.sizes[leg]) for leg, letter in network.symbols.items())
     path = find_path(inputs, output, sizes)
     cores = [(number, core.legs) for number, core in enumerate(network.cores)]
     steps = steps_of(cores, network.open_legs, path, network.sizes)
     return Plan(network, "dense", path, tuple(steps))
+
+
+def stored_legs(network: Network) -> tuple[str, ...]:
+    """The weight's legs in the order in which the layer stores it."""
+    outputs, inputs, *kernel = network.weight
+    ends = (inputs, outputs) if network.layer.transposed else (outputs, inputs)
+    return tuple(leg for axis in (*ends, *kernel) for leg in axis)
 
 
 def _problems(network: Network) -> Iterator[Problem]:

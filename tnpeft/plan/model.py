@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -70,8 +70,9 @@ class Plan:
     """How a network is contracted, and in which execution mode: to its delta weight, or with the layer's input.
 
     `dense` has the steps to the delta weight. `factored` has `links`, whose clusters `steps` contract; its path counts
-    the layer's input as one tensor more, after the cores. `hybrid` is dense, with the factored plan of its backward
-    pass in `chain`. Both are made for one `call`. `reason` says why a mode that was asked for is not the plan's.
+    the layer's input as one tensor more, after the cores. `hybrid` has steps to the delta weight that pass through the
+    clusters, and in `chain` the factored plan of its backward pass. Both are made for one `call`. `reason` says why a
+    mode that was asked for is not the plan's.
 
     Plans are equal when one program runs them both: same signature, mode and paths, whatever the names.
     `path` is in opt_einsum's linear format. One core has no steps. A sum of several networks has none of
@@ -111,17 +112,58 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of T(cores); the difference from a frozen copy takes about twice as many."""
+        """Multiplications and additions of a forward pass without the base layer's own.
+
+        Dense and hybrid: those of T(cores). Factored: of the clusters and of the links, for the plan's call. The
+        difference from a frozen copy takes about twice as many.
+        """
         if self.terms:
-            return sum(term.flops for term in self.terms) + len(self.terms) * self.network.layer.numel
-        return sum(step.flops for step in self.steps)
+            return sum(term.flops for term in self.terms) + len(self.terms) * self._updated
+        return sum(step.flops for step in self.steps) + sum(link.flops for link in self.links)
+
+    @property
+    def _updated(self) -> int:
+        """Elements of what a term is added to: the layer's output, or its weight."""
+        layer = self.network.layer
+        if self.mode != "factored" or self.call is None:
+            return layer.numel
+        return self.call.batch * self.call.outputs * layer.out_channels
 
     @property
     def largest_intermediate(self) -> int:
-        """Elements of the largest tensor that a step makes, the delta weight included."""
+        """Elements of the largest tensor that a step or link makes, the delta weight included.
+
+        A link makes its result and, for the kernel axes that it has, the copies of its input or of its product.
+        """
         if self.terms:
             return max(term.largest_intermediate for term in self.terms)
-        return max((step.elements for step in self.steps), default=self.network.cores[0].numel)
+        made = [*(step.elements for step in self.steps), *self._on_the_way()]
+        return max(made, default=self.network.cores[0].numel)
+
+    def _on_the_way(self) -> Iterator[int]:
+        """Elements of what the links make of the layer's input, one after the other."""
+        if self.call is None:
+            return
+        space = [axis.inputs for axis in self.call.axes]
+        for link in self.links:
+            read = math.prod(space)
+            for axis in link.axes:
+                space[axis] = self.call.axes[axis].outputs
+            written, entries = math.prod(space), self._elements(link.kernel)
+            copied = self._elements(link.before) * written if link.gather else self._elements(link.after) * read
+            yield self.call.batch * max(entries * copied if link.kernel else 0, self._elements(link.after) * written)
+
+    def _elements(self, legs: tuple[str, ...]) -> int:
+        return math.prod(self.network.sizes[leg] for leg in legs)
+
+    def saved_bytes(self, call: Call) -> int:
+        """Bytes at fp32 that one call keeps for its backward pass: the layer's input and, but for factored, W + ΔW.
+
+        What the cores are contracted by on the way, which is small, is left out.
+        """
+        layer = self.network.layer
+        elements = call.batch * call.inputs * layer.in_channels
+        return FLOAT_BYTES * (elements + (0 if self.mode == "factored" else layer.numel))
 
     @cached_property
     def peak_bytes(self) -> int:
@@ -151,23 +193,55 @@ class Plan:
         return FLOAT_BYTES * peak
 
     def __str__(self) -> str:
-        if self.terms:
-            return "\n".join(f"term {number + 1}: {term}" for number, term in enumerate(self.terms))
-        cores = self.network.cores
-        names = [core.name for core in cores] + [f"#{number + 1}" for number in range(len(self.steps))]
-        lines = [
-            f"{self.network.spec.name} on {self.network.layer}: {self.mode}, {_steps(len(self.steps))}, "
-            f"{_count(self.flops)}FLOP, largest {_count(self.largest_intermediate)}elements, "
-            f"peak {_count(self.peak_bytes)}B"
-        ]
-        for step in self.steps:
-            left, right = (names[number] for number in step.operands)
-            lines.append(f"  {names[step.number]} = {left} * {right}: {step}  {_count(step.flops)}FLOP")
+        lines = [f"dense: {self.reason}"] if self.terms and self.reason else []
+        for label, part in self._labelled():
+            lines += [label + part._headline(), *part._step_lines(), *part._link_lines()]
+        if self.chain is not None:
+            for label, part in self.chain._labelled():
+                lines += [f"backward, {label}{part._headline()}", *part._link_lines()]
         return "\n".join(lines)
 
+    def _labelled(self) -> Iterator[tuple[str, Plan]]:
+        """The plans of the terms, each with what leads to it in a text."""
+        if not self.terms:
+            yield "", self
+        for number, term in enumerate(self.terms):
+            yield f"term {number + 1}: ", term
 
-def _steps(number: int) -> str:
-    return "1 step" if number == 1 else f"{number} steps"
+    def _headline(self) -> str:
+        network, call = self.network, self.call
+        mode = f"{self.mode} ({self.reason})" if self.reason else self.mode
+        facts = [mode, _number(len(self.links), "link") if self.links else _number(len(self.steps), "step")]
+        facts += [str(call)] if self.links and call is not None else []
+        facts += [f"{_count(self.flops)}FLOP", f"largest {_count(self.largest_intermediate)}elements"]
+        facts += [f"peak {_count(self.peak_bytes)}B"] if self.mode == "dense" else []
+        return f"{network.spec.name} on {network.layer}: {', '.join(facts)}"
+
+    def _step_lines(self) -> Iterator[str]:
+        names = [core.name for core in self.network.cores]
+        names += [f"#{number + 1}" for number in range(len(self.steps))]
+        for step in self.steps:
+            left, right = (names[number] for number in step.operands)
+            yield f"  {names[step.number]} = {left} * {right}: {step}  {_count(step.flops)}FLOP"
+
+    def _link_lines(self) -> Iterator[str]:
+        """Each link: its cores, how it treats its kernel axes, and the channels before and after."""
+        for number, link in enumerate(self.links):
+            axes = f", {'spreads' if link.gather else 'collects'} {' '.join(link.kernel)}" if link.kernel else ""
+            ends = (f"({' '.join(legs)}) {self._elements(legs)}" for legs in (link.before, link.after))
+            cores = " * ".join(self.cores_of(link))
+            yield f"  link {number + 1}: {cores}{axes}: {' -> '.join(ends)} channels  {_count(link.flops)}FLOP"
+
+    def cores_of(self, link: Link) -> tuple[str, ...]:
+        """The names of the cores in a link's cluster, in the network's order."""
+        cores = self.network.cores
+        found = {number for step in link.steps for number in step.operands if number < len(cores)}
+        found |= {link.cluster} if not link.steps else set()
+        return tuple(cores[number].name for number in sorted(found))
+
+
+def _number(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _count(number: int) -> str:

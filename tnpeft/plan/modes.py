@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from tnpeft.errors import Problem, TnpeftError, near_miss
 from tnpeft.network.model import Network
 from tnpeft.plan.call import Call, nominal_call
-from tnpeft.plan.chain import plan_factored
+from tnpeft.plan.chain import plan_factored, plan_hybrid
 from tnpeft.plan.dense import plan_dense
 from tnpeft.plan.model import Plan
 from tnpeft.plan.predict import predict
 
-__all__ = ["MODES", "check_mode", "plan"]
+__all__ = ["MODES", "best_plan", "check_mode", "feasible_plans", "plan"]
 
 
-def plan(network: Network, mode: str = "dense", call: Call | None = None) -> Plan:
+def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inference: bool = False) -> Plan:
     """The plan of `network` in the execution mode `mode`, for calls like `call`; paths are cached per signature.
 
     `dense` contracts the cores to the delta weight. `factored` contracts them with the layer's input, `hybrid` uses the
     delta weight forward and the factored chain for the cores' gradients; where a network cannot be factored the plan
-    is the dense one, and its `reason` says why. `auto` is the one of the three with the least predicted time. Without a
+    is the dense one, and its `reason` says why. `auto` is the one of the three with the least predicted time of a
+    forward and a backward pass; with `inference`, of a forward pass, to which hybrid does not add anything. Without a
     `call` one of moderate size is assumed.
 
     Raises:
@@ -33,7 +34,10 @@ def plan(network: Network, mode: str = "dense", call: Call | None = None) -> Pla
     if not isinstance(network, Network):
         fix = "Bind a spec to a layer: `tnpeft.plan(spec.bind(layer))`."
         raise TnpeftError(Problem("plan", "a network", type(network).__name__, fix))
-    return _planned(network, mode, call or nominal_call(network.layer))
+    call = call or nominal_call(network.layer)
+    if mode == "auto" and inference:
+        return best_plan(feasible_plans(network, call, inference), call, inference)
+    return MODES[mode](network, call)
 
 
 def check_mode(mode: object) -> None:
@@ -59,16 +63,33 @@ def _hybrid(network: Network, call: Call) -> Plan:
     found = plan_factored(network, call)
     if isinstance(found, str):
         return replace(dense, reason=found)
-    return replace(dense, mode="hybrid", chain=found, call=call)
+    return plan_hybrid(dense, found)
+
+
+def feasible_plans(network: Network, call: Call, inference: bool = False) -> list[Plan]:
+    """The plans that `auto` chooses from: the dense one first, the others where the network can be factored.
+
+    Without a backward pass a hybrid layer does what a dense one does.
+    """
+    dense = plan_dense(network)
+    chain = plan_factored(network, call)
+    if isinstance(chain, str):
+        return [replace(dense, reason=chain)]
+    return [dense, chain] if inference else [dense, plan_hybrid(dense, chain), chain]
+
+
+def best_plan(plans: Iterable[Plan], call: Call, inference: bool = False) -> Plan:
+    """The plan with the least predicted time; the first of equals."""
+
+    def seconds(plan: Plan) -> float:
+        prediction = predict(plan, call)
+        return prediction.forward if inference else prediction.step
+
+    return min(plans, key=seconds)
 
 
 def _auto(network: Network, call: Call) -> Plan:
-    plans = [_planned(network, mode, call) for mode in ("dense", "hybrid", "factored")]
-    return min(plans, key=lambda plan: predict(plan, call).step)
-
-
-def _planned(network: Network, mode: str, call: Call) -> Plan:
-    return MODES[mode](network, call)
+    return best_plan(feasible_plans(network, call), call)
 
 
 MODES: Mapping[str, Callable[[Network, Call], Plan]] = MappingProxyType(
