@@ -78,13 +78,14 @@ def test_the_file_carries_all_that_is_needed_and_nothing_of_this_machine(file):
         ["about", "base", "format", "layers", "library", "name", "scale", "sha256", "specs", "statistics", "trained"]
     )
     assert fields["library"] == tnpeft.__version__
-    assert fields["format"] == 2
+    assert fields["format"] == 3
     assert fields["specs"] == [{"text": chain().text, "file": "<spec>", "tables": {}}]
     assert fields["layers"]["up"] == {
         "spec": 0,
         "params": {"r": 3},
         "seed": 0,
         "mode": "dense",
+        "choices": {},
         "captured": {},
         "drawn": {},
     }

@@ -225,8 +225,8 @@ def _layer(**values: object):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (_set(format=3), "FILE: file format: expected at most 2, found 3. Update tnpeft."),
-        (_set(format="x"), f"FILE: file format: expected at most 2, found x. {FOREIGN}"),
+        (_set(format=4), "FILE: file format: expected at most 3, found 4. Update tnpeft."),
+        (_set(format="x"), f"FILE: file format: expected at most 3, found x. {FOREIGN}"),
         (_drop("base"), f"FILE: metadata: expected that of an adapter, found `base`: Field required. {FOREIGN}"),
         (
             _set(more=1),
@@ -243,8 +243,28 @@ def _layer(**values: object):
         ),
         (
             _layer(mode="fast"),
-            "FILE: layer 'up': the execution mode: expected one of `dense`, found `fast`. "
+            "FILE: layer 'up': the execution mode: expected one of `dense`, `factored`, `hybrid`, `auto`, found `fast`. "
             "Leave `mode` out for the default.",
+        ),
+        (
+            _layer(choices={"cpu, 64 rows": "auto"}),
+            "FILE: layer 'up': the mode chosen for 'cpu, 64 rows': expected one of `dense`, `factored`, `hybrid`, "
+            "found `auto`. Leave it out: it is chosen again.",
+        ),
+        (
+            _layer(choices={"cpu, 64 rows": "hybird"}),
+            "FILE: layer 'up': the mode chosen for 'cpu, 64 rows': expected one of `dense`, `factored`, `hybrid`, "
+            "found `hybird`. Did you mean `hybrid`?",
+        ),
+        (
+            _layer(choices={"cpu, 64 rows": 3}),
+            "FILE: metadata: expected that of an adapter, found `layers.up.choices.cpu, 64 rows`: "
+            f"Input should be a valid string. {FOREIGN}",
+        ),
+        (
+            _layer(choices=["hybrid"]),
+            "FILE: metadata: expected that of an adapter, found `layers.up.choices`: "
+            f"Input should be a valid dictionary. {FOREIGN}",
         ),
         (
             lambda fields, tensors: fields["layers"].update(norm=fields["layers"]["up"]),

@@ -157,13 +157,12 @@ def test_planning_needs_no_torch() -> None:
 def test_an_unknown_mode_is_an_error() -> None:
     with pytest.raises(TnpeftError) as caught:
         plan(lora(), mode="dens")
-    assert str(caught.value) == ("the execution mode: expected one of `dense`, found `dens`. Did you mean `dense`?")
+    known = "the execution mode: expected one of `dense`, `factored`, `hybrid`, `auto`"
+    assert str(caught.value) == f"{known}, found `dens`. Did you mean `dense`?"
     with pytest.raises(TnpeftError) as caught:
         plan(lora(), mode="quick")
-    assert str(caught.value) == (
-        "the execution mode: expected one of `dense`, found `quick`. Leave `mode` out for the default."
-    )
-    assert list(MODES) == ["dense"]
+    assert str(caught.value) == f"{known}, found `quick`. Leave `mode` out for the default."
+    assert list(MODES) == ["dense", "factored", "hybrid", "auto"]
 
 
 def test_sizes_that_opt_einsum_would_broadcast_are_an_error() -> None:

@@ -77,13 +77,17 @@ def show(
         str | None,
         typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="e.g. Conv3d:64,128,3 or Conv2d:8,8,1x3,groups=2"),
     ] = None,
+    input_: Annotated[
+        str | None,
+        typer.Option("--input", "-i", metavar="SIZES", help="What each execution mode takes for it: 1,64,24,24,24"),
+    ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Show a spec; with --layer its cores, network, parameters and contraction on that layer."""
+    """Show a spec; with --layer its cores, network and contraction there, with --input also what the modes take."""
     from tnpeft.cli.showing import show_spec
 
-    show_spec(Output(), spec, layer, settings or [], as_json)
+    show_spec(Output(), spec, layer, input_, settings or [], as_json)
 
 
 @app.command()

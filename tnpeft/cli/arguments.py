@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from tnpeft.cli.output import UsageError
 from tnpeft.errors import Problem, near_miss
 from tnpeft.network import Layer
+from tnpeft.plan import Call, nominal_call
 from tnpeft.spec.pattern import KINDS
 
-__all__ = ["EXAMPLE", "parse_layer", "parse_scopes", "parse_settings"]
+__all__ = ["EXAMPLE", "parse_input", "parse_layer", "parse_scopes", "parse_settings"]
 
 EXAMPLE = "Conv3d:64,128,3"
 _NUMBERS = re.compile(
@@ -56,6 +57,25 @@ def _check(layer: Layer, axes: int, where: str) -> None:
         found = f"{layer.in_channels} and {layer.out_channels}"
         expected = f"channel counts that {layer.groups} divides"
         raise UsageError(Problem("groups", expected, found, "Mend `groups` or the channel counts.", where))
+
+
+def parse_input(text: str, layer: Layer) -> Call:
+    """`batch,channels,sizes...` → a call of the layer; for a Linear the last number is its features."""
+    where = f"--input {text[:80]}"
+    axes = len(layer.kernel_size)
+    fix = f"Write it like --input {','.join(map(str, (1, layer.in_channels, *(24,) * axes)))}."
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text.replace(" ", ""), re.ASCII):
+        raise UsageError(Problem("the input's sizes", "whole numbers with commas", f"{text[:40]!r}", fix, where))
+    sizes = [int(size) for size in text.split(",")]
+    if axes and len(sizes) != axes + 2:
+        expected = f"{axes + 2} for {layer.kind}: batch, channels and the kernel's {axes}"
+        raise UsageError(Problem("the input's axes", expected, f"{len(sizes)}", fix, where))
+    if min(sizes) < 1:
+        raise UsageError(Problem("the input's sizes", "positive numbers", "a zero", "Mend that number.", where))
+    channels = sizes[1] if axes else sizes[-1]
+    if channels != layer.in_channels:
+        raise UsageError(Problem("the input's channels", f"{layer.in_channels}", f"{channels}", fix, where))
+    return nominal_call(layer, sizes[0], sizes[2:]) if axes else nominal_call(layer, math.prod(sizes[:-1]))
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, int | float]:

@@ -5,33 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tnpeft.cli.arguments import EXAMPLE, parse_layer, parse_settings
+from tnpeft.cli.arguments import EXAMPLE, parse_input, parse_layer, parse_settings
+from tnpeft.cli.costs import Costs, bytes_text
 from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.cli.picture import picture
 from tnpeft.errors import Problem
 from tnpeft.network import BoundCore, Network
-from tnpeft.plan import Plan, plan
+from tnpeft.plan import Plan, nominal_call, plan
 from tnpeft.spec import Core, Spec, load_spec
 
 __all__ = ["show_spec"]
 
 
-def show_spec(output: Output, name: str, layer: str | None, settings: Sequence[str], as_json: bool) -> None:
-    """Print a spec as it stands, or bound to a layer with its network and its plan."""
+def show_spec(
+    output: Output, name: str, layer: str | None, input_: str | None, settings: Sequence[str], as_json: bool
+) -> None:
+    """Print a spec as it stands, or bound to a layer with its network, its plan and what a call costs in each mode."""
     spec = load_spec(name)
     params = parse_settings(settings)
     if layer is None:
+        fix = f"Add --layer, e.g. --layer {EXAMPLE}."
         if params:
-            fix = f"Add --layer, e.g. --layer {EXAMPLE}."
             raise UsageError(Problem("--set without --layer", "a layer to bind the params on", "none", fix))
+        if input_ is not None:
+            raise UsageError(Problem("--input without --layer", "a layer to call", "none", fix))
         output.data(_spec_data(spec)) if as_json else _print_spec(output, spec)
         return
-    network = spec.bind(parse_layer(layer), **params)
-    contraction = plan(network)
+    known = parse_layer(layer)
+    call = nominal_call(known) if input_ is None else parse_input(input_, known)
+    network = spec.bind(known, **params)
+    contraction, costs = plan(network), Costs.of(network, call)
     if as_json:
-        output.data(_spec_data(spec) | _network_data(network) | {"plan": _plan_data(contraction)})
-    else:
-        _print_network(output, network, contraction)
+        plans = {"plan": _plan_data(contraction), "execution": costs.data()}
+        output.data(_spec_data(spec) | _network_data(network) | plans)
+        return
+    _print_network(output, network, contraction, costs)
+    if input_ is not None:
+        costs.print(output)
 
 
 def _print_head(output: Output, spec: Spec) -> None:
@@ -48,7 +58,7 @@ def _print_spec(output: Output, spec: Spec) -> None:
     output.say(f"\nAdd --layer for shapes, parameters and costs, e.g. --layer {EXAMPLE}")
 
 
-def _print_network(output: Output, network: Network, contraction: Plan) -> None:
+def _print_network(output: Output, network: Network, contraction: Plan, costs: Costs) -> None:
     _print_head(output, network.spec)
     params = ", ".join(f"{name} = {number(value)}" for name, value in network.params.items())
     output.say(f"on {network.layer}{', ' + params if params else ''}\n")
@@ -68,7 +78,7 @@ def _print_network(output: Output, network: Network, contraction: Plan) -> None:
         "einsum": network.einsum,
         "path": "; ".join(map(_path_text, contraction.terms or (contraction,))),
         "FLOPs": f"{contraction.flops:,}",
-        "memory": f"{_bytes(contraction.peak_bytes)} at the peak",
+        "memory": f"{bytes_text(contraction.peak_bytes)} at the peak",
         "largest": f"{contraction.largest_intermediate:,} elements in one step's result",
         "mode": contraction.mode,
     }
@@ -76,6 +86,7 @@ def _print_network(output: Output, network: Network, contraction: Plan) -> None:
         output.say(f"{name:<14}{fact}")
     for line in str(contraction).splitlines()[0 if contraction.terms else 1 :]:
         output.say(line)
+    output.say(f"{'auto':<14}{costs}")
 
 
 def _core_rows(network: Network) -> list[tuple[str, ...]]:
@@ -105,15 +116,6 @@ def _init_text(core: BoundCore) -> str:
         return ""
     arguments = ", ".join(f"{name}={value:.4g}" for name, value in sorted(init.arguments.items()))
     return f"{init.name}({arguments})" if arguments else init.name
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} GiB"
 
 
 def _spec_data(spec: Spec) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tnpeft.errors import AttachError, Problem, TnpeftError, near_miss
 from tnpeft.fitting.fit import Fit, Method, check_method, fit_adapter
 from tnpeft.modules import Adapter
 from tnpeft.network import Network
+from tnpeft.plan import DEFAULT_MODE
 from tnpeft.recipe import Handle, Recipe, Train, attach
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
@@ -124,7 +125,7 @@ def extract(
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
     seed: int | None = None,
-    mode: str = "dense",
+    mode: str = DEFAULT_MODE,
     method: Method = "auto",
     iterations: int | None = None,
     progress: Callable[[ExtractedLayer, int, int], None] | None = None,

@@ -39,7 +39,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     """Put the adapter of a file written by `save` on `model`, a fresh copy of the base it was saved from.
 
     The adapter gets the name it was saved under, or `name`, and is the only active one, at the
-    scale it had; the model then computes what the saved one did, to the bit.
+    scale it had; the model then computes what the saved one did, to the bit. Layers keep their execution
+    mode, and the choices that `autotune` made for them.
 
     Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made
     for another base, and AttachError where surgery refuses (the name is attached already, the
@@ -156,6 +157,7 @@ def _adapter(
             seed=entry.seed,
             name=name,
             mode=entry.mode,
+            choices=entry.choices,
             initialise=False,
             sharing=sharing,
             captured=entry.captured,

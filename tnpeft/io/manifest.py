@@ -24,7 +24,7 @@ __all__ = [
     "encode",
 ]
 
-FORMAT = 2  # 1 knew neither shared cores nor cores that are left out
+FORMAT = 3  # 2 knew no choices, 1 neither shared cores nor cores that are left out
 KEY = "tnpeft"  # the one entry of the safetensors metadata: two would be written in any order
 
 
@@ -46,14 +46,16 @@ class SpecEntry(_Entry):
 class LayerEntry(_Entry):
     """How one layer's adapter was compiled; `spec` counts into the manifest's specs.
 
-    `captured` says with which layers it shares cores, scope by scope. `drawn` are the frozen cores that the seed gives
-    again and the file therefore leaves out, each with the SHA-256 of its bytes.
+    `choices` are the modes that were found quickest, call by call. `captured` says with which layers it shares cores,
+    scope by scope. `drawn` are the frozen cores that the seed gives again and the file therefore leaves out, each with
+    the SHA-256 of its bytes.
     """
 
     spec: int
     params: dict[str, int | float]
     seed: int
     mode: str
+    choices: dict[str, str] = Field(default_factory=dict)
     captured: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     drawn: dict[str, str] = Field(default_factory=dict)
 

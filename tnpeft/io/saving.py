@@ -104,6 +104,7 @@ def _manifest(
             params=dict(adapter.network.params),
             seed=adapter.seed,
             mode=adapter.mode,
+            choices=dict(adapter.choices),
             captured={scope: tuple(texts) for scope, texts in adapter.captured.items()},
             drawn=drawn[layer],
         )

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tnpeft.errors import BindError, ExecutionError, Problem
+from tnpeft.errors import ExecutionError, Problem
 from tnpeft.modules.calling import Calling
 from tnpeft.modules.dora import composed, magnitudes
-from tnpeft.modules.inits import canonical_weight, initial_core
+from tnpeft.modules.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.network import BoundCore, Network
-from tnpeft.plan import Plan, check_mode, plan
+from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 from tnpeft.program import Constants, Program, build_program, without_autocast
-from tnpeft.spec.document import clip
 
 __all__ = ["Adapter", "memory_order"]
 
 _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
-_LARGEST_SEED = 2**63
 
 
 class _Folded(NamedTuple):
@@ -46,6 +43,10 @@ class Adapter(nn.Module):
     A core shared with other layers is a parameter (buffer) of the adapter of the first of them, its
     holder, and of no other, so that it is moved, saved and counted once. A core that is the base weight
     is none of them: it is read from the layer whenever it is needed.
+
+    `mode` is the execution mode that was asked for. With `auto` and `autotune` the modes are timed once for
+    each new call, which `choices` remembers: the call in words, and the mode. Choices are used without
+    `autotune` too.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Adapter(nn.Module):
         *,
         seed: int | None = None,
         name: str = "",
-        mode: str = "dense",
+        mode: str = DEFAULT_MODE,
+        autotune: bool = False,
+        choices: Mapping[str, str] | None = None,
         initialise: bool = True,
         sharing: Sharing | None = None,
         captured: Captured | None = None,
@@ -63,10 +66,13 @@ class Adapter(nn.Module):
         super().__init__()
         self.network = network
         check_mode(mode)
+        check_choices(choices or {})
         self.mode = mode
+        self.autotune = autotune
+        self.choices = dict(choices or {})
         self.plan: Plan = plan(network)
         self._calling: Calling | None = None
-        self.seed = _whole(network.spec.seed if seed is None else seed)
+        self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self.captured: Captured = captured or {}
         # In a tuple, for it is no module of this one; kept only where it is asked for its weight.
@@ -188,6 +194,12 @@ class Adapter(nn.Module):
         return self._calling
 
     @property
+    def chosen(self) -> str | None:
+        """The mode in which its layer runs, as far as it was called, if that is another than was asked for."""
+        mode = None if self._calling is None else self._calling.mode
+        return None if mode == self.mode else mode
+
+    @property
     def memory_order(self) -> tuple[int, ...]:
         """Of the weights that the program writes: the axes from the slowest varying to the fastest."""
         return memory_order(self._strides)
@@ -234,7 +246,8 @@ class Adapter(nn.Module):
         return initial_core(self.network, core, self.seed, label, weight)
 
     def extra_repr(self) -> str:
-        return f"{self.network.spec.name}, parameters={self.network.num_parameters}, mode={self.mode}"
+        mode = f"{self.mode}: {self.chosen}" if self.chosen else self.mode
+        return f"{self.network.spec.name}, parameters={self.network.num_parameters}, mode={mode}"
 
     def _tensor(self, key: str) -> Tensor:
         holder = self._holders.get(key, self) if self._holders else self
@@ -343,21 +356,6 @@ class Adapter(nn.Module):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
-
-
-def _whole(seed: object) -> int:
-    """A seed, integers of other libraries too. Raises BindError for what is no whole number, or a huge one."""
-    try:
-        number = None if isinstance(seed, (bool, Tensor)) else operator.index(seed)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    fix = "For example `seed=0`."
-    if number is None:
-        found = f"a {type(seed).__name__}" if isinstance(seed, Tensor) else clip(seed)
-        raise BindError(Problem("seed", "a whole number", found, fix))
-    if not -_LARGEST_SEED <= number < _LARGEST_SEED:  # what every reader of a file can read
-        raise BindError(Problem("seed", "a whole number of at most 64 bits", "a larger one", fix))
-    return number
 
 
 def memory_order(strides: tuple[int, ...]) -> tuple[int, ...]:

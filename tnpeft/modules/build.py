@@ -6,6 +6,7 @@ from torch import nn
 
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.layers import AdaptedLayer
+from tnpeft.plan import DEFAULT_MODE
 from tnpeft.spec import Spec, load_spec
 
 __all__ = ["compile"]
@@ -18,13 +19,15 @@ def compile(
     *,
     seed: int | None = None,
     name: str = "",
-    mode: str = "dense",
+    mode: str = DEFAULT_MODE,
+    autotune: bool = False,
     **params: float,
 ) -> Adapter:
     """The adapter of `spec` (or of a shipped spec's name, or a path) for `layer`, which is only read.
 
     `name` is the layer's name in its model: with `seed` (the spec's own where None) it decides the
     initial values. A shared core is this layer's alone: layers share what is attached to them together.
+    `mode` says how calls of the layer run, and `autotune` that `mode="auto"` times them, as for `attach`.
     Raises SpecError and BindError.
     """
     if not isinstance(spec, Spec):
@@ -32,4 +35,4 @@ def compile(
     if isinstance(layer, AdaptedLayer):
         layer = layer.base
     network = spec.bind(layer, **params)
-    return Adapter(network, layer, seed=seed, name=name, mode=mode)
+    return Adapter(network, layer, seed=seed, name=name, mode=mode, autotune=autotune)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tnpeft.modules.calls import call_of
-from tnpeft.plan import Call, Plan, plan
+from tnpeft.modules.tuning import can_be_timed, quickest
+from tnpeft.plan import Call, Plan, best_plan, feasible_plans, plan
 from tnpeft.program import (
     ChainProgram,
     ClusterProgram,
@@ -29,6 +30,7 @@ from tnpeft.program import (
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
+    from tnpeft.modules.layers import AdaptedLayer
 
 __all__ = ["Calling", "Group", "Running"]
 
@@ -50,18 +52,33 @@ class Calling:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.group: Group | None = None
-        self.last: Running | None = None
+        self._last: dict[bool, Running] = {}
         self._calls: dict[Any, Running] = {}
         self._starts = _Starts([adapter])
 
-    def running(self, base: Any, x: Tensor, rest: Sequence[Any]) -> Running:
-        """How a call with this input runs; the last one is remembered for the group."""
-        key = (x.shape, x.device, tuple(rest[0]) if rest and rest[0] is not None else None, base.weight.stride())
+    def running(self, layer: AdaptedLayer, x: Tensor, rest: Sequence[Any]) -> Running:
+        """How a call with this input runs; the last one is remembered."""
+        adapter, base = self.adapter, layer.base
+        training = adapter.mode != "auto" or (torch.is_grad_enabled() and _takes_gradients(adapter))
+        size = tuple(rest[0]) if rest and rest[0] is not None else None
+        key = (x.shape, x.device, size, base.weight.stride(), training)
         found = self._calls.get(key)
         if found is None:
-            found = self._calls[key] = self._planned(base, x, rest)
-        self.last = found
+            found = self._calls[key] = self._planned(layer, x, rest, training)
+        self._last[torch.is_grad_enabled()] = found
         return found
+
+    @property
+    def last(self) -> Running | None:
+        """How the last call ran: that with gradients, or that without, as is the case now; if there was none, the other."""
+        differentiable = torch.is_grad_enabled()
+        return self._last.get(differentiable) or self._last.get(not differentiable)
+
+    @property
+    def mode(self) -> str | None:
+        """The mode of the last call with gradients or, if there was none, of the last one."""
+        found = self._last.get(True) or self._last.get(False)
+        return None if found is None else found.mode
 
     def clusters(self, running: Running) -> LayerClusters:
         """The clusters of the adapter's cores as they are now."""
@@ -72,14 +89,30 @@ class Calling:
         assert running.clusters is not None
         return _contracted(running.clusters, [self.adapter], self._starts)[0]
 
-    def _planned(self, base: Any, x: Tensor, rest: Sequence[Any]) -> Running:
-        adapter = self.adapter
+    def _planned(self, layer: AdaptedLayer, x: Tensor, rest: Sequence[Any], training: bool) -> Running:
+        """Decided once: activation checkpointing, for one, must find the same when it calls again."""
+        adapter, base = self.adapter, layer.base
         call = call_of(base, adapter.network.layer, x.shape, rest[0] if rest else None, x.device.type)
-        found = adapter.plan if call is None else plan(adapter.network, adapter.mode, call)
+        if call is None:
+            return Running("dense", adapter.plan)
+        if adapter.mode != "auto":
+            return self._ready(plan(adapter.network, adapter.mode, call), call)
+        name = f"{call.device}, {call}" + ("" if training else ", inference")
+        if name in adapter.choices:
+            return self._ready(plan(adapter.network, adapter.choices[name], call), call)
+        plans = feasible_plans(adapter.network, call, not training)
+        if not adapter.autotune or _is_checkpointing() or not can_be_timed(x):
+            return self._ready(best_plan(plans, call, not training), call)
+        options = [self._ready(one, call) for one in plans]
+        adapter.choices[name] = mode = quickest(layer, options, x, rest, training)
+        return next(option for option in options if option.mode == mode)
+
+    def _ready(self, found: Plan, call: Call) -> Running:
+        """What runs a plan."""
         if found.mode == "dense":
             return Running("dense", found, call)
         factored = found.chain or found
-        completion = build_completion(factored, adapter.memory_order) if found.mode == "hybrid" else None
+        completion = build_completion(factored, self.adapter.memory_order) if found.mode == "hybrid" else None
         return Running(found.mode, found, call, build_chain(factored), build_clusters(factored, 1), completion)
 
 
@@ -148,6 +181,12 @@ def _contracted(program: ClusterProgram, adapters: Sequence[Adapter], starts: _S
         return program(cores, ())
     start = [adapter.start_tensors() for adapter in adapters]
     return program(cores, starts.of(program, start))
+
+
+def _takes_gradients(adapter: Adapter) -> bool:
+    """Whether something that it trains does; cores that are held elsewhere are looked at last, for it takes longer."""
+    own = any(parameter.requires_grad for parameter in adapter._parameters.values() if parameter is not None)
+    return own or any(core.requires_grad for core in adapter.cores.values())
 
 
 def _is_checkpointing() -> bool:

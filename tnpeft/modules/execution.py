@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tnpeft.modules.adapter import Adapter
-from tnpeft.modules.calling import Running
 from tnpeft.modules.calls import chain_input
 from tnpeft.program import ClusterGradients, FactoredUpdate, LayerClusters
 
 if TYPE_CHECKING:
+    from tnpeft.modules.adapter import Adapter
+    from tnpeft.modules.calling import Calling, Running
     from tnpeft.modules.layers import AdaptedLayer
 
-__all__ = ["dense", "execute", "summed_weight"]
+__all__ = ["dense", "execute", "run", "summed_weight"]
 
 
 def execute(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
@@ -33,7 +33,11 @@ def execute(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     if adapter.mode == "dense" or scale != 1.0:
         return dense(layer, x, *rest)
     calling = adapter.calling
-    running = calling.running(layer.base, x, rest)
+    return run(layer, calling, calling.running(layer, x, rest), x, *rest)
+
+
+def run(layer: AdaptedLayer, calling: Calling, running: Running, x: Tensor, *rest: Any) -> Tensor:
+    """The output of a layer with one adapter, as it was decided."""
     if running.mode == "dense":
         return dense(layer, x, *rest)
     return _RUNS[running.mode](layer, calling.clusters(running), running, x, *rest)

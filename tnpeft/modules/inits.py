@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Mapping
 
 import torch
@@ -15,11 +16,12 @@ from tnpeft.network import BoundCore, Layer, Network
 from tnpeft.spec import init_function
 from tnpeft.spec.document import clip
 
-__all__ = ["canonical_weight", "initial_core", "is_drawn", "stream"]
+__all__ = ["canonical_weight", "initial_core", "is_drawn", "stream", "whole_seed"]
 
 _Shape = tuple[int, ...]
 
 _OTHER = "Give the core another `init`."
+_LARGEST_SEED = 2**63
 
 
 def stream(seed: int, layer: str, core: str, shape: _Shape) -> torch.Generator:
@@ -230,3 +232,18 @@ def _mend(core: BoundCore) -> str:
 
 def _misfit(core: BoundCore, expected: str, found: str, fix: str) -> Problem:
     return Problem(f"core `{core.name}`, init `{core.init.name}`", expected, found, fix, core=core.name)
+
+
+def whole_seed(seed: object) -> int:
+    """A seed, integers of other libraries too. Raises BindError for what is no whole number, or a huge one."""
+    try:
+        number = None if isinstance(seed, (bool, Tensor)) else operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    fix = "For example `seed=0`."
+    if number is None:
+        found = f"a {type(seed).__name__}" if isinstance(seed, Tensor) else clip(seed)
+        raise BindError(Problem("seed", "a whole number", found, fix))
+    if not -_LARGEST_SEED <= number < _LARGEST_SEED:  # what every reader of a file can read
+        raise BindError(Problem("seed", "a whole number of at most 64 bits", "a larger one", fix))
+    return number

@@ -3,11 +3,12 @@
 from tnpeft.plan.call import Axis, Call, nominal_call
 from tnpeft.plan.dense import steps_of
 from tnpeft.plan.model import Link, Plan, Step
-from tnpeft.plan.modes import MODES, best_plan, check_mode, feasible_plans, plan
+from tnpeft.plan.modes import DEFAULT_MODE, MODES, best_plan, check_choices, check_mode, feasible_plans, plan
 from tnpeft.plan.path import Path, find_path
 from tnpeft.plan.predict import Prediction, predict
 
 __all__ = [
+    "DEFAULT_MODE",
     "MODES",
     "Axis",
     "Call",
@@ -17,6 +18,7 @@ __all__ = [
     "Prediction",
     "Step",
     "best_plan",
+    "check_choices",
     "check_mode",
     "feasible_plans",
     "find_path",

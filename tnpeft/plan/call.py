@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tnpeft.network.layer import Layer
@@ -70,13 +71,18 @@ class Call:
     def __str__(self) -> str:
         if not self.axes:
             return f"{self.batch} rows"
-        sizes = (" x ".join(str(getattr(axis, side)) for axis in self.axes) for side in ("inputs", "outputs"))
+        sizes = ("x".join(str(getattr(axis, side)) for axis in self.axes) for side in ("inputs", "outputs"))
         return f"batch {self.batch}, {' -> '.join(sizes)}"
 
 
-def nominal_call(layer: Layer) -> Call:
-    """The call that a plan assumes where it is told of none: stride 1, the output as large as the input."""
+def nominal_call(layer: Layer, batch: int | None = None, space: Sequence[int] | None = None) -> Call:
+    """A call with stride 1 and an output as large as the input; of the size that plans assume where none is given.
+
+    `batch` counts all rows of a Linear, `space` are the voxels along each kernel axis.
+    """
     if not layer.kernel_size:
-        return Call(NOMINAL_ROWS)
-    axes = tuple(Axis(NOMINAL_SIDE, NOMINAL_SIDE, size, before=(size - 1) // 2) for size in layer.kernel_size)
-    return Call(1, axes, layer.transposed)
+        return Call(NOMINAL_ROWS if batch is None else batch)
+    sides = space or (NOMINAL_SIDE,) * len(layer.kernel_size)
+    pairs = zip(sides, layer.kernel_size, strict=True)
+    axes = tuple(Axis(side, side, size, before=(size - 1) // 2) for side, size in pairs)
+    return Call(batch or 1, axes, layer.transposed)

@@ -195,10 +195,10 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"dense: {self.reason}"] if self.terms and self.reason else []
         for label, part in self._labelled():
-            lines += [label + part._headline(), *part._step_lines(), *part._link_lines()]
+            lines += [label + part._headline(), *part._step_lines(), *part.link_lines()]
         if self.chain is not None:
             for label, part in self.chain._labelled():
-                lines += [f"backward, {label}{part._headline()}", *part._link_lines()]
+                lines += [f"backward, {label}{part._headline()}", *part.link_lines()]
         return "\n".join(lines)
 
     def _labelled(self) -> Iterator[tuple[str, Plan]]:
@@ -224,7 +224,7 @@ class Plan:
             left, right = (names[number] for number in step.operands)
             yield f"  {names[step.number]} = {left} * {right}: {step}  {_count(step.flops)}FLOP"
 
-    def _link_lines(self) -> Iterator[str]:
+    def link_lines(self) -> Iterator[str]:
         """Each link: its cores, how it treats its kernel axes, and the channels before and after."""
         for number, link in enumerate(self.links):
             axes = f", {'spreads' if link.gather else 'collects'} {' '.join(link.kernel)}" if link.kernel else ""

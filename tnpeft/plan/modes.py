@@ -13,8 +13,13 @@ from tnpeft.plan.chain import plan_factored, plan_hybrid
 from tnpeft.plan.dense import plan_dense
 from tnpeft.plan.model import Plan
 from tnpeft.plan.predict import predict
+from tnpeft.spec.document import clip
 
-__all__ = ["MODES", "best_plan", "check_mode", "feasible_plans", "plan"]
+__all__ = ["DEFAULT_MODE", "MODES", "best_plan", "check_choices", "check_mode", "feasible_plans", "plan"]
+
+
+# What layers get that are attached, compiled or loaded from another library's file.
+DEFAULT_MODE = "dense"
 
 
 def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inference: bool = False) -> Plan:
@@ -46,6 +51,16 @@ def check_mode(mode: object) -> None:
         known = ", ".join(f"`{name}`" for name in MODES)
         fix = near_miss(str(mode), MODES) or "Leave `mode` out for the default."
         raise TnpeftError(Problem("the execution mode", f"one of {known}", f"`{str(mode)[:40]}`", fix))
+
+
+def check_choices(choices: Mapping[str, str]) -> None:
+    """Raises TnpeftError for a mode that no call can run in."""
+    known = [name for name in MODES if name != "auto"]
+    for call, mode in choices.items():
+        if mode not in known:
+            expected = f"one of {', '.join(f'`{name}`' for name in known)}"
+            fix = near_miss(mode, known) or "Leave it out: it is chosen again."
+            raise TnpeftError(Problem(f"the mode chosen for {clip(call)}", expected, f"`{mode[:40]}`", fix))
 
 
 def _dense(network: Network, call: Call) -> Plan:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, near_miss
 from tnpeft.modules import Adapter, Captured, Sharing
+from tnpeft.plan import DEFAULT_MODE
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, list_recipes, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
@@ -67,7 +68,8 @@ def attach(
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
     seed: int | None = None,
-    mode: str = "dense",
+    mode: str = DEFAULT_MODE,
+    autotune: bool = False,
     **params: float,
 ) -> Handle:
     """Put an adapter on a model; until the first optimiser step the model computes what it did, bit for bit.
@@ -78,6 +80,15 @@ def attach(
     recipe says, by default), `scopes` binds the scopes of shared cores to regular expressions on layers'
     names ({"block": r"layers\\.(\\d+)\\."}), `params` override the specs' own numbers, `seed` their seed, and
     `name` tells several adapters on one model apart. Everything else is frozen.
+
+    `mode` says how each layer applies its update: `dense` builds the delta weight and calls the layer once
+    with the sum; `factored` contracts the cores with the layer's input and never builds it; `hybrid` calls
+    the layer with the sum and takes the cores' gradients from the factored chain, without the weight's
+    gradient. All agree but for rounding. Layers that cannot be factored (groups, DoRA, cores that are the
+    base weight) run dense, and so do all of them inside a compiled graph, with several active adapters or
+    at another scale than 1. `auto` takes, for each layer and input size, the one of least predicted time;
+    with `autotune` it runs all of them a few times when a layer first sees a size (forward passes without
+    gradients apart), and remembers which was the quickest, in saved files too. Second derivatives need `dense`.
 
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """
@@ -93,7 +104,7 @@ def attach(
     claimed = targets(model, recipe)
     also = trained(model, recipe.train, claimed)
     captured = captures(claimed, recipe.scopes)
-    adapters = _compile(plain_modules(model), claimed, captured, seed, mode)
+    adapters = _compile(plain_modules(model), claimed, captured, seed, mode, autotune)
     about = {"recipe": recipe.name, "trained": {"bias": also.bias, "norm": also.norm, "also": also.also}}
     install(model, name, adapters, also.names, _json_like(about))
     return Handle(model, name)
@@ -179,6 +190,7 @@ def _compile(
     captured: Mapping[str, Captured],
     seed: int | None,
     mode: str,
+    autotune: bool,
 ) -> dict[str, Adapter]:
     """One adapter per layer (once for a layer with two names); every layer's mistakes are collected."""
     sharing = Sharing()
@@ -196,6 +208,7 @@ def _compile(
                 seed=seed,
                 name=name,
                 mode=mode,
+                autotune=autotune,
                 sharing=sharing,
                 captured=captured[name],
             )

@@ -23,6 +23,7 @@ class LayerReport:
     """One adapted layer; all counts are elements.
 
     `weight` is the base layer's weight, `cores` what trains of its update, cores that an earlier layer holds left out.
+    `mode` is the execution mode that was asked for, `chosen` the one in which the layer ran where that is another.
     """
 
     name: str
@@ -30,9 +31,15 @@ class LayerReport:
     spec: str
     params: Mapping[str, float]
     mode: str
+    chosen: str | None
     cores: int
     bias: int
     weight: int
+
+    @property
+    def runs(self) -> str:
+        """The mode in words, e.g. `auto: hybrid`."""
+        return f"{self.mode}: {self.chosen}" if self.chosen else self.mode
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,14 @@ class Report:
         table.add_column("kind", overflow="fold")
         table.add_column("spec")
         table.add_column("params")
+        table.add_column("mode")
         table.add_column("weight", justify="right", footer=f"{sum(row.weight for row in self.layers):,}")
         table.add_column("cores", justify="right", footer=f"{self.cores:,}")
         table.add_column("bias", justify="right", footer=f"{sum(row.bias for row in self.layers):,}")
         for row in self.layers:
             params = " ".join(f"{name}={value:g}" for name, value in row.params.items())
-            table.add_row(row.name, row.layer, row.spec, params, f"{row.weight:,}", f"{row.cores:,}", f"{row.bias:,}")
+            counts = (f"{count:,}" for count in (row.weight, row.cores, row.bias))
+            table.add_row(row.name, row.layer, row.spec, params, row.runs, *counts)
         sums = (("cores", self.cores), ("biases", self.bias), ("norms", self.norm), ("also", self.also))
         lines = [", ".join(f"{label} {count:,}" for label, count in sums if count or label == "cores")]
         table.caption = "\n".join(lines + [str(shared) for shared in self.shared])
@@ -121,6 +130,7 @@ def report_of(model: nn.Module, name: str) -> Report:
                 network.spec.name,
                 dict(network.params),
                 adapter.mode,
+                adapter.chosen,
                 sum(parameter.numel() for parameter in adapter.trained.values()),
                 own,
                 weight,

@@ -1,0 +1,109 @@
+"""The execution modes of a layer as `tnpeft show` lists them: what each is predicted to take, and the factored chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tnpeft.cli.output import Output, table
+from tnpeft.network import Network
+from tnpeft.plan import MODES, Call, Link, Plan, best_plan, feasible_plans, plan, predict
+
+__all__ = ["Costs", "bytes_text"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The plans of a network's modes for one call, those that `auto` chooses among."""
+
+    call: Call
+    plans: dict[str, Plan]
+    auto: Plan
+    inference: Plan
+
+    @classmethod
+    def of(cls, network: Network, call: Call) -> Costs:
+        plans = {mode: plan(network, mode, call) for mode in MODES if mode != "auto"}
+        auto, inference = (best_plan(feasible_plans(network, call, alone), call, alone) for alone in (False, True))
+        return cls(call, plans, auto, inference)
+
+    def __str__(self) -> str:
+        """What `auto` takes, in one line."""
+        alone = "" if self.inference.mode == self.auto.mode else f" ({self.inference.mode} without gradients)"
+        return f"{self.auto.mode}{alone} for {self.call} on {self.call.device}"
+
+    def print(self, output: Output) -> None:
+        columns = {"mode": "left", "forward": "right", "backward": "right", "step": "right", "FLOPs": "right"}
+        columns |= {"peak": "right", "saved": "right", "": "left"}
+        output.say()
+        output.show(table("", columns, map(self._row, self.plans)))
+        if (chain := self.plans["factored"]).mode != "factored":
+            return
+        for number, part in enumerate(chain.terms or (chain,)):
+            output.say(f"\nfactored, term {number + 1}" if chain.terms else "\nfactored")
+            for line in part.link_lines():
+                output.say(line)
+
+    def _row(self, mode: str) -> tuple[str, ...]:
+        known = self.plans[mode]
+        cost = predict(known, self.call)
+        times = (f"{seconds * 1e3:.3g} ms" for seconds in (cost.forward, cost.backward, cost.step))
+        peak = bytes_text(known.peak_bytes) if known.mode == "dense" else "-"
+        marks = ["auto"] if mode == self.auto.mode else []
+        marks += [f"as dense ({known.reason})"] if known.mode != mode else []
+        return mode, *times, f"{known.flops:,}", peak, bytes_text(known.saved_bytes(self.call)), ", ".join(marks)
+
+    def data(self) -> dict[str, Any]:
+        """The same for JSON."""
+        factored = self.plans["factored"]
+        chain = [[_link_data(part, link) for link in part.links] for part in factored.terms or (factored,)]
+        axes = self.call.axes
+        return {
+            "device": self.call.device,
+            "batch": self.call.batch,
+            "inputs": [axis.inputs for axis in axes],
+            "outputs": [axis.outputs for axis in axes],
+            "auto": self.auto.mode,
+            "inference": self.inference.mode,
+            "modes": dict(self._mode_data()),
+            "chain": chain if factored.mode == "factored" else None,
+        }
+
+    def _mode_data(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for mode, known in self.plans.items():
+            cost = predict(known, self.call)
+            yield (
+                mode,
+                {
+                    "runs": known.mode,
+                    "reason": known.reason if known.mode != mode else None,
+                    "forward_ms": cost.forward * 1e3,
+                    "backward_ms": cost.backward * 1e3,
+                    "step_ms": cost.step * 1e3,
+                    "flops": known.flops,
+                    "peak_bytes": known.peak_bytes if known.mode == "dense" else None,
+                    "saved_bytes": known.saved_bytes(self.call),
+                },
+            )
+
+
+def _link_data(part: Plan, link: Link) -> dict[str, Any]:
+    return {
+        "cores": list(part.cores_of(link)),
+        "kernel": list(link.kernel),
+        "spreads": link.gather,
+        "before": list(link.before),
+        "after": list(link.after),
+        "flops": link.flops,
+    }
+
+
+def bytes_text(count: int) -> str:
+    """12345678 → "11.77 MiB"."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

@@ -1,0 +1,131 @@
+"""Timing the modes of a layer on a call that it gets, to choose the quickest.
+
+What is timed is a twin of the layer whose adapters hold aliases of the true ones' tensors: no gradient is left on these
+or on the input, no hook of theirs runs, and the groups of a pass, autocast's cache and the random state stay as they
+are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.modules.execution import run
+from tnpeft.program import without_autocast
+
+if TYPE_CHECKING:
+    from tnpeft.modules.adapter import Adapter
+    from tnpeft.modules.calling import Running
+    from tnpeft.modules.layers import AdaptedLayer
+
+__all__ = ["can_be_timed", "quickest"]
+
+# Rounds in which every mode runs once; after the first `ENOUGH` no more are begun once `SECONDS` have passed.
+ROUNDS, ENOUGH, SECONDS = 9, 3, 0.25
+# A mode whose best time is so many times the best of all is tried no more.
+HOPELESS = 1.5
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def can_be_timed(x: Tensor) -> bool:
+    """Whether running a layer on `x` a few times tells something, and nobody records what runs."""
+    if x.device.type == "meta" or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False
+    recorded = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (recorded or captured or torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+
+
+def quickest(layer: AdaptedLayer, options: Sequence[Running], x: Tensor, rest: Sequence[Any], training: bool) -> str:
+    """The mode of the options that takes the least time on a call, with its backward pass if `training`.
+
+    Modes take turns and their medians are compared, so that what else the machine does meanwhile hits all of them.
+    """
+    trial = _Trial(layer, x, rest, training)
+    # First runs also make what later ones find.
+    alive = [option for option in options if trial(option) < math.inf] if len(options) > 1 else []
+    times: dict[str, list[float]] = {option.mode: [] for option in alive}
+    started = time.perf_counter()
+    for number in range(ROUNDS):
+        if len(alive) < 2 or (number >= ENOUGH and time.perf_counter() - started > SECONDS):
+            break
+        for option in alive:
+            times[option.mode].append(trial(option))
+        best = min(min(own) for own in times.values())
+        alive = [option for option in alive if min(times[option.mode]) <= HOPELESS * best]
+    if len(alive) < 2:
+        return (alive or options)[0].mode
+    return min(alive, key=lambda option: statistics.median(times[option.mode])).mode
+
+
+class _Trial:
+    """Runs a call in one mode, on aliases of everything, and says how many seconds it took."""
+
+    def __init__(self, layer: AdaptedLayer, x: Tensor, rest: Sequence[Any], training: bool) -> None:
+        self.rest, self.training = rest, training
+        self.x = x.detach().requires_grad_(training and x.requires_grad)
+        self.wanted = [self.x] if self.x.requires_grad else []
+        self._known: dict[int, Adapter] = {}
+        adapters = nn.ModuleDict({key: self._twin_of(adapter) for key, adapter in layer.adapters.items()})  # type: ignore[arg-type]
+        self.layer = _copied(layer, _modules={**layer._modules, "adapters": adapters})
+
+    def __call__(self, running: Running) -> float:
+        """Infinite if there is not enough memory for it."""
+        try:
+            with _uncached(self.x.device.type):
+                return self._seconds(running)
+        except torch.OutOfMemoryError:
+            return math.inf
+
+    def _seconds(self, running: Running) -> float:
+        ((adapter, _),) = self.layer.active
+        _synchronise(self.x.device)
+        started = time.perf_counter()
+        with contextlib.nullcontext() if self.training else torch.no_grad():
+            out = run(self.layer, adapter.calling, running, self.x, *self.rest)
+        if self.training:
+            with without_autocast(out):
+                torch.autograd.grad(out, self.wanted, torch.ones_like(out), allow_unused=True)
+        _synchronise(self.x.device)
+        return time.perf_counter() - started
+
+    def _twin_of(self, adapter: Adapter) -> Adapter:
+        known = self._known.get(id(adapter))
+        if known is None:
+            aliases = {key: self._alias(core) for key, core in adapter._parameters.items() if core is not None}
+            holders = {key: self._twin_of(holder) for key, holder in adapter._holders.items()}
+            known = _copied(adapter, _parameters=aliases, _holders=holders, _calling=None)
+            self._known[id(adapter)] = known
+        return known
+
+    def _alias(self, core: Tensor) -> Tensor:
+        alias = core.detach().requires_grad_(self.training and core.requires_grad)
+        self.wanted += [alias] if alias.requires_grad else []
+        return alias
+
+
+def _copied(module: _Module, **changes: Any) -> _Module:
+    """A module that shares all of its state but some attributes."""
+    copied = module.__class__.__new__(module.__class__)
+    copied.__dict__.update(module.__dict__, **changes)
+    return copied
+
+
+def _uncached(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast as it is, but leaving nothing in its cache."""
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
