@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from terminal import data, mistakes, run, text
 
 import tnpeft
+from tnpeft.plan import nominal_call, predict
 
 ROOT = Path(__file__).parent.parent
 SPECS = ROOT / "specs"
@@ -186,9 +189,10 @@ def test_show_as_text():
     printed = text("show", "loha", "--layer", "Conv2d:6,8,3x5", "--set", "r=2", "--set", "alpha=1")
     assert printed.startswith(LOHA)
     facts = {line[:14].strip(): line[14:] for line in printed[len(LOHA) :].splitlines() if not line.startswith(" ")}
-    assert list(facts) == ["path", "FLOPs", "memory", "largest", "mode"]
+    assert list(facts) == ["path", "FLOPs", "memory", "largest", "mode", "auto"]
     assert facts["largest"] == "720 elements in one step's result"
     assert facts["mode"] == "dense"
+    assert facts["auto"].split(" for ")[1] == "batch 1, 16x16 -> 16x16 on cpu"
 
 
 def test_show_where_there_is_only_ascii():
@@ -205,7 +209,7 @@ def test_show_as_json():
     plan = tnpeft.plan(network)
     assert list(shown) == [
         *("spec", "title", "source", "layers", "start", "compose", "cores", "layer", "params", "sizes", "weight"),
-        *("terms", "weight_shape", "scale", "einsum", "parameters", "formula", "share", "plan"),
+        *("terms", "weight_shape", "scale", "einsum", "parameters", "formula", "share", "plan", "execution"),
     ]
     assert shown["parameters"] == network.num_parameters == 21504
     assert shown["formula"] == network.formula
@@ -239,6 +243,149 @@ def test_show_as_json():
         "largest_intermediate": 128 * 64 * 27,
         "peak_bytes": plan.peak_bytes,
     }
+
+
+LINKS = """\
+
+factored
+  link 1: down, collects k.0 k.1: (i) 64 -> (r) 4 channels  590 kFLOP
+  link 2: up: (r) 4 -> (o) 128 channels  131 kFLOP"""
+
+
+def test_show_what_a_call_takes_in_each_mode():
+    command = ("show", "lora", "--layer", "Conv2d:64,128,3", "--input", "2,64,8,8")
+    printed = text(*command)
+    assert printed.endswith(LINKS)
+    heading, *rows = printed.removesuffix(LINKS).splitlines()[-4:]
+    assert heading.split() == ["mode", "forward", "backward", "step", "FLOPs", "peak", "saved"]
+    assert [row.split()[0] for row in rows] == ["dense", "factored", "hybrid"]
+    shown = data(*command)["execution"]
+    assert [row.split()[0] for row in rows if row.endswith("auto")] == [shown["auto"]]
+    for row, known in zip(rows, shown["modes"].values(), strict=True):
+        times = [f"{known[name]:.3g} ms" for name in ("forward_ms", "backward_ms", "step_ms")]
+        assert re.split(r"  +", row)[1:5] == [*times, f"{known['flops']:,}"]
+    (line,) = (line for line in printed.splitlines() if line.startswith("auto"))
+    assert line.startswith(f"auto          {shown['auto']}")
+    assert line.endswith("for batch 2, 8x8 -> 8x8 on cpu")
+    assert ("without gradients" in line) == (shown["inference"] != shown["auto"])
+
+
+def test_show_what_a_call_takes_as_json():
+    shown = data("show", "lora", "--layer", "Conv2d:64,128,3", "--input", "2,64,8,9")["execution"]
+    layer = tnpeft.load_spec("lora").bind("Conv2d", in_channels=64, out_channels=128, kernel_size=3)
+    assert (shown["device"], shown["batch"], shown["inputs"], shown["outputs"]) == ("cpu", 2, [8, 9], [8, 9])
+    assert list(shown["modes"]) == ["dense", "factored", "hybrid"]
+    for mode in ("dense", "factored", "hybrid"):
+        call = nominal_call(layer.layer, 2, (8, 9))
+        plan = tnpeft.plan(layer, mode, call)
+        cost = predict(plan, call)
+        assert shown["modes"][mode] == {
+            "runs": mode,
+            "reason": None,
+            "forward_ms": pytest.approx(cost.forward * 1e3),
+            "backward_ms": pytest.approx(cost.backward * 1e3),
+            "step_ms": pytest.approx(cost.step * 1e3),
+            "flops": plan.flops,
+            "peak_bytes": plan.peak_bytes if mode == "dense" else None,
+            "saved_bytes": plan.saved_bytes(call),
+        }
+    assert shown["chain"] == [
+        [
+            {
+                "cores": ["down"],
+                "kernel": ["k.0", "k.1"],
+                "spreads": False,
+                "before": ["i"],
+                "after": ["r"],
+                "flops": 2 * 2 * 72 * 64 * 4 * 9,
+            },
+            {
+                "cores": ["up"],
+                "kernel": [],
+                "spreads": True,
+                "before": ["r"],
+                "after": ["o"],
+                "flops": 2 * 2 * 72 * 4 * 128,
+            },
+        ]
+    ]
+
+
+def test_show_says_why_a_layer_runs_dense():
+    command = ("show", "lora", "--layer", "Conv2d:4,4,3,groups=2", "--input", "2,4,8,8")
+    why = "groups=2: each group has its own input"
+    dense, factored, hybrid = text(*command).splitlines()[-3:]
+    assert dense.endswith("  auto")
+    assert factored.endswith(f"  as dense ({why})")
+    assert hybrid.endswith(f"  as dense ({why})")
+    shown = data(*command)["execution"]
+    assert (shown["auto"], shown["inference"], shown["chain"]) == ("dense", "dense", None)
+    assert (shown["modes"]["hybrid"]["runs"], shown["modes"]["hybrid"]["reason"]) == ("dense", why)
+
+
+@pytest.mark.parametrize(("spec", "sizes"), [("lora", "64"), ("lora", "3, 8, 64"), ("glora", "8,64")])
+def test_show_a_call_of_a_linear(spec: str, sizes: str):
+    shown = data("show", spec, "--layer", "Linear:64,32", "--input", sizes)["execution"]
+    assert shown["batch"] == math.prod(map(int, sizes.split(",")[:-1]))
+    assert shown["inputs"] == []
+
+
+def test_show_the_terms_of_a_chain(tmp_path: Path):
+    path = tmp_path / "two.yaml"
+    path.write_text(
+        "tnpeft: 1\nname: two\nlayers: [Linear]\nsizes: {o: out_channels, i: in_channels}\nbond: 2\n"
+        "cores: {a: o r, b: {legs: r i, init: zeros}, c: o s, d: {legs: s i, init: zeros}}\n"
+        "terms: [{cores: [a, b], weight: o i}, {cores: [c, d], weight: o i}]\nstart: zero\n"
+    )
+    printed = text("show", path, "--layer", "Linear:6,4", "--input", "5,6")
+    assert printed.endswith(
+        "\nfactored, term 1\n"
+        "  link 1: b: (i) 6 -> (r) 2 channels  120 FLOP\n"
+        "  link 2: a: (r) 2 -> (o) 4 channels  80 FLOP\n"
+        "\nfactored, term 2\n"
+        "  link 1: d: (i) 6 -> (s) 2 channels  120 FLOP\n"
+        "  link 2: c: (s) 2 -> (o) 4 channels  80 FLOP"
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes", "message"),
+    [
+        (
+            "Conv3d:64,128,3",
+            "1,64,big",
+            "the input's sizes: expected whole numbers with commas, found '1,64,big'. "
+            "Write it like --input 1,64,24,24,24.",
+        ),
+        (
+            "Linear:6,4",
+            "",
+            "the input's sizes: expected whole numbers with commas, found ''. Write it like --input 1,6.",
+        ),
+        (
+            "Conv3d:64,128,3",
+            "1,64,24,24",
+            "the input's axes: expected 5 for Conv3d: batch, channels and the kernel's 3, found 4. "
+            "Write it like --input 1,64,24,24,24.",
+        ),
+        (
+            "ConvTranspose1d:8,4,3",
+            "1,4,9",
+            "the input's channels: expected 8, found 4. Write it like --input 1,8,24.",
+        ),
+        ("Linear:6,4", "6,4", "the input's channels: expected 6, found 4. Write it like --input 1,6."),
+        ("Conv1d:6,4,3", "1,6,0", "the input's sizes: expected positive numbers, found a zero. Mend that number."),
+    ],
+)
+def test_show_with_an_input_that_is_none(layer: str, sizes: str, message: str):
+    shown = f"--input {sizes}: {message}"
+    assert mistakes("show", "lora", "--layer", layer, "--input", sizes, status=2) == [shown]
+
+
+def test_show_with_an_input_but_no_layer():
+    assert mistakes("show", "lora", "--input", "1,64", status=2) == [
+        "--input without --layer: expected a layer to call, found none. Add --layer, e.g. --layer Conv3d:64,128,3."
+    ]
 
 
 def test_show_without_a_layer():

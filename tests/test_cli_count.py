@@ -72,6 +72,7 @@ def test_count_a_recipe_of_ones_own(models: str, tmp_path: Path):
                 "spec": "lora",
                 "params": {"r": 1, "alpha": 3},
                 "mode": "dense",
+                "chosen": None,
                 "cores": 14,
                 "bias": 6,
                 "weight": 48,

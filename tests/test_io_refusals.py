@@ -243,8 +243,8 @@ def _layer(**values: object):
         ),
         (
             _layer(mode="fast"),
-            "FILE: layer 'up': the execution mode: expected one of `dense`, `factored`, `hybrid`, `auto`, found `fast`. "
-            "Leave `mode` out for the default.",
+            "FILE: layer 'up': the execution mode: expected one of `dense`, `factored`, `hybrid`, `auto`, "
+            "found `fast`. Leave `mode` out for the default.",
         ),
         (
             _layer(choices={"cpu, 64 rows": "auto"}),

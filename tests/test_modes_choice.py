@@ -60,9 +60,8 @@ def hybrid_wins(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch, dense=3.0, hybrid=1.0, factored=2.0)
 
 
-def network(kind: str = "Conv2d", spec: str = "lora", **sizes: int) -> Network:
-    layer = {"in_channels": 64, "out_channels": 128, "kernel_size": 3} if kind != "Linear" else {}
-    return tnpeft.load_spec(spec).bind(kind, **({"in_features": 64, "out_features": 128} | sizes if not layer else layer))
+def network() -> Network:
+    return tnpeft.load_spec("lora").bind("Conv2d", in_channels=64, out_channels=128, kernel_size=3)
 
 
 # The cost model
@@ -408,9 +407,8 @@ def test_a_plan_that_fell_back_says_why() -> None:
     why = "groups=2: each group has its own input"
     assert plan(bound, "factored").reason == plan(bound, "auto").reason == why
     assert str(plan(bound, "hybrid")).startswith(f"lora on Conv2d(4, 4, 3x3, groups=2): dense ({why}), 1 step, ")
-    assert str(plan(network("Linear", "glora"), "factored")).splitlines()[0] == (
-        "dense: a core is the base weight itself"
-    )
+    summed = tnpeft.load_spec("glora").bind("Linear", in_features=64, out_features=128)
+    assert str(plan(summed, "factored")).splitlines()[0] == "dense: a core is the base weight itself"
 
 
 def test_an_unknown_mode_is_refused_before_the_model_changes() -> None:

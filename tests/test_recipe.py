@@ -111,6 +111,7 @@ def test_the_report_is_data_and_text(model, folder):
         "spec": "mine",
         "params": {"r": 3, "alpha": 3},
         "mode": "dense",
+        "chosen": None,
         "cores": 39,
         "bias": 4,
         "weight": 36,
@@ -206,7 +207,8 @@ def test_refusals_leave_the_model_alone(model, arguments, message):
                        "Give full module names, as `model.named_modules()` has them."),
         ({"match": "conv", "train": "all"}, "`train`: expected a mapping, found 'all'. "
                                             "For example `train={'bias': 'adapted', 'norm': True}`."),
-        ({"match": "conv", "mode": None}, "the execution mode: expected one of `dense`, found `None`. "
+        ({"match": "conv", "mode": None}, "the execution mode: expected one of `dense`, `factored`, `hybrid`, `auto`, "
+                                              "found `None`. "
                                           "Leave `mode` out for the default."),
     ],
 )  # fmt: skip

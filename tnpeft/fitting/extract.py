@@ -126,6 +126,7 @@ def extract(
     scopes: Mapping[str, str] | None = None,
     seed: int | None = None,
     mode: str = DEFAULT_MODE,
+    autotune: bool = False,
     method: Method = "auto",
     iterations: int | None = None,
     progress: Callable[[ExtractedLayer, int, int], None] | None = None,
@@ -145,7 +146,8 @@ def extract(
         fix = "Pass the state dict of the full fine-tune."
         raise AttachError(Problem("tuned checkpoint", "tensors by name", clip(tuned), fix))
     changes = _Changes(_plain(model), tuned)
-    handle = attach(model, what, match=match, name=name, train=train, scopes=scopes, seed=seed, mode=mode, **params)
+    how: dict[str, Any] = {"seed": seed, "mode": mode, "autotune": autotune, **params}
+    handle = attach(model, what, match=match, name=name, train=train, scopes=scopes, **how)
     try:
         return _extracted(handle, changes, method, iterations, progress)
     except BaseException:

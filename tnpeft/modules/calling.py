@@ -70,7 +70,7 @@ class Calling:
 
     @property
     def last(self) -> Running | None:
-        """How the last call ran: that with gradients, or that without, as is the case now; if there was none, the other."""
+        """How the last call ran, with gradients or without as is the case now; failing that, the other."""
         differentiable = torch.is_grad_enabled()
         return self._last.get(differentiable) or self._last.get(not differentiable)
 

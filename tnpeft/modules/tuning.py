@@ -41,7 +41,7 @@ def can_be_timed(x: Tensor) -> bool:
         return False
     recorded = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
     captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (recorded or captured or torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+    return not (recorded or captured or torch._C._get_tracing_state() is not None)
 
 
 def quickest(layer: AdaptedLayer, options: Sequence[Running], x: Tensor, rest: Sequence[Any], training: bool) -> str:
