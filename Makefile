@@ -1,12 +1,14 @@
 # Every target sets up what it needs: Python (3.10 or newer, with venv) and make are enough.
 #   make test PYTHON=python3.12        another interpreter for .venv
 #   make test WORKERS=4                more test processes
+#   make bench BENCH=plan_time         another script of benchmarks/
 #   make demo ARGS="--set training.steps=50"    arguments for the driver
 # Paths are relative, so that a folder with spaces in its name works.
 
 PYTHON  ?= python3
 WORKERS ?= 2
 ARGS    ?=
+BENCH   ?= step_time
 VENV    := .venv
 RUN     := $(VENV)/bin/python
 PIP     := $(RUN) -m pip --disable-pip-version-check install -qq
@@ -45,8 +47,8 @@ catalogue: $(VENV)/.test ## pictures, the table in specs/README.md and the schem
 unit: $(VENV)/.test ## the test suite alone
 	@$(ONE) $(RUN) -m pytest -q -n $(WORKERS) $(ARGS)
 
-bench: $(VENV)/.bench ## step time against full fine-tuning and the other libraries
-	@$(RUN) benchmarks/step_time.py $(ARGS)
+bench: $(VENV)/.bench ## step time against full fine-tuning and the other libraries; BENCH=numerics is another script
+	@$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
 format: $(VENV)/.test ## ruff, mending what it can
 	@$(RUN) -m ruff check --quiet --fix .

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
-__all__ = ["LINEAR", "TARGETS", "lycoris_model", "peft_model", "train_biases_and_norms", "unet"]
+__all__ = ["LINEAR", "TARGETS", "lycoris_model", "matched", "peft_model", "train_biases_and_norms", "unet"]
 
 CONV = r"resnets\.\d+\.conv[12]\.conv$"
 LINEAR = r"attentions\.\d+\.attn\.to_[qv]$|^time_embed\.2$|resnets\.\d+\.time_emb_proj$"
@@ -17,9 +18,13 @@ TARGETS = rf"{CONV}|{LINEAR}"
 
 
 def unet(name: str) -> nn.Module:
-    """`small`: 41.7 M parameters, 40 convolutions to adapt; `paper`: the paper's 166.67 M, 60 convolutions."""
+    """`small`: 41.7 M parameters, 40 convolutions to adapt; `paper`: the paper's 166.67 M, 60 convolutions.
+
+    `tiny` has what the others have, to try a script with.
+    """
     channels, attention, heads = {
         "small": ((32, 64, 128, 256), (False, False, True, True), (0, 0, 128, 256)),
+        "tiny": ((8, 16), (False, True), (0, 16)),
         "paper": ((32, 32, 64, 128, 256, 512), (False,) * 4 + (True,) * 2, (0, 0, 0, 0, 256, 512)),
     }[name]
     torch.manual_seed(0)
@@ -30,7 +35,7 @@ def unet(name: str) -> nn.Module:
         num_res_blocks=2,
         channels=channels,
         attention_levels=attention,
-        norm_num_groups=32,
+        norm_num_groups=min(32, channels[0]),
         norm_eps=1e-6,
         num_head_channels=heads,
     )
@@ -50,6 +55,7 @@ def train_biases_and_norms(model: nn.Module, adapted: Iterable[str]) -> None:
 
 
 def matched(model: nn.Module) -> list[str]:
+    """The names of the layers that the recipes adapt."""
     return [name for name, _ in model.named_modules() if re.search(TARGETS, name)]
 
 
@@ -64,12 +70,18 @@ def peft_model(model: nn.Module, rank: int) -> nn.Module:
     return adapted
 
 
-def lycoris_model(model: nn.Module, algorithm: str, rank: int, **options: object) -> nn.Module:
-    """LyCORIS's LoCon, LoHa or LoKr on the recipes' layers."""
+def lycoris_model(
+    model: nn.Module, algorithm: str, rank: int, layers: Sequence[str] | None = None, **options: object
+) -> nn.Module:
+    """LyCORIS's LoCon, LoHa or LoKr on the recipes' layers, or on those of them in `layers`."""
     from lycoris import LycorisNetwork, create_lycoris
 
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)  # it tells of every module
     names = matched(model)
-    LycorisNetwork.apply_preset({"enable_conv": True, "target_module": [], "target_name": names, "use_fnmatch": False})
+    targets = names if layers is None else list(layers)
+    LycorisNetwork.apply_preset(
+        {"enable_conv": True, "target_module": [], "target_name": targets, "use_fnmatch": False}
+    )
     model.requires_grad_(False)
     network = create_lycoris(
         model, 1.0, linear_dim=rank, linear_alpha=rank, conv_dim=rank, conv_alpha=rank, algo=algorithm, **options

@@ -1,63 +1,233 @@
-"""How long does planning take, and how good is the path? Networks of 10 to 40 cores of many shapes.
+"""How long does planning take, how long attaching and the first step, and how do they grow?
 
-Beside the time stand the operations of opt_einsum's `auto-hq` (which draws random numbers) over those of tnpeft's path:
-above 1, tnpeft's path is the cheaper.
+    python benchmarks/plan_time.py --rounds 3
+
+* With the cores: networks of 10 to 40 cores of many shapes. Beside the time to plan the contraction to the delta weight
+  stand the operations of opt_einsum's `auto-hq` (which draws random numbers) over those of tnpeft's path: above 1,
+  tnpeft's path is the cheaper. `factored` is the search for the order in which a layer's input absorbs the cores.
+* With the layers: stacks of 60 to 600 small layers of four signatures, each in a fresh process.
+* With the rank: one layer, ranks 2 to 32.
+
+`first` is the first training step without the optimiser, which plans the calls; `later` is a step once all is planned.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
 import common
 import networkx
 import opt_einsum
+import torch
+from torch import Tensor, nn
 
+import tnpeft
 from tnpeft.network import BoundCore, BoundInit, BoundTerm, Layer, Network
-from tnpeft.plan import find_path, plan
+from tnpeft.plan import Call, find_path, plan
+from tnpeft.plan.factored import find_chain
 
 BOND = 4
 OPEN_LEGS = 7
+ROWS = 64
+PATIENCE = 10.0  # seconds; larger networks of a shape are then not planned factored
+ONCE = 2.0
+# Spec and kind of layer.
+STACKS = (("tenvoo_l", "Conv3d"), ("lora", "Conv3d"), ("quanta", "Linear"))
+WIDTHS = (8, 16, 24, 32)
+SIDE = 4
+# Spec, channels, kind of layer.
+RANKED = (("tenvoo_l", 64, "Conv3d"), ("tenvoo_q", 64, "Conv3d"), ("lora", 64, "Conv3d"), ("lora", 256, "Linear"))
+RANKED_SIDE = 8
 
 
 def main() -> None:
     options = common.parser(__doc__, "plan_time.json")
-    options.add_argument("--cores", nargs="+", type=int, default=[10, 14, 20, 30, 40])
+    options.add_argument("--cores", nargs="*", type=int, default=[10, 14, 20, 30, 40])
+    options.add_argument("--layers", nargs="*", type=int, default=[60, 120, 300, 600])
+    options.add_argument("--ranks", nargs="*", type=int, default=[2, 4, 8, 16, 32])
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--stack", nargs=3, metavar=("SPEC", "KIND", "LAYERS"), help="measure this one, here")
     arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.stack:
+        spec, kind, layers = arguments.stack
+        sys.stdout.write(json.dumps(measure_stack(spec, kind, int(layers))))
+        return
+    results = {"cores": with_cores(arguments), "layers": with_layers(arguments), "ranks": with_ranks(arguments)}
+    common.write(arguments.out, results)
+
+
+def with_cores(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for shape in SHAPES:
+        patient = True
         for cores in arguments.cores:
-            rows.append({"shape": shape, "cores": cores, **measure(SHAPES[shape](cores), arguments.rounds)})
-    by_shape = {shape: [row for row in rows if row["shape"] == shape] for shape in SHAPES}
+            found = measure(SHAPES[shape](cores), arguments.rounds, patient)
+            rows.append({"shape": shape, "cores": cores, **found})
+            patient = patient and found["factored_seconds"] < PATIENCE
     columns = ["shape", *(f"{cores} cores" for cores in arguments.cores)]
-    cells = [
-        [shape, *(f"{1e3 * row['seconds']:.0f} ms, {row['auto_hq_over_tnpeft']:.2f}" for row in own)]
-        for shape, own in by_shape.items()
-    ]
-    common.show("Time to plan, and operations of auto-hq over those of the plan", columns, cells)
-    common.write(arguments.out, rows)
+
+    def table(title: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        cells = [[shape, *(cell(row) for row in rows if row["shape"] == shape)] for shape in SHAPES]
+        common.show(title, columns, cells)
+
+    title = "Time to plan, and operations of auto-hq over those of the plan"
+    table(title, lambda row: f"{1e3 * row['seconds']:.0f} ms, {row['auto_hq_over_tnpeft']:.2f}")
+    title = f"Time to plan the factored mode, and links of the chain (none: dense; -: not tried after {PATIENCE:.0f} s)"
+    table(title, _factored)
+    return rows
 
 
-def measure(network: Network, rounds: int) -> dict[str, Any]:
-    times = []
-    for _ in range(rounds):
-        find_path.cache_clear()
-        start = time.perf_counter()
-        found = plan(network)
-        times.append(time.perf_counter() - start)
+def measure(network: Network, rounds: int, patient: bool) -> dict[str, Any]:
+    seconds, found = timed(lambda: plan(network), rounds)
+    factored_seconds, links = None, None
+    if patient:
+        factored_seconds, factored = timed(lambda: plan(network, "factored", Call(ROWS)), rounds)
+        links = len(factored.links)
     inputs, output = network.einsum.split("->")
     sizes = {network.symbols[leg]: size for leg, size in network.sizes.items()}
     path = opt_einsum.paths.auto_hq([frozenset(term) for term in inputs.split(",")], frozenset(output), sizes)
     shapes = [core.shape for core in network.cores]
     other = opt_einsum.contract_path(network.einsum, *shapes, shapes=True, optimize=path)[1]
     return {
-        "seconds": statistics.median(times),
+        "seconds": seconds,
         "flops": found.flops,
         "auto_hq_over_tnpeft": float(other.opt_cost) / found.flops,
+        "factored_seconds": factored_seconds,
+        "links": links,
     }
+
+
+def timed(make: Callable[[], tnpeft.Plan], rounds: int) -> tuple[float, tnpeft.Plan]:
+    """Median seconds to plan with nothing cached, and the plan; what takes seconds is timed once."""
+    times: list[float] = []
+    while len(times) < rounds and sum(times) < ONCE:
+        find_path.cache_clear()
+        find_chain.cache_clear()
+        start = time.perf_counter()
+        found = make()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), found
+
+
+def with_layers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for spec, kind in STACKS:
+        for layers in arguments.layers:
+            command = [
+                sys.executable,
+                __file__,
+                "--threads",
+                str(arguments.threads),
+                "--stack",
+                spec,
+                kind,
+                str(layers),
+            ]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            rows.append({"spec": spec, "kind": kind, "layers": layers, **found})
+    columns = ("spec", "layer", "layers", "attach, ms", "again, ms", "first, ms", "later, ms", "modes")
+    cells = [[row["spec"], row["kind"], row["layers"], *_milliseconds(row), _modes(row["modes"])] for row in rows]
+    common.show("Attaching to a stack of layers, and its steps", columns, cells)
+    return rows
+
+
+def measure_stack(spec: str, kind: str, layers: int) -> dict[str, Any]:
+    """Attaching to fresh models twice, then the steps of the second."""
+    attaching = []
+    for _ in range(2):
+        model = stack(kind, layers)
+        start = time.perf_counter()
+        tnpeft.attach(model, spec, match=r"^\d+$", mode="auto")
+        attaching.append(time.perf_counter() - start)
+    first, later = steps(model, input_of(kind, WIDTHS[0], SIDE))
+    return {"attach": attaching[0], "again": attaching[1], "first": first, "later": later, "modes": modes(model)}
+
+
+def stack(kind: str, layers: int) -> nn.Sequential:
+    """Layers of four signatures, in turn."""
+    widths = [(WIDTHS[number % len(WIDTHS)], WIDTHS[(number + 1) % len(WIDTHS)]) for number in range(layers)]
+    return nn.Sequential(*(layer_of(kind, *pair) for pair in widths))
+
+
+def layer_of(kind: str, inputs: int, outputs: int) -> nn.Module:
+    return nn.Conv3d(inputs, outputs, 3, padding=1) if kind == "Conv3d" else nn.Linear(inputs, outputs)
+
+
+def input_of(kind: str, channels: int, side: int) -> Tensor:
+    return torch.randn(1, channels, side, side, side) if kind == "Conv3d" else torch.randn(side**3, channels)
+
+
+def with_ranks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = [
+        {"spec": spec, "kind": kind, "channels": channels, "rank": rank}
+        | measure_rank(spec, layer_of(kind, channels, channels), rank, arguments.rounds)
+        for spec, channels, kind in RANKED
+        for rank in arguments.ranks
+    ]
+    columns = ("spec", "layer", "rank", "dense, ms", "factored, ms", "compile, ms", "first, ms", "later, ms", "mode")
+    keys = ("plan_dense", "plan_factored", "compile", "first", "later")
+    cells = [[row["spec"], _layer(row), row["rank"], *_milliseconds(row, keys), _modes(row["modes"])] for row in rows]
+    common.show("Planning one layer in each mode, compiling it, and its steps", columns, cells)
+    return rows
+
+
+def measure_rank(name: str, layer: nn.Module, rank: int, rounds: int) -> dict[str, Any]:
+    network = tnpeft.load_spec(name).bind(layer, r=rank)
+    found = {
+        "plan_dense": timed(lambda: plan(network), rounds)[0],
+        "plan_factored": timed(lambda: plan(network, "factored"), rounds)[0],
+    }
+    find_path.cache_clear()
+    find_chain.cache_clear()
+    model = nn.Sequential(layer)
+    start = time.perf_counter()
+    tnpeft.attach(model, name, match=["0"], mode="auto", r=rank)
+    found["compile"] = time.perf_counter() - start
+    x = input_of(network.layer.kind, network.layer.in_channels, RANKED_SIDE)
+    found["first"], found["later"] = steps(model, x)
+    return {**found, "modes": modes(model)}
+
+
+def steps(model: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Seconds of the first forward and backward pass, and of a later one (the second groups layers)."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        model(x).sum().backward()
+        times.append(time.perf_counter() - start)
+    return times[0], statistics.median(times[2:])
+
+
+def modes(model: nn.Sequential) -> dict[str, int]:
+    """In which modes the layers ran."""
+    lasts = [layer.adapter("default").calling.last for layer in cast(Any, model)]
+    names = ["dense" if last is None else last.mode for last in lasts]
+    return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def _milliseconds(row: Mapping[str, Any], keys: tuple[str, ...] = ("attach", "again", "first", "later")) -> list[str]:
+    return [f"{1e3 * row[key]:.1f}" for key in keys]
+
+
+def _factored(row: Mapping[str, Any]) -> str:
+    return "-" if row["links"] is None else f"{1e3 * row['factored_seconds']:.0f} ms, {row['links'] or 'none'}"
+
+
+def _layer(row: Mapping[str, Any]) -> str:
+    return f"{row['kind']}({row['channels']}, {row['channels']})"
+
+
+def _modes(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {mode}" for mode, number in found.items())
 
 
 def of_graph(graph: networkx.Graph) -> Network:

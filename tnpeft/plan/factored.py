@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -192,14 +192,12 @@ class _Search:
                 times[cores] = 0.0
                 continue
             best = math.inf
-            part = (cores - 1) & cores
-            while part > cores ^ part:
+            for part in _parts(cores, times):
                 other = cores ^ part
                 if part in times and other in times:
                     joint = self.product(opened[part] | opened[other])
                     own = START_CLUSTER + MULTIPLY * joint + MOVE_CLUSTER * self.product(opened[cores])
                     best = min(best, times[part] + times[other] + own)
-                part = (part - 1) & cores
             if best < math.inf:
                 times[cores] = best
         return times
@@ -276,3 +274,14 @@ class _Search:
         cores = tuple(core for core in range(len(self.legs)) if cluster >> core & 1)
         named = frozenset(leg for leg, bit in self.bit.items() if after & bit)
         return Absorption(cores, axes, gather, named, joint)
+
+
+def _parts(cores: int, known: Collection[int]) -> Iterator[int]:
+    """The larger numbers of the pairs that make up `cores`; of large sets those that are known, which are fewer."""
+    if 1 << (cores.bit_count() - 1) > len(known):
+        yield from (part for part in known if not part & ~cores and part > cores ^ part)
+        return
+    part = (cores - 1) & cores
+    while part > cores ^ part:
+        yield part
+        part = (part - 1) & cores
