@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.modules.calls import call_of
+from tnpeft.modules.keeping import Keeping, saved_tensors_are_hooked
 from tnpeft.plan import Call, Plan, plan
 from tnpeft.program import (
     ChainProgram,
@@ -51,6 +52,7 @@ class Calling:
         self.adapter = adapter
         self.group: Group | None = None
         self.last: Running | None = None
+        self.keeping: Keeping | None = None
         self._calls: dict[Any, Running] = {}
         self._starts = _Starts([adapter])
 
@@ -107,7 +109,7 @@ class Group:
 
     def clusters_of(self, adapter: Adapter, running: Running) -> LayerClusters | None:
         """The clusters of one of the adapters; None where it must contract its own."""
-        if not self.is_open or running.clusters is not self._single or _is_checkpointing():
+        if not self.is_open or running.clusters is not self._single or saved_tensors_are_hooked():
             return None
         differentiable = torch.is_grad_enabled()
         if differentiable not in self._found:
@@ -143,13 +145,15 @@ def _same(known: list[list[Tensor]], found: list[list[Tensor]]) -> bool:
 
 
 def _contracted(program: ClusterProgram, adapters: Sequence[Adapter], starts: _Starts) -> list[LayerClusters]:
-    cores = [adapter.core_tensors() for adapter in adapters]
-    if adapters[0].network.start == "zero":
-        return program(cores, None, ())
-    start = [adapter.start_tensors() for adapter in adapters]
-    return program(cores, start, starts.of(program, start))
+    own = [adapter.core_tensors() for adapter in adapters]
+    cores = [core for one in own for core in one]
 
+    def made(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if adapters[0].network.start == "zero":
+            return program.flat(cores, None, ())
+        start = [adapter.start_tensors() for adapter in adapters]
+        return program.flat(cores, start, starts.of(program, start))
 
-def _is_checkpointing() -> bool:
-    """Whether tensors that autograd saves go through hooks, as under activation checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    keeping = adapters[0].keeping
+    found = made(cores) if keeping is None else keeping.results((program, *adapters), adapters, (), cores, made)
+    return program.split(found)
