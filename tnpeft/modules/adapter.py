@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import BindError, ExecutionError, Problem
+from tnpeft.modules.calling import Calling
 from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core
+from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.network import BoundCore, Network
-from tnpeft.modules.calling import Calling
-from tnpeft.modules.keeping import Keeping
 from tnpeft.plan import Plan, check_mode, plan
 from tnpeft.program import Constants, Program, build_program, without_autocast
 from tnpeft.spec.document import clip
@@ -178,7 +178,8 @@ class Adapter(nn.Module):
         if self.magnitude is None:
             return delta
         with without_autocast(delta):
-            return composed(self.network.layer, self._base(weight), delta, inputs[-1], self._tensor(_START + _MAGNITUDE))
+            first = self._tensor(_START + _MAGNITUDE)
+            return composed(self.network.layer, self._base(weight), delta, inputs[-1], first)
 
     def delta_for(self, weight: Tensor, inputs: Sequence[Tensor] | None = None) -> Tensor:
         """The delta weight on the base `weight` in its memory order, a tensor that nothing else holds.

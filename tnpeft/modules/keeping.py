@@ -25,11 +25,14 @@ Make = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 class Keeping:
-    """The results of one model's layers, by a key that says what each is."""
+    """The results of one model's layers, by a key that says what each is.
+
+    Results of adapters that got other values than by training, as when they are loaded, are forgotten.
+    """
 
     def __init__(self) -> None:
         self.is_open = True
-        self._found: dict[Hashable, _Kept] = {}
+        self.forget()
 
     def close(self) -> None:
         """Keep nothing from here on."""
@@ -37,7 +40,9 @@ class Keeping:
         self.forget()
 
     def forget(self) -> None:
-        self._found = {}
+        self._found: dict[Hashable, _Kept] = {}
+        self._writes: dict[Adapter, tuple[int, ...]] = {}
+        self._versions: dict[Tensor, int] = {}
 
     def results(
         self, key: Hashable, adapters: Sequence[Adapter], others: Sequence[Tensor], inputs: Sequence[Tensor], make: Make
@@ -48,56 +53,54 @@ class Keeping:
         or one of `others`, has been written to since.
         """
         sources = [*others, *(tensor for adapter in adapters for tensor in adapter.stored)]
-        writes = tuple(number for adapter in adapters for number in adapter.writes)
+        self._require_values(adapters, sources)
         kept = self._found.get(key)
-        if kept is None or not kept.stands(sources, writes, inputs):
-            kept = self._found[key] = _Kept(sources, writes, inputs, make)
-        kept.require_values(adapters[0].layer_name)
+        if kept is None or not kept.stands(sources, inputs):
+            kept = self._found[key] = _Kept(sources, inputs, make)
         found: tuple[Tensor, ...] = _Again.apply(kept, *inputs)  # type: ignore[no-untyped-call]
         return found
 
+    def _require_values(self, adapters: Sequence[Adapter], sources: Sequence[Tensor]) -> None:
+        """Raises ExecutionError if a tensor has other values than it had when it was first seen.
 
-class _Kept:
-    """Results, and the leaves and the graph that they were made with.
-
-    `sources` are the tensors that they were made of, as they are stored. Frozen ones may be written to with the values
-    that they have, as DistributedDataParallel does with buffers.
-    """
-
-    def __init__(
-        self, sources: Sequence[Tensor], writes: tuple[int, ...], inputs: Sequence[Tensor], make: Make
-    ) -> None:
-        self.sources, self.writes = tuple(sources), writes
-        self._wanted = _wanted(inputs)
-        trained = (tensor for tensor in sources if isinstance(tensor, nn.Parameter) or tensor.requires_grad)
-        self._versions = [(tensor, _version(tensor)) for tensor in trained]
-        with torch.enable_grad(), _as_they_are():
-            self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
-            self.outputs = tuple(make(self.leaves))
-        self._made = [_version(tensor) for tensor in self.outputs]
-
-    def stands(self, sources: Sequence[Tensor], writes: tuple[int, ...], inputs: Sequence[Tensor]) -> bool:
-        """Whether it may be used with these tensors; also not if somebody wrote to a result, `layer.weight` say."""
-        return (
-            self.writes == writes
-            and len(self.sources) == len(sources)
-            and all(one is other for one, other in zip(self.sources, sources, strict=True))
-            and self._wanted == _wanted(inputs)
-            and self._made == [_version(tensor) for tensor in self.outputs]
-        )
-
-    def require_values(self, layer: str) -> None:
-        """Raises ExecutionError if a tensor has other values than it had when the results were made."""
-        if all(_version(tensor) == version for tensor, version in self._versions):
+        Buffers may be written to with the values that they have, as DistributedDataParallel does.
+        """
+        if any(self._writes.get(adapter, adapter.writes) != adapter.writes for adapter in adapters):
+            self.forget()
+        self._writes.update((adapter, adapter.writes) for adapter in adapters)
+        trained = [tensor for tensor in sources if isinstance(tensor, nn.Parameter) or tensor.requires_grad]
+        if all(self._versions.setdefault(tensor, _version(tensor)) == _version(tensor) for tensor in trained):
             return
+        name = adapters[0].layer_name
         raise ExecutionError(
             Problem(
                 "weights inside `tnpeft.accumulating`",
                 "the values of the first forward pass",
                 "values that were written since, as by an optimiser step",
                 "Step the optimiser after the context, and open one for each optimiser step.",
-                where=f"layer '{layer}'" if layer else None,
+                where=f"layer '{name}'" if name else None,
             )
+        )
+
+
+class _Kept:
+    """Results, the tensors that they were made of as these are stored, and the leaves and the graph of their making."""
+
+    def __init__(self, sources: Sequence[Tensor], inputs: Sequence[Tensor], make: Make) -> None:
+        self.sources = tuple(sources)
+        self._wanted = _wanted(inputs)
+        with torch.enable_grad(), _as_they_are():
+            self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+            self.outputs = tuple(make(self.leaves))
+        self._made = [_version(tensor) for tensor in self.outputs]
+
+    def stands(self, sources: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+        """Whether it may be used with these tensors; also not if somebody wrote to a result, `layer.weight` say."""
+        return (
+            len(self.sources) == len(sources)
+            and all(one is other for one, other in zip(self.sources, sources, strict=True))
+            and self._wanted == _wanted(inputs)
+            and self._made == [_version(tensor) for tensor in self.outputs]
         )
 
     def gradients(self, gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
