@@ -2,6 +2,7 @@
 
 from tnpeft.plan.call import Axis, Call, nominal_call
 from tnpeft.plan.dense import steps_of
+from tnpeft.plan.memory import Memory
 from tnpeft.plan.model import Link, Plan, Step
 from tnpeft.plan.modes import MODES, check_mode, plan
 from tnpeft.plan.path import Path, find_path
@@ -12,6 +13,7 @@ __all__ = [
     "Axis",
     "Call",
     "Link",
+    "Memory",
     "Path",
     "Plan",
     "Prediction",
