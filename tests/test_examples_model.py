@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from ddpm_lab.diffusion import HeldOut, noise_schedule, predict
 from ddpm_lab.faults import LabError
 from ddpm_lab.method import apply_method, check_method
 from ddpm_lab.sampling import check_sampling, draw_samples
-from ddpm_lab.training import make_accelerator, steps_of
+from ddpm_lab.training import make_accelerator, steps_of, train
 from ddpm_lab.unet import build_unet, load_base, recompute_activations, save_weights
+
+from tnpeft.program.total import Total
 
 TINY = Model(channels=(8, 8), attention_levels=(False, True), head_channels=(0, 8), res_blocks=1, norm_groups=4)
 
@@ -261,6 +264,28 @@ def test_the_length_of_training() -> None:
         assert str(excinfo.value) == (
             f"training: its length: expected `steps` or `epochs`, found {found}. Give one of the two."
         )
+
+
+def test_cores_are_contracted_once_for_all_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    volumes = list(torch.rand((8, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
+    training = Training(steps=2, accumulation=4, learning_rate=1e-3, precision="fp32", device="cpu")
+
+    def trained() -> tuple[int, dict[str, torch.Tensor]]:
+        unet = tiny()
+        apply_method(unet, Method(spec="tenvoo_l", match=r"conv[12]\.conv$"))
+        made = []
+        with monkeypatch.context() as patch:
+            inner = Total.forward
+            patch.setattr(Total, "forward", lambda *arguments: made.append(1) or inner(*arguments))
+            train(unet, volumes, noise_schedule(Diffusion()), training, make_accelerator(training))
+        return len(made), unet.state_dict()
+
+    kept, found = trained()
+    monkeypatch.setattr("tnpeft.accumulating", lambda _: contextlib.nullcontext())
+    anew, expected = trained()
+    assert anew == 4 * kept
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_precisions_and_processes_a_machine_does_not_have() -> None:

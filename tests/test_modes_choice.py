@@ -354,8 +354,6 @@ def test_a_factored_plan_says_what_each_link_does() -> None:
     )
     assert found.flops == 2 * 2 * 64 * (64 * 4 * 9 + 4 * 128)
     assert found.largest_intermediate == max(2 * 64 * 4 * 9, 2 * 64 * 128)
-    assert found.saved_bytes(call) == 4 * 2 * 64 * 64
-    assert plan(network()).saved_bytes(call) == found.saved_bytes(call) + 4 * 64 * 128 * 9
 
 
 def test_clusters_and_links_are_counted() -> None:

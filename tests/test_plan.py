@@ -195,23 +195,23 @@ def test_costs_of_a_plan_by_hand() -> None:
     assert found.flops == 2 * 64 * 32 * 4
     assert found.largest_intermediate == 64 * 32
     cores, weight = 64 * 4 + 4 * 32, 64 * 32
-    # Frozen copies of the cores, and nothing else: the only step makes the delta weight.
-    assert found.peak_bytes == 4 * (2 * cores + weight)
+    # Frozen copies of the cores, and nothing else: the only step makes the delta weight, which has a gradient.
+    assert found.peak_bytes == 4 * (2 * cores + 2 * weight)
     assert str(found) == (
-        "by hand on Linear(32, 64): dense, 1 step, 16.4 kFLOP, largest 2.05 kelements, peak 11.3 kB\n"
+        "by hand on Linear(32, 64): dense, 1 step, 16.4 kFLOP, largest 2.05 kelements, peak 19.5 kB\n"
         "  #1 = up * down: (o r) (r i) -> (o i)  16.4 kFLOP"
     )
     chain = make_network({"a": "o r", "b": "r s", "c": "s i"}, "o i", {"o": 64, "i": 64, "r": 4, "s": 4}, start="zero")
     found = plan(chain)
     assert found.flops == 2 * (64 * 4 * 4 + 64 * 64 * 4)
-    assert found.peak_bytes == 4 * (2 * 64 * 4 + 4 * 4 + 64 * 4 + 64 * 64)
+    assert found.peak_bytes == 4 * (2 * 64 * 4 + 4 * 4 + 64 * 4 + 2 * 64 * 64)
 
 
 def test_one_core_has_no_steps() -> None:
     found = plan(make_network({"full": "i o"}, "o i", {"o": 4, "i": 6}))
     assert (found.path, found.steps, found.flops, found.largest_intermediate) == ((), (), 0, 24)
-    assert found.peak_bytes == 4 * (2 * 24 + 24)
-    assert str(found) == "by hand on Linear(6, 4): dense, 0 steps, 0 FLOP, largest 24 elements, peak 288 B"
+    assert found.peak_bytes == 4 * (2 * 24 + 2 * 24)
+    assert str(found) == "by hand on Linear(6, 4): dense, 0 steps, 0 FLOP, largest 24 elements, peak 384 B"
 
 
 def test_scalars_alone_make_a_scalar() -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tnpeft.io import load, load_foreign, save, save_foreign
     from tnpeft.modules import Adapter, compile
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
-    from tnpeft.surgery import activate, detach, disabled, merge, unmerge
+    from tnpeft.surgery import accumulating, activate, detach, disabled, merge, unmerge
 
 __version__ = "0.1.0"
 
@@ -62,6 +62,7 @@ __all__ = [
     "SpecError",
     "TnpeftError",
     "__version__",
+    "accumulating",
     "activate",
     "attach",
     "budget",
@@ -90,6 +91,7 @@ __all__ = [
 _LAZY = {
     "Adapter": "modules",
     "compile": "modules",
+    "accumulating": "surgery",
     "activate": "surgery",
     "detach": "surgery",
     "disabled": "surgery",

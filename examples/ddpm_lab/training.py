@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
+import tnpeft
+import tnpeft.surgery
 from ddpm_lab.config import Training
 from ddpm_lab.diffusion import HeldOut, HeldOutError, predict
 from ddpm_lab.faults import fault
@@ -152,22 +155,28 @@ def _optimiser_steps(
     """Forward, backward and step without end; the mean loss of the micro-batches after each optimiser step."""
     losses: list[torch.Tensor] = []
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    while True:
-        for clean in loader:
-            with accelerator.accumulate(model):
-                noise = torch.randn_like(clean)
-                timesteps = torch.randint(0, scheduler.num_train_timesteps, (len(clean),), device=clean.device)
-                found, target = predict(model, scheduler, clean, noise, timesteps)
-                loss = LOSSES[training.loss](found.float(), target.float())
-                accelerator.backward(loss)
-                losses.append(loss.detach())
-                if accelerator.sync_gradients and training.clip_norm is not None:
-                    accelerator.clip_grad_norm_(trained, training.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                yield torch.stack(losses).mean()
-                losses.clear()
+    accumulates = training.accumulation > 1 and tnpeft.surgery.find(model) is not None
+    with contextlib.ExitStack() as kept:
+        while True:
+            for clean in loader:
+                if accumulates and not losses:  # the first micro-batch of an optimiser step
+                    kept.enter_context(tnpeft.accumulating(model))
+                with accelerator.accumulate(model):
+                    noise = torch.randn_like(clean)
+                    timesteps = torch.randint(0, scheduler.num_train_timesteps, (len(clean),), device=clean.device)
+                    found, target = predict(model, scheduler, clean, noise, timesteps)
+                    loss = LOSSES[training.loss](found.float(), target.float())
+                    accelerator.backward(loss)
+                    losses.append(loss.detach())
+                    if accelerator.sync_gradients:
+                        kept.close()  # the cores change now
+                        if training.clip_norm is not None:
+                            accelerator.clip_grad_norm_(trained, training.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    yield torch.stack(losses).mean()
+                    losses.clear()
 
 
 def measure(

@@ -49,10 +49,10 @@ class Costs:
         known = self.plans[mode]
         cost = predict(known, self.call)
         times = (f"{seconds * 1e3:.3g} ms" for seconds in (cost.forward, cost.backward, cost.step))
-        peak = bytes_text(known.peak_bytes) if known.mode == "dense" else "-"
+        peak, saved = bytes_text(known.peak_bytes), bytes_text(known.saved_bytes)
         marks = ["auto"] if mode == self.auto.mode else []
         marks += [f"as dense ({known.reason})"] if known.mode != mode else []
-        return mode, *times, f"{known.flops:,}", peak, bytes_text(known.saved_bytes(self.call)), ", ".join(marks)
+        return mode, *times, f"{known.flops:,}", peak, saved, ", ".join(marks)
 
     def data(self) -> dict[str, Any]:
         """The same for JSON."""
@@ -82,8 +82,8 @@ class Costs:
                     "backward_ms": cost.backward * 1e3,
                     "step_ms": cost.step * 1e3,
                     "flops": known.flops,
-                    "peak_bytes": known.peak_bytes if known.mode == "dense" else None,
-                    "saved_bytes": known.saved_bytes(self.call),
+                    "peak_bytes": known.peak_bytes,
+                    "saved_bytes": known.saved_bytes,
                 },
             )
 

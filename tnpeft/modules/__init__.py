@@ -4,6 +4,7 @@ from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.build import compile
 from tnpeft.modules.calling import Calling, Group, Running
 from tnpeft.modules.inits import is_drawn
+from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.layers import AdaptedConv, AdaptedConvTranspose, AdaptedLayer, AdaptedLinear, wrap
 from tnpeft.modules.sharing import Captured, Sharing
 
@@ -16,6 +17,7 @@ __all__ = [
     "Calling",
     "Captured",
     "Group",
+    "Keeping",
     "Running",
     "Sharing",
     "compile",

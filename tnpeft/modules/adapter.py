@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from tnpeft.errors import ExecutionError, Problem
 from tnpeft.modules.calling import Calling
 from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core, whole_seed
+from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
@@ -164,27 +165,38 @@ class Adapter(nn.Module):
 
         With `compose: dora`, what leads from the weight to its update at the trained magnitudes.
         """
+        return self._delta(weight, self.delta_inputs(weight))
+
+    def delta_inputs(self, weight: Tensor | None = None) -> list[Tensor]:
+        """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
         if not self._initialised or self._holders:
             self._require_values()
-        cores = self._tensors(self._core_keys, weight)
+        magnitude = self.magnitude
+        return self._tensors(self._core_keys, weight) + ([] if magnitude is None else [magnitude])
+
+    def _delta(self, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+        cores = inputs[: len(self.network.cores)]
         if self.network.start == "zero":
             delta = self._program.delta(cores, None, ())
         else:
             start = tuple(self._tensors(self._start_keys, weight))
             delta = self._program.delta(cores, start, self._constants(start))
-        magnitude = self.magnitude
-        if magnitude is None:
+        if self.magnitude is None:
             return delta
         with without_autocast(delta):
-            return composed(self.network.layer, self._base(weight), delta, magnitude, self._tensor(_START + _MAGNITUDE))
+            first = self._tensor(_START + _MAGNITUDE)
+            return composed(self.network.layer, self._base(weight), delta, inputs[-1], first)
 
-    def delta_for(self, weight: Tensor) -> Tensor:
-        """The delta weight on the base `weight` in its memory order, a tensor that nothing else holds."""
+    def delta_for(self, weight: Tensor, inputs: Sequence[Tensor] | None = None) -> Tensor:
+        """The delta weight on the base `weight` in its memory order, a tensor that nothing else holds.
+
+        `inputs` stand in for its own `delta_inputs`.
+        """
         strides = weight.stride()
         # A graph takes the program it finds: building one is nothing to trace, and the sum copies to W's strides.
         if strides != self._strides and not torch.compiler.is_compiling():
             self._lay_out(strides)
-        return self.delta_weight(weight)
+        return self._delta(weight, self.delta_inputs(weight) if inputs is None else inputs)
 
     @property
     def calling(self) -> Calling:
@@ -198,6 +210,21 @@ class Adapter(nn.Module):
         """The mode in which its layer runs, as far as it was called, if that is another than was asked for."""
         mode = None if self._calling is None else self._calling.mode
         return None if mode == self.mode else mode
+
+    @property
+    def keeping(self) -> Keeping | None:
+        """Where results of its cores are kept, if they are to be."""
+        if torch.compiler.is_compiling() or self._calling is None or torch.is_inference_mode_enabled():
+            return None
+        keeping = self._calling.keeping
+        return keeping if keeping is not None and keeping.is_open else None
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """Its cores with their frozen copies and its magnitude, as they are stored here or elsewhere."""
+        copies = self._start_keys if self.network.start == "frozen_copy" else ()
+        found = [self._tensor(key) for key in (*self._core_keys, *copies) if key is not None]
+        return found if self.magnitude is None else [*found, self.magnitude]
 
     @property
     def memory_order(self) -> tuple[int, ...]:

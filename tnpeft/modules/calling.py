@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.modules.calls import call_of
+from tnpeft.modules.keeping import Keeping, saved_tensors_are_hooked
 from tnpeft.modules.tuning import can_be_timed, quickest
 from tnpeft.plan import Call, Plan, best_plan, feasible_plans, plan
 from tnpeft.program import (
@@ -53,6 +54,7 @@ class Calling:
         self.adapter = adapter
         self.group: Group | None = None
         self._last: dict[bool, Running] = {}
+        self.keeping: Keeping | None = None
         self._calls: dict[Any, Running] = {}
         self._starts = _Starts([adapter])
 
@@ -101,7 +103,7 @@ class Calling:
         if name in adapter.choices:
             return self._ready(plan(adapter.network, adapter.choices[name], call), call)
         plans = feasible_plans(adapter.network, call, not training)
-        if not adapter.autotune or _is_checkpointing() or not can_be_timed(x):
+        if not adapter.autotune or saved_tensors_are_hooked() or not can_be_timed(x):
             return self._ready(best_plan(plans, call, not training), call)
         options = [self._ready(one, call) for one in plans]
         adapter.choices[name] = mode = quickest(layer, options, x, rest, training)
@@ -140,7 +142,7 @@ class Group:
 
     def clusters_of(self, adapter: Adapter, running: Running) -> LayerClusters | None:
         """The clusters of one of the adapters; None where it must contract its own."""
-        if not self.is_open or running.clusters is not self._single or _is_checkpointing():
+        if not self.is_open or running.clusters is not self._single or saved_tensors_are_hooked():
             return None
         differentiable = torch.is_grad_enabled()
         if differentiable not in self._found:
@@ -176,19 +178,20 @@ def _same(known: list[list[Tensor]], found: list[list[Tensor]]) -> bool:
 
 
 def _contracted(program: ClusterProgram, adapters: Sequence[Adapter], starts: _Starts) -> list[LayerClusters]:
-    cores = [adapter.core_tensors() for adapter in adapters]
-    if adapters[0].network.start == "zero":
-        return program(cores, ())
-    start = [adapter.start_tensors() for adapter in adapters]
-    return program(cores, starts.of(program, start))
+    own = [adapter.core_tensors() for adapter in adapters]
+    cores = [core for one in own for core in one]
+
+    def made(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if adapters[0].network.start == "zero":
+            return program.flat(cores, ())
+        return program.flat(cores, starts.of(program, [adapter.start_tensors() for adapter in adapters]))
+
+    keeping = adapters[0].keeping
+    found = made(cores) if keeping is None else keeping.results((program, *adapters), adapters, (), cores, made)
+    return program.split(found)
 
 
 def _takes_gradients(adapter: Adapter) -> bool:
     """Whether something that it trains does; cores that are held elsewhere are looked at last, for it takes longer."""
     own = any(parameter.requires_grad for parameter in adapter._parameters.values() if parameter is not None)
     return own or any(core.requires_grad for core in adapter.cores.values())
-
-
-def _is_checkpointing() -> bool:
-    """Whether tensors that autograd saves go through hooks, as under activation checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -56,14 +56,27 @@ def _factored(layer: AdaptedLayer, clusters: LayerClusters, running: Running, x:
 
 
 def _hybrid(layer: AdaptedLayer, clusters: LayerClusters, running: Running, x: Tensor, *rest: Any) -> Tensor:
-    assert running.completion is not None
-    weight = layer.base.weight.detach()
-    out = layer.call_base(x, add_weight(running.completion(clusters), weight), layer.bias, *rest)
+    out = layer.call_base(x, _completed(layer, clusters, running), layer.bias, *rest)
     if not torch.is_grad_enabled():
         return out
     seen = chain_input(layer.base, x.detach())
     updated: Tensor = ClusterGradients.apply(out, seen, running.chain, *clusters.values)  # type: ignore[no-untyped-call]
     return updated
+
+
+def _completed(layer: AdaptedLayer, clusters: LayerClusters, running: Running) -> Tensor:
+    """A hybrid layer's W + ΔW, without gradients."""
+    completion, weight = running.completion, layer.base.weight
+    assert completion is not None
+
+    def made(_cores: Sequence[Tensor]) -> tuple[Tensor]:
+        return (add_weight(completion(clusters), weight.detach()),)
+
+    ((adapter, _),) = layer.active
+    keeping = adapter.keeping
+    if keeping is None:
+        return made(())[0]
+    return keeping.results((completion, adapter), (adapter,), (weight,), (), made)[0]
 
 
 _RUNS: Mapping[str, Callable[..., Tensor]] = {"factored": _factored, "hybrid": _hybrid}
@@ -74,14 +87,29 @@ def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]]) -> Te
 
     Gradients reach the cores alone.
     """
-    if weight.requires_grad:
-        weight = weight.detach()
-    adapter, scale = active[0]
-    total = adapter.delta_for(weight)
+    constant = weight.detach() if weight.requires_grad else weight
+    keeping = active[0][0].keeping
+    if keeping is None:
+        return _summed(constant, [(adapter.delta_for(constant), scale) for adapter, scale in active])
+    adapters = [adapter for adapter, _ in active]
+    inputs = [adapter.delta_inputs(constant) for adapter in adapters]
+
+    def made(tensors: Sequence[Tensor]) -> tuple[Tensor]:
+        left = iter(tensors)
+        own = [[next(left) for _ in one] for one in inputs]
+        deltas = [adapter.delta_for(constant, one) for adapter, one in zip(adapters, own, strict=True)]
+        return (_summed(constant, [(delta, scale) for delta, (_, scale) in zip(deltas, active, strict=True)]),)
+
+    flat = [tensor for one in inputs for tensor in one]
+    return keeping.results(("dense", *active), adapters, (weight,), flat, made)[0]
+
+
+def _summed(weight: Tensor, updates: Sequence[tuple[Tensor, float]]) -> Tensor:
+    total, scale = updates[0]
     if scale != 1.0:
         total = total * scale
-    for adapter, scale in active[1:]:
-        total = total.add(adapter.delta_for(weight), alpha=scale)
+    for delta, scale in updates[1:]:
+        total = total.add(delta, alpha=scale)
     return add_weight(total, weight)
 
 

@@ -9,12 +9,10 @@ from functools import cached_property
 
 from tnpeft.network.model import Network
 from tnpeft.plan.call import Call
+from tnpeft.plan.memory import FLOAT_BYTES, Memory, memory_of
 from tnpeft.plan.path import Path
 
 __all__ = ["FLOAT_BYTES", "Link", "Plan", "Step"]
-
-# Cores and delta weights are fp32 unless the layer is fp64.
-FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -156,41 +154,29 @@ class Plan:
     def _elements(self, legs: tuple[str, ...]) -> int:
         return math.prod(self.network.sizes[leg] for leg in legs)
 
-    def saved_bytes(self, call: Call) -> int:
-        """Bytes at fp32 that one call keeps for its backward pass: the layer's input and, but for factored, W + ΔW.
-
-        What the cores are contracted by on the way, which is small, is left out.
-        """
-        layer = self.network.layer
-        elements = call.batch * call.inputs * layer.in_channels
-        return FLOAT_BYTES * (elements + (0 if self.mode == "factored" else layer.numel))
-
     @cached_property
-    def peak_bytes(self) -> int:
-        """Bytes at fp32 that are alive at once, at most, while one delta weight is made and its gradient is wanted.
+    def memory(self) -> Memory:
+        """Bytes of a call, in parts."""
+        return memory_of(self)
 
-        Alive are all cores; every result so far, which the backward pass reads again (but for those at least half as
-        large as the delta weight: they are made anew there, and are alive until their step has used them); and the
-        delta weight itself. A frozen copy adds its cores, the same results made of it, and the differences between
-        the two at the current step. A core that is the base weight takes no memory of its own. Of a sum, each term
-        keeps its results until the backward pass, beside what the last one needs: the terms' peaks are added.
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes at fp32 that a call leaves for its backward pass, beside the layer's input.
+
+        Dense: W + ΔW, and the results of steps that are small beside it. Hybrid: W + ΔW, the clusters and what they are
+        made by. Factored: the clusters, the forms that carry differences too, and what they are made by.
         """
-        if self.terms:
-            return sum(term.peak_bytes for term in self.terms)
-        cores = self.network.cores
-        size = {number: core.numel for number, core in enumerate(cores)}
-        size.update((step.number, step.elements) for step in self.steps)
-        copies = self.network.start == "frozen_copy"
-        own = [core for core in cores if core.origin != "weight"]
-        held = sum(core.numel * (2 if copies and not core.frozen else 1) for core in own)
-        peak = held + (self.network.layer.numel if not self.steps else 0)
-        for step in self.steps:
-            last = step is self.steps[-1]
-            held += step.elements * (2 if copies and not last else 1)
-            passing = sum(size[number] for number in (*step.operands, step.number)) if copies and not last else 0
-            peak = max(peak, held + passing)
-            held -= sum(size[n] for n in step.operands if n >= len(cores) and 2 * size[n] >= self.network.layer.numel)
-        return FLOAT_BYTES * peak
+        return self.memory.saved
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at fp32 that are alive at once, at most, in a call and its backward pass.
+
+        Among them are the cores and their copies, and what the call saves, but not the layer's input and output, nor
+        their gradients. A factored or hybrid plan's are those of the call that it was made for: the copies of the input
+        for each kernel entry, and pairs of values and differences, are most of them on large inputs.
+        """
+        return self.memory.peak
 
     def __str__(self) -> str:
         lines = [f"dense: {self.reason}"] if self.terms and self.reason else []

@@ -123,10 +123,17 @@ class ClusterProgram:
 
     def __call__(self, cores: Sequence[Sequence[Tensor]], known: StartValues) -> list[LayerClusters]:
         """The clusters of each layer, from its cores and, with a frozen copy, the `start_values`."""
-        flat = [core for own in cores for core in own]
-        found = Contracted.apply(self, known, *flat)  # type: ignore[no-untyped-call]
+        return self.split(self.flat([core for own in cores for core in own], known))
+
+    def flat(self, cores: Sequence[Tensor], known: StartValues) -> tuple[Tensor, ...]:
+        """The values of all layers, then their paired forms; `cores` are those of one layer after the other."""
+        found: tuple[Tensor, ...] = Contracted.apply(self, known, *cores)  # type: ignore[no-untyped-call]
+        return found
+
+    def split(self, found: Sequence[Tensor]) -> list[LayerClusters]:
+        """The clusters of each layer, from those of all."""
         places = self.places
-        values, paired = found[: places * self.count], found[places * self.count :]
+        values, paired = tuple(found[: places * self.count]), tuple(found[places * self.count :])
         return [
             LayerClusters(values[layer * places : (layer + 1) * places], paired[layer * places : (layer + 1) * places])
             for layer in range(self.count)

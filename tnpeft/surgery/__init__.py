@@ -12,6 +12,7 @@ and `names_of`, `record_of`, `adapters_of`, `trained_of`, `statistics_of` tell w
 They and the switches find the adapted model inside wrappers such as DistributedDataParallel.
 """
 
+from tnpeft.surgery.accumulating import accumulating
 from tnpeft.surgery.checks import SUPPORTED, layer_problem, model_problems
 from tnpeft.surgery.detach import detach
 from tnpeft.surgery.install import install
@@ -33,6 +34,7 @@ __all__ = [
     "SUPPORTED",
     "AdapterRecord",
     "ModelState",
+    "accumulating",
     "activate",
     "adapted",
     "adapters_of",

@@ -13,6 +13,7 @@ from torch import nn
 
 from tnpeft.errors import AttachError, Problem
 from tnpeft.spec.document import clip
+from tnpeft.surgery.accumulating import hand_out
 from tnpeft.surgery.passes import forget_groups
 from tnpeft.surgery.state import ModelState, adapted, known_adapter
 from tnpeft.surgery.trained import all_tied
@@ -104,6 +105,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def apply_state(root: nn.Module, state: ModelState) -> None:
     """Bring layers and trained tensors to what the state says. Nothing in here can be refused."""
     forget_groups(root)
+    hand_out(root)
     for layer in adapted_layers(root):
         layer.scales = {name: scale for name, scale in state.active.items() if name in layer.names}
         for name in layer.names:

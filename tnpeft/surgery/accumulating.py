@@ -1,0 +1,59 @@
+"""Gradient accumulation: what is made of the cores alone is made once for all micro-steps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from tnpeft.modules import Keeping
+from tnpeft.surgery.state import adapted
+from tnpeft.surgery.tree import adapted_layers
+
+__all__ = ["accumulating", "hand_out"]
+
+_OPEN: weakref.WeakKeyDictionary[nn.Module, list[Keeping]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def accumulating(model: nn.Module) -> Iterator[None]:
+    """Inside, delta weights and contracted cores are kept from one forward pass to the next: for gradient accumulation.
+
+        with tnpeft.accumulating(model):
+            for x, target in micro_batches:
+                loss(model(x), target).backward()
+        optimiser.step()
+
+    Each forward pass has gradients of its own, those that it would have without the context, so that `backward` may
+    be called after each or once for several, within DistributedDataParallel too. Under activation checkpointing it
+    belongs inside, as the forward pass. Kept are W + ΔW of dense and hybrid layers and the clusters of hybrid and
+    factored ones; all of it is dropped at the end, and when the model is moved, loaded, attached to or switched.
+    Contexts nest. Compiled graphs keep nothing.
+
+    The cores must not change inside: a forward pass after an optimiser step raises ExecutionError. Writes by fused
+    optimisers and to `.data` cannot be seen. Raises AttachError where nothing is attached.
+    """
+    root, _ = adapted(model)
+    stack = _OPEN.setdefault(root, [])
+    stack.append(stack[-1] if stack else Keeping())
+    if len(stack) == 1:
+        hand_out(root)
+    try:
+        yield
+    finally:
+        keeping = stack.pop()
+        if not stack:
+            keeping.close()
+
+
+def hand_out(root: nn.Module) -> None:
+    """If a context is open, let every adapter of the model keep what it makes from here on."""
+    stack = _OPEN.get(root)
+    if not stack:
+        return
+    stack[-1].forget()
+    for layer in adapted_layers(root):
+        for name in layer.names:
+            layer.adapter(name).calling.keeping = stack[-1]
