@@ -75,7 +75,7 @@ def measure(name: str, layer: nn.Module, x: Tensor, rounds: int) -> dict[str, An
         model = nn.Sequential(copy.deepcopy(layer))
         tnpeft.attach(model, name, match=["0"], mode=mode, **SPECS.get(name, {}))
         adapter = model[0].adapter("default")
-        plans[mode] = adapter.calling.running(model[0].base, x, ()).plan
+        plans[mode] = adapter.calling.running(model[0], x, ()).plan
         if mode != "auto":
             calls[mode] = step(model, x, gradient)
     call = adapter.calling.last.call
