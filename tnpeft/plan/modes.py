@@ -19,7 +19,7 @@ __all__ = ["DEFAULT_MODE", "MODES", "best_plan", "check_choices", "check_mode", 
 
 
 # What layers get that are attached, compiled or loaded from another library's file.
-DEFAULT_MODE = "dense"
+DEFAULT_MODE = "auto"
 
 
 def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inference: bool = False) -> Plan:
