@@ -125,7 +125,7 @@ def _chain_dtype(x: Tensor) -> torch.dtype:
     """The type in which the input meets the clusters: that of autocast or the input, but never fp16, where values
     overflow of which the difference is still zero."""
     device = x.device.type
-    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    autocast = x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
     found = torch.get_autocast_dtype(device) if autocast else x.dtype
     return torch.float32 if found == torch.float16 else found
 
