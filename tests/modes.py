@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,18 +14,6 @@ from tnpeft.plan import Axis, Call
 from tnpeft.spec import Spec
 from tnpeft.verify.oracle import dense_delta
 from tnpeft.verify.subject import fill
-
-__all__ = [
-    "FAST",
-    "adapted",
-    "call",
-    "filled",
-    "gradients_of",
-    "oracle",
-    "relative",
-    "stepped",
-    "with_weight",
-]
 
 # The modes that do not build the gradient of the weight.
 FAST = ("factored", "hybrid")
@@ -75,20 +62,27 @@ def with_weight(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return output
 
 
-def oracle(wrapper: AdaptedLayer, x: Tensor, upstream: Tensor, base: bool = True) -> dict[str, Tensor]:
-    """Output and gradients in float64 by one dense sum over all cores; without `base`, those of the update alone."""
+def oracle(wrapper: AdaptedLayer, x: Tensor, upstream: Tensor, magnitude: bool = False) -> dict[str, Tensor]:
+    """Output and gradients in float64, by one dense sum over all cores.
+
+    With `magnitude` every number is positive: what was added up, which bounds what rounding can do.
+    """
+
+    def sized(tensor: Tensor) -> Tensor:
+        return tensor.detach().double().abs() if magnitude else tensor.detach().double()
+
     adapter = adapter_of(wrapper)
-    leaves = {name: core.detach().double() for name, core in adapter.cores.items()}
-    trained = {name: leaves[name].requires_grad_() for name in adapter.trained}
-    start = None
+    start, leaves = None, {name: sized(core) for name, core in adapter.cores.items()}
     if adapter.network.start == "frozen_copy":
-        start = {name: core.double() for name, core in {**adapter.cores, **adapter.start}.items()}
-    weight = dense_delta(adapter.network, leaves, start)
-    plain = copy.deepcopy(wrapper.base).double()
-    x = x.detach().double().requires_grad_()
-    bias = None if plain.bias is None else plain.bias.detach() * (1.0 if base else 0.0)
-    output = with_weight(plain, x, weight + plain.weight.detach() if base else weight, bias)
-    gradients = torch.autograd.grad(output, [x, *trained.values()], upstream.double())
+        start = {**leaves, **{name: sized(core) for name, core in adapter.start.items()}}
+        if magnitude:  # tensors on the way are start and change added up
+            leaves = {name: core + start[name] for name, core in leaves.items()}
+    trained = {name: leaves[name].requires_grad_() for name in adapter.trained}
+    weight = dense_delta(adapter.network, leaves, start, magnitude) + sized(wrapper.base.weight)
+    bias = None if wrapper.base.bias is None else sized(wrapper.base.bias)
+    x = sized(x).requires_grad_()
+    output = with_weight(copy.deepcopy(wrapper.base).double(), x, weight, bias)
+    gradients = torch.autograd.grad(output, [x, *trained.values()], sized(upstream))
     return {"output": output.detach(), **dict(zip(["input", *trained], gradients, strict=True))}
 
 
@@ -101,8 +95,19 @@ def gradients_of(wrapper: AdaptedLayer, x: Tensor, upstream: Tensor) -> dict[str
     return {"output": output.detach(), **dict(zip(["input", *trained], gradients, strict=True))}
 
 
+def agree(
+    found: Mapping[str, Tensor], exact: Mapping[str, Tensor], bound: Mapping[str, Tensor], allowed: float
+) -> None:
+    """Within `allowed` of the largest sum of magnitudes, entry by entry."""
+    assert list(found) == list(exact)
+    for name, one in exact.items():
+        error = float((found[name].double() - one).abs().max())
+        assert error <= allowed * max(float(bound[name].abs().max()), 1e-30), name
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
+    found, expected = found.detach(), expected.detach()
     norm = float(expected.double().norm())
     return float((found.double() - expected.double()).norm()) / (norm if norm > 0 else 1.0)
 
@@ -110,7 +115,3 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def worst(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     assert list(found) == list(expected)
     return max(relative(found[name], one) for name, one in expected.items())
-
-
-def elements(tensors: list[Tensor]) -> int:
-    return sum(math.prod(tensor.shape) for tensor in tensors)

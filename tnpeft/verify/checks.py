@@ -130,7 +130,7 @@ def _modes(
 
 
 def _mode_of_call(adapter: Adapter, layer: AdaptedLayer, x: Tensor) -> str:
-    return "dense" if adapter.mode == "dense" else adapter.calling.running(layer.base, x, ()).mode
+    return "dense" if adapter.mode == "dense" else adapter.calling.running(layer, x, ()).mode
 
 
 def _contexts(subject: Subject) -> dict[str, Callable[[], AbstractContextManager[object]]]:
