@@ -125,7 +125,7 @@ def strides_of(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
 
 
 @st.composite
-def networks(draw: st.DrawFn, max_cores: int = 6) -> Network:
+def networks(draw: st.DrawFn, max_cores: int = 6, groups: bool = True) -> Network:
     """Random networks on all seven kinds of layer: trees and cycles, hyperedges, outer products, groups, padding."""
     kind = draw(st.sampled_from(KINDS))
     kernel_axes = 0 if kind == "Linear" else int(kind[-2])
@@ -150,8 +150,9 @@ def networks(draw: st.DrawFn, max_cores: int = 6) -> Network:
             place(f"b{number}", draw(st.integers(1, 3)), 2)
     padded = [math.prod(sizes[name] for name in names) for names in axes]
     cropped = [draw(st.integers(size - 1, size)) if size > 1 and draw(st.booleans()) else size for size in padded]
-    groups = draw(st.sampled_from([group for group in (1, 2, 3) if cropped[0] % group == 0])) if kernel_axes else 1
-    layer = Layer(kind, cropped[1] * groups, cropped[0], tuple(cropped[2:]), groups)
+    numbers = [group for group in (1, 2, 3) if cropped[0] % group == 0] if kernel_axes and groups else [1]
+    number = draw(st.sampled_from(numbers))
+    layer = Layer(kind, cropped[1] * number, cropped[0], tuple(cropped[2:]), number)
     frozen = draw(st.lists(st.integers(0, count - 1), max_size=count - 1, unique=True))
     return make_network(
         {f"core{number}": " ".join(core) for number, core in enumerate(legs)},

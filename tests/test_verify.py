@@ -14,9 +14,11 @@ import tnpeft
 from tnpeft.io import saving
 from tnpeft.modules import AdaptedLayer, Adapter, execution, inits, layers
 from tnpeft.modules import adapter as adapter_module
+from tnpeft.modules.calling import Group
 from tnpeft.modules.sharing import Sharing
 from tnpeft.network import bind
-from tnpeft.plan import dense as planning
+from tnpeft.plan import modes as planning
+from tnpeft.program import ChainProgram, LayerClusters
 from tnpeft.program import model as programs
 from tnpeft.program.difference import Code
 from tnpeft.program.finish import Finish
@@ -130,11 +132,42 @@ def kept_update(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(checks, "detach", lambda model, merge: tnpeft.detach(model, merge=True))
 
 
-def odd_mode(patch: pytest.MonkeyPatch) -> None:
-    modes = {**planning.MODES, "odd": lambda network: dataclasses.replace(planning._plan_dense(network), mode="odd")}
+def longer_update(patch: pytest.MonkeyPatch) -> None:
+    """What a factored layer adds to its output is one per cent too long; at the start that is nothing."""
+    real = ChainProgram.add_output
+
+    def add_output(self: ChainProgram, out: Tensor, x: Tensor, *rest: Any) -> None:
+        real(self, out, 1.01 * x, *rest)
+
+    patch.setattr(ChainProgram, "add_output", add_output)
+
+
+def longer_chain(patch: pytest.MonkeyPatch) -> None:
+    """The gradient of the last cluster alone, which dense layers do not take from the chain."""
+    real = ChainProgram.gradients
+
+    def gradients(self: ChainProgram, *args: Any) -> tuple[Tensor | None, list[Tensor | None]]:
+        made, found = real(self, *args)
+        return made, [*found[:-1], None if found[-1] is None else found[-1] * 1.01]
+
+    patch.setattr(ChainProgram, "gradients", gradients)
+
+
+def uneven_groups(patch: pytest.MonkeyPatch) -> None:
+    """Layers that are contracted together get each other's clusters."""
+    real = Group.clusters_of
+
+    def clusters_of(self: Group, *args: Any) -> LayerClusters | None:
+        found = real(self, *args)
+        return None if found is None else self._found[torch.is_grad_enabled()][0]
+
+    patch.setattr(Group, "clusters_of", clusters_of)
+
+
+def deaf_mode(patch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for the factored mode gets the hybrid one."""
+    modes = {**planning.MODES, "factored": planning.MODES["hybrid"]}
     patch.setattr(planning, "MODES", modes)
-    patch.setattr(checks, "MODES", modes)
-    patch.setitem(execution.EXECUTIONS, "odd", lambda layer, x, *rest: 1.001 * execution.dense(layer, x, *rest))
 
 
 def crash(patch: pytest.MonkeyPatch) -> None:
@@ -160,7 +193,10 @@ MUTANTS: dict[Break, tuple[set[str], str]] = {
     narrow_start: ({"start"}, "start"),
     wrong_formula: ({"parameters"}, "parameters"),
     kept_update: ({"detach"}, "detach"),
-    odd_mode: ({"start", "modes"}, "modes"),
+    longer_update: ({"modes"}, "modes"),
+    longer_chain: ({"modes"}, "modes"),
+    uneven_groups: ({"modes"}, "modes"),
+    deaf_mode: ({"start", "modes"}, "modes"),
     crash: ({"entries", "values"}, "entries"),
 }
 

@@ -133,6 +133,7 @@ class Group:
 
     def open(self) -> None:
         self.is_open = True
+        self._found = {}  # an interrupt may have left the last pass open
         for adapter in self.adapters:
             adapter.calling.group = self
 

@@ -25,6 +25,14 @@ def obstacle(network: Network) -> str | None:
         return f"`compose: {network.compose}` needs the whole weight"
     if any(core.origin == "weight" for core in network.cores):
         return "a core is the base weight itself"
+    return next((reason for part in network.parts if (reason := _padded_kernel(part))), None)
+
+
+def _padded_kernel(network: Network) -> str | None:
+    """Channels may be padded: the chain's input and output are. Entries of the kernel that the layer lacks may not."""
+    for has, size in zip(network.padded_shape[2:], network.layer.kernel_size, strict=True):
+        if has != size:
+            return f"a kernel axis of {size} is padded to {has}"
     return None
 
 

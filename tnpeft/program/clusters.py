@@ -166,7 +166,10 @@ class ClusterProgram:
     def gradients(
         self, kept: Sequence[list[Tensor]], gradients: Sequence[Tensor | None], needed: Sequence[bool]
     ) -> list[list[Tensor | None]]:
-        """For each layer, those of its cores, from those of every layer's clusters (None: zero)."""
+        """For each layer, those of its cores, from those of every layer's clusters (None: zero).
+
+        A layer whose clusters have none was not called, and its cores have none.
+        """
         totals: list[Tensor | None] = [None] * self.cores
         wanted = [any(needed[core :: self.cores]) for core in range(self.cores)]
         place = 0
@@ -186,7 +189,11 @@ class ClusterProgram:
         if self.count == 1:
             return [totals]
         pieces = [(None,) * self.count if total is None else total.unbind(0) for total in totals]
-        return [[piece[layer] for piece in pieces] for layer in range(self.count)]
+        return [
+            [piece[layer] if any(one is not None for one in gradients[first : first + self.places]) else None
+             for piece in pieces]
+            for layer, first in enumerate(range(0, self.count * self.places, self.places))
+        ]  # fmt: skip
 
     def _group(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
         if all(one is None for one in gradients):
@@ -284,7 +291,8 @@ class Contracted(torch.autograd.Function):
         with without_autocast(cores[0]):
             values, paired, kept = program.contracted(cores, known)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*cores)  # for the check that nothing wrote to them
+        if program.count == 1:
+            ctx.save_for_backward(*cores)  # for the check that nothing wrote to them; those of groups are copied
         ctx.program, ctx.kept = program, kept
         found, forms = _layers(values, program.count), _layers(paired, program.count)
         ctx.mark_non_differentiable(*forms)
@@ -293,8 +301,10 @@ class Contracted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         program: ClusterProgram = ctx.program
-        cores = ctx.saved_tensors
-        with without_autocast(cores[0]):
+        # Of a group nothing is freed with the graph of one layer: others may have a backward pass of their own.
+        if program.count == 1:
+            _ = ctx.saved_tensors
+        with without_autocast(ctx.kept[0][0]):
             found = program.gradients(ctx.kept, gradients[: program.places * program.count], ctx.needs_input_grad[2:])
         return (None, None, *(one for own in found for one in own))
 

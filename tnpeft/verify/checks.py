@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tnpeft.errors import TnpeftError
 from tnpeft.io import load, save
+from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.network import BoundCore
 from tnpeft.plan import MODES
 from tnpeft.recipe import Handle
@@ -88,21 +89,48 @@ def _positions(shape: tuple[int, ...], seed: int) -> Iterator[tuple[int, ...]]:
 
 
 def check_start(subject: Subject) -> None:
+    _check_weights_at_start(subject)
+    subject.runs(subject.plain, subject.x)
+    contexts = _contexts(subject)
+    expected = {}
+    for name, training in itertools.product(contexts, (False, True)):
+        with contexts[name]():
+            expected[name, training] = subject.plain.train(training)(subject.x).detach()
+    subject.plain.eval()
+    for mode, model in _modes(subject, subject.x):
+        for (name, training), wanted in expected.items():
+            with contexts[name]():
+                found = model.train(training)(subject.x).detach()
+            require_equal(f"the output at the start ({mode}, {name}, {'train' if training else 'eval'})", found, wanted)
+
+
+def _check_weights_at_start(subject: Subject) -> None:
+    for layer in adapted_layers(subject.attached()):
+        delta = layer.adapter("default").delta_weight()
+        require_equal("the update at the start", delta, torch.zeros_like(delta))
+        require_equal("the weight at the start", layer.weight, layer.base.weight)
+
+
+def _modes(
+    subject: Subject, x: Tensor, dtype: torch.dtype | None = None, moved: bool = False
+) -> Iterator[tuple[str, Stack]]:
+    """A model for every mode in which its layers run with this input; `auto` runs in one of the others.
+
+    A mode that falls back is dense once more, and no other model.
+    """
+    found = set()
     for mode in MODES:
-        model = subject.attached(mode)
-        for layer in adapted_layers(model):
-            delta = layer.adapter("default").delta_weight()
-            require_equal(f"the update at the start ({mode})", delta, torch.zeros_like(delta))
-            require_equal(f"the weight at the start ({mode})", layer.weight, layer.base.weight)
-        subject.runs(subject.plain, subject.x)
-        for name, context in _contexts(subject).items():
-            for training in (False, True):
-                with context():
-                    expected = subject.plain.train(training)(subject.x)
-                    found = model.train(training)(subject.x)
-                subject.plain.eval()
-                what = f"the output at the start ({mode}, {name}, {'train' if training else 'eval'})"
-                require_equal(what, found.detach(), expected.detach())
+        model = subject.attached(mode, dtype, moved)
+        ran = {_mode_of_call(layer.adapter("default"), layer, x) for layer in adapted_layers(model)}
+        if mode not in ("auto", *ran) and ran != {"dense"}:
+            raise Mismatch(f"layers in mode {mode} run {' and '.join(sorted(ran))}")
+        if not ran <= found:
+            found |= ran
+            yield mode, model
+
+
+def _mode_of_call(adapter: Adapter, layer: AdaptedLayer, x: Tensor) -> str:
+    return "dense" if adapter.mode == "dense" else adapter.calling.running(layer, x, ()).mode
 
 
 def _contexts(subject: Subject) -> dict[str, Callable[[], AbstractContextManager[object]]]:
@@ -202,36 +230,36 @@ def check_values(subject: Subject) -> None:
 
 
 def check_gradients(subject: Subject) -> None:
-    _compare_with_exact(subject, "dense")
+    _compare_with_exact(subject, [("dense", subject.attached("dense", subject.working, moved=True))])
 
 
 def check_modes(subject: Subject) -> None:
-    for mode in MODES:
-        model = subject.attached(mode, subject.working, moved=True)
-        for layer in adapted_layers(model):
-            require_equal("the execution mode", layer.adapter("default").mode, mode)
-        if mode != "dense":
-            _compare_with_exact(subject, mode)
+    x = subject.x.to(subject.working)
+    _compare_with_exact(subject, ((mode, one) for mode, one in _modes(subject, x, x.dtype, True) if mode != "dense"))
 
 
-def _compare_with_exact(subject: Subject, mode: str) -> None:
-    """Output and all gradients of the whole model in one execution mode."""
-    model = subject.attached(mode, subject.working, moved=True)
-    x = subject.x.to(subject.working).requires_grad_()
-    subject.runs(subject.model().to(subject.working), x)
-    output = model(x)
-    generator = torch.Generator().manual_seed(subject.case.seed)
-    upstream = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    cores = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad((output * upstream.to(output.dtype)).sum(), [*cores, x])
-    exact = _exact_gradients(model, cores, x.detach(), upstream, magnitude=False)
-    bound = _exact_gradients(model, cores, x.detach(), upstream, magnitude=True)
-    trained = {
-        id(one): name for layer in adapted_layers(model) for name, one in layer.adapter("default").trained.items()
-    }
-    names = [*(f"the gradient of '{trained.get(id(core), '?')}'" for core in cores), "the input's gradient"]
-    for what, one, wanted, size in zip(("the output", *names), (output.detach(), *found), exact, bound, strict=True):
-        require_close(f"{what} ({mode})", one, wanted, size, subject.tolerance)
+def _compare_with_exact(subject: Subject, models: Iterable[tuple[str, Stack]]) -> None:
+    """Output and all gradients of the whole model, in some execution modes; the cores are the same in each."""
+    exact: list[Tensor] | None = None
+    for mode, model in models:
+        x = subject.x.to(subject.working).requires_grad_()
+        subject.runs(subject.model().to(subject.working), x)
+        output = model(x)
+        generator = torch.Generator().manual_seed(subject.case.seed)
+        upstream = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        cores = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found = torch.autograd.grad((output * upstream.to(output.dtype)).sum(), [*cores, x])
+        if exact is None:
+            exact = _exact_gradients(model, cores, x.detach(), upstream, magnitude=False)
+            bound = _exact_gradients(model, cores, x.detach(), upstream, magnitude=True)
+        trained = {
+            id(one): name for layer in adapted_layers(model) for name, one in layer.adapter("default").trained.items()
+        }
+        names = [*(f"the gradient of '{trained.get(id(core), '?')}'" for core in cores), "the input's gradient"]
+        for what, one, wanted, size in zip(
+            ("the output", *names), (output.detach(), *found), exact, bound, strict=True
+        ):
+            require_close(f"{what} ({mode})", one, wanted, size, subject.tolerance)
 
 
 def _exact_gradients(
