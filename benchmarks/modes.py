@@ -2,8 +2,8 @@
 
     python benchmarks/modes.py --rounds 9
 
-Forward and backward of single adapted layers of the models of `models.py`, each in every mode, in turn. `frozen` is the
-plain layer with the gradient of its input alone. `loss` is the time of the mode that `auto` chose over that of the best.
+Forward and backward of single adapted layers of the models of `models.py`, each in every mode, in turn. `frozen` is
+the plain layer with the gradient of its input alone. `loss` is the time of the mode that `auto` chose over the best.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tnpeft
 from tnpeft.plan import predict
 
 MODES = ("dense", "hybrid", "factored")
-# Channels in, channels out, voxels a side: what the 41.7 M model sees at 16^3 and 32^3, and of the paper's model at 32^3.
+# Channels in, channels out, voxels a side: what the 41.7 M model sees at 16^3 and 32^3, and one of the paper's model.
 CONVOLUTIONS = (
     (32, 32, 16), (96, 32, 16), (64, 64, 8), (192, 64, 8), (128, 128, 4), (384, 128, 4), (256, 256, 2), (512, 256, 2),
     (32, 32, 32), (64, 32, 32), (96, 32, 32), (64, 64, 16), (128, 64, 16), (128, 128, 8), (256, 256, 4), (512, 512, 4),

@@ -71,7 +71,7 @@ def test_count_a_recipe_of_ones_own(models: str, tmp_path: Path):
                 "layer": "Linear(8, 6)",
                 "spec": "lora",
                 "params": {"r": 1, "alpha": 3},
-                "mode": "dense",
+                "mode": "auto",
                 "chosen": None,
                 "cores": 14,
                 "bias": 6,

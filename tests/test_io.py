@@ -84,7 +84,7 @@ def test_the_file_carries_all_that_is_needed_and_nothing_of_this_machine(file):
         "spec": 0,
         "params": {"r": 3},
         "seed": 0,
-        "mode": "dense",
+        "mode": "auto",
         "choices": {},
         "captured": {},
         "drawn": {},

@@ -110,7 +110,7 @@ def test_the_report_is_data_and_text(model, folder):
         "layer": "Conv1d(3, 4, 3)",
         "spec": "mine",
         "params": {"r": 3, "alpha": 3},
-        "mode": "dense",
+        "mode": "auto",
         "chosen": None,
         "cores": 39,
         "bias": 4,

@@ -118,7 +118,7 @@ def _modes(
 
     A mode that falls back is dense once more, and no other model.
     """
-    found = set()
+    found: set[str] = set()
     for mode in MODES:
         model = subject.attached(mode, dtype, moved)
         ran = {_mode_of_call(layer.adapter("default"), layer, x) for layer in adapted_layers(model)}
