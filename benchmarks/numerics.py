@@ -63,7 +63,7 @@ class Case:
 
     def clusters(self) -> LayerClusters:
         program = build_clusters(self.factored, 1)
-        return program([self.cores], [self.start], program.start_values([self.start]))[0]
+        return program([self.cores], program.start_values([self.start]))[0]
 
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer makes of `x` with another weight and no bias."""
