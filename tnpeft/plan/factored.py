@@ -246,7 +246,7 @@ class _Search:
         read = self.product(tensor) * before_space
         written = self.product(after) * after_space
         rows = max(1, min(self.product(after & legs), self.product(legs & tensor & ~after)))
-        slow = 1 + (NARROW / rows) ** 2 if rows < NARROW else 1.0
+        slow = 1 + NARROW / rows if rows < NARROW else 1.0
         copied = 0 if entries == 1 else 1
         gathered = joint * after_space * MULTIPLY * slow + MOVE * (
             read + written + 2 * copied * self.product(tensor) * entries * after_space

@@ -26,7 +26,8 @@ __all__ = ["MACHINES", "Machine", "Prediction", "predict"]
 class Machine:
     """Prices in ns: of starting an operation with its views; of a shifted copy along one axis; of a multiplication and
     addition in a product, in a layer call, and in the gradient of its weight; of an element read or written; of a
-    weight's element in a layer call. Products of fewer than `narrow` rows or columns take longer."""
+    weight's element in a convolution, which is put in another order; of the autograd functions of a chain. Products of
+    fewer than `narrow` rows or columns take longer."""
 
     start: float
     shift: float
@@ -35,14 +36,15 @@ class Machine:
     weight_gradient: float
     move: float
     weight: float
+    functions: float
     narrow: float
 
 
 # `cpu`: fitted to a 2-core EPYC without bf16 instructions (benchmarks/results/modes.json). `cuda`: an estimate from the
 # data sheet of an H100 and a launch of 6 us; time calls there with `autotune=True`.
 MACHINES = {
-    "cpu": Machine(11e3, 32e3, 0.034, 0.032, 0.040, 0.35, 1.3, 12.0),
-    "cuda": Machine(9e3, 12e3, 6e-5, 3e-5, 4e-5, 0.0016, 0.003, 64.0),
+    "cpu": Machine(11e3, 32e3, 0.034, 0.032, 0.040, 0.35, 1.3, 60e3, 12.0),
+    "cuda": Machine(9e3, 12e3, 6e-5, 3e-5, 4e-5, 0.0016, 0.003, 60e3, 64.0),
 }
 
 
@@ -92,7 +94,7 @@ class _Prices:
 
     def base(self, plan: Plan, call: Call) -> tuple[float, float]:
         once = self.machine.start + self.machine.call * _multiplications(plan, call)
-        once += self.machine.weight * plan.network.layer.numel
+        once += self._weight(plan)
         return once, once
 
     def dense(self, plan: Plan, call: Call) -> list[tuple[float, float]]:
@@ -103,7 +105,7 @@ class _Prices:
             forward = sum(pairs * self._step(step) for step in part.steps)
             found.append((forward, 2 * sum(self._step(step) for step in part.steps) + self.moved(numel)))
         gradient = self.machine.start + self.machine.weight_gradient * _multiplications(plan, call)
-        found.append((self.moved(3 * numel), gradient + 2 * self.machine.weight * numel))
+        found.append((self.moved(3 * numel), gradient + 2 * self._weight(plan)))
         return found
 
     def clusters(self, plan: Plan) -> tuple[float, float]:
@@ -125,7 +127,7 @@ class _Prices:
     def chain(self, plan: Plan, call: Call, factored: bool) -> tuple[float, float]:
         """The products and shifted copies of a chain; with pairs each tensor between two links is twice as large."""
         paired = factored and plan.network.start == "frozen_copy"
-        forward = backward = 0.0
+        forward = backward = self.machine.functions
         links = [*_links(plan, call)]
         for place, link in enumerate(links):
             first, last = place == 0, place == len(links) - 1
@@ -145,12 +147,18 @@ class _Prices:
             backward += self.moved(2 * call.batch * call.inputs * plan.network.layer.in_channels)
         return forward, backward
 
+    def _weight(self, plan: Plan) -> float:
+        """Of reading the weight in a layer call."""
+        price = self.machine.weight if plan.network.layer.kernel_size else self.machine.move
+        return price * plan.network.layer.numel
+
     def _step(self, step: Step) -> float:
         return 1.5 * self.machine.start + self.machine.multiply * step.flops / 2 + self.machine.move * step.elements
 
     def _link(self, link: _Link, wide: int, side: int) -> float:
         found = self.product(link.multiplications * wide, link.rows * min(wide, 2)) + self.machine.start
-        found += self.machine.move * (link.read + link.written) * min(wide, 2)
+        # Legs that pass by a link stand in the way: its operand or its result is copied.
+        found += (3 if link.passing else 1) * self.machine.move * (link.read + link.written) * min(wide, 2)
         if link.shifts:
             found += link.shifts * self.machine.shift + 2 * self.machine.move * link.copied * side
         return found
@@ -167,6 +175,7 @@ class _Link:
     copied: float
     shifts: int
     gather: bool
+    passing: bool
 
 
 def _links(plan: Plan, call: Call) -> Iterator[_Link]:
@@ -183,8 +192,9 @@ def _links(plan: Plan, call: Call) -> Iterator[_Link]:
         copied = entries * (before * outputs if link.gather else after * inputs)
         new = _elements(plan, tuple(leg for leg in link.after if leg not in link.before))
         summed = _elements(plan, tuple(leg for leg in link.before if leg not in link.after))
+        passing = any(leg in link.after for leg in link.before)
         rows = min(new * (1 if link.gather else entries), summed * (entries if link.gather else 1))
-        yield _Link(link.flops / 2, rows, before * inputs, after * outputs, copied, shifts, link.gather)
+        yield _Link(link.flops / 2, rows, before * inputs, after * outputs, copied, shifts, link.gather, passing)
 
 
 def _cut(plan: Plan, place: int) -> tuple[str, ...]:
