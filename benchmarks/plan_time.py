@@ -72,6 +72,7 @@ def with_cores(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for cores in arguments.cores:
             found = measure(SHAPES[shape](cores), arguments.rounds, patient)
             rows.append({"shape": shape, "cores": cores, **found})
+            print(f"{shape}, {cores} cores: {found['seconds']:.2f} s, factored {_factored(rows[-1])}", flush=True)
             patient = patient and found["factored_seconds"] < PATIENCE
     columns = ["shape", *(f"{cores} cores" for cores in arguments.cores)]
 
