@@ -408,3 +408,28 @@ def test_data_parallel_training_sees_the_same_gradients(tmp_path: Path):
                 assert sum(one.grad is not None for one in model.parameters()) == len(expected) - 2
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [(1, 2), (2, 1), (12, 8)])
+@pytest.mark.parametrize("name", ["quanta_4", "quanta", "lora"])
+def test_cores_are_stacked_in_any_order_of_legs(name: str, size: tuple[int, int]):
+    """Permuted cores with legs of one entry seem to be in a channels-last format, which a stack would take on."""
+    model = nn.Sequential(*(nn.Linear(*size) for _ in range(2)))
+    tnpeft.attach(model, name, match=r"\d", mode="factored")
+    move(model)
+    x = torch.randn(3, size[0])
+    for layer in model:
+        layer(x)
+    adapters = [layer.adapter("default") for layer in model]
+    factored = adapters[0].calling.last.plan
+    cores = [adapter.core_tensors() for adapter in adapters]
+    start = [adapter.start_tensors() for adapter in adapters] if factored.network.start == "frozen_copy" else None
+
+    def contracted(count: int, first: int) -> list[Tensor]:
+        program = ClusterProgram(factored, count)
+        own = slice(first, first + count)
+        known = () if start is None else program.start_values(start[own])
+        return [tensor.flatten() for layer in program(cores[own], known) for tensor in (*layer.values, *layer.paired)]
+
+    for one, other in zip(contracted(2, 0), contracted(1, 0) + contracted(1, 1), strict=True):
+        assert relative(one, other) < 1e-5

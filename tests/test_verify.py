@@ -18,7 +18,7 @@ from tnpeft.modules.calling import Group
 from tnpeft.modules.sharing import Sharing
 from tnpeft.network import bind
 from tnpeft.plan import modes as planning
-from tnpeft.program import ChainProgram, LayerClusters
+from tnpeft.program import ChainProgram, LayerClusters, applied, clusters
 from tnpeft.program import model as programs
 from tnpeft.program.difference import Code
 from tnpeft.program.finish import Finish
@@ -181,6 +181,13 @@ def crash(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Adapter, "network_weight", network_weight)
 
 
+def forget_programs() -> None:
+    """What was built by a broken library must not outlive it."""
+    programs.build_program.cache_clear()
+    for cached in (applied.build_chain, applied.build_completion, clusters._built):
+        cached.cache_clear()
+
+
 MUTANTS: dict[Break, tuple[set[str], str]] = {
     reversed_legs: ({"entries", "values", "gradients", "merge"}, "entries"),
     forgotten_scale: ({"values", "gradients", "merge"}, "values"),
@@ -281,7 +288,7 @@ def test_every_construct_is_looked_at(mutant: Break, spec: str, check: str, monk
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_broken_library_is_found_out(mutant: Break, monkeypatch: pytest.MonkeyPatch):
-    programs.build_program.cache_clear()
+    forget_programs()
     monkeypatch.setattr(engine, "SHRINKING_SECONDS", 120.0)  # a busy machine must not end it early
     mutant(monkeypatch)
     expected, telling = MUTANTS[mutant]
@@ -295,4 +302,4 @@ def test_a_broken_library_is_found_out(mutant: Break, monkeypatch: pytest.Monkey
             run_check(telling, tnpeft.Spec.from_yaml(KRON), counterexample.case)
         assert str(excinfo.value) == f"{telling}: {counterexample.message}"
     finally:
-        programs.build_program.cache_clear()
+        forget_programs()

@@ -79,7 +79,9 @@ class _Term:
         found = []
         for core, order in zip(self.cores, self.orders, strict=True):
             own = [layer[core] for layer in layers]
-            found.append(torch.stack(own if order is None else [tensor.permute(order) for tensor in own]))
+            # Contiguous, for a stack takes on a memory format that all of its permuted tensors seem to have.
+            seen = own if order is None else [tensor.permute(order) for tensor in own]
+            found.append(torch.stack(seen).contiguous())
         return found
 
     def unordered(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
