@@ -29,6 +29,8 @@ MOVE_CLUSTER = 1.0
 MULTIPLY = 1 / 40
 NARROW = 8.0
 MOVE = 0.35
+# Copies of more elements than caches hold take this many times as long.
+CACHED, FAR = 1 << 22, 4.0
 # Clusters considered, and sets of absorbed cores looked at, at most; beyond, clusters are kept small and sets few.
 CLUSTERS = 800
 STATES = 4000
@@ -248,12 +250,13 @@ class _Search:
         rows = max(1, min(self.product(after & legs), self.product(legs & tensor & ~after)))
         slow = 1 + NARROW / rows if rows < NARROW else 1.0
         copied = 0 if entries == 1 else 1
-        gathered = joint * after_space * MULTIPLY * slow + MOVE * (
-            read + written + 2 * copied * self.product(tensor) * entries * after_space
-        )
-        scattered = joint * before_space * MULTIPLY * slow + MOVE * (
-            read + written + 2 * copied * self.product(after) * entries * before_space
-        )
+        copies = [
+            copied * batch * entries * side
+            for side in (self.product(tensor) * after_space, self.product(after) * before_space)
+        ]
+        gather, scatter = (2 * copy * (FAR if copy > CACHED else 1.0) / batch for copy in copies)
+        gathered = joint * after_space * MULTIPLY * slow + MOVE * (read + written + gather)
+        scattered = joint * before_space * MULTIPLY * slow + MOVE * (read + written + scatter)
         start = START * (1 + 0.5 * copied * len(axes))
         return start + batch * gathered, start + batch * scattered
 

@@ -24,10 +24,13 @@ __all__ = ["MACHINES", "Machine", "Prediction", "predict"]
 
 @dataclass(frozen=True)
 class Machine:
-    """Prices in ns: of starting an operation with its views; of a shifted copy along one axis; of a multiplication and
-    addition in a product, in a layer call, and in the gradient of its weight; of an element read or written; of a
-    weight's element in a convolution, which is put in another order; of the autograd functions of a chain. Products of
-    fewer than `narrow` rows or columns take longer."""
+    """Prices in ns.
+
+    Of starting an operation with its views; of a shifted copy along one axis; of a multiplication and addition in a
+    product, in a layer call, and in the gradient of its weight; of an element read or written; of a weight's element in
+    a convolution, which is put in another order; of the autograd functions of a chain. Products of fewer than `narrow`
+    rows or columns take longer. `far`: how many times as much elements of a tensor cost that no cache holds.
+    """
 
     start: float
     shift: float
@@ -38,13 +41,16 @@ class Machine:
     weight: float
     functions: float
     narrow: float
+    far: float
 
 
+# Elements of a tensor that the caches hold, at most.
+CACHED = 1 << 22
 # `cpu`: fitted to a 2-core EPYC without bf16 instructions (benchmarks/results/modes.json). `cuda`: an estimate from the
 # data sheet of an H100 and a launch of 6 us; time calls there with `autotune=True`.
 MACHINES = {
-    "cpu": Machine(11e3, 32e3, 0.034, 0.032, 0.040, 0.35, 1.3, 60e3, 12.0),
-    "cuda": Machine(9e3, 12e3, 6e-5, 3e-5, 4e-5, 0.0016, 0.003, 60e3, 64.0),
+    "cpu": Machine(11e3, 32e3, 0.034, 0.032, 0.040, 0.35, 1.3, 60e3, 12.0, 4.0),
+    "cuda": Machine(9e3, 12e3, 6e-5, 3e-5, 4e-5, 0.0016, 0.003, 60e3, 64.0, 1.0),
 }
 
 
@@ -91,6 +97,10 @@ class _Prices:
 
     def moved(self, elements: float) -> float:
         return self.machine.start + self.machine.move * elements
+
+    def copied(self, elements: float) -> float:
+        """Of shifted copies, written and read."""
+        return 2 * self.machine.move * elements * (self.machine.far if elements > CACHED else 1.0)
 
     def base(self, plan: Plan, call: Call) -> tuple[float, float]:
         once = self.machine.start + self.machine.call * _multiplications(plan, call)
@@ -160,7 +170,7 @@ class _Prices:
         # Legs that pass by a link stand in the way: its operand or its result is copied.
         found += (3 if link.passing else 1) * self.machine.move * (link.read + link.written) * min(wide, 2)
         if link.shifts:
-            found += link.shifts * self.machine.shift + 2 * self.machine.move * link.copied * side
+            found += link.shifts * self.machine.shift + self.copied(link.copied * side)
         return found
 
 
