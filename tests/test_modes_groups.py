@@ -151,6 +151,8 @@ def test_layers_of_one_signature_are_contracted_once_in_a_pass(mode: str, contra
     results(model)
     assert sorted(contracted) == [1, 2, 4]
     contracted.clear()
+    groups = [adapter.calling.group for adapter in adapters(model)]
+    assert all(group is None or not group._found for group in groups)  # it would keep the graph
     model(X[:, :, :3, :3])  # another size, other plans, and perhaps the same clusters
     assert sum(contracted) >= 7
     same(results(model), results(tower("dense")))
@@ -200,6 +202,8 @@ def test_a_pass_that_breaks_off_leaves_nothing_behind(mode: str, error: BaseExce
     for one in (model, dense):
         for number, adapter in enumerate(adapters(one)):
             move(adapter, 0.3, 20 + number)
+    if isinstance(error, Exception):  # torch runs no hook after an interrupt
+        assert relative(model.convs[0](X), dense.convs[0](X)) < 1e-5
     same(results(model), results(dense))
 
 

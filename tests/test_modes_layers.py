@@ -25,8 +25,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv3d": (lambda: nn.Conv3d(8, 12, 3, padding=1), (2, 8, 5, 6, 7)),
     "strided": (lambda: nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=1, padding_mode="circular"), (2, 8, 9, 8)),
     "dilated": (lambda: nn.Conv1d(8, 12, 3, dilation=2, padding="same", bias=False), (3, 8, 11)),
+    "even": (lambda: nn.Conv2d(8, 12, (2, 4), padding="same"), (2, 8, 5, 6)),
     "transposed": (lambda: nn.ConvTranspose2d(8, 12, 3, stride=2, padding=1, output_padding=1), (2, 8, 5, 4)),
 }
+# torch's own remark on an even kernel.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 EVERY_MODE = ("dense", *FAST, "auto")
 
 
@@ -135,6 +138,20 @@ def test_the_update_is_accurate_after_the_smallest_steps(name: str, step: float)
     assert _plain_difference(wrapper, x.bfloat16(), exact["output"]) > 5e-5 / step
 
 
+@pytest.mark.parametrize("step", [1e-5, 1e-3])
+def test_chains_of_three_and_more_links_are_accurate(step: float):
+    """Each link on the way carries a value and its change."""
+    torch.manual_seed(0)
+    cases = [(nn.Conv3d(64, 64, 3, padding=1, bias=False), "tenvoo_l", torch.randn(1, 64, 8, 8, 8))]
+    cases += [(nn.Linear(256, 256, bias=False), "quanta", torch.randn(256, 256))]
+    for layer, spec, x in cases:
+        nn.init.zeros_(layer.weight)
+        wrapper = stepped(adapted(layer, spec, "factored"), step)
+        upstream = upstream_of(layer, x)
+        assert worst(gradients_of(wrapper, x, upstream), oracle(wrapper, x, upstream)) < 3e-6
+        assert len(adapter_of(wrapper).calling.last.plan.links) >= 3
+
+
 def _plain_difference(wrapper: AdaptedLayer, x: Tensor, exact: Tensor) -> float:
     """The error of what the networks of the cores and of their frozen copies make of the input, subtracted."""
     adapter = adapter_of(wrapper)
@@ -162,6 +179,21 @@ def test_half_precision_stays_close(name: str, mode: str):
             assert ran(wrapper) == mode
         assert found["output"].dtype == dtype
         assert worst(found, oracle(wrapper, x, upstream)) < 2 * allowed
+
+
+@pytest.mark.parametrize("mode", FAST)
+def test_values_beyond_fp16_start_exactly_too(mode: str):
+    """An infinite value times a change of zero would be no number."""
+    layer, x = example("conv3d", torch.float16)
+    wrapper = adapted(layer, chain(), mode)
+    with torch.no_grad():
+        for tensor in adapter_of(wrapper).state_dict().values():
+            tensor.mul_(1e4)
+    assert torch.equal(wrapper(x), layer(x))
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(wrapper(x), layer(x))
+    found = gradients_of(wrapper, x, torch.ones_like(layer(x)))
+    assert found["input"].isfinite().all()
 
 
 @contextmanager
