@@ -150,19 +150,9 @@ class FactoredUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         _refuse_double_backward("factored")
-        program: ChainProgram = ctx.program
-        x, *clusters = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        with without_autocast(gradient):
-            own, found = program.gradients(
-                _flat(x, program.space).to(ctx.dtype),
-                _cast(clusters[: program.clusters], ctx.dtype),
-                _cast(clusters[program.clusters :], ctx.dtype),
-                _flat(gradient, program.output_space).to(ctx.dtype),
-                (needs[1], *needs[4:]),
-            )
-        shaped = None if own is None else own.to(x.dtype).reshape(x.shape)
-        return (gradient if needs[0] else None, shaped, None, None, *_like(found, clusters))
+        own, found = _gradients(ctx, gradient, (needs[1], *needs[4:]))
+        return (gradient if needs[0] else None, own, None, None, *found)
 
 
 class ClusterGradients(torch.autograd.Function):
@@ -177,18 +167,24 @@ class ClusterGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         _refuse_double_backward("hybrid")
-        program: ChainProgram = ctx.program
-        x, *values = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        with without_autocast(gradient):
-            _, found = program.gradients(
-                _flat(x, program.space).to(ctx.dtype),
-                _cast(values, ctx.dtype),
-                (),
-                _flat(gradient, program.output_space).to(ctx.dtype),
-                (False, *needs[3:]),
-            )
-        return (gradient if needs[0] else None, None, None, *_like(found, values))
+        _, found = _gradients(ctx, gradient, (False, *needs[3:]))
+        return (gradient if needs[0] else None, None, None, *found)
+
+
+def _gradients(ctx: Any, gradient: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Of what a function saved: the input's gradient, then those of the clusters' values; `wanted` says which."""
+    program: ChainProgram = ctx.program
+    x, *clusters = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
+    with without_autocast(gradient):
+        own, found = program.gradients(
+            _flat(x, program.space).to(ctx.dtype),
+            _cast(clusters[: program.clusters], ctx.dtype),
+            _cast(clusters[program.clusters :], ctx.dtype),
+            _flat(gradient, program.output_space).to(ctx.dtype),
+            wanted,
+        )
+    return None if own is None else own.to(x.dtype).reshape(x.shape), _like(found, clusters)
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
