@@ -46,7 +46,7 @@ class Machine:
 
 # Elements of a tensor that the caches hold, at most.
 CACHED = 1 << 22
-# `cpu`: fitted to a 2-core EPYC without bf16 instructions (benchmarks/results/modes.json). `cuda`: an estimate from the
+# `cpu`: fitted to a 2-core EPYC without bf16 instructions (benchmarks/modes.py). `cuda`: an estimate from the
 # data sheet of an H100 and a launch of 6 us; time calls there with `autotune=True`.
 MACHINES = {
     "cpu": Machine(11e3, 32e3, 0.034, 0.032, 0.040, 0.35, 1.3, 60e3, 12.0, 4.0),
