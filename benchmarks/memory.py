@@ -1,6 +1,7 @@
 """Peak memory of a training step (forward, backward, Adam) of every method, and of every mode of tnpeft's.
 
     python benchmarks/memory.py --size 16
+    python benchmarks/memory.py --model paper --shape 160,224,160 --device cuda --autocast bf16
 
 On a CPU every operation's allocations are counted, from the model's making on; workspace within a kernel is unseen.
 On a GPU it is what torch's allocator has given out. `held` is there between steps: the model, the adapter and Adam's
@@ -9,31 +10,32 @@ state. `saved` is what the forward pass leaves for the backward pass, activation
 
 from __future__ import annotations
 
+import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from allocation import Allocations
 from common import parser, show, write
-from models import lycoris_model, matched, peft_model, train_biases_and_norms, unet
+from methods import PEERS, RECIPES, adapt
+from models import unet
 from torch import nn
+from training import Setting, add_options, optimiser_of, setting_of
 
-import tnpeft
-
-RECIPES = ("lora_ddpm", "loha_ddpm", "lokr_ddpm", "tenvoo_l_ddpm", "tenvoo_q_ddpm")
 MODES = ("dense", "hybrid", "factored", "auto")
 MIB = 2**20
 
-Make = Callable[[], nn.Module]
+Make = Callable[..., nn.Module]
 
 
 class Counted:
     """Bytes that are alive on a device, and the most since `restart`."""
 
     def __init__(self, device: str) -> None:
-        self.on_gpu = device == "cuda"
+        self.on_gpu = device.startswith("cuda")
         self._counts = None if self.on_gpu else Allocations()
 
     def context(self) -> AbstractContextManager[Any]:
@@ -54,56 +56,46 @@ class Counted:
             torch.cuda.reset_peak_memory_stats()
 
 
-def methods(model: str, peers: bool) -> Iterator[tuple[str, Make]]:
+def methods(model: str, modes: Sequence[str], peers: bool) -> Iterator[tuple[str, Make]]:
     """Every method by name, each to be made when its turn comes; ranks are those of the recipes."""
-    yield "full", lambda: unet(model)
-    yield "floor", lambda: floor(model)
+    base = unet(model)
+    for name in ("full", "floor"):
+        yield name, partial(adapted, base, name, "auto")
     for recipe in RECIPES:
-        for mode in MODES:
-            yield f"{recipe} {mode}", lambda recipe=recipe, mode=mode: adapted(model, recipe, mode)
+        for mode in modes:
+            yield f"{recipe} {mode}", partial(adapted, base, recipe, mode)
     if peers:
-        yield "peft LoRA r=2", lambda: peft_model(unet(model), 2)
-        yield "lycoris LoCon r=2", lambda: lycoris_model(unet(model), "lora", 2)
-        yield "lycoris LoHa r=1", lambda: lycoris_model(unet(model), "loha", 1)
-        yield "lycoris LoKr r=24", lambda: lycoris_model(unet(model), "lokr", 24, decompose_both=True, factor=-1)
+        for name in PEERS:
+            if "Tucker" not in name:
+                yield name, partial(adapted, base, name, "auto")
 
 
-def floor(model: str) -> nn.Module:
-    """The frozen model that trains only the biases and norms of the recipes."""
-    frozen = unet(model).requires_grad_(False)
-    train_biases_and_norms(frozen, matched(frozen))
-    return frozen
+def adapted(base: nn.Module, name: str, mode: str, setting: Setting) -> nn.Module:
+    return adapt(setting.placed(copy.deepcopy(base)), name, mode)
 
 
-def adapted(model: str, recipe: str, mode: str) -> nn.Module:
-    found = unet(model)
-    tnpeft.attach(found, recipe, mode=mode)
-    return found
-
-
-def measure(make: Make, device: str, size: int, batch: int) -> dict[str, int]:
+def measure(make: Make, setting: Setting) -> dict[str, int]:
     """Bytes held, saved and at the peak of the third step."""
     gc.collect()
-    counted = Counted(device)
+    counted = Counted(setting.device)
     with counted.context():
-        model = make().to(device)
-        optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+        model = make(setting=setting)
+        optimiser = optimiser_of(model, setting)
         for _ in range(3):
             gc.collect()
             held = counted.alive
             counted.restart()
-            saved = step(model, optimiser, counted, size, batch, device) - held
+            saved = step(model, optimiser, counted, setting) - held
         peak = counted.peak
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"trained": trained, "held": held, "saved": saved, "peak": peak}
 
 
-def step(
-    model: nn.Module, optimiser: torch.optim.Optimizer, counted: Counted, size: int, batch: int, device: str
-) -> int:
+def step(model: nn.Module, optimiser: torch.optim.Optimizer, counted: Counted, setting: Setting) -> int:
     """One training step on noise; bytes alive after its forward pass."""
-    x = torch.randn(batch, 1, size, size, size, device=device)
-    loss = nn.functional.mse_loss(model(x, torch.full((batch,), 17, device=device)), torch.randn_like(x))
+    x, timesteps = setting.inputs()
+    with setting.precision():
+        loss = nn.functional.mse_loss(model(x, timesteps), torch.randn_like(x))
     alive = counted.alive
     loss.backward()
     optimiser.step()
@@ -113,28 +105,27 @@ def step(
 
 def main() -> None:
     options = parser(__doc__, "memory.json")
-    options.add_argument("--model", choices=("small", "paper"), default="small")
-    options.add_argument("--size", type=int, default=16, help="side of the volume, voxels")
-    options.add_argument("--batch", type=int, default=1)
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_options(options)
+    options.add_argument("--modes", nargs="+", default=list(MODES), help="execution modes of tnpeft's methods")
     options.add_argument("--no-peers", action="store_true", help="leave the other libraries out")
     options.add_argument("--only", nargs="*", help="these methods (and full) alone, by the beginning of their names")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
+    setting = setting_of(arguments)
     found = {}
-    for name, make in methods(arguments.model, not arguments.no_peers):
+    for name, make in methods(setting.model, arguments.modes, not arguments.no_peers):
         if not arguments.only or name.startswith(("full", *arguments.only)):
-            found[name] = measure(make, arguments.device, arguments.size, arguments.batch)
+            found[name] = measure(make, setting)
+            print(name, found[name], flush=True)
     full = found["full"]["peak"]
     rows = [
         [name, f"{one['trained']:,}", *(f"{one[key] / MIB:.1f}" for key in ("held", "saved", "peak")),
          f"{one['peak'] / full:.3f}"]
         for name, one in found.items()
     ]  # fmt: skip
-    title = f"Memory of a training step, MiB, {arguments.model} model, {arguments.size}^3, batch {arguments.batch}"
+    title = f"Memory of a training step, MiB, {setting}"
     show(title, ("method", "trained", "held", "saved", "peak", "ratio to full"), rows)
-    asked = {key: getattr(arguments, key) for key in ("model", "size", "batch", "device")}
-    write(arguments.out, {**asked, "methods": found})
+    write(arguments.out, {**setting.as_json(), "methods": found})
 
 
 if __name__ == "__main__":

@@ -1,25 +1,33 @@
 """Which mode is the quickest on a layer, what did the cost model predict, and what does its choice lose?
 
     python benchmarks/modes.py --rounds 9
+    python benchmarks/modes.py --layers-of paper --shape 160,224,160 --device cuda --autocast bf16
 
-Forward and backward of single adapted layers of the models of `models.py`, each in every mode, in turn. `frozen` is
-the plain layer with the gradient of its input alone. `loss` is the time of the mode that `auto` chose over the best.
+Forward and backward of single adapted layers, each in every mode, in turn: of the layers below or, with `--layers-of`,
+of all that the recipes adapt in a model, as it calls them. `frozen` is the plain layer with the gradient of its input
+alone. `loss` is the time of the mode that `auto` chose over the best. On a GPU calls are timed in runs of several, as
+a step makes them: its queue is never empty.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from common import alternating, parser, show, timings, write
+from models import matched, unet
 from torch import Tensor, nn
+from training import AUTOCAST, Setting, add_options, setting_of
 
 import tnpeft
 from tnpeft.plan import predict
 
 MODES = ("dense", "hybrid", "factored")
+REPEATS = 5
 # Channels in, channels out, voxels a side: what the 41.7 M model sees at 16^3 and 32^3, and one of the paper's model.
 CONVOLUTIONS = (
     (32, 32, 16), (96, 32, 16), (64, 64, 8), (192, 64, 8), (128, 128, 4), (384, 128, 4), (256, 256, 2), (512, 256, 2),
@@ -34,17 +42,14 @@ SPECS = {
 
 
 def main() -> None:
-    options = parser(__doc__, "modes.json")
-    options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--specs", nargs="+", default=list(SPECS))
-    options.add_argument("--batch", type=int, default=1)
-    arguments = options.parse_args()
+    arguments = options().parse_args()
     torch.set_num_threads(arguments.threads)
+    setting = setting_of(arguments)
     rows = []
     for name in arguments.specs:
-        for layer, x in layers(arguments.batch):
+        for layer, shape in layers(arguments.layers_of, setting):
             if type(layer).__name__ in tnpeft.load_spec(name).layers:
-                rows.append(measure(name, layer, x, arguments.rounds))
+                rows.append(measure(name, layer, shape, setting, arguments.rounds))
                 print(line(rows[-1]), flush=True)
     columns = ["spec", "layer", "input", "frozen", *(f"{mode} (predicted)" for mode in MODES), "auto", "loss"]
     cells = [cell(row) for row in rows]
@@ -54,22 +59,61 @@ def main() -> None:
     write(arguments.out, rows)
 
 
-def layers(batch: int) -> list[tuple[nn.Module, Tensor]]:
-    torch.manual_seed(0)
-    found: list[tuple[nn.Module, Tensor]] = []
-    for inputs, outputs, side in CONVOLUTIONS:
-        found.append((nn.Conv3d(inputs, outputs, 3, padding=1), torch.randn(batch, inputs, side, side, side)))
-    for inputs, outputs, rows in LINEARS:
-        found.append((nn.Linear(inputs, outputs), torch.randn(batch * rows, inputs)))
+def options() -> argparse.ArgumentParser:
+    found = parser(__doc__, "modes.json")
+    add_options(found)
+    found.add_argument("--rounds", type=int, default=9)
+    found.add_argument("--specs", nargs="+", default=list(SPECS))
+    found.add_argument("--layers-of", choices=("tiny", "small", "paper"), help="a model's layers at `--size` instead")
     return found
 
 
-def measure(name: str, layer: nn.Module, x: Tensor, rounds: int) -> dict[str, Any]:
+def layers(model: str | None, setting: Setting) -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
+    """Layers and the shapes of their inputs."""
+    torch.manual_seed(0)
+    if model is not None:
+        yield from layers_of(setting.placed(unet(model)), setting)
+        return
+    for inputs, outputs, side in CONVOLUTIONS:
+        layer = nn.Conv3d(inputs, outputs, 3, padding=1)
+        yield setting.placed(layer), (setting.batch, inputs, side, side, side)
+    for inputs, outputs, rows in LINEARS:
+        yield setting.placed(nn.Linear(inputs, outputs)), (setting.batch * rows, inputs)
+
+
+def layers_of(model: nn.Module, setting: Setting) -> list[tuple[nn.Module, tuple[int, ...]]]:
+    """Of the layers that the recipes adapt one for each kind and input, as one call of the model has them."""
+    found: dict[tuple[str, tuple[int, ...]], nn.Module] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.setdefault((str(layer), tuple(inputs[0].shape)), layer)
+
+    for name in matched(model):
+        model.get_submodule(name).register_forward_pre_hook(note)
+    with torch.no_grad(), setting.precision():
+        model(*setting.inputs())
+    return [(_plain(layer), shape) for (_, shape), layer in found.items()]
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    """A copy of a layer without what hangs on it."""
+    found = copy.deepcopy(layer)
+    found._forward_pre_hooks.clear()
+    return found
+
+
+def measure(name: str, layer: nn.Module, shape: tuple[int, ...], setting: Setting, rounds: int) -> dict[str, Any]:
+    x = torch.randn(*shape, device=setting.device)
+    if setting.autocast:
+        x = x.to(AUTOCAST[setting.autocast])
+    if setting.channels_last and x.dim() == 5:
+        x = x.to(memory_format=torch.channels_last_3d)
     x.requires_grad_()
     frozen = copy.deepcopy(layer).requires_grad_(False)
-    with torch.no_grad():
+    with torch.no_grad(), setting.precision():
         gradient = torch.randn_like(layer(x))
-    calls: dict[str, Callable[[], None]] = {"frozen": step(frozen, x, gradient)}
+    timed = partial(step, x=x, gradient=gradient, setting=setting)
+    calls: dict[str, Callable[[], None]] = {"frozen": timed(frozen)}
     plans = {}
     for mode in (*MODES, "auto"):
         model = nn.Sequential(copy.deepcopy(layer))
@@ -77,12 +121,13 @@ def measure(name: str, layer: nn.Module, x: Tensor, rounds: int) -> dict[str, An
         adapter = model[0].adapter("default")
         plans[mode] = adapter.calling.running(model[0], x, ()).plan
         if mode != "auto":
-            calls[mode] = step(model, x, gradient)
+            calls[mode] = timed(model)
     call = adapter.calling.last.call
     predicted = {mode: predict(plans[mode], call).step for mode in MODES}
     planned = {mode: found.mode for mode, found in plans.items()}
-    found = timings(alternating(calls, rounds), "frozen")
-    times = {mode: found[mode].seconds for mode in calls}
+    found = timings(alternating(calls, rounds, synchronise=setting.on_gpu), "frozen")
+    repeats = REPEATS if setting.on_gpu else 1
+    times = {mode: found[mode].seconds / repeats for mode in calls}
     possible = [mode for mode in MODES if planned[mode] == mode]
     best = min(possible, key=lambda mode: times[mode])
     return {
@@ -97,9 +142,12 @@ def measure(name: str, layer: nn.Module, x: Tensor, rounds: int) -> dict[str, An
     }
 
 
-def step(model: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], None]:
+def step(model: nn.Module, x: Tensor, gradient: Tensor, setting: Setting) -> Callable[[], None]:
     def run() -> None:
-        model(x).backward(gradient)
+        for _ in range(REPEATS if setting.on_gpu else 1):
+            with setting.precision():
+                out = model(x)
+            out.backward(gradient)
 
     return run
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OPTIMISERS", "Setting", "add_options", "inference", "optimiser_of", "setting_of", "step"]
+__all__ = ["AUTOCAST", "OPTIMISERS", "Setting", "add_options", "inference", "optimiser_of", "setting_of", "step"]
 
 # `adam` is torch's own choice: a loop over the parameters on the CPU, `foreach` on a GPU.
 OPTIMISERS: Mapping[str, Mapping[str, bool]] = {"adam": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
