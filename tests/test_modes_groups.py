@@ -109,7 +109,7 @@ def results(model: Tower, x: Tensor = X) -> dict[str, Tensor]:
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, one in expected.items():
-        assert relative(found[name], one) < 1e-5, name
+        assert relative(found[name], one) < 3e-5, name  # seven layers after another, far from the start
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tnpeft.modules.adapter import Adapter
+from tnpeft.modules.calls import convolved
 from tnpeft.modules.execution import execute, summed_weight
 
 __all__ = ["AdaptedConv", "AdaptedConvTranspose", "AdaptedLayer", "AdaptedLinear", "wrap"]
@@ -164,7 +165,8 @@ class AdaptedConv(AdaptedLayer):
     """An adapted `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, with every option they have."""
 
     def call_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        output: Tensor = self.base._conv_forward(x, weight, bias)
+        found = convolved(self.base, x, weight, bias)
+        output: Tensor = self.base._conv_forward(x, weight, bias) if found is None else found
         return output
 
 

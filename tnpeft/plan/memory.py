@@ -2,7 +2,8 @@
 
 Counted are elements that are alive at once: what an adapter holds all the time (its cores, their frozen copy and what
 is folded from that), what survives the forward pass, and the tensors on the way, forward and backward. Not counted are
-the layer's input, its output and their gradients, which belong to the model, and the workspace of torch's kernels.
+the layer's input, its output and their gradients, which belong to the model, and the workspace of kernels: of torch's,
+and the halves in which the gradients of a small volume are made, a few times the input and the output.
 Tests hold the numbers against measured allocations.
 """
 

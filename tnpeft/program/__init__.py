@@ -9,6 +9,7 @@ from tnpeft.program.applied import (
     build_completion,
 )
 from tnpeft.program.clusters import ClusterProgram, LayerClusters, StartValues, build_clusters
+from tnpeft.program.convolution import Geometry, convolve
 from tnpeft.program.model import Program, build_program
 from tnpeft.program.total import Constants, without_autocast
 
@@ -19,6 +20,7 @@ __all__ = [
     "Completions",
     "Constants",
     "FactoredUpdate",
+    "Geometry",
     "LayerClusters",
     "Program",
     "StartValues",
@@ -26,5 +28,6 @@ __all__ = [
     "build_clusters",
     "build_completion",
     "build_program",
+    "convolve",
     "without_autocast",
 ]
