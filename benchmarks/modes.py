@@ -4,9 +4,9 @@
     python benchmarks/modes.py --layers-of paper --shape 160,224,160 --device cuda --autocast bf16
 
 Forward and backward of single adapted layers, each in every mode, in turn: of the layers below or, with `--layers-of`,
-of all that the recipes adapt in a model, as it calls them. `frozen` is the plain layer with the gradient of its input
-alone. `loss` is the time of the mode that `auto` chose over the best. On a GPU calls are timed in runs of several, as
-a step makes them: its queue is never empty.
+of all that the recipes adapt in a model, as it calls them. `--alike` layers of one signature are called in a row and
+contract their cores together, as in a model; times are of one. `frozen` is the plain layer with the gradient of its
+input alone. `loss` is the time of the mode that `auto` chose over the best.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import tnpeft
 from tnpeft.plan import predict
 
 MODES = ("dense", "hybrid", "factored")
-REPEATS = 5
 # Channels in, channels out, voxels a side: what the 41.7 M model sees at 16^3 and 32^3, and one of the paper's model.
 CONVOLUTIONS = (
     (32, 32, 16), (96, 32, 16), (64, 64, 8), (192, 64, 8), (128, 128, 4), (384, 128, 4), (256, 256, 2), (512, 256, 2),
@@ -49,7 +48,7 @@ def main() -> None:
     for name in arguments.specs:
         for layer, shape in layers(arguments.layers_of, setting):
             if type(layer).__name__ in tnpeft.load_spec(name).layers:
-                rows.append(measure(name, layer, shape, setting, arguments.rounds))
+                rows.append(measure(name, layer, shape, setting, arguments.alike, arguments.rounds))
                 print(line(rows[-1]), flush=True)
     columns = ["spec", "layer", "input", "frozen", *(f"{mode} (predicted)" for mode in MODES), "auto", "loss"]
     cells = [cell(row) for row in rows]
@@ -64,6 +63,7 @@ def options() -> argparse.ArgumentParser:
     add_options(found)
     found.add_argument("--rounds", type=int, default=9)
     found.add_argument("--specs", nargs="+", default=list(SPECS))
+    found.add_argument("--alike", type=int, default=3, help="layers of one signature, called in a row")
     found.add_argument("--layers-of", choices=("tiny", "small", "paper"), help="a model's layers at `--size` instead")
     return found
 
@@ -102,38 +102,48 @@ def _plain(layer: nn.Module) -> nn.Module:
     return found
 
 
-def measure(name: str, layer: nn.Module, shape: tuple[int, ...], setting: Setting, rounds: int) -> dict[str, Any]:
+class Alike(nn.Module):
+    """Layers of one signature, called on one input."""
+
+    def __init__(self, layer: nn.Module, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+def measure(
+    name: str, layer: nn.Module, shape: tuple[int, ...], setting: Setting, alike: int, rounds: int
+) -> dict[str, Any]:
     x = torch.randn(*shape, device=setting.device)
     if setting.autocast:
         x = x.to(AUTOCAST[setting.autocast])
     if setting.channels_last and x.dim() == 5:
         x = x.to(memory_format=torch.channels_last_3d)
     x.requires_grad_()
-    frozen = copy.deepcopy(layer).requires_grad_(False)
-    with torch.no_grad(), setting.precision():
-        gradient = torch.randn_like(layer(x))
-    timed = partial(step, x=x, gradient=gradient, setting=setting)
-    calls: dict[str, Callable[[], None]] = {"frozen": timed(frozen)}
+    timed = partial(step, x=x, setting=setting)
+    calls: dict[str, Callable[[], None]] = {"frozen": timed(Alike(layer, alike).requires_grad_(False))}
     plans = {}
     for mode in (*MODES, "auto"):
-        model = nn.Sequential(copy.deepcopy(layer))
-        tnpeft.attach(model, name, match=["0"], mode=mode, **SPECS.get(name, {}))
-        adapter = model[0].adapter("default")
-        plans[mode] = adapter.calling.running(model[0], x, ()).plan
+        model = Alike(layer, alike)
+        tnpeft.attach(model, name, match=r"layers\.\d+", mode=mode, **SPECS.get(name, {}))
+        adapter = model.layers[0].adapter("default")
+        plans[mode] = adapter.calling.running(model.layers[0], x, ()).plan
         if mode != "auto":
             calls[mode] = timed(model)
     call = adapter.calling.last.call
     predicted = {mode: predict(plans[mode], call).step for mode in MODES}
     planned = {mode: found.mode for mode, found in plans.items()}
     found = timings(alternating(calls, rounds, synchronise=setting.on_gpu), "frozen")
-    repeats = REPEATS if setting.on_gpu else 1
-    times = {mode: found[mode].seconds / repeats for mode in calls}
+    times = {mode: found[mode].seconds / alike for mode in calls}
     possible = [mode for mode in MODES if planned[mode] == mode]
     best = min(possible, key=lambda mode: times[mode])
     return {
         "spec": name,
         "layer": str(adapter.network.layer),
         "input": list(x.shape),
+        "alike": alike,
         "seconds": times,
         "predicted": predicted,
         "auto": planned["auto"],
@@ -142,12 +152,14 @@ def measure(name: str, layer: nn.Module, shape: tuple[int, ...], setting: Settin
     }
 
 
-def step(model: nn.Module, x: Tensor, gradient: Tensor, setting: Setting) -> Callable[[], None]:
+def step(model: nn.Module, x: Tensor, setting: Setting) -> Callable[[], None]:
+    with torch.no_grad(), setting.precision():
+        gradients = [torch.randn_like(output) for output in model(x)]
+
     def run() -> None:
-        for _ in range(REPEATS if setting.on_gpu else 1):
-            with setting.precision():
-                out = model(x)
-            out.backward(gradient)
+        with setting.precision():
+            outputs = model(x)
+        torch.autograd.backward(outputs, gradients)
 
     return run
 
