@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from modes import FAST, adapted, adapter_of, filled, gradients_of, stepped, worst
+from modes import FAST, adapted, filled, gradients_of, stepped, worst
 from small import chain
 from torch import Tensor, nn
 
@@ -75,31 +75,19 @@ def test_frozen_copies_start_as_the_base_layer_to_the_bit(kind: str, mode: str, 
 @pytest.mark.parametrize("mode", EVERY_MODE)
 def test_small_changes_are_exact_in_bf16_autocast(mode: str):
     torch.manual_seed(0)
-    layer, shape = LAYERS["Conv3d"]
+    layer = nn.Conv3d(16, 24, 3, padding=1, bias=False)
+    layer.weight.data.zero_()  # the output is the update alone
     wrapper = stepped(adapted(layer, chain(), mode), 1e-4)
-    x = torch.randn(shape)
-    exact = wrapper(x) - adapter_of_base(wrapper, x)
-    device = on_gpu(wrapper)
-    delta = adapter_of(device).delta_weight().cpu()
-    assert worst({"delta": delta}, {"delta": adapter_of(wrapper).delta_weight()}) < 1e-4
-    if mode in FAST[:1]:  # the update is added to the output, whose rounding hides it otherwise
-        nothing = torch.zeros_like
-        with torch.no_grad():
-            device.base.weight.copy_(nothing(device.base.weight))
-        with torch.autocast("cuda", torch.bfloat16):
-            found = device(x.cuda()) - device.base(x.cuda())
-        assert worst({"update": found.cpu().float()}, {"update": exact}) < 2e-2
-
-
-def adapter_of_base(wrapper: AdaptedLayer, x: Tensor) -> Tensor:
-    output: Tensor = wrapper.base(x)
-    return output
+    x = torch.randn(2, 16, 5, 6, 7)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = on_gpu(wrapper)(x.cuda())
+    assert worst({"update": found.cpu().float()}, {"update": wrapper(x)}) < 2e-2
 
 
 def test_a_model_s_layers_contract_together_as_on_the_cpu():
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv3d(8, 8, 3, padding=1) for _ in range(4)))
-    tnpeft.attach(model, "tenvoo_l", match=["."], mode="factored")
+    tnpeft.attach(model, "tenvoo_l", match=r"\d", mode="factored")
     for layer in model:
         filled_default(layer)
     x = torch.randn(1, 8, 6, 6, 6)
