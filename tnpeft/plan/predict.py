@@ -1,7 +1,7 @@
 """What a training step of one layer takes in each mode, in seconds: the model by which `auto` chooses.
 
-Counted are multiplications, elements moved and operations started, each at a fixed price. The base layer's forward pass
-and its input's gradient cost the same in every mode; what differs is
+Counted are multiplications, elements moved and operations started, at the prices of `machine.py`. The base layer's
+forward pass and its input's gradient cost the same in every mode; what differs is
 
 * dense: the delta weight and its gradients, the sum with the weight, and the weight's gradient of one layer call;
 * hybrid: the clusters, the delta weight from them, the sum; backward the chain of values;
@@ -17,41 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tnpeft.plan.call import Call
+from tnpeft.plan.machine import Machine, machine_of
 from tnpeft.plan.model import Plan, Step
 
-__all__ = ["MACHINES", "Machine", "Prediction", "predict"]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Prices in ns.
-
-    Of starting an operation with its views; of a shifted copy along one axis; of a multiplication and addition in a
-    product, in a layer call, and in the gradient of its weight; of an element read or written; of a weight's element in
-    a convolution, which is put in another order; of the autograd functions of a chain. Products of fewer than `narrow`
-    rows or columns take longer. `far`: how many times as much elements of a tensor cost that no cache holds.
-    """
-
-    start: float
-    shift: float
-    multiply: float
-    call: float
-    weight_gradient: float
-    move: float
-    weight: float
-    functions: float
-    narrow: float
-    far: float
-
-
-# Elements of a tensor that the caches hold, at most.
-CACHED = 1 << 22
-# `cpu`: fitted to a 2-core EPYC without bf16 instructions (benchmarks/modes.py). `cuda`: an estimate from the
-# data sheet of an H100 and a launch of 6 us; time calls there with `autotune=True`.
-MACHINES = {
-    "cpu": Machine(11e3, 32e3, 0.034, 0.032, 0.040, 0.35, 1.3, 60e3, 12.0, 4.0),
-    "cuda": Machine(9e3, 12e3, 6e-5, 3e-5, 4e-5, 0.0016, 0.003, 60e3, 64.0, 1.0),
-}
+__all__ = ["Prediction", "predict"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +37,7 @@ class Prediction:
 
 def predict(plan: Plan, call: Call) -> Prediction:
     """What a call and its backward pass take in the plan's mode."""
-    price = _Prices(MACHINES.get(call.device, MACHINES["cuda"]))
+    price = _Prices(machine_of(call.device))
     forward, backward = price.base(plan, call)
     if plan.mode == "dense":
         more = price.dense(plan, call)
@@ -100,7 +69,7 @@ class _Prices:
 
     def copied(self, elements: float) -> float:
         """Of shifted copies, written and read."""
-        return 2 * self.machine.move * elements * (self.machine.far if elements > CACHED else 1.0)
+        return 2 * self.machine.move * elements * self.machine.distance(elements)
 
     def base(self, plan: Plan, call: Call) -> tuple[float, float]:
         once = self.machine.start + self.machine.call * _multiplications(plan, call)
