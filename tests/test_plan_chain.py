@@ -15,12 +15,13 @@ from terminal import data, text
 
 import tnpeft
 from tnpeft.network import Network
-from tnpeft.plan import Plan, factored, feasible_plans, find_path, nominal_call, plan
+from tnpeft.plan import Axis, Call, Plan, factored, feasible_plans, find_path, nominal_call, plan
 from tnpeft.plan.candidates import CLUSTERS, candidates
 from tnpeft.plan.chain import obstacle
 from tnpeft.plan.factored import WHOLE_WEIGHT, find_chain
 from tnpeft.plan.machine import MACHINES, machine_of
 from tnpeft.plan.masks import Graph, Masks
+from tnpeft.plan.walk import walk
 
 GAVE_UP = "the search for an order gave up: its 40 cores can be joined in too many ways"
 
@@ -175,3 +176,24 @@ def test_copies_are_dearer_where_no_cache_holds_them(device: str) -> None:
     machine = machine_of(device)
     assert machine.distance(machine.cached) == 1
     assert machine.distance(machine.cached + 1) == machine.far
+
+
+@pytest.mark.parametrize("width", [16, 256])
+def test_a_walk_tells_voxels_and_channels_at_each_link(width: int) -> None:
+    network = tnpeft.load_spec("tenvoo_l").bind("Conv3d", in_channels=width, out_channels=32, kernel_size=3)
+    strided = Call(2, tuple(Axis(side, 4, 3, stride=2, before=1) for side in (7, 8, 8)))
+    found = plan(network, "factored", strided)
+    passages = [*walk(found, strided)]
+    assert [passage.link for passage in passages] == [*found.links]
+    sides = [7, 8, 8]
+    for passage in passages:
+        link, read = passage.link, math.prod(sides)
+        for axis in link.axes:
+            sides[axis] = 4
+        left = math.prod(sides)
+        before, after = (2 * math.prod(network.sizes[leg] for leg in legs) for legs in (link.before, link.after))
+        assert passage[1:] == (read, left, before, after, 3 ** len(link.axes))
+        assert (passage.before, passage.after) == (before * read, after * left)
+        assert passage.copied == 3 ** len(link.axes) * (before * left if link.gather else after * read)
+    assert sides == [4, 4, 4]
+    assert (passages[0].before, passages[-1].after) == (2 * width * 7 * 8 * 8, 2 * 32 * 4**3)

@@ -169,10 +169,10 @@ class _Search:
             gather += self._copied(batch * entries * elements * after_space)
             scatter += self._copied(batch * entries * after * before_space)
             started *= 1 + 0.5 * len(axes)
-        multiplied = joint * entries * machine.link_multiply * slow
+        joint *= entries
         return (
-            started + batch * (multiplied * after_space + machine.move * gather),
-            started + batch * (multiplied * before_space + machine.move * scatter),
+            started + batch * (joint * after_space * machine.link_multiply * slow + machine.move * gather),
+            started + batch * (joint * before_space * machine.link_multiply * slow + machine.move * scatter),
         )
 
     def _copied(self, elements: float) -> float:

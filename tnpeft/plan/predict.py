@@ -12,13 +12,13 @@ forward pass and its input's gradient cost the same in every mode; what differs 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tnpeft.plan.call import Call
 from tnpeft.plan.machine import Machine, machine_of
 from tnpeft.plan.model import Plan, Step
+from tnpeft.plan.walk import walk
 
 __all__ = ["Prediction", "predict"]
 
@@ -91,7 +91,7 @@ class _Prices:
         """Contracted for each layer alone; groups of layers share the operations that are started."""
         pairs = 3 if plan.network.start == "frozen_copy" else 1
         own = sum(self._step(step) for step in plan.steps)
-        elements = sum(_elements(plan, link.kept) for link in plan.links)
+        elements = sum(plan.elements(link.kept) for link in plan.links)
         starts = self.machine.start * len(plan.network.cores)
         return pairs * own + starts + self.moved(2 * pairs * elements), 2 * own + starts / 2 + self.moved(elements)
 
@@ -100,7 +100,7 @@ class _Prices:
         numel, links = plan.network.layer.numel, plan.links
         double = 2 if plan.network.start == "frozen_copy" else 1
         inner = links[:-1]
-        bond = min((_elements(plan, _cut(plan, place)) for place in range(len(inner))), default=1)
+        bond = min((plan.elements(_cut(plan, place)) for place in range(len(inner))), default=1)
         return len(inner) * self.machine.start + self.product(numel * bond * double, bond) + self.moved(numel), 0.0
 
     def chain(self, plan: Plan, call: Call, factored: bool) -> tuple[float, float]:
@@ -158,22 +158,16 @@ class _Link:
 
 
 def _links(plan: Plan, call: Call) -> Iterator[_Link]:
-    sizes = [axis.inputs for axis in call.axes]
-    for link in plan.links:
-        inputs = math.prod(sizes)
-        shifts = 0
-        for axis in link.axes:
-            sizes[axis] = call.axes[axis].outputs
-            shifts += not call.axes[axis].plain
-        outputs = math.prod(sizes)
-        before, after = (call.batch * _elements(plan, legs) for legs in (link.before, link.after))
-        entries = _elements(plan, link.kernel)
-        copied = entries * (before * outputs if link.gather else after * inputs)
-        new = _elements(plan, tuple(leg for leg in link.after if leg not in link.before))
-        summed = _elements(plan, tuple(leg for leg in link.before if leg not in link.after))
+    for passage in walk(plan, call):
+        link, entries = passage.link, passage.entries
+        shifts = sum(not call.axes[axis].plain for axis in link.axes)
+        new = plan.elements(tuple(leg for leg in link.after if leg not in link.before))
+        summed = plan.elements(tuple(leg for leg in link.before if leg not in link.after))
         passing = any(leg in link.after for leg in link.before)
         rows = min(new * (1 if link.gather else entries), summed * (entries if link.gather else 1))
-        yield _Link(link.flops / 2, rows, before * inputs, after * outputs, copied, shifts, link.gather, passing)
+        yield _Link(
+            link.flops / 2, rows, passage.before, passage.after, passage.copied, shifts, link.gather, passing
+        )  # fmt: skip
 
 
 def _cut(plan: Plan, place: int) -> tuple[str, ...]:
@@ -182,10 +176,6 @@ def _cut(plan: Plan, place: int) -> tuple[str, ...]:
     later = {leg for link in plan.links[place + 1 :] for leg in link.kept}
     opened = set(plan.network.open_legs)
     return tuple(leg for leg in plan.network.sizes if leg in done and leg in later and leg not in opened)
-
-
-def _elements(plan: Plan, legs: tuple[str, ...]) -> int:
-    return math.prod(plan.network.sizes[leg] for leg in legs)
 
 
 def _multiplications(plan: Plan, call: Call) -> float:
