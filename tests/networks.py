@@ -16,6 +16,20 @@ from tnpeft.network import BoundCore, BoundInit, BoundTerm, Layer, Network
 
 KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 
+# Of forty cores.
+GRAPHS = {
+    "chain": networkx.path_graph(40),
+    "ring": networkx.cycle_graph(40),
+    "grid": networkx.convert_node_labels_to_integers(networkx.grid_2d_graph(5, 8)),
+    "cubic": networkx.random_regular_graph(3, 40, seed=1),
+    "quartic": networkx.random_regular_graph(4, 40, seed=1),
+    "star": networkx.star_graph(39),
+    "tree": networkx.random_labeled_tree(40, seed=1),
+    "disconnected": networkx.disjoint_union_all([networkx.cycle_graph(5)] * 8),
+    "unconnected": networkx.empty_graph(40),
+    "complete": networkx.complete_graph(40),
+}
+
 
 def make_network(
     cores: Mapping[str, str],

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tnpeft
 from tnpeft.errors import AttachError, TnpeftError
-from tnpeft.modules import AdaptedLayer, Adapter, tuning
+from tnpeft.modules import AdaptedLayer, Adapter, calling, tuning
 from tnpeft.network import Layer, Network
 from tnpeft.plan import Call, nominal_call, plan, predict
 
@@ -121,6 +121,26 @@ def test_close_modes_take_turns_and_their_medians_count(monkeypatch: pytest.Monk
     monkeypatch.setattr(tuning, "SECONDS", 0.0)
     model(image()[:1])
     assert len(clock.asked) == 3 * (1 + tuning.ROUNDS) + 3 * (1 + tuning.ENOUGH)
+
+
+def test_calls_of_many_sizes_are_forgotten_but_not_what_was_chosen(hybrid_wins: Clock) -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    tnpeft.attach(model, chain(), match="0", mode="auto", autotune=True)
+    adapter = adapter_of(model)
+    model(torch.randn(1, 6))
+    first = adapter.calling.last
+    for rows in range(2, calling.CALLS + 3):
+        model(torch.randn(rows, 6))
+        model(torch.randn(2, 6))  # used all the time
+    assert len(adapter.calling._calls) == calling.CALLS
+    assert [shape[0] for shape, *_ in adapter.calling._calls] == [*range(4, calling.CALLS + 3), 2]
+    asked, choices = list(hybrid_wins.asked), dict(adapter.choices)
+    assert choices == {f"cpu, {rows} rows": "hybrid" for rows in range(1, calling.CALLS + 3)}
+    model(torch.randn(1, 6))
+    # Planned anew, not timed, and by the same programs, which is how groups know their calls.
+    assert adapter.calling.last == first
+    assert adapter.calling.last.clusters is first.clusters
+    assert (hybrid_wins.asked, adapter.choices) == (asked, choices)
 
 
 def test_calls_without_gradients_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import opt_einsum
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import hyperedge, make_network, network_of_graph, networks
+from networks import GRAPHS, hyperedge, make_network, network_of_graph, networks
 
 import tnpeft
 from tnpeft.errors import BindError, TnpeftError
@@ -30,20 +30,6 @@ LORA = {"up": "o r", "down": "r i"}
 
 def lora(**sizes: int) -> Network:
     return make_network(LORA, "o i", {"o": 64, "i": 32, "r": 4, **sizes})
-
-
-GRAPHS = {
-    "chain": networkx.path_graph(40),
-    "ring": networkx.cycle_graph(40),
-    "grid": networkx.convert_node_labels_to_integers(networkx.grid_2d_graph(5, 8)),
-    "cubic": networkx.random_regular_graph(3, 40, seed=1),
-    "quartic": networkx.random_regular_graph(4, 40, seed=1),
-    "star": networkx.star_graph(39),
-    "tree": networkx.random_labeled_tree(40, seed=1),
-    "disconnected": networkx.disjoint_union_all([networkx.cycle_graph(5)] * 8),
-    "unconnected": networkx.empty_graph(40),
-    "complete": networkx.complete_graph(40),
-}
 
 
 @pytest.mark.parametrize("shape", [*GRAPHS, "hyperedge"])

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Calling", "Group", "Running"]
 
+# Calls that an adapter remembers, those of the most recent sizes: sequences may have any length. A call that was
+# forgotten is planned as before, for plans are deterministic, and what was timed is in the adapter's `choices`.
+CALLS = 64
+
 
 class Running(NamedTuple):
     """How one call runs: the mode; if it is not dense, the factored plan and its programs."""
@@ -64,9 +68,10 @@ class Calling:
         training = adapter.mode != "auto" or (torch.is_grad_enabled() and _takes_gradients(adapter))
         size = tuple(rest[0]) if rest and rest[0] is not None else None
         key = (x.shape, x.device, size, base.weight.stride(), training)
-        found = self._calls.get(key)
-        if found is None:
-            found = self._calls[key] = self._planned(layer, x, rest, training)
+        found = self._calls.pop(key, None) or self._planned(layer, x, rest, training)
+        self._calls[key] = found
+        if len(self._calls) > CALLS:
+            self._calls.pop(next(iter(self._calls)), None)
         self._last[torch.is_grad_enabled()] = found
         return found
 

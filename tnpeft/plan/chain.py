@@ -10,7 +10,8 @@ from opt_einsum.paths import ssa_to_linear
 from tnpeft.network.model import Network
 from tnpeft.plan.call import Call
 from tnpeft.plan.dense import steps_of, stored_legs
-from tnpeft.plan.factored import Absorption, Graph, find_chain
+from tnpeft.plan.factored import Absorption, find_chain
+from tnpeft.plan.masks import Graph
 from tnpeft.plan.model import Link, Plan, Step
 from tnpeft.plan.path import Path, find_path
 
@@ -48,8 +49,8 @@ def plan_factored(network: Network, call: Call) -> Plan | str:
         terms = tuple(part for part in parts if isinstance(part, Plan))
         return Plan(network, "factored", (), (), terms, call=call)
     absorptions = find_chain(_graph(network), call)
-    if not absorptions:
-        return "every order builds the whole weight first"
+    if isinstance(absorptions, str):
+        return absorptions
     links = tuple(_links(network, absorptions))
     steps = tuple(step for link in links for step in link.steps)
     return Plan(network, "factored", _path(network, links), steps, call=call, links=links)
@@ -62,7 +63,8 @@ def plan_hybrid(dense: Plan, chain: Plan) -> Plan:
     if terms:
         return replace(hybrid, terms=tuple(replace(term, chain=None) for term in terms))
     network = chain.network
-    clusters = [(link.cluster, link.kept) for link in chain.links]
+    # In the order of the cores: where each is a cluster by itself, the path is the dense mode's, which is known.
+    clusters = sorted((link.cluster, link.kept) for link in chain.links)
     kept = stored_legs(network)
     path = _path_over(network, clusters, kept)
     steps = (*chain.steps, *steps_of(clusters, kept, path, network.sizes, len(network.cores) + len(chain.steps)))

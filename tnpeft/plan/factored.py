@@ -6,45 +6,31 @@ is either *gathered* (one shifted copy for each kernel entry, before the product
 each kernel entry, shifted and added up afterwards), whichever moves less.
 
 The best order is the shortest way from no core to all cores, where one way leads from a set of absorbed cores to that
-set and a cluster more (Dijkstra over bit masks).
+set and a cluster more (Dijkstra over bit masks). Where cores can be joined in too many ways to try them all, the search
+goes on from the best sets of each size alone.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import NamedTuple
 
 from tnpeft.plan.call import Call
+from tnpeft.plan.candidates import Candidate, candidates
+from tnpeft.plan.machine import machine_of
+from tnpeft.plan.masks import Graph, Masks
 
-__all__ = ["Absorption", "Graph", "find_chain"]
+__all__ = ["WHOLE_WEIGHT", "Absorption", "find_chain"]
 
-# Time of what one absorption does, in ns on one core: to start its operations, to multiply and add once, to write or
-# read an element. Only ratios matter here.
-START = 60000.0
-START_CLUSTER = 10000.0
-MOVE_CLUSTER = 1.0
-MULTIPLY = 1 / 40
-NARROW = 8.0
-MOVE = 0.35
-# Copies of more elements than caches hold take this many times as long.
-CACHED, FAR = 1 << 22, 4.0
-# Clusters considered, and sets of absorbed cores looked at, at most; beyond, clusters are kept small and sets few.
-CLUSTERS = 800
-STATES = 4000
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A network as a search sees it: legs by core; the legs of the weight's axes; sizes."""
-
-    cores: tuple[tuple[str, ...], ...]
-    outputs: tuple[str, ...]
-    inputs: tuple[str, ...]
-    kernel: tuple[tuple[str, ...], ...]
-    sizes: tuple[tuple[str, int], ...]
+# Ways to try until only the best sets of absorbed cores are followed, so many of each size. The paper's ten cores take
+# 1,700 ways, a ring of 40 takes 28,000; a complete graph of 14 would take millions.
+WAYS = 30000
+BEAM = 16
+WHOLE_WEIGHT = "every order builds the whole weight first"
 
 
 @dataclass(frozen=True)
@@ -58,233 +44,156 @@ class Absorption:
     multiplications: int
 
 
+class _Input(NamedTuple):
+    """The layer's input once the cores `done` are absorbed: its channels' legs, their elements, and its voxels.
+
+    A leg of `awaits_one` is summed with the core that has it, one of `awaits_several` with the last of them.
+    """
+
+    done: int
+    legs: int
+    awaits_one: int
+    awaits_several: int
+    elements: float
+    space: int
+
+
 @lru_cache(maxsize=1024)
-def find_chain(graph: Graph, call: Call) -> tuple[Absorption, ...]:
-    """The quickest order found; empty where every order must build the whole weight first."""
+def find_chain(graph: Graph, call: Call) -> tuple[Absorption, ...] | str:
+    """The quickest order found, or why there is none."""
     search = _Search(graph, call)
+    order = search.shortest()
+    if not order and search.complete:
+        return WHOLE_WEIGHT
+    if not order:
+        return f"the search for an order gave up: its {len(graph.cores)} cores can be joined in too many ways"
     steps, done = [], 0
-    for cluster in search.shortest():
+    for cluster in order:
         steps.append(search.absorption(done, cluster))
-        done |= cluster
+        done |= cluster.cores
     return tuple(steps)
 
 
 class _Search:
-    """Sets of cores and of legs are bit masks."""
+    """Sets of absorbed cores are reached by the ways in `_best`: the time to get there, and the cluster added last."""
 
     def __init__(self, graph: Graph, call: Call) -> None:
-        self.graph, self.call = graph, call
-        self.size = dict(graph.sizes)
-        names = [leg for leg, _ in graph.sizes]
-        self.bit = {leg: 1 << place for place, leg in enumerate(names)}
-        self.names = names
-        self.legs = [self._mask(legs) for legs in graph.cores]
-        self.holders = {
-            bit: sum(1 << core for core, legs in enumerate(self.legs) if legs & bit) for bit in self.bit.values()
-        }
-        self.axis_legs = [self._mask(legs) for legs in graph.kernel]
-        self.kernel = self._mask([leg for legs in graph.kernel for leg in legs])
-        self.inputs, self.outputs = self._mask(graph.inputs), self._mask(graph.outputs)
-        self.axis_holders = [
-            sum(1 << core for core, legs in enumerate(self.legs) if legs & axis) for axis in self.axis_legs
-        ]
-        self.everything = (1 << len(graph.cores)) - 1
-        self._products: dict[int, int] = {0: 1}
-        self._tensors: dict[int, int] = {}
+        self.call = call
+        self.masks = Masks(graph)
+        self.machine = machine_of(call.device)
+        self.sizes = dict(graph.sizes)
+        # `complete`: nothing was left out so far.
+        self.clusters, self.complete = candidates(self.masks, self.machine)
+        self._best: dict[int, tuple[float, Candidate | None]] = {0: (0.0, None)}
+        self._tried = 0
 
-    def _mask(self, legs: Sequence[str]) -> int:
-        return sum(self.bit[leg] for leg in set(legs))
-
-    def product(self, legs: int) -> int:
-        """The number of elements of a tensor with these legs."""
-        found = self._products.get(legs)
-        if found is None:
-            low = legs & -legs
-            found = self._products[legs] = self.size[self.names[low.bit_length() - 1]] * self.product(legs ^ low)
-        return found
-
-    def union(self, cores: int) -> int:
-        legs = 0
-        while cores:
-            low = cores & -cores
-            legs |= self.legs[low.bit_length() - 1]
-            cores ^= low
-        return legs
-
-    def opened(self, cores: int) -> int:
-        """The legs that a cluster keeps: those of the weight, and those that other cores have too."""
-        legs, kept = self.union(cores), 0
-        weight = self.inputs | self.outputs | self.kernel
-        while legs:
-            low = legs & -legs
-            if low & weight or self.holders[low] & ~cores:
-                kept |= low
-            legs ^= low
-        return kept
-
-    def tensor(self, done: int) -> int:
-        """The channels' legs of the input once the cores `done` are absorbed."""
-        found = self._tensors.get(done)
-        if found is None:
-            found = 0
-            legs = (self.union(done) | self.inputs) & ~self.kernel
-            while legs:
-                low = legs & -legs
-                if low & self.outputs or self.holders[low] & ~done:
-                    found |= low
-                legs ^= low
-            self._tensors[done] = found
-        return found
-
-    @cached_property
-    def neighbours(self) -> list[int]:
-        return [
-            sum(1 << other for other, more in enumerate(self.legs) if other != core and more & legs)
-            for core, legs in enumerate(self.legs)
-        ]
-
-    def connected(self, largest: int) -> Iterator[int]:
-        """Connected sets of at most `largest` cores, each once."""
-        for start in range(len(self.legs)):
-            stack = [(1 << start, self.neighbours[start], (2 << start) - 1)]
-            while stack:
-                cores, border, banned = stack.pop()
-                yield cores
-                if cores.bit_count() == largest:
-                    continue
-                free = border & ~banned
-                while free:
-                    low = free & -free
-                    free ^= low
-                    banned |= low
-                    stack.append((cores | low, border | self.neighbours[low.bit_length() - 1], banned))
-
-    @cached_property
-    def clusters(self) -> list[tuple[int, float, int, int, tuple[int, ...]]]:
-        """The clusters that may join the input: cores, time to contract them, legs, kernel entries, kernel axes.
-
-        A cluster has all cores of each kernel axis that it touches, or the axis could not be summed when it joins.
-        """
-        largest, found = 0, [0]
-        while len(found) < CLUSTERS and largest < len(self.legs):
-            largest += 1
-            wider = []
-            for number, cores in enumerate(self.connected(largest)):
-                if number > CLUSTERS:
-                    break
-                wider.append(cores)
-            if len(wider) > CLUSTERS:
-                break
-            found = wider
-        times = self._contraction_times(sorted(found, key=lambda cores: (cores.bit_count(), cores)))
-        whole = []
-        for cores, time in times.items():
-            axes = tuple(axis for axis, holders in enumerate(self.axis_holders) if holders & cores)
-            if all(not self.axis_holders[axis] & ~cores for axis in axes):
-                legs = self.opened(cores)
-                whole.append((cores, time, legs & ~self.kernel, self.product(legs & self.kernel), axes))
-        return whole
-
-    def _contraction_times(self, clusters: Sequence[int]) -> dict[int, float]:
-        """The least time to contract each cluster, from those of the two parts that its last step joins."""
-        times: dict[int, float] = {}
-        opened = {cores: self.opened(cores) for cores in clusters}
-        for cores in clusters:
-            if not cores & (cores - 1):
-                times[cores] = 0.0
-                continue
-            best = math.inf
-            for part in _parts(cores, times):
-                other = cores ^ part
-                if part in times and other in times:
-                    joint = self.product(opened[part] | opened[other])
-                    own = START_CLUSTER + MULTIPLY * joint + MOVE_CLUSTER * self.product(opened[cores])
-                    best = min(best, times[part] + times[other] + own)
-            if best < math.inf:
-                times[cores] = best
-        return times
-
-    def shortest(self) -> list[int]:
-        """The clusters in the order of the quickest way to absorb all cores."""
-        best: dict[int, tuple[float, int]] = {0: (0.0, 0)}
+    def shortest(self) -> list[Candidate]:
+        """The clusters in the order of the quickest way to absorb all cores; empty if none was found."""
         queue, closed = [(0.0, 0)], set[int]()
-        while queue and len(closed) < STATES:
+        while queue:
             cost, done = heapq.heappop(queue)
             if done in closed:
                 continue
-            if done == self.everything:
-                return self._way(best, done)
+            if done == self.masks.everything:
+                return self._order()
+            if self._tried >= WAYS:
+                self.complete = False
+                self._follow_the_best(closed)
+                return self._order()
             closed.add(done)
-            for cluster, time in self._next(done):
-                union = done | cluster
-                total = cost + time
-                if union not in best or total < best[union][0]:
-                    best[union] = (total, cluster)
-                    heapq.heappush(queue, (total, union))
+            for union, total in self._extended(done, cost):
+                heapq.heappush(queue, (total, union))
         return []
 
-    def _way(self, best: dict[int, tuple[float, int]], done: int) -> list[int]:
-        way = []
-        while done:
-            way.append(best[done][1])
-            done ^= best[done][1]
-        return way[::-1]
+    def _follow_the_best(self, closed: set[int]) -> None:
+        """Go on from a few sets of each size, the smaller ones first."""
+        levels: list[set[int]] = [set() for _ in range(self.masks.everything.bit_count() + 1)]
+        for done in self._best:
+            levels[done.bit_count()].add(done)
+        for level in levels[:-1]:
+            for done in heapq.nsmallest(BEAM, level, key=lambda done: (self._best[done][0], done)):
+                if done not in closed:
+                    for union, _ in self._extended(done, self._best[done][0]):
+                        levels[union.bit_count()].add(union)
 
-    def _next(self, done: int) -> Iterator[tuple[int, float]]:
+    def _order(self) -> list[Candidate]:
+        order, done = [], self.masks.everything
+        while done in self._best and (cluster := self._best[done][1]) is not None:
+            order.append(cluster)
+            done ^= cluster.cores
+        return order[::-1]
+
+    def _extended(self, done: int, cost: float) -> Iterator[tuple[int, float]]:
+        """The sets that one cluster more leads to, where no quicker way there is known, and the time to get there."""
+        best = self._best
+        for cluster, time in self._ways(done):
+            union, total = done | cluster.cores, cost + time
+            if total < (best[union][0] if union in best else math.inf):
+                best[union] = (total, cluster)
+                yield union, total
+
+    def _ways(self, done: int) -> Iterator[tuple[Candidate, float]]:
         """Clusters that may come next: those that share a leg with the input, any where none does."""
-        tensor = self.tensor(done)
-        free = [entry for entry in self.clusters if not entry[0] & done]
-        touching = [entry for entry in free if entry[2] & tensor] or free
-        for cluster, time, legs, entries, axes in touching:
-            if cluster == self.everything:  # the whole weight
-                continue
-            yield cluster, time + min(self._times(done, cluster, legs, entries, axes))
+        before, everything = self._input(done), self.masks.everything
+        tensor = before.legs
+        free = [cluster for cluster in self.clusters if not cluster.cores & done]
+        touching = [cluster for cluster in free if cluster.legs & tensor] or free
+        self._tried += len(touching)
+        for cluster in touching:
+            if cluster.cores != everything:  # the whole weight
+                yield cluster, cluster.time + min(self._times(before, cluster))
 
-    def _times(self, done: int, cluster: int, legs: int, entries: int, axes: tuple[int, ...]) -> tuple[float, float]:
+    def _input(self, done: int) -> _Input:
+        masks = self.masks
+        legs = masks.tensor(done)
+        return _Input(done, legs, *masks.awaited(legs, done), masks.product(legs), self.space(done))
+
+    def _times(self, before: _Input, cluster: Candidate) -> tuple[float, float]:
         """Of an absorption, gathered and scattered."""
-        tensor, after = self.tensor(done), self.tensor(done | cluster)
-        batch, before_space, after_space = self.call.batch, self.space(done), self.space(done | cluster)
-        joint = self.product(tensor | legs) * entries
-        read = self.product(tensor) * before_space
-        written = self.product(after) * after_space
-        rows = max(1, min(self.product(after & legs), self.product(legs & tensor & ~after)))
-        slow = 1 + NARROW / rows if rows < NARROW else 1.0
-        copied = 0 if entries == 1 else 1
-        copies = [
-            copied * batch * entries * side
-            for side in (self.product(tensor) * after_space, self.product(after) * before_space)
-        ]
-        gather, scatter = (2 * copy * (FAR if copy > CACHED else 1.0) / batch for copy in copies)
-        gathered = joint * after_space * MULTIPLY * slow + MOVE * (read + written + gather)
-        scattered = joint * before_space * MULTIPLY * slow + MOVE * (read + written + scatter)
-        start = START * (1 + 0.5 * copied * len(axes))
-        return start + batch * gathered, start + batch * scattered
+        cores, _, legs, own, entries, axes = cluster
+        done, tensor, awaits_one, awaits_several, elements, before_space = before
+        masks, machine, batch = self.masks, self.machine, self.call.batch
+        shared = legs & tensor
+        after_space = self.space(done | cores) if axes else before_space
+        joint = elements * (own / masks.product(shared))
+        closed = shared & awaits_one
+        if several := shared & awaits_several:
+            closed |= masks.held_by(several, done | cores)
+        summed = masks.product(closed)
+        after = joint / summed
+        rows = max(1.0, min(own / summed, summed))
+        slow = 1 + machine.link_narrow / rows if rows < machine.link_narrow else 1.0
+        moved = elements * before_space + after * after_space
+        gather, scatter, started = moved, moved, machine.link
+        if entries > 1:
+            gather += self._copied(batch * entries * elements * after_space)
+            scatter += self._copied(batch * entries * after * before_space)
+            started *= 1 + 0.5 * len(axes)
+        joint *= entries
+        return (
+            started + batch * (joint * after_space * machine.link_multiply * slow + machine.move * gather),
+            started + batch * (joint * before_space * machine.link_multiply * slow + machine.move * scatter),
+        )
+
+    def _copied(self, elements: float) -> float:
+        """What shifted copies count, written and read, for each entry of the batch."""
+        return 2 * elements * self.machine.distance(elements) / self.call.batch
 
     def space(self, done: int) -> int:
         """Voxels of the input once the cores `done` are absorbed."""
         number = 1
-        for axis, holders in zip(self.call.axes, self.axis_holders, strict=True):
+        for axis, holders in zip(self.call.axes, self.masks.axes, strict=True):
             number *= axis.outputs if holders & done or not holders else axis.inputs
         return number
 
-    def absorption(self, done: int, cluster: int) -> Absorption:
-        _, _, legs, entries, axes = next(entry for entry in self.clusters if entry[0] == cluster)
-        gathered, scattered = self._times(done, cluster, legs, entries, axes)
-        after = self.tensor(done | cluster)
+    def absorption(self, done: int, cluster: Candidate) -> Absorption:
+        masks = self.masks
+        before = self._input(done)
+        gathered, scattered = self._times(before, cluster)
         gather = gathered <= scattered
-        space = self.space(done | cluster) if gather else self.space(done)
-        joint = self.product(self.tensor(done) | legs) * entries * space * self.call.batch
-        cores = tuple(core for core in range(len(self.legs)) if cluster >> core & 1)
-        named = frozenset(leg for leg, bit in self.bit.items() if after & bit)
-        return Absorption(cores, axes, gather, named, joint)
-
-
-def _parts(cores: int, known: Collection[int]) -> Iterator[int]:
-    """The larger numbers of the pairs that make up `cores`; of large sets those that are known, which are fewer."""
-    if 1 << (cores.bit_count() - 1) > len(known):
-        yield from (part for part in known if not part & ~cores and part > cores ^ part)
-        return
-    part = (cores - 1) & cores
-    while part > cores ^ part:
-        yield part
-        part = (part - 1) & cores
+        space = self.space(done | cluster.cores) if gather else before.space
+        joint = masks.named(before.legs | cluster.legs | masks.opened(cluster.cores))
+        multiplications = math.prod(self.sizes[leg] for leg in joint) * space * self.call.batch
+        cores = tuple(core for core in range(masks.everything.bit_length()) if cluster.cores >> core & 1)
+        legs = masks.named(masks.tensor(done | cluster.cores))
+        return Absorption(cores, cluster.axes, gather, legs, multiplications)

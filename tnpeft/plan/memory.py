@@ -9,13 +9,13 @@ Tests hold the numbers against measured allocations.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from tnpeft.plan.call import Call
 from tnpeft.plan.path import find_path
+from tnpeft.plan.walk import walk
 
 if TYPE_CHECKING:
     from tnpeft.plan.model import Plan
@@ -158,7 +158,7 @@ def _remade(part: Plan) -> Iterator[int]:
 
 def _values(part: Plan) -> int:
     """The clusters' values and what they are made by; a cluster of one core may be a copy in another order."""
-    alone = sum(_elements(part, link.kept) for link in part.links if not link.steps)
+    alone = sum(part.elements(link.kept) for link in part.links if not link.steps)
     return alone + sum(step.elements for step in part.steps)
 
 
@@ -167,7 +167,7 @@ def _paired(part: Plan) -> int:
     if not _copies(part):
         return 0
     ends = (0, len(part.links) - 1)
-    return sum(_elements(part, link.kept) * (2 if place in ends else 4) for place, link in enumerate(part.links))
+    return sum(part.elements(link.kept) * (2 if place in ends else 4) for place, link in enumerate(part.links))
 
 
 def _completing(part: Plan) -> int:
@@ -219,22 +219,13 @@ class _Stop(NamedTuple):
 
 
 def _stops(part: Plan, call: Call) -> Iterator[_Stop]:
-    sizes = [axis.inputs for axis in call.axes]
-    for link in part.links:
-        inputs = math.prod(sizes)
-        for axis in link.axes:
-            sizes[axis] = call.axes[axis].outputs
-        outputs = math.prod(sizes)
-        before, after = (call.batch * _elements(part, legs) for legs in (link.before, link.after))
-        entries = _elements(part, link.kernel)
-        moving = [call.axes[axis] for axis in link.axes if not call.axes[axis].plain]
+    for passage in walk(part, call):
+        moving = [call.axes[axis] for axis in passage.link.axes if not call.axes[axis].plain]
         kernels, padded = tuple(axis.kernel for axis in moving), bool(moving) and moving[-1].stride == 1
-        if link.gather:
-            spread = before * outputs * entries if kernels else 0
-            yield _Stop(before * inputs, spread, after * outputs, 0, kernels, padded)
+        if passage.link.gather:
+            yield _Stop(passage.before, passage.copied if kernels else 0, passage.after, 0, kernels, padded)
         else:
-            collected = after * outputs if kernels else 0
-            yield _Stop(before * inputs, 0, after * inputs * entries, collected, kernels, padded)
+            yield _Stop(passage.before, 0, passage.copied, passage.after if kernels else 0, kernels, padded)
 
 
 def _passes(part: Plan, call: Call, hybrid: bool) -> tuple[int, int]:
@@ -260,7 +251,3 @@ def _passes(part: Plan, call: Call, hybrid: bool) -> tuple[int, int]:
         kept = wide_out * stop.product if stop.collected else 0
         backward = max(backward, sum(remade) + arrived + max(received, kept + passed))
     return forward, backward
-
-
-def _elements(part: Plan, legs: tuple[str, ...]) -> int:
-    return math.prod(part.network.sizes[leg] for leg in legs)

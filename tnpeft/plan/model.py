@@ -11,6 +11,7 @@ from tnpeft.network.model import Network
 from tnpeft.plan.call import Call
 from tnpeft.plan.memory import FLOAT_BYTES, Memory, memory_of
 from tnpeft.plan.path import Path
+from tnpeft.plan.walk import walk
 
 __all__ = ["FLOAT_BYTES", "Link", "Plan", "Step"]
 
@@ -140,18 +141,11 @@ class Plan:
 
     def _on_the_way(self) -> Iterator[int]:
         """Elements of what the links make of the layer's input, one after the other."""
-        if self.call is None:
-            return
-        space = [axis.inputs for axis in self.call.axes]
-        for link in self.links:
-            read = math.prod(space)
-            for axis in link.axes:
-                space[axis] = self.call.axes[axis].outputs
-            written, entries = math.prod(space), self._elements(link.kernel)
-            copied = self._elements(link.before) * written if link.gather else self._elements(link.after) * read
-            yield self.call.batch * max(entries * copied if link.kernel else 0, self._elements(link.after) * written)
+        for passage in walk(self, self.call) if self.call is not None else ():
+            yield max(passage.copied if passage.link.kernel else 0, passage.after)
 
-    def _elements(self, legs: tuple[str, ...]) -> int:
+    def elements(self, legs: tuple[str, ...]) -> int:
+        """The number of elements of a tensor with these legs."""
         return math.prod(self.network.sizes[leg] for leg in legs)
 
     @cached_property
@@ -214,7 +208,7 @@ class Plan:
         """Each link: its cores, how it treats its kernel axes, and the channels before and after."""
         for number, link in enumerate(self.links):
             axes = f", {'spreads' if link.gather else 'collects'} {' '.join(link.kernel)}" if link.kernel else ""
-            ends = (f"({' '.join(legs)}) {self._elements(legs)}" for legs in (link.before, link.after))
+            ends = (f"({' '.join(legs)}) {self.elements(legs)}" for legs in (link.before, link.after))
             cores = " * ".join(self.cores_of(link))
             yield f"  link {number + 1}: {cores}{axes}: {' -> '.join(ends)} channels  {_count(link.flops)}FLOP"
 

@@ -1,7 +1,7 @@
 """What a training step of one layer takes in each mode, in seconds: the model by which `auto` chooses.
 
-Counted are multiplications, elements moved and operations started, each at a fixed price. The base layer's forward pass
-and its input's gradient cost the same in every mode; what differs is
+Counted are multiplications, elements moved and operations started, at the prices of `machine.py`. The base layer's
+forward pass and its input's gradient cost the same in every mode; what differs is
 
 * dense: the delta weight and its gradients, the sum with the weight, and the weight's gradient of one layer call;
 * hybrid: the clusters, the delta weight from them, the sum; backward the chain of values;
@@ -12,46 +12,15 @@ and its input's gradient cost the same in every mode; what differs is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tnpeft.plan.call import Call
+from tnpeft.plan.machine import Machine, machine_of
 from tnpeft.plan.model import Plan, Step
+from tnpeft.plan.walk import walk
 
-__all__ = ["MACHINES", "Machine", "Prediction", "predict"]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Prices in ns.
-
-    Of starting an operation with its views; of a shifted copy along one axis; of a multiplication and addition in a
-    product, in a layer call, and in the gradient of its weight; of an element read or written; of a weight's element in
-    a convolution, which is put in another order; of the autograd functions of a chain. Products of fewer than `narrow`
-    rows or columns take longer. `far`: how many times as much elements of a tensor cost that no cache holds.
-    """
-
-    start: float
-    shift: float
-    multiply: float
-    call: float
-    weight_gradient: float
-    move: float
-    weight: float
-    functions: float
-    narrow: float
-    far: float
-
-
-# Elements of a tensor that the caches hold, at most.
-CACHED = 1 << 22
-# `cpu`: fitted to a 2-core EPYC without bf16 instructions (benchmarks/modes.py). `cuda`: an estimate from the
-# data sheet of an H100 and a launch of 6 us; time calls there with `autotune=True`.
-MACHINES = {
-    "cpu": Machine(11e3, 32e3, 0.034, 0.032, 0.040, 0.35, 1.3, 60e3, 12.0, 4.0),
-    "cuda": Machine(9e3, 12e3, 6e-5, 3e-5, 4e-5, 0.0016, 0.003, 60e3, 64.0, 1.0),
-}
+__all__ = ["Prediction", "predict"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +37,7 @@ class Prediction:
 
 def predict(plan: Plan, call: Call) -> Prediction:
     """What a call and its backward pass take in the plan's mode."""
-    price = _Prices(MACHINES.get(call.device, MACHINES["cuda"]))
+    price = _Prices(machine_of(call.device))
     forward, backward = price.base(plan, call)
     if plan.mode == "dense":
         more = price.dense(plan, call)
@@ -100,7 +69,7 @@ class _Prices:
 
     def copied(self, elements: float) -> float:
         """Of shifted copies, written and read."""
-        return 2 * self.machine.move * elements * (self.machine.far if elements > CACHED else 1.0)
+        return 2 * self.machine.move * elements * self.machine.distance(elements)
 
     def base(self, plan: Plan, call: Call) -> tuple[float, float]:
         once = self.machine.start + self.machine.call * _multiplications(plan, call)
@@ -122,7 +91,7 @@ class _Prices:
         """Contracted for each layer alone; groups of layers share the operations that are started."""
         pairs = 3 if plan.network.start == "frozen_copy" else 1
         own = sum(self._step(step) for step in plan.steps)
-        elements = sum(_elements(plan, link.kept) for link in plan.links)
+        elements = sum(plan.elements(link.kept) for link in plan.links)
         starts = self.machine.start * len(plan.network.cores)
         return pairs * own + starts + self.moved(2 * pairs * elements), 2 * own + starts / 2 + self.moved(elements)
 
@@ -131,7 +100,7 @@ class _Prices:
         numel, links = plan.network.layer.numel, plan.links
         double = 2 if plan.network.start == "frozen_copy" else 1
         inner = links[:-1]
-        bond = min((_elements(plan, _cut(plan, place)) for place in range(len(inner))), default=1)
+        bond = min((plan.elements(_cut(plan, place)) for place in range(len(inner))), default=1)
         return len(inner) * self.machine.start + self.product(numel * bond * double, bond) + self.moved(numel), 0.0
 
     def chain(self, plan: Plan, call: Call, factored: bool) -> tuple[float, float]:
@@ -189,22 +158,16 @@ class _Link:
 
 
 def _links(plan: Plan, call: Call) -> Iterator[_Link]:
-    sizes = [axis.inputs for axis in call.axes]
-    for link in plan.links:
-        inputs = math.prod(sizes)
-        shifts = 0
-        for axis in link.axes:
-            sizes[axis] = call.axes[axis].outputs
-            shifts += not call.axes[axis].plain
-        outputs = math.prod(sizes)
-        before, after = (call.batch * _elements(plan, legs) for legs in (link.before, link.after))
-        entries = _elements(plan, link.kernel)
-        copied = entries * (before * outputs if link.gather else after * inputs)
-        new = _elements(plan, tuple(leg for leg in link.after if leg not in link.before))
-        summed = _elements(plan, tuple(leg for leg in link.before if leg not in link.after))
+    for passage in walk(plan, call):
+        link, entries = passage.link, passage.entries
+        shifts = sum(not call.axes[axis].plain for axis in link.axes)
+        new = plan.elements(tuple(leg for leg in link.after if leg not in link.before))
+        summed = plan.elements(tuple(leg for leg in link.before if leg not in link.after))
         passing = any(leg in link.after for leg in link.before)
         rows = min(new * (1 if link.gather else entries), summed * (entries if link.gather else 1))
-        yield _Link(link.flops / 2, rows, before * inputs, after * outputs, copied, shifts, link.gather, passing)
+        yield _Link(
+            link.flops / 2, rows, passage.before, passage.after, passage.copied, shifts, link.gather, passing
+        )  # fmt: skip
 
 
 def _cut(plan: Plan, place: int) -> tuple[str, ...]:
@@ -213,10 +176,6 @@ def _cut(plan: Plan, place: int) -> tuple[str, ...]:
     later = {leg for link in plan.links[place + 1 :] for leg in link.kept}
     opened = set(plan.network.open_legs)
     return tuple(leg for leg in plan.network.sizes if leg in done and leg in later and leg not in opened)
-
-
-def _elements(plan: Plan, legs: tuple[str, ...]) -> int:
-    return math.prod(plan.network.sizes[leg] for leg in legs)
 
 
 def _multiplications(plan: Plan, call: Call) -> float:

@@ -1,0 +1,93 @@
+"""The clusters that may join a layer's input, and the time to contract each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+from tnpeft.plan.machine import Machine
+from tnpeft.plan.masks import Masks
+
+__all__ = ["Candidate", "candidates"]
+
+# Clusters to consider, at most; where connected sets of cores are more, only the smaller ones are.
+CLUSTERS = 800
+
+
+class Candidate(NamedTuple):
+    """A connected set of cores: the time to contract it, its legs but for the kernel's, and their elements.
+
+    `axes` are the kernel axes that it has, `entries` the entries of their legs.
+    """
+
+    cores: int
+    time: float
+    legs: int
+    elements: float
+    entries: float
+    axes: tuple[int, ...]
+
+
+def candidates(masks: Masks, machine: Machine) -> tuple[list[Candidate], bool]:
+    """The clusters, smaller ones first, and whether they are all that there are.
+
+    A cluster has all cores of each kernel axis that it touches, or the axis could not be summed when it joins.
+    """
+    connected, complete = _connected(masks)
+    times = _contraction_times(masks, machine, sorted(connected, key=lambda cores: (cores.bit_count(), cores)))
+    found = []
+    for cores, time in times.items():
+        axes = tuple(axis for axis, holders in enumerate(masks.axes) if holders & cores)
+        if all(not masks.axes[axis] & ~cores for axis in axes):
+            opened = masks.opened(cores)
+            legs, kernel = opened & ~masks.kernel, opened & masks.kernel
+            found.append(Candidate(cores, time, legs, masks.product(legs), masks.product(kernel), axes))
+    return found, complete and len(times) == len(connected)
+
+
+def _connected(masks: Masks) -> tuple[list[int], bool]:
+    """Connected sets up to the largest size of which there are few enough, and whether these are all."""
+    found: list[int] = []
+    most = max(CLUSTERS, len(masks.legs))
+    for largest in range(1, len(masks.legs) + 1):
+        wider = list(itertools.islice(masks.connected(largest), most + 1))
+        if len(wider) > most:
+            return found, False
+        if len(wider) == len(found):  # none is larger
+            break
+        found = wider
+    return found, True
+
+
+def _contraction_times(masks: Masks, machine: Machine, clusters: Sequence[int]) -> dict[int, float]:
+    """The least time to contract each cluster, from those of the two parts that its last step joins."""
+    times: dict[int, float] = {}
+    opened = {cores: masks.opened(cores) for cores in clusters}
+    for cores in clusters:
+        if not cores & (cores - 1):
+            times[cores] = 0.0
+            continue
+        best = math.inf
+        for part in _parts(cores, times):
+            other = cores ^ part
+            if part in times and other in times:
+                joint = masks.product(opened[part] | opened[other])
+                own = machine.cluster + machine.link_multiply * joint
+                own += machine.cluster_move * masks.product(opened[cores])
+                best = min(best, times[part] + times[other] + own)
+        if best < math.inf:
+            times[cores] = best
+    return times
+
+
+def _parts(cores: int, known: Collection[int]) -> Iterator[int]:
+    """The larger numbers of the pairs that make up `cores`; of large sets those that are known, which are fewer."""
+    if 1 << (cores.bit_count() - 1) > len(known):
+        yield from (part for part in known if not part & ~cores and part > cores ^ part)
+        return
+    part = (cores - 1) & cores
+    while part > cores ^ part:
+        yield part
+        part = (part - 1) & cores

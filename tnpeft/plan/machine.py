@@ -1,0 +1,100 @@
+"""What things take on a kind of device: the one table from which chains are searched and modes are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+__all__ = ["MACHINES", "Machine", "machine_of"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Times in ns, for fp32.
+
+    Of any operation: `start` it with its views; `move` an element that is read or written, of a tensor of more than
+    `cached` elements, which no cache holds, `far` times as long.
+
+    Predicting a mode: `shift` along one axis to make a copy; `multiply` and add in a product, in a layer call (`call`),
+    in the gradient of its weight (`weight_gradient`); `weight`: an element of a convolution's weight, which is put in
+    another order; `functions`: the autograd functions of a chain. Products of fewer than `narrow` rows or columns take
+    longer.
+
+    Searching a chain, where only ratios matter, and a link stands for all that it does in both passes: `link` to start
+    one, `link_multiply` and `link_narrow` for its product, `cluster` to start a step that contracts a cluster, and
+    `cluster_move` for an element of its result.
+    """
+
+    start: float
+    move: float
+    cached: float
+    far: float
+
+    shift: float
+    multiply: float
+    call: float
+    weight_gradient: float
+    weight: float
+    functions: float
+    narrow: float
+
+    link: float
+    link_multiply: float
+    link_narrow: float
+    cluster: float
+    cluster_move: float
+
+    def distance(self, elements: float) -> float:
+        """How many times as long an element of so large a tensor takes to read or write."""
+        return self.far if elements > self.cached else 1.0
+
+
+MACHINES: Mapping[str, Machine] = MappingProxyType(
+    {
+        # Fitted to a 2-core EPYC without bf16 instructions (benchmarks/modes.py).
+        "cpu": Machine(
+            start=11e3,
+            move=0.35,
+            cached=1 << 22,
+            far=4.0,
+            shift=32e3,
+            multiply=0.034,
+            call=0.032,
+            weight_gradient=0.040,
+            weight=1.3,
+            functions=60e3,
+            narrow=12.0,
+            link=60e3,
+            link_multiply=0.025,
+            link_narrow=8.0,
+            cluster=10e3,
+            cluster_move=1.0,
+        ),
+        # An estimate from the data sheet of an H100 and a launch of 6 us; time calls there with `autotune=True`.
+        "cuda": Machine(
+            start=9e3,
+            move=0.0016,
+            cached=1 << 22,
+            far=1.0,
+            shift=12e3,
+            multiply=6e-5,
+            call=3e-5,
+            weight_gradient=4e-5,
+            weight=0.003,
+            functions=60e3,
+            narrow=64.0,
+            link=50e3,
+            link_multiply=6e-5,
+            link_narrow=8.0,
+            cluster=9e3,
+            cluster_move=0.005,
+        ),
+    }
+)
+"""By `torch.device.type`."""
+
+
+def machine_of(device: str) -> Machine:
+    """Kinds of device that the table lacks are taken for the GPU that it has."""
+    return MACHINES.get(device, MACHINES["cuda"])

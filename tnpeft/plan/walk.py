@@ -1,0 +1,56 @@
+"""The walk along a factored chain: how large the layer's input is before and after each link."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from tnpeft.plan.call import Call
+
+if TYPE_CHECKING:
+    from tnpeft.plan.model import Link, Plan
+
+__all__ = ["Passage", "walk"]
+
+
+class Passage(NamedTuple):
+    """The layer's input at one link: its voxels, and what it has for each voxel, the batch times its channels.
+
+    `entries` are those of the link's kernel axes together.
+    """
+
+    link: Link
+    voxels_before: int
+    voxels_after: int
+    channels_before: int
+    channels_after: int
+    entries: int
+
+    @property
+    def before(self) -> int:
+        """Elements that the link reads."""
+        return self.channels_before * self.voxels_before
+
+    @property
+    def after(self) -> int:
+        """Elements that the link leaves."""
+        return self.channels_after * self.voxels_after
+
+    @property
+    def copied(self) -> int:
+        """Elements with one copy for each kernel entry: of the input where it is gathered, else of the product."""
+        if self.link.gather:
+            return self.entries * self.channels_before * self.voxels_after
+        return self.entries * self.channels_after * self.voxels_before
+
+
+def walk(plan: Plan, call: Call) -> Iterator[Passage]:
+    """Along the links of a factored plan of one term, for any call of its layer."""
+    sizes = [axis.inputs for axis in call.axes]
+    for link in plan.links:
+        inputs = math.prod(sizes)
+        for axis in link.axes:
+            sizes[axis] = call.axes[axis].outputs
+        before, after = (call.batch * plan.elements(legs) for legs in (link.before, link.after))
+        yield Passage(link, inputs, math.prod(sizes), before, after, plan.elements(link.kernel))
