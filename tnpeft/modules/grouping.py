@@ -27,6 +27,8 @@ __all__ = ["Groups", "Member", "Seat", "Starts", "add_weight"]
 # Elements of the weights whose delta weights are contracted together, at most: beyond, starting operations is not what
 # they cost, and a group's weights and their gradients are alive together.
 SMALL = 1 << 17
+# On other devices starting operations is nearly all that it costs.
+SMALL_ELSEWHERE = 1 << 24
 
 _Made = TypeVar("_Made")
 
@@ -47,9 +49,10 @@ class Member(NamedTuple):
     @classmethod
     def dense(cls, layer: AdaptedLayer, adapter: Adapter) -> Member | None:
         """Of a layer that runs dense; None if it is to contract its own."""
-        if adapter.network.layer.numel > SMALL:
+        base = layer.base.weight
+        if adapter.network.layer.numel > (SMALL if base.device.type == "cpu" else SMALL_ELSEWHERE):
             return None
-        weight = adapter.batched_for(layer.base.weight)
+        weight = adapter.batched_for(base)
         return None if weight is None else cls.of(layer, adapter, weight)
 
 

@@ -16,10 +16,10 @@ class Machine:
     Of any operation: `start` it with its views; `move` an element that is read or written, of a tensor of more than
     `cached` elements, which no cache holds, `far` times as long.
 
-    Predicting a mode: `shift` along one axis to make a copy; `multiply` and add in a product, in a layer call (`call`),
-    in the gradient of its weight (`weight_gradient`); `weight`: an element of a convolution's weight, which is put in
-    another order; `functions`: the autograd functions of a chain. Products of fewer than `narrow` rows or columns take
-    longer.
+    Predicting a mode: `shared`, to start an operation that contracts cores, which layers alike share; `shift` along one
+    axis to make a copy; `multiply` and add in a product, in a layer call (`call`), in the gradient of its weight
+    (`weight_gradient`); `weight`: an element of a convolution's weight, which is put in another order; `functions`: the
+    autograd functions of a chain. Products of fewer than `narrow` rows or columns take longer.
 
     Searching a chain, where only ratios matter, and a link stands for all that it does in both passes: `link` to start
     one, `link_multiply` and `link_narrow` for its product, `cluster` to start a step that contracts a cluster, and
@@ -31,6 +31,7 @@ class Machine:
     cached: float
     far: float
 
+    shared: float
     shift: float
     multiply: float
     call: float
@@ -58,6 +59,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
             move=0.35,
             cached=1 << 22,
             far=4.0,
+            shared=11e3,
             shift=32e3,
             multiply=0.034,
             call=0.032,
@@ -77,6 +79,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
             move=0.0016,
             cached=1 << 22,
             far=1.0,
+            shared=9e3,
             shift=12e3,
             multiply=6e-5,
             call=3e-5,

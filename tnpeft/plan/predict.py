@@ -81,18 +81,20 @@ class _Prices:
         found = []
         for part in plan.terms or (plan,):
             pairs = 3 if part.network.start == "frozen_copy" else 1
-            forward = sum(pairs * self._step(step) for step in part.steps)
-            found.append((forward, 2 * sum(self._step(step) for step in part.steps) + self.moved(numel)))
+            starts = self.machine.shared * len(part.network.cores)
+            forward = sum(pairs * self._step(step) for step in part.steps) + starts
+            backward = 2 * sum(self._step(step) for step in part.steps) + starts / 2
+            found.append((forward, backward + self.moved(numel)))
         gradient = self.machine.start + self.machine.weight_gradient * _multiplications(plan, call)
         found.append((self.moved(3 * numel), gradient + 2 * self._weight(plan)))
         return found
 
     def clusters(self, plan: Plan) -> tuple[float, float]:
-        """Contracted for each layer alone; groups of layers share the operations that are started."""
+        """Contracted together with those of layers alike."""
         pairs = 3 if plan.network.start == "frozen_copy" else 1
         own = sum(self._step(step) for step in plan.steps)
         elements = sum(plan.elements(link.kept) for link in plan.links)
-        starts = self.machine.start * len(plan.network.cores)
+        starts = self.machine.shared * len(plan.network.cores)
         return pairs * own + starts + self.moved(2 * pairs * elements), 2 * own + starts / 2 + self.moved(elements)
 
     def completion(self, plan: Plan) -> tuple[float, float]:
@@ -132,7 +134,7 @@ class _Prices:
         return price * plan.network.layer.numel
 
     def _step(self, step: Step) -> float:
-        return 1.5 * self.machine.start + self.machine.multiply * step.flops / 2 + self.machine.move * step.elements
+        return self.machine.shared + self.machine.multiply * step.flops / 2 + self.machine.move * step.elements
 
     def _link(self, link: _Link, wide: int, side: int) -> float:
         found = self.product(link.multiplications * wide, link.rows * min(wide, 2)) + self.machine.start
