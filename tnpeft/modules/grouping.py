@@ -49,8 +49,9 @@ class Member(NamedTuple):
     @classmethod
     def dense(cls, layer: AdaptedLayer, adapter: Adapter) -> Member | None:
         """Of a layer that runs dense; None if it is to contract its own."""
-        base = layer.base.weight
-        if adapter.network.layer.numel > (SMALL if base.device.type == "cpu" else SMALL_ELSEWHERE):
+        base, network = layer.base.weight, adapter.network
+        small = SMALL if base.device.type == "cpu" else SMALL_ELSEWHERE
+        if network.layer.numel > small or network.reads_weight:
             return None
         weight = adapter.batched_for(base)
         return None if weight is None else cls.of(layer, adapter, weight)
