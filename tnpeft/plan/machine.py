@@ -53,20 +53,20 @@ class Machine:
 
 MACHINES: Mapping[str, Machine] = MappingProxyType(
     {
-        # Fitted to a 2-core EPYC without bf16 instructions (benchmarks/modes.py).
+        # Fitted to a 2-core Xeon with AVX-512 (benchmarks/modes.py).
         "cpu": Machine(
-            start=11e3,
-            move=0.35,
+            start=1e3,
+            move=0.33,
             cached=1 << 22,
             far=4.0,
-            shared=11e3,
-            shift=32e3,
-            multiply=0.034,
-            call=0.032,
-            weight_gradient=0.040,
-            weight=1.3,
-            functions=60e3,
-            narrow=12.0,
+            shared=10.3e3,
+            shift=21.7e3,
+            multiply=0.0041,
+            call=0.0095,
+            weight_gradient=0.0077,
+            weight=0.31,
+            functions=85e3,
+            narrow=32.0,
             link=60e3,
             link_multiply=0.025,
             link_narrow=8.0,
