@@ -62,8 +62,8 @@ class Case:
         return self.program.value([core.to(dtype) for core in cores])
 
     def clusters(self) -> LayerClusters:
-        program = build_clusters(self.factored, 1)
-        return program([self.cores], program.start_values([self.start]))[0]
+        program = build_clusters(self.factored)
+        return program(self.cores, program.start(self.start))
 
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer makes of `x` with another weight and no bias."""

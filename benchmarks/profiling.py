@@ -21,7 +21,9 @@ from torch import nn
 from training import Setting, optimiser_of
 
 import tnpeft.modules.execution
+import tnpeft.modules.grouping
 import tnpeft.program.clusters
+import tnpeft.program.deltas
 import tnpeft.program.total
 from tnpeft.program import ClusterGradients, Completions, FactoredUpdate
 
@@ -34,11 +36,14 @@ CLOCKED = (
     (FactoredUpdate, "forward", "forward", "chain, forward"),
     (Completions, "__call__", "forward", "delta weight"),
     (tnpeft.program.total.Delta, "forward", "forward", "delta weight"),
+    (tnpeft.program.deltas.Deltas, "forward", "forward", "delta weight"),
     (tnpeft.modules.execution, "add_weight", "forward", "sum with the weight"),
+    (tnpeft.modules.grouping, "add_weight", "forward", "sum with the weight"),
     (tnpeft.program.clusters.Contracted, "backward", "backward", "clusters, gradients"),
     (FactoredUpdate, "backward", "backward", "chain, backward"),
     (ClusterGradients, "backward", "backward", "chain, backward"),
     (tnpeft.program.total.Delta, "backward", "backward", "delta weight, gradients"),
+    (tnpeft.program.deltas.Deltas, "backward", "backward", "delta weight, gradients"),
 )
 PHASES = ("forward", "backward", "optimiser")
 Seconds = dict[str, float]

@@ -19,6 +19,7 @@ from ddpm_lab.sampling import check_sampling, draw_samples
 from ddpm_lab.training import make_accelerator, steps_of, train
 from ddpm_lab.unet import build_unet, load_base, recompute_activations, save_weights
 
+from tnpeft.program.deltas import BatchedDelta
 from tnpeft.program.total import Total
 
 TINY = Model(channels=(8, 8), attention_levels=(False, True), head_channels=(0, 8), res_blocks=1, norm_groups=4)
@@ -275,8 +276,9 @@ def test_cores_are_contracted_once_for_all_micro_batches(monkeypatch: pytest.Mon
         apply_method(unet, Method(spec="tenvoo_l", match=r"conv[12]\.conv$"))
         made = []
         with monkeypatch.context() as patch:
-            inner = Total.forward
-            patch.setattr(Total, "forward", lambda *arguments: made.append(1) or inner(*arguments))
+            for owner, name in ((Total, "forward"), (BatchedDelta, "contracted")):
+                inner = getattr(owner, name)
+                patch.setattr(owner, name, lambda *arguments, inner=inner: made.append(1) or inner(*arguments))
             train(unet, volumes, noise_schedule(Diffusion()), training, make_accelerator(training))
         return len(made), unet.state_dict()
 

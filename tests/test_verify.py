@@ -14,12 +14,13 @@ import tnpeft
 from tnpeft.io import saving
 from tnpeft.modules import AdaptedLayer, Adapter, execution, inits, layers
 from tnpeft.modules import adapter as adapter_module
-from tnpeft.modules.calling import Group
+from tnpeft.modules.grouping import _Group
 from tnpeft.modules.sharing import Sharing
 from tnpeft.network import bind
 from tnpeft.plan import modes as planning
-from tnpeft.program import ChainProgram, LayerClusters, applied, clusters
+from tnpeft.program import ChainProgram, applied, batched, clusters, deltas
 from tnpeft.program import model as programs
+from tnpeft.program.batched import BatchedTree
 from tnpeft.program.difference import Code
 from tnpeft.program.finish import Finish
 from tnpeft.program.total import Total
@@ -61,6 +62,7 @@ def reversed_legs(patch: pytest.MonkeyPatch) -> None:
 
 def forgotten_scale(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Code, "scale_one", lambda self, cores: [core.contiguous() for core in cores])
+    patch.setattr(BatchedTree, "_scaled", lambda self, stacked: stacked)
 
 
 def mixed_groups(patch: pytest.MonkeyPatch) -> None:
@@ -73,13 +75,14 @@ def mixed_groups(patch: pytest.MonkeyPatch) -> None:
 
 def longer_gradient(patch: pytest.MonkeyPatch) -> None:
     """One per cent too long for the last core alone."""
-    real = Code.gradients
+    for owner in (Code, BatchedTree):
+        real = owner.gradients
 
-    def gradients(self: Code, *args: Any) -> list[Tensor | None]:
-        found = real(self, *args)
-        return [*found[:-1], None if found[-1] is None else found[-1] * 1.01]
+        def gradients(self: Any, *args: Any, real: Any = real) -> list[Tensor | None]:
+            found = real(self, *args)
+            return [*found[:-1], None if found[-1] is None else found[-1] * 1.01]
 
-    patch.setattr(Code, "gradients", gradients)
+        patch.setattr(owner, "gradients", gradients)
 
 
 def drifting_merge(patch: pytest.MonkeyPatch) -> None:
@@ -155,13 +158,8 @@ def longer_chain(patch: pytest.MonkeyPatch) -> None:
 
 def uneven_groups(patch: pytest.MonkeyPatch) -> None:
     """Layers that are contracted together get each other's clusters."""
-    real = Group.clusters_of
-
-    def clusters_of(self: Group, *args: Any) -> LayerClusters | None:
-        found = real(self, *args)
-        return None if found is None else self._found[torch.is_grad_enabled()][0]
-
-    patch.setattr(Group, "clusters_of", clusters_of)
+    real = _Group.results
+    patch.setattr(_Group, "results", lambda self: [real(self)[0]] * len(self.adapters))
 
 
 def deaf_mode(patch: pytest.MonkeyPatch) -> None:
@@ -184,7 +182,14 @@ def crash(patch: pytest.MonkeyPatch) -> None:
 def forget_programs() -> None:
     """What was built by a broken library must not outlive it."""
     programs.build_program.cache_clear()
-    for cached in (applied.build_chain, applied.build_completion, clusters._built):
+    for cached in (
+        applied.build_chain,
+        applied.build_completion,
+        clusters._built,
+        batched.build_tree,
+        clusters.build_cluster,
+        deltas.build_delta,
+    ):
         cached.cache_clear()
 
 

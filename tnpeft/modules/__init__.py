@@ -2,7 +2,8 @@
 
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.build import compile
-from tnpeft.modules.calling import Calling, Group, Running
+from tnpeft.modules.calling import Calling, Running
+from tnpeft.modules.grouping import Groups, Member
 from tnpeft.modules.inits import is_drawn
 from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.layers import AdaptedConv, AdaptedConvTranspose, AdaptedLayer, AdaptedLinear, wrap
@@ -16,8 +17,9 @@ __all__ = [
     "Adapter",
     "Calling",
     "Captured",
-    "Group",
+    "Groups",
     "Keeping",
+    "Member",
     "Running",
     "Sharing",
     "compile",

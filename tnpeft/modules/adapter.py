@@ -17,7 +17,7 @@ from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
-from tnpeft.program import Constants, Program, build_program, without_autocast
+from tnpeft.program import Constants, Program, Weight, build_program, without_autocast
 
 __all__ = ["Adapter", "memory_order"]
 
@@ -192,11 +192,13 @@ class Adapter(nn.Module):
 
         `inputs` stand in for its own `delta_inputs`.
         """
-        strides = weight.stride()
-        # A graph takes the program it finds: building one is nothing to trace, and the sum copies to W's strides.
-        if strides != self._strides and not torch.compiler.is_compiling():
-            self._lay_out(strides)
+        self._fit(weight)
         return self._delta(weight, self.delta_inputs(weight) if inputs is None else inputs)
+
+    def batched_for(self, weight: Tensor) -> Weight | None:
+        """How adapters like it make their delta weights at once, on base weights like this; None if they cannot."""
+        self._fit(weight)
+        return self._program.batched
 
     @property
     def calling(self) -> Calling:
@@ -311,6 +313,11 @@ class Adapter(nn.Module):
         """Whether its own tensors have no memory."""
         return any(tensor.device.type == "meta" for tensor in self.state_dict().values())
 
+    def _fit(self, weight: Tensor) -> None:
+        # A graph takes the program it finds: building one is nothing to trace, and the sum copies to W's strides.
+        if weight.stride() != self._strides and not torch.compiler.is_compiling():
+            self._lay_out(weight.stride())
+
     def _lay_out(self, strides: tuple[int, ...]) -> None:
         """Take the program that writes a weight of these strides."""
         self._strides = strides
@@ -342,15 +349,10 @@ class Adapter(nn.Module):
     def _require_values(self) -> None:
         if self.has_values or any(tensor.device.type == "meta" for tensor in self.cores.values()):
             return
-        raise ExecutionError(
-            Problem(
-                "cores",
-                "initial or loaded values",
-                "memory without values (they were made on the meta device)",
-                "Call `reset_parameters` of the adapted layer, or load the adapter, before the first forward.",
-                where=f"layer '{self.layer_name}'" if self.layer_name else None,
-            )
-        )
+        found = "memory without values (they were made on the meta device)"
+        fix = "Call `reset_parameters` of the adapted layer, or load the adapter, before the first forward."
+        where = f"layer '{self.layer_name}'" if self.layer_name else None
+        raise ExecutionError(Problem("cores", "initial or loaded values", found, fix, where=where))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         self._written()
@@ -361,9 +363,8 @@ class Adapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if any(
-            tensor.dtype.itemsize < 4 for tensor in self.state_dict().values()
-        ):  # `assign=True` takes what it is given
+        # `assign=True` takes what it is given.
+        if any(tensor.dtype.itemsize < 4 for tensor in self.state_dict().values()):
             super()._apply(lambda tensor: tensor.float())  # type: ignore[no-untyped-call]
         self._written()
         if all(prefix + key in state_dict for key in (*self._parameters, *self._buffers)):

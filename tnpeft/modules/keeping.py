@@ -19,7 +19,7 @@ from tnpeft.errors import ExecutionError, Problem
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
 
-__all__ = ["Keeping", "saved_tensors_are_hooked"]
+__all__ = ["Keeping", "Make", "saved_tensors_are_hooked"]
 
 Make = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 

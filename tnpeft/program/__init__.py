@@ -8,12 +8,14 @@ from tnpeft.program.applied import (
     build_chain,
     build_completion,
 )
-from tnpeft.program.clusters import ClusterProgram, LayerClusters, StartValues, build_clusters
+from tnpeft.program.clusters import Cluster, ClusterProgram, LayerClusters, build_cluster, build_clusters
+from tnpeft.program.deltas import Weight, build_delta, weight_of
 from tnpeft.program.model import Program, build_program
 from tnpeft.program.total import Constants, without_autocast
 
 __all__ = [
     "ChainProgram",
+    "Cluster",
     "ClusterGradients",
     "ClusterProgram",
     "Completions",
@@ -21,10 +23,13 @@ __all__ = [
     "FactoredUpdate",
     "LayerClusters",
     "Program",
-    "StartValues",
+    "Weight",
     "build_chain",
+    "build_cluster",
     "build_clusters",
     "build_completion",
+    "build_delta",
     "build_program",
+    "weight_of",
     "without_autocast",
 ]

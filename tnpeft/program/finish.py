@@ -7,6 +7,7 @@ cropped, or a grouped transposed convolution splits the output axis, one more co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,14 @@ class Finish:
             result = result.clone(memory_format=torch.contiguous_format)
         # Through one axis, because an axis of size 1 may otherwise keep an odd stride.
         return result.reshape(-1).reshape(shape).permute(_inverse(self.order))
+
+    def apply_all(self, results: Tensor, count: int) -> Sequence[Tensor]:
+        """The stored weights of `count` layers, from their results in a row."""
+        if not self.direct:
+            return [self.apply(result) for result in results.reshape(count, -1).unbind(0)]
+        shape = (self.stored[axis] for axis in self.order)
+        back = (1 + axis for axis in _inverse(self.order))
+        return results.reshape(-1).reshape(count, *shape).permute(0, *back).unbind(0)
 
     def undo(self, gradient: Tensor) -> Tensor:
         """The gradient of the last step's result, stored as it is, from that of the stored weight."""

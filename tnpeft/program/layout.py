@@ -58,7 +58,7 @@ def lay_out_steps(
     }
     instructions: list[Instruction] = []
     for step in reversed(steps):
-        left, right = _operand_orders(lettered[step.number], orders, lettered, sizes)
+        left, right = _operand_orders(lettered[step.number], orders, lettered, sizes, batch)
         orders.update(zip(step.operands, (left, right), strict=True))
         products = _lowered(batch + left, batch + right, batch + orders[step.number], sizes)
         instructions.append(Instruction(step.number, *step.operands, *products))
@@ -84,15 +84,15 @@ def _lowered(left: str, right: str, output: str, sizes: Sizes) -> tuple[Contract
 
 
 def _operand_orders(
-    this: _Letters, orders: Mapping[int, str], steps: Mapping[int, _Letters], sizes: Sizes
+    this: _Letters, orders: Mapping[int, str], steps: Mapping[int, _Letters], sizes: Sizes, batch: str
 ) -> tuple[str, str]:
     """The cheapest orders of the operands' legs; those of cores are given."""
     output = orders[this.step.number]
     given = [orders.get(number) for number in this.step.operands]
 
     def cost(pair: tuple[str, str]) -> float:
-        left, right = pair
-        operations = ((left, right, output), (output, right, left), (output, left, right))
+        left, right, result = (batch + legs for legs in (*pair, output))
+        operations = ((left, right, result), (result, right, left), (result, left, right))
         own = sum(lowering_time(*operation, sizes) for operation in operations)
         made = [steps[number] for number in this.step.operands if number in steps]
         wanted = [legs for number, legs in zip(this.step.operands, pair, strict=True) if number in steps]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tnpeft.plan import Plan
 from tnpeft.program.contraction import reordering
+from tnpeft.program.deltas import weight_of
 from tnpeft.program.difference import Code
 from tnpeft.program.finish import Finish
 from tnpeft.program.layout import lay_out
@@ -30,6 +31,7 @@ class Program:
         self.plan = plan
         self.memory_order = memory_order
         self._total = _total(plan, memory_order)
+        self.batched = weight_of(plan, memory_order)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return build_program, (self.plan, self.memory_order)

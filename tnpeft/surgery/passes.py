@@ -1,52 +1,42 @@
-"""Forward passes of an adapted model: while one is open, layers of one signature contract their clusters together.
+"""Forward passes of an adapted model: while one is open, its layers contract together what is alike of their cores.
 
-The root module has a hook before its forward pass and one after it. Groups are made anew for each pass, of the layers
-that are to run factored or hybrid as they did when they were called last; nothing outlives the pass.
+The root module has a hook before its forward pass and one after it. Layers are expected to run in the mode that they
+were given, or as they did when they were called last; no result outlives the pass.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import nn
 
-from tnpeft.modules import AdaptedLayer, Adapter, Group
+from tnpeft.modules import AdaptedLayer, Groups, Member
 from tnpeft.surgery.tree import adapted_layers
 
 __all__ = ["forget_groups", "register_pass", "remove_pass"]
 
 
-class _Groups:
-    """The layers of a model by what they have in common."""
+class _Passes:
+    """The layers of a model, and their groups."""
 
     def __init__(self, root: nn.Module) -> None:
         self.layers = adapted_layers(root)
-        self.groups: dict[Hashable, Group] = {}
+        self.groups = Groups(())
 
     def open(self) -> None:
-        found: dict[Hashable, list[Adapter]] = {}
-        for layer in self.layers:
-            adapter = _grouped(layer)
-            if adapter is not None:
-                found.setdefault(_key(layer, adapter), []).append(adapter)
-        known, self.groups = self.groups, {}
-        for key, adapters in found.items():
-            group = known.get(key)
-            if len(adapters) > 1:
-                if group is None or group.adapters != tuple(adapters):
-                    group = Group(adapters, adapters[0].calling.last)  # type: ignore[arg-type]
-                self.groups[key] = group
-                group.open()
+        members = [member for layer in self.layers if (member := _member(layer)) is not None]
+        if members != self.groups.members:
+            self.groups.close()
+            self.groups = Groups(members)
+        self.groups.open()
 
     def close(self) -> None:
-        for group in self.groups.values():
-            group.close()
+        self.groups.close()
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Groups] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Passes] = weakref.WeakKeyDictionary()
 
 
 def register_pass(root: nn.Module) -> None:
@@ -77,7 +67,7 @@ def _open(root: nn.Module, _inputs: Any) -> None:
         return
     groups = _KNOWN.get(root)
     if groups is None:
-        groups = _KNOWN[root] = _Groups(root)
+        groups = _KNOWN[root] = _Passes(root)
     groups.open()
 
 
@@ -89,16 +79,16 @@ def _close(root: nn.Module, _inputs: Any, _output: Any) -> None:
         groups.close()
 
 
-def _grouped(layer: AdaptedLayer) -> Adapter | None:
-    """The adapter of a layer that is to run factored or hybrid, as far as is known from its last call."""
+def _member(layer: AdaptedLayer) -> Member | None:
+    """What a layer is to contract; None of layers that contract their own. All but `dense` is known from a call."""
     if len(layer.scales) != 1 or layer.disabled or layer.merged:
         return None
     ((adapter, scale),) = layer.active
-    last = adapter.calling.last if adapter.mode != "dense" else None
-    return adapter if last is not None and last.mode != "dense" and scale == 1.0 else None
-
-
-def _key(layer: AdaptedLayer, adapter: Adapter) -> Hashable:
+    if scale != 1.0:
+        return None
+    if adapter.mode == "dense":
+        return Member.dense(layer, adapter) if adapter.has_values else None
     last = adapter.calling.last
-    weight = layer.base.weight
-    return id(last.clusters if last else None), weight.device, weight.dtype == torch.float64
+    if last is None or last.clusters is None:
+        return None if last is None else Member.dense(layer, adapter)
+    return Member.of(layer, adapter, last.clusters)

@@ -1,0 +1,136 @@
+"""The delta weights of several layers of one signature, contracted together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnpeft.errors import ExecutionError, Problem
+from tnpeft.plan import Plan
+from tnpeft.program.batched import Start, Tree, build_tree
+from tnpeft.program.clusters import together
+from tnpeft.program.finish import Finish
+from tnpeft.program.total import without_autocast
+
+__all__ = ["BatchedDelta", "Weight", "build_delta", "weight_of"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What decides how a delta weight is contracted: its tree, and how the result becomes the stored weight.
+
+    `kept` says of each result but the last if the backward pass reads it again, instead of making it anew. `copies`:
+    there is a frozen copy.
+    """
+
+    tree: Tree
+    finish: Finish
+    kept: tuple[bool, ...]
+    copies: bool
+
+
+def weight_of(plan: Plan, memory_order: tuple[int, ...]) -> Weight | None:
+    """What the delta weights of a dense plan are made by; None of those of several terms."""
+    network = plan.network
+    if plan.terms or len(network.terms) > 1 or network.terms[0].scale != 1.0 or network.reads_weight:
+        return None
+    finish = Finish.of(network, memory_order)
+    sizes = {letter: network.sizes[leg] for leg, letter in network.symbols.items()}
+    tree = Tree.of(network, range(len(network.cores)), plan.steps, finish.legs, sizes)
+    kept = tuple(2 * step.elements < network.layer.numel for step in plan.steps[:-1])
+    return Weight(tree, finish, kept, network.start == "frozen_copy")
+
+
+class BatchedDelta:
+    """The delta weights of `count` layers at once."""
+
+    def __init__(self, weight: Weight, count: int) -> None:
+        self.weight, self.count = weight, count
+        self.tree = build_tree(weight.tree, count)
+
+    def start(self, cores: Sequence[Tensor]) -> Start | None:
+        """What the changes need of the frozen copies of all layers."""
+        if not self.weight.copies:
+            return None
+        with without_autocast(cores[0]):
+            return self.tree.start(cores)
+
+    def __call__(self, cores: Sequence[Tensor], start: Start | None) -> tuple[Tensor, ...]:
+        """Each layer's, a tensor that nothing else writes to; `cores` as in `batched`."""
+        found: tuple[Tensor, ...] = Deltas.apply(self, start, *cores)  # type: ignore[no-untyped-call]
+        return found
+
+    def contracted(self, cores: Sequence[Tensor], start: Start | None) -> tuple[Sequence[Tensor], list[Tensor | None]]:
+        """The delta weights, and what the backward pass reads again (None: made anew)."""
+        if start is None:
+            *tensors, found = self.tree.values(cores)
+            tensors = tensors or [found]
+        else:
+            tensors, changes = self.tree.changed(cores, start, False)
+            change = changes[-1]
+            found = self._nothing(cores[0]) if change is None else change
+        known = [True] * self.tree.size + list(self.weight.kept)
+        kept = [one if keep else None for one, keep in zip(tensors, known, strict=True)]
+        made = self.weight.finish.apply_all(found, self.count)
+        # Tensors that know nothing of each other: writing to one is no change of the others.
+        return [one.data for one in made], kept
+
+    def gradients(
+        self,
+        kept: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None],
+        cores: Sequence[Tensor],
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Those of the cores, from those of the delta weights (None: the layer was not called)."""
+        called = [one is not None for one in gradients]
+        # Where the gradient is to be differentiated, the results must hang on the cores: none that was kept does.
+        tensors = self.tree.values(cores) if torch.is_grad_enabled() else self.tree.again(kept)
+        own = together([None if one is None else self.weight.finish.undo(one).reshape(-1) for one in gradients])
+        found = self.tree.gradients(tensors, own, cores, needed)
+        return [one if called[place % self.count] else None for place, one in enumerate(found)]
+
+    def _nothing(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self.count, *self.weight.finish.padded)
+
+
+@lru_cache(maxsize=1024)
+def build_delta(weight: Weight, count: int) -> BatchedDelta:
+    """The code of so many layers' delta weights, cached."""
+    return BatchedDelta(weight, count)
+
+
+class Deltas(torch.autograd.Function):
+    """The delta weights of some layers; differentiable again."""
+
+    @staticmethod
+    def forward(ctx: Any, code: BatchedDelta, start: Start | None, *cores: Tensor) -> tuple[Tensor, ...]:
+        with without_autocast(cores[0]):
+            found, kept = code.contracted(cores, start)
+        ctx.set_materialize_grads(False)
+        # Nothing is freed with the graph of one layer: others may have a backward pass of their own.
+        ctx.code, ctx.kept, ctx.cores = code, kept, cores
+        ctx.versions = _versions(cores)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        code: BatchedDelta = ctx.code
+        if all(one is None for one in gradients):
+            return (None, None, *(None for _ in ctx.cores))
+        if torch.is_grad_enabled() and ctx.versions != _versions(ctx.cores):
+            what, wrong = "double backward through delta weights", "values that were written since"
+            fix = "Step the optimiser after the last backward pass."
+            raise ExecutionError(Problem(what, "the cores of the forward pass", wrong, fix))
+        with without_autocast(ctx.cores[0]):
+            found = code.gradients(ctx.kept, gradients, ctx.cores, ctx.needs_input_grad[2:])
+        return (None, None, *found)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
