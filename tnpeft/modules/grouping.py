@@ -47,7 +47,7 @@ class Member(NamedTuple):
     @classmethod
     def dense(cls, layer: AdaptedLayer, adapter: Adapter) -> Member | None:
         """Of a layer that runs dense; None if it is to contract its own."""
-        if adapter.network.layer.numel > SMALL:
+        if adapter.network.layer.numel > SMALL or adapter.network.reads_weight:
             return None
         weight = adapter.batched_for(layer.base.weight)
         return None if weight is None else cls.of(layer, adapter, weight)

@@ -92,17 +92,18 @@ class Changed(NamedTuple):
 class BatchedTree:
     """A tree for `count` layers.
 
-    One layer's cores are taken as they stand, unless the core is all that there is: what is kept of them for the
-    backward pass is then no copy.
+    The cores of several are put side by side, in the order of legs that suits best. One layer's are taken as they
+    stand, unless a core is all that there is: what is kept of them for the backward pass is then no copy.
     """
 
     def __init__(self, tree: Tree, count: int) -> None:
         self.tree, self.count = tree, count
+        self.copied = count > 1
         self.size = len(tree.legs)
         self.number = self.size + len(tree.steps) - 1
         sizes = {**dict(tree.sizes), GROUP: count}
         given = {self.number: tree.result}
-        if count == 1 and tree.steps:
+        if not self.copied and tree.steps:
             given |= dict(enumerate(tree.legs))
         batch = GROUP if count > 1 else ""
         letters = {letter: letter for letter, _ in tree.sizes}
@@ -110,9 +111,8 @@ class BatchedTree:
         self._orders: list[Order | None] = [_permutation(legs, orders[core]) for core, legs in enumerate(tree.legs)]
         self._shapes = [(count, *(sizes[letter] for letter in legs)) for legs in tree.legs]
         self._pieces = [math.prod(shape) for shape in self._shapes]
-        self._flat = count > 1
         self._plain = all(order is None for order in self._orders)
-        self._numbered = self._flat and not self._plain and sum(self._pieces) <= NUMBERED
+        self._numbered = self.copied and not self._plain and sum(self._pieces) <= NUMBERED
         self._numbers: dict[Hashable, Tensor] = {}
 
     def start(self, cores: Sequence[Tensor]) -> Start:
@@ -166,7 +166,7 @@ class BatchedTree:
 
     def _stacked(self, cores: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
         """Each core for all layers, in the order in which it is contracted; as one tensor, if they are made as one."""
-        if not self._flat:
+        if not self.copied:
             ordered = zip(cores, self._orders, strict=True)
             return None, [(core if order is None else core.permute(order)).contiguous() for core, order in ordered]
         flat = torch._C._nn.flatten_dense_tensors(list(cores))
@@ -199,7 +199,7 @@ class BatchedTree:
             if order is not None and not self._numbered:
                 one = _moved(one.reshape(_permuted(self._shapes[core], order)), _inverse(order))
             made.append(one)
-        if not self._flat:
+        if not self.copied:
             return [one.reshape(cores[core].shape) for one, core in zip(made, wanted, strict=True)]
         flat = torch.cat([one.reshape(-1) for one in made]) if len(made) > 1 else made[0].reshape(-1)
         if self._numbered:

@@ -215,9 +215,9 @@ class Contracted(torch.autograd.Function):
         with without_autocast(cores[0]):
             tensors, paired = code.contracted(cores, known)
         ctx.set_materialize_grads(False)
-        # Of a group nothing is freed with the graph of one layer: others may have a backward pass of their own. One
-        # layer's cores are not copied: that nothing wrote to them is checked.
-        if code.count == 1:
+        # Of a group nothing is freed with the graph of one layer: others may have a backward pass of their own. Where
+        # cores are not copied, it is checked that nothing wrote to them.
+        if not code.tree.copied:
             ctx.save_for_backward(*cores)
         ctx.code, ctx.tensors, ctx.cores = code, tensors, cores
         values = _layers(tensors[-1], code.count)
@@ -228,7 +228,7 @@ class Contracted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         code: BatchedCluster = ctx.code
-        if code.count == 1:
+        if not code.tree.copied:
             _ = ctx.saved_tensors
         own = gradients[: code.count]
         if all(one is None for one in own):

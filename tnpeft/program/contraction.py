@@ -58,7 +58,7 @@ class Contraction:
     `product` is `mm`, `bmm`, `mul` (broadcasting), or one that sums the batch: `addbmm`, `bmm_sum`. `swapped`: the
     right operand is the first factor. `expand` is the number of times that a factor without batch legs is used (0: it
     has them). `double`: a sum of two such products is made as one, over twice the summed legs. `result` reorders the
-    product's elements to the order asked for (None: they are in it already).
+    product's elements from the order `made`, of legs longer than one, to that asked for (None: they are in it already).
     """
 
     product: str
@@ -68,6 +68,7 @@ class Contraction:
     result: View | None
     expand: tuple[int, int]
     double: bool
+    made: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def lower(left: str, right: str, output: str, sizes: Sizes) -> Contraction:
         result,
         (count if batch and not in_first else 0, count if batch and not in_second else 0),
         _size(found.made, sizes) >= DOUBLED and found.product in ("mm", "bmm"),
+        found.made,
     )
 
 
@@ -137,7 +139,7 @@ def _elementwise(left: str, right: str, output: str, sizes: Sizes) -> Contractio
     """A product along shared and open legs alone: broadcasting writes it in any order."""
     runs = _runs(output, (left, right))
     first, second = (_view(legs, [run if run[0] in legs else "" for run in runs], sizes) for legs in (left, right))
-    return Contraction("mul", first, second, False, None, (0, 0), False)
+    return Contraction("mul", first, second, False, None, (0, 0), False, output)
 
 
 def _runs(output: str, operands: Sequence[str]) -> list[str]:

@@ -35,9 +35,9 @@ class Weight:
 
 
 def weight_of(plan: Plan, memory_order: tuple[int, ...]) -> Weight | None:
-    """What the delta weights of a dense plan are made by; None of those of several terms."""
+    """What the delta weights of a dense plan are made by; None of a sum of several terms."""
     network = plan.network
-    if plan.terms or len(network.terms) > 1 or network.terms[0].scale != 1.0 or network.reads_weight:
+    if plan.terms or len(network.terms) > 1 or network.terms[0].scale != 1.0:
         return None
     finish = Finish.of(network, memory_order)
     sizes = {letter: network.sizes[leg] for leg, letter in network.symbols.items()}

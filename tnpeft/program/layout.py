@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tnpeft.plan import Plan, Step
-from tnpeft.program.contraction import Contraction, Sizes, copy_time, lower, lowering_time
+from tnpeft.program.contraction import Contraction, Sizes, View, copy_time, lower, lowering_time, reordering
 
 __all__ = ["Instruction", "lay_out", "lay_out_steps"]
 
@@ -21,12 +21,16 @@ PERMUTED_LEGS = 3
 
 @dataclass(frozen=True)
 class Instruction:
-    """A step to run: tensors by number (cores first, in file order), the product and the products for its gradients."""
+    """A step to run: tensors by number (cores first, in file order), the product and the products for its gradients.
+
+    `back` reorders the result's gradient for these (None: they take it as it is stored).
+    """
 
     number: int
     left: int
     right: int
     forward: Contraction
+    back: View | None
     to_left: Contraction
     to_right: Contraction
 
@@ -60,8 +64,8 @@ def lay_out_steps(
     for step in reversed(steps):
         left, right = _operand_orders(lettered[step.number], orders, lettered, sizes, batch)
         orders.update(zip(step.operands, (left, right), strict=True))
-        products = _lowered(batch + left, batch + right, batch + orders[step.number], sizes)
-        instructions.append(Instruction(step.number, *step.operands, *products))
+        stored = (batch + left, batch + right, batch + orders[step.number])
+        instructions.append(_lowered(step, *stored, sizes))
     return tuple(reversed(instructions)), orders
 
 
@@ -79,8 +83,21 @@ class _Letters:
         return "".join(leg for leg in self.left if leg in self.right and leg not in self.output)
 
 
-def _lowered(left: str, right: str, output: str, sizes: Sizes) -> tuple[Contraction, Contraction, Contraction]:
-    return lower(left, right, output, sizes), lower(output, right, left, sizes), lower(output, left, right, sizes)
+def _lowered(step: Step, left: str, right: str, output: str, sizes: Sizes) -> Instruction:
+    forward = lower(left, right, output, sizes)
+    back, taken = None, output
+    # A result that is copied to its order: one copy of its gradient may serve both products that read it.
+    if forward.result is not None and _copied_once(left, right, output, forward.made, sizes):
+        back, taken = reordering(output, forward.made, sizes), forward.made
+    to_left, to_right = lower(taken, right, left, sizes), lower(taken, left, right, sizes)
+    return Instruction(step.number, *step.operands, forward, back, to_left, to_right)
+
+
+def _copied_once(left: str, right: str, output: str, made: str, sizes: Sizes) -> bool:
+    def time(stored: str) -> float:
+        return lowering_time(stored, right, left, sizes) + lowering_time(stored, left, right, sizes)
+
+    return copy_time(output, made, sizes) + time(made) < time(output)
 
 
 def _operand_orders(

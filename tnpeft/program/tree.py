@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tnpeft.program.execute import contract, contract_difference, is_watched
+from tnpeft.program.execute import contract, contract_difference, is_watched, reorder
 from tnpeft.program.layout import Instruction
 
 __all__ = ["core_changes", "core_gradients", "run_changes", "run_gradients", "run_values", "scaled_cores"]
@@ -65,6 +65,8 @@ def run_gradients(
     plain = is_watched()
     for step in reversed(instructions):
         own = found[step.number]
+        if own is not None and step.back is not None:
+            own = reorder(own, step.back, plain)
         if own is not None and wanted[step.left]:
             found[step.left] = contract(step.to_left, own, tensors[step.right], plain)
         if own is not None and wanted[step.right]:
