@@ -32,7 +32,8 @@ SLOWEST = 10.0
 BATCH = 60.0
 ADD_BATCH = 1200.0
 ADD = 0.02
-# Elements of a result from which on writing it once is worth copying both operands for a doubled bond.
+# Elements of a result, or of each in a batch, from which on writing it once is worth copying both operands for a
+# doubled bond.
 DOUBLED = 1 << 16
 
 
@@ -102,7 +103,7 @@ def lower(left: str, right: str, output: str, sizes: Sizes) -> Contraction:
         found.swapped,
         result,
         (count if batch and not in_first else 0, count if batch and not in_second else 0),
-        _size(found.made, sizes) >= DOUBLED and found.product in ("mm", "bmm"),
+        _size(found.made, sizes) >= DOUBLED * max(1, count) and found.product in ("mm", "bmm"),
         found.made,
     )
 
