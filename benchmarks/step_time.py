@@ -6,7 +6,7 @@
     python benchmarks/step_time.py --inference
 
 Methods take turns in one process, some at a time, each time with a model that trains everything (`full`) and one that
-trains only biases and norms (`floor`): what no adapter can be faster than. Ratios are medians over rounds of what was
+trains only biases and norms (`floor`), with torch's own layers. Ratios are medians over rounds of what was
 timed in the same round. `over the floor` is the time beyond it, in units of a full step; `other libraries` are the
 ratios to their versions of the method. Methods in brackets need the gradient of the whole weight: reported, no more.
 """

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tnpeft.modules.layers
+
 __all__ = ["AUTOCAST", "OPTIMISERS", "Setting", "add_options", "inference", "optimiser_of", "setting_of", "step"]
 
 # `adam` is torch's own choice: a loop over the parameters on the CPU, `foreach` on a GPU.
@@ -30,6 +32,7 @@ class Setting:
     channels_last: bool = False
     optimiser: str = "adam"
     mode: str = "auto"
+    torch_convolutions: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -37,8 +40,9 @@ class Setting:
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
-        autocast = f", {self.autocast} autocast" if self.autocast else ""
-        return f"{self.model} model, {size}, batch {self.batch}, {self.device}{autocast}, {self.optimiser}"
+        more = [f"{self.autocast} autocast"] if self.autocast else []
+        more += ["torch's convolutions"] if self.torch_convolutions else []
+        return ", ".join([f"{self.model} model", size, f"batch {self.batch}", self.device, self.optimiser, *more])
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "shape": list(self.shape)}
@@ -107,9 +111,14 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--channels-last", action="store_true", help="model and volume in channels_last_3d")
     options.add_argument("--optimiser", choices=tuple(OPTIMISERS), default="adam", help="the form of Adam, for all")
     options.add_argument("--mode", default="auto", help="execution mode of tnpeft's methods")
+    options.add_argument(
+        "--torch-convolutions", action="store_true", help="leave every convolution's gradients to torch's own kernels"
+    )
 
 
 def setting_of(arguments: argparse.Namespace) -> Setting:
+    if arguments.torch_convolutions:
+        tnpeft.modules.layers.convolved = lambda *_: None
     return Setting(
         model=arguments.model,
         shape=arguments.shape or (arguments.size,) * 3,
@@ -119,6 +128,7 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         channels_last=arguments.channels_last,
         optimiser=arguments.optimiser,
         mode=arguments.mode,
+        torch_convolutions=arguments.torch_convolutions,
     )
 
 
