@@ -79,13 +79,17 @@ def lycoris_model(
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)  # it tells of every module
     names = matched(model)
     targets = names if layers is None else list(layers)
-    LycorisNetwork.apply_preset(
-        {"enable_conv": True, "target_module": [], "target_name": targets, "use_fnmatch": False}
-    )
+    preset = {"enable_conv": True, "target_module": [], "target_name": targets, "use_fnmatch": False}
     model.requires_grad_(False)
-    network = create_lycoris(
-        model, 1.0, linear_dim=rank, linear_alpha=rank, conv_dim=rank, conv_alpha=rank, algo=algorithm, **options
-    )
+    before = {name: value for name, value in vars(LycorisNetwork).items() if name.isupper()}
+    try:
+        LycorisNetwork.apply_preset(preset)  # the class has it, and every other network of this process
+        network = create_lycoris(
+            model, 1.0, linear_dim=rank, linear_alpha=rank, conv_dim=rank, conv_alpha=rank, algo=algorithm, **options
+        )
+    finally:
+        for name, value in before.items():
+            setattr(LycorisNetwork, name, value)
     network.apply_to()
     network.requires_grad_(True)
     model.lycoris = network
