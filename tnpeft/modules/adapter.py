@@ -17,7 +17,7 @@ from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
-from tnpeft.program import Constants, Program, Weight, build_program, without_autocast
+from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast
 
 __all__ = ["Adapter", "memory_order"]
 
@@ -337,7 +337,8 @@ class Adapter(nn.Module):
             return folded.constants
         with torch.inference_mode(False), torch.no_grad():
             constants = self._program.constants(start)
-        if not torch.compiler.is_compiling():  # a graph must not leave its own tensors behind
+        # A graph must not leave its own tensors behind.
+        if not torch.compiler.is_compiling() and is_lasting(constants):
             self._folded = _Folded(start, writes, constants)
         return constants
 

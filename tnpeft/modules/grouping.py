@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.modules.keeping import Make, saved_tensors_are_hooked
-from tnpeft.program import Cluster, ClusterProgram, LayerClusters, Weight, build_cluster, build_delta
+from tnpeft.program import Cluster, ClusterProgram, LayerClusters, Weight, build_cluster, build_delta, is_lasting
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
@@ -75,8 +75,10 @@ class Starts(Generic[_Made]):
         known = key is self._key and writes == self._writes and _same(self._start, start)
         if not known or self._made is None:
             with torch.inference_mode(False):
-                self._made = make(start)
-            self._key, self._start, self._writes = key, start, writes
+                made = make(start)
+            if not is_lasting(made):
+                return made
+            self._key, self._start, self._writes, self._made = key, start, writes, made
         return self._made
 
 
@@ -92,8 +94,13 @@ class Seat:
         """The clusters of its adapter; None where it must contract its own."""
         if program is not self._program or not self._groups.serve:
             return None
-        seated = (self.places[number] for number in range(len(program.clusters)))
-        found = [group.results()[place] for group, place in seated]
+        found = []
+        for number in range(len(program.clusters)):
+            group, place = self.places[number]
+            made = group.results()
+            if made is None or not self._groups.stands(group.adapters[place]):
+                return None
+            found.append(made[place])
         return LayerClusters(tuple(own[0] for own in found), tuple(own[1] for own in found if len(own) > 1))
 
     def summed(self, weight: Tensor) -> Tensor | None:
@@ -113,6 +120,7 @@ class Groups:
         self.is_open = False
         self.groups: list[_Group] = []
         self.cores: dict[Adapter, list[Tensor]] = {}
+        self._made_of: dict[Adapter, list[tuple[int, int]]] = {}
         self._seats = [Seat(self, member.program) for member in members]
         clusters: dict[Hashable, list[_ClusterOf]] = {}
         deltas: dict[Hashable, list[tuple[Member, Seat]]] = {}
@@ -140,15 +148,24 @@ class Groups:
     def close(self) -> None:
         self.is_open = False
         self._forget()
+        # A seat holds all the layers: one of them may outlive the model.
+        for member, seat in zip(self.members, self._seats, strict=True):
+            if member.adapter.calling.seat is seat:
+                member.adapter.calling.seat = None
 
     def cores_of(self, adapter: Adapter) -> list[Tensor]:
         found = self.cores.get(adapter)
         if found is None:
             found = self.cores[adapter] = adapter.core_tensors()
+            self._made_of[adapter] = _sources(adapter.stored)
         return found
 
+    def stands(self, adapter: Adapter) -> bool:
+        """Whether its cores are what they were when they were contracted."""
+        return self._made_of.get(adapter) == _sources(adapter.stored)
+
     def _forget(self) -> None:
-        self.cores = {}
+        self.cores, self._made_of = {}, {}
         for group in self.groups:
             group.known = {}
 
@@ -166,23 +183,27 @@ class _Group:
             for adapter, own in zip(adapters, cores, strict=True)
         ]
         self._starts: Starts[Any] = Starts()
-        self.known: dict[bool, Any] = {}
+        self.known: dict[tuple[bool, bool], Any] = {}
 
     def results(self) -> Any:
-        """Of all members, made when the first of them asks."""
-        differentiable = torch.is_grad_enabled()
-        found = self.known.get(differentiable)
-        if found is None:
-            found = self.known[differentiable] = self._made()
-        return found
+        """Of all members, made when the first of them asks; None where their tensors do not lie together.
+
+        Those of a layer may be on its device only while it is called, as when weights are offloaded.
+        """
+        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if key not in self.known:
+            self.known[key] = self._made() if len({tensor.device for tensor in self._tensors()}) == 1 else None
+        return self.known[key]
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.groups.cores_of(adapter)[core] for adapter, core in self._cores]
 
     def _made(self) -> Any:
         raise NotImplementedError
 
     def _contracted(self, code: Any, others: Sequence[Tensor], made: Make) -> Sequence[Tensor]:
         """`made` of the cores, kept from pass to pass where that is wanted; it is made of `others` too."""
-        cores = [self.groups.cores_of(adapter)[core] for adapter, core in self._cores]
-        keeping = self.adapters[0].keeping
+        cores, keeping = _Group._tensors(self), self.adapters[0].keeping
         return (
             made(cores) if keeping is None else keeping.results((code, *self._cores), self._each, others, cores, made)
         )
@@ -244,10 +265,16 @@ class _Deltas(_Group):
 
     def summed(self, place: int, weight: Tensor) -> Tensor | None:
         """That of one layer; None where it is not made of what the layer has now, or was written to."""
-        found: _Sum = self.results()[place]
-        sources = _sources(self.adapters[place], weight)
+        made: list[_Sum] | None = self.results()
+        if made is None:
+            return None
+        found = made[place]
+        sources = _sources((weight, *self.adapters[place].stored))
         stands = found.weight is weight and found.made_of == sources and found.writes == _version(found.total)
         return found.total if stands else None
+
+    def _tensors(self) -> list[Tensor]:
+        return [*super()._tensors(), *(layer.base.weight for layer in self._layers)]
 
     def _made(self) -> list[_Sum]:
         weights = [layer.base.weight for layer in self._layers]
@@ -257,14 +284,15 @@ class _Deltas(_Group):
             deltas = self._code(cores, self._start(self._code))
             return tuple(add_weight(delta, weight) for delta, weight in zip(deltas, constants, strict=True))
 
-        sources = [_sources(adapter, weight) for adapter, weight in zip(self.adapters, weights, strict=True)]
+        pairs = zip(self.adapters, weights, strict=True)
+        sources = [_sources((weight, *adapter.stored)) for adapter, weight in pairs]
         found = self._contracted(self._code, weights, made)
         return [_Sum(one, _version(one), *rest) for one, *rest in zip(found, weights, sources, strict=True)]
 
 
-def _sources(adapter: Adapter, weight: Tensor) -> list[tuple[int, int]]:
-    """Which tensors a layer's W + ΔW is made of, and how often they were written to."""
-    return [(id(tensor), _version(tensor)) for tensor in (weight, *adapter.stored)]
+def _sources(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Which tensors something is made of, and how often they were written to."""
+    return [(id(tensor), _version(tensor)) for tensor in tensors]
 
 
 def _version(tensor: Tensor) -> int:

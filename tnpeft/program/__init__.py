@@ -11,6 +11,7 @@ from tnpeft.program.applied import (
 from tnpeft.program.clusters import Cluster, ClusterProgram, LayerClusters, build_cluster, build_clusters
 from tnpeft.program.convolution import Geometry, convolve
 from tnpeft.program.deltas import Weight, build_delta, weight_of
+from tnpeft.program.execute import is_lasting
 from tnpeft.program.model import Program, build_program
 from tnpeft.program.total import Constants, without_autocast
 
@@ -33,6 +34,7 @@ __all__ = [
     "build_delta",
     "build_program",
     "convolve",
+    "is_lasting",
     "weight_of",
     "without_autocast",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tnpeft.network import Network
 from tnpeft.plan import Step
+from tnpeft.program.execute import is_lasting
 from tnpeft.program.layout import lay_out_steps
 from tnpeft.program.route import GROUP
 from tnpeft.program.tree import run_changes, run_gradients, run_values
@@ -211,10 +212,13 @@ class BatchedTree:
     def _numbers_on(self, device: torch.device, cores: Sequence[int], back: bool) -> Tensor:
         """For every element of some cores in a row, the place that it is taken from; `back`: to the stored order."""
         key = (device, tuple(cores), back)
-        if key not in self._numbers:
-            with torch.inference_mode(False):
-                self._numbers[key] = self._found_numbers(cores, back).to(device)
-        return self._numbers[key]
+        found = self._numbers.get(key)
+        if found is None:
+            with torch.inference_mode(False), torch.device("cpu"):
+                found = self._found_numbers(cores, back).to(device)
+            if is_lasting(found):
+                self._numbers[key] = found
+        return found
 
     def _found_numbers(self, cores: Sequence[int], back: bool) -> Tensor:
         found, first = [], 0

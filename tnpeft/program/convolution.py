@@ -1,9 +1,9 @@
 """A convolution whose gradients are made by oneDNN where torch itself would take its slow kernels.
 
-For one volume of few channels and rows (batch x channels x depth x height up to 20,480) torch's CPU backend multiplies
-copied windows. For two volumes it always takes oneDNN, which is up to four times quicker: 3.8 -> 1.1 ms for the input's
-gradient of Conv3d(32, 32, 3) at 16^3, 8.6 -> 2.8 ms for Conv3d(64, 64, 3) there (2-core Xeon with AVX-512). So the
-volume is cut in two along its depth, and the halves are a batch. The forward pass stays torch's own, bit by bit.
+For one volume of few channels and rows (channels x depth x height up to 20,480) torch's CPU backend multiplies copied
+windows. For two volumes it takes oneDNN, which is up to four times quicker: 3.8 -> 1.1 ms for the input's gradient of
+Conv3d(32, 32, 3) at 16^3, 8.6 -> 2.8 ms for Conv3d(64, 64, 3) there (2-core Xeon with AVX-512). So the volume is cut in
+two along its depth, and the halves are a batch. The forward pass stays torch's own, bit by bit.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) ->
         return False
     if x.dim() not in (_AXES + 1, _AXES + 2) or x.shape[-_AXES - 1] != weight.shape[1]:
         return False  # torch says what is wrong
+    if x.dim() == _AXES + 2 and x.shape[0] != 1:
+        return False
     if x.device.type != "cpu" or not (x.requires_grad or weight.requires_grad) or not torch.is_grad_enabled():
         return False
     if not torch.backends.mkldnn.enabled or not torch._C._has_mkldnn:
@@ -53,7 +55,16 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) ->
     depth = _outputs(x, weight, geometry)[0]
     if depth < 2 or not (voxels >= VOXELS or (voxels >= FEW_VOXELS and voxels * weight.numel() >= MULTIPLICATIONS)):
         return False
-    return not torch.is_autocast_enabled("cpu") and _is_slow(x, weight, bias, geometry)
+    return not torch.is_autocast_enabled("cpu") and not _is_looked_at() and _is_slow(x, weight, bias, geometry)
+
+
+def _is_looked_at() -> bool:
+    """Whether `torch.func`, forward-mode differentiation or a tracer is at work, for which a function must be plain."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
@@ -157,20 +168,21 @@ def _cut(x: Tensor, cut: _Halves) -> Tensor:
 
 
 def _joined(pair: Tensor, depth: int, cut: _Halves) -> Tensor:
-    """The sum of what belongs to the same planes of the input; zeros where neither half reads."""
+    """The sum of what belongs to the same planes of the input; zeros where neither half reads.
+
+    The first half reads the input's planes up to `middle`, the second those from `low` to `high`.
+    """
     one, other = pair.unbind(0)
     first = cut.start - cut.before
-    low, middle = max(0, first), min(depth, cut.length - cut.before)
-    high = min(depth, first + cut.length)
+    middle = min(max(0, cut.length - cut.before), depth)
+    low, high = max(0, first), min(depth, first + cut.length)
     found = pair.new_empty(one.shape[0], depth, *one.shape[2:])
     found[:, :middle] = one[:, cut.before : cut.before + middle]
-    if low < middle:
-        found[:, low:middle] += other[:, low - first : middle - first]
-    if middle < high:
-        seen = max(low, middle)
-        if middle < seen:
-            found[:, middle:seen] = 0
-        found[:, seen:high] = other[:, seen - first : high - first]
-    if max(middle, high) < depth:
-        found[:, max(middle, high) :] = 0
+    shared = min(middle, high)
+    if low < shared:
+        found[:, low:shared] += other[:, low - first : shared - first]
+    found[:, middle : max(low, middle)] = 0
+    if max(low, middle) < high:
+        found[:, max(low, middle) : high] = other[:, max(low, middle) - first : high - first]
+    found[:, max(middle, high) :] = 0
     return found

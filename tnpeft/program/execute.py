@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tnpeft.program.contraction import Contraction, View
 
-__all__ = ["contract", "contract_difference", "is_watched", "reorder"]
+__all__ = ["contract", "contract_difference", "is_lasting", "is_watched", "reorder"]
 
 Seen: TypeAlias = "Callable[[Tensor], Tensor]"
 Product: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
@@ -24,6 +24,13 @@ Product: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 def is_watched() -> bool:
     """Whether autograd or a compiler looks on: then operations must be plain."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def is_lasting(found: object) -> bool:
+    """Whether tensors, also in tuples and lists, may be kept: not the stand-ins of a mode that is on for now."""
+    if isinstance(found, Tensor):
+        return type(found) in (Tensor, torch.nn.Parameter)
+    return all(map(is_lasting, found)) if isinstance(found, (tuple, list)) else True
 
 
 def contract(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tnpeft.plan import Axis
+from tnpeft.program.execute import is_lasting
 
 __all__ = ["Positions", "Window", "Windows"]
 
@@ -176,7 +177,8 @@ class Windows:
         if matrix is None:
             with torch.inference_mode(False), torch.no_grad():
                 matrix = self._moved(torch.eye(self._read, dtype=kind[0], device=kind[1])).reshape(self._read, -1)
-            self._tables[kind] = matrix
+            if is_lasting(matrix):
+                self._tables[kind] = matrix
         return torch.mm(tensor.reshape(-1, self._read), matrix)
 
     def _picked(self, tensor: Tensor) -> Tensor:
@@ -191,9 +193,10 @@ class Windows:
     def _numbers(self, device: torch.device) -> Tensor:
         found = self._tables.get(device)
         if found is None:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.device("cpu"):
                 found = self._positions.numbers(self.collects).to(device)
-            self._tables[device] = found
+            if is_lasting(found):
+                self._tables[device] = found
         return found
 
     def _moved(self, tensor: Tensor) -> Tensor:

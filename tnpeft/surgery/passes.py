@@ -84,10 +84,10 @@ def _member(layer: AdaptedLayer) -> Member | None:
     if len(layer.scales) != 1 or layer.disabled or layer.merged:
         return None
     ((adapter, scale),) = layer.active
-    if scale != 1.0:
+    if scale != 1.0 or not adapter.has_values:
         return None
     if adapter.mode == "dense":
-        return Member.dense(layer, adapter) if adapter.has_values else None
+        return Member.dense(layer, adapter)
     last = adapter.calling.last
     if last is None or last.clusters is None:
         return None if last is None else Member.dense(layer, adapter)
