@@ -28,14 +28,14 @@ __all__ = ["dense", "execute", "run", "summed_weight"]
 
 def execute(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     """The layer's output in the mode that its adapter has, or chooses, for this call."""
-    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # autograd functions may save nothing there
-        with torch.no_grad():
-            return execute(layer, x, *rest)
     if len(layer.scales) != 1 or layer.disabled or layer.merged or torch.compiler.is_compiling():
         return dense(layer, x, *rest)
     ((adapter, scale),) = layer.active
     if adapter.mode == "dense" or scale != 1.0:
         return dense(layer, x, *rest)
+    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # autograd functions may save nothing there
+        with torch.no_grad():
+            return execute(layer, x, *rest)
     calling = adapter.calling
     return run(layer, calling, calling.running(layer, x, rest), x, *rest)
 
