@@ -435,3 +435,22 @@ def test_shipped_specs_agree_in_every_mode():
         dense = gradients_of(filled(adapted(layer, spec, "dense")), x, upstream)
         for mode in (*FAST, "auto"):
             assert worst(gradients_of(filled(adapted(layer, spec, mode)), x, upstream), dense) < 2e-5, (name, mode)
+
+
+@pytest.mark.parametrize("mode", FAST)
+def test_autocast_saves_the_input_once_as_it_calls_the_layer(mode: str):
+    layer, x = example("conv3d")
+    wrapper = filled(adapted(layer, chain(), mode))
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16):
+        wrapper(x)  # what is folded once is there
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            wrapper(x.requires_grad_())
+    inputs = [one for one in kept if one.shape == x.shape]
+    assert {one.dtype for one in inputs} == {torch.bfloat16}
+    assert len({one.untyped_storage().data_ptr() for one in inputs}) == 1

@@ -14,7 +14,7 @@ from tnpeft.network import Layer
 from tnpeft.plan import Axis, Call
 from tnpeft.program import Geometry, convolve
 
-__all__ = ["call_of", "chain_input", "convolved"]
+__all__ = ["as_autocast_has_it", "call_of", "chain_input", "convolved"]
 
 
 def call_of(base: Any, layer: Layer, shape: Sequence[int], output_size: Any, device: str) -> Call | None:
@@ -41,6 +41,18 @@ def chain_input(base: Any, x: Tensor) -> Tensor:
     if getattr(base, "padding_mode", "zeros") == "zeros":
         return x
     return functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+
+
+def as_autocast_has_it(x: Tensor) -> Tensor:
+    """A layer's input in the bf16 in which autocast calls the layer, so that one copy of it is saved and no wider one.
+
+    Where that is fp16 the chain reads fp32.
+    """
+    device = x.device.type
+    if x.dtype != torch.float32 or device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype) if dtype == torch.bfloat16 else x
 
 
 def convolved(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

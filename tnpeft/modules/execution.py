@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tnpeft.modules.calls import chain_input
+from tnpeft.modules.calls import as_autocast_has_it, chain_input
 from tnpeft.modules.grouping import add_weight
 from tnpeft.program import ClusterGradients, FactoredUpdate, LayerClusters
 
@@ -53,6 +53,7 @@ def dense(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
 
 
 def _factored(layer: AdaptedLayer, clusters: LayerClusters, running: Running, x: Tensor, *rest: Any) -> Tensor:
+    x = as_autocast_has_it(x)
     out = layer.call_base(x, layer.base.weight.detach(), layer.bias, *rest)
     seen = chain_input(layer.base, x)
     updated: Tensor = FactoredUpdate.apply(out, seen, running.chain, clusters.paired, *clusters.values)  # type: ignore[no-untyped-call]
@@ -60,6 +61,7 @@ def _factored(layer: AdaptedLayer, clusters: LayerClusters, running: Running, x:
 
 
 def _hybrid(layer: AdaptedLayer, clusters: LayerClusters, running: Running, x: Tensor, *rest: Any) -> Tensor:
+    x = as_autocast_has_it(x)
     out = layer.call_base(x, _completed(layer, clusters, running), layer.bias, *rest)
     if not torch.is_grad_enabled():
         return out
