@@ -66,8 +66,7 @@ def test_clusters_that_are_alike_are_contracted_once_in_a_pass(mode: str, contra
     assert len(contracted) <= 6
     assert max(contracted) >= 4
     contracted.clear()
-    seats = [adapter.calling.seat for adapter in adapters(model)]
-    assert not any(group.known for seat in seats for group, _ in seat.places.values())  # it would keep the graph
+    assert all(adapter.calling.seat is None for adapter in adapters(model))  # it would keep the graph and the layers
     model(X[:, :, :3, :3])  # another size, other plans, and perhaps the same clusters
     assert sum(contracted) >= clusters
     same(results(model), results(tower("dense")))

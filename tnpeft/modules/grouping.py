@@ -120,7 +120,7 @@ class Groups:
         self.is_open = False
         self.groups: list[_Group] = []
         self.cores: dict[Adapter, list[Tensor]] = {}
-        self._made_of: dict[Adapter, list[tuple[int, int]]] = {}
+        self._made_of: dict[Adapter, tuple[list[int], list[int]]] = {}
         self._seats = [Seat(self, member.program) for member in members]
         clusters: dict[Hashable, list[_ClusterOf]] = {}
         deltas: dict[Hashable, list[tuple[Member, Seat]]] = {}
@@ -196,7 +196,8 @@ class _Group:
         return self.known[key]
 
     def _tensors(self) -> list[Tensor]:
-        return [self.groups.cores_of(adapter)[core] for adapter, core in self._cores]
+        own = {adapter: self.groups.cores_of(adapter) for adapter in self._each}
+        return [own[adapter][core] for adapter, core in self._cores]
 
     def _made(self) -> Any:
         raise NotImplementedError
@@ -247,7 +248,7 @@ class _Sum(NamedTuple):
     total: Tensor
     writes: int
     weight: Tensor
-    made_of: list[tuple[int, int]]
+    made_of: tuple[list[int], list[int]]
 
 
 class _Deltas(_Group):
@@ -290,9 +291,13 @@ class _Deltas(_Group):
         return [_Sum(one, _version(one), *rest) for one, *rest in zip(found, weights, sources, strict=True)]
 
 
-def _sources(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+def _sources(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """Which tensors something is made of, and how often they were written to."""
-    return [(id(tensor), _version(tensor)) for tensor in tensors]
+    try:
+        writes = [tensor._version for tensor in tensors]  # every layer of a pass asks: no call for each tensor
+    except RuntimeError:  # one that was made in inference mode
+        writes = [_version(tensor) for tensor in tensors]
+    return [*map(id, tensors)], writes
 
 
 def _version(tensor: Tensor) -> int:
