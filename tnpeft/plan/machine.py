@@ -16,8 +16,8 @@ class Machine:
     Of any operation: `start` it with its views; `move` an element that is read or written, of a tensor of more than
     `cached` elements, which no cache holds, `far` times as long.
 
-    Predicting a mode: `shared`, to start an operation that contracts cores, which layers alike share; `shift` along one
-    axis to make a copy; `multiply` and add in a product, in a layer call (`call`), in the gradient of its weight
+    Predicting a mode: `shared`, to start an operation that contracts cores, which layers alike share; `contract`, to
+    multiply and add there, over short bonds; `shift` along one axis to make a copy; `multiply` and add in a product, in a layer call (`call`), in the gradient of its weight
     (`weight_gradient`); `weight`: an element of a convolution's weight, which is put in another order; `functions`: the
     autograd functions of a chain. Products of fewer than `narrow` rows or columns take longer.
 
@@ -32,6 +32,7 @@ class Machine:
     far: float
 
     shared: float
+    contract: float
     shift: float
     multiply: float
     call: float
@@ -60,6 +61,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
             cached=1 << 22,
             far=4.0,
             shared=10.3e3,
+            contract=0.0041,
             shift=21.7e3,
             multiply=0.0041,
             call=0.0095,
@@ -80,6 +82,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
             cached=1 << 22,
             far=4.0,
             shared=21e3,
+            contract=2e-6,
             shift=1.5e3,
             multiply=2e-6,
             call=7e-6,

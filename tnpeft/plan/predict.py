@@ -103,7 +103,8 @@ class _Prices:
         double = 2 if plan.network.start == "frozen_copy" else 1
         inner = links[:-1]
         bond = min((plan.elements(_cut(plan, place)) for place in range(len(inner))), default=1)
-        return len(inner) * self.machine.start + self.product(numel * bond * double, bond) + self.moved(numel), 0.0
+        product = self.machine.start + self.machine.contract * numel * bond * double
+        return len(inner) * self.machine.start + product + self.moved(numel), 0.0
 
     def chain(self, plan: Plan, call: Call, factored: bool) -> tuple[float, float]:
         """The products and shifted copies of a chain; with pairs each tensor between two links is twice as large."""
@@ -134,7 +135,7 @@ class _Prices:
         return price * plan.network.layer.numel
 
     def _step(self, step: Step) -> float:
-        return self.machine.shared + self.machine.multiply * step.flops / 2 + self.machine.move * step.elements
+        return self.machine.shared + self.machine.contract * step.flops / 2 + self.machine.move * step.elements
 
     def _link(self, link: _Link, wide: int, side: int) -> float:
         found = self.product(link.multiplications * wide, link.rows * min(wide, 2)) + self.machine.start
