@@ -17,9 +17,10 @@ class Machine:
     `cached` elements, which no cache holds, `far` times as long.
 
     Predicting a mode: `shared`, to start an operation that contracts cores, which layers alike share; `contract`, to
-    multiply and add there, over short bonds; `shift` along one axis to make a copy; `multiply` and add in a product, in a layer call (`call`), in the gradient of its weight
-    (`weight_gradient`); `weight`: an element of a convolution's weight, which is put in another order; `functions`: the
-    autograd functions of a chain. Products of fewer than `narrow` rows or columns take longer.
+    multiply and add there, over short bonds; `shift` along one axis to make a copy; `multiply` and add in a product, in
+    a layer call (`call`), in the gradient of its weight (`weight_gradient`); `weight`: an element of a convolution's
+    weight, which is put in another order; `functions`: the autograd functions of a chain. Products of fewer than
+    `narrow` rows or columns take longer.
 
     Searching a chain, where only ratios matter, and a link stands for all that it does in both passes: `link` to start
     one, `link_multiply` and `link_narrow` for its product, `cluster` to start a step that contracts a cluster, and

@@ -4,7 +4,8 @@ Counted are elements that are alive at once: what an adapter holds all the time 
 is folded from that), what survives the forward pass, and the tensors on the way, forward and backward. Not counted are
 the layer's input, its output and their gradients, which belong to the model, and the workspace of kernels: of torch's,
 and the halves in which the gradients of a small volume are made, a few times the input and the output.
-Tests hold the numbers against measured allocations.
+Tests hold the numbers against measured allocations. A layer by itself is meant: where layers contract together what
+they have alike, small weights of several are alive at once.
 """
 
 from __future__ import annotations
