@@ -161,10 +161,15 @@ def _in_halves(
 
 
 def _cut(x: Tensor, cut: _Halves) -> Tensor:
-    """What the halves read of an input (channels, depth, ...)."""
-    after = max(0, cut.start + cut.length - cut.before - x.shape[1])
-    wide = functional.pad(x, (0, 0, 0, 0, cut.before, after))
-    return torch.stack((wide[:, : cut.length], wide[:, cut.start : cut.start + cut.length]))
+    """What the halves read of an input (channels, depth, ...), and zeros around it."""
+    found = x.new_empty(2, x.shape[0], cut.length, *x.shape[2:])
+    for half, first in zip(found.unbind(0), (-cut.before, cut.start - cut.before), strict=True):
+        low = max(0, first)
+        high = max(low, min(x.shape[1], first + cut.length))
+        half[:, : low - first] = 0
+        half[:, low - first : high - first] = x[:, low:high]
+        half[:, high - first :] = 0
+    return found
 
 
 def _joined(pair: Tensor, depth: int, cut: _Halves) -> Tensor:
