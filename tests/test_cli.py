@@ -270,6 +270,14 @@ def test_show_what_a_call_takes_in_each_mode():
     assert ("without gradients" in line) == (shown["inference"] != shown["auto"])
 
 
+def test_show_which_modes_take_more_memory_than_auto_gives():
+    printed = text("show", "lora", "--layer", "Conv3d:32,32,3", "--input", "1,32,160,224,160")
+    rows = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
+    assert rows["dense"].rstrip().endswith("auto")
+    for mode in ("factored", "hybrid"):
+        assert rows[mode].rstrip().endswith("more memory than `auto` gives it")
+
+
 def test_show_what_a_call_takes_as_json():
     shown = data("show", "lora", "--layer", "Conv2d:64,128,3", "--input", "2,64,8,9")["execution"]
     layer = tnpeft.load_spec("lora").bind("Conv2d", in_channels=64, out_channels=128, kernel_size=3)

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import tnpeft
 from tnpeft.errors import AttachError, TnpeftError
 from tnpeft.modules import AdaptedLayer, Adapter, calling, tuning
 from tnpeft.network import Layer, Network
-from tnpeft.plan import Call, nominal_call, plan, predict
+from tnpeft.plan import Call, feasible_plans, nominal_call, plan, predict
 
 DEFAULT = "default"
 TRAINING, INFERENCE = "cpu, batch 2, 5x6 -> 5x6", "cpu, batch 2, 5x6 -> 5x6, inference"
@@ -434,3 +435,23 @@ def test_an_unknown_mode_is_refused_before_the_model_changes() -> None:
     with pytest.raises((AttachError, TnpeftError)):
         tnpeft.attach(model, "lora", match="0", mode="fast")
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_takes_no_mode_whose_copies_are_gigabytes(device: str) -> None:
+    layer = nn.Conv3d(32, 32, 3, padding=1, device="meta")
+    bound = tnpeft.load_spec("lora").bind(layer, r=4)
+
+    def modes(side: int, inference: bool = False) -> list[str]:
+        call = replace(nominal_call(bound.layer, space=(side,) * 3), device=device)
+        return [found.mode for found in feasible_plans(bound, call, inference)]
+
+    assert modes(32) == ["dense", "hybrid", "factored"]
+    assert modes(32, True) == ["dense", "factored"]
+    assert modes(192) == modes(192, True) == ["dense"]
+    large = replace(nominal_call(bound.layer, space=(192,) * 3), device=device)
+    dense, hybrid = plan(bound, "dense", large), plan(bound, "hybrid", large)
+    voxels = 192**3
+    assert hybrid.peak_bytes - dense.peak_bytes > 2 * 4 * voxels * (32 + 32)
+    assert plan(bound, "auto", large).mode == "dense"
+    assert hybrid.mode == "hybrid"  # whoever asks for it by name gets it

@@ -21,12 +21,16 @@ class Costs:
     plans: dict[str, Plan]
     auto: Plan
     inference: Plan
+    large: tuple[str, ...]
 
     @classmethod
     def of(cls, network: Network, call: Call) -> Costs:
         plans = {mode: plan(network, mode, call) for mode in MODES if mode != "auto"}
-        auto, inference = (best_plan(feasible_plans(network, call, alone), call, alone) for alone in (False, True))
-        return cls(call, plans, auto, inference)
+        choices = [feasible_plans(network, call, alone) for alone in (False, True)]
+        auto, inference = (best_plan(found, call, alone) for found, alone in zip(choices, (False, True), strict=True))
+        allowed = [found.mode for found in choices[0]]
+        large = tuple(mode for mode, found in plans.items() if found.mode == mode and mode not in allowed)
+        return cls(call, plans, auto, inference, large)
 
     def __str__(self) -> str:
         """What `auto` takes, in one line."""
@@ -52,6 +56,7 @@ class Costs:
         peak, saved = bytes_text(known.peak_bytes), bytes_text(known.saved_bytes)
         marks = ["auto"] if mode == self.auto.mode else []
         marks += [f"as dense ({known.reason})"] if known.mode != mode else []
+        marks += ["more memory than `auto` gives it"] if mode in self.large else []
         return mode, *times, f"{known.flops:,}", peak, saved, ", ".join(marks)
 
     def data(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tnpeft.network.model import Network
 from tnpeft.plan.call import Call, nominal_call
 from tnpeft.plan.chain import plan_factored, plan_hybrid
 from tnpeft.plan.dense import plan_dense
+from tnpeft.plan.memory import FLOAT_BYTES
 from tnpeft.plan.model import Plan
 from tnpeft.plan.predict import predict
 from tnpeft.spec.document import clip
@@ -20,6 +21,9 @@ __all__ = ["DEFAULT_MODE", "MODES", "best_plan", "check_choices", "check_mode", 
 
 # What layers get that are attached, compiled or loaded from another library's file.
 DEFAULT_MODE = "auto"
+# Bytes that `auto` may spend on a layer for speed, and those of an input and output for which it need not ask: the
+# copies that a chain makes of them are a few times as much.
+ROOM, LITTLE = 256 << 20, 16 << 20
 
 
 def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inference: bool = False) -> Plan:
@@ -84,13 +88,26 @@ def _hybrid(network: Network, call: Call) -> Plan:
 def feasible_plans(network: Network, call: Call, inference: bool = False) -> list[Plan]:
     """The plans that `auto` chooses from: the dense one first, the others where the network can be factored.
 
-    Without a backward pass a hybrid layer does what a dense one does.
+    Without a backward pass a hybrid layer does what a dense one does. Plans whose copies of a large input take far more
+    memory than dense are left out, however quick they are.
     """
     dense = plan_dense(network)
     chain = plan_factored(network, call)
     if isinstance(chain, str):
         return [replace(dense, reason=chain)]
-    return [dense, chain] if inference else [dense, plan_hybrid(dense, chain), chain]
+    others = [chain] if inference else [plan_hybrid(dense, chain), chain]
+    return [dense, *(other for other in others if _has_room(other, dense, call, inference))]
+
+
+def _has_room(found: Plan, dense: Plan, call: Call, inference: bool) -> bool:
+    """Whether a plan takes no more than `ROOM` beyond dense, or twice the layer's input and output if that is more."""
+    layer = found.network.layer
+    elements = call.batch * (call.inputs * layer.in_channels + call.outputs * layer.out_channels)
+    if FLOAT_BYTES * elements <= LITTLE:
+        return True
+    one, other = found.memory, dense.memory
+    more = one.forward - other.forward if inference else one.peak - other.peak
+    return more <= max(ROOM, 2 * FLOAT_BYTES * elements)
 
 
 def best_plan(plans: Iterable[Plan], call: Call, inference: bool = False) -> Plan:
