@@ -169,3 +169,14 @@ def test_the_methods_are_the_shipped_recipes_and_every_spec(script, monkeypatch)
     for peer in methods.PEERS.values():
         assert set(peer.versions) <= {*tnpeft.list_specs(), *RECIPES}
     assert torch.get_num_threads() > 0
+
+
+@pytest.mark.slow
+def test_attaching_is_timed_and_weighed(script):
+    found = script("attach", "--model", "tiny", "--recipes", "lora_ddpm", "tenvoo_l_ddpm")
+    assert list(found) == ["lora_ddpm", "tenvoo_l_ddpm"]
+    for about in found.values():
+        assert about["first_s"] > 0
+        assert about["again_s"] > 0
+        assert about["tensors_mib"] > 0
+    assert found["tenvoo_l_ddpm"]["folded_mib"] > found["lora_ddpm"]["folded_mib"] >= 0
