@@ -11,7 +11,7 @@ import torch
 from modes import relative
 from small import chain, move
 from torch import Tensor, nn
-from towers import SHARED, Tower, X, adapters, results, same, tower
+from towers import SHARED, Tower, X, adapters, counted, results, same, tower
 
 import tnpeft
 from tnpeft import ExecutionError
@@ -25,15 +25,7 @@ SPECS = [chain(), chain("zero"), chain(frozen=True), SHARED, "loha", "lora", "lo
 @pytest.fixture
 def contracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For how many layers at once delta weights were contracted, call by call."""
-    calls: list[int] = []
-    real = BatchedDelta.contracted
-
-    def counted(self: BatchedDelta, *args: object) -> object:
-        calls.append(self.count)
-        return real(self, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(BatchedDelta, "contracted", counted)
-    return calls
+    return counted(BatchedDelta, monkeypatch)
 
 
 def exact(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

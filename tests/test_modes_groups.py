@@ -14,7 +14,7 @@ from modes import FAST, relative
 from small import chain, move
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from towers import SHARED, Tower, X, adapters, results, same, tower
+from towers import SHARED, Tower, X, adapters, counted, results, same, tower
 
 import tnpeft
 from tnpeft.modules import AdaptedLayer, Adapter
@@ -26,15 +26,7 @@ from tnpeft.surgery import adapters_of
 @pytest.fixture
 def contracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For how many layers at once clusters were contracted, call by call."""
-    calls: list[int] = []
-    real = BatchedCluster.contracted
-
-    def counted(self: BatchedCluster, *args: object) -> object:
-        calls.append(self.count)
-        return real(self, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(BatchedCluster, "contracted", counted)
-    return calls
+    return counted(BatchedCluster, monkeypatch)
 
 
 @pytest.mark.parametrize("spec", [chain(), chain("zero"), chain(frozen=True), SHARED, "loha", "lora"], ids=str)

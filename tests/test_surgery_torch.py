@@ -141,6 +141,8 @@ def _ddp_worker(rank: int, folder: str) -> None:
         merge(wrapped)
         unmerge(wrapped)
         torch.save({"gradients": gradients(model), "names": names_of(wrapped)}, f"{folder}/rank0.pt")
+    torch.distributed.barrier()  # who ends while the other still works may abort in gloo's threads
+    del wrapped
     torch.distributed.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ from tnpeft.errors import ExecutionError, Problem
 from tnpeft.modules.calling import Calling
 from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core, whole_seed
-from tnpeft.modules.keeping import Keeping
+from tnpeft.modules.keeping import Keeping, same_tensors
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
@@ -329,11 +329,7 @@ class Adapter(nn.Module):
             return self._program.constants(start)
         folded, writes = self._folded, tuple(holder._writes for holder in self._holders.values())
         # By identity, for `torch.func.functional_call` may pass other tensors.
-        if (
-            folded is not None
-            and folded.writes == writes
-            and all(one is other for one, other in zip(folded.start, start, strict=True))
-        ):
+        if folded is not None and folded.writes == writes and same_tensors(folded.start, start):
             return folded.constants
         with torch.inference_mode(False), torch.no_grad():
             constants = self._program.constants(start)

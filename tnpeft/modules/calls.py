@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tnpeft.network import Layer
 from tnpeft.plan import Axis, Call
-from tnpeft.program import Geometry, convolve
+from tnpeft.program import Geometry, autocast_dtype, convolve
 
 __all__ = ["as_autocast_has_it", "call_of", "chain_input", "convolved"]
 
@@ -48,24 +48,18 @@ def as_autocast_has_it(x: Tensor) -> Tensor:
 
     Where that is fp16 the chain reads fp32.
     """
-    device = x.device.type
-    if x.dtype != torch.float32 or device == "meta" or not torch.is_autocast_enabled(device):
-        return x
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype) if dtype == torch.bfloat16 else x
+    return x.to(torch.bfloat16) if autocast_dtype(x) == torch.bfloat16 else x
 
 
 def convolved(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The output of a convolution whose gradients are quicker than torch's; None where torch's own are to be taken."""
     if base.groups != 1 or base.padding_mode != "zeros" or torch.compiler.is_compiling():
         return None
-    padding = base.padding
-    if isinstance(padding, str):
-        spans = [step * (kernel - 1) for step, kernel in zip(base.dilation, base.kernel_size, strict=True)]
-        if padding == "same" and any(span % 2 for span in spans):
-            return None
-        padding = tuple(span // 2 if padding == "same" else 0 for span in spans)
-    return convolve(x, weight, bias, Geometry(base.stride, padding, base.dilation))
+    spans = (step * (kernel - 1) for step, kernel in zip(base.dilation, base.kernel_size, strict=True))
+    pairs = [_padding(base, place, span) for place, span in enumerate(spans)]
+    if any(both != 2 * before for before, both in pairs):
+        return None
+    return convolve(x, weight, bias, Geometry(base.stride, tuple(before for before, _ in pairs), base.dilation))
 
 
 def _axes(base: nn.Conv3d, shape: Sequence[int]) -> tuple[Axis, ...]:

@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tnpeft.modules.keeping import Make, saved_tensors_are_hooked
-from tnpeft.program import Cluster, ClusterProgram, LayerClusters, Weight, build_cluster, build_delta, is_lasting
+from tnpeft.modules.keeping import Make, same_tensors, saved_tensors_are_hooked
+from tnpeft.program import (
+    Cluster,
+    ClusterProgram,
+    LayerClusters,
+    Weight,
+    build_cluster,
+    build_delta,
+    is_lasting,
+    writes_of,
+)
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
@@ -72,7 +81,7 @@ class Starts(Generic[_Made]):
         """`make(start)`, anew if it is another `key`."""
         writes = [adapter.writes for adapter in adapters]
         # By identity, for `torch.func.functional_call` may pass other tensors.
-        known = key is self._key and writes == self._writes and _same(self._start, start)
+        known = key is self._key and writes == self._writes and same_tensors(self._start, start)
         if not known or self._made is None:
             with torch.inference_mode(False):
                 made = make(start)
@@ -85,9 +94,9 @@ class Starts(Generic[_Made]):
 class Seat:
     """The place of a layer in the groups of an open pass: in one for each cluster, or in that of its delta weight."""
 
-    def __init__(self, groups: Groups, program: ClusterProgram | Weight) -> None:
+    def __init__(self, groups: Groups, member: Member) -> None:
         self._groups = groups
-        self._program = program
+        self._program, self._adapter = member.program, member.adapter
         self.places: dict[int, tuple[_Group, int]] = {}
 
     def clusters(self, program: ClusterProgram) -> LayerClusters | None:
@@ -98,9 +107,11 @@ class Seat:
         for number in range(len(program.clusters)):
             group, place = self.places[number]
             made = group.results()
-            if made is None or not self._groups.stands(group.adapters[place]):
+            if made is None:
                 return None
             found.append(made[place])
+        if not self._groups.stands(self._adapter):
+            return None
         return LayerClusters(tuple(own[0] for own in found), tuple(own[1] for own in found if len(own) > 1))
 
     def summed(self, weight: Tensor) -> Tensor | None:
@@ -121,7 +132,7 @@ class Groups:
         self.groups: list[_Group] = []
         self.cores: dict[Adapter, list[Tensor]] = {}
         self._made_of: dict[Adapter, tuple[list[int], list[int]]] = {}
-        self._seats = [Seat(self, member.program) for member in members]
+        self._seats = [Seat(self, member) for member in members]
         clusters: dict[Hashable, list[_ClusterOf]] = {}
         deltas: dict[Hashable, list[tuple[Member, Seat]]] = {}
         for member, seat in zip(members, self._seats, strict=True):
@@ -192,19 +203,22 @@ class _Group:
         """
         key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         if key not in self.known:
-            self.known[key] = self._made() if len({tensor.device for tensor in self._tensors()}) == 1 else None
+            own = {adapter: self.groups.cores_of(adapter) for adapter in self._each}
+            cores, others = [own[adapter][core] for adapter, core in self._cores], self._others()
+            together = len({tensor.device for tensor in (*cores, *others)}) == 1
+            self.known[key] = self._made(cores, others) if together else None
         return self.known[key]
 
-    def _tensors(self) -> list[Tensor]:
-        own = {adapter: self.groups.cores_of(adapter) for adapter in self._each}
-        return [own[adapter][core] for adapter, core in self._cores]
+    def _others(self) -> list[Tensor]:
+        """What results are made of beside the cores."""
+        return []
 
-    def _made(self) -> Any:
+    def _made(self, cores: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
         raise NotImplementedError
 
-    def _contracted(self, code: Any, others: Sequence[Tensor], made: Make) -> Sequence[Tensor]:
+    def _contracted(self, code: Any, cores: Sequence[Tensor], others: Sequence[Tensor], made: Make) -> Sequence[Tensor]:
         """`made` of the cores, kept from pass to pass where that is wanted; it is made of `others` too."""
-        cores, keeping = _Group._tensors(self), self.adapters[0].keeping
+        keeping = self.adapters[0].keeping
         return (
             made(cores) if keeping is None else keeping.results((code, *self._cores), self._each, others, cores, made)
         )
@@ -236,19 +250,18 @@ class _Clusters(_Group):
         for place, member in enumerate(members):
             member.seat.places[member.number] = (self, place)
 
-    def _made(self) -> Sequence[tuple[Tensor, ...]]:
-        found = self._contracted(self._code, (), lambda cores: self._code(cores, self._start(self._code)))
+    def _made(self, cores: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]]:
+        found = self._contracted(self._code, cores, others, lambda cores: self._code(cores, self._start(self._code)))
         count = self._code.count
         return [tuple(found[place::count]) for place in range(count)]
 
 
 class _Sum(NamedTuple):
-    """W + ΔW of a layer, how often it was written to, and what it was made of."""
+    """W + ΔW of a layer, the base weight that is in it, and how often the two were written to."""
 
     total: Tensor
-    writes: int
     weight: Tensor
-    made_of: tuple[list[int], list[int]]
+    writes: tuple[list[int], list[int]]
 
 
 class _Deltas(_Group):
@@ -270,39 +283,26 @@ class _Deltas(_Group):
         if made is None:
             return None
         found = made[place]
-        sources = _sources((weight, *self.adapters[place].stored))
-        stands = found.weight is weight and found.made_of == sources and found.writes == _version(found.total)
+        stands = found.writes == _sources((found.total, weight)) and self.groups.stands(self.adapters[place])
         return found.total if stands else None
 
-    def _tensors(self) -> list[Tensor]:
-        return [*super()._tensors(), *(layer.base.weight for layer in self._layers)]
+    def _others(self) -> list[Tensor]:
+        return [layer.base.weight for layer in self._layers]
 
-    def _made(self) -> list[_Sum]:
-        weights = [layer.base.weight for layer in self._layers]
-        constants = [weight.detach() for weight in weights]
+    def _made(self, cores: Sequence[Tensor], others: Sequence[Tensor]) -> list[_Sum]:
+        constants = [weight.detach() for weight in others]
 
         def made(cores: Sequence[Tensor]) -> Sequence[Tensor]:
             deltas = self._code(cores, self._start(self._code))
             return tuple(add_weight(delta, weight) for delta, weight in zip(deltas, constants, strict=True))
 
-        pairs = zip(self.adapters, weights, strict=True)
-        sources = [_sources((weight, *adapter.stored)) for adapter, weight in pairs]
-        found = self._contracted(self._code, weights, made)
-        return [_Sum(one, _version(one), *rest) for one, *rest in zip(found, weights, sources, strict=True)]
+        found = self._contracted(self._code, cores, others, made)
+        return [_Sum(*pair, _sources(pair)) for pair in zip(found, others, strict=True)]
 
 
 def _sources(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """Which tensors something is made of, and how often they were written to."""
-    try:
-        writes = [tensor._version for tensor in tensors]  # every layer of a pass asks: no call for each tensor
-    except RuntimeError:  # one that was made in inference mode
-        writes = [_version(tensor) for tensor in tensors]
-    return [*map(id, tensors)], writes
-
-
-def _version(tensor: Tensor) -> int:
-    """How often the tensor was written to."""
-    return 0 if tensor.is_inference() else tensor._version
+    return [*map(id, tensors)], writes_of(tensors)
 
 
 def add_weight(total: Tensor, weight: Tensor) -> Tensor:
@@ -317,7 +317,3 @@ def add_weight(total: Tensor, weight: Tensor) -> Tensor:
         return total
     # Another dtype, or unit axes whose strides say which memory format the weight has: both steer the kernels.
     return torch.empty_like(weight).copy_(total)
-
-
-def _same(known: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
-    return len(known) == len(found) and all(one is other for one, other in zip(known, found, strict=True))

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import ExecutionError, Problem
+from tnpeft.program import writes_of
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
 
-__all__ = ["Keeping", "Make", "saved_tensors_are_hooked"]
+__all__ = ["Keeping", "Make", "same_tensors", "saved_tensors_are_hooked"]
 
 Make = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -69,7 +70,8 @@ class Keeping:
             self.forget()
         self._writes.update((adapter, adapter.writes) for adapter in adapters)
         trained = [tensor for tensor in sources if isinstance(tensor, nn.Parameter) or tensor.requires_grad]
-        if all(self._versions.setdefault(tensor, _version(tensor)) == _version(tensor) for tensor in trained):
+        pairs = zip(trained, writes_of(trained), strict=True)
+        if all(self._versions.setdefault(tensor, writes) == writes for tensor, writes in pairs):
             return
         name = adapters[0].layer_name
         raise ExecutionError(
@@ -92,15 +94,14 @@ class _Kept:
         with torch.enable_grad(), _as_they_are():
             self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
             self.outputs = tuple(make(self.leaves))
-        self._made = [_version(tensor) for tensor in self.outputs]
+        self._made = writes_of(self.outputs)
 
     def stands(self, sources: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
         """Whether it may be used with these tensors; also not if somebody wrote to a result, `layer.weight` say."""
         return (
-            len(self.sources) == len(sources)
-            and all(one is other for one, other in zip(self.sources, sources, strict=True))
+            same_tensors(self.sources, sources)
             and self._wanted == _wanted(inputs)
-            and self._made == [_version(tensor) for tensor in self.outputs]
+            and self._made == writes_of(self.outputs)
         )
 
     def gradients(self, gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
@@ -152,5 +153,6 @@ def _wanted(inputs: Sequence[Tensor]) -> list[bool]:
     return [tensor.requires_grad for tensor in inputs]
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def same_tensors(known: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    """Whether they are one by one the same, not only equal."""
+    return len(known) == len(found) and all(one is other for one, other in zip(known, found, strict=True))

@@ -11,9 +11,9 @@ from tnpeft.program.applied import (
 from tnpeft.program.clusters import Cluster, ClusterProgram, LayerClusters, build_cluster, build_clusters
 from tnpeft.program.convolution import Geometry, convolve
 from tnpeft.program.deltas import Weight, build_delta, weight_of
-from tnpeft.program.execute import is_lasting
+from tnpeft.program.execute import is_lasting, writes_of
 from tnpeft.program.model import Program, build_program
-from tnpeft.program.total import Constants, without_autocast
+from tnpeft.program.total import Constants, autocast_dtype, without_autocast
 
 __all__ = [
     "ChainProgram",
@@ -27,6 +27,7 @@ __all__ = [
     "LayerClusters",
     "Program",
     "Weight",
+    "autocast_dtype",
     "build_chain",
     "build_cluster",
     "build_clusters",
@@ -37,4 +38,5 @@ __all__ = [
     "is_lasting",
     "weight_of",
     "without_autocast",
+    "writes_of",
 ]

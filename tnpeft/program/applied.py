@@ -15,7 +15,7 @@ from tnpeft.program.chain import Chain, lower_chain
 from tnpeft.program.clusters import LayerClusters
 from tnpeft.program.completion import complete
 from tnpeft.program.route import routes
-from tnpeft.program.total import without_autocast
+from tnpeft.program.total import autocast_dtype, without_autocast
 
 __all__ = ["ChainProgram", "ClusterGradients", "Completions", "FactoredUpdate", "build_chain", "build_completion"]
 
@@ -124,9 +124,7 @@ def _padded(tensor: Tensor, channels: tuple[int, int]) -> Tensor:
 def _chain_dtype(x: Tensor) -> torch.dtype:
     """The type in which the input meets the clusters: that of autocast or the input, but never fp16, where values
     overflow of which the difference is still zero."""
-    device = x.device.type
-    autocast = x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
-    found = torch.get_autocast_dtype(device) if autocast else x.dtype
+    found = autocast_dtype(x)
     return torch.float32 if found == torch.float16 else found
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tnpeft.network import Network
 from tnpeft.plan import Step
-from tnpeft.program.execute import is_lasting
+from tnpeft.program.execute import kept
 from tnpeft.program.layout import lay_out_steps
 from tnpeft.program.route import GROUP
 from tnpeft.program.tree import run_changes, run_gradients, run_values
@@ -212,13 +212,7 @@ class BatchedTree:
     def _numbers_on(self, device: torch.device, cores: Sequence[int], back: bool) -> Tensor:
         """For every element of some cores in a row, the place that it is taken from; `back`: to the stored order."""
         key = (device, tuple(cores), back)
-        found = self._numbers.get(key)
-        if found is None:
-            with torch.inference_mode(False), torch.device("cpu"):
-                found = self._found_numbers(cores, back).to(device)
-            if is_lasting(found):
-                self._numbers[key] = found
-        return found
+        return kept(self._numbers, key, lambda: self._found_numbers(cores, back).to(device))
 
     def _found_numbers(self, cores: Sequence[int], back: bool) -> Tensor:
         found, first = [], 0

@@ -14,6 +14,7 @@ from tnpeft.errors import ExecutionError, Problem
 from tnpeft.plan import Plan
 from tnpeft.program.batched import Start, Tree, build_tree
 from tnpeft.program.clusters import together
+from tnpeft.program.execute import writes_of
 from tnpeft.program.finish import Finish
 from tnpeft.program.total import without_autocast
 
@@ -115,7 +116,7 @@ class Deltas(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Nothing is freed with the graph of one layer: others may have a backward pass of their own.
         ctx.code, ctx.kept, ctx.cores = code, kept, cores
-        ctx.versions = _versions(cores)
+        ctx.writes = writes_of(cores)
         return tuple(found)
 
     @staticmethod
@@ -123,14 +124,10 @@ class Deltas(torch.autograd.Function):
         code: BatchedDelta = ctx.code
         if all(one is None for one in gradients):
             return (None, None, *(None for _ in ctx.cores))
-        if torch.is_grad_enabled() and ctx.versions != _versions(ctx.cores):
+        if torch.is_grad_enabled() and ctx.writes != writes_of(ctx.cores):
             what, wrong = "double backward through delta weights", "values that were written since"
             fix = "Step the optimiser after the last backward pass."
             raise ExecutionError(Problem(what, "the cores of the forward pass", wrong, fix))
         with without_autocast(ctx.cores[0]):
             found = code.gradients(ctx.kept, gradients, ctx.cores, ctx.needs_input_grad[2:])
         return (None, None, *found)
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

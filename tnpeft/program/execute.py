@@ -7,7 +7,7 @@ turned into one function of its operands, with everything decided, the first tim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tnpeft.program.contraction import Contraction, View
 
-__all__ = ["contract", "contract_difference", "is_lasting", "is_watched", "reorder"]
+__all__ = ["contract", "contract_difference", "is_lasting", "is_watched", "kept", "reorder", "writes_of"]
 
 Seen: TypeAlias = "Callable[[Tensor], Tensor]"
 Product: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
@@ -31,6 +31,25 @@ def is_lasting(found: object) -> bool:
     if isinstance(found, Tensor):
         return type(found) in (Tensor, torch.nn.Parameter)
     return all(map(is_lasting, found)) if isinstance(found, (tuple, list)) else True
+
+
+def writes_of(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to, as far as autograd counts."""
+    try:
+        return [tensor._version for tensor in tensors]  # every layer of a pass asks: no call for each tensor
+    except RuntimeError:  # one was made in inference mode
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def kept(tables: dict[Hashable, Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, made once for each key: a table of the process, whatever modes and default device are on for now."""
+    found = tables.get(key)
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            found = make()
+        if is_lasting(found):
+            tables[key] = found
+    return found
 
 
 def contract(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> Tensor:
@@ -168,9 +187,7 @@ def _added(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, 
         return made.baddbmm_(first, second)
     if product.product == "mul":
         return made.addcmul_(first, second)
-    if first.device.type == "cpu":
-        return made.addbmm_(first, second)
-    return made.add_(torch.bmm(first, second).sum(0))
+    return made.addbmm_(first, second) if first.device.type == "cpu" else made.add_(_multiply(product, first, second))
 
 
 def _doubled(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], plain: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tnpeft.program.difference import Code
 
-__all__ = ["Constants", "Delta", "Term", "Total", "without_autocast"]
+__all__ = ["Constants", "Delta", "Term", "Total", "autocast_dtype", "without_autocast"]
 
 Constants = tuple[tuple[Tensor, ...], ...]
 """What the difference needs of the frozen copy, for each term."""
@@ -123,6 +123,13 @@ class Delta(torch.autograd.Function):
         with without_autocast(cores[0]):
             found = total.backward(cores, kept, gradient, ctx.needs_input_grad[3:])
         return (None, None, None, *found)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type in which autocast calls a layer with this input; the input's own where there is none."""
+    device = x.device.type
+    autocast = x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tnpeft.plan import Axis
-from tnpeft.program.execute import is_lasting
+from tnpeft.program.execute import kept
 
 __all__ = ["Positions", "Window", "Windows"]
 
@@ -172,14 +172,12 @@ class Windows:
         return self._move(tensor) if self.axes else tensor
 
     def _multiplied(self, tensor: Tensor) -> Tensor:
-        kind = tensor.dtype, tensor.device
-        matrix = self._tables.get(kind)
-        if matrix is None:
-            with torch.inference_mode(False), torch.no_grad():
-                matrix = self._moved(torch.eye(self._read, dtype=kind[0], device=kind[1])).reshape(self._read, -1)
-            if is_lasting(matrix):
-                self._tables[kind] = matrix
-        return torch.mm(tensor.reshape(-1, self._read), matrix)
+        dtype, device = tensor.dtype, tensor.device
+
+        def made() -> Tensor:
+            return self._moved(torch.eye(self._read, dtype=dtype, device=device)).reshape(self._read, -1)
+
+        return torch.mm(tensor.reshape(-1, self._read), kept(self._tables, (dtype, device), made))
 
     def _picked(self, tensor: Tensor) -> Tensor:
         rows = self._positions.rows(written=False)
@@ -191,13 +189,7 @@ class Windows:
         return embedding_bag(numbers, _with_zeros(tensor.reshape(rows, -1)), mode="sum")
 
     def _numbers(self, device: torch.device) -> Tensor:
-        found = self._tables.get(device)
-        if found is None:
-            with torch.inference_mode(False), torch.device("cpu"):
-                found = self._positions.numbers(self.collects).to(device)
-            if is_lasting(found):
-                self._tables[device] = found
-        return found
+        return kept(self._tables, device, lambda: self._positions.numbers(self.collects).to(device))
 
     def _moved(self, tensor: Tensor) -> Tensor:
         for window in reversed(self.axes) if self.collects else self.axes:
