@@ -18,9 +18,9 @@ class Machine:
 
     Predicting a mode: `shared`, to start an operation that contracts cores, which layers alike share; `contract`, to
     multiply and add there, over short bonds; `shift` along one axis to make a copy; `multiply` and add in a product, in
-    a layer call (`call`), in the gradient of its weight (`weight_gradient`); `weight`: an element of a convolution's
-    weight, which is put in another order; `functions`: the autograd functions of a chain. Products of fewer than
-    `narrow` rows or columns take longer.
+    a layer call (`call`), in the gradient of its weight (`weight_gradient` of a convolution's, `linear_gradient` of a
+    linear layer's); `weight`: an element of a convolution's weight, which is put in another order; `functions`: the
+    autograd functions of a chain. Products of fewer than `narrow` rows or columns take longer.
 
     Searching a chain, where only ratios matter, and a link stands for all that it does in both passes: `link` to start
     one, `link_multiply` and `link_narrow` for its product, `cluster` to start a step that contracts a cluster, and
@@ -38,6 +38,7 @@ class Machine:
     multiply: float
     call: float
     weight_gradient: float
+    linear_gradient: float
     weight: float
     functions: float
     narrow: float
@@ -55,18 +56,19 @@ class Machine:
 
 MACHINES: Mapping[str, Machine] = MappingProxyType(
     {
-        # Fitted to a 2-core Xeon with AVX-512 (benchmarks/modes.py).
+        # Fitted to two cores of a Xeon and of an EPYC, both with AVX-512 (benchmarks/modes.py).
         "cpu": Machine(
             start=1e3,
-            move=0.33,
+            move=0.356,
             cached=1 << 22,
             far=4.0,
             shared=10.3e3,
-            contract=0.0041,
-            shift=21.7e3,
-            multiply=0.0041,
+            contract=0.00465,
+            shift=20e3,
+            multiply=0.0034,
             call=0.0095,
             weight_gradient=0.0077,
+            linear_gradient=0.0134,
             weight=0.31,
             functions=85e3,
             narrow=32.0,
@@ -88,6 +90,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
             multiply=2e-6,
             call=7e-6,
             weight_gradient=8e-6,
+            linear_gradient=8e-6,
             weight=0.0064,
             functions=355e3,
             narrow=1.0,

@@ -85,7 +85,9 @@ class _Prices:
             forward = sum(pairs * self._step(step) for step in part.steps) + starts
             backward = 2 * sum(self._step(step) for step in part.steps) + starts / 2
             found.append((forward, backward + self.moved(numel)))
-        gradient = self.machine.start + self.machine.weight_gradient * _multiplications(plan, call)
+        convolution = bool(plan.network.layer.kernel_size)
+        price = self.machine.weight_gradient if convolution else self.machine.linear_gradient
+        gradient = self.machine.start + price * _multiplications(plan, call)
         found.append((self.moved(3 * numel), gradient + 2 * self._weight(plan)))
         return found
 
@@ -139,8 +141,7 @@ class _Prices:
 
     def _link(self, link: _Link, wide: int, side: int) -> float:
         found = self.product(link.multiplications * wide, link.rows * min(wide, 2)) + self.machine.start
-        # Legs that pass by a link stand in the way: its operand or its result is copied.
-        found += (3 if link.passing else 1) * self.machine.move * (link.read + link.written) * min(wide, 2)
+        found += self.machine.move * (link.read + link.written) * min(wide, 2)
         if link.shifts:
             found += link.shifts * self.machine.shift + self.copied(link.copied * side)
         return found
@@ -157,7 +158,6 @@ class _Link:
     copied: float
     shifts: int
     gather: bool
-    passing: bool
 
 
 def _links(plan: Plan, call: Call) -> Iterator[_Link]:
@@ -166,11 +166,8 @@ def _links(plan: Plan, call: Call) -> Iterator[_Link]:
         shifts = sum(not call.axes[axis].plain for axis in link.axes)
         new = plan.elements(tuple(leg for leg in link.after if leg not in link.before))
         summed = plan.elements(tuple(leg for leg in link.before if leg not in link.after))
-        passing = any(leg in link.after for leg in link.before)
         rows = min(new * (1 if link.gather else entries), summed * (entries if link.gather else 1))
-        yield _Link(
-            link.flops / 2, rows, passage.before, passage.after, passage.copied, shifts, link.gather, passing
-        )  # fmt: skip
+        yield _Link(link.flops / 2, rows, passage.before, passage.after, passage.copied, shifts, link.gather)
 
 
 def _cut(plan: Plan, place: int) -> tuple[str, ...]:
