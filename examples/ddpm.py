@@ -1,12 +1,19 @@
 """Fine-tune MONAI's 3D diffusion U-Net with an adapter that exists only as a YAML file.
 
     python examples/ddpm.py demo
-    python examples/ddpm.py finetune --config examples/configs/paper_adni.yaml --out runs/adni \\
-        --set data.root=/data/ADNI --set base.checkpoint=/models/ukb.pt
+    python examples/ddpm.py prepare  --config C.yaml --out runs/data --set data.root=/data/ADNI
+    python examples/ddpm.py finetune --config C.yaml --out runs/adni --set data.manifest=runs/data/manifest.json
+    python examples/ddpm.py sample   --config C.yaml --out runs/adni --set sampling.adapters=[runs/adni/adapter.safetensors]
+    python examples/ddpm.py evaluate --config C.yaml --out runs/adni
+    python examples/ddpm.py study table1 --config examples/configs/study_cpu.yaml --out runs/study
+    python examples/ddpm.py report --out runs/study
+
+Every setting is in `ddpm_lab/config.py`; `--set key=value` overrides one.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -19,49 +26,88 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
+Settings = Annotated[Path, typer.Option("--config", help="The settings, a YAML file.")]
+Folder = Annotated[Path, typer.Option("--out", help="The folder of results.")]
 Override = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, for instance method.params.r=8.")
 ]
 
 
 @app.command("demo")
-def demo_command(
-    config: Annotated[Path, typer.Option(help="The settings.")] = CONFIGS / "demo.yaml",
-    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("runs/demo"),
-    overrides: Override = [],  # noqa: B006  typer reads the default, nothing changes it
-) -> None:
+def demo(config: Settings = CONFIGS / "demo.yaml", out: Folder = Path("runs/demo"), overrides: Override = []) -> None:  # noqa: B006
     """Make a population from the MNI152 template, pretrain on its source, fine-tune on its target."""
+    _run("demo:demo", "config:DemoConfig", config, overrides, out)
 
-    def run() -> None:
-        from ddpm_lab.config import DemoConfig
-        from ddpm_lab.config_file import read_config
 
-        settings = read_config(config, overrides, DemoConfig)
-        from ddpm_lab.demo import demo
+@app.command("prepare")
+def prepare(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
+    """Index a data set: find its volumes, read each, split them; writes manifest.json and what was rejected."""
+    _run("prepare:prepare_data", "config:Config", config, overrides, out)
 
-        demo(settings, out, _screen())
 
-    _guarded(run)
+@app.command("pretrain")
+def pretrain(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
+    """Train every weight of a model from nothing; model.safetensors is the base of later runs."""
+    _run("driver:pretrain", "config:Config", config, overrides, out)
 
 
 @app.command("finetune")
-def finetune_command(
-    config: Annotated[Path, typer.Option(help="The settings.")],
-    out: Annotated[Path, typer.Option(help="The folder of results.")],
+def finetune(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
+    """Fine-tune a base checkpoint; the same command goes on where a run was cut short."""
+    _run("driver:finetune", "config:Config", config, overrides, out)
+
+
+@app.command("sample")
+def sample(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
+    """Draw volumes from a base and any number of adapters as NIfTI files, in OUT/samples; resumable."""
+    _run("sample:sample_volumes", "config:Config", config, overrides, out)
+
+
+@app.command("evaluate")
+def evaluate(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
+    """Measure the samples in OUT/samples against real volumes: FID, MMD, MS-SSIM with intervals."""
+    _run("evaluate:evaluate_samples", "config:Config", config, overrides, out)
+
+
+@app.command("study")
+def study(
+    name: Annotated[str, typer.Argument(help="table1, table2, table3, table4 or figure4.")],
+    config: Settings,
+    out: Folder,
     overrides: Override = [],  # noqa: B006
 ) -> None:
-    """Fine-tune a base checkpoint on a folder of NIfTI files."""
+    """Run methods x data sets x seeds as one of the paper's tables or figures has them; resumable."""
+    _run("study:study", "study_config:StudyConfig", config, overrides, out, name)
+
+
+@app.command("report")
+def report(out: Folder) -> None:
+    """Tables, pictures and one HTML page of everything that `study` left in OUT."""
 
     def run() -> None:
-        from ddpm_lab.config import Config
-        from ddpm_lab.config_file import read_config
+        from ddpm_lab.report import report
 
-        settings = read_config(config, overrides, Config)
-        from ddpm_lab.driver import finetune
-
-        finetune(settings, out, _screen())
+        report(out, _screen())
 
     _guarded(run)
+
+
+def _run(function: str, kind: str, config: Path, overrides: list[str], out: Path, *more: Any) -> None:
+    """Read the settings, then run `module:function` of ddpm_lab on them."""
+
+    def run() -> None:
+        from ddpm_lab.config_file import read_config
+
+        settings = read_config(config, overrides, _of_lab(kind))
+        _of_lab(function)(*more, settings, out, _screen())
+
+    _guarded(run)
+
+
+def _of_lab(name: str) -> Any:
+    """Imported only when it runs, so that `--help` and mistakes in a file need no torch."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"ddpm_lab.{module}"), attribute)
 
 
 def _screen() -> Any:

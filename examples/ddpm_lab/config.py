@@ -49,6 +49,8 @@ class Data(Section):
     resize: Size | None = None
     intensity: tuple[float, float] = (0.0, 1.0)  # every volume's minimum and maximum are moved here
     cache: Literal["memory", "disk", "none"] = "memory"
+    manifest: Path | None = None  # `prepare`'s: names the files and the split, in place of root, layout and keep
+    skip_damaged: bool = False  # leave out a volume that turns out damaged in mid-epoch, with a report
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     split_seed: int = 0
 
@@ -92,7 +94,9 @@ class Method(Section):
     match: str | None = None  # a regular expression over module names
     train: Literal["cores", "bias_norm"] = "bias_norm"  # with `spec`: the cores alone, or adapted biases and norms too
     params: dict[str, Any] = {}  # the spec's: {r: 4}
-    mode: Literal["auto", "dense", "factored", "hybrid"] = "dense"
+    mode: Literal["auto", "dense", "factored", "hybrid"] = "auto"
+    also: tuple[str, ...] = ()  # joint fine-tuning: patterns of layers that train whole, beside the adapters
+    zero_scale: bool = False  # the accident of the paper's LoRA and LoHa: rank // 4 = 0 scales their updates to nothing
 
 
 class Training(Section):
@@ -106,6 +110,11 @@ class Training(Section):
     schedule: Literal["constant", "one_cycle"] = "constant"
     loss: Literal["mse", "mae"] = "mse"
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # decay of an average of what trains; the average is the result
+    )
+    checkpoint_every: Positive | None = None  # optimiser steps; a run that was cut short goes on from the last one
+    keep_checkpoints: Positive = 2
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware multiplies in it
     device: Literal["auto", "cpu"] = "auto"
     threads: Positive | None = None  # torch's; its own choice when not given
@@ -132,6 +141,9 @@ class Sampling(Section):
     steps: Positive = 250
     count: Annotated[int, Field(ge=0)] = 8
     batch_size: Positive = 1
+    adapters: tuple[Path, ...] = ()  # `sample`: adapter files over one base, each with a folder of its own
+    base: bool = True  # `sample`: the base itself too
+    merge: bool = True  # `sample`: with merged weights
     seed: int = 4321
 
 
@@ -142,6 +154,9 @@ class Metrics(Section):
     reference: Literal["validation", "all"] = "validation"  # which real volumes the samples are compared with
     most: Annotated[int, Field(ge=2)] = 1000  # real volumes of a set that are read, evenly chosen
     pairs: Positive = 100  # for MS-SSIM
+    resamples: Annotated[int, Field(ge=0)] = 200  # of the bootstrap; 0 for none
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95  # of the intervals
+    seed: int = 99
 
 
 class Config(Section):

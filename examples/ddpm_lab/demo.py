@@ -13,11 +13,11 @@ from ddpm_lab.config import Base, Config, DemoConfig, Method, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import noise_schedule
 from ddpm_lab.driver import finish
-from ddpm_lab.files import make_folder
+from ddpm_lab.files import make_folder, write_json
 from ddpm_lab.finetune import Run, Setup, prepare, prepare_volumes, run_training
 from ddpm_lab.plots import Curve, plot_curves
 from ddpm_lab.population import template_tissues, write_population
-from ddpm_lab.summary import describe_run, error_table, sample_table, time_line, write_json
+from ddpm_lab.summary import describe_run, error_table, sample_table, time_line
 from ddpm_lab.training import History, Step, make_accelerator, steps_of, train
 from ddpm_lab.unet import build_unet, save_weights
 

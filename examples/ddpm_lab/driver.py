@@ -14,6 +14,7 @@ from torch import nn
 import tnpeft
 from ddpm_lab.config import Config
 from ddpm_lab.console import Screen
+from ddpm_lab.files import write_json
 from ddpm_lab.finetune import Run, Setup, prepare, probe, run_training, sample
 from ddpm_lab.plots import Curve, plot_curves, plot_montage
 from ddpm_lab.summary import (
@@ -24,7 +25,6 @@ from ddpm_lab.summary import (
     headline,
     sample_table,
     time_line,
-    write_json,
 )
 from ddpm_lab.unet import build_unet, load_base
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -18,7 +19,7 @@ from ddpm_lab.config import Data
 from ddpm_lab.faults import fault, raise_all
 from tnpeft.errors import Problem
 
-__all__ = ["LAYOUTS", "Split", "check_volumes", "find_volumes", "make_folder", "split_volumes"]
+__all__ = ["LAYOUTS", "Split", "check_volumes", "find_volumes", "make_folder", "split_volumes", "write_json"]
 
 # Patterns below the root, as the paper's data sets are unpacked; gzipped or not where that may differ.
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -114,6 +115,13 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise fault(path, "`--out`", "a folder to write to", _reason(error), "Choose another.") from None
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write data whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.data import ConcatDataset, Subset
 
-import tnpeft
 from ddpm_lab.config import Config
 from ddpm_lab.encoder import Encoder
 from ddpm_lab.finetune import Run, Setup
 from ddpm_lab.metrics import frechet_distance, mmd_gaussian, mmd_linear, ms_ssim, ssim_scales
+from ddpm_lab.record import machine, revision, versions
 
 __all__ = [
     "describe_run",
@@ -29,7 +25,6 @@ __all__ = [
     "headline",
     "sample_table",
     "time_line",
-    "write_json",
 ]
 
 SampleData = dict[str, Any]
@@ -47,31 +42,14 @@ def describe_setup(setup: Setup) -> dict[str, Any]:
             "shape": list(setup.volumes.shape),
         },
         "machine": {
-            "device": str(setup.accelerator.device),
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
+            **machine(),
             "processes": setup.accelerator.num_processes,
             "precision": {"no": "fp32"}.get(setup.accelerator.mixed_precision, setup.accelerator.mixed_precision),
         },
-        "versions": {
-            "python": platform.python_version(),
-            "tnpeft": tnpeft.__version__,
-            **{name: version(name) for name in ("torch", "monai", "accelerate")},
-        },
+        "versions": versions(),
+        "revision": revision(),
         "config": setup.config.model_dump(mode="json"),
     }
-
-
-def _processor() -> str:
-    """The processor's name: a number of seconds means little without it."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -180,13 +158,6 @@ def time_line(seconds: Mapping[str, float], total: float) -> str:
     """Where the time went, the longest phases first."""
     parts = sorted(seconds.items(), key=lambda item: -item[1])
     return f"{total:.0f} s in all; the longest: " + ", ".join(f"{name} {value:.0f} s" for name, value in parts[:5])
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write data whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def headline(config: Config, shape: tuple[int, ...]) -> str:
