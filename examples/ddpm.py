@@ -3,7 +3,7 @@
     python examples/ddpm.py demo
     python examples/ddpm.py prepare  --config C.yaml --out runs/data --set data.root=/data/ADNI
     python examples/ddpm.py finetune --config C.yaml --out runs/adni --set data.manifest=runs/data/manifest.json
-    python examples/ddpm.py sample   --config C.yaml --out runs/adni --set sampling.adapters=[runs/adni/adapter.safetensors]
+    python examples/ddpm.py sample   --config C.yaml --out runs/adni
     python examples/ddpm.py evaluate --config C.yaml --out runs/adni
     python examples/ddpm.py study table1 --config examples/configs/study_cpu.yaml --out runs/study
     python examples/ddpm.py report --out runs/study
