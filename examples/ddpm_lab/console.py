@@ -33,8 +33,8 @@ class Screen:
         self.console.print(text, highlight=False)
 
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Bar]:
-        """A bar for one phase; its time is added to `seconds`."""
+    def bar(self, title: str, total: int, transient: bool = False) -> Iterator[Bar]:
+        """A bar for one phase, which a transient one leaves no trace of; its time is added to `seconds`."""
         columns = (
             TextColumn("{task.description:<36}"),
             BarColumn(bar_width=28),
@@ -43,7 +43,7 @@ class Screen:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with self.phase(title), Progress(*columns, console=self.console) as progress:
+        with self.phase(title), Progress(*columns, console=self.console, transient=transient) as progress:
             task = progress.add_task(title, total=total, note="")
 
             def move(done: int, note: str) -> None:
