@@ -80,7 +80,9 @@ def plot_panels(path: Path, panels: Sequence[Panel], theme: Theme = LIGHT_THEME,
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=share)[0]
         for each, panel in zip(axes, panels, strict=True):
             _draw(each, panel, theme)
-        figure.canvas.draw()
+        for each, panel in zip(axes, panels, strict=True):
+            if panel.labels:
+                _label_ends(each, panel, theme)  # once all axes have their final range
         figure.savefig(path)
 
 
@@ -136,8 +138,6 @@ def _draw(axes: Any, panel: Panel, theme: Theme) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     if panel.zero:
         axes.set_ylim(0, None)
-    if panel.labels:
-        _label_ends(axes, panel, theme)
 
 
 def _label_ends(axes: Any, panel: Panel, theme: Theme) -> None:
