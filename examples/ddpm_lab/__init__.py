@@ -2,6 +2,6 @@
 
 Each imports only what stands to its left:
 
-    faults <- config <- files <- volumes, population <- unet, diffusion <- training, sampling
-           <- encoder, metrics <- plots, summary <- finetune <- demo
+    faults <- config <- manifest <- files <- volumes, population <- unet, diffusion <- training, sampling
+           <- encoder, metrics <- plots, summary <- finetune <- demo, prepare
 """
