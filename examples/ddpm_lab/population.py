@@ -101,21 +101,20 @@ def _on_cube(image: nibabel.Nifti1Image, side: int) -> torch.Tensor:
 
 def paint_subject(tissues: Tissues, domain: Domain, generator: torch.Generator) -> torch.Tensor:
     """One subject, (side, side, side) in [0, 1]; the same generator state gives the same subject."""
-    side = tissues.maps.shape[-1]
-    grid = _deformation(side, generator)
-    if domain == "atrophy":
+    grid = _deformation(tissues.maps.shape[-1], generator)
+    spread = 1 + SIGNAL_SPREAD * (2 * torch.rand(3, generator=generator) - 1)
+    scanner = _scanner(generator)
+    if domain == "atrophy":  # diseases draw last, so that the subject is otherwise the healthy one of the same state
         grid = _widened(grid, generator)
     shape = grid_sample(tissues.maps[None], grid, align_corners=False)[0]
-    spread = 1 + SIGNAL_SPREAD * (2 * torch.rand(3, generator=generator) - 1)
-    signal = torch.tensor(SIGNAL[domain]) * spread
-    clean = torch.einsum("t,tdhw->dhw", signal, shape)
+    clean = torch.einsum("t,tdhw->dhw", torch.tensor(SIGNAL[domain]) * spread, shape)
     if domain == "lesion":
         clean = _with_lesion(clean, shape.sum(0).clamp(0, 1), generator)
-    return _scanned(clean, generator)
+    return torch.as_tensor(scanner(clean[None]))[0].clamp(0, 1)
 
 
-def _scanned(clean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What a scanner makes of it: a bias field, another gamma, ringing and noise."""
+def _scanner(generator: torch.Generator) -> Compose:
+    """What a scanner does to a volume: a bias field, another gamma, ringing and noise."""
     gamma = float(0.9 + 0.2 * torch.rand((), generator=generator))
     acquisition = Compose(
         [
@@ -127,7 +126,7 @@ def _scanned(clean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         ]
     )
     acquisition.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
-    return torch.as_tensor(acquisition(clean[None]))[0].clamp(0, 1)
+    return acquisition
 
 
 def _between(bounds: tuple[float, float], generator: torch.Generator) -> float:
@@ -140,7 +139,7 @@ def _widened(grid: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     away = grid - torch.tensor(VENTRICLES).flip(0)  # a grid's coordinates run S, A, R
     near = torch.exp(-(away / torch.tensor(VENTRICLE_REACH).flip(0)).square().sum(-1, keepdim=True) / 2)
     # Each point shows what lay closer to the middle of the ventricles.
-    return grid - 2 * _between(WIDENING, generator) * near * away
+    return grid - 3 * _between(WIDENING, generator) * near * away
 
 
 def _with_lesion(clean: torch.Tensor, brain: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -15,6 +15,7 @@ from ddpm_lab.console import Screen
 from ddpm_lab.driver import finetune
 from ddpm_lab.faults import fault
 from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.manifest import read_manifest, root_of
 from ddpm_lab.population import template_tissues, write_population
 from ddpm_lab.prepare import prepare_data
 from ddpm_lab.study_config import DataSet, StudyConfig
@@ -47,7 +48,7 @@ def settled(name: str, config: StudyConfig, dataset: DataSet, out: Path, screen:
             if not (folder / "manifest.json").is_file() or read_json(folder / "data.json") != wanted:
                 prepare_data(_only(config, data), folder, screen)
                 write_json(folder / "data.json", wanted)
-            own["manifest"] = folder / "manifest.json"
+            own |= {"manifest": folder / "manifest.json", "keep": None}  # the manifest has the files that were kept
         found = dataset.model_copy(update={"data": dataset.data.model_copy(update=own)})
         _previews(config, found, folder / "real")
     return found
@@ -76,14 +77,10 @@ def _previews(config: StudyConfig, dataset: DataSet, folder: Path) -> None:
     if folder.is_dir():
         return
     data = config.data_of(dataset)
-    assert data.manifest is not None
-    manifest = read_json(data.manifest)
-    if manifest is None:
-        raise fault(
-            data.manifest, "`data.manifest`", "a manifest of `prepare`", "none", "Run `prepare`, or correct it."
-        )
-    files = [Path(manifest["root"]) / entry["path"] for entry in (*manifest["validation"], *manifest["train"])]
-    save_volumes([transforms(data)(file) for file in files[:PREVIEWS]], folder)
+    manifest = read_manifest(data)
+    root = root_of(data, manifest)
+    files = [root / entry.path for entry in (*manifest.validation, *manifest.train)][:PREVIEWS]
+    save_volumes([transforms(data)(file) for file in files], folder)
 
 
 def save_volumes(volumes: Sequence[torch.Tensor], folder: Path) -> None:
