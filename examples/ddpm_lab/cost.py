@@ -63,7 +63,7 @@ class Subject:
         with self.accelerator.autocast():
             found, target = predict(self.unet, self.scheduler, volumes, torch.randn_like(volumes), timesteps)
         loss = nn.functional.mse_loss(found.float(), target.float())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
@@ -85,7 +85,7 @@ def subject(config: StudyConfig, method: Method, training: Training, accelerator
                 parameter.normal_(0, 0.02)
     unet.to(accelerator.device)
     if config.model.checkpointing:
-        recompute_activations(unet)  # type: ignore[arg-type]
+        recompute_activations(unet)
     trained = apply_method(unet, method)
     unet.to(accelerator.device)
     return Subject(trained, training, noise_schedule(config.diffusion), accelerator)
@@ -98,12 +98,13 @@ def measure_costs(config: StudyConfig, out: Path, screen: Screen) -> None:
     methods |= {
         name: config.methods[name].method for name in config.table4 if config.methods[name].method.kind != "full"
     }
-    sizes = {}
+    sizes: dict[str, dict[str, Any]] = {}
     for name, shape in config.cost.shapes.items():
         memory = _memory(config, methods, shape, accelerator, screen, name)
-        sizes[name] = {"shape": list(shape), "methods": _times(config, methods, shape, accelerator, screen, name)}
-        for method, about in sizes[name]["methods"].items():
-            about |= {"memory_bytes": memory[method], "memory": memory[method] / memory[FULL]}
+        found = _times(config, methods, shape, accelerator, screen, name)
+        for method, costs in found.items():
+            costs |= {"memory_bytes": memory[method], "memory": memory[method] / memory[FULL]}
+        sizes[name] = {"shape": list(shape), "methods": found}
     about = {
         "batch_size": config.cost.batch_size,
         "rounds": config.cost.rounds,
@@ -223,11 +224,11 @@ class _Counted:
         return self._counts.peak if self._counts is not None else torch.cuda.max_memory_allocated()
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages made inside that are alive, and the most that were."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.peak = 0
         self._sizes: dict[int, int] = {}
 

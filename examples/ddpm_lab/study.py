@@ -112,7 +112,7 @@ def planned(name: str, config: StudyConfig, out: Path, screen: Screen) -> list[R
                 own = config.run(None if method == BASE else method, about, seed, base)
                 key = digest(own, identity(config, config.datasets[dataset]), base_key)
                 folder = out / "runs" / method / dataset / f"seed-{seed}"
-                runs.append(Run(method, dataset, seed, own, folder, key))
+                runs.append(Run(method, dataset, seed, own, folder, out / "cache" / dataset, key))
     return runs
 
 

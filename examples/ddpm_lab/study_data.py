@@ -29,7 +29,7 @@ PREVIEWS = 4  # real volumes kept as the model sees them, for the report's monta
 
 def identity(config: StudyConfig, dataset: DataSet) -> dict[str, Any]:
     """What tells a data set from another one: how its subjects are made, or where its files lie."""
-    data = config.data_of(dataset).model_dump(mode="json", exclude={"cache"})
+    data = config.data_of(dataset).model_dump(mode="json", exclude={"cache", "checksums"})
     if dataset.made is None:
         return data
     return {"made": dataset.made.model_dump(mode="json"), **data, "root": None, "manifest": None}

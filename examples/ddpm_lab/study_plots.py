@@ -149,8 +149,8 @@ def _label_ends(axes: Any, panel: Panel, theme: Theme) -> None:
 
     def place(value: float) -> float:  # the share of the axis' height
         if panel.log:
-            return (math.log(max(value, low)) - math.log(low)) / (math.log(high) - math.log(low))
-        return (value - low) / (high - low)
+            return math.log(max(value, low) / low) / math.log(high / low)
+        return float((value - low) / (high - low))
 
     order = sorted(lines, key=lambda line: line.y[-1])
     places = spread([place(line.y[-1]) for line in order], 0.068)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class Cell:
             numbers = numbers[:1]
         if len(numbers) > 2:
             width = float(student.ppf((1 + self.confidence) / 2, len(numbers) - 1))
-            return width * statistics.stdev(numbers) / len(numbers) ** 0.5
+            return width * statistics.stdev(numbers) / math.sqrt(len(numbers))
         if len(numbers) == 2:
             return abs(numbers[0] - numbers[1]) / 2
         only = self.values[0]

@@ -6,6 +6,7 @@ import fcntl
 import gc
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,7 @@ class Run:
     seed: int
     config: Config
     folder: Path
+    cache: Path  # of volumes and features, shared by all runs on the data set
     key: str  # of everything that changes the result
 
     def __str__(self) -> str:
@@ -88,6 +90,7 @@ class Run:
             make_folder(self.folder)
             earlier = None
         before = earlier.seconds if earlier is not None else 0.0
+        self._link_cache()
         Outcome("running", self.key, before).write(self.folder)
         started = time.perf_counter()
         status, reason = "done", ""
@@ -115,7 +118,15 @@ class Run:
             return
         config = self._with(adapters=adapters, base=self.method == BASE)
         sample_volumes(config, self.folder, screen)
-        evaluate_samples(config, self.folder, screen)
+        with alone(self.cache / "lock", wait=True):  # another command may fill the same cache
+            evaluate_samples(config, self.folder, screen)
+
+    def _link_cache(self) -> None:
+        """The run's cache is the data set's, by a relative path so that OUT can move."""
+        make_folder(self.cache)
+        link = self.folder / "cache"
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(self.cache, self.folder), target_is_directory=True)
 
     def _with(self, **sampling: Any) -> Config:
         return self.config.model_copy(update={"sampling": self.config.sampling.model_copy(update=sampling)})

@@ -228,7 +228,7 @@ def _percent(ratio: float) -> str:
 
 def as_markdown(table: Table) -> str:
     """A table of GitHub's kind; the groups of columns stand in the headings."""
-    headings = []
+    headings: list[str] = []
     for group, number in table.groups:
         for _ in range(number):
             heading = table.columns[len(headings)]
