@@ -39,6 +39,7 @@ def finetune(config: Config, out: Path, screen: Screen) -> dict[str, Any] | None
     if not setup.accelerator.is_main_process:
         return None
     summary = finish(setup, run, screen)
+    summary["history"] = run.history.as_data()
     with screen.phase("pictures"):
         plot_curves(out / "loss_curves.png", [Curve(run.trained.title, run.history, run.before, run.after)], None, "")
     summary["seconds"] = {name: round(value, 2) for name, value in screen.seconds.items()}
