@@ -161,7 +161,7 @@ def test_the_methods_are_the_shipped_recipes_and_every_spec(script, monkeypatch)
     monkeypatch.syspath_prepend(str(FOLDER))
     import methods
 
-    assert set(methods.RECIPES) == RECIPES == set(tnpeft.list_recipes())
+    assert set(methods.RECIPES) == RECIPES == {name for name in tnpeft.list_recipes() if name.endswith("_ddpm")}
     measured = {*methods.specs_named(["all"]), *methods.SAME_AS_RECIPE, "full"} - {methods.FULL_SPEC}
     assert measured == set(tnpeft.list_specs())
     for spec, recipe in methods.SAME_AS_RECIPE.items():

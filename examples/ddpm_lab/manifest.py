@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from ddpm_lab.config import Data
-from ddpm_lab.faults import LabError, fault, raise_all, reason
+from ddpm_lab.faults import MOST, LabError, fault, raise_all, reason
 from tnpeft.errors import Position, Problem
 
 __all__ = ["VERSION", "Entry", "Manifest", "Rejected", "checksum", "compare", "read_manifest", "root_of"]
@@ -84,24 +84,30 @@ def read_manifest(data: Data) -> Manifest:
     assert data.manifest is not None
     path = data.manifest
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        where = Position(str(path), error.lineno, error.colno)
-        raise fault(where, "the manifest", "JSON", error.msg.lower(), AGAIN) from None
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         fix = "Check the path, or run `prepare`."
         raise fault(path, "`data.manifest`", "a readable manifest", reason(error), fix) from None
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        _refuse_others(text, path)
+        raise LabError(*(_problem(item, path) for item in error.errors(include_url=False)[:MOST])) from None
+    raise_all(_conflicts(data, manifest), str(path))
+    return manifest
+
+
+def _refuse_others(text: str, path: Path) -> None:
+    """Raise LabError for a text that is no JSON, and for manifests of another version: one line says it all."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = Position(str(path), error.lineno, error.colno)
+        raise fault(where, "the manifest", "JSON", error.msg.lower(), AGAIN) from None
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
         found = f"version {json.dumps(version)}" if version is not None else "no version"
         raise fault(path, "the manifest", f"version {VERSION}", found, AGAIN)
-    try:
-        # Through JSON: there a list is a tuple, even to a strict model.
-        manifest = Manifest.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise LabError(*(_problem(item, path) for item in error.errors(include_url=False)[:8])) from None
-    raise_all(_conflicts(data, manifest), str(path))
-    return manifest
 
 
 def _problem(item: Any, path: Path) -> Problem:

@@ -61,7 +61,6 @@ class Handle:
 def attach(
     model: nn.Module,
     what: Recipe | Spec | str | Path,
-    /,
     *,
     match: Match | None = None,
     name: str = "default",
