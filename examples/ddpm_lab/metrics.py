@@ -172,6 +172,12 @@ class SsimScales:
         return self.scales == len(SCALE_WEIGHTS)
 
     @property
+    def weights(self) -> list[float]:
+        """The published ones, which add up to 1.0001; those of fewer scales are made to add up to 1."""
+        some = SCALE_WEIGHTS[: self.scales]
+        return list(some) if self.standard else [weight / sum(some) for weight in some]
+
+    @property
     def note(self) -> str:
         name = f"{self.scales} scale{'s' if self.scales > 1 else ''}, window {self.window}"
         return name if self.standard else f"{name}: non-standard, the volumes are small"
@@ -222,12 +228,8 @@ def similar_pairs(
     every = list(itertools.product(range(len(samples)), range(len(real))))
     chosen = [every[int(index)] for index in torch.linspace(0, len(every) - 1, min(pairs, len(every))).tolist()]
     scales = ssim_scales(tuple(samples[0].shape[1:]))
-    weights = torch.tensor(SCALE_WEIGHTS[: scales.scales])
     metric = MultiScaleSSIMMetric(
-        spatial_dims=3,
-        data_range=data_range,
-        kernel_size=scales.window,
-        weights=(weights / weights.sum()).tolist(),
+        spatial_dims=3, data_range=data_range, kernel_size=scales.window, weights=scales.weights
     )
     values = [metric(samples[left][None].to(device), real[right][None].to(device)).mean() for left, right in chosen]
     left, right = torch.tensor(chosen).T
