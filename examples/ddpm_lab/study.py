@@ -178,6 +178,6 @@ class _Inner(Screen):
         self._outer = outer
 
     @contextmanager
-    def bar(self, title: str, total: int, transient: bool = True) -> Iterator[Bar]:
-        with self._outer.bar(title, total, transient) as bar:
+    def bar(self, title: str, total: int, start: int = 0, transient: bool = True) -> Iterator[Bar]:
+        with self._outer.bar(title, total, start, transient) as bar:
             yield bar

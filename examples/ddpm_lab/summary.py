@@ -69,6 +69,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "start_difference": run.start_difference,
         "training_seconds": run.history.seconds,
         "seconds_per_step": run.history.seconds / max(1, steps),
+        "left_out": dict(run.history.damaged),
     }
 
 
