@@ -135,9 +135,9 @@ class Several:
         """Do one thing that can be tried now, and return its name."""
         chances = {"copied": 1}
         if len(self.known) < len(NAMES):
-            chances |= {"attach": 3, "load": 3 if self.files else 0}
+            chances |= {"attach": 6, "load": 4 * bool(self.files)}
         if self.known:
-            chances |= {"activate": 6, "save": 2, "remove": 1, "keep": 2, "merge": 2, "unmerge": 6 * self.merged}
+            chances |= {"activate": 6, "save": 2, "remove": 1, "keep": 1, "merge": 2, "unmerge": 6 * self.merged}
         if self.active and not self.merged:
             chances |= {"train": 6}
         (name,) = self.random.choices([*chances], [*chances.values()])

@@ -27,7 +27,7 @@ from tnpeft.surgery.queries import (
     trained_of,
 )
 from tnpeft.surgery.state import AdapterRecord, ModelState, adapted, find
-from tnpeft.surgery.switch import activate, disabled, merge, scale_problem, unmerge
+from tnpeft.surgery.switch import activate, base_shown, disabled, merge, scale_problem, unmerge
 from tnpeft.surgery.trained import norm_statistics
 from tnpeft.surgery.tree import plain_modules, plain_parameters
 
@@ -39,6 +39,7 @@ __all__ = [
     "activate",
     "adapted",
     "adapters_of",
+    "base_shown",
     "base_tensors",
     "detach",
     "disabled",

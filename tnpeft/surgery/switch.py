@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
 from typing import Any
 
@@ -16,7 +16,7 @@ from tnpeft.modules import AdaptedLayer
 from tnpeft.spec.document import clip
 from tnpeft.surgery.accumulating import hand_out
 from tnpeft.surgery.passes import forget_groups
-from tnpeft.surgery.state import ModelState, adapted, known_adapter
+from tnpeft.surgery.state import ModelState, adapted, find, known_adapter
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers
 
@@ -24,6 +24,7 @@ __all__ = [
     "acting",
     "activate",
     "apply_state",
+    "base_shown",
     "disabled",
     "merge",
     "merge_layers",
@@ -40,7 +41,8 @@ def activate(model: nn.Module, scales: Mapping[str, float] | str) -> None:
     ΔW and the trained biases and norms of several adapters add up, scaled. Only active adapters
     train: their cores do, and what else they train while one of them acts alone at scale 1. No
     parameter becomes another object, so that optimisers stay as they are; no base weight is copied,
-    and nothing is planned anew.
+    and nothing is planned anew. Run backward passes before the switch: what does not act takes no
+    gradients.
 
     Raises AttachError for unknown names, scales that are not finite in fp32, and merged models.
     """
@@ -147,6 +149,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         if state.is_on(root):  # not if everything was detached meanwhile
             _disable(root, state, -1)
+
+
+def base_shown(model: nn.Module) -> AbstractContextManager[None]:
+    """`disabled`, for models that nothing may be attached to yet."""
+    return nullcontext() if find(model) is None else disabled(model)
 
 
 def apply_state(root: nn.Module, state: ModelState) -> None:
