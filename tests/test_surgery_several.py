@@ -78,6 +78,19 @@ def test_sums_do_not_depend_on_the_order_of_names():
     assert list(scales_of(model)) == ["a", "b"]
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_switch_under_inference_mode_leaves_a_model_that_trains(merged):
+    model, other = two(), two()
+    for each, context in ((model, torch.inference_mode()), (other, torch.no_grad())):
+        with context:
+            activate(each, {"a": 1.0, "b": 0.5})
+            each(X)
+            if merged:
+                detach(each, merge=True, name="b")
+    assert train(model, X) == train(other, X)
+    assert not any(tensor.is_inference() for tensor in model.state_dict(keep_vars=True).values())
+
+
 def test_scales_of_zero_and_below():
     model = two()
     base = net()(X)

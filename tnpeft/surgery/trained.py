@@ -68,7 +68,8 @@ class Tied:
         """Install what acts: b₀ + Σ s (b - b₀) over the active trainers, the original or a copy where it is one."""
         acting = {name: active[name] for name in self.trainers if name in active}
         if acting and list(acting.values()) != [1.0]:
-            content, flag = self._combined(acting), False
+            with torch.inference_mode(False), torch.no_grad():  # it may be trained through later
+                content, flag = self._combined(acting), False
             self._put_back()
         else:
             self._put_back()
