@@ -108,7 +108,7 @@ def main() -> None:
     options.add_argument("--recipes", nargs="+", default=tnpeft.list_recipes())
     options.add_argument("--model", choices=("tiny", "small", "paper"), default="paper")
     options.add_argument("--size", type=int, default=16, help="edge of the volume of forward passes and steps")
-    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--rounds", type=int, default=5)
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     results = {
