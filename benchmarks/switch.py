@@ -97,7 +97,7 @@ def _passes(model: nn.Module, size: int, rounds: int) -> dict[str, list[float]]:
         for number in range(-1, rounds):  # the round before the first warms up, and plans
             for adapter in NAMES:
                 tnpeft.activate(model, adapter)
-                found = [seconds(run) for _ in range(3)]
+                found = [seconds(run) for _ in range(2)]
                 first += found[:1] if number >= 0 else []
                 later += found[1:] if number >= 0 else []
     return times
@@ -107,7 +107,7 @@ def main() -> None:
     options = parser(__doc__, "switch.json")
     options.add_argument("--recipes", nargs="+", default=tnpeft.list_recipes())
     options.add_argument("--model", choices=("tiny", "small", "paper"), default="paper")
-    options.add_argument("--size", type=int, default=16, help="edge of the volume of forward passes and steps")
+    options.add_argument("--size", type=int, default=32, help="edge of the volume of forward passes and steps")
     options.add_argument("--rounds", type=int, default=5)
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
