@@ -384,7 +384,12 @@ def test_a_failed_run_begun_with_other_settings_starts_anew(tmp_path: Path, monk
     (folder / "summary.json").write_text("{}", encoding="utf-8")
     Outcome("failed", "old", 1.0, "nan").write(folder)
     asked: list[Path] = []
-    monkeypatch.setattr(study_run, "finetune", lambda config, place, screen: asked.append(place))
+
+    def trained(config: Config, place: Path, screen: Screen) -> dict[str, Any]:
+        asked.append(place)
+        return {"result": "model.safetensors"}
+
+    monkeypatch.setattr(study_run, "finetune", trained)
     config = Config(method=Method(kind="full"), data=Data(), sampling={"count": 0})  # type: ignore[arg-type]
     run = study_run.Run("full", "x", 0, config, folder, tmp_path / "cache", "new")
     assert run.execute(Screen(quiet=True)).status == "done"

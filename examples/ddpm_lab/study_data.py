@@ -12,7 +12,7 @@ import torch
 
 from ddpm_lab.config import Base, Config, Method, Training
 from ddpm_lab.console import Screen
-from ddpm_lab.driver import finetune
+from ddpm_lab.driver import pretrain
 from ddpm_lab.faults import fault
 from ddpm_lab.files import make_folder, write_json
 from ddpm_lab.manifest import read_manifest, root_of
@@ -114,7 +114,7 @@ def base_of(config: StudyConfig, out: Path, screen: Screen) -> tuple[Base, str]:
             screen.line("Pretraining the base, once for all runs")
             make_folder(folder)
             Outcome("running", key).write(folder)
-            finetune(run, folder, screen)
+            pretrain(run, folder, screen)
             Outcome("done", key).write(folder)
     return Base(checkpoint=checkpoint), key
 

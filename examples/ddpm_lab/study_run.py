@@ -30,7 +30,6 @@ __all__ = ["BASE", "Outcome", "Run", "alone", "digest", "one_line", "read_json"]
 
 BASE = "base"  # stands where a method would: samples of the base itself
 STATUS = "run.json"
-RESULTS = ("adapter.safetensors", "model.safetensors", "bias_norm.safetensors")
 # How fast, where and how watched: not what comes out.
 ASIDE = ("threads", "processes", "workers", "tensorboard", "checkpoint_every", "keep_checkpoints", "device")
 
@@ -111,9 +110,9 @@ class Run:
         """Each stage leaves a file when it is through, and goes on where it was cut short."""
         adapters: tuple[Path, ...] = ()
         if self.method != BASE:
-            if not (self.folder / "summary.json").is_file():
-                finetune(self._with(count=0), self.folder, screen)
-            adapters = tuple(self.folder / name for name in RESULTS if (self.folder / name).is_file())
+            summary = read_json(self.folder / "summary.json") or finetune(self._with(count=0), self.folder, screen)
+            assert summary is not None  # this is the only process
+            adapters = (self.folder / str(summary["result"]),)
         if self.config.sampling.count == 0:
             return
         config = self._with(adapters=adapters, base=self.method == BASE)
