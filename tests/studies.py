@@ -44,7 +44,7 @@ table4: [full, lora, tenvoo_l]
 figure4: {{methods: [tenvoo_l, tenvoo_q], ranks: [1, 4]}}
 cost: {{shapes: {{small: [8, 8, 8]}}, rounds: 3, warmup: 1, batch_size: 2}}
 """
-SIZES = {"full": 1_802_481, "lora": 70_800, "tenvoo_l": 73_808, "tenvoo_q": 74_864}
+SIZES = {"full": 1_802_481, "lora": 70_800, "tenvoo_l": 58_192, "tenvoo_q": 59_248}
 
 
 def tiny_study(folder: Path, *overrides: str, text: str = TINY_STUDY) -> StudyConfig:

@@ -479,3 +479,19 @@ def test_a_dry_run_builds_counts_and_steps(tmp_path: Path) -> None:
     assert "Dry run of table1: 12 runs" in done.stdout
     assert not (out / "runs").exists()
     assert not (out / "base").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["table2", "table3"])
+def test_the_profile_for_two_cores_dry_runs(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patterns of joint training and the recipe of the zero start fit the model; every joint method trains more."""
+    monkeypatch.chdir(ROOT)
+    config = read_config(CONFIGS / "study_cpu.yaml", ["dry_run=true"], StudyConfig)
+    study(name, config, tmp_path, Screen(quiet=True))
+    methods = read(tmp_path / f"dry-run-{name}.json")["methods"]
+    assert list(methods) == list(config.members(name))
+    sizes = {each: about["trainable_parameters"] for each, about in methods.items()}
+    if name == "table3":
+        assert sizes["tenvoo_l_zero"] == sizes["tenvoo_l"] == 58_192
+    else:
+        assert all(300_000 < size < 1_802_481 for size in sizes.values())
