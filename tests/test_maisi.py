@@ -86,7 +86,7 @@ def call(model: nn.Module, **more: Any) -> torch.Tensor:
     if model.include_spacing_input:
         more["spacing_tensor"] = draw(2, 3)
     if model.with_conditioning:
-        more["context"] = draw(2, 1, 10)
+        more["context"] = draw(2, 3, 10)  # with a single token queries would not matter
     return model(x, timesteps, **classes, **more)
 
 
@@ -125,6 +125,8 @@ def test_an_adaptation_from_start_to_detaching(
     tnpeft.save(model, tmp_path / "adapter.safetensors")
     fresh = make()
     tnpeft.load(fresh, tmp_path / "adapter.safetensors")
+    # A model's first pass contracts layers one by one, later ones what is alike together: equal but for rounding.
+    torch.testing.assert_close(call(fresh), trained, rtol=1e-4, atol=1e-5)
     assert torch.equal(call(fresh), trained)
 
     tnpeft.merge(model)
