@@ -133,7 +133,7 @@ def test_the_table_says_what_the_numbers_are(scans: Path, tmp_path: Path) -> Non
     printed = " ".join(screen.console.export_text().split())
     for text in (
         "Samples against 4 real volumes, held out",
-        "FID* MMD* linear MMD* Gaussian MMD* standard MS-SSIM",
+        "FID* ┃ MMD* linear ┃ MMD* paper's ┃ MMD* standard ┃ MS-SSIM",
         "* random features, not comparable",
         "In brackets: 95% intervals, from 20 resamples.",
         "non-standard",
