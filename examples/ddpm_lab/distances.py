@@ -13,11 +13,12 @@ from ddpm_lab.metrics import Products, gaussian_kernels, linear_kernels, rbf_ker
 
 __all__ = ["KERNELS", "TITLES", "Measured", "distances"]
 
-# What each key of `evaluation.json` is called in tables; `*` stands for the encoder's mark.
+# What each key of `evaluation.json` is called in tables; `*` stands for the encoder's mark. The last two MMDs are
+# Gaussian.
 TITLES = {
     "fid": "FID*",
     "mmd_linear": "MMD* linear",
-    "mmd_gaussian": "MMD* Gaussian",
+    "mmd_gaussian": "MMD* paper's",
     "mmd_rbf": "MMD* standard",
     "ms_ssim": "MS-SSIM",
 }

@@ -93,7 +93,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
         table.add_row(name, str(evaluation["counts"][name]), *(_cell(row[key]) for key in TITLES))
     intervals = f"In brackets: {evaluation['confidence']:.0%} intervals, from {evaluation['resamples']} resamples. "
     note = (
-        f"FID and MMD: lower is better, {evaluation['encoder']}. MS-SSIM: higher is better, {evaluation['ms_ssim']}. "
+        f"FID and the three MMDs: lower is better, {evaluation['encoder']}. "
+        f"MS-SSIM: higher is better, {evaluation['ms_ssim']}. "
         f"{intervals if evaluation['resamples'] else ''}The last row compares held-out with training volumes."
     )
     return Group(table, Text(note, style="dim"))
@@ -104,4 +105,4 @@ def _cell(value: dict[str, float | None]) -> str:
         return "-"
     if value["low"] is None:
         return f"{value['value']:.4g}"
-    return f"{value['value']:.4g} ({value['low']:.3g}, {value['high']:.3g})"
+    return f"{value['value']:.4g}\n({value['low']:.3g}, {value['high']:.3g})"
