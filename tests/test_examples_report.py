@@ -216,6 +216,24 @@ def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    config = tiny_study(tmp_path)
+    written_study(tmp_path, config)
+    sample = tmp_path / "runs" / "lora" / "lesion" / "seed-0" / "samples" / "seed-0" / "sample-0001.nii.gz"
+    sample.write_bytes(b"broken")
+    with pytest.raises(LabError) as excinfo:
+        report(tmp_path, Screen(quiet=True))
+    assert str(excinfo.value).startswith(f"{sample}: a sample: expected a NIfTI file, found ")
+    assert str(excinfo.value).endswith(" Remove it and the run's run.json; `study` then draws it again.")
+    write_json(tmp_path / "study.json", {"version": 1, "studies": [], "config": {"a": 1}})
+    with pytest.raises(LabError) as excinfo:
+        report(tmp_path, Screen(quiet=True))
+    assert str(excinfo.value) == (
+        f"{tmp_path / 'study.json'}: the settings of a study: expected those of this version, found others. "
+        "Run `study` again with the same `--out`."
+    )
+
+
 def test_a_report_of_a_study_that_has_only_begun(tmp_path: Path) -> None:
     config = tiny_study(tmp_path)
     settled = config.with_ranks().settled().model_dump(mode="json")

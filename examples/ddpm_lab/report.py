@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 
 from ddpm_lab.console import Screen
+from ddpm_lab.durable import writing
+from ddpm_lab.faults import fault, reason
 from ddpm_lab.files import make_folder
 from ddpm_lab.page import Picture, Section, write_page
 from ddpm_lab.study_plots import (
@@ -52,6 +56,13 @@ def report(out: Path, screen: Screen) -> None:
     results = read_results(out)
     folder = out / "report"
     make_folder(folder)
+    with writing(folder, "the report"):
+        _write_all(results, folder, screen)
+    names = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    screen.line(f"Report in {folder}: {names}")
+
+
+def _write_all(results: Results, folder: Path, screen: Screen) -> None:
     sections = []
     with screen.bar("report", len(results.studies)) as bar:
         for number, study in enumerate(results.studies, 1):
@@ -63,8 +74,6 @@ def report(out: Path, screen: Screen) -> None:
     settings = json.dumps(config.model_dump(mode="json"), indent=1)
     write_page(folder / "index.html", config.title, lead, config.caveat, sections, facts, settings)
     _write(folder / "report.md", _markdown(config.title, lead, config.caveat, sections, facts))
-    names = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
-    screen.line(f"Report in {folder}: {names}")
 
 
 def _section(results: Results, study: str, folder: Path) -> Section:
@@ -204,7 +213,11 @@ def _files(results: Results, dataset: str, method: str | None) -> list[Path]:
 
 
 def _volume(path: Path) -> np.ndarray:
-    return np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).get_fdata(dtype=np.float32))
+    try:
+        return np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).get_fdata(dtype=np.float32))
+    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        fix = "Remove it and the run's run.json; `study` then draws it again."
+        raise fault(path, "a sample", "a NIfTI file", reason(error), fix) from None
 
 
 def _cost_csv(results: Results) -> str:

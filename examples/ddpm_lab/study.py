@@ -17,6 +17,7 @@ from ddpm_lab.config import Base
 from ddpm_lab.console import Bar, Screen
 from ddpm_lab.cost import measure_costs
 from ddpm_lab.dry_run import dry_run
+from ddpm_lab.durable import writing
 from ddpm_lab.faults import LabError, fault
 from ddpm_lab.files import make_folder, write_json
 from ddpm_lab.method import check_method
@@ -40,8 +41,9 @@ def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
     if config.dry_run:
         dry_run(name, config, out, screen)
         return
-    write_record(out, f"study-{name}", config)
-    _remember(name, config, out)
+    with writing(out, "the settings of the study"):
+        write_record(out, f"study-{name}", config)
+        _remember(name, config, out)
     if name == "table4":
         measure_costs(config, out, screen)
         return

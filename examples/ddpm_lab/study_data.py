@@ -13,6 +13,7 @@ import torch
 from ddpm_lab.config import Base, Config, Method, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.driver import pretrain
+from ddpm_lab.durable import writing
 from ddpm_lab.faults import fault
 from ddpm_lab.files import make_folder, write_json
 from ddpm_lab.manifest import read_manifest, root_of
@@ -41,7 +42,8 @@ def settled(name: str, config: StudyConfig, dataset: DataSet, out: Path, screen:
     with alone(folder / "lock", wait=True):
         own: dict[str, Any] = {}
         if dataset.made is not None:
-            own["root"] = _population(folder, dataset, name, screen)
+            with writing(folder, "the made subjects"):
+                own["root"] = _population(folder, dataset, name, screen)
         data = config.data_of(dataset).model_copy(update=own)
         wanted = identity(config, dataset)
         if data.manifest is None:

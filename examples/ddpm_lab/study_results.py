@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from scipy.stats import t as student
 
 from ddpm_lab.faults import fault
-from ddpm_lab.study_config import StudyConfig
+from ddpm_lab.study_config import STUDIES, StudyConfig
 from ddpm_lab.study_run import BASE, Outcome, read_json
 
 __all__ = ["BASE", "METRICS", "REAL", "Cell", "Metric", "Result", "Results", "read_results"]
@@ -173,7 +174,12 @@ def read_results(out: Path) -> Results:
     if known is None or known.get("version") != 1:
         fix = "Run `study` first, with the same `--out`."
         raise fault(out, "the results of a study", "study.json", "none that can be read", fix)
-    config = StudyConfig.model_validate_json(json.dumps(known["config"]))
+    try:
+        config = StudyConfig.model_validate_json(json.dumps(known["config"]))
+        studies = tuple(study for study in STUDIES if study in known["studies"])
+    except (ValidationError, KeyError, TypeError):
+        fix = "Run `study` again with the same `--out`."
+        raise fault(out / "study.json", "the settings of a study", "those of this version", "others", fix) from None
     found: dict[tuple[str, str], Result] = {}
     seconds = {}
     for folder in sorted((out / "runs").glob("*/*/seed-*")):
@@ -182,8 +188,7 @@ def read_results(out: Path) -> Results:
         if dataset in config.datasets and seed.lstrip("-").isdigit() and int(seed) in config.seeds:
             result = found.setdefault((method, dataset), Result(method, dataset))
             seconds[folder] = _add(result, int(seed), folder)
-    studies = tuple(known["studies"])
-    record = read_json(out / f"record-study-{studies[-1]}.json") or {}
+    record = read_json(out / f"record-study-{studies[-1]}.json") or {} if studies else {}
     return Results(out, config, studies, found, seconds, read_json(out / "costs.json"), record)
 
 

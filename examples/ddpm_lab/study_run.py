@@ -20,6 +20,7 @@ import torch
 from ddpm_lab.config import Config
 from ddpm_lab.console import Screen
 from ddpm_lab.driver import finetune
+from ddpm_lab.durable import writing
 from ddpm_lab.evaluate import evaluate_samples
 from ddpm_lab.faults import fault
 from ddpm_lab.files import make_folder, write_json
@@ -44,7 +45,8 @@ class Outcome:
     reason: str = ""
 
     def write(self, folder: Path) -> None:
-        write_json(folder / STATUS, vars(self))
+        with writing(folder, "the record of a run"):
+            write_json(folder / STATUS, vars(self))
 
     @classmethod
     def read(cls, folder: Path) -> Outcome | None:
@@ -97,8 +99,8 @@ class Run:
             self._stages(screen)
         except TnpeftError as error:
             status, reason = "failed", one_line(str(error))
-        except torch.OutOfMemoryError as error:
-            status, reason = "failed", one_line(f"out of memory: {error}")
+        except (torch.OutOfMemoryError, OSError) as error:
+            status, reason = "failed", one_line(str(error))
         outcome = Outcome(status, self.key, before + time.perf_counter() - started, reason)
         outcome.write(self.folder)
         gc.collect()
