@@ -102,7 +102,7 @@ def test_the_page_and_the_markdown_say_what_the_files_hold(out: Path) -> None:
     page = Page((out / "report" / "index.html").read_text(encoding="utf-8"))
     first = page.tables[0]
     assert first[0] == ["", "", "T2-like", "Lesion"]
-    assert first[1][:6] == ["Method", "#P", "of base", "FID* ↓", "MMD* ↓", "MS-SSIM ↑"]
+    assert first[1][:6] == ["Method", "#P", "of base", "FID* ↓ (1e-2)", "MMD* ↓ (1e-2)", "MS-SSIM ↑"]
     assert [row[0] for row in first[2:]] == [
         "Real, held out",
         "Base, not fine-tuned",
@@ -111,18 +111,18 @@ def test_the_page_and_the_markdown_say_what_the_files_hold(out: Path) -> None:
         "TenVOO-L",
     ]
     # `written_study` gives method number 1 the FID 0.02 + 0.002 x seed on the first data set.
-    assert first[4][:4] == ["Full fine-tuning", "1.80 M", "100.00%", "0.0210 ± 0.0010"]
-    assert first[2][3] == "0.0010 ± 0.0001"  # the same for both seeds: the bootstrap's interval
-    assert "0.0210 ± 0.0010" in page.bold
-    assert "0.0110 ± 0.0010" not in page.bold  # the base is no competitor
+    assert first[4][:4] == ["Full fine-tuning", "1.80 M", "100.00%", "2.10 ± 0.10"]
+    assert first[2][3] == "0.10 ± 0.01"  # the same for both seeds: the bootstrap's interval
+    assert "2.10 ± 0.10" in page.bold
+    assert "1.10 ± 0.10" not in page.bold  # the base is no competitor
     markdown = (out / "report" / "report.md").read_text(encoding="utf-8")
     for text in (
         "> All subjects are deformations of one average brain.",
-        "| Full fine-tuning | 1.80 M | 100.00% | **0.0210 ± 0.0010** |",
+        "| Full fine-tuning | 1.80 M | 100.00% | **2.10 ± 0.10** |",
         "- FID and MMD: * random features, not comparable; MMD is the paper's (kernel scaled by the median distance). "
         "MS-SSIM: 1 scale, window 5: non-standard, the volumes are small. Samples are compared with 60 real volumes.",
         "- Each number: mean of two seeds ± half their difference. #P: parameters that train. "
-        "Bold: the best method of a column.",
+        "Bold: the best method of a column. (1e-3): in units of 0.001.",
         "- TenVOO-Q: a note",
         "| TenVOO-L, rank 1 |",
         "| TenVOO-L, rank 4 |",

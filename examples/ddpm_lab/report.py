@@ -238,7 +238,8 @@ def _lead(results: Results) -> str:
     known = [found for name in config.methods if (found := results.parameters(name)) is not None]
     model = f"A model of {millions(known[0][1])} parameters; " if known else ""
     seeds = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
-    return f"{model}{len(config.methods)} methods, {len(config.datasets)} data sets, {seeds}."
+    methods = {name for study in results.studies for name in config.members(study)}
+    return f"{model}{len(methods)} methods, {len(config.datasets)} data sets, {seeds}."
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:

@@ -181,5 +181,6 @@ class _Inner(Screen):
 
     @contextmanager
     def bar(self, title: str, total: int, start: int = 0, transient: bool = True) -> Iterator[Bar]:
-        with self._outer.bar(title, total, start, transient) as bar:
+        bars = self._outer if self._outer.console.is_terminal else Screen(quiet=True)  # a file keeps what vanishes
+        with self.phase(title), bars.bar(title, total, start, transient) as bar:
             yield bar

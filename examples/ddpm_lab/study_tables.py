@@ -41,38 +41,51 @@ class Table:
 
 @dataclass
 class _Column:
-    """The cells of one metric on one data set, by row, with one number of decimals for all."""
+    """The cells of one metric on one data set, by row."""
 
     metric: Metric
     cells: list[Cell | None] = field(default_factory=list)
+    power: int = 0  # numbers are printed in units of ten to this power
+
+    @property
+    def sizes(self) -> list[float]:
+        return [abs(cell.mean) for cell in self.cells if cell is not None and cell.mean]
 
     @property
     def decimals(self) -> int:
-        sizes = [abs(cell.mean) for cell in self.cells if cell is not None and cell.mean]
         if self.metric.unit == "%":
             return 1
-        if not sizes:
-            return 3
-        # Three significant digits of the middle size: a diverged method must not cost the others theirs.
-        middle = sorted(sizes)[len(sizes) // 2]
-        return min(6, max(0, 2 - math.floor(math.log10(middle))))
+        return 2 if self.power else 3
 
     def text(self, row: int) -> str:
         cell = self.cells[row]
         if cell is None:
             return NOTHING
-        sign = "+" if self.metric.unit == "%" else ""
-        text = f"{cell.mean:{sign}.{self.decimals}f}"
-        return text if cell.half is None else f"{text} ± {cell.half:.{self.decimals}f}"
+        scale, sign = 10.0**self.power, "+" if self.metric.unit == "%" else ""
+        text = f"{cell.mean / scale:{sign}.{self.decimals}f}"
+        return text if cell.half is None else f"{text} ± {cell.half / scale:.{self.decimals}f}"
 
     def best(self, competitors: Sequence[int]) -> set[int]:
         """The rows with the best number as it is printed."""
         means = {row: cell.mean for row in competitors if (cell := self.cells[row]) is not None}
         if len(means) < 2:
             return set()
-        rounded = {row: round(mean, self.decimals) for row, mean in means.items()}
+        rounded = {row: round(mean / 10.0**self.power, self.decimals) for row, mean in means.items()}
         first = min(rounded.values()) if self.metric.less else max(rounded.values())
         return {row for row, mean in rounded.items() if mean == first}
+
+
+def _set_powers(columns: Sequence[_Column]) -> None:
+    """One unit for each metric: a middle number of all its columns has one digit before the point."""
+    for metric in METRICS:
+        own = [column for column in columns if column.metric == metric]
+        sizes = sorted(size for column in own for size in column.sizes)
+        if not sizes or not metric.marked:
+            continue
+        # The middle one, so that a method which diverged does not cost the others their digits.
+        power = math.floor(math.log10(sizes[len(sizes) // 2]))
+        for column in own:
+            column.power = power if power < -1 else 0
 
 
 def method_table(results: Results, name: str, title: str, methods: Sequence[str]) -> Table:
@@ -111,6 +124,7 @@ def _table(
         for _, method in rows:
             result = results.result(method or BASE, dataset)
             column.cells.append(result.cell(metric, confidence, real=method is None))
+    _set_powers(columns)
     competitors = range(2, len(rows))
     best = [column.best(competitors) for column in columns]
     made = [
@@ -123,7 +137,7 @@ def _table(
         for number, (row_title, method) in enumerate(rows)
     ]
     mark = encoder_mark(results)
-    headings = ["#P", "of base", *(_heading(column.metric, mark) for column in columns)]
+    headings = ["#P", "of base", *(_heading(column, mark) for column in columns)]
     return Table(name, title, tuple(groups), tuple(headings), tuple(made), tuple(_notes(results, methods)))
 
 
@@ -155,9 +169,10 @@ def _evaluation(results: Results) -> dict[str, object]:
     return {}
 
 
-def _heading(metric: Metric, mark: str) -> str:
-    arrow = "↓" if metric.less else "↑"
-    return f"{metric.title}{mark if metric.marked else ''} {arrow}"
+def _heading(column: _Column, mark: str) -> str:
+    metric = column.metric
+    unit = f" (1e{column.power})" if column.power else ""
+    return f"{metric.title}{mark if metric.marked else ''} {'↓' if metric.less else '↑'}{unit}"
 
 
 def _notes(results: Results, methods: Sequence[str]) -> list[str]:
@@ -171,7 +186,10 @@ def _notes(results: Results, methods: Sequence[str]) -> list[str]:
         interval = "mean of two seeds ± half their difference"
     else:
         interval = f"one seed ± half of the bootstrap's {percent} interval"
-    notes = [f"Each number: {interval}. #P: parameters that train. Bold: the best method of a column."]
+    notes = [
+        f"Each number: {interval}. #P: parameters that train. Bold: the best method of a "
+        "column. (1e-3): in units of 0.001."
+    ]
     if about:
         notes.append(
             f"FID and MMD: {about.get('encoder', '')}; MMD is the paper's (kernel scaled by the median distance). "
