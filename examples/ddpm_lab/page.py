@@ -22,7 +22,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main, header { max-width: 1240px; margin: 0 auto; padding: 0 28px; }
+main, header { max-width: 1300px; margin: 0 auto; padding: 0 28px; }
 header { padding-top: 40px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; }
 h2 { font-size: 21px; margin: 52px 0 8px; padding-top: 18px; border-top: 1px solid var(--line); }
@@ -35,8 +35,8 @@ nav { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 18px 0 0; font-size
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 .scroll { overflow-x: auto; margin: 14px 0 10px; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: 5px 11px; text-align: right; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: 5px 6px; text-align: right; }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 thead th.group { text-align: center; color: var(--ink); border-bottom: 2px solid var(--line); }
 thead th:first-child, tbody th { text-align: left; font-weight: 500; }
@@ -45,7 +45,7 @@ tbody tr:hover { background: var(--panel); }
 tbody tr.reference th, tbody tr.reference td { color: var(--soft); font-style: italic; }
 .first { border-left: 1px solid var(--line); }
 .best { font-weight: 700; }
-.pm { color: var(--soft); font-weight: 400; font-size: 12.5px; }
+.pm { color: var(--soft); font-weight: 400; font-size: 11.5px; }
 ul.notes { margin: 4px 0 0; padding-left: 18px; color: var(--soft); font-size: 13.5px; max-width: 100ch; }
 figure { margin: 18px 0 0; }
 figure img { display: block; max-width: 100%; height: auto; border-radius: 6px; }

@@ -267,7 +267,7 @@ def as_html(table: Table) -> str:
     )
     starts = _starts(table.groups)
     headings = "".join(
-        f"<th scope=col{' class=first' if place in starts else ''}>{html.escape(each)}</th>"
+        f"<th scope=col{' class=first' if place in starts else ''}>{html.escape(each).replace(' (1e', '<br>(1e')}</th>"
         for place, each in enumerate(table.columns)
     )
     body = "".join(_html_row(row, starts) for row in table.rows)
