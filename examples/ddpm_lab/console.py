@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 __all__ = ["Bar", "Screen"]
 
@@ -22,6 +32,16 @@ class Bar:
         self._move(done, note)
 
 
+class RateColumn(ProgressColumn):
+    """Things done in a second, or seconds for each."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
 class Screen:
     """Where a run shows what it does, and how long each phase took (`seconds`, by title)."""
 
@@ -33,18 +53,22 @@ class Screen:
         self.console.print(text, highlight=False)
 
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Bar]:
-        """A bar for one phase; its time is added to `seconds`."""
+    def bar(self, title: str, total: int, start: int = 0, transient: bool = False) -> Iterator[Bar]:
+        """A bar for one phase, of which an earlier process did `start` things; its time is added to `seconds`.
+
+        A transient bar leaves no trace when it is full.
+        """
         columns = (
             TextColumn("{task.description:<36}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            RateColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with self.phase(title), Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(title, total=total, note="")
+        with self.phase(title), Progress(*columns, console=self.console, transient=transient) as progress:
+            task = progress.add_task(title, total=total, completed=start, note="")
 
             def move(done: int, note: str) -> None:
                 progress.update(task, completed=done)

@@ -15,6 +15,7 @@ from ddpm_lab.diffusion import noise_schedule
 from ddpm_lab.driver import finish
 from ddpm_lab.files import make_folder, write_json
 from ddpm_lab.finetune import Run, Setup, prepare, prepare_volumes, run_training
+from ddpm_lab.order import Source
 from ddpm_lab.plots import Curve, plot_curves
 from ddpm_lab.population import template_tissues, write_population
 from ddpm_lab.summary import describe_run, error_table, sample_table, time_line
@@ -105,7 +106,8 @@ def _pretrained(config: DemoConfig, out: Path, screen: Screen) -> History:
         def show(step: Step) -> None:
             bar(step.number, f"loss {step.loss:.4f}")
 
-        history = train(unet, volumes.train, scheduler, config.pretraining, accelerator, on_step=show)
+        named = Source(volumes.train, volumes.split.train, volumes.shape)
+        history = train(unet, named, scheduler, config.pretraining, accelerator, on_step=show)
     save_weights(unet, weights)
     write_json(record, {**wanted, "history": history.as_data()})
     return history

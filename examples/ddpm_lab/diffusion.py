@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from ddpm_lab.config import Data, Diffusion, Validation
+from ddpm_lab.order import stream
 
 __all__ = ["HeldOut", "HeldOutError", "noise_schedule", "predict", "sampling_schedule"]
 
@@ -67,7 +67,8 @@ class HeldOutError:
 class HeldOut:
     """Held-out volumes with noise and timesteps that never change, so that errors can be compared.
 
-    `volumes` is a dataset of (1, D, H, W) tensors. Noise is drawn anew from the seed each time, not kept.
+    `volumes` is a dataset of (1, D, H, W) tensors. The noise of a volume depends on the seed, the bucket, the draw and
+    the volume alone, whatever the batch size, and is drawn anew each time, not kept.
     """
 
     def __init__(self, volumes: Any, scheduler: DDPMScheduler, validation: Validation, batch_size: int) -> None:
@@ -86,24 +87,31 @@ class HeldOut:
         self, unet: nn.Module, device: torch.device | str = "cpu", progress: Callable[[int], None] = lambda _: None
     ) -> HeldOutError:
         """Measure `unet` in evaluation mode; its mode is put back."""
-        generator = torch.Generator().manual_seed(self.validation.seed)
-        buckets = self.validation.buckets
-        edges = torch.linspace(0, self.scheduler.num_train_timesteps, buckets + 1).long().tolist()
-        sums = torch.zeros(buckets, dtype=torch.float64)
+        count = len(self.volumes) * self.validation.draws
+        sums = torch.zeros(self.validation.buckets, dtype=torch.float64)
         was_training = unet.training
         unet.eval()
         done = 0
-        for bucket, (low, high) in enumerate(pairwise(edges)):
-            for start in range(0, len(self.volumes) * self.validation.draws, self.batch_size):
-                stop = min(start + self.batch_size, len(self.volumes) * self.validation.draws)
-                clean = torch.stack([self.volumes[index % len(self.volumes)] for index in range(start, stop)])
-                noise = torch.randn(clean.shape, generator=generator)
-                timesteps = torch.randint(low, max(high, low + 1), (len(clean),), generator=generator)
-                found, target = predict(unet, self.scheduler, clean.to(device), noise.to(device), timesteps.to(device))
+        for bucket in range(self.validation.buckets):
+            for start in range(0, count, self.batch_size):
+                drawn = [self._drawn(bucket, number) for number in range(start, min(start + self.batch_size, count))]
+                clean, noise, timesteps = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
+                found, target = predict(unet, self.scheduler, clean, noise, timesteps)
                 errors = (found.float() - target.float()).pow(2).flatten(1).mean(1)
                 sums[bucket] += errors.double().sum().cpu()
                 done += len(clean)
                 progress(done)
         unet.train(was_training)
-        means = sums / (len(self.volumes) * self.validation.draws)
+        means = sums / count
         return HeldOutError(float(means.mean()), tuple(means.tolist()))
+
+    def _drawn(self, bucket: int, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One volume, its noise, and a timestep of the bucket."""
+        draw, index = divmod(number, len(self.volumes))
+        low, high = (
+            self.scheduler.num_train_timesteps * edge // self.validation.buckets for edge in (bucket, bucket + 1)
+        )
+        generator = stream("held-out", self.validation.seed, bucket, draw, index)
+        clean = torch.as_tensor(self.volumes[index])
+        timestep = torch.randint(low, max(high, low + 1), (), generator=generator)
+        return clean, torch.randn(clean.shape, generator=generator), timestep

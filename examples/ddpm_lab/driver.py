@@ -1,4 +1,4 @@
-"""`finetune`: one configuration, one folder of results."""
+"""`finetune` and `pretrain`: one configuration, one folder of results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 import tnpeft
-from ddpm_lab.config import Config
+from ddpm_lab.checkpoint import Checkpoints
+from ddpm_lab.config import Config, Method
 from ddpm_lab.console import Screen
+from ddpm_lab.durable import writing
+from ddpm_lab.faults import fault
 from ddpm_lab.files import write_json
 from ddpm_lab.finetune import Run, Setup, prepare, probe, run_training, sample
 from ddpm_lab.plots import Curve, plot_curves, plot_montage
+from ddpm_lab.record import write_record
+from ddpm_lab.resume import earlier_checkpoint, finished_summary
 from ddpm_lab.summary import (
     describe_run,
     describe_samples,
@@ -28,29 +33,74 @@ from ddpm_lab.summary import (
 )
 from ddpm_lab.unet import build_unet, load_base
 
-__all__ = ["finetune", "finish"]
+__all__ = ["finetune", "finish", "pretrain"]
 
 
 def finetune(config: Config, out: Path, screen: Screen) -> dict[str, Any] | None:
-    """Run `config` and write its results to `out`; returns the summary, or None in all processes but the first."""
+    """Run `config` and write its results to `out`; returns the summary, or None in all processes but the first.
+
+    The same call goes on where an earlier one was cut short, and only reads the summary of one that ended.
+    """
+    return _run("finetune", config, out, screen, "fine-tune")
+
+
+def pretrain(config: Config, out: Path, screen: Screen) -> dict[str, Any] | None:
+    """Train every weight of the model from nothing, whatever `config.method` says; else like `finetune`."""
+    if config.base.checkpoint is not None:
+        fix = "Remove it; or go on from it: `finetune` with `method.kind=full`."
+        expected = "nothing, for weights start anew"
+        raise fault("base.checkpoint", "the base of `pretrain`", expected, str(config.base.checkpoint), fix)
+    return _run("pretrain", config.model_copy(update={"method": Method(kind="full")}), out, screen, "pretrain")
+
+
+def _run(command: str, config: Config, out: Path, screen: Screen, title: str) -> dict[str, Any] | None:
     started = time.perf_counter()
+    done = finished_summary(config, out)
+    if done is not None:
+        screen.line(f"Nothing to do: the run in {out} is done, with these settings")
+        _tidy(config, out)
+        return done
+    found = earlier_checkpoint(config, out, screen.line)
     setup = prepare(config, out, screen)
-    run = run_training(setup, screen, "fine-tune")
+    if setup.accelerator.is_main_process:
+        with writing(out, "the record of the run"):
+            write_record(out, command, config, processes=setup.accelerator.num_processes)
+    if found is not None:
+        screen.line(f"Going on after step {found.step}, from {found.folder.parent.name}/{found.folder.name}")
+    run = run_training(setup, screen, title, found=found, safe=True)
     if not setup.accelerator.is_main_process:
         return None
-    summary = finish(setup, run, screen)
+    with writing(out, "the results"):
+        summary = _results(command, setup, run, screen, started)
+    _tidy(config, out)
+    _show(summary, out, screen)
+    return summary
+
+
+def _results(command: str, setup: Setup, run: Run, screen: Screen, started: float) -> dict[str, Any]:
+    """Write everything; the summary, which says that the run is done, last."""
+    summary = {"command": command, "result": run.trained.file_name, **finish(setup, run, screen)}
     with screen.phase("pictures"):
-        plot_curves(out / "loss_curves.png", [Curve(run.trained.title, run.history, run.before, run.after)], None, "")
+        curves = [Curve(run.trained.title, run.history, run.before, run.after)]
+        plot_curves(setup.out / "loss_curves.png", curves, None, "")
+    summary["history"] = run.history.as_data()
     summary["seconds"] = {name: round(value, 2) for name, value in screen.seconds.items()}
     summary["seconds_total"] = round(time.perf_counter() - started, 2)
-    write_json(out / "summary.json", summary)
+    write_json(setup.out / "summary.json", summary)
+    return summary
+
+
+def _tidy(config: Config, out: Path) -> None:
+    Checkpoints(out, config.training.keep_checkpoints).clear()
+
+
+def _show(summary: dict[str, Any], out: Path, screen: Screen) -> None:
     screen.line("")
-    screen.console.print(error_table({run.trained.title: summary["run"]}))
+    screen.console.print(error_table({summary["run"]["method"]: summary["run"]}))
     if "samples" in summary:
         screen.console.print(sample_table(summary["samples"]))
     screen.line(time_line(screen.seconds, summary["seconds_total"]))
     screen.line(f"Results in {out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
-    return summary
 
 
 def finish(setup: Setup, run: Run, screen: Screen) -> dict[str, Any]:

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import tnpeft
+import tnpeft.surgery
 from ddpm_lab.config import Base, Method
+from ddpm_lab.durable import write_tensors
 from ddpm_lab.faults import fault
-from ddpm_lab.unet import save_weights
 
-__all__ = ["PAPER_LAYERS", "Trained", "apply_method", "check_method"]
+__all__ = ["PAPER_JOINT", "PAPER_LAYERS", "Trained", "apply_method", "check_method"]
 
 # The layers that the paper adapts. It leaves the middle block out.
 PAPER_LAYERS = (
     r"resnets\.\d+\.conv[12]\.conv$|attentions\.\d+\.attn\.to_[qv]$|^time_embed\.2$|resnets\.\d+\.time_emb_proj$"
 )
+# What the paper's joint fine-tuning (Table 2) trains whole beside the adapters: for `method.also`.
+PAPER_JOINT = (
+    r"attentions\.\d+\.attn\.(to_k|out_proj)\.",
+    r"resnets\.\d+\.skip_connection\.conv\.",
+    r"downsampler\.op\.conv\.",
+    r"upsampler\.postconv\.conv\.",
+)
+ZERO_SCALE = ", update scaled by 0: biases and norms alone learn"
+ADAPTER = "adapter.safetensors"
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm3d)
 
 
@@ -40,7 +52,8 @@ class Trained:
         if self.report is not None:
             tnpeft.save(self.unet, path)
         else:
-            save_weights(self.unet, path, trained_only=True)
+            tensors = self.unet.named_parameters()
+            write_tensors(path, {name: tensor for name, tensor in tensors if tensor.requires_grad})
         return path
 
 
@@ -62,32 +75,73 @@ def check_method(method: Method, base: Base) -> None:
             re.compile(method.match)
         except re.error as error:
             raise fault("method.match", "the layers", "a regular expression", str(error), "Mend it.") from None
+    _check_extras(method)
     if method.kind != "full" and base.checkpoint is None:
         expected = "a pretrained model's checkpoint"
         fix = "Pass `--set base.checkpoint=FILE`, or train from nothing with `--set method.kind=full`."
         raise fault("base.checkpoint", f"the base of method `{method.kind}`", expected, "nothing", fix)
 
 
-def apply_method(unet: nn.Module, method: Method) -> Trained:
-    """Make exactly the method's parameters of `unet` trainable; raises TnpeftError or LabError."""
+def _check_extras(method: Method) -> None:
+    """`also` and `zero_scale` say something about an adapter."""
+    for name, given in (("also", bool(method.also)), ("zero_scale", method.zero_scale)):
+        if given and method.kind != "adapter":
+            raise fault(f"method.{name}", "the method", "an adapter", f"`{method.kind}`", f"Remove `method.{name}`.")
+    if method.zero_scale and method.spec is not None and method.train == "cores" and not method.also:
+        fix = "Set `method.train=bias_norm`."
+        raise fault("method.zero_scale", "what trains", "something beside the cores", "the cores alone", fix)
+
+
+def apply_method(unet: nn.Module, method: Method, saved: Path | None = None) -> Trained:
+    """Make exactly the method's parameters of `unet` trainable; raises TnpeftError or LabError.
+
+    With `saved`, a folder that `Trained.save` wrote to, they go on from the values there.
+    """
     total = sum(parameter.numel() for parameter in unet.parameters())
     if method.kind == "adapter":
-        handle = _attach(unet, method)
-        title = method.recipe or method.spec or ""
-        return Trained(unet, Path(title).stem, "adapter.safetensors", _trainable(unet), total, handle.report())
+        handle = _attach(unet, method) if saved is None else tnpeft.load(unet, saved / ADAPTER)
+        title, trainable = _title(method), _trainable(unet)
+        if method.zero_scale:
+            _freeze_cores(unet, handle.name)
+        return Trained(unet, title, ADAPTER, trainable, total, handle.report())
     if method.kind == "full":
         unet.requires_grad_(True)
-        return Trained(unet, "full fine-tuning", "model.safetensors", _trainable(unet), total)
-    _train_biases_and_norms(unet, re.compile(method.match or PAPER_LAYERS))
-    return Trained(unet, "biases and norms", "bias_norm.safetensors", _trainable(unet), total)
+        trained = Trained(unet, "full fine-tuning", "model.safetensors", _trainable(unet), total)
+    else:
+        _train_biases_and_norms(unet, re.compile(method.match or PAPER_LAYERS))
+        trained = Trained(unet, "biases and norms", "bias_norm.safetensors", _trainable(unet), total)
+    if saved is not None:
+        _read(unet, saved / trained.file_name)
+    return trained
+
+
+@torch.no_grad()
+def _read(unet: nn.Module, path: Path) -> None:
+    for name, value in load_file(path).items():
+        unet.get_parameter(name).copy_(value)
+
+
+def _title(method: Method) -> str:
+    title = Path(method.recipe or method.spec or "").stem
+    joint = " + joint layers" if method.also else ""
+    return f"{title}{joint}{ZERO_SCALE if method.zero_scale else ''}"
+
+
+def _freeze_cores(unet: nn.Module, name: str) -> None:
+    """Scale the update by zero: it starts as zero, and cores that would get zero gradients may as well rest."""
+    for adapter in tnpeft.surgery.adapters_of(unet, name).values():
+        adapter.requires_grad_(False)
 
 
 def _attach(unet: nn.Module, method: Method) -> Any:
-    """A recipe, or a spec on the layers that match."""
+    """A recipe, or a spec on the layers that match; with what trains whole beside it."""
     if method.recipe is not None:
-        return tnpeft.attach(unet, tnpeft.load_recipe(method.recipe), mode=method.mode, **method.params)
+        recipe = tnpeft.load_recipe(method.recipe)
+        recipe = replace(recipe, train=replace(recipe.train, also=(*recipe.train.also, *method.also)))
+        return tnpeft.attach(unet, recipe, mode=method.mode, **method.params)
     assert method.spec is not None
-    train = {"bias": "adapted", "norm": True} if method.train == "bias_norm" else None
+    train = {"bias": "adapted", "norm": True} if method.train == "bias_norm" else {}
+    train |= {"also": list(method.also)}
     return tnpeft.attach(unet, method.spec, match=method.match, train=train, mode=method.mode, **method.params)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -15,50 +15,35 @@ from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
-import tnpeft
-import tnpeft.surgery
+from ddpm_lab.average import Average
 from ddpm_lab.config import Training
-from ddpm_lab.diffusion import HeldOut, HeldOutError, predict
+from ddpm_lab.diffusion import HeldOut, HeldOutError
+from ddpm_lab.engine import Damage, Engine
 from ddpm_lab.faults import fault
+from ddpm_lab.order import Batches, Noised, Source, collate
+from ddpm_lab.progress import History, Loop
 
-__all__ = ["History", "Step", "make_accelerator", "steps_of", "train"]
-
-LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "mse": nn.functional.mse_loss,
-    "mae": nn.functional.l1_loss,
-}
-
-
-@dataclass
-class History:
-    """What training left behind; `validation` pairs optimiser steps with held-out errors."""
-
-    losses: list[float] = field(default_factory=list)
-    validation: list[tuple[int, HeldOutError]] = field(default_factory=list)
-    seconds: float = 0.0  # of training steps alone, without validation
-
-    def as_data(self) -> dict[str, Any]:
-        return {
-            "losses": self.losses,
-            "validation": [[step, error.mean, list(error.buckets)] for step, error in self.validation],
-            "seconds": self.seconds,
-        }
-
-    @classmethod
-    def from_data(cls, data: dict[str, Any]) -> History:
-        validation = [(step, HeldOutError(mean, tuple(buckets))) for step, mean, buckets in data["validation"]]
-        return cls(list(data["losses"]), validation, float(data["seconds"]))
+__all__ = ["History", "Keeper", "Step", "make_accelerator", "measure", "steps_of", "train"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """Progress after one optimiser step; `held_out` is set where validation ran."""
+    """Progress after one optimiser step; `held_out` is set where validation ran, `damaged` are the volumes left out."""
 
     number: int
     total: int
     loss: float
     learning_rate: float
     held_out: HeldOutError | None
+    damaged: list[Damage]
+
+
+class Keeper(Protocol):
+    """Who brings a loop to where an earlier process stood, and keeps it after a step."""
+
+    def restore(self, loop: Loop) -> None: ...
+
+    def after_step(self, loop: Loop, total: int) -> None: ...
 
 
 def make_accelerator(training: Training) -> Accelerator:
@@ -90,93 +75,114 @@ def _fast_precision(cpu: bool) -> str:
 
 
 def steps_of(training: Training, volumes: int, processes: int = 1) -> int:
-    """The number of optimiser steps; raises LabError unless either `steps` or `epochs` is given."""
+    """The number of optimiser steps; raises LabError unless either `steps` or `epochs` is given.
+
+    Batches go on from one epoch into the next: of a run given in epochs only its last, short batch is left out.
+    """
     if (training.steps is None) == (training.epochs is None):
         found = "both" if training.steps is not None else "neither"
         raise fault("training", "its length", "`steps` or `epochs`", found, "Give one of the two.")
     if training.steps is not None:
         return training.steps
     assert training.epochs is not None
-    batches = max(1, volumes // (training.batch_size * processes))
-    return training.epochs * -(-batches // training.accumulation)
+    return max(1, training.epochs * volumes // (training.batch_size * training.accumulation * processes))
 
 
 def train(
     unet: nn.Module,
-    volumes: Any,
+    source: Source,
     scheduler: DDPMScheduler,
     training: Training,
     accelerator: Accelerator,
     held_out: HeldOut | None = None,
     every: int | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
+    keeper: Keeper | None = None,
+    skip_damaged: bool = False,
 ) -> History:
-    """Train the parameters of `unet` that require a gradient; `volumes` is a dataset of (1, D, H, W) tensors.
+    """Train the parameters of `unet` that require a gradient, from where `keeper` has it; they end as their average.
 
-    The held-out error is measured every `every` optimiser steps, but not after the last.
+    The held-out error (of the average, if there is one) is measured every `every` optimiser steps, but not after the
+    last. Raises LabError for a loss that is not finite, and for a damaged volume unless those are to be skipped.
     """
     torch.manual_seed(training.seed + accelerator.process_index)
-    total = steps_of(training, len(volumes), accelerator.num_processes)
-    optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], lr=training.learning_rate)
-    rates = _rates(optimizer, training, total)
-    model, optimizer, loader = accelerator.prepare(unet, optimizer, _loader(volumes, training))
-    history = History()
+    total = steps_of(training, len(source), accelerator.num_processes)
+    loop = _loop(unet, training, accelerator, total)
+    model, optimizer = accelerator.prepare(unet, loop.optimizer)
+    if keeper is not None:
+        keeper.restore(loop)
     model.train()
-    started = time.perf_counter()
-    for loss in _optimiser_steps(model, optimizer, loader, scheduler, training, accelerator):
-        rate = float(rates.get_last_lr()[0])
-        if not accelerator.optimizer_step_was_skipped:
-            rates.step()
-        number = len(history.losses) + 1
-        history.losses.append(_finite(loss.item(), number, training))
+    if 0 < loop.step < total:
+        _warm_up(unet, source, training, accelerator)
+    engine = Engine(model, optimizer, scheduler, training, accelerator, source, skip_damaged)
+    clock = time.perf_counter()
+    batches = _loader(source, scheduler, training, accelerator, range(loop.step, total))
+    for loss, damaged in engine.steps(batches, loop.step + 1):
+        rate = float(loop.rates.get_last_lr()[0])
+        _count(loop, loss, damaged, accelerator.optimizer_step_was_skipped)
+        loop.history.seconds += time.perf_counter() - clock
         error = None
-        if held_out is not None and every is not None and number % every == 0 and number < total:
-            history.seconds += time.perf_counter() - started
-            error = measure(held_out, unet, accelerator)
-            history.validation.append((number, error))
-            started = time.perf_counter()
-        on_step(Step(number, total, history.losses[-1], rate, error))
-        if number == total:
-            break
-    history.seconds += time.perf_counter() - started
+        if held_out is not None and every is not None and loop.step % every == 0 and loop.step < total:
+            with contextlib.nullcontext() if loop.average is None else loop.average.shown():
+                error = measure(held_out, unet, accelerator)
+            loop.history.validation.append((loop.step, error))
+        if keeper is not None:
+            keeper.after_step(loop, total)
+        on_step(Step(loop.step, total, loss, rate, error, damaged))
+        clock = time.perf_counter()
+    if loop.average is not None:
+        loop.average.keep()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    return history
+    return loop.history
 
 
-def _optimiser_steps(
-    model: nn.Module,
-    optimizer: Any,
-    loader: Any,
-    scheduler: DDPMScheduler,
-    training: Training,
-    accelerator: Accelerator,
-) -> Iterator[torch.Tensor]:
-    """Forward, backward and step without end; the mean loss of the micro-batches after each optimiser step."""
-    losses: list[torch.Tensor] = []
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    accumulates = training.accumulation > 1 and tnpeft.surgery.find(model) is not None
-    with contextlib.ExitStack() as kept:
-        while True:
-            for clean in loader:
-                if accumulates and not losses:  # the first micro-batch of an optimiser step
-                    kept.enter_context(tnpeft.accumulating(model))
-                with accelerator.accumulate(model):
-                    noise = torch.randn_like(clean)
-                    timesteps = torch.randint(0, scheduler.num_train_timesteps, (len(clean),), device=clean.device)
-                    found, target = predict(model, scheduler, clean, noise, timesteps)
-                    loss = LOSSES[training.loss](found.float(), target.float())
-                    accelerator.backward(loss)
-                    losses.append(loss.detach())
-                    if accelerator.sync_gradients:
-                        kept.close()  # the cores change now
-                        if training.clip_norm is not None:
-                            accelerator.clip_grad_norm_(trained, training.clip_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                if accelerator.sync_gradients:
-                    yield torch.stack(losses).mean()
-                    losses.clear()
+def _loop(unet: nn.Module, training: Training, accelerator: Accelerator, total: int) -> Loop:
+    """The state of training before the first step."""
+    parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.Adam(parameters.values(), lr=training.learning_rate)
+    average = None if training.ema is None else Average(parameters, training.ema)
+    return Loop(parameters, optimizer, _rates(optimizer, training, total), accelerator.scaler, average)
+
+
+def _rates(optimizer: torch.optim.Optimizer, training: Training, total: int) -> torch.optim.lr_scheduler.LRScheduler:
+    if training.schedule == "one_cycle" and total > 1:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=total + 1)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _loader(
+    source: Source, scheduler: DDPMScheduler, training: Training, accelerator: Accelerator, steps: range
+) -> DataLoader[Any]:
+    """This process's micro-batches. Accelerate must not share them out again, and so never sees the loader."""
+    process, processes = accelerator.process_index, accelerator.num_processes
+    return DataLoader(
+        Noised(source, scheduler.num_train_timesteps, training.seed),
+        batch_sampler=Batches(len(source), training, steps.start, steps.stop, process, processes),
+        num_workers=training.workers,
+        collate_fn=collate,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # so that making it takes nothing from the global one
+    )
+
+
+def _warm_up(unet: nn.Module, source: Source, training: Training, accelerator: Accelerator) -> None:
+    """One forward pass in vain after a restart: a first pass plans how later ones run, which may round otherwise."""
+    shape = (training.batch_size, 1, *source.shape)
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        unet(torch.zeros(shape, device=accelerator.device), timesteps=torch.zeros(shape[:1], device=accelerator.device))
+
+
+def _count(loop: Loop, loss: float, damaged: list[Damage], skipped: bool) -> None:
+    """Write down an optimiser step; fp16 skips those whose gradients are too large for it."""
+    loop.history.losses.append(loss)
+    loop.history.damaged.update(damaged)
+    if skipped:
+        return
+    loop.rates.step()
+    if loop.average is not None:
+        loop.average.update(loop.step)
 
 
 def measure(
@@ -185,22 +191,3 @@ def measure(
     """The held-out error in the run's own precision."""
     with accelerator.autocast():
         return held_out.error(unet, accelerator.device, progress)
-
-
-def _rates(optimizer: torch.optim.Optimizer, training: Training, total: int) -> Any:
-    if training.schedule == "one_cycle" and total > 1:
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=total + 1)
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-def _loader(volumes: Any, training: Training) -> Any:
-    return DataLoader(
-        volumes, batch_size=training.batch_size, shuffle=True, drop_last=True, num_workers=training.workers
-    )
-
-
-def _finite(loss: float, step: int, training: Training) -> float:
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        fix = f"Lower `training.learning_rate` ({training.learning_rate:g}) or set `training.clip_norm`."
-        raise fault(f"step {step}", "the loss", "a finite number", str(loss), fix)
-    return loss

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from monai.networks.nets import DiffusionModelUNet
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_lab.config import Base, Model
+from ddpm_lab.durable import write_tensors
 from ddpm_lab.faults import fault, raise_all
 from tnpeft.errors import Problem
 
@@ -130,17 +131,9 @@ def _load_old(unet: DiffusionModelUNet, state: dict[str, torch.Tensor], path: Pa
         raise fault(path, "`base.checkpoint`", "no other tensors", f"`{unused[0]}`", FIX)
 
 
-def save_weights(module: nn.Module, path: Path, trained_only: bool = False) -> None:
-    """Write a module's tensors (or only those that train) as safetensors, whole or not at all."""
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    state = {
-        name: value.detach().cpu().contiguous()
-        for name, value in module.state_dict().items()
-        if not trained_only or name in trained
-    }
-    temporary = path.with_name(path.name + ".part")
-    save_file(state, temporary)
-    temporary.replace(path)
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's tensors as safetensors, whole or not at all."""
+    write_tensors(path, module.state_dict())
 
 
 def recompute_activations(unet: DiffusionModelUNet) -> None:

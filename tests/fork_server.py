@@ -1,0 +1,87 @@
+"""A process that has imported the driver and forks a copy of itself for each run: test_examples_crash.py kills those.
+
+Reads a job as a line of JSON from its input and answers with one. Nothing has computed before the fork, so that a
+copy starts as a cold process does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import ddpm
+import ddpm_lab.driver
+import typer
+
+
+def main() -> None:
+    answer(ready=os.getpid())
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            run(job)
+        answer(status=watched(child, job.get("seconds")))
+
+
+def answer(**values: int) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+def watched(child: int, seconds: float | None) -> int:
+    """Kill the child after so many seconds, and wait for its end: 0, its exit status, or minus a signal."""
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)  # no error if it has ended: nobody has waited for it yet
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run(job: dict[str, Any]) -> None:
+    """The command in this process, which ends with it; `stop_at` ends it hard at one of its writes."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if job.get("stop_at") is not None:
+        stop_at(job["stop_at"], Path(job["counted"]))
+    status = 99
+    try:
+        ddpm.app(job["arguments"], standalone_mode=False)
+        status = 0
+    except SystemExit as error:
+        status = int(error.code or 0)
+    finally:
+        if status == 99:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def stop_at(number: int, counted: Path) -> None:
+    """End the process before its `number`-th fsync or rename (counting from 0); the count is left in a file."""
+    calls = 0
+
+    def counting(inner: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            if calls == number:
+                os._exit(77)
+            calls += 1
+            counted.write_text(str(calls), encoding="utf-8")
+            return inner(*arguments, **named)
+
+        return call
+
+    os.fsync, os.replace = counting(os.fsync), counting(os.replace)
+
+
+if __name__ == "__main__":
+    assert ddpm_lab.driver
+    assert typer
+    main()
