@@ -131,7 +131,7 @@ def by_hand(model: nn.Module, seed: int) -> np.ndarray:
 @pytest.mark.slow
 def test_training_is_the_same_twice_and_knows_its_base(tmp_path: Path) -> None:
     given = bundle(tmp_path, PLAIN)
-    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    first, second = tmp_path / "new" / "first.safetensors", tmp_path / "new" / "second.safetensors"
     for path in (first, second):
         train(given, adapter_file=str(path), recipe="lora_ddpm")
     assert first.read_bytes() == second.read_bytes()
@@ -151,6 +151,7 @@ def cause(error: BaseException) -> BaseException:
 
 def test_a_mistake_in_a_recipe_ends_before_training(tmp_path: Path) -> None:
     given = bundle(tmp_path, PLAIN)
+    (tmp_path / "data" / "broken.nii").write_text("not read", encoding="utf-8")
     with pytest.raises(RuntimeError) as excinfo:
         train(given, recipe="tenvo_l_ddpm")
     assert str(cause(excinfo.value)).endswith("found neither. Did you mean `tenvoo_l`?")

@@ -135,7 +135,7 @@ def test_the_table_says_what_the_numbers_are(scans: Path, tmp_path: Path) -> Non
         "Samples against 4 real volumes, held out",
         "FID* ┃ MMD* linear ┃ MMD* paper's ┃ MMD* standard ┃ MS-SSIM",
         "* random features, not comparable",
-        "In brackets: 95% intervals, from 20 resamples.",
+        "In brackets: 95 % intervals, from 20 resamples.",
         "non-standard",
     ):
         assert text in printed
@@ -198,6 +198,28 @@ def test_real_volumes_are_encoded_once(scans: Path, tmp_path: Path, monkeypatch:
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(b"broken")
     assert evaluate_samples(config(scans, pairs=1), tmp_path, QUIET) == again
+
+
+def test_a_list_of_adapters_chooses_sets(scans: Path, tmp_path: Path) -> None:
+    for name in ("base", "adni", "ppmi"):
+        put(tmp_path, name, noise(1, 2))
+    settings = config(scans, pairs=1, resamples=0)
+    adapters = (tmp_path / "ppmi" / "adapter.safetensors", tmp_path / "adni.safetensors")
+    for changes, names in (
+        ({}, ["base", "ppmi", "adni"]),
+        ({"base": Base()}, ["ppmi", "adni"]),
+        ({"sampling": Sampling(adapters=adapters[:1], base=False)}, ["ppmi"]),
+    ):
+        given = {"base": Base(checkpoint=tmp_path), "sampling": Sampling(adapters=adapters), **changes}
+        found = evaluate_samples(settings.model_copy(update=given), tmp_path, QUIET)
+        assert found is not None
+        assert list(found["sets"]) == [*names, REAL]
+    (tmp_path / "evaluation.json").unlink()
+    gone = settings.model_copy(update={"sampling": Sampling(adapters=(tmp_path / "brats.safetensors",))})
+    assert said(gone, tmp_path) == (
+        f"{tmp_path / 'samples' / 'brats'}: the samples: expected a folder, found nothing there. "
+        "Run `sample` first, with the same `--out`."
+    )
 
 
 # Mistakes

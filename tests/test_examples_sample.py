@@ -539,6 +539,11 @@ def test_two_sets_of_one_name_are_refused(files: dict[str, Path], tmp_path: Path
         f"{files['base']}: the name of samples: expected a name for each, the file's or its folder's, found `base`, "
         "which is the base, too. Rename the file or its folder."
     )
+    nameless = tmp_path / ".safetensors"
+    nameless.write_bytes(files["adapter"].read_bytes())
+    assert said(config(files, adapters=(nameless,)), tmp_path / "out") == (
+        f"{nameless}: the name of samples: expected a file name with letters or digits, found ``. Rename the file."
+    )
 
 
 def test_volumes_survive_their_files(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from ddpm_lab.real_volumes import Files, RealVolumes, times
 from ddpm_lab.record import write_record
 from ddpm_lab.sample_sets import find_sample_sets
 from ddpm_lab.training import make_accelerator
+from ddpm_lab.variants import BASE, name_of
 
 __all__ = ["REAL", "evaluate_samples", "evaluation_table"]
 
@@ -29,11 +30,12 @@ REAL = "real, held out"  # the row that compares held-out with training volumes
 
 
 def evaluate_samples(config: Config, out: Path, screen: Screen) -> dict[str, Any] | None:
-    """Measure every set in OUT/samples and write OUT/evaluation.json; None in all processes but the first.
+    """Measure sets in OUT/samples and write OUT/evaluation.json; None in all processes but the first.
 
+    Measured are those of `sampling.adapters`, beside the base where it is asked for; without a list all that are there.
     Raises LabError for samples that are missing, unfinished, damaged or of another size, and for the data.
     """
-    sets = {each.name: each.paths() for each in find_sample_sets(out)}
+    sets = {each.name: each.paths() for each in find_sample_sets(out, _names(config))}
     paths = find_volumes(config.data)
     encoder = load_encoder(config.metrics.medicalnet)
     accelerator = make_accelerator(config.training)
@@ -71,6 +73,14 @@ def evaluate_samples(config: Config, out: Path, screen: Screen) -> dict[str, Any
     return evaluation
 
 
+def _names(config: Config) -> list[str]:
+    """The sets that the settings ask for; none where they leave it open."""
+    if not config.sampling.adapters:
+        return []
+    base = [BASE] if config.sampling.base and config.base.checkpoint is not None else []
+    return [*base, *(name_of(path) for path in config.sampling.adapters)]
+
+
 def _samples(paths: Sequence[Path], real: RealVolumes) -> Files:
     """The volumes of a set, each read once here to find what is damaged or of another size."""
     for path in paths:
@@ -91,7 +101,9 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
         table.add_column(title.replace("*", mark), justify="right")
     for name, row in evaluation["sets"].items():
         table.add_row(name, str(evaluation["counts"][name]), *(_cell(row[key]) for key in TITLES))
-    intervals = f"In brackets: {evaluation['confidence']:.0%} intervals, from {evaluation['resamples']} resamples. "
+    intervals = (
+        f"In brackets: {100 * evaluation['confidence']:g} % intervals, from {evaluation['resamples']} resamples. "
+    )
     note = (
         f"FID and the three MMDs: lower is better, {evaluation['encoder']}. "
         f"MS-SSIM: higher is better, {evaluation['ms_ssim']}. "

@@ -6,7 +6,6 @@ so that a bootstrap encodes nothing and multiplies nothing again.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -225,8 +224,9 @@ def similar_pairs(
     device: torch.device | str = "cpu",
 ) -> Pairs:
     """The MS-SSIM of pairs of a sample and a real volume, each (1, D, H, W); evenly chosen when many."""
-    every = list(itertools.product(range(len(samples)), range(len(real))))
-    chosen = [every[int(index)] for index in torch.linspace(0, len(every) - 1, min(pairs, len(every))).tolist()]
+    every = len(samples) * len(real)
+    places = [int(place) for place in torch.linspace(0, every - 1, min(pairs, every), dtype=torch.float64).tolist()]
+    chosen = [divmod(place, len(real)) for place in places]
     scales = ssim_scales(tuple(samples[0].shape[1:]))
     metric = MultiScaleSSIMMetric(
         spatial_dims=3, data_range=data_range, kernel_size=scales.window, weights=scales.weights

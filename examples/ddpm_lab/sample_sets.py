@@ -77,11 +77,14 @@ class SampleSet:
         return [self.path(number) for number in numbers]
 
 
-def find_sample_sets(out: Path) -> list[SampleSet]:
-    """What `sample` left in `out`, the base first; raises LabError where there is nothing."""
-    folder = out / "samples"
-    found = [SampleSet(path) for path in sorted(folder.glob("*")) if path.is_dir()]
+def find_sample_sets(out: Path, names: Sequence[str] = ()) -> list[SampleSet]:
+    """The sets of these names, or all that `sample` left in `out`, the base first; raises LabError where one misses."""
+    folder, fix = out / "samples", "Run `sample` first, with the same `--out`."
+    there = [path for path in sorted(folder.glob("*")) if path.is_dir()]
+    found = [SampleSet(folder / name) for name in names] or [SampleSet(path) for path in there]
     if not found:
-        fix = "Run `sample` first, with the same `--out`."
         raise fault(folder, "the samples", "a folder for each model", "none", fix)
+    for each in found:
+        if each.folder not in there:
+            raise fault(each.folder, "the samples", "a folder", "nothing there", fix)
     return sorted(found, key=lambda each: each.name != "base")

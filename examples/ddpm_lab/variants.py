@@ -16,7 +16,7 @@ from ddpm_lab.config import Config
 from ddpm_lab.faults import fault, raise_all
 from tnpeft.errors import Problem
 
-__all__ = ["BASE", "RESULTS", "Variant", "find_variants"]
+__all__ = ["BASE", "RESULTS", "Variant", "find_variants", "name_of"]
 
 BASE = "base"
 RESULTS = ("adapter.safetensors", "model.safetensors", "bias_norm.safetensors")  # what `finetune` leaves
@@ -101,11 +101,17 @@ def find_variants(config: Config, out: Path) -> tuple[Variant, ...]:
     return tuple(variants)
 
 
+def name_of(path: Path) -> str:
+    """What a file's samples are called: as the file or, where every run has a file of that name, as its folder."""
+    return path.resolve().parent.name if path.name in RESULTS else path.name.removesuffix(".safetensors")
+
+
 def _variant(path: Path) -> Variant:
-    """A file's variant, called by the file or, where all runs have a file of that name, by its folder."""
-    name = path.name.removesuffix(".safetensors")
-    if path.name in RESULTS:
-        name = path.resolve().parent.name
+    """A file's variant; raises LabError where it is none."""
+    name = name_of(path)
+    if not name.strip("."):
+        fix = "Rename the file."
+        raise fault(path, "the name of samples", "a file name with letters or digits", f"`{name}`", fix)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing there"
         raise fault(path, "`sampling.adapters`", "a file", found, "Check the path.")
