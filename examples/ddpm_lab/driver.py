@@ -91,7 +91,10 @@ def _results(command: str, setup: Setup, run: Run, screen: Screen, started: floa
 
 
 def _tidy(config: Config, out: Path) -> None:
+    """Remove what a run that is done needs no more, and what one that was killed left half-written."""
     Checkpoints(out, config.training.keep_checkpoints).clear()
+    for waste in (*out.glob(".*.tmp"), *out.glob("*.part")):
+        waste.unlink(missing_ok=True)
 
 
 def _show(summary: dict[str, Any], out: Path, screen: Screen) -> None:
