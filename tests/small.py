@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import assume
 from torch import Tensor, nn
 
+from tnpeft.errors import AttachError
 from tnpeft.modules import Adapter, compile
 from tnpeft.spec import Spec
 from tnpeft.surgery import AdapterRecord, install, plain_modules
@@ -155,3 +157,20 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def snapshot(model: nn.Module) -> tuple[object, ...]:
+    return (
+        {name: (type(module), list(module.__dict__)) for name, module in model.named_modules()},
+        {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()},
+    )
+
+
+def refused(model: nn.Module, act: Callable[[], object]) -> str:
+    """The text of the AttachError that `act` raises without changing the model."""
+    before, values = snapshot(model), bits(model)
+    with pytest.raises(AttachError) as excinfo:
+        act()
+    assert snapshot(model) == before
+    assert same_bits(bits(model), values)
+    return str(excinfo.value)

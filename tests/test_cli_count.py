@@ -112,7 +112,8 @@ ON_META = "It is called without arguments, on the meta device: what reads values
     [
         (
             "monai:ddpm-papr",
-            "the model: expected one of monai:ddpm-paper, found 'monai:ddpm-papr'. Did you mean `monai:ddpm-paper`?",
+            "the model: expected one of monai:ddpm-paper, monai:maisi, monai:maisi-controlnet, "
+            "found 'monai:ddpm-papr'. Did you mean `monai:ddpm-paper`?",
         ),
         (
             "no_models:tiny",
@@ -175,7 +176,8 @@ def test_count_on_a_module_that_fails(models: str):
         (
             ("lora", "--model", "tiny", "--match", "x"),
             "--model: the model: expected package.module:factory, found 'tiny'. "
-            "Write it like `my_package.models:build_unet`, or one of monai:ddpm-paper.",
+            "Write it like `my_package.models:build_unet`, or one of monai:ddpm-paper, monai:maisi, "
+            "monai:maisi-controlnet.",
         ),
     ],
 )

@@ -11,6 +11,7 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 from ddpm_lab.config import Config, DemoConfig
 from ddpm_lab.config_file import read_config
 from ddpm_lab.faults import LabError
+from ddpm_lab.study_config import StudyConfig
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
@@ -26,7 +27,7 @@ def message(tmp_path: Path, text: str, *overrides: str) -> str:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path) -> None:
-    kind = DemoConfig if path.stem == "demo" else Config
+    kind = DemoConfig if path.stem == "demo" else StudyConfig if path.stem.startswith("study_") else Config
     assert isinstance(read_config(path, [], kind), kind)
     head = path.read_text(encoding="utf-8").splitlines()[:4]
     assert any("examples/ddpm.py" in line for line in head), "each file is headed by its launch command"

@@ -20,7 +20,7 @@ import tnpeft
 from tnpeft.errors import AttachError
 from tnpeft.io import load, save
 from tnpeft.spec import load_spec
-from tnpeft.surgery import activate, adapters_of, detach, disabled, names_of, record_of
+from tnpeft.surgery import activate, adapters_of, detach, disabled, merge, names_of, record_of
 
 
 @pytest.fixture
@@ -179,6 +179,24 @@ def test_a_name_that_is_attached_already_is_refused(file):
     )
     load(model, file, name="second")
     assert names_of(model) == ("adni", "second")
+
+
+def test_a_model_that_nothing_can_be_attached_to_loads_nothing(file):
+    model = trained("other")
+    for name, found in (("a b", "'a b'"), ("", "''"), (3, "3"), ("_a", "'_a'")):
+        assert refused(model, file, lambda model, path, name=name: load(model, path, name), AttachError) == (
+            f"FILE: adapter name: expected letters, digits, `_` and `-`, found {found}. Choose another name."
+        )
+    with disabled(model):
+        assert refused(model, file, error=AttachError) == (
+            "FILE: model: expected enabled adapters, found adapters disabled by `tnpeft.disabled`. "
+            "Leave the `disabled` context first."
+        )
+    merge(model, "other")
+    assert refused(model, file, error=AttachError) == (
+        "FILE: model: expected an unmerged model, found a merged one. Call `tnpeft.unmerge(model)` first."
+    )
+    assert names_of(model) == ("other",)
 
 
 def test_a_disabled_model_saves_what_was_trained(tmp_path, file):

@@ -148,7 +148,17 @@ def test_params_of_attach_override_those_of_a_recipe(model, folder):
 
 
 def test_shipped_recipes_are_found_by_name():
-    assert tnpeft.list_recipes() == ("loha_ddpm", "lokr_ddpm", "lora_ddpm", "tenvoo_l_ddpm", "tenvoo_q_ddpm")
+    assert tnpeft.list_recipes() == (
+        "loha_ddpm",
+        "lokr_ddpm",
+        "lora_ddpm",
+        "lora_maisi",
+        "lora_maisi_controlnet",
+        "tenvoo_l_ddpm",
+        "tenvoo_l_maisi",
+        "tenvoo_l_maisi_controlnet",
+        "tenvoo_q_ddpm",
+    )
     recipe = tnpeft.load_recipe("tenvoo_l_ddpm")
     assert [entry.spec.name for entry in recipe.entries] == ["tenvoo_l", "quanta"]
     assert recipe.train == tnpeft.recipe.Train(bias="adapted", norm=True)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tnpeft.io import load, load_foreign, save, save_foreign
     from tnpeft.modules import Adapter, compile
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
-    from tnpeft.surgery import accumulating, activate, detach, disabled, merge, unmerge
+    from tnpeft.surgery import accumulating, activate, detach, disabled, merge, names_of, scales_of, unmerge
 
 __version__ = "0.1.0"
 
@@ -80,10 +80,12 @@ __all__ = [
     "load_recipe",
     "load_spec",
     "merge",
+    "names_of",
     "plan",
     "register_init",
     "save",
     "save_foreign",
+    "scales_of",
     "unmerge",
 ]
 
@@ -96,6 +98,8 @@ _LAZY = {
     "detach": "surgery",
     "disabled": "surgery",
     "merge": "surgery",
+    "names_of": "surgery",
+    "scales_of": "surgery",
     "unmerge": "surgery",
     "Handle": "recipe",
     "Recipe": "recipe",

@@ -2,6 +2,8 @@
 
 Each imports only what stands to its left:
 
-    faults <- config <- files <- volumes, population <- unet, diffusion <- training, sampling
-           <- encoder, metrics <- plots, summary <- finetune <- demo
+    faults <- config <- manifest <- files <- volumes, population <- unet, diffusion <- training, sampling
+           <- encoder, metrics <- plots, summary <- finetune <- demo, prepare
+    study_config <- cost, dry_run, study_run <- study_data <- study
+           study_run <- study_results <- study_tables, study_plots <- page <- report
 """

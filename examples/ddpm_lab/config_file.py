@@ -7,18 +7,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ddpm_lab.config import Config
 from ddpm_lab.faults import LabError
 from tnpeft.errors import Position, Problem, SpecError, near_miss
 from tnpeft.spec.document import Node, read_document, read_file
 
 __all__ = ["read_config"]
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=BaseModel)
 Key = tuple[str | int, ...]
 Place = Position | str
 
@@ -114,6 +113,8 @@ def _place(key: Key, places: dict[Key, Place]) -> Place | None:
 
 def _problem(item: Any, values: dict[str, Any], places: dict[Key, Place], kind: type[BaseModel], path: Path) -> Problem:
     key: Key = tuple(item["loc"])
+    if key[-1:] == ("[key]",):  # pydantic's word for the name of an entry
+        return _bad_name(key[:-1], places, path)
     name = ".".join(str(part) for part in key)
     where = _place(key, places) or str(path)
     if item["type"] == "extra_forbidden":
@@ -125,14 +126,38 @@ def _problem(item: Any, values: dict[str, Any], places: dict[Key, Place], kind: 
     return Problem(f"`{name}`", expected, _shown(values, key), fix, where)
 
 
+def _bad_name(key: Key, places: dict[Key, Place], path: Path) -> Problem:
+    """The name of an entry that cannot name a folder."""
+    where = places.get((*key, NAME)) or _place(key, places) or str(path)
+    expected = "at most 60 letters, digits, `_` and `-`, the first a letter or a digit"
+    section = ".".join(str(part) for part in key[:-1])
+    return Problem(f"a name in `{section}`", expected, f"`{key[-1]}`", "Choose another name.", where)
+
+
 def _known(kind: type[BaseModel], key: Key) -> list[str]:
     """The keys of the section that `key` names."""
+    annotation: Any = kind
     for part in key:
-        field = kind.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            return []
-        kind = field.annotation
-    return list(kind.model_fields)
+        section = _section(annotation)
+        if section is not None:
+            field = section.model_fields.get(str(part))
+            annotation = field.annotation if field is not None else None
+        else:  # an entry of a mapping or a list
+            annotation = next((kind for kind in reversed(get_args(annotation)) if kind is not Ellipsis), None)
+    section = _section(annotation)
+    return list(section.model_fields) if section is not None else []
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation is: itself, or beside None."""
+    for kind in (annotation, *get_args(annotation)) if _optional(annotation) else (annotation,):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _optional(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
 
 
 def _wording(item: Any) -> tuple[str, str]:

@@ -53,8 +53,11 @@ class Screen:
         self.console.print(text, highlight=False)
 
     @contextmanager
-    def bar(self, title: str, total: int, start: int = 0) -> Iterator[Bar]:
-        """A bar for one phase, of which an earlier process did `start` things; its time is added to `seconds`."""
+    def bar(self, title: str, total: int, start: int = 0, transient: bool = False) -> Iterator[Bar]:
+        """A bar for one phase, of which an earlier process did `start` things; its time is added to `seconds`.
+
+        A transient bar leaves no trace when it is full.
+        """
         columns = (
             TextColumn("{task.description:<36}"),
             BarColumn(bar_width=28),
@@ -64,7 +67,7 @@ class Screen:
             RateColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with self.phase(title), Progress(*columns, console=self.console) as progress:
+        with self.phase(title), Progress(*columns, console=self.console, transient=transient) as progress:
             task = progress.add_task(title, total=total, completed=start, note="")
 
             def move(done: int, note: str) -> None:

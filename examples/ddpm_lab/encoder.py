@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Encoder:
 
     network: nn.Module
     comparable: bool
+    digest: str  # of what its features depend on
 
     @property
     def mark(self) -> str:
@@ -40,7 +42,11 @@ class Encoder:
 
     @torch.no_grad()
     def features(
-        self, volumes: Sequence[torch.Tensor] | torch.Tensor, device: torch.device | str = "cpu", batch: int = 4
+        self,
+        volumes: Sequence[torch.Tensor] | torch.Tensor,
+        device: torch.device | str = "cpu",
+        batch: int = 4,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> torch.Tensor:
         """(N, features) in float64 on the CPU; volumes are read one batch at a time."""
         network = self.network.to(device).eval()
@@ -48,16 +54,18 @@ class Encoder:
         for start in range(0, len(volumes), batch):
             part = torch.stack([volumes[index] for index in range(start, min(start + batch, len(volumes)))])
             features.append(network(part.to(device)).double().cpu())
+            progress(start + len(part))
         return torch.cat(features)
 
 
 def load_encoder(weights: Path | None) -> Encoder:
     """MedicalNet's ResNet-50 from its weights, or a ResNet-10 with random weights from a fixed seed."""
     if weights is not None:
-        return Encoder(medicalnet_resnet50(weights), comparable=True)
+        network = medicalnet_resnet50(weights)
+        return Encoder(network, comparable=True, digest=hashlib.sha256(weights.read_bytes()).hexdigest())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return Encoder(resnet10(**SHAPE), comparable=False)
+        return Encoder(resnet10(**SHAPE), comparable=False, digest=f"random ResNet-10, seed {SEED}")
 
 
 def medicalnet_resnet50(weights: Path) -> nn.Module:

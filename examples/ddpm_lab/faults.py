@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tnpeft.errors import Position, Problem, TnpeftError
 
-__all__ = ["LabError", "fault", "raise_all"]
+__all__ = ["LabError", "fault", "raise_all", "reason"]
 
 MOST = 8
 
@@ -31,3 +31,10 @@ def raise_all(problems: Iterable[Problem], whole: str) -> None:
         found = [*found[:MOST], rest]
     if found:
         raise LabError(*found)
+
+
+def reason(error: BaseException) -> str:
+    """Another library's message as a few plain words on one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    line = " ".join(text.split())
+    return line if len(line) <= 120 else line[:117] + "..."

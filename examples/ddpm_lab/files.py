@@ -1,25 +1,47 @@
-"""Which files a run reads: the paper's folder layouts, a check of every volume, and the split."""
+"""Which files a run reads: the paper's folder layouts or a manifest, a check of every volume, and the split."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 
 from ddpm_lab.config import Data
-from ddpm_lab.faults import fault, raise_all
+from ddpm_lab.faults import fault, raise_all, reason
+from ddpm_lab.manifest import compare, read_manifest, root_of
 from tnpeft.errors import Problem
 
-__all__ = ["LAYOUTS", "Split", "check_volumes", "find_volumes", "make_folder", "split_volumes", "write_json"]
+__all__ = [
+    "LAYOUTS",
+    "Split",
+    "Volume",
+    "check_data",
+    "check_volumes",
+    "each",
+    "find_volumes",
+    "inspect",
+    "make_folder",
+    "rooted",
+    "split_volumes",
+    "subject_of",
+    "write_json",
+]
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 # Patterns below the root, as the paper's data sets are unpacked; gzipped or not where that may differ.
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -30,12 +52,28 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "brats": ("*/*t1.nii.gz",),
 }
 FEWEST = 2  # one to train on, one to hold out
+THREADS = 8  # each holds one volume in memory
+
+
+def rooted(data: Data) -> Data:
+    """The same settings with `root` set, by the manifest where they name none; raises LabError where neither does."""
+    if data.manifest is not None:
+        return data.model_copy(update={"root": root_of(data, read_manifest(data))})
+    if data.root is None:
+        fix = "Pass `--set data.root=FOLDER`."
+        raise fault("data.root", "the data", "a folder of NIfTI files", "nothing", fix)
+    return data
 
 
 def find_volumes(data: Data) -> list[Path]:
-    """The files of the layout, sorted by path so that every machine sees one order; raises LabError."""
-    if data.root is None:
-        raise fault("data.root", "the data", "a folder of NIfTI files", "nothing", "Pass `--set data.root=FOLDER`.")
+    """The files of the manifest or of the layout, sorted by path so that every machine sees one order.
+
+    Raises LabError, also for files of the manifest that are missing or have another size.
+    """
+    if data.manifest is not None:
+        return _listed(data)
+    data = rooted(data)
+    assert data.root is not None
     if not data.root.is_dir():
         found = "a file" if data.root.exists() else "nothing there"
         raise fault(data.root, "`data.root`", "a folder of NIfTI files", found, "Check the path.")
@@ -50,6 +88,14 @@ def find_volumes(data: Data) -> list[Path]:
     return paths
 
 
+def _listed(data: Data) -> list[Path]:
+    """The manifest's files."""
+    manifest = read_manifest(data)
+    root = root_of(data, manifest)
+    raise_all(filter(None, (compare(root, entry) for entry in manifest.entries)), str(root))
+    return sorted(root / entry.path for entry in manifest.entries)
+
+
 def _kept(paths: Sequence[Path], data: Data) -> list[Path]:
     """The files whose names stand in the keep-list, one name a line."""
     assert data.keep is not None
@@ -58,7 +104,7 @@ def _kept(paths: Sequence[Path], data: Data) -> list[Path]:
     try:
         names = set(data.keep.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
-        raise fault(data.keep, "`data.keep`", "a readable text file", _reason(error), "Check the path.") from None
+        raise fault(data.keep, "`data.keep`", "a readable text file", reason(error), "Check the path.") from None
     kept = [path for path in paths if path.name in names]
     if not kept:
         found = f"none of {len(names)} names among {len(paths)} files"
@@ -66,19 +112,46 @@ def _kept(paths: Sequence[Path], data: Data) -> list[Path]:
     return kept
 
 
+def check_data(data: Data, paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None) -> None:
+    """Raise LabError that names the files of `find_volumes` which cannot be used.
+
+    `prepare` has read the files of a manifest: their sizes suffice, unless `data.checksums` asks for more.
+    """
+    if data.manifest is None:
+        check_volumes(paths, progress)
+    elif data.checksums:
+        manifest = read_manifest(data)
+        root = root_of(data, manifest)
+        raise_all(filter(None, each(partial(compare, root, contents=True), manifest.entries, progress)), str(root))
+
+
 def check_volumes(paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None) -> None:
     """Read every file to its end; raises LabError that names those that are no finite 3D volume."""
-    problems: list[Problem] = []
-    with ThreadPoolExecutor() as pool:  # reading and unzipping leave Python's lock
-        for done, problem in enumerate(pool.map(_problem, paths), 1):
-            progress(done)
-            if problem is not None:
-                problems.append(problem)
-    raise_all(problems, str(paths[0].parent) if paths else "")
+    found = each(inspect, paths, progress)
+    raise_all((item for item in found if isinstance(item, Problem)), str(paths[0].parent) if paths else "")
 
 
-def _problem(path: Path) -> Problem | None:
-    """What is wrong with one file, or None."""
+def each(work: Callable[[A], B], items: Iterable[A], progress: Callable[[int], None] = lambda _: None) -> Iterator[B]:
+    """`work` on every item in threads, in order: reading, unzipping and hashing leave Python's lock."""
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        try:
+            for done, result in enumerate(pool.map(work, items), 1):
+                progress(done)
+                yield result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for thousands of files
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What a sound file holds: voxels and their size in mm, along the stored axes."""
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+
+
+def inspect(path: Path) -> Volume | Problem:
+    """Read one file to its end: the volume it holds, or what is wrong with it."""
 
     def wrong(expected: str, found: str) -> Problem:
         return Problem("an unreadable volume", expected, found, "Replace or remove the file.", str(path))
@@ -87,7 +160,7 @@ def _problem(path: Path) -> Problem | None:
         image = nibabel.load(path)
         voxels = np.asanyarray(image.dataobj)
     except (ImageFileError, OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
-        return wrong("a NIfTI file", _reason(error))
+        return wrong("a NIfTI file", reason(error))
     shape = tuple(size for axis, size in enumerate(voxels.shape) if axis < 3 or size > 1)
     if len(shape) != 3 or min(shape) < 2:
         return wrong("one 3D volume", "shape " + "x".join(str(size) for size in voxels.shape))
@@ -99,29 +172,33 @@ def _problem(path: Path) -> Problem | None:
         return wrong("an affine that places the voxels", "one that is singular")
     if voxels.min() == voxels.max():
         return wrong("an image", f"the same value everywhere, {float(voxels.flat[0]):g}")
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    """The library's message as a few plain words on one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    line = " ".join(text.split())
-    return line if len(line) <= 120 else line[:117] + "..."
+    first, second, third = (round(float(size), 4) for size in voxel_sizes(image.affine))  # the header has 7 digits
+    return Volume((shape[0], shape[1], shape[2]), (first, second, third))
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder of results; raises LabError where that cannot be."""
+    """Make the folder of results; raises LabError where that cannot be, or nothing can be written to it."""
+    found = "one that is read-only"
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if os.access(path, os.W_OK):
+            return
     except OSError as error:
-        raise fault(path, "`--out`", "a folder to write to", _reason(error), "Choose another.") from None
+        found = reason(error)
+    raise fault(path, "`--out`", "a folder to write to", found, "Choose another.")
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write data whole or not at all."""
+    """Write data whole or not at all; raises LabError where the disk is full or the place cannot be written."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        fix = "Free space, or choose another `--out`."
+        raise fault(path, "a file of results", "a place to write it", reason(error), fix) from None
 
 
 @dataclass(frozen=True)
@@ -142,8 +219,38 @@ class Split:
 
 
 def split_volumes(paths: Sequence[Path], data: Data) -> Split:
-    """Hold out a share of the files, at least one and not all; the same seed gives the same split."""
-    count = min(max(1, round(len(paths) * data.validation_share)), len(paths) - 1)
-    shuffled = list(paths)
-    random.Random(data.split_seed).shuffle(shuffled)
-    return Split(tuple(sorted(shuffled[count:])), tuple(sorted(shuffled[:count])), data.split_seed)
+    """Hold out a share of the subjects, at least one and not all; the same seed gives the same split.
+
+    A manifest has the split already. In layout `plain` each file is a subject of its own.
+    """
+    if data.manifest is not None:
+        manifest = read_manifest(data)
+        root = root_of(data, manifest)
+        train, validation = (
+            tuple(sorted(root / entry.path for entry in entries)) for entries in (manifest.train, manifest.validation)
+        )
+        return Split(train, validation, manifest.seed)
+    subjects = list(dict.fromkeys(subject_of(path, data) for path in sorted(paths)))
+    if len(subjects) < FEWEST:
+        found = f"{len(subjects)}, {', '.join(subjects)}"
+        fix = "Add subjects, or split by file with `--set data.layout=plain`."
+        raise fault(data.root, "subjects to split", f"at least {FEWEST}", found, fix)
+    count = min(max(1, round(len(subjects) * data.validation_share)), len(subjects) - 1)
+    random.Random(data.split_seed).shuffle(subjects)
+    held_out = set(subjects[:count])
+    train, validation = (
+        tuple(sorted(path for path in paths if (subject_of(path, data) in held_out) == wanted))
+        for wanted in (False, True)
+    )
+    return Split(train, validation, data.split_seed)
+
+
+def subject_of(path: Path, data: Data) -> str:
+    """Whose scan a file is: the first folder below the root in the paper's layouts, in `plain` the file itself.
+
+    A subject's scans must not stand on both sides of the split: the held-out error would be that of known brains.
+    """
+    if data.layout == "plain":
+        return str(path)
+    assert data.root is not None
+    return path.relative_to(data.root).parts[0]

@@ -19,7 +19,7 @@ from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import HeldOut, HeldOutError, noise_schedule
 from ddpm_lab.encoder import Encoder, load_encoder
 from ddpm_lab.faults import fault
-from ddpm_lab.files import Split, check_volumes, find_volumes, make_folder, split_volumes
+from ddpm_lab.files import Split, check_data, find_volumes, make_folder, rooted, split_volumes
 from ddpm_lab.method import Trained, apply_method, check_method
 from ddpm_lab.order import Source
 from ddpm_lab.resume import Kept, Saver
@@ -75,8 +75,7 @@ class Run:
 
 def prepare(config: Config, out: Path, screen: Screen) -> Setup:
     """Check everything a user can get wrong, cheapest first; raises TnpeftError, and writes only the split."""
-    if config.data.root is None:
-        raise fault("data.root", "the data", "a folder of NIfTI files", "nothing", "Pass `--set data.root=FOLDER`.")
+    config = config.model_copy(update={"data": rooted(config.data)})
     check_method(config.method, config.base)
     check_sampling(config.diffusion, config.sampling)
     steps_of(config.training, 1)
@@ -104,7 +103,7 @@ def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Acce
     data = config.data
     paths = find_volumes(data)
     with screen.bar(f"check {len(paths)} files", len(paths)) as bar:
-        check_volumes(paths, bar)
+        check_data(data, paths, bar)
     split = split_volumes(paths, data)
     needed = config.training.batch_size * accelerator.num_processes
     if len(split.train) < needed:

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from ddpm_lab.diffusion import HeldOutError
 from ddpm_lab.training import History
 
-__all__ = ["Curve", "plot_curves", "plot_montage"]
+__all__ = ["Curve", "plot_curves", "plot_montage", "smooth"]
 
 INK, PAPER, GRID = "#1f2933", "#ffffff", "#d9dee4"
 DARK, LIGHT = "#0e1116", "#e6e9ed"
@@ -73,7 +73,7 @@ def _losses(axes: Any, curve: Curve, pretraining: History | None) -> None:
     for name, history, colour in [*runs, (curve.name, curve.history, COLOURS[0])]:
         steps = [offset + step for step in range(1, len(history.losses) + 1)]
         axes.plot(steps, history.losses, color=colour, alpha=0.25, linewidth=0.7)
-        axes.plot(steps, _smooth(history.losses), color=colour, linewidth=1.8, label=name)
+        axes.plot(steps, smooth(history.losses), color=colour, linewidth=1.8, label=name)
         offset += len(history.losses)
     axes.set(title="Training loss", xlabel="optimiser step", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -82,7 +82,7 @@ def _losses(axes: Any, curve: Curve, pretraining: History | None) -> None:
     axes.legend()
 
 
-def _smooth(values: Sequence[float], share: float = 0.94) -> list[float]:
+def smooth(values: Sequence[float], share: float = 0.94) -> list[float]:
     """An exponential moving average that starts unbiased."""
     out, total, weight = [], 0.0, 0.0
     for value in values:

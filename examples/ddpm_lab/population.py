@@ -20,23 +20,38 @@ from monai.transforms import AdjustContrast, Compose, EnsureType, RandBiasField,
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch.nn.functional import grid_sample, interpolate
 
-__all__ = ["Contrast", "Tissues", "paint_subject", "template_tissues", "write_population"]
+__all__ = ["Domain", "Tissues", "paint_subject", "template_tissues", "write_population"]
 
-Contrast = Literal["t1", "t2"]
+# What is drawn: healthy subjects in two contrasts, and two diseases in the first.
+Domain = Literal["t1", "t2", "atrophy", "lesion"]
 
 FIELD_OF_VIEW = 208.0  # mm, the side of the cube that holds the brain
 CENTRE = (0.0, -18.0, 8.0)  # mm in MNI space, the middle of the brain mask's bounding box
 
 # Mean signal of cerebrospinal fluid, grey matter and white matter.
-SIGNAL: dict[Contrast, tuple[float, float, float]] = {
-    "t1": (0.22, 0.58, 0.88),
+T1 = (0.22, 0.58, 0.88)
+SIGNAL: dict[Domain, tuple[float, float, float]] = {
+    "t1": T1,
     "t2": (0.95, 0.62, 0.38),
+    "atrophy": T1,
+    "lesion": T1,
 }
 SIGNAL_SPREAD = 0.04
 ROTATION = 0.08  # rad
 SCALING = 0.08
 SHIFT = 0.03  # of half the field of view
 DISPLACEMENT = 0.035  # of half the field of view, at 6 x 6 x 6 knots
+
+# Lengths below are shares of half the field of view, in the order R, A, S.
+VENTRICLES = (0.0, 0.13, 0.06)  # the middle of the lateral ventricles
+VENTRICLE_REACH = (0.22, 0.34, 0.24)
+WIDENING = (0.16, 0.24)  # of the ventricles, in either direction of an axis
+LESION_RADIUS = (0.20, 0.36)  # of the whole lesion; core, rim and oedema are shares of it
+LESION_PLACE = ((0.25, 0.42), (-0.35, 0.35), (0.05, 0.35))  # of its middle, in either half of the brain
+LESION_SIGNAL = {"oedema": 0.46, "rim": 0.98, "core": 0.16}
+LESION_REACH = {"oedema": 1.0, "rim": 0.66, "core": 0.46}
+LESION_EDGE = 0.05  # over this width one signal gives way to the next
+
 STORED_AXES = ("RAS", "LPS", "LAS", "PIR")  # scanners disagree about axes, and so do these files
 
 
@@ -84,12 +99,22 @@ def _on_cube(image: nibabel.Nifti1Image, side: int) -> torch.Tensor:
     return torch.nn.functional.avg_pool3d(fine, finer)[0, 0]
 
 
-def paint_subject(tissues: Tissues, contrast: Contrast, generator: torch.Generator) -> torch.Tensor:
+def paint_subject(tissues: Tissues, domain: Domain, generator: torch.Generator) -> torch.Tensor:
     """One subject, (side, side, side) in [0, 1]; the same generator state gives the same subject."""
-    shape = grid_sample(tissues.maps[None], _deformation(tissues.maps.shape[-1], generator), align_corners=False)[0]
+    grid = _deformation(tissues.maps.shape[-1], generator)
     spread = 1 + SIGNAL_SPREAD * (2 * torch.rand(3, generator=generator) - 1)
-    signal = torch.tensor(SIGNAL[contrast]) * spread
-    clean = torch.einsum("t,tdhw->dhw", signal, shape)
+    scanner = _scanner(generator)
+    if domain == "atrophy":  # diseases draw last, so that the subject is otherwise the healthy one of the same state
+        grid = _widened(grid, generator)
+    shape = grid_sample(tissues.maps[None], grid, align_corners=False)[0]
+    clean = torch.einsum("t,tdhw->dhw", torch.tensor(SIGNAL[domain]) * spread, shape)
+    if domain == "lesion":
+        clean = _with_lesion(clean, shape.sum(0).clamp(0, 1), generator)
+    return torch.as_tensor(scanner(clean[None]))[0].clamp(0, 1)
+
+
+def _scanner(generator: torch.Generator) -> Compose:
+    """What a scanner does to a volume: a bias field, another gamma, ringing and noise."""
     gamma = float(0.9 + 0.2 * torch.rand((), generator=generator))
     acquisition = Compose(
         [
@@ -101,7 +126,37 @@ def paint_subject(tissues: Tissues, contrast: Contrast, generator: torch.Generat
         ]
     )
     acquisition.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
-    return torch.as_tensor(acquisition(clean[None]))[0].clamp(0, 1)
+    return acquisition
+
+
+def _between(bounds: tuple[float, float], generator: torch.Generator) -> float:
+    low, high = bounds
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _widened(grid: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A sampling grid that pushes the walls of the ventricles outwards, and the tissue around them together."""
+    away = grid - torch.tensor(VENTRICLES).flip(0)  # a grid's coordinates run S, A, R
+    near = torch.exp(-(away / torch.tensor(VENTRICLE_REACH).flip(0)).square().sum(-1, keepdim=True) / 2)
+    # Each point shows what lay closer to the middle of the ventricles.
+    return grid - 3 * _between(WIDENING, generator) * near * away
+
+
+def _with_lesion(clean: torch.Tensor, brain: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A lesion in one half of the brain: oedema, within it a bright rim, within that a dark core."""
+    radius = _between(LESION_RADIUS, generator)
+    place = torch.tensor([_between(bounds, generator) for bounds in LESION_PLACE])
+    place[0] *= 1 if torch.rand((), generator=generator) < 0.5 else -1
+    side = clean.shape[-1]
+    axis = (torch.arange(side) + 0.5) / side * 2 - 1
+    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
+    knots = 0.25 * (2 * torch.rand((1, 1, 4, 4, 4), generator=generator) - 1)
+    uneven = interpolate(knots, size=(side,) * 3, mode="trilinear", align_corners=True)[0, 0]
+    distance = (points - place).norm(dim=-1) / radius * (1 + uneven)
+    for part, signal in LESION_SIGNAL.items():
+        inside = torch.sigmoid((LESION_REACH[part] - distance) * radius / LESION_EDGE * 4) * brain
+        clean = clean + inside * (signal - clean)
+    return clean
 
 
 def _deformation(side: int, generator: torch.Generator) -> torch.Tensor:
@@ -124,22 +179,22 @@ def _deformation(side: int, generator: torch.Generator) -> torch.Tensor:
 def write_population(
     folder: Path,
     tissues: Tissues,
-    contrast: Contrast,
+    domain: Domain,
     count: int,
     seed: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Path]:
     """Write `count` subjects as NIfTI files; existing files with these names are replaced.
 
-    Each subject has a random stream of its own, drawn from `seed`, its contrast and its name.
+    Each subject has a random stream of its own, drawn from `seed` and its name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(1, count + 1):
-        name = f"sub-{number:03d}_{contrast}w"
+        name = f"sub-{number:03d}_{domain}{'w' if domain in ('t1', 't2') else ''}"
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        volume = paint_subject(tissues, contrast, generator)
+        volume = paint_subject(tissues, domain, generator)
         axes = STORED_AXES[int(torch.randint(len(STORED_AXES), (), generator=generator))]
         path = folder / f"{name}.nii.gz"
         nibabel.save(_stored_as(volume, tissues.affine, axes), path)

@@ -12,9 +12,10 @@ from rich.text import Text
 from torch.utils.data import ConcatDataset, Subset
 
 from ddpm_lab.config import Config
+from ddpm_lab.distances import TITLES, Measured, distances
 from ddpm_lab.encoder import Encoder
 from ddpm_lab.finetune import Run, Setup
-from ddpm_lab.metrics import frechet_distance, mmd_gaussian, mmd_linear, ms_ssim, ssim_scales
+from ddpm_lab.metrics import ssim_scales
 from ddpm_lab.record import machine, revision, versions
 
 __all__ = [
@@ -101,16 +102,14 @@ def _some(volumes: Any, most: int) -> Any:
 
 
 def _distances(setup: Setup, one: Volumes, other: Volumes) -> dict[str, float | None]:
+    """The distances alone: `evaluate` adds intervals."""
     encoder: Encoder = setup.encoder
-    first, second = (encoder.features(volumes, setup.accelerator.device) for volumes in (one, other))
-    enough = min(len(first), len(second)) > 1  # a covariance needs two
+    device = setup.accelerator.device
+    first, second = (Measured(volumes, encoder.features(volumes, device)) for volumes in (one, other))
     low, high = setup.config.data.intensity
-    return {
-        "fid": frechet_distance(first, second) if enough else None,
-        "mmd_linear": mmd_linear(first, second) if enough else None,
-        "mmd_gaussian": mmd_gaussian(first, second) if enough else None,
-        "ms_ssim": ms_ssim(one, other, high - low, setup.config.metrics.pairs),
-    }
+    metrics = setup.config.metrics.model_copy(update={"resamples": 0})
+    found = distances(first, second, high - low, metrics, device)
+    return {key: each.value for key, each in found.items()}
 
 
 def error_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -138,16 +137,10 @@ def sample_table(samples: SampleData) -> RenderableType:
     table = Table(title=f"{samples['count']} samples against {samples['reference']}", title_justify="left")
     table.title_style = "bold"
     table.add_column("volumes", no_wrap=True)
-    names = {
-        "fid": f"FID{mark}",
-        "mmd_linear": f"MMD{mark} linear",
-        "mmd_gaussian": f"MMD{mark} Gaussian",
-        "ms_ssim": "MS-SSIM",
-    }
-    for name in names.values():
-        table.add_column(name, justify="right")
+    for title in TITLES.values():
+        table.add_column(title.replace("*", mark), justify="right")
     for title, values in samples["sets"].items():
-        table.add_row(title, *("-" if values[key] is None else f"{values[key]:.4g}" for key in names))
+        table.add_row(title, *("-" if values[key] is None else f"{values[key]:.4g}" for key in TITLES))
     note = (
         f"FID and MMD: lower is better, {samples['encoder']}. MS-SSIM: higher is better, {samples['ms_ssim']}. "
         "The last row compares held-out with training volumes."

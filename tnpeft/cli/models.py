@@ -1,4 +1,4 @@
-"""`monai:ddpm-paper` or `package.module:factory` → a model, without data unless it is asked for."""
+"""`monai:maisi`, its kin or `package.module:factory` → a model, without data unless it is asked for."""
 
 from __future__ import annotations
 
@@ -93,14 +93,20 @@ def _mistake(text: str, what: str, expected: str, found: str, fix: str) -> Tnpef
     return TnpeftError(Problem(what, expected, found, fix, f"--model {text[:80]}"))
 
 
-def _ddpm_paper() -> Any:
-    """The diffusion model of Li et al., MICCAI 2025: 166.67 M parameters."""
+def _monai(text: str, module: str, name: str) -> Callable[..., Any]:
+    """A network class of MONAI."""
     try:
-        from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except ImportError as error:
         fix = "Install it with `pip install 'tnpeft[demo]'`."
-        raise _mistake("monai:ddpm-paper", "MONAI", "monai 1.6 or newer", _said(error), fix) from error
-    return DiffusionModelUNet(
+        raise _mistake(text, "MONAI", "monai 1.6 or newer", _said(error), fix) from error
+    return found
+
+
+def _ddpm_paper() -> Any:
+    """The diffusion model of Li et al., MICCAI 2025: 166.67 M parameters."""
+    network = _monai("monai:ddpm-paper", "monai.networks.nets.diffusion_model_unet", "DiffusionModelUNet")
+    return network(
         spatial_dims=3,
         in_channels=1,
         out_channels=1,
@@ -113,4 +119,35 @@ def _ddpm_paper() -> Any:
     )
 
 
-KNOWN: dict[str, Callable[[], Any]] = {"monai:ddpm-paper": _ddpm_paper}
+# What MAISI's diffusion model and ControlNet have in common. Flash attention changes no parameter and wants a GPU.
+_MAISI: dict[str, Any] = {
+    "spatial_dims": 3,
+    "in_channels": 4,
+    "num_channels": (64, 128, 256, 512),
+    "attention_levels": (False, False, True, True),
+    "num_head_channels": (0, 0, 32, 32),
+    "num_res_blocks": 2,
+    "use_flash_attention": False,
+}
+_MAISI_NETWORKS = "monai.apps.generation.maisi.networks"
+
+
+def _maisi() -> Any:
+    """The diffusion model of MAISI's DDPM version (Guo et al., WACV 2025): 169.37 M parameters."""
+    network = _monai("monai:maisi", f"{_MAISI_NETWORKS}.diffusion_model_unet_maisi", "DiffusionModelUNetMaisi")
+    inputs = ("include_top_region_index_input", "include_bottom_region_index_input", "include_spacing_input")
+    return network(**_MAISI, out_channels=4, **dict.fromkeys(inputs, True))
+
+
+def _maisi_controlnet() -> Any:
+    """MAISI's ControlNet: 68.64 M parameters."""
+    network = _monai("monai:maisi-controlnet", f"{_MAISI_NETWORKS}.controlnet_maisi", "ControlNetMaisi")
+    condition = {"conditioning_embedding_in_channels": 8, "conditioning_embedding_num_channels": (8, 32, 64)}
+    return network(**_MAISI, **condition)
+
+
+KNOWN: dict[str, Callable[[], Any]] = {
+    "monai:ddpm-paper": _ddpm_paper,
+    "monai:maisi": _maisi,
+    "monai:maisi-controlnet": _maisi_controlnet,
+}

@@ -113,7 +113,7 @@ def _manifest(
     return Manifest(
         library=tnpeft.__version__,
         name=name,
-        scale=state.active.get(name, 1.0),
+        scale=state.scale_of(name),
         specs=tuple(
             SpecEntry(
                 text=spec.text,

@@ -18,7 +18,7 @@ from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec import Spec, list_specs, load_spec
 from tnpeft.spec.document import clip, read_file
-from tnpeft.surgery import adapters_of, install, plain_modules, record_of, trained_of
+from tnpeft.surgery import adapters_of, base_shown, install, plain_modules, record_of, trained_of
 from tnpeft.surgery.checks import model_problems
 
 __all__ = ["Handle", "attach", "recipe_of"]
@@ -61,7 +61,6 @@ class Handle:
 def attach(
     model: nn.Module,
     what: Recipe | Spec | str | Path,
-    /,
     *,
     match: Match | None = None,
     name: str = "default",
@@ -104,7 +103,8 @@ def attach(
     claimed = targets(model, recipe)
     also = trained(model, recipe.train, claimed)
     captured = captures(claimed, recipe.scopes)
-    adapters = _compile(plain_modules(model), claimed, captured, seed, mode, autotune)
+    with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
+        adapters = _compile(plain_modules(model), claimed, captured, seed, mode, autotune)
     about = {"recipe": recipe.name, "trained": {"bias": also.bias, "norm": also.norm, "also": also.also}}
     install(model, name, adapters, also.names, _json_like(about))
     return Handle(model, name)

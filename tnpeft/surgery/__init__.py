@@ -8,7 +8,7 @@ Every name is that of the plain model, as if nothing were adapted (`plain_module
     adapter = compile(spec, modules[name], seed=seed, name=name, mode=mode, **params)
     install(model, "default", {name: adapter}, trained=["conv.bias"], about={"recipe": ...})
 
-and `names_of`, `record_of`, `adapters_of`, `trained_of`, `statistics_of` tell what is attached.
+and `names_of`, `scales_of`, `record_of`, `adapters_of`, `trained_of`, `statistics_of` tell what is attached.
 They and the switches find the adapted model inside wrappers such as DistributedDataParallel.
 """
 
@@ -22,11 +22,12 @@ from tnpeft.surgery.queries import (
     names_of,
     parameter_groups,
     record_of,
+    scales_of,
     statistics_of,
     trained_of,
 )
 from tnpeft.surgery.state import AdapterRecord, ModelState, adapted, find
-from tnpeft.surgery.switch import activate, disabled, merge, scale_problem, unmerge
+from tnpeft.surgery.switch import activate, base_shown, disabled, merge, scale_problem, unmerge
 from tnpeft.surgery.trained import norm_statistics
 from tnpeft.surgery.tree import plain_modules, plain_parameters
 
@@ -38,6 +39,7 @@ __all__ = [
     "activate",
     "adapted",
     "adapters_of",
+    "base_shown",
     "base_tensors",
     "detach",
     "disabled",
@@ -53,6 +55,7 @@ __all__ = [
     "plain_parameters",
     "record_of",
     "scale_problem",
+    "scales_of",
     "statistics_of",
     "trained_of",
     "unmerge",

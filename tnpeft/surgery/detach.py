@@ -6,9 +6,10 @@ from torch import nn
 
 from tnpeft.errors import AttachError, Problem
 from tnpeft.modules import AdaptedLayer
+from tnpeft.surgery.folding import fold, folding_problems
 from tnpeft.surgery.passes import remove_pass
 from tnpeft.surgery.state import ModelState, adapted, known_adapter
-from tnpeft.surgery.switch import apply_state, refuse_disabled
+from tnpeft.surgery.switch import acting, apply_state, merge_layers, refuse_disabled, refuse_merged
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers, places, slots
 
@@ -20,31 +21,40 @@ def detach(model: nn.Module, merge: bool = False, name: str | None = None) -> No
 
     Without `merge` every parameter is the base's own, to the bit. With it the update of the active
     adapters stays: each adapted layer gets a new weight, and what was trained beside the cores is
-    the model's own from now on. `name` takes one adapter off and leaves the others; with `merge` it
-    must be the only one.
+    the model's own from now on.
 
-    Raises AttachError where nothing, or no adapter of that name, is attached.
+    `name` takes one adapter off and leaves the others. With `merge` its update stays, at the scale at
+    which it acted, at 1 if it did not: the base is another from now on, and the others stand on top of
+    it. Their cores keep their bits; their biases, norms and statistics move along with the base's.
+
+    Raises AttachError where nothing, or no adapter of that name, is attached, and with `merge` where
+    the update of another adapter depends on a weight that would change, or the model is merged already
+    and others are attached.
     """
     root, state = adapted(model)
-    if name is not None:
-        known_adapter(state, name)
-        others = [f"'{other}'" for other in state.adapters if other != name]
-        if others and merge:
-            fix = "Detach the others first, or detach all with `merge=True`."
-            raise AttachError(Problem("detach", f"'{name}' alone to merge", f"also {', '.join(others)}", fix))
-        if others:
-            _remove(root, state, name)
-            return
-    _restore(root, state, merge)
+    if name is None:
+        _restore(root, state, state.active if merge else {})
+    elif known_adapter(state, name) and len(state.adapters) == 1:
+        _restore(root, state, {name: state.scale_of(name)} if merge else {})
+    elif merge:
+        refuse_disabled(state)
+        refuse_merged(state)
+        if problems := [*folding_problems(root, state, name)]:
+            raise AttachError(*problems)
+        fold(root, state, name)
+        _remove(root, state, name)
+    else:
+        refuse_disabled(state)
+        if state.merged and name in state.active:
+            fix = "Call `tnpeft.unmerge(model)` first."
+            raise AttachError(Problem("model", f"'{name}' unmerged", "a merged model", fix))
+        _remove(root, state, name)
 
 
 def _remove(root: nn.Module, state: ModelState, name: str) -> None:
     """Take one of several adapters off; layers that it alone adapted are plain again."""
-    refuse_disabled(state)
-    if state.merged and name in state.active:
-        fix = "Call `tnpeft.unmerge(model)` first."
-        raise AttachError(Problem("model", f"'{name}' unmerged", "a merged model", fix))
     state.active.pop(name, None)
+    state.before.pop(name, None)
     apply_state(root, state)
     trained = [tied for tied in all_tied(root, state) if name in tied.trainers]
     for tied in trained:
@@ -56,17 +66,10 @@ def _remove(root: nn.Module, state: ModelState, name: str) -> None:
     _unwrap(root, [layer for layer in adapted_layers(root) if not layer.names])
 
 
-def _restore(root: nn.Module, state: ModelState, merge: bool) -> None:
-    state.disabled = 0  # a copy made inside a `disabled` context is disabled for good, and may be detached
-    if not merge:
-        state.active = {}
-    apply_state(root, state)
+def _restore(root: nn.Module, state: ModelState, kept: dict[str, float]) -> None:
+    """Take all adapters off; the updates of some stay."""
     layers = adapted_layers(root)
-    if merge:
-        for layer in layers:
-            layer.merge()  # all of them first: this takes memory, and what follows cannot fail
-        for layer in layers:
-            layer.keep_merged()
+    _keep(root, state, layers, kept)
     for tied in all_tied(root, state):
         tied.settle()
     _unwrap(root, layers)
@@ -75,6 +78,25 @@ def _restore(root: nn.Module, state: ModelState, merge: bool) -> None:
             slot.tensor.requires_grad_(state.requires_grad[name])
     remove_pass(root)
     state.drop_from(root)
+
+
+def _keep(root: nn.Module, state: ModelState, layers: list[AdaptedLayer], kept: dict[str, float]) -> None:
+    """Give the base the updates that stay. All are computed first: what follows cannot fail."""
+    if kept and kept != state.active:
+        refuse_merged(state)
+    # A copy made inside a `disabled` context is disabled for good, and may be detached.
+    disabled, state.disabled = state.disabled, 0
+    try:
+        with acting(root, state, kept):
+            if kept and not state.merged:
+                merge_layers(layers)
+    except BaseException:
+        state.disabled = disabled
+        apply_state(root, state)
+        raise
+    if kept:
+        for layer in layers:
+            layer.keep_merged()
 
 
 def _unwrap(root: nn.Module, layers: list[AdaptedLayer]) -> None:

@@ -9,12 +9,26 @@ from tnpeft.surgery.state import AdapterRecord, adapted, known_adapter
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import places, slots, ties
 
-__all__ = ["adapters_of", "base_tensors", "names_of", "parameter_groups", "record_of", "statistics_of", "trained_of"]
+__all__ = [
+    "adapters_of",
+    "base_tensors",
+    "names_of",
+    "parameter_groups",
+    "record_of",
+    "scales_of",
+    "statistics_of",
+    "trained_of",
+]
 
 
 def names_of(model: nn.Module) -> tuple[str, ...]:
     """The names of the attached adapters, oldest first. Raises AttachError where there is none."""
     return tuple(adapted(model)[1].adapters)
+
+
+def scales_of(model: nn.Module) -> dict[str, float]:
+    """The adapters that act, with their scales: what `activate` takes. Raises AttachError where nothing is attached."""
+    return dict(adapted(model)[1].active)
 
 
 def record_of(model: nn.Module, name: str) -> AdapterRecord:

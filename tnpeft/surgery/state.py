@@ -41,14 +41,20 @@ class ModelState:
     """All adapters of a model and which of them act.
 
     `requires_grad` holds the flags from before the first attach, `active` the scales of the
-    adapters that act, `disabled` how many `disabled` contexts are open.
+    adapters that act, `before` those that acted before they were merged, `disabled` how many
+    `disabled` contexts are open.
     """
 
     requires_grad: dict[str, bool]
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
     merged: bool = False
+    before: dict[str, float] = field(default_factory=dict)
     disabled: int = 0
+
+    def scale_of(self, name: str) -> float:
+        """The scale of an adapter named by itself, to save or merge it: that at which it acts, 1 if it does not."""
+        return self.active.get(name, 1.0)
 
     def keep_on(self, root: nn.Module) -> None:
         root.__dict__[_KEY] = self

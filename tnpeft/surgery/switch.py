@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
 from typing import Any
 
@@ -12,29 +12,43 @@ import torch
 from torch import nn
 
 from tnpeft.errors import AttachError, Problem
+from tnpeft.modules import AdaptedLayer
 from tnpeft.spec.document import clip
 from tnpeft.surgery.accumulating import hand_out
 from tnpeft.surgery.passes import forget_groups
-from tnpeft.surgery.state import ModelState, adapted, known_adapter
+from tnpeft.surgery.state import ModelState, adapted, find, known_adapter
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers
 
-__all__ = ["activate", "apply_state", "disabled", "merge", "refuse_disabled", "scale_problem", "unmerge"]
+__all__ = [
+    "acting",
+    "activate",
+    "apply_state",
+    "base_shown",
+    "disabled",
+    "merge",
+    "merge_layers",
+    "refuse_disabled",
+    "refuse_merged",
+    "scale_problem",
+    "unmerge",
+]
 
 
 def activate(model: nn.Module, scales: Mapping[str, float] | str) -> None:
     """Let the named adapters act, each at its scale, and no others; `{}` leaves the base model.
 
     ΔW and the trained biases and norms of several adapters add up, scaled. Only active adapters
-    train: their cores do, and what else they train while one of them acts alone at scale 1.
+    train: their cores do, and what else they train while one of them acts alone at scale 1. No
+    parameter becomes another object, so that optimisers stay as they are; no base weight is copied,
+    and nothing is planned anew. Run backward passes before the switch: what does not act takes no
+    gradients.
 
     Raises AttachError for unknown names, scales that are not finite in fp32, and merged models.
     """
     root, state = adapted(model)
     refuse_disabled(state)
-    if state.merged:
-        fix = "Call `tnpeft.unmerge(model)` first."
-        raise AttachError(Problem("model", "an unmerged model", "a merged one", fix))
+    refuse_merged(state)
     state.active = _checked(state, {scales: 1.0} if isinstance(scales, str) else scales)
     apply_state(root, state)
 
@@ -47,7 +61,8 @@ def _checked(state: ModelState, scales: object) -> dict[str, float]:
         known_adapter(state, name)
         if problem := scale_problem(name, scale):
             raise AttachError(problem)
-    return {name: float(scale) for name, scale in scales.items()}
+    # In the order in which they were attached: sums must not depend on that of the mapping.
+    return {name: float(scales[name]) for name in state.adapters if name in scales}
 
 
 def scale_problem(name: str, scale: Any) -> Problem | None:
@@ -63,31 +78,65 @@ def scale_problem(name: str, scale: Any) -> Problem | None:
     return None
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module, name: str | None = None) -> None:
     """Compute every adapted layer's weight once, beside the base weight, for faster inference.
 
-    A merged model does not train. Merging a merged model changes nothing.
+    Merged are the active adapters or, with `name`, this one alone: at the scale at which it acts, at 1
+    if it does not. A merged model does not train, and what acts in it stays until `unmerge`. Merging
+    what is merged changes nothing.
+
+    Raises AttachError for unknown names, and where others are merged.
     """
     root, state = adapted(model)
     refuse_disabled(state)
+    wanted = state.active if name is None else {known_adapter(state, name).name: state.scale_of(name)}
     if state.merged:
+        if wanted != state.active:
+            refuse_merged(state)
         return
-    for layer in adapted_layers(root):
-        layer.merge()
-    state.merged = True
+    before = state.active
+    with acting(root, state, wanted):
+        merge_layers(adapted_layers(root))
+    state.merged, state.before = True, before
     apply_state(root, state)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, to the bit. An unmerged model is left as it is."""
+    """Undo `merge`, to the bit: what acted before acts again. An unmerged model is left as it is."""
     root, state = adapted(model)
     refuse_disabled(state)
     if not state.merged:
         return
     for layer in adapted_layers(root):
         layer.unmerge()
-    state.merged = False
+    state.merged, state.active, state.before = False, state.before, {}
     apply_state(root, state)
+
+
+def merge_layers(layers: Iterable[AdaptedLayer]) -> None:
+    """Merge all of them or, where one cannot be merged for want of memory or values, none."""
+    done = []
+    try:
+        for layer in layers:
+            done.append(layer)
+            layer.merge()
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+
+
+@contextmanager
+def acting(root: nn.Module, state: ModelState, scales: dict[str, float]) -> Iterator[None]:
+    """Let other adapters act from here on; those that did act again where what is done inside fails."""
+    before, state.active = state.active, scales
+    try:
+        apply_state(root, state)
+        yield
+    except BaseException:
+        state.active = before
+        apply_state(root, state)
+        raise
 
 
 @contextmanager
@@ -100,6 +149,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         if state.is_on(root):  # not if everything was detached meanwhile
             _disable(root, state, -1)
+
+
+def base_shown(model: nn.Module) -> AbstractContextManager[None]:
+    """`disabled`, for models that nothing may be attached to yet."""
+    return nullcontext() if find(model) is None else disabled(model)
 
 
 def apply_state(root: nn.Module, state: ModelState) -> None:
@@ -118,6 +172,13 @@ def refuse_disabled(state: ModelState) -> None:
     if state.disabled:
         fix = "Leave the `disabled` context first."
         raise AttachError(Problem("model", "enabled adapters", "adapters disabled by `tnpeft.disabled`", fix))
+
+
+def refuse_merged(state: ModelState) -> None:
+    """Raises AttachError for a merged model, whose weights would not follow the change."""
+    if state.merged:
+        fix = "Call `tnpeft.unmerge(model)` first."
+        raise AttachError(Problem("model", "an unmerged model", "a merged one", fix))
 
 
 def _disable(root: nn.Module, state: ModelState, step: int) -> None:

@@ -68,7 +68,8 @@ class Tied:
         """Install what acts: b₀ + Σ s (b - b₀) over the active trainers, the original or a copy where it is one."""
         acting = {name: active[name] for name in self.trainers if name in active}
         if acting and list(acting.values()) != [1.0]:
-            content, flag = self._combined(acting), False
+            with torch.inference_mode(False), torch.no_grad():  # it may be trained through later
+                content, flag = self._combined(acting), False
             self._put_back()
         else:
             self._put_back()
@@ -78,6 +79,22 @@ class Tied:
         acts = self._as_found(content, flag)
         for slot in self.slots:
             slot.put(acts)
+
+    def moved(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Other adapters' copies with their values once what is installed is the original: b' + (bₖ - b₀)."""
+        original, acts = self.original.detach(), self.slots[0].tensor.detach()
+        if not original.is_floating_point():
+            return []
+        wide = torch.promote_types(original.dtype, torch.float32)
+        step = acts.to(wide) - original.to(wide)
+        copies = [self.copy_of(other).detach() for other in self.trainers if other != name]
+        return [(copy, self._bounded(copy.to(wide) + step).to(copy.dtype)) for copy in copies]
+
+    def fold(self, name: str) -> None:
+        """Make what is installed the original; `name`, the adapter that acts, has no copy any more."""
+        for who in (_ORIGINAL, f"of_{name}"):
+            self._forget(who)
+        self.slots[0].tensor.requires_grad_(False)
 
     def settle(self) -> None:
         """Forget every copy: what is installed becomes the model's own."""
@@ -99,9 +116,11 @@ class Tied:
         total = wide.clone()
         for name, scale in acting.items():
             total.add_(self.copy_of(name).detach().to(wide.dtype) - wide, alpha=scale)
-        if self.slots[0].key == "running_var":
-            total.clamp_(min=0)
-        return total.to(original.dtype)
+        return self._bounded(total).to(original.dtype)
+
+    def _bounded(self, total: Tensor) -> Tensor:
+        """A sum of differences, which may be no variance any more; written to in place."""
+        return total.clamp_(min=0) if self.slots[0].key == "running_var" else total
 
     def _put_back(self) -> None:
         for who in (_ORIGINAL, *(f"of_{name}" for name in self.trainers)):
@@ -135,8 +154,8 @@ def all_tied(root: nn.Module, state: ModelState) -> list[Tied]:
 
 
 def _beside(slot: Slot, who: str) -> Slot:
-    """Where a copy for `slot` waits."""
-    return slot._replace(key=f"{MANGLED}{who}__{slot.key}")
+    """Where a copy for `slot` waits. No adapter's name has a colon, so that no two copies wait in one place."""
+    return slot._replace(key=f"{MANGLED}{who}:{slot.key}")
 
 
 def norm_statistics(root: nn.Module) -> tuple[tuple[str, ...], ...]:

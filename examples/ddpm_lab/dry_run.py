@@ -1,0 +1,94 @@
+"""A study without its data: build every method on the full model, count, and take one step at reduced size."""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ddpm_lab.config import Data
+from ddpm_lab.console import Screen
+from ddpm_lab.cost import Subject, subject
+from ddpm_lab.faults import fault
+from ddpm_lab.files import find_volumes, write_json
+from ddpm_lab.record import machine, versions
+from ddpm_lab.study_config import StudyConfig
+from ddpm_lab.training import make_accelerator
+from ddpm_lab.unet import divisor
+
+__all__ = ["dry_run"]
+
+
+def dry_run(name: str, config: StudyConfig, out: Path, screen: Screen) -> dict[str, Any]:
+    """Check a study as far as that goes without training, and write `dry-run-NAME.json`."""
+    side = divisor(config.model)  # the smallest volume that the model can take
+    shape = (side, side, side)
+    accelerator = make_accelerator(config.training)
+    methods: dict[str, dict[str, Any]] = {}
+    members = config.members(name)
+    with screen.bar(f"build and step, {side}x{side}x{side}", len(members)) as bar:
+        for number, each in enumerate(members, 1):
+            training = config.training_of(each, config.seeds[0])
+            built = subject(config, config.methods[each].method, training, accelerator)
+            methods[each] = _described(built, each, shape)
+            del built
+            gc.collect()
+            bar(number, each)
+    found = {
+        "study": name,
+        "shape": list(shape),
+        "methods": methods,
+        "datasets": {each: _files(config.data_of(about)) for each, about in config.datasets.items() if not about.made},
+        "runs": len(members) * max(1, len(config.datasets)) * len(config.seeds),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json(out / f"dry-run-{name}.json", found)
+    _show(found, screen)
+    return found
+
+
+def _described(built: Subject, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The size of a method and one real step of it."""
+    before = {each: value.detach().clone() for each, value in built.unet.named_parameters() if value.requires_grad}
+    loss = built.step(*built.inputs(shape, 1))
+    if not math.isfinite(loss):
+        raise fault(f"methods.{name}", "the loss of the first step", "a finite number", str(loss), "Check the model.")
+    moved = sum(not value.equal(before[each]) for each, value in built.unet.named_parameters() if each in before)
+    return {
+        "trainable_parameters": built.trained.parameters,
+        "base_parameters": built.trained.total,
+        "loss": loss,
+        "tensors": len(before),
+        "tensors_moved": moved,
+    }
+
+
+def _files(data: Data) -> dict[str, Any]:
+    """How many files a data set has, where its folder is given."""
+    if data.manifest is not None:
+        return {"manifest": str(data.manifest), "there": data.manifest.is_file()}
+    if data.root is None:
+        return {"root": None}
+    return {"root": str(data.root), "files": len(find_volumes(data))}
+
+
+def _show(found: dict[str, Any], screen: Screen) -> None:
+    table = Table(title=f"Dry run of {found['study']}: {found['runs']} runs", title_justify="left", title_style="bold")
+    table.add_column("method", no_wrap=True)
+    for name in ("trains", "of base", "loss of a step", "tensors moved"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, about in found["methods"].items():
+        table.add_row(
+            name,
+            f"{about['trainable_parameters']:,}",
+            f"{about['trainable_parameters'] / about['base_parameters']:.2%}",
+            f"{about['loss']:.4f}",
+            f"{about['tensors_moved']} of {about['tensors']}",
+        )
+    screen.console.print(table)
+    for name, about in found["datasets"].items():
+        screen.line(f"{name}: " + ", ".join(f"{key} {value}" for key, value in about.items()))

@@ -1,0 +1,110 @@
+"""The real volumes that samples are compared with, and their features, which are computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ddpm_lab.config import Config
+from ddpm_lab.console import Screen
+from ddpm_lab.distances import Measured
+from ddpm_lab.encoder import Encoder
+from ddpm_lab.faults import fault
+from ddpm_lab.files import check_volumes, make_folder, split_volumes
+from ddpm_lab.volumes import transforms
+
+__all__ = ["Files", "RealVolumes", "times"]
+
+# Settings of the data that say which files are read, not what a volume becomes.
+WHERE = {"root", "layout", "keep", "cache", "manifest", "skip_damaged", "validation_share", "split_seed"}
+
+
+class Files(Sequence[torch.Tensor]):
+    """Volumes that are read from their files each time they are looked at."""
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[Path], torch.Tensor]) -> None:
+        self.paths, self.read = paths, read
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.read(self.paths[index])
+
+
+class RealVolumes:
+    """The real volumes that samples are compared with: held out and for training, at most `metrics.most` of each."""
+
+    def __init__(self, config: Config, out: Path, paths: Sequence[Path]) -> None:
+        split = split_volumes(paths, config.data)
+        self.config, self.out = config, out
+        self.held_out, self.train = (_some(files, config.metrics.most) for files in (split.validation, split.train))
+        self.steps = transforms(config.data)
+        self.shape: tuple[int, ...] = tuple(self.read(self.held_out[0]).shape[1:])
+        self.features: dict[Path, torch.Tensor] = {}
+
+    def read(self, path: Path) -> torch.Tensor:
+        """One volume as the network sees it; raises LabError that names a damaged file."""
+        try:
+            volume: torch.Tensor = self.steps(str(path))
+        except (RuntimeError, OSError, ValueError, EOFError) as error:
+            check_volumes([path])
+            found = " ".join(str(error).split())[:120]
+            raise fault(path, "an unreadable volume", "a 3D volume", found, "Replace or remove the file.") from None
+        return volume
+
+    def encode(self, encoder: Encoder, accelerator: Accelerator, screen: Screen) -> None:
+        """The features of all volumes, from an earlier evaluation of the same files where there was one."""
+        paths = [*self.held_out, *self.train]
+        cache = self.out / "cache" / f"features-{self._key(encoder, paths)}.safetensors"
+        try:
+            features = load_file(cache)["features"]
+        except (OSError, SafetensorError, KeyError):
+            with screen.bar("encode real volumes", len(paths)) as bar:
+                features = encoder.features(Files(paths, self._sized), accelerator.device, progress=bar)
+            make_folder(cache.parent)
+            temporary = cache.with_name(cache.name + ".part")
+            save_file({"features": features}, temporary)
+            temporary.replace(cache)
+        self.features = dict(zip(paths, features, strict=True))
+
+    def _sized(self, path: Path) -> torch.Tensor:
+        volume = self.read(path)
+        if tuple(volume.shape[1:]) != self.shape:
+            found, fix = times(volume.shape[1:]), "Set `data.crop` or `data.resize`."
+            raise fault(path, "a volume of another size", times(self.shape), found, fix)
+        return volume
+
+    def _key(self, encoder: Encoder, paths: Sequence[Path]) -> str:
+        """A name for all that the features depend on: the encoder, the files as they are, and what is done to them."""
+        data = self.config.data.model_dump(mode="json", exclude=WHERE)
+        files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        return hashlib.sha256(json.dumps([encoder.digest, data, files]).encode()).hexdigest()[:16]
+
+    def measured(self, paths: Sequence[Path]) -> Measured:
+        return Measured(Files(paths, self._sized), torch.stack([self.features[path] for path in paths]))
+
+    def reference(self) -> Measured:
+        """What the samples are compared with: held-out volumes, or all."""
+        metrics = self.config.metrics
+        both = _some([*self.held_out, *self.train], metrics.most)
+        return self.measured(both if metrics.reference == "all" else self.held_out)
+
+
+def _some(paths: Sequence[Path], most: int) -> list[Path]:
+    """The files, or `most` of them evenly chosen."""
+    if len(paths) <= most:
+        return list(paths)
+    return [paths[int(index)] for index in torch.linspace(0, len(paths) - 1, most).tolist()]
+
+
+def times(shape: Sequence[int]) -> str:
+    return "x".join(str(size) for size in shape)

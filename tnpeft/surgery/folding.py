@@ -1,0 +1,73 @@
+"""Making one of several adapters part of the base, on which the others then stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from tnpeft.errors import Problem
+from tnpeft.modules import AdaptedLayer
+from tnpeft.surgery.state import ModelState
+from tnpeft.surgery.switch import acting, merge_layers
+from tnpeft.surgery.trained import Tied, all_tied
+from tnpeft.surgery.tree import adapted_layers, places
+
+__all__ = ["fold", "folding_problems"]
+
+
+def folding_problems(root: nn.Module, state: ModelState, name: str) -> Iterator[Problem]:
+    """Why other adapters would not be what they are on the base that has the update of `name`; one for each of them."""
+    ties = all_tied(root, state)
+    changed = {id(slot.owner) for tied in ties if name in tied.trainers for slot in tied.slots if slot.key == "weight"}
+    told: set[str] = set()
+    for place in places(root):
+        layer = place.module
+        if not isinstance(layer, AdaptedLayer) or not (name in layer.names or id(layer.base) in changed):
+            continue
+        for other, why in _dependent(layer, ties):
+            if other != name and other not in told:
+                told.add(other)
+                yield Problem(
+                    f"merging '{name}' for good", "no other adapter that depends on the weight", f"'{other}', {why}",
+                    f"Detach '{other}' first, or merge for a time: `tnpeft.merge(model, name='{name}')`.",
+                    where=f"layer '{place.name}'",
+                )  # fmt: skip
+
+
+def _dependent(layer: AdaptedLayer, ties: list[Tied]) -> Iterator[tuple[str, str]]:
+    """The adapters for which the weight of a layer is more than what they are added to, and why."""
+    for name in layer.names:
+        network = layer.adapter(name).network
+        if network.reads_weight:
+            yield name, f"whose update ({network.spec.name}) is made of it"
+    for tied in ties:
+        if any(slot.owner is layer.base and slot.key == "weight" for slot in tied.slots):
+            for name in tied.trainers:
+                yield name, "which trains it as a whole"
+
+
+def fold(root: nn.Module, state: ModelState, name: str) -> None:
+    """Give the base the update of an adapter, at the scale of its own; what is left is to take it off.
+
+    All is computed first: what follows cannot fail, and where it fails nothing has changed.
+    """
+    others = {other: scale for other, scale in state.active.items() if other != name}
+    layers = [layer for layer in adapted_layers(root) if name in layer.names]
+    with acting(root, state, {name: state.scale_of(name)}):
+        ties = [tied for tied in all_tied(root, state) if name in tied.trainers]
+        with torch.inference_mode(False), torch.no_grad():
+            moves = [move for tied in ties for move in tied.moved(name)]
+        merge_layers(layers)
+    with torch.no_grad():
+        for copy, values in moves:
+            copy.copy_(values)
+    for tied in ties:
+        tied.fold(name)
+    for layer in layers:
+        layer.keep_merged()
+        layer.unmerge()
+    state.adapters[name] = replace(state.adapters[name], trained=(), statistics=())
+    state.active = others
