@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -155,10 +156,14 @@ def test_cold_starts_that_are_killed_go_on_too(server: Server, whole: Path, lab:
     """The command as a user types it, killed once it has a checkpoint."""
     command = [sys.executable, str(ROOT / "examples" / "ddpm.py"), "finetune", "--config", str(lab / "run.yaml")]
     outs = [tmp_path / name for name in ("one", "two")]
-    for out, log in zip(outs, (tmp_path / "one.log", tmp_path / "two.log"), strict=True):
-        with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen([*command, "--out", str(out)], stdout=file, stderr=file, env=ENVIRONMENT)
-        kill_later(process, out, random.Random(int(time.time())).uniform(0, 0.3))
+    with contextlib.ExitStack() as files:
+        logs = [files.enter_context(Path(f"{out}.log").open("w", encoding="utf-8")) for out in outs]
+        processes = [
+            subprocess.Popen([*command, "--out", str(out)], stdout=log, stderr=log, env=ENVIRONMENT)
+            for out, log in zip(outs, logs, strict=True)
+        ]
+        for process, out in zip(processes, outs, strict=True):
+            kill_later(process, out, random.Random(int(time.time())).uniform(0, 0.1))
     for out in outs:
         assert server(out) == 0, Path(f"{out}.log").read_text(encoding="utf-8")
         assert "Going on after step" in Path(f"{out}.log").read_text(encoding="utf-8")
@@ -272,7 +277,7 @@ def test_a_checkpoint_holds_everything_and_no_pickle(cut: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut short", "changed", "deleted", "no state", "changed state"])
-def test_damaged_checkpoints_are_passed_over(copied: Path, lab: Path, whole: Path, damage: str) -> None:
+def test_damaged_checkpoints_are_passed_over(copied: Path, damage: str) -> None:
     newest = copied / "checkpoints" / "step-00000003"
     path = newest / ("state.json" if damage.endswith("state") else "optimizer.safetensors")
     content = path.read_bytes()
@@ -282,11 +287,22 @@ def test_damaged_checkpoints_are_passed_over(copied: Path, lab: Path, whole: Pat
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif damage == "changed state":
         path.write_bytes(content.replace(b'"sample": 0', b'"sample": 1'))
+        assert path.read_bytes() != content
     else:
         path.unlink()
+    notes: list[str] = []
+    found = Checkpoints(copied, 2).newest(notes.append)
+    assert found is not None
+    assert found.step == 2
+    (note,) = notes
+    assert note.startswith("Passed over checkpoints/step-00000003, which is damaged: ")
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint(copied: Path, lab: Path, whole: Path) -> None:
+    (copied / "checkpoints" / "step-00000003" / "adapter.safetensors").write_bytes(b"")
     done = command(lab, copied)
     assert done.exit_code == 0, done.stderr
-    assert "Passed over checkpoints/step-00000003, which is damaged: " in done.stdout
+    assert "Passed over checkpoints/step-00000003, which is damaged: adapter.safetensors is not what" in done.stdout
     assert "Going on after step 2, from checkpoints/step-00000002" in done.stdout
     same_results(copied, whole)
 
@@ -391,14 +407,14 @@ def full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def intact(out: Path, lab: Path, whole: Path) -> None:
-    """The last checkpoint is whole, nothing half-written lies beside it, and the run ends as if nothing had been."""
-    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000002", "step-00000003"]
+def intact(out: Path) -> None:
+    """The last checkpoint is whole, and nothing says that the run is done."""
+    assert sorted(path.name for path in out.glob("checkpoints/step-????????")) == ["step-00000002", "step-00000003"]
+    notes: list[str] = []
+    found = Checkpoints(out, 2).newest(notes.append)
+    assert found is not None
+    assert (found.step, notes) == (3, [])
     assert not (out / "summary.json").exists()
-    done = command(lab, out)
-    assert done.exit_code == 0, done.stderr
-    assert "Going on after step 3" in done.stdout
-    same_results(out, whole)
 
 
 FIX = "Make room or mend the folder; the same command then goes on from the last checkpoint."
@@ -406,7 +422,7 @@ FIX = "Make room or mend the folder; the same command then goes on from the last
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_last_checkpoint(
-    copied: Path, lab: Path, whole: Path, call: str, monkeypatch: pytest.MonkeyPatch
+    copied: Path, lab: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         inner = getattr(os, call)
@@ -422,10 +438,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert (
         done.stderr == f"error: {folder}: a checkpoint: expected to be written, found No space left on device. {FIX}\n"
     )
-    intact(copied, lab, whole)
+    intact(copied)
 
 
-def test_files_that_may_not_grow_stop_a_run_in_order(copied: Path, lab: Path, whole: Path) -> None:
+def test_files_that_may_not_grow_stop_a_run_in_order(copied: Path, lab: Path) -> None:
     """The kernel itself refuses: no file may be larger than 4 kB, of which every adapter is more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -436,10 +452,10 @@ def test_files_that_may_not_grow_stop_a_run_in_order(copied: Path, lab: Path, wh
     assert done.exit_code == 1
     folder = copied / "checkpoints" / "step-00000004"
     assert done.stderr == f"error: {folder}: a checkpoint: expected to be written, found File too large. {FIX}\n"
-    intact(copied, lab, whole)
+    intact(copied)
 
 
-def test_a_folder_that_cannot_be_written_to_stops_a_run_in_order(copied: Path, lab: Path, whole: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_stops_a_run_in_order(copied: Path, lab: Path) -> None:
     """A file where the next checkpoint's folder would be: root may write anywhere else."""
     blocked = copied / "checkpoints"
     kept = blocked.with_name("kept")
@@ -453,7 +469,7 @@ def test_a_folder_that_cannot_be_written_to_stops_a_run_in_order(copied: Path, l
     )
     blocked.unlink()
     kept.rename(blocked)
-    intact(copied, lab, whole)
+    intact(copied)
 
 
 def test_a_full_disk_at_the_end_of_a_run_is_said_too(copied: Path, lab: Path, whole: Path, monkeypatch: Any) -> None:

@@ -17,7 +17,7 @@ from ddpm_lab.config import Config, Method
 from ddpm_lab.console import Screen
 from ddpm_lab.durable import writing
 from ddpm_lab.faults import fault
-from ddpm_lab.files import write_json
+from ddpm_lab.files import rooted, write_json
 from ddpm_lab.finetune import Run, Setup, prepare, probe, run_training, sample
 from ddpm_lab.plots import Curve, plot_curves, plot_montage
 from ddpm_lab.record import write_record
@@ -55,6 +55,7 @@ def pretrain(config: Config, out: Path, screen: Screen) -> dict[str, Any] | None
 
 def _run(command: str, config: Config, out: Path, screen: Screen, title: str) -> dict[str, Any] | None:
     started = time.perf_counter()
+    config = config.model_copy(update={"data": rooted(config.data)})  # as the summary and the checkpoints have it
     done = finished_summary(config, out)
     if done is not None:
         screen.line(f"Nothing to do: the run in {out} is done, with these settings")
