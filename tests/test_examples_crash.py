@@ -162,23 +162,23 @@ def test_cold_starts_that_are_killed_go_on_too(server: Server, whole: Path, lab:
             subprocess.Popen([*command, "--out", str(out)], stdout=log, stderr=log, env=ENVIRONMENT)
             for out, log in zip(outs, logs, strict=True)
         ]
-        for process, out in zip(processes, outs, strict=True):
-            kill_later(process, out, random.Random(int(time.time())).uniform(0, 0.1))
+        kill_once_they_have_checkpoints(dict(zip(outs, processes, strict=True)))
     for out in outs:
         assert server(out) == 0, Path(f"{out}.log").read_text(encoding="utf-8")
         assert "Going on after step" in Path(f"{out}.log").read_text(encoding="utf-8")
         same_results(out, whole)
 
 
-def kill_later(process: subprocess.Popen[bytes], out: Path, seconds: float) -> None:
+def kill_once_they_have_checkpoints(processes: dict[Path, subprocess.Popen[bytes]]) -> None:
     end = time.monotonic() + 60
-    while not [*out.glob("checkpoints/step-????????")]:
-        assert process.poll() is None, "it ended without a checkpoint"
+    while processes:
         assert time.monotonic() < end, "no checkpoint in a minute"
         time.sleep(0.01)
-    time.sleep(seconds)
-    process.kill()
-    assert process.wait(30) == -9
+        for out in [out for out in processes if [*out.glob("checkpoints/step-????????")]]:
+            time.sleep(random.Random(int(time.time())).uniform(0, 0.1))
+            process = processes.pop(out)
+            process.kill()
+            assert process.wait(30) == -9
 
 
 @pytest.mark.slow
