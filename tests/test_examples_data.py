@@ -244,6 +244,17 @@ def test_a_disk_cache_notices_a_replaced_file(tmp_path: Path) -> None:
     assert not torch.equal(dataset([path], Data(cache="disk"), tmp_path / "cache")[0], before)
 
 
+def test_half_a_file_in_a_disk_cache_is_made_again(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "a.nii", (8, 8, 8))
+    before = dataset([path], Data(cache="disk"), tmp_path / "cache")[0]
+    (cached,) = tmp_path.glob("cache/*/*")
+    whole = cached.read_bytes()
+    for half in (whole[:-1], whole[:4], b""):
+        cached.write_bytes(half)
+        assert torch.equal(dataset([path], Data(cache="disk"), tmp_path / "cache")[0], before)
+        assert cached.read_bytes() == whole
+
+
 def test_volumes_of_different_or_impossible_sizes_are_named(tmp_path: Path) -> None:
     paths = [write_nifti(tmp_path / "a.nii", (8, 8, 8)), write_nifti(tmp_path / "b.nii", (8, 8, 4))]
     volumes = dataset(paths, Data(), tmp_path)

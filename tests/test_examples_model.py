@@ -15,6 +15,7 @@ from ddpm_lab.config import Base, Config, Data, Diffusion, Method, Model, Sampli
 from ddpm_lab.diffusion import HeldOut, noise_schedule, predict
 from ddpm_lab.faults import LabError
 from ddpm_lab.method import apply_method, check_method
+from ddpm_lab.order import Source
 from ddpm_lab.sampling import check_sampling, draw_samples
 from ddpm_lab.training import make_accelerator, steps_of, train
 from ddpm_lab.unet import build_unet, load_base, recompute_activations, save_weights
@@ -279,7 +280,7 @@ def test_cores_are_contracted_once_for_all_micro_batches(monkeypatch: pytest.Mon
             for owner, name in ((Total, "forward"), (BatchedDelta, "contracted")):
                 inner = getattr(owner, name)
                 patch.setattr(owner, name, lambda *arguments, inner=inner: made.append(1) or inner(*arguments))
-            train(unet, volumes, noise_schedule(Diffusion()), training, make_accelerator(training))
+            train(unet, Source(volumes), noise_schedule(Diffusion()), training, make_accelerator(training))
         return len(made), unet.state_dict()
 
     kept, found = trained()

@@ -274,11 +274,11 @@ def test_a_scale_of_zero_trains_biases_and_norms_alone(lab: Path, tmp_path: Path
     assert summary["run"]["trainable_parameters"] == honest.parameters, "counted as the paper counts"
     unet = tiny()
     tnpeft.load(unet, tmp_path / "run" / "adapter.safetensors")
-    changed = 0
-    for module in unet.modules():
+    base, changed = dict(tiny().named_modules()), 0
+    for name, module in unet.named_modules():
         if isinstance(module, tnpeft.modules.AdaptedLayer):
-            assert torch.equal(module.weight, module.base.weight)
-            changed += not torch.equal(module.bias, module.base.get_parameter("_tnpeft_original__bias"))
+            assert torch.equal(module.weight, base[name].get_parameter("weight"))
+            changed += not torch.equal(module.bias, base[name].get_parameter("bias"))
     assert changed
 
 

@@ -17,7 +17,7 @@ from ddpm_lab.config import Config, Method
 from ddpm_lab.console import Screen
 from ddpm_lab.durable import writing
 from ddpm_lab.faults import fault
-from ddpm_lab.files import write_json
+from ddpm_lab.files import rooted, write_json
 from ddpm_lab.finetune import Run, Setup, prepare, probe, run_training, sample
 from ddpm_lab.plots import Curve, plot_curves, plot_montage
 from ddpm_lab.record import write_record
@@ -55,6 +55,7 @@ def pretrain(config: Config, out: Path, screen: Screen) -> dict[str, Any] | None
 
 def _run(command: str, config: Config, out: Path, screen: Screen, title: str) -> dict[str, Any] | None:
     started = time.perf_counter()
+    config = config.model_copy(update={"data": rooted(config.data)})  # as the summary and the checkpoints have it
     done = finished_summary(config, out)
     if done is not None:
         screen.line(f"Nothing to do: the run in {out} is done, with these settings")
@@ -91,7 +92,10 @@ def _results(command: str, setup: Setup, run: Run, screen: Screen, started: floa
 
 
 def _tidy(config: Config, out: Path) -> None:
+    """Remove what a run that is done needs no more, and what one that was killed left half-written."""
     Checkpoints(out, config.training.keep_checkpoints).clear()
+    for waste in (*out.glob(".*.tmp"), *out.glob("*.part")):
+        waste.unlink(missing_ok=True)
 
 
 def _show(summary: dict[str, Any], out: Path, screen: Screen) -> None:
@@ -148,5 +152,7 @@ def _reload_difference(setup: Setup, path: Path) -> float:
     unet = _fresh_base(setup)
     tnpeft.load(unet, path)
     unet.to(setup.accelerator.device)
+    for one in (setup.unet, unet):  # a first pass plans how later ones run, which may round otherwise
+        probe(setup, one)
     difference = probe(setup, setup.unet) - probe(setup, unet)
     return float(torch.as_tensor(difference).abs().max())

@@ -117,9 +117,8 @@ class Engine:
         found: list[Damage] = gather_object(own)
         if empty:
             names = _some([f"{name} ({reason})" for name, reason in found])
-            raise fault(
-                f"step {number}", "the volumes", "one at least that can be read", f"none: {names}", "Mend them."
-            )
+            expected = "at least one that can be read"
+            raise fault(f"step {number}", "the volumes", expected, f"none: {names}", "Mend them.")
         return found
 
     def _diverged(self, seen: Sequence[_Seen], number: int) -> LabError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.data import CacheDataset, Dataset, PersistentDataset
+from monai.data import CacheDataset, Dataset
 from monai.transforms import (
     Compose,
     EnsureChannelFirst,
@@ -21,6 +23,8 @@ from monai.transforms import (
     ScaleIntensity,
     Spacing,
 )
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ddpm_lab.config import Data
 from ddpm_lab.faults import fault
@@ -61,14 +65,36 @@ def dataset(paths: Sequence[Path], data: Data, cache: Path) -> Any:
     if data.cache == "disk":
         folder = cache / _key(data)
         folder.mkdir(parents=True, exist_ok=True)
-        return PersistentDataset(files, steps, cache_dir=folder, hash_func=_file_key)
+        return _DiskCache(files, steps, folder)
     return Dataset(files, steps)
 
 
-def _file_key(file: str) -> bytes:
+class _DiskCache(Dataset):  # type: ignore[misc]
+    """Volumes after their transforms, in files. MONAI's PersistentDataset moves a pickle over from another folder:
+    a process that is killed then leaves half a file, which stops the next.
+    """
+
+    def __init__(self, files: Sequence[str], steps: Compose, folder: Path) -> None:
+        super().__init__(files, steps)
+        self.folder = folder
+
+    def _transform(self, index: int) -> torch.Tensor:
+        file = self.data[index]
+        cached = self.folder / f"{_file_key(file)}.safetensors"
+        with contextlib.suppress(OSError, SafetensorError, KeyError):
+            return load_file(cached)["volume"]
+        volume = torch.as_tensor(super()._transform(index))
+        with contextlib.suppress(OSError, SafetensorError):  # without room for a cache there is none
+            temporary = cached.with_suffix(f".{os.getpid()}.part")
+            save_file({"volume": volume.contiguous()}, temporary)
+            temporary.replace(cached)
+        return volume
+
+
+def _file_key(file: str) -> str:
     """A name for one file as it is now: a file that is replaced is read again."""
     stat = Path(file).stat()
-    return hashlib.sha256(f"{file}/{stat.st_mtime_ns}/{stat.st_size}".encode()).hexdigest().encode()
+    return hashlib.sha256(f"{file}/{stat.st_mtime_ns}/{stat.st_size}".encode()).hexdigest()
 
 
 def _key(data: Data) -> str:
