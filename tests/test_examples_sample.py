@@ -28,7 +28,7 @@ from ddpm_lab.method import apply_method
 from ddpm_lab.sample import sample_volumes
 from ddpm_lab.sampling import draw_samples
 from ddpm_lab.unet import build_unet, load_base, save_weights
-from ddpm_lab.variants import Variant
+from ddpm_lab.variants import Variant, find_variants
 from nibabel.orientations import aff2axcodes
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -250,6 +250,15 @@ def test_a_run_samples_its_own_result(files: dict[str, Path], tmp_path: Path, na
     out.mkdir()
     (out / files[name].name).write_bytes(files[name].read_bytes())
     assert list(sample_volumes(config(files, count=1, steps=1), out, QUIET)) == ["base", "mine.v2"]
+
+
+def test_of_several_results_the_summary_names_the_last(files: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("adapter", "full"):
+        (tmp_path / files[name].name).write_bytes(files[name].read_bytes())
+    settings = config(files, count=1, steps=1)
+    assert find_variants(settings, tmp_path)[1].path == tmp_path / "adapter.safetensors"
+    (tmp_path / "summary.json").write_text('{"result": "model.safetensors"}', encoding="utf-8")
+    assert find_variants(settings, tmp_path)[1].path == tmp_path / "model.safetensors"
 
 
 def test_a_whole_model_needs_no_base(files: dict[str, Path], tmp_path: Path) -> None:

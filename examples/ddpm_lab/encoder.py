@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from monai.networks.nets import resnet10, resnet50
 from torch import nn
 
+from ddpm_lab.durable import digest_of_file
 from ddpm_lab.faults import fault, raise_all
 from tnpeft.errors import Problem
 
@@ -62,7 +62,7 @@ def load_encoder(weights: Path | None) -> Encoder:
     """MedicalNet's ResNet-50 from its weights, or a ResNet-10 with random weights from a fixed seed."""
     if weights is not None:
         network = medicalnet_resnet50(weights)
-        return Encoder(network, comparable=True, digest=hashlib.sha256(weights.read_bytes()).hexdigest())
+        return Encoder(network, comparable=True, digest=digest_of_file(weights))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return Encoder(resnet10(**SHAPE), comparable=False, digest=f"random ResNet-10, seed {SEED}")

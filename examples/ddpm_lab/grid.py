@@ -16,7 +16,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 
 from ddpm_lab.config import Data
-from ddpm_lab.faults import fault
+from ddpm_lab.faults import fault, reason
 from ddpm_lab.files import check_volumes, find_volumes
 from ddpm_lab.volumes import check_sizes, transforms
 
@@ -91,7 +91,7 @@ def write_volume(
         temporary.replace(path)
     except OSError as error:
         fix = "Free space, or choose another `--out`; then the same command goes on."
-        raise fault(path, "a sample", "a place to write it", error.strerror or str(error), fix) from None
+        raise fault(path, "a sample", "a place to write it", reason(error), fix) from None
 
 
 def read_volume(path: Path) -> torch.Tensor:
@@ -101,8 +101,7 @@ def read_volume(path: Path) -> torch.Tensor:
         image = nibabel.load(path)
         voxels = np.asarray(image.dataobj, dtype=np.float32)
     except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
-        found = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-        raise fault(path, "a damaged sample", "a NIfTI file", found[:120], fix) from None
+        raise fault(path, "a damaged sample", "a NIfTI file", reason(error), fix) from None
     if voxels.ndim != 3 or not np.isfinite(voxels).all():
         found = "voxels that are infinite or not a number" if voxels.ndim == 3 else f"{voxels.ndim} axes"
         raise fault(path, "a damaged sample", "one 3D volume of finite numbers", found, fix)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ddpm_lab.config import Config
 from ddpm_lab.console import Screen
 from ddpm_lab.distances import Measured
+from ddpm_lab.durable import write_tensors, writing
 from ddpm_lab.encoder import Encoder
-from ddpm_lab.faults import fault
+from ddpm_lab.faults import fault, reason
 from ddpm_lab.files import check_volumes, make_folder, split_volumes
 from ddpm_lab.volumes import transforms
 
@@ -57,8 +58,9 @@ class RealVolumes:
             volume: torch.Tensor = self.steps(str(path))
         except (RuntimeError, OSError, ValueError, EOFError) as error:
             check_volumes([path])
-            found = " ".join(str(error).split())[:120]
-            raise fault(path, "an unreadable volume", "a 3D volume", found, "Replace or remove the file.") from None
+            raise fault(
+                path, "an unreadable volume", "a 3D volume", reason(error), "Replace or remove the file."
+            ) from None
         return volume
 
     def encode(self, encoder: Encoder, accelerator: Accelerator, screen: Screen) -> None:
@@ -71,9 +73,8 @@ class RealVolumes:
             with screen.bar("encode real volumes", len(paths)) as bar:
                 features = encoder.features(Files(paths, self._sized), accelerator.device, progress=bar)
             make_folder(cache.parent)
-            temporary = cache.with_name(cache.name + ".part")
-            save_file({"features": features}, temporary)
-            temporary.replace(cache)
+            with writing(cache, "features of real volumes"):
+                write_tensors(cache, {"features": features})
         self.features = dict(zip(paths, features, strict=True))
 
     def _sized(self, path: Path) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 import tnpeft
 from ddpm_lab.config import Config
 from ddpm_lab.console import Screen
+from ddpm_lab.durable import digest_of_file
 from ddpm_lab.faults import fault
 from ddpm_lab.files import make_folder
 from ddpm_lab.grid import Grid, grid_of, write_volume
@@ -24,9 +24,7 @@ from ddpm_lab.training import make_accelerator
 from ddpm_lab.unet import build_unet, divisor, load_base
 from ddpm_lab.variants import Variant, find_variants
 
-__all__ = ["file_digest", "sample_volumes"]
-
-CHUNK = 1 << 20  # bytes
+__all__ = ["sample_volumes"]
 
 
 def sample_volumes(config: Config, out: Path, screen: Screen) -> dict[str, Path]:
@@ -47,7 +45,7 @@ def sample_volumes(config: Config, out: Path, screen: Screen) -> dict[str, Path]
     for variant in variants:
         _check(variant, unet, config)
     grid = grid_of(config.data, divisor(config.model))
-    base = file_digest(config.base.checkpoint) if config.base.checkpoint is not None else None
+    base = digest_of_file(config.base.checkpoint) if config.base.checkpoint is not None else None
     tasks = [_task(variant, config, out, grid, base, _precision(accelerator)) for variant in variants]
     make_folder(out)
     accelerator.wait_for_everyone()  # every process has seen the same folders
@@ -77,15 +75,6 @@ class Task:
         self.samples.write_record(count, self.settings, self.about)
 
 
-def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _check(variant: Variant, unet: nn.Module, config: Config) -> None:
     """Raise TnpeftError for a file that does not fit: each is put on the network and taken off once."""
     if config.base.checkpoint is None and not variant.stands_alone(unet):
@@ -98,7 +87,7 @@ def _check(variant: Variant, unet: nn.Module, config: Config) -> None:
 def _task(variant: Variant, config: Config, out: Path, grid: Grid, base: str | None, precision: str) -> Task:
     """A set's settings: all that changes a volume beyond rounding. Raises LabError where the folder holds others."""
     sampling = config.sampling
-    digest = file_digest(variant.path) if variant.path is not None else None
+    digest = digest_of_file(variant.path) if variant.path is not None else None
     settings: dict[str, Any] = {
         "sampling.scheduler": sampling.scheduler,
         "sampling.steps": sampling.steps,

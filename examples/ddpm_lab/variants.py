@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 
 import tnpeft
 from ddpm_lab.config import Config
-from ddpm_lab.faults import fault, raise_all
+from ddpm_lab.faults import fault, raise_all, reason
 from tnpeft.errors import Problem
 
 __all__ = ["BASE", "RESULTS", "Variant", "find_variants", "name_of"]
@@ -89,7 +90,7 @@ def find_variants(config: Config, out: Path) -> tuple[Variant, ...]:
     Raises LabError where there is nothing to sample, a file is missing or is none, or two have one name.
     """
     sampling, given = config.sampling, config.base.checkpoint is not None
-    paths = sampling.adapters or tuple(out / name for name in RESULTS if (out / name).is_file())[:1]
+    paths = sampling.adapters or _own_result(out)
     variants = [_variant(path) for path in paths]
     if sampling.base and given:
         variants.insert(0, Variant(BASE, None))
@@ -99,6 +100,16 @@ def find_variants(config: Config, out: Path) -> tuple[Variant, ...]:
         raise fault(out, "a model to sample", expected, "none of them", fix)
     _check_names(variants)
     return tuple(variants)
+
+
+def _own_result(out: Path) -> tuple[Path, ...]:
+    """The file that the run in `out` left, the one that its summary names where there are several."""
+    try:
+        named = json.loads((out / "summary.json").read_text(encoding="utf-8"))["result"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    names = sorted(RESULTS, key=lambda name: name != named)
+    return tuple(out / name for name in names if (out / name).is_file())[:1]
 
 
 def name_of(path: Path) -> str:
@@ -120,9 +131,8 @@ def _variant(path: Path) -> Variant:
             adapter = "tnpeft" in (file.metadata() or {})
             tensors = () if adapter else tuple(sorted(file.keys()))
     except (SafetensorError, OSError) as error:
-        found = " ".join(str(error).split())[:120]
         fix = "Give a result of `finetune`."
-        raise fault(path, "`sampling.adapters`", "a complete safetensors file", found, fix) from None
+        raise fault(path, "`sampling.adapters`", "a complete safetensors file", reason(error), fix) from None
     if not adapter and not tensors:
         raise fault(path, "`sampling.adapters`", "tensors", "none", "Give a result of `finetune`.")
     return Variant(name, path, tensors)
