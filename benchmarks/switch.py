@@ -114,9 +114,11 @@ def main() -> None:
     results = {
         recipe: measure(recipe, arguments.model, arguments.size, arguments.rounds) for recipe in arguments.recipes
     }
-    columns = [*next(iter(results.values()))["seconds"]]
-    rows = [[name, *(f"{1e3 * found['seconds'][column]:.1f}" for column in columns)] for name, found in results.items()]
-    show(f"Two adapters on the {arguments.model} model, milliseconds", ("recipe", *columns), rows)
+    rows = [
+        [what, *(f"{1e3 * found['seconds'][what]:.1f}" for found in results.values())]
+        for what in next(iter(results.values()))["seconds"]
+    ]
+    show(f"Two adapters on the {arguments.model} model, milliseconds", ("", *results), rows)
     about = {"model": arguments.model, "size": arguments.size, "rounds": arguments.rounds}
     write(arguments.out, {**about, "recipes": results})
 
