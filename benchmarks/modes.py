@@ -2,21 +2,26 @@
 
     python benchmarks/modes.py --rounds 9
     python benchmarks/modes.py --layers-of paper --shape 160,224,160 --device cuda --autocast bf16
+    python benchmarks/modes.py --pool one.json two.json three.json
 
 Forward and backward of single adapted layers, each in every mode, in turn: of the layers below or, with `--layers-of`,
 of all that the recipes adapt in a model, as it calls them. `--alike` layers of one signature are called in a row and
 contract their cores together, as in a model; times are of one. `frozen` is the plain layer with the gradient of its
 input alone. `loss` is the time of the mode that `auto` chose, and of the one that `autotune=True` did, over the best.
 Of so many comparisons some look lost by chance: a row where `auto` loses more than 5 % is measured once more, in four
-times as many rounds, and that measurement counts, whatever it says.
+times as many rounds, and that measurement counts, whatever it says. A process has its own luck too (where its memory
+lies): `--pool` puts several runs together, with geometric means of their times and the choices of the last.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,16 +52,7 @@ SPECS = {
 def main() -> None:
     arguments = options().parse_args()
     torch.set_num_threads(arguments.threads)
-    setting = setting_of(arguments)
-    rows = []
-    for name in arguments.specs:
-        for layer, shape in layers(arguments.layers_of, setting):
-            if type(layer).__name__ in tnpeft.load_spec(name).layers:
-                row = measure(name, layer, shape, setting, arguments.alike, arguments.rounds)
-                if row["loss"] > LOST:
-                    row = measure(name, layer, shape, setting, arguments.alike, AGAIN * arguments.rounds)
-                rows.append(row)
-                print(line(rows[-1]), flush=True)
+    rows = pooled(arguments.pool) if arguments.pool else measured(arguments)
     columns = ["spec", "layer", "input", "frozen", *(f"{mode} (predicted)" for mode in MODES)]
     columns += ["auto", "loss", "autotune", "loss"]
     cells = [cell(row) for row in rows]
@@ -68,12 +64,41 @@ def main() -> None:
     write(arguments.out, rows)
 
 
+def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    setting = setting_of(arguments)
+    rows = []
+    for name in arguments.specs:
+        for layer, shape in layers(arguments.layers_of, setting):
+            if type(layer).__name__ in tnpeft.load_spec(name).layers:
+                row = measure(name, layer, shape, setting, arguments.alike, arguments.rounds)
+                if row["loss"] > LOST:
+                    row = measure(name, layer, shape, setting, arguments.alike, AGAIN * arguments.rounds)
+                rows.append(row)
+                print(line(rows[-1]), flush=True)
+    return rows
+
+
+def pooled(files: list[Path]) -> list[dict[str, Any]]:
+    """The rows of several runs as one, whose times are geometric means."""
+    runs = [json.loads(file.read_text(encoding="utf-8"))["results"] for file in files]
+    rows = []
+    for parts in zip(*runs, strict=True):
+        assert len({(row["spec"], row["layer"], *row["input"]) for row in parts}) == 1, "runs of other layers"
+        last = parts[-1]
+        times = {mode: math.prod(row["seconds"][mode] for row in parts) ** (1 / len(parts)) for mode in last["seconds"]}
+        best = min((mode for mode in MODES if mode in times), key=lambda mode: times[mode])
+        losses = {"loss": times[last["auto"]] / times[best], "loss_autotune": times[last["autotune"]] / times[best]}
+        rows.append({**last, "rounds": [row["rounds"] for row in parts], "seconds": times, "best": best, **losses})
+    return rows
+
+
 def options() -> argparse.ArgumentParser:
     found = parser(__doc__, "modes.json")
     add_options(found)
     found.add_argument("--rounds", type=int, default=9)
     found.add_argument("--specs", nargs="+", default=list(SPECS))
     found.add_argument("--alike", type=int, default=3, help="layers of one signature, called in a row")
+    found.add_argument("--pool", nargs="+", type=Path, help="files of earlier runs to put together")
     found.add_argument("--layers-of", choices=("tiny", "small", "paper"), help="a model's layers at `--size` instead")
     return found
 
