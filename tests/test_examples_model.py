@@ -274,7 +274,7 @@ def test_cores_are_contracted_once_for_all_micro_batches(monkeypatch: pytest.Mon
 
     def trained() -> tuple[int, dict[str, torch.Tensor]]:
         unet = tiny()
-        apply_method(unet, Method(spec="tenvoo_l", match=r"conv[12]\.conv$"))
+        apply_method(unet, Method(spec="tenvoo_l", match=r"conv[12]\.conv$", mode="dense"))
         made = []
         with monkeypatch.context() as patch:
             for owner, name in ((Total, "forward"), (BatchedDelta, "contracted")):
