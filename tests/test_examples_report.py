@@ -51,6 +51,8 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "br" and self._cell is not None:
+            self._cell.append(" ")
         given = {name: value or "" for name, value in attrs}
         self.addresses += [given[name] for name in ("src", "href", "srcset", "data", "action") if name in given]
         if tag == "table":
