@@ -1,7 +1,7 @@
 """A process that has imported the driver and forks a copy of itself for each run: test_examples_crash.py kills those.
 
 Reads a job as a line of JSON from its input and answers with one. Nothing has computed before the fork, so that a
-copy starts as a cold process does.
+copy starts as a cold process does. A job of several processes gets them as torchrun would start them.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,28 @@ def main() -> None:
     answer(ready=os.getpid())
     for line in sys.stdin:
         job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            run(job)
-        answer(status=watched(child, job.get("seconds")))
+        port = free_port()
+        children = [started(job, rank, port) for rank in range(job.get("processes", 1))]
+        answer(status=watched(children, job.get("seconds")))
+
+
+def started(job: dict[str, Any], rank: int, port: int) -> int:
+    """A copy of this process that runs the job."""
+    child = os.fork()
+    if child == 0:
+        count = job.get("processes", 1)
+        if count > 1:
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.environ.update({name: str(value) for name, value in ranks.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        run(job)
+    return child
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def answer(**values: int) -> None:
@@ -37,12 +57,14 @@ def answer(**values: int) -> None:
     sys.stdout.flush()
 
 
-def watched(child: int, seconds: float | None) -> int:
-    """Kill the child after so many seconds, and wait for its end: 0, its exit status, or minus a signal."""
+def watched(children: Sequence[int], seconds: float | None) -> int:
+    """Kill them after so many seconds, and wait for their end: 0, the first one's status, or minus a signal."""
     if seconds is not None:
         time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)  # no error if it has ended: nobody has waited for it yet
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for child in children:
+            os.kill(child, signal.SIGKILL)  # no error if it has ended: nobody has waited for it yet
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return next((end for end in ends if end != 0), 0)
 
 
 def run(job: dict[str, Any]) -> None:

@@ -191,6 +191,28 @@ def test_runs_stopped_inside_their_writes_end_with_the_same_bits(server: Server,
     same_results(out, whole)
 
 
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_as_two(server: Server, whole: Path, tmp_path: Path) -> None:
+    """Killed together, they end with the bits of two that nobody disturbed; as many as began must go on."""
+    two = ("--set", "training.accumulation=1", "--set", "training.processes=2")
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
+    assert server(undisturbed, *two, processes=2) == 0, Path(f"{undisturbed}.log").read_text(encoding="utf-8")
+    losses = json.loads((undisturbed / "summary.json").read_text(encoding="utf-8"))["history"]["losses"]
+    alone = json.loads((whole / "summary.json").read_text(encoding="utf-8"))["history"]["losses"]
+    assert losses == pytest.approx(alone, abs=1e-4)
+    chance, log = random.Random(int(time.time())), Path(f"{out}.log")
+    while "Going on after step" not in (log.read_text(encoding="utf-8") if log.exists() else ""):
+        shutil.rmtree(out, ignore_errors=True)
+        assert server(out, *two, processes=2, seconds=chance.uniform(1.0, 2.0)) in (-9, 0)
+        if not [*out.glob("checkpoints/step-????????")]:
+            continue
+        one = ("--set", "training.accumulation=1", "--set", "training.processes=null")
+        assert server(out, *one) == 1
+        assert "processes of the run in this folder: expected 2, found 1." in log.read_text(encoding="utf-8")
+        assert server(out, *two, processes=2) == 0, log.read_text(encoding="utf-8")
+    same_results(out, undisturbed)
+
+
 def saved(step: int) -> Callable[[Path], None]:
     return lambda folder: write_tensors(folder / "model.safetensors", {"w": torch.full((4,), float(step))})
 
