@@ -279,6 +279,36 @@ def test_real_volumes_must_be_there_and_whole(scans: Path, tmp_path: Path) -> No
     )
 
 
+def test_damaged_real_volumes_are_left_out_if_asked(scans: Path, tmp_path: Path) -> None:
+    """The others are measured as if it had never been there, with the split as it was."""
+    put(tmp_path, "base", noise(1, 3))
+    settings = config(scans, reference="all")
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"skip_damaged": True})})
+    split = split_volumes(find_volumes(settings.data), settings.data)
+    whole = evaluate_samples(settings, tmp_path, QUIET)
+    assert whole is not None
+    assert whole["left_out"] == {}
+    damaged, held_out = split.train[2], split.validation
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    screen = Screen(Console(record=True, width=300, file=io.StringIO()))
+    found = evaluate_samples(settings, tmp_path, screen)
+    assert found is not None
+    assert list(found["left_out"]) == [str(damaged)]
+    assert f"Left out {damaged}: {found['left_out'][str(damaged)]}" in screen.console.export_text()
+    assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["left_out"] == found["left_out"]
+    assert found["reference"] == "9 real volumes"
+    assert found["counts"][REAL] == len(held_out)
+    real = RealVolumes(settings, tmp_path, find_volumes(settings.data))
+    assert (real.held_out, real.train) == ([*held_out], [path for path in split.train if path != damaged])
+    for path in held_out:
+        path.write_bytes(b"gone")
+    put(tmp_path / "other", "base", noise(1, 3))
+    assert said(settings, tmp_path / "other") == (
+        f"{scans}: held-out volumes: expected at least one that is whole, found none. "
+        "Mend them, or choose another `data.split_seed`."
+    )
+
+
 # From the command line
 
 

@@ -51,7 +51,7 @@ class Data(Section):
     cache: Literal["memory", "disk", "none"] = "memory"
     manifest: Path | None = None  # `prepare`'s: names the files and the split, in place of root, layout and keep
     checksums: bool = False  # compare each file's sha256 with the manifest's, not its size alone: reads every file
-    skip_damaged: bool = False  # leave out a volume that turns out damaged in mid-epoch, with a report
+    skip_damaged: bool = False  # leave out, with a report, a volume that turns out damaged in training or evaluation
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     split_seed: int = 0
 

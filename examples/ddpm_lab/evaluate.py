@@ -43,6 +43,8 @@ def evaluate_samples(config: Config, out: Path, screen: Screen) -> dict[str, Any
         return None
     make_folder(out)
     real = RealVolumes(config, out, paths)
+    for path, reason in real.left_out.items():
+        screen.line(f"Left out {path}: {reason}")
     samples = {name: _samples(files, real) for name, files in sets.items()}
     real.encode(encoder, accelerator, screen)
     reference = real.reference()
@@ -64,6 +66,7 @@ def evaluate_samples(config: Config, out: Path, screen: Screen) -> dict[str, Any
         "kernels": KERNELS,
         "resamples": config.metrics.resamples,
         "confidence": config.metrics.confidence,
+        "left_out": real.left_out,
         "counts": {**{name: len(files) for name, files in sets.items()}, REAL: len(held_out)},
         "sets": {name: {key: each.as_data() for key, each in row.items()} for name, row in found.items()},
     }

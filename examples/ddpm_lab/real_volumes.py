@@ -19,8 +19,9 @@ from ddpm_lab.distances import Measured
 from ddpm_lab.durable import write_tensors, writing
 from ddpm_lab.encoder import Encoder
 from ddpm_lab.faults import fault, reason
-from ddpm_lab.files import check_volumes, make_folder, split_volumes
+from ddpm_lab.files import check_volumes, each, inspect, make_folder, split_volumes
 from ddpm_lab.volumes import transforms
+from tnpeft.errors import Problem
 
 __all__ = ["Files", "RealVolumes", "times"]
 
@@ -42,15 +43,32 @@ class Files(Sequence[torch.Tensor]):
 
 
 class RealVolumes:
-    """The real volumes that samples are compared with: held out and for training, at most `metrics.most` of each."""
+    """The real volumes that samples are compared with: held out and for training, at most `metrics.most` of each.
+
+    With `data.skip_damaged` those that cannot be read are `left_out`, by name with the reason.
+    """
 
     def __init__(self, config: Config, out: Path, paths: Sequence[Path]) -> None:
         split = split_volumes(paths, config.data)
         self.config, self.out = config, out
-        self.held_out, self.train = (_some(files, config.metrics.most) for files in (split.validation, split.train))
+        self.left_out: dict[str, str] = {}
+        parts = (self._whole("held-out", split.validation), self._whole("training", split.train))
+        self.held_out, self.train = (_some(files, config.metrics.most) for files in parts)
         self.steps = transforms(config.data)
         self.shape: tuple[int, ...] = tuple(self.read(self.held_out[0]).shape[1:])
         self.features: dict[Path, torch.Tensor] = {}
+
+    def _whole(self, part: str, paths: Sequence[Path]) -> Sequence[Path]:
+        """The volumes of a part, without damaged ones if those are to be left out; the split stays what it was."""
+        if not self.config.data.skip_damaged:
+            return paths
+        found = dict(zip(paths, each(inspect, paths), strict=True))
+        self.left_out |= {str(path): item.found for path, item in found.items() if isinstance(item, Problem)}
+        whole = [path for path, item in found.items() if not isinstance(item, Problem)]
+        if not whole:
+            fix = "Mend them, or choose another `data.split_seed`."
+            raise fault(paths[0].parent, f"{part} volumes", "at least one that is whole", "none", fix)
+        return whole
 
     def read(self, path: Path) -> torch.Tensor:
         """One volume as the network sees it; raises LabError that names a damaged file."""
