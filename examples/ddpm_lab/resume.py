@@ -23,7 +23,7 @@ from ddpm_lab.method import Trained
 from ddpm_lab.progress import Loop, random_states, restore_random_states
 from tnpeft.errors import Problem
 
-__all__ = ["Kept", "Saver", "check_settings", "earlier_checkpoint", "finished_summary", "identity"]
+__all__ = ["Kept", "Saver", "check_settings", "earlier_checkpoint", "finished_summary", "flat", "identity", "shown"]
 
 # Settings that change how fast a run is and how it is watched, not what comes out of it.
 FREE = (
@@ -43,30 +43,32 @@ ANOTHER = "Choose another `--out`, put the setting back, or remove the folder to
 
 def settings_of(config: Config) -> dict[str, Any]:
     """Every setting by its dotted name, as JSON has it."""
-    return dict(_flat(config.model_dump(mode="json"), ""))
+    return dict(flat(config.model_dump(mode="json")))
 
 
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by their dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
 def check_settings(out: Path, config: Config, earlier: Mapping[str, Any], done: bool) -> None:
     """Raise LabError that names every setting in which `config` differs from the earlier run's (nested, as JSON)."""
-    own, theirs = settings_of(config), dict(_flat(earlier, ""))
+    own, theirs = settings_of(config), dict(flat(earlier))
     problems = []
     for name in sorted({*own, *theirs}):
         free = name in FREE or (not done and name.startswith(AFTERWARDS))
         if not free and own.get(name) != theirs.get(name):
-            what, expected = f"`{name}` of the run in this folder", f"{_shown(theirs.get(name))}, as when it started"
-            problems.append(Problem(what, expected, _shown(own.get(name)), ANOTHER, str(out)))
+            what, expected = f"`{name}` of the run in this folder", f"{shown(theirs.get(name))}, as when it started"
+            problems.append(Problem(what, expected, shown(own.get(name)), ANOTHER, str(out)))
     raise_all(problems, str(out))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting's value as a message has it."""
     return "nothing" if value is None else json.dumps(value)
 
 

@@ -25,7 +25,7 @@ from ddpm_lab.record import write_record
 from ddpm_lab.sampling import check_sampling
 from ddpm_lab.study_config import STUDIES, StudyConfig
 from ddpm_lab.study_data import base_of, identity, settled
-from ddpm_lab.study_run import BASE, Outcome, Run, alone, digest, read_json
+from ddpm_lab.study_run import BASE, Outcome, Run, alone, made_of, read_json
 from ddpm_lab.training import steps_of
 from tnpeft import TnpeftError
 from tnpeft.errors import Problem, near_miss
@@ -112,9 +112,9 @@ def planned(name: str, config: StudyConfig, out: Path, screen: Screen) -> list[R
         for dataset, about in datasets.items():
             for method in (BASE, *config.members(name)):
                 own = config.run(None if method == BASE else method, about, seed, base)
-                key = digest(own, identity(config, config.datasets[dataset]), base_key)
+                settings = made_of(own, identity(config, config.datasets[dataset]), base_key)
                 folder = out / "runs" / method / dataset / f"seed-{seed}"
-                runs.append(Run(method, dataset, seed, own, folder, out / "cache" / dataset, key))
+                runs.append(Run(method, dataset, seed, own, folder, out / "cache" / dataset, settings))
     return runs
 
 

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import torch
 
-from ddpm_lab.config import Base, Config, Method, Training
+from ddpm_lab.config import Base, Config, Method, Sampling, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.driver import pretrain
 from ddpm_lab.durable import writing
@@ -20,7 +20,7 @@ from ddpm_lab.manifest import read_manifest, root_of
 from ddpm_lab.population import template_tissues, write_population
 from ddpm_lab.prepare import prepare_data
 from ddpm_lab.study_config import DataSet, StudyConfig
-from ddpm_lab.study_run import Outcome, alone, digest, read_json
+from ddpm_lab.study_run import Outcome, alone, digest, made_of, read_json, refuse_others
 from ddpm_lab.volumes import transforms
 
 __all__ = ["base_of", "identity", "settled"]
@@ -107,17 +107,17 @@ def base_of(config: StudyConfig, out: Path, screen: Screen) -> tuple[Base, str]:
     with alone(out / "base.lock", wait=True):
         source = settled("source", config, config.source, out, screen)
         run = _pretraining(config, source, training)
-        key = digest(run, identity(config, config.source), "")
+        settings = made_of(run, identity(config, config.source), "")
+        key = digest(settings)
         outcome = Outcome.read(folder)
         if outcome is not None and outcome.key != key:
-            fix = "Remove the folder, or choose another `--out`."
-            raise fault(folder, "the pretrained base", "these settings", "others", fix)
+            refuse_others(folder, "the pretrained base", outcome, settings)
         if outcome is None or outcome.status != "done" or not checkpoint.is_file():
             screen.line("Pretraining the base, once for all runs")
             make_folder(folder)
-            Outcome("running", key).write(folder)
+            Outcome("running", key, made_of=settings).write(folder)
             pretrain(run, folder, screen)
-            Outcome("done", key).write(folder)
+            Outcome("done", key, made_of=settings).write(folder)
     return Base(checkpoint=checkpoint), key
 
 
@@ -130,6 +130,5 @@ def _pretraining(config: StudyConfig, source: DataSet, training: Training) -> Co
         method=Method(kind="full"),
         training=training,
         validation=config.validation,
-        sampling=config.sampling.model_copy(update={"count": 0}),
-        metrics=config.metrics,
+        sampling=Sampling(count=0),  # the study's own settings of sampling and metrics do not make another base
     )

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from ddpm_lab.console import Screen
 from ddpm_lab.driver import finetune
 from ddpm_lab.durable import writing
 from ddpm_lab.evaluate import evaluate_samples
-from ddpm_lab.faults import fault
+from ddpm_lab.faults import fault, raise_all
 from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.resume import flat, shown
 from ddpm_lab.sample import sample_volumes
 from tnpeft import TnpeftError
+from tnpeft.errors import Problem
 
-__all__ = ["BASE", "Outcome", "Run", "alone", "digest", "one_line", "read_json"]
+__all__ = ["BASE", "Outcome", "Run", "alone", "digest", "made_of", "one_line", "read_json", "refuse_others"]
 
 BASE = "base"  # stands where a method would: samples of the base itself
 STATUS = "run.json"
@@ -37,12 +39,13 @@ ASIDE = ("threads", "processes", "workers", "tensorboard", "checkpoint_every", "
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run; `reason` says why it failed."""
+    """What became of a run; `reason` says why it failed, `made_of` are the settings that `key` stands for."""
 
     status: str  # done, failed, running
     key: str
     seconds: float = 0.0
     reason: str = ""
+    made_of: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         with writing(folder, "the record of a run"):
@@ -65,10 +68,14 @@ class Run:
     config: Config
     folder: Path
     cache: Path  # of volumes and features, shared by all runs on the data set
-    key: str  # of everything that changes the result
+    made_of: Mapping[str, Any]  # everything that changes the result, by its dotted name
 
     def __str__(self) -> str:
         return f"{self.method} on {self.dataset}, seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        return digest(self.made_of)
 
     @property
     def done(self) -> bool:
@@ -79,8 +86,7 @@ class Run:
         """Raise LabError where the folder holds a finished run of other settings: results are never thrown away."""
         outcome = Outcome.read(self.folder)
         if outcome is not None and outcome.status == "done" and outcome.key != self.key:
-            fix = "Remove the folder, or choose another `--out`."
-            raise fault(self.folder, "a finished run", "these settings", "others", fix)
+            refuse_others(self.folder, "the finished run", outcome, self.made_of)
 
     def execute(self, screen: Screen) -> Outcome:
         """Run what is left of it; whatever a user or the data can cause is recorded, not raised."""
@@ -92,7 +98,7 @@ class Run:
             earlier = None
         before = earlier.seconds if earlier is not None else 0.0
         self._link_cache()
-        Outcome("running", self.key, before).write(self.folder)
+        Outcome("running", self.key, before, made_of=self.made_of).write(self.folder)
         started = time.perf_counter()
         status, reason = "done", ""
         try:
@@ -101,7 +107,7 @@ class Run:
             status, reason = "failed", one_line(str(error))
         except (torch.OutOfMemoryError, OSError) as error:
             status, reason = "failed", one_line(str(error))
-        outcome = Outcome(status, self.key, before + time.perf_counter() - started, reason)
+        outcome = Outcome(status, self.key, before + time.perf_counter() - started, reason, self.made_of)
         outcome.write(self.folder)
         gc.collect()
         if torch.cuda.is_available():
@@ -133,12 +139,32 @@ class Run:
         return self.config.model_copy(update={"sampling": self.config.sampling.model_copy(update=sampling)})
 
 
-def digest(config: Config, data: Mapping[str, Any], base: str) -> str:
-    """A name for what a run's result depends on; `data` and `base` stand for files whose paths do not matter."""
+def made_of(config: Config, data: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """What a run's result depends on; `data` and `base` stand for files whose paths do not matter."""
     parts = config.model_dump(mode="json", exclude={"data", "base"})
     for name in ASIDE:
         parts["training"].pop(name)
-    return hashlib.sha256(json.dumps([parts, data, base], sort_keys=True).encode()).hexdigest()[:32]
+    return dict(flat({**parts, "data": dict(data), "base": base}))
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """A name for settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def refuse_others(folder: Path, what: str, outcome: Outcome, wanted: Mapping[str, Any]) -> None:
+    """Raise LabError for results of other settings in a folder, which names the settings that differ."""
+    fix, place = "Put it back, remove the folder, or choose another `--out`.", str(folder)
+    if not outcome.made_of:  # an earlier version did not say
+        raise fault(folder, what, "these settings", "others", fix)
+    problems = []
+    for name in sorted({*wanted, *outcome.made_of}):
+        own, theirs = wanted.get(name), outcome.made_of.get(name)
+        if own != theirs and name == "base":
+            problems.append(Problem(f"the base of {what}", "the one it was made from", "another", fix, place))
+        elif own != theirs:
+            problems.append(Problem(f"`{name}` of {what}", f"{shown(theirs)}, as when it ran", shown(own), fix, place))
+    raise_all(problems, place)
 
 
 def one_line(text: str) -> str:
