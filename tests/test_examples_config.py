@@ -33,6 +33,21 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
     assert any("examples/ddpm.py" in line for line in head), "each file is headed by its launch command"
 
 
+def test_recipes_and_specs_may_lie_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are from the working directory or, failing that, from the file's folder; shipped names stay names."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "mine.yaml").write_text("", encoding="utf-8")
+    path = tmp_path / "configs" / "c.yaml"
+    for key in ("recipe", "spec"):
+        path.write_text(f"method: {{{key}: ../mine.yaml}}\n", encoding="utf-8")
+        assert getattr(read_config(path, [], Config).method, key) == str(tmp_path / "mine.yaml")
+        assert getattr(read_config(path, [f"method.{key}=lora_ddpm"], Config).method, key) == "lora_ddpm"
+        assert getattr(read_config(path, [f"method.{key}=../none.yaml"], Config).method, key) == "../none.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert read_config(path, ["method.recipe=mine.yaml"], Config).method.recipe == "mine.yaml"
+    assert read_config(Path("configs/c.yaml"), ["method.recipe=../mine.yaml"], Config).method.recipe == "mine.yaml"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

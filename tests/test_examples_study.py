@@ -186,8 +186,8 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_shipped_profiles_describe_every_study(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # recipes are paths from there
+def test_shipped_profiles_describe_every_study(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # from any folder
     config = read_config(CONFIGS / f"{name}.yaml", [], StudyConfig)
     for each in ("table1", "table2", "table3", "table4", "figure4"):
         check_study(each, config)
@@ -499,9 +499,8 @@ def test_a_dry_run_builds_counts_and_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table2", "table3"])
-def test_the_profile_for_two_cores_dry_runs(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profile_for_two_cores_dry_runs(tmp_path: Path, name: str) -> None:
     """Patterns of joint training and the recipe of the zero start fit the model; every joint method trains more."""
-    monkeypatch.chdir(ROOT)
     config = read_config(CONFIGS / "study_cpu.yaml", ["dry_run=true"], StudyConfig)
     study(name, config, tmp_path, Screen(quiet=True))
     methods = read(tmp_path / f"dry-run-{name}.json")["methods"]

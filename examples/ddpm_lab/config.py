@@ -6,10 +6,11 @@ where a comment says otherwise.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 __all__ = [
     "Base",
@@ -90,14 +91,23 @@ class Method(Section):
     """What trains: an adapter (a recipe, or a spec with `match`), everything, or biases and norms."""
 
     kind: Literal["adapter", "full", "bias_norm"] = "adapter"
-    recipe: str | None = None  # a shipped name or a path
-    spec: str | None = None  # a shipped name or a path, with `match`
+    recipe: str | None = None  # a shipped name or a path, from here or from the configuration's folder
+    spec: str | None = None  # the same, with `match`
     match: str | None = None  # a regular expression over module names
     train: Literal["cores", "bias_norm"] = "bias_norm"  # with `spec`: the cores alone, or adapted biases and norms too
     params: dict[str, Any] = {}  # the spec's: {r: 4}
     mode: Literal["auto", "dense", "factored", "hybrid"] = "auto"
     also: tuple[str, ...] = ()  # joint fine-tuning: patterns of layers that train whole, beside the adapters
     zero_scale: bool = False  # the accident of the paper's LoRA and LoHa: rank // 4 = 0 scales their updates to nothing
+
+    @field_validator("recipe", "spec")
+    @classmethod
+    def _beside_the_configuration(cls, name: str | None, info: ValidationInfo) -> str | None:
+        folder = (info.context or {}).get("folder")
+        if name is None or folder is None or Path(name).is_file():
+            return name
+        beside = Path(os.path.normpath(folder / name))
+        return str(beside) if beside.is_file() else name
 
 
 class Training(Section):

@@ -40,7 +40,8 @@ def read_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
         raise LabError(*(_about_us(problem) for problem in error.problems)) from None
     _refuse_infinities(values, places)
     try:
-        return kind.model_validate_json(json.dumps(values))  # JSON's rules: a list is a tuple, "3" is no number
+        # JSON's rules: a list is a tuple, "3" is no number.
+        return kind.model_validate_json(json.dumps(values), context={"folder": path.parent})
     except ValidationError as error:
         problems = [_problem(item, values, places, kind, path) for item in error.errors(include_url=False)]
         raise LabError(*sorted(problems, key=_line)) from None
