@@ -276,12 +276,13 @@ def test_a_recipe_takes_no_match_and_known_params(model):
 
 
 def test_names_that_are_neither_spec_nor_recipe(model):
-    with pytest.raises(tnpeft.SpecError) as caught:
-        tnpeft.attach(model, "tenvo_l", match="conv")
-    assert str(caught.value) == (
-        f"spec 'tenvo_l': expected a file, or one of {', '.join(tnpeft.list_specs())}, found neither. "
-        "Did you mean `tenvoo_l`?"
-    )
+    known = ", ".join((*tnpeft.list_recipes(), *tnpeft.list_specs()))
+    for name, meant in (("tenvo_l", "tenvoo_l"), ("tenvoo_l_ddmp", "tenvoo_l_ddpm")):
+        with pytest.raises(tnpeft.SpecError) as caught:
+            tnpeft.attach(model, name, match="conv")
+        assert str(caught.value) == (
+            f"recipe or spec '{name}': expected a file, or one of {known}, found neither. Did you mean `{meant}`?"
+        )
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(model, 3)
     assert str(caught.value) == (

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnpeft.cli.arguments import parse_scopes, parse_settings
-from tnpeft.cli.checking import SUFFIXES, kind_of
+from tnpeft.cli.checking import kind_of
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, number, table
-from tnpeft.errors import Problem, TnpeftError, near_miss
-from tnpeft.spec import Spec, list_specs, load_spec
+from tnpeft.errors import Problem, near_miss
+from tnpeft.spec import Spec, load_spec
 
 if TYPE_CHECKING:
     from tnpeft.recipe import LayerReport, Recipe, Report
@@ -45,13 +44,9 @@ def count_parameters(
 
 def load_what(name: str) -> Spec | Recipe:
     """The recipe or spec of a shipped name or a file. Raises TnpeftError."""
-    from tnpeft.recipe import list_recipes, load_recipe
+    from tnpeft.recipe import check_name, load_recipe
 
-    known = (*list_recipes(), *list_specs())
-    if name not in known and Path(name).suffix not in SUFFIXES and not Path(name).is_file():
-        fix = near_miss(name, known) or "Give a path that ends in .yaml, or one of these names."
-        expected = f"a file, or one of {', '.join(known)}"
-        raise TnpeftError(Problem(f"recipe or spec {name[:80]!a}", expected, "neither", fix))
+    check_name(name)
     return load_recipe(name) if kind_of(name) == "recipe" else load_spec(name)
 
 

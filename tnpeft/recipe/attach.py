@@ -12,7 +12,7 @@ from torch import nn
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, near_miss
 from tnpeft.modules import Adapter, Captured, Sharing
 from tnpeft.plan import DEFAULT_MODE
-from tnpeft.recipe.model import Entry, Recipe, Train, compiled, list_recipes, load_recipe, train_from
+from tnpeft.recipe.model import Entry, Recipe, Train, check_name, compiled, list_recipes, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
@@ -131,6 +131,7 @@ def recipe_of(what: object, match: Match | None, params: Mapping[str, Any]) -> R
 
 def _find(what: str | Path) -> Spec | Recipe:
     """A spec or recipe by name or path; a file with `adapters` is a recipe."""
+    check_name(str(what))
     if str(what) in list_recipes() and str(what) not in list_specs():
         return load_recipe(what)
     try:
