@@ -117,6 +117,10 @@ def test_the_page_and_the_markdown_say_what_the_files_hold(out: Path) -> None:
     assert first[2][3] == "0.10 ± 0.01"  # the same for both seeds: the bootstrap's interval
     assert "2.10 ± 0.10" in page.bold
     assert "1.10 ± 0.10" not in page.bold  # the base is no competitor
+    second = page.tables[1]
+    assert second[1] == ["Method", "#P", "of base", "Error change ↓ (%)", "Error change ↓ (%)"]
+    assert [row[0] for row in second[2:]] == ["Full fine-tuning", "LoRA", "TenVOO-L"]
+    assert second[2][3:] == ["\N{MINUS SIGN}27.5 ± 0.5"] * 2  # -28 + seed
     markdown = (out / "report" / "report.md").read_text(encoding="utf-8")
     for text in (
         "> All subjects are deformations of one average brain.",
@@ -129,6 +133,8 @@ def test_the_page_and_the_markdown_say_what_the_files_hold(out: Path) -> None:
         "| TenVOO-L, rank 1 |",
         "| TenVOO-L, rank 4 |",
         "| LoRA | 70.8 k | 3.93% | 100.0 % | 110.0 % | 98.0 % |",
+        "| Method | #P | of base | T2-like: Error change ↓ (%) | Lesion: Error change ↓ (%) |",
+        "- Change of the denoising error on held-out volumes from the first step to the last, in percent.",
         "- Machine: cpu, A processor",
         "- Versions: python 3.11, torch 2.13",
         "- Source revision: 0123abcd",
@@ -270,4 +276,4 @@ def test_the_page_in_a_browser(out: Path, tmp_path: Path, scheme: str) -> None:
     dom = subprocess.run([CHROMIUM, *flags, "--dump-dom", page], check=True, timeout=120, capture_output=True)
     shown = Page(dom.stdout.decode())
     assert shown.tables[0][4][0] == "Full fine-tuning"
-    assert len(shown.tables) == 5 + 4 * 2  # one for each study, and details of four on two data sets
+    assert len(shown.tables) == 5 + 4 + 4 * 2  # one for each study; changes, and details on two data sets, of four

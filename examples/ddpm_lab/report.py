@@ -29,7 +29,7 @@ from ddpm_lab.study_plots import (
     smoothed,
 )
 from ddpm_lab.study_results import BASE, METRICS, Results, read_results
-from ddpm_lab.study_tables import as_csv, as_markdown, cost_table, detail_table, method_table, millions
+from ddpm_lab.study_tables import as_csv, as_markdown, change_table, cost_table, detail_table, method_table, millions
 
 __all__ = ["report"]
 
@@ -87,8 +87,7 @@ def _section(results: Results, study: str, folder: Path) -> Section:
         _write(folder / "table4.csv", _cost_csv(results))
         return section
     methods = results.config.members(study)
-    table = method_table(results, study, TITLES[study], methods)
-    section.tables.append(table)
+    section.tables += [method_table(results, study, TITLES[study], methods), change_table(results, study, methods)]
     section.details += [detail_table(results, study, each, methods) for each in results.config.datasets]
     _write(folder / f"{study}.csv", as_csv(results, methods))
     section.pictures += _pictures(results, study, methods, folder)

@@ -7,13 +7,24 @@ import html
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ddpm_lab.study_results import BASE, METRICS, Cell, Metric, Results
 
-__all__ = ["Row", "Table", "as_csv", "as_html", "as_markdown", "cost_table", "detail_table", "method_table"]
+__all__ = [
+    "Row",
+    "Table",
+    "as_csv",
+    "as_html",
+    "as_markdown",
+    "change_table",
+    "cost_table",
+    "detail_table",
+    "method_table",
+]
 
 PAPER = METRICS[:3]  # what the paper's tables have
+CHANGE = next(metric for metric in METRICS if metric.key == "change_percent")
 NOTHING = "-"
 
 
@@ -97,6 +108,17 @@ def method_table(results: Results, name: str, title: str, methods: Sequence[str]
     return _table(results, name, title, methods, groups, columns, keys)
 
 
+def change_table(results: Results, name: str, methods: Sequence[str]) -> Table:
+    """How the error on held-out volumes changed, on each data set."""
+    datasets = tuple(results.config.datasets)
+    groups = [("", 2), *((results.dataset_title(each), 1) for each in datasets)]
+    columns = [_Column(CHANGE) for _ in datasets]
+    table = _table(results, name, "Error", methods, groups, columns, [(dataset, CHANGE) for dataset in datasets])
+    rows = tuple(row for row in table.rows if not row.reference)
+    note = "Change of the denoising error on held-out volumes from the first step to the last, in percent."
+    return replace(table, rows=rows, notes=(note,))
+
+
 def detail_table(results: Results, name: str, dataset: str, methods: Sequence[str]) -> Table:
     """Every metric on one data set."""
     columns = [_Column(metric) for metric in METRICS]
@@ -171,7 +193,7 @@ def _evaluation(results: Results) -> dict[str, object]:
 
 def _heading(column: _Column, mark: str) -> str:
     metric = column.metric
-    unit = f" (1e{column.power})" if column.power else ""
+    unit = f" (1e{column.power})" if column.power else f" ({metric.unit})" if metric.unit else ""
     return f"{metric.title}{mark if metric.marked else ''} {'↓' if metric.less else '↑'}{unit}"
 
 
