@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
+from accelerate import Accelerator, DistributedType
 from ddpm_lab.config import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
 from ddpm_lab.diffusion import HeldOut, noise_schedule, predict
 from ddpm_lab.faults import LabError
@@ -289,6 +290,17 @@ def test_cores_are_contracted_once_for_all_micro_batches(monkeypatch: pytest.Mon
     assert anew == 4 * kept
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_sharded_models_are_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate takes FSDP from its configuration, on GPUs; here it is made to say so."""
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(LabError) as excinfo:
+        make_accelerator(Training(precision="fp32", device="cpu"))
+    assert str(excinfo.value) == (
+        "accelerate: how processes share the model: expected a whole copy in each (DDP), found FSDP. "
+        "Configure accelerate without it: what an adapter trains is small, and so are its gradients."
+    )
 
 
 def test_precisions_and_processes_a_machine_does_not_have() -> None:

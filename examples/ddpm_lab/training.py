@@ -25,6 +25,8 @@ from ddpm_lab.progress import History, Loop
 
 __all__ = ["History", "Keeper", "Step", "make_accelerator", "measure", "steps_of", "train"]
 
+WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's words for one process and for DDP
+
 
 @dataclass(frozen=True)
 class Step:
@@ -59,6 +61,11 @@ def make_accelerator(training: Training) -> Accelerator:
     plugin = GradientAccumulationPlugin(num_steps=training.accumulation, adjust_scheduler=False)
     mixed = "no" if precision == "fp32" else precision
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed, gradient_accumulation_plugin=plugin)
+    kind = accelerator.distributed_type.value
+    if kind not in WHOLE:
+        # Its parts of the parameters would be saved, averaged and clipped as if each were the whole.
+        fix = "Configure accelerate without it: what an adapter trains is small, and so are its gradients."
+        raise fault("accelerate", "how processes share the model", "a whole copy in each (DDP)", kind, fix)
     found = accelerator.num_processes
     if training.processes not in (None, found):
         # `accelerate launch --cpu --num_processes 2` starts one process and does not say so.
