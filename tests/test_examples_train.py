@@ -157,6 +157,23 @@ def test_held_out_noise_does_not_depend_on_the_batch_size() -> None:
     assert one.buckets == pytest.approx(three.buckets, rel=1e-5)
 
 
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_processes_share_the_held_out_volumes_out(processes: int) -> None:
+    """What each of them measures adds up to what one measures, to the bit; with more of them than batches too."""
+    volumes = list(torch.rand((3, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
+    held_out = HeldOut(volumes, noise_schedule(Diffusion()), Validation(buckets=3, draws=2), 4)
+    parts: list[torch.Tensor] = []
+
+    def kept(sums: torch.Tensor) -> torch.Tensor:
+        parts.append(sums)
+        return sums
+
+    for process in range(processes):
+        held_out.error(tiny(), share=(process, processes), gather=kept)
+    assert (torch.stack(parts) != 0).sum(0).eq(1).all()
+    assert held_out.error(tiny(), gather=lambda _: sum(parts, torch.zeros(()))) == held_out.error(tiny())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_and_workers_do_not_change_the_losses(workers: int) -> None:
     volumes = list(torch.rand((5, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))

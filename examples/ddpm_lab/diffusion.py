@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -84,26 +86,37 @@ class HeldOut:
 
     @torch.no_grad()
     def error(
-        self, unet: nn.Module, device: torch.device | str = "cpu", progress: Callable[[int], None] = lambda _: None
+        self,
+        unet: nn.Module,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int], None] = lambda _: None,
+        share: tuple[int, int] = (0, 1),
+        gather: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     ) -> HeldOutError:
-        """Measure `unet` in evaluation mode; its mode is put back."""
+        """Measure `unet` in evaluation mode; its mode is put back.
+
+        `share` is this process's number and the number of processes, which take batches in turn; `gather` adds up what
+        they found. Batches are those of one process and sums are exact, so that the result is that of one process.
+        """
         count = len(self.volumes) * self.validation.draws
-        sums = torch.zeros(self.validation.buckets, dtype=torch.float64)
+        starts = range(0, count, self.batch_size)
+        sums = torch.zeros((self.validation.buckets, len(starts)), dtype=torch.float64)
         was_training = unet.training
         unet.eval()
-        done = 0
-        for bucket in range(self.validation.buckets):
-            for start in range(0, count, self.batch_size):
-                drawn = [self._drawn(bucket, number) for number in range(start, min(start + self.batch_size, count))]
-                clean, noise, timesteps = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
-                found, target = predict(unet, self.scheduler, clean, noise, timesteps)
-                errors = (found.float() - target.float()).pow(2).flatten(1).mean(1)
-                sums[bucket] += errors.double().sum().cpu()
-                done += len(clean)
-                progress(done)
+        for number, (bucket, place) in enumerate(product(range(self.validation.buckets), range(len(starts)))):
+            if number % share[1] != share[0]:
+                continue
+            start, end = starts[place], min(starts[place] + self.batch_size, count)
+            drawn = [self._drawn(bucket, each) for each in range(start, end)]
+            clean, noise, timesteps = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
+            found, target = predict(unet, self.scheduler, clean, noise, timesteps)
+            errors = (found.float() - target.float()).pow(2).flatten(1).mean(1)
+            sums[bucket, place] = errors.double().sum().cpu()
+            progress(bucket * count + end)
         unet.train(was_training)
-        means = sums / count
-        return HeldOutError(float(means.mean()), tuple(means.tolist()))
+        sums = gather(sums)
+        means = [math.fsum(row) / count for row in sums.tolist()]
+        return HeldOutError(math.fsum(means) / len(means), tuple(means))
 
     def _drawn(self, bucket: int, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One volume, its noise, and a timestep of the bucket."""

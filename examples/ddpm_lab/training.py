@@ -195,6 +195,12 @@ def _count(loop: Loop, loss: float, damaged: list[Damage], skipped: bool) -> Non
 def measure(
     held_out: HeldOut, unet: nn.Module, accelerator: Accelerator, progress: Any = lambda _: None
 ) -> HeldOutError:
-    """The held-out error in the run's own precision."""
+    """The held-out error in the run's own precision; the processes share the work, and all of them have the result."""
+
+    def added(sums: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = accelerator.reduce(sums.to(accelerator.device), "sum")
+        return found.cpu()
+
+    share = accelerator.process_index, accelerator.num_processes
     with accelerator.autocast():
-        return held_out.error(unet, accelerator.device, progress)
+        return held_out.error(unet, accelerator.device, progress, share, added)
