@@ -154,7 +154,7 @@ def test_a_mistake_in_a_recipe_ends_before_training(tmp_path: Path) -> None:
     (tmp_path / "data" / "broken.nii").write_text("not read", encoding="utf-8")
     with pytest.raises(RuntimeError) as excinfo:
         train(given, recipe="tenvo_l_ddpm")
-    assert str(cause(excinfo.value)).endswith("found neither. Did you mean `tenvoo_l`?")
+    assert str(cause(excinfo.value)).endswith("found neither. Did you mean `tenvoo_l_ddpm`?")
     assert not (tmp_path / "models" / "adapter.safetensors").exists()
 
 

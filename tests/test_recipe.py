@@ -275,13 +275,24 @@ def test_a_recipe_takes_no_match_and_known_params(model):
     )
 
 
-def test_names_that_are_neither_spec_nor_recipe(model):
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("tenvo_l", "Did you mean `tenvoo_l`?"),
+        ("tenvoo_l_ddmp", "Did you mean `tenvoo_l_ddpm`?"),
+        ("lora_dpm", "Did you mean `lora_ddpm`?"),
+        ("lora_maisi_contolnet", "Did you mean `lora_maisi_controlnet`?"),
+        ("zzz", "Give a path that ends in .yaml, or one of these names."),
+    ],
+)
+def test_names_that_are_neither_spec_nor_recipe(model, name, fix):
+    known = ", ".join((*tnpeft.list_specs(), *tnpeft.list_recipes()))
     with pytest.raises(tnpeft.SpecError) as caught:
-        tnpeft.attach(model, "tenvo_l", match="conv")
-    assert str(caught.value) == (
-        f"spec 'tenvo_l': expected a file, or one of {', '.join(tnpeft.list_specs())}, found neither. "
-        "Did you mean `tenvoo_l`?"
-    )
+        tnpeft.attach(model, name, match="conv")
+    assert str(caught.value) == f"spec or recipe '{name}': expected a file, or one of {known}, found neither. {fix}"
+
+
+def test_what_is_neither_a_name_nor_a_recipe(model):
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(model, 3)
     assert str(caught.value) == (

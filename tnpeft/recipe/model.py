@@ -129,7 +129,7 @@ def load_recipe(name: str | Path) -> Recipe:
     A spec in it is a shipped name, or a path from the recipe's folder. Raises SpecError with every
     mistake in the file and in its specs, each with file, line and column.
     """
-    path = find_shipped(name, "recipes", "recipe")
+    path = find_shipped(name, "recipe", "recipes")
     return _read(read_file(path, "recipe"), str(path))
 
 
