@@ -325,6 +325,26 @@ def test_cores_made_of_the_weight_are_made_of_the_base_s_own(spec):
     assert torch.equal(model(X), net()(X))
 
 
+@pytest.mark.parametrize("spec", ["dora", "hira", "ia3", "glora", "pissa"])
+def test_updates_made_of_the_weight_add_up_with_a_layer_that_trains_as_a_whole(spec):
+    model = net().double()
+    own = model.head[0].weight.detach().clone()
+    tnpeft.attach(model, "lora", match="up", train={"also": [r"head\.0\.weight"]}, name="a")
+    train(model, X.double(), rate=1.0)
+    tnpeft.attach(model, spec, match="head.0", name="b")
+    train(model, X.double(), rate=1.0)
+    changes = []
+    for scales in ({"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 1.0}, {"a": -0.5, "b": 2.0}):
+        activate(model, scales)
+        changes.append(model.head[0].weight.detach() - own)
+    a, b, both, scaled = changes
+    assert min(a.abs().max(), b.abs().max()) > 1e-3
+    torch.testing.assert_close(both, a + b)
+    torch.testing.assert_close(scaled, 2 * b - a / 2)
+    merge(model)
+    torch.testing.assert_close(model.head[0].weight - own, scaled)
+
+
 # Merging one for a time.
 
 

@@ -15,6 +15,7 @@ from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.modules.keeping import Keeping, same_tensors
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
+from tnpeft.modules.waiting import own_weight
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast
@@ -298,9 +299,7 @@ class Adapter(nn.Module):
         return [(self._weight_as(core, base) if own is None else own).to(base.device, dtype) for own, core in both]
 
     def _base(self, weight: Tensor | None) -> Tensor:
-        base = self._layer[0].weight if weight is None else weight
-        assert isinstance(base, Tensor)
-        return base
+        return own_weight(self._layer[0]) if weight is None else weight
 
     def _weight_as(self, core: BoundCore, base: Tensor) -> Tensor:
         """The base weight with the legs of a core."""
