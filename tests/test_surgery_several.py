@@ -91,6 +91,14 @@ def test_a_switch_under_inference_mode_leaves_a_model_that_trains(merged):
     assert not any(tensor.is_inference() for tensor in model.state_dict(keep_vars=True).values())
 
 
+def test_adapters_are_in_the_mode_of_their_layers():
+    for training in (False, True):
+        model = net().train(training)
+        for name in ("a", "b"):
+            attach(model, name=name)
+        assert {module.training for module in model.modules()} == {training}
+
+
 def test_scales_of_zero_and_below():
     model = two()
     base = net()(X)

@@ -39,7 +39,7 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self._modules["base"] = base
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict().train(base.training)
         self.scales: dict[str, float] = {}
         self.disabled = False
         self.register_buffer("_merged", None, persistent=False)
@@ -91,7 +91,7 @@ class AdaptedLayer(nn.Module):
         return adapter
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        self.adapters[_key(name)] = adapter
+        self.adapters[_key(name)] = adapter.train(self.training)
 
     def remove_adapter(self, name: str) -> None:
         del self.adapters[_key(name)]
