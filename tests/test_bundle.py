@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("monai", reason="MONAI is not installed")
 pytest.importorskip("ignite", reason="MONAI's trainers need pytorch-ignite")
 
+import fire
 import nibabel
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow, run
@@ -29,6 +30,7 @@ import tnpeft
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "bundle" / "configs"
 NAMES = ("train", "inference")
+ALL_NAMES = (*NAMES, "evaluate")
 SMALL = {"channels": [8, 8], "attention_levels": [False, True], "num_head_channels": [0, 8]}
 SIZES = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "num_res_blocks": 1, "norm_num_groups": 4}
 MAISI = {
@@ -40,6 +42,12 @@ MAISI = {
 PLAIN = {"_target_": "monai.networks.nets.DiffusionModelUNet", **SMALL, **SIZES}
 # MONAI warns at every run that a configuration can run any code: true of all bundles, and this one is ours.
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
+
+# What MONAI's specification of bundles asks for; its JSON Schema is on the network only.
+META_KEYS = {"version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task"}
+META_KEYS |= {"description", "authors", "copyright", "network_data_format"}
+FIELD_KEYS = {"type", "format", "modality", "num_channels", "spatial_shape", "dtype", "value_range", "is_patch_data"}
+FIELD_KEYS |= {"channel_def"}
 
 QUICK = {"size": [8, 8, 8], "device": "$torch.device('cpu')", "logging_file": False}
 
@@ -132,8 +140,8 @@ def by_hand(model: nn.Module, seed: int) -> np.ndarray:
 def test_training_is_the_same_twice_and_knows_its_base(tmp_path: Path) -> None:
     given = bundle(tmp_path, PLAIN)
     first, second = tmp_path / "new" / "first.safetensors", tmp_path / "new" / "second.safetensors"
-    for path in (first, second):
-        train(given, adapter_file=str(path), recipe="lora_ddpm")
+    for path, interval in ((first, 1), (second, 2)):  # nor does it matter how often it is validated
+        train(given, adapter_file=str(path), recipe="lora_ddpm", val_interval=interval)
     assert first.read_bytes() == second.read_bytes()
     given["network_def"] = {**PLAIN, "channels": [8, 16]}
     save_file(base(given["network_def"]).state_dict(), tmp_path / "models" / "base.safetensors")
@@ -147,6 +155,74 @@ def cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def metric(workflow: ConfigWorkflow) -> float:
+    return float(workflow.evaluator.state.metrics["val_mse"])
+
+
+def test_held_out_volumes_tell_how_well_noise_is_predicted(tmp_path: Path) -> None:
+    given = bundle(tmp_path, PLAIN) | {"val_share": 0.5, "val_timesteps": [100, 900], "batch_size": 3, "num_workers": 0}
+    settings = given | {"recipe": "lora_ddpm", "max_epochs": 1, "seed": 5, "learning_rate": 1e-2}
+    trained = ConfigWorkflow(str(CONFIGS / "train.yaml"), workflow_type="train", **settings)
+    trained.initialize()
+    assert trained.check_properties() == []
+    files = {str(path) for path in tmp_path.glob("data/**/*.nii*")}
+    held_out = {item["image"] for item in trained.val_dataset_data}
+    assert {item["image"] for item in trained.train_dataset_data} == files - held_out
+    assert len(held_out) == 2
+    trained.run()
+    after = metric(trained)
+
+    both = [str(CONFIGS / "train.yaml"), str(CONFIGS / "evaluate.yaml")]
+    evaluated = ConfigWorkflow(both, workflow_type="train", **settings)
+    evaluated.initialize()
+    evaluated.run()
+    assert metric(evaluated) == after
+    model = base(PLAIN)
+    volumes = [item["image"] for item in trained.val_dataset]
+    before = noise_error(model, volumes)
+    tnpeft.load(model, tmp_path / "models" / "adapter.safetensors")
+    assert after == pytest.approx(noise_error(model, volumes), rel=1e-5)
+    assert abs(after - before) > 1e-4
+
+
+@torch.no_grad()
+def noise_error(model: nn.Module, volumes: list[torch.Tensor]) -> float:
+    """The mean error over both timesteps of the volumes; the noise of the first comes from the seed 5."""
+    kept = (1 - torch.linspace(0.0005**0.5, 0.0195**0.5, 1000) ** 2).cumprod(0)
+    errors = []
+    for seed, volume in enumerate(volumes, start=5):
+        noise = torch.randn((1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(seed))
+        for step in (100, 900):
+            seen = kept[step].sqrt() * volume[None] + (1 - kept[step]).sqrt() * noise
+            errors.append((model.eval()(seen, torch.tensor([step])) - noise).square().mean().item())
+    return sum(errors) / len(errors)
+
+
+def test_without_held_out_volumes_all_of_them_train(tmp_path: Path) -> None:
+    given = bundle(tmp_path, PLAIN) | {"val_share": 0, "batch_size": 2, "num_workers": 0}
+    workflow = ConfigWorkflow(str(CONFIGS / "train.yaml"), workflow_type="train", **given, recipe="lora_ddpm")
+    workflow.initialize()
+    assert len(workflow.train_dataset_data) == 4
+    assert [type(handler).__name__ for handler in workflow.train_handlers if handler] == ["StatsHandler"]
+
+
+def test_the_command_line_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = bundle(tmp_path / "bundle", {**PLAIN, "channels": [8, 16]})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    options = {
+        "bundle_root": given["bundle_root"], "device": given["device"], "size": "[8,8,8]", "logging_file": "False",
+        **{f"network_def#{key}": str(value) for key, value in {**PLAIN, "channels": [8, 16]}.items()},
+        "recipe": "lora_ddpm", "rank": "3", "train#trainer#max_epochs": "1", "num_workers": "0", "val_share": "0",
+    }  # fmt: skip
+    given_options = [part for key, value in options.items() for part in (f"--{key}", value)]
+    fire.Fire(run, command=["--config_file", str(CONFIGS / "train.yaml"), *given_options])
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    model = base({**PLAIN, "channels": [8, 16]})
+    handle = tnpeft.load(model, tmp_path / "bundle" / "models" / "adapter.safetensors")
+    assert {row.params["r"] for row in handle.report().layers} == {3}
 
 
 def test_a_mistake_in_a_recipe_ends_before_training(tmp_path: Path) -> None:
@@ -188,10 +264,11 @@ def strings(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def test_tnpeft_enters_by_targets_alone() -> None:
-    found = {name: {(key, text) for key, text in strings(read(name)) if "tnpeft" in text} for name in NAMES}
+    found = {name: {(key, text) for key, text in strings(read(name)) if "tnpeft" in text} for name in ALL_NAMES}
     assert found == {
         "train": {("_target_", "tnpeft.attach"), ("_target_", "tnpeft.save")},
         "inference": {("_target_", "tnpeft.load"), ("_target_", "tnpeft.merge")},
+        "evaluate": {("_target_", "tnpeft.load")},
     }
 
 
@@ -209,9 +286,11 @@ def test_the_metadata_name_the_versions_and_the_data() -> None:
     metadata = json.loads((CONFIGS / "metadata.json").read_text(encoding="utf-8"))
     assert metadata["required_packages_version"]["tnpeft"] == tnpeft.__version__
     assert metadata["version"] in metadata["changelog"]
+    assert metadata.keys() >= META_KEYS
     for field in (
         metadata["network_data_format"]["inputs"]["image"],
         metadata["network_data_format"]["outputs"]["pred"],
     ):
+        assert field.keys() == FIELD_KEYS
         assert field["num_channels"] == read("train")["network_def"]["in_channels"]
         assert field["spatial_shape"] == read("train")["size"]

@@ -183,9 +183,10 @@ def test_a_name_that_is_attached_already_is_refused(file):
 
 def test_a_model_that_nothing_can_be_attached_to_loads_nothing(file):
     model = trained("other")
-    for name, found in (("a b", "'a b'"), ("", "''"), (3, "3"), ("_a", "'_a'")):
+    for name, found in (("a b", "'a b'"), ("", "''"), (3, "3"), ("_a", "'_a'"), ("ä", r"'\xe4'")):
         assert refused(model, file, lambda model, path, name=name: load(model, path, name), AttachError) == (
-            f"FILE: adapter name: expected letters, digits, `_` and `-`, found {found}. Choose another name."
+            "FILE: adapter name: expected ASCII letters, digits, `_` and `-`, the first a letter or a digit, "
+            f"found {found}. Choose another name."
         )
     with disabled(model):
         assert refused(model, file, error=AttachError) == (

@@ -142,7 +142,10 @@ def test_what_is_no_model_and_no_name(file):
             f"FILE: adapter name: expected one of 'adni', found {found}. Pass one of these names."
         )
         text = refused(net(), file, lambda model, path, name=name: load(model, path, name), AttachError)
-        assert text == f"FILE: adapter name: expected letters, digits, `_` and `-`, found {found}. Choose another name."
+        assert text == (
+            "FILE: adapter name: expected ASCII letters, digits, `_` and `-`, the first a letter or a digit, "
+            f"found {found}. Choose another name."
+        )
 
 
 def test_the_longest_name_can_be_saved(tmp_path):

@@ -283,6 +283,9 @@ def test_names_that_are_neither_spec_nor_recipe(model):
         assert str(caught.value) == (
             f"recipe or spec '{name}': expected a file, or one of {known}, found neither. Did you mean `{meant}`?"
         )
+
+
+def test_what_is_neither_a_name_nor_a_recipe(model):
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(model, 3)
     assert str(caught.value) == (

@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 KINDS = {
     "shared": Kind(SHARED, ("first", "wide", "up", "head.0"), {"bias": "adapted", "norm": True}),
     "lora": Kind("lora", ("first", "head.2"), {"also": [r"^norm\.weight$"]}),
-    "hira": Kind("hira", ("wide", "head.0"), {}),
+    "hira": Kind("hira", ("wide", "head.2"), {}),
     "joint": Kind("lora", ("up",), {"bias": "adapted", "also": [r"^head\.2\."]}, ("head.2",)),
 }
 NAMES = ("adni", "ppmi", "keys")

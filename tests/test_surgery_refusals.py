@@ -164,7 +164,8 @@ def test_every_problem_of_an_attach_is_told_at_once():
     trained = ["first.weight", "norm.wieght", "head.0.bias"]
     assert refused(model, lambda: install(model, "a b", targets, trained)) == "\n".join(
         [
-            "adapter name: expected letters, digits, `_` and `-`, found 'a b'. Choose another name.",
+            "adapter name: expected ASCII letters, digits, `_` and `-`, the first a letter or a digit, found 'a b'. "
+            "Choose another name.",
             "layer 'frist': target: expected a layer of the model, found no such layer. Did you mean `first`?",
             f"layer 'norm': layer type: expected one of {KINDS}, found GroupNorm. Match other layers.",
             "layer 'first': adapter: expected one for Conv3d(2, 4, 3x3x3), found one for Linear(4, 6). "
@@ -332,7 +333,8 @@ def test_unknown_names_and_impossible_scales():
         if name is not None:
             assert refused(model, lambda name=name: detach(model, name=name)) == text
         assert refused(model, lambda name=name: attach(model, name=name)) == (
-            f"adapter name: expected letters, digits, `_` and `-`, found {found}. Choose another name."
+            "adapter name: expected ASCII letters, digits, `_` and `-`, the first a letter or a digit, "
+            f"found {found}. Choose another name."
         )
     assert refused(model, lambda: activate(model, ["adni"])) == (
         'activate: expected a name, or scales by name, found list. For example `{"default": 1.0}`.'

@@ -91,6 +91,14 @@ def test_a_switch_under_inference_mode_leaves_a_model_that_trains(merged):
     assert not any(tensor.is_inference() for tensor in model.state_dict(keep_vars=True).values())
 
 
+def test_adapters_are_in_the_mode_of_their_layers():
+    for training in (False, True):
+        model = net().train(training)
+        for name in ("a", "b"):
+            attach(model, name=name)
+        assert {module.training for module in model.modules()} == {training}
+
+
 def test_scales_of_zero_and_below():
     model = two()
     base = net()(X)
@@ -323,6 +331,26 @@ def test_cores_made_of_the_weight_are_made_of_the_base_s_own(spec):
     own, others = (adapters_of(each, "b")["head.0"].state_dict() for each in (model, expected))
     assert same_bits(own, others)
     assert torch.equal(model(X), net()(X))
+
+
+@pytest.mark.parametrize("spec", ["dora", "hira", "ia3", "glora", "pissa"])
+def test_updates_made_of_the_weight_add_up_with_a_layer_that_trains_as_a_whole(spec):
+    model = net().double()
+    own = model.head[0].weight.detach().clone()
+    tnpeft.attach(model, "lora", match="up", train={"also": [r"head\.0\.weight"]}, name="a")
+    train(model, X.double(), rate=1.0)
+    tnpeft.attach(model, spec, match="head.0", name="b")
+    train(model, X.double(), rate=1.0)
+    changes = []
+    for scales in ({"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 1.0}, {"a": -0.5, "b": 2.0}):
+        activate(model, scales)
+        changes.append(model.head[0].weight.detach() - own)
+    a, b, both, scaled = changes
+    assert min(a.abs().max(), b.abs().max()) > 1e-3
+    torch.testing.assert_close(both, a + b)
+    torch.testing.assert_close(scaled, 2 * b - a / 2)
+    merge(model)
+    torch.testing.assert_close(model.head[0].weight - own, scaled)
 
 
 # Merging one for a time.

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import tnpeft
 from tnpeft.modules import AdaptedLayer, compile
 from tnpeft.spec import load_spec
 from tnpeft.surgery import (
@@ -250,6 +251,24 @@ def test_attention_reads_the_effective_output_projection():
         detach(model, merge=True)
         assert torch.equal(model.attention.out_proj.weight, weight)
         assert torch.equal(run(), trained)
+
+
+def test_a_model_whose_cores_have_four_axes_takes_another_memory_format():
+    """Of a plain model torch converts the tensors of four and five axes, and no format fits both."""
+    model = net()
+    tnpeft.attach(model, "tenvoo_l", match=["first", "wide"], r=2)
+    train(model, X)
+    cores = dict(tnpeft.Handle(model, "default").named_parameters())
+    assert any(core.ndim == 4 for core in cores.values())
+    values = {name: core.detach().clone() for name, core in cores.items()}
+    expected = model(X)
+    model.to(memory_format=torch.channels_last_3d)
+    assert model.first.base.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert all(core.is_contiguous() and torch.equal(core, values[name]) for name, core in cores.items())
+    torch.testing.assert_close(model(X.to(memory_format=torch.channels_last_3d)), expected)
+    model.double()
+    assert all(core.dtype == torch.float64 and core.shape == values[name].shape for name, core in cores.items())
+    torch.testing.assert_close(model(X.double()), expected.double(), rtol=1e-4, atol=1e-5)
 
 
 def test_channels_last_models_start_exactly_too():

@@ -122,7 +122,7 @@ def inexact_start(patch: pytest.MonkeyPatch) -> None:
 def narrow_start(patch: pytest.MonkeyPatch) -> None:
     """The sum goes through bf16, which a layer of fp32 notices."""
     real = execution.summed_weight
-    wrong = lambda weight, active: real(weight, active).bfloat16().to(weight.dtype)  # noqa: E731
+    wrong = lambda weight, *rest: real(weight, *rest).bfloat16().to(weight.dtype)  # noqa: E731
     patch.setattr(layers, "summed_weight", wrong)
 
 

@@ -15,6 +15,7 @@ from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.modules.keeping import Keeping, same_tensors
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
+from tnpeft.modules.waiting import own_weight
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast
@@ -298,9 +299,7 @@ class Adapter(nn.Module):
         return [(self._weight_as(core, base) if own is None else own).to(base.device, dtype) for own, core in both]
 
     def _base(self, weight: Tensor | None) -> Tensor:
-        base = self._layer[0].weight if weight is None else weight
-        assert isinstance(base, Tensor)
-        return base
+        return own_weight(self._layer[0]) if weight is None else weight
 
     def _weight_as(self, core: BoundCore, base: Tensor) -> Tensor:
         """The base weight with the legs of a core."""
@@ -353,7 +352,7 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         self._written()
-        super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(lambda tensor: _moved(tensor, fn), recurse)  # type: ignore[no-untyped-call]
         if self._on_meta():
             self._initialised = False
         return self
@@ -388,8 +387,11 @@ def memory_order(strides: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
 
 
-def _moved(before: Tensor, after: Tensor) -> Tensor:
-    """`after`, but never narrower than `before` and never restrided."""
-    if before.is_floating_point() and after.dtype.itemsize < before.dtype.itemsize:
-        after = before.to(after.device)
-    return after.contiguous()
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """`fn(tensor)`, but never narrower than `tensor` and never restrided."""
+    # As a vector, for a model's memory format is none of cores: torch refuses `channels_last_3d` for four axes.
+    flat = tensor.flatten() if tensor.ndim in (4, 5) else tensor
+    after = fn(flat)
+    if tensor.is_floating_point() and after.dtype.itemsize < tensor.dtype.itemsize:
+        after = flat.to(after.device)
+    return tensor if after is flat and tensor.is_contiguous() else after.contiguous().view(tensor.shape)

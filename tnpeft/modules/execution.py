@@ -95,10 +95,11 @@ def _completed(layer: AdaptedLayer, clusters: LayerClusters, running: Running) -
 _RUNS: Mapping[str, Callable[..., Tensor]] = {"factored": _factored, "hybrid": _hybrid}
 
 
-def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]]) -> Tensor:
+def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]], own: Tensor) -> Tensor:
     """W + Σ s ΔW in exactly W's strides and dtype, summed in fp32 (fp64) and rounded once.
 
-    Gradients reach the cores alone.
+    Gradients reach the cores alone. `own` is the base's own weight, of which updates are made: another than `weight`
+    where an adapter trains the layer as a whole.
     """
     (adapter, scale), *others = active
     if not others and scale == 1.0 and not torch.compiler.is_compiling():
@@ -106,20 +107,21 @@ def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]]) -> Te
         if found is not None:
             return found
     constant = weight.detach() if weight.requires_grad else weight
+    origin = constant if own is weight else own.detach()
     keeping = active[0][0].keeping
     if keeping is None:
-        return _summed(constant, [(adapter.delta_for(constant), scale) for adapter, scale in active])
+        return _summed(constant, [(adapter.delta_for(origin), scale) for adapter, scale in active])
     adapters = [adapter for adapter, _ in active]
-    inputs = [adapter.delta_inputs(constant) for adapter in adapters]
+    inputs = [adapter.delta_inputs(origin) for adapter in adapters]
 
     def made(tensors: Sequence[Tensor]) -> tuple[Tensor]:
         left = iter(tensors)
-        own = [[next(left) for _ in one] for one in inputs]
-        deltas = [adapter.delta_for(constant, one) for adapter, one in zip(adapters, own, strict=True)]
+        each = [[next(left) for _ in one] for one in inputs]
+        deltas = [adapter.delta_for(origin, one) for adapter, one in zip(adapters, each, strict=True)]
         return (_summed(constant, [(delta, scale) for delta, (_, scale) in zip(deltas, active, strict=True)]),)
 
     flat = [tensor for one in inputs for tensor in one]
-    return keeping.results(("dense", *active), adapters, (weight,), flat, made)[0]
+    return keeping.results(("dense", *active), adapters, (weight, own), flat, made)[0]
 
 
 def _summed(weight: Tensor, updates: Sequence[tuple[Tensor, float]]) -> Tensor:

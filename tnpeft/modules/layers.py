@@ -12,6 +12,7 @@ from torch.nn import functional
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.calls import convolved
 from tnpeft.modules.execution import execute, summed_weight
+from tnpeft.modules.waiting import own_weight
 
 __all__ = ["AdaptedConv", "AdaptedConvTranspose", "AdaptedLayer", "AdaptedLinear", "wrap"]
 
@@ -38,7 +39,7 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self._modules["base"] = base
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict().train(base.training)
         self.scales: dict[str, float] = {}
         self.disabled = False
         self.register_buffer("_merged", None, persistent=False)
@@ -62,7 +63,7 @@ class AdaptedLayer(nn.Module):
         merged = self._buffers["_merged"]
         if merged is not None:
             return merged
-        return summed_weight(weight, self.active) if self.scales else weight
+        return summed_weight(weight, self.active, own_weight(self.base)) if self.scales else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -90,7 +91,7 @@ class AdaptedLayer(nn.Module):
         return adapter
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        self.adapters[_key(name)] = adapter
+        self.adapters[_key(name)] = adapter.train(self.training)
 
     def remove_adapter(self, name: str) -> None:
         del self.adapters[_key(name)]
@@ -99,9 +100,10 @@ class AdaptedLayer(nn.Module):
     def merge(self) -> None:
         """Compute the effective weight once and keep it beside the base weight."""
         with torch.inference_mode(False), torch.no_grad():
-            weight = self.base.weight.detach()
-            # A clone, for the sum may be a view into something larger.
-            self._buffers["_merged"] = summed_weight(weight, self.active).clone() if self.scales else weight
+            weight: Tensor = self.base.weight.detach()
+            if self.scales:  # a clone, for the sum may be a view into something larger
+                weight = summed_weight(weight, self.active, own_weight(self.base)).clone()
+            self._buffers["_merged"] = weight
 
     def unmerge(self) -> None:
         self._buffers["_merged"] = None
@@ -121,7 +123,7 @@ class AdaptedLayer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the initial cores of every adapter; the base layer keeps its values."""
         for name in self.names:
-            self.adapter(name).reset_parameters(self.base.weight)
+            self.adapter(name).reset_parameters(own_weight(self.base))
         if self.merged:
             self.merge()
 

@@ -12,10 +12,11 @@ from torch.nn.utils import parametrize
 
 from tnpeft.errors import Problem, near_miss
 from tnpeft.modules import AdaptedLayer, Adapter
+from tnpeft.modules.waiting import MANGLED
 from tnpeft.network import layer_of
 from tnpeft.spec.document import clip
 from tnpeft.surgery.state import ModelState, find, kind_problem
-from tnpeft.surgery.tree import MANGLED, Slot, places, plain_modules
+from tnpeft.surgery.tree import Slot, places, plain_modules
 
 __all__ = ["SUPPORTED", "layer_problem", "model_problems", "name_problems", "target_problems", "trained_problems"]
 
@@ -112,7 +113,8 @@ def _is_part(model: nn.Module) -> bool:
 def name_problems(name: object, state: ModelState) -> Iterator[Problem]:
     """Why an adapter cannot be called `name`, or why none can be attached now."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        yield Problem("adapter name", "letters, digits, `_` and `-`", clip(name), "Choose another name.")
+        expected = "ASCII letters, digits, `_` and `-`, the first a letter or a digit"
+        yield Problem("adapter name", expected, clip(name), "Choose another name.")
     elif name in state.adapters:
         fix = "Choose another name, or detach that adapter first."
         yield Problem("adapter name", "a new name", f"'{name}', which is attached already", fix)

@@ -38,11 +38,11 @@ __all__ = [
 def activate(model: nn.Module, scales: Mapping[str, float] | str) -> None:
     """Let the named adapters act, each at its scale, and no others; `{}` leaves the base model.
 
-    ΔW and the trained biases and norms of several adapters add up, scaled. Only active adapters
-    train: their cores do, and what else they train while one of them acts alone at scale 1. No
-    parameter becomes another object, so that optimisers stay as they are; no base weight is copied,
-    and nothing is planned anew. Run backward passes before the switch: what does not act takes no
-    gradients.
+    ΔW, each made for the base alone, and the trained biases and norms of several adapters add up,
+    scaled. Only active adapters train: their cores do, and what else they train while one of them
+    acts alone at scale 1. No parameter becomes another object, so that optimisers stay as they are;
+    no base weight is copied, and nothing is planned anew. Run backward passes before the switch:
+    what does not act takes no gradients.
 
     Raises AttachError for unknown names, scales that are not finite in fp32, and merged models.
     """

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from tnpeft.modules.waiting import ORIGINAL, waiting_key
 from tnpeft.surgery.state import ModelState
-from tnpeft.surgery.tree import MANGLED, Slot, slots, ties
+from tnpeft.surgery.tree import Slot, slots, ties
 
 __all__ = ["Tied", "all_tied", "norm_statistics"]
-
-_ORIGINAL = "original"
 
 
 class Tied:
@@ -42,7 +41,7 @@ class Tied:
 
     @property
     def original(self) -> Tensor:
-        return self._held(_ORIGINAL)
+        return self._held(ORIGINAL)
 
     def copy_of(self, name: str) -> Tensor:
         """What adapter `name` trains, installed or not."""
@@ -73,7 +72,7 @@ class Tied:
             self._put_back()
         else:
             self._put_back()
-            who = f"of_{next(iter(acting))}" if acting else _ORIGINAL
+            who = f"of_{next(iter(acting))}" if acting else ORIGINAL
             content, flag = self._held(who), training if acting else original_flag
             self._forget(who)
         acts = self._as_found(content, flag)
@@ -92,13 +91,13 @@ class Tied:
 
     def fold(self, name: str) -> None:
         """Make what is installed the original; `name`, the adapter that acts, has no copy any more."""
-        for who in (_ORIGINAL, f"of_{name}"):
+        for who in (ORIGINAL, f"of_{name}"):
             self._forget(who)
         self.slots[0].tensor.requires_grad_(False)
 
     def settle(self) -> None:
         """Forget every copy: what is installed becomes the model's own."""
-        for who in (_ORIGINAL, *(f"of_{name}" for name in self.trainers)):
+        for who in (ORIGINAL, *(f"of_{name}" for name in self.trainers)):
             self._forget(who)
 
     def _as_found(self, content: Tensor, flag: bool) -> Tensor:
@@ -123,7 +122,7 @@ class Tied:
         return total.clamp_(min=0) if self.slots[0].key == "running_var" else total
 
     def _put_back(self) -> None:
-        for who in (_ORIGINAL, *(f"of_{name}" for name in self.trainers)):
+        for who in (ORIGINAL, *(f"of_{name}" for name in self.trainers)):
             if self._waiting(who) is None:
                 self._wait(who, self.slots[0].tensor)
 
@@ -154,8 +153,8 @@ def all_tied(root: nn.Module, state: ModelState) -> list[Tied]:
 
 
 def _beside(slot: Slot, who: str) -> Slot:
-    """Where a copy for `slot` waits. No adapter's name has a colon, so that no two copies wait in one place."""
-    return slot._replace(key=f"{MANGLED}{who}:{slot.key}")
+    """Where a copy for `slot` waits."""
+    return slot._replace(key=waiting_key(who, slot.key))
 
 
 def norm_statistics(root: nn.Module) -> tuple[tuple[str, ...], ...]:

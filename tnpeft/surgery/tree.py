@@ -8,10 +8,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from tnpeft.modules import AdaptedLayer
+from tnpeft.modules.waiting import MANGLED
 
-__all__ = ["MANGLED", "Place", "Slot", "adapted_layers", "places", "plain_modules", "plain_parameters", "slots", "ties"]
-
-MANGLED = "_tnpeft_"
+__all__ = ["Place", "Slot", "adapted_layers", "places", "plain_modules", "plain_parameters", "slots", "ties"]
 
 
 class Place(NamedTuple):
