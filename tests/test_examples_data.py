@@ -53,7 +53,11 @@ def test_a_keep_list_chooses_brats_files(tmp_path: Path) -> None:
     paths = [write_nifti(tmp_path / f"B{number}" / f"B{number}_t1.nii.gz") for number in range(4)]
     keep = tmp_path / "clean.txt"
     keep.write_text("B1_t1.nii.gz\nB3_t1.nii.gz\nB9_t1.nii.gz\n", encoding="utf-8")
-    assert find_volumes(Data(root=tmp_path, layout="brats", keep=keep)) == [paths[1], paths[3]]
+    data = Data(root=tmp_path, layout="brats", keep=keep)
+    assert find_volumes(data) == [paths[1], paths[3]]
+    spaced = write_nifti(tmp_path / "B9" / "B 9_t1.nii.gz")
+    keep.write_bytes(b"\xef\xbb\xbfB1_t1.nii.gz\r\n\r\n B 9_t1.nii.gz \r\n")  # as an editor on Windows leaves it
+    assert find_volumes(data) == [paths[1], spaced]
 
 
 def voxels(volumes: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -138,13 +142,28 @@ def damaged(kind: str, folder: Path) -> tuple[Path, str]:
         content[280:296] = bytes(16)  # srow_x, the first row of the affine
         path.write_bytes(gzip.compress(bytes(content)))
         return path, "expected an affine that places the voxels, found one that is singular"
+    if kind in ("no type", "no room"):
+        content = bytearray(gzip.decompress(good.read_bytes()))
+        if kind == "no type":
+            content[70:72] = (9999).to_bytes(2, "little")
+        else:
+            content[42:44] = (-16).to_bytes(2, "little", signed=True)  # the length of the first axis
+        path = path.with_suffix("")  # nibabel maps this one into memory
+        path.write_bytes(content)
+        found = "data code 9999 not recognized" if kind == "no type" else "memory mapped length must be positive"
+        return path, f"expected a NIfTI file, found {found}"
     voxels = np.ones((8, 8, 8))
+    if kind == "too large":
+        voxels[0, 0, 0] = 1e300
+        nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
+        return path, "expected numbers that float32 can hold, found voxels from 1 to 1e+300"
     voxels[0, 0, 0] = np.nan
     nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
     return path, "expected finite numbers, found voxels that are infinite or not a number"
 
 
 KINDS = ["truncated", "no NIfTI", "not zipped", "empty", "a series", "a slice", "flat", "no axes", "not finite"]
+KINDS += ["no type", "no room", "too large"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

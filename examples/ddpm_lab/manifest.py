@@ -85,7 +85,7 @@ def read_manifest(data: Data) -> Manifest:
     path = data.manifest
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         fix = "Check the path, or run `prepare`."
         raise fault(path, "`data.manifest`", "a readable manifest", reason(error), fix) from None
     try:
