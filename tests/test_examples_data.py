@@ -119,6 +119,12 @@ def damaged(kind: str, folder: Path) -> tuple[Path, str]:
     if kind == "truncated":
         path.write_bytes(good.read_bytes()[:-2000])
         return path, "expected a NIfTI file, found Compressed file ended before the end-of-stream marker was reached"
+    if kind == "one bit":
+        content = bytearray(gzip.compress(gzip.decompress(good.read_bytes()), 0))  # stored: any bit is a voxel's
+        content[5000] ^= 1
+        path.write_bytes(content)
+        assert np.isfinite(nibabel.load(path).get_fdata()).all(), "nibabel sees nothing"
+        return path, "expected a NIfTI file, found CRC check failed "
     if kind == "no NIfTI":
         path.write_bytes(gzip.compress(b"hello, this is no volume" * 40))
         return path, "expected a NIfTI file, found "
@@ -130,6 +136,8 @@ def damaged(kind: str, folder: Path) -> tuple[Path, str]:
         return path, "expected a NIfTI file, found Empty file: "
     if kind == "a series":
         return write_nifti(path, (8, 8, 8, 3)), "expected one 3D volume, found shape 8x8x8x3"
+    if kind == "a series of series":
+        return write_nifti(path, (8, 8, 8, 1, 1)), "expected one 3D volume, found shape 8x8x8x1x1"
     if kind == "a slice":
         return write_nifti(path, (8, 8)), "expected one 3D volume, found shape 8x8"
     if kind == "flat":
@@ -163,7 +171,7 @@ def damaged(kind: str, folder: Path) -> tuple[Path, str]:
 
 
 KINDS = ["truncated", "no NIfTI", "not zipped", "empty", "a series", "a slice", "flat", "no axes", "not finite"]
-KINDS += ["no type", "no room", "too large"]
+KINDS += ["one bit", "a series of series", "no type", "no room", "too large"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -274,6 +275,21 @@ def test_real_volumes_must_be_there_and_whole(scans: Path, tmp_path: Path) -> No
     assert said(config(scans), tmp_path).startswith(
         f"{scans / '4.nii.gz'}: an unreadable volume: expected a NIfTI file, found "
     )
+    manifest = prepare_data(config(scans), tmp_path / "data", QUIET)
+    indexed = config(scans).model_copy(update={"data": Data(crop=(8, 8, 8), manifest=manifest)})
+    path = scans / json.loads(manifest.read_text(encoding="utf-8"))["train"][0]["path"]
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[-4:] = np.float32(np.nan).tobytes()
+    size = path.stat().st_size
+    changed = gzip.compress(content)
+    path.write_bytes(changed)
+    text = manifest.read_text(encoding="utf-8").replace(f'"bytes": {size},', f'"bytes": {len(changed)},')
+    manifest.write_text(text, encoding="utf-8")  # as if it had the same size
+    assert said(indexed, tmp_path) == (
+        f"{path}: an unreadable volume: expected finite numbers, found voxels that are infinite or not a number. "
+        "Replace or remove the file."
+    )
+    path.unlink()
     nibabel.save(nibabel.Nifti1Image(noise(9, 1)[0, 0, :6].numpy(), np.eye(4)), scans / "4.nii.gz")
     whole = config(scans)
     whole = whole.model_copy(update={"data": whole.data.model_copy(update={"crop": None})})

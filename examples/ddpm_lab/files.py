@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
 from ddpm_lab.config import Data
 from ddpm_lab.faults import fault, raise_all, reason
-from ddpm_lab.manifest import Entry, compare, read_manifest, root_of
+from ddpm_lab.manifest import CHUNK, Entry, compare, read_manifest, root_of
 from tnpeft.errors import Problem
 
 __all__ = [
@@ -202,10 +203,11 @@ def inspect(path: Path) -> Volume | Problem:
     try:
         image = nibabel.load(path)
         voxels = np.asanyarray(image.dataobj)
+        _unzip_to_the_end(path)
     except UNREADABLE as error:
         return wrong("a NIfTI file", reason(error))
     shape = tuple(size for axis, size in enumerate(voxels.shape) if axis < 3 or size > 1)
-    if len(shape) != 3 or min(shape) < 2:
+    if voxels.ndim > 4 or len(shape) != 3 or min(shape) < 2:  # MONAI takes one axis more for channels
         return wrong("one 3D volume", "shape " + "x".join(str(size) for size in voxels.shape))
     if not np.issubdtype(voxels.dtype, np.number) or np.iscomplexobj(voxels):
         return wrong("real numbers", f"voxels of type {voxels.dtype}")
@@ -221,6 +223,14 @@ def inspect(path: Path) -> Volume | Problem:
     first, second, third = (round(float(size), 4) for size in voxel_sizes(image.affine))  # the header has 7 digits
     digest = hashlib.sha256(np.ascontiguousarray(voxels.T).data).hexdigest()  # along the file's order
     return Volume((shape[0], shape[1], shape[2]), (first, second, third), digest)
+
+
+def _unzip_to_the_end(path: Path) -> None:
+    """nibabel stops at the last voxel, before the checksum that says whether all of them are as they were."""
+    if path.suffix == ".gz":
+        with gzip.open(path) as file:
+            while file.read(CHUNK):
+                pass
 
 
 def make_folder(path: Path) -> None:

@@ -79,8 +79,10 @@ class RealVolumes:
         """One volume as the network sees it; raises LabError that names a damaged file."""
         try:
             volume: torch.Tensor = self.steps(str(path))
+            if not volume.isfinite().all():
+                raise ValueError("voxels that are infinite or not a number")
         except (RuntimeError, OSError, ValueError, EOFError) as error:
-            check_volumes([path])
+            check_volumes([path])  # it knows better what is wrong
             raise fault(
                 path, "an unreadable volume", "a 3D volume", reason(error), "Replace or remove the file."
             ) from None
