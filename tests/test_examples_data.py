@@ -282,6 +282,19 @@ def test_half_a_file_in_a_disk_cache_is_made_again(tmp_path: Path) -> None:
         assert cached.read_bytes() == whole
 
 
+@pytest.mark.parametrize("cache", ["memory", "disk", "none"])
+def test_a_volume_that_is_damaged_after_prepare_is_named(tmp_path: Path, cache: str) -> None:
+    """With a manifest nothing reads the files before the dataset does."""
+    paths = [write_nifti(tmp_path / "a.nii"), write_nifti(tmp_path / "b.nii.gz")]
+    paths[1].write_bytes(paths[1].read_bytes()[:-400])
+    with pytest.raises(LabError) as excinfo:
+        check_sizes(dataset(paths, Data(cache=cache), tmp_path / "cache"), paths, 4)  # type: ignore[arg-type]
+    assert str(excinfo.value) == (
+        f"{paths[1]}: an unreadable volume: expected a NIfTI file, found Compressed file ended before the "
+        "end-of-stream marker was reached. Replace or remove the file."
+    )
+
+
 def test_volumes_of_different_or_impossible_sizes_are_named(tmp_path: Path) -> None:
     paths = [write_nifti(tmp_path / "a.nii", (8, 8, 8)), write_nifti(tmp_path / "b.nii", (8, 8, 4))]
     volumes = dataset(paths, Data(), tmp_path)
