@@ -96,6 +96,15 @@ def test_recipes_and_specs_may_lie_beside_the_configuration(tmp_path: Path, monk
             "training: {learning_rate: .inf}\n",
             "c.yaml:1:27: training.learning_rate: expected a finite number, found inf. Write a number.",
         ),
+        (
+            "data: {intensity: [1, 0]}\n",
+            "c.yaml:1:19: `data.intensity`: expected two numbers, the first below the second, found a list of 2. "
+            "Change the value.",
+        ),
+        (
+            "sampling: {seed: 4294967296}\n",
+            "c.yaml:1:18: `sampling.seed`: expected a number below 4294967296, found 4294967296. Change the value.",
+        ),
         ("- 1\n", "c.yaml:1:1: the configuration: expected a mapping, found a list. Start with `data:`."),
         ("", "c.yaml:1:1: the file is empty: expected a mapping, found nothing. Start with `data:`."),
         (
@@ -143,6 +152,18 @@ def test_mistakes_are_collected_in_the_order_of_the_file(tmp_path: Path) -> None
 )
 def test_a_mistake_in_an_override_names_the_override(tmp_path: Path, override: str, expected: str) -> None:
     assert message(tmp_path, "data: {resize: [8, 8, 8]}\n", override) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.resize.0=4", "`data.resize`: expected a list, found a mapping. Change the value."),
+        ("training.steps.more=4", "`training.steps`: expected a whole number, found a mapping. Change the value."),
+    ],
+)
+def test_an_override_below_a_value_of_the_file_is_what_is_wrong(tmp_path: Path, override: str, expected: str) -> None:
+    text = "data: {resize: [8, 8, 8]}\ntraining: {steps: 3}\n"
+    assert message(tmp_path, text, override) == f"--set {override}: {expected}"
 
 
 def test_overrides_are_yaml(tmp_path: Path) -> None:

@@ -53,7 +53,11 @@ def test_a_keep_list_chooses_brats_files(tmp_path: Path) -> None:
     paths = [write_nifti(tmp_path / f"B{number}" / f"B{number}_t1.nii.gz") for number in range(4)]
     keep = tmp_path / "clean.txt"
     keep.write_text("B1_t1.nii.gz\nB3_t1.nii.gz\nB9_t1.nii.gz\n", encoding="utf-8")
-    assert find_volumes(Data(root=tmp_path, layout="brats", keep=keep)) == [paths[1], paths[3]]
+    data = Data(root=tmp_path, layout="brats", keep=keep)
+    assert find_volumes(data) == [paths[1], paths[3]]
+    spaced = write_nifti(tmp_path / "B9" / "B 9_t1.nii.gz")
+    keep.write_bytes(b"\xef\xbb\xbfB1_t1.nii.gz\r\n\r\n B 9_t1.nii.gz \r\n")  # as an editor on Windows leaves it
+    assert find_volumes(data) == [paths[1], spaced]
 
 
 def voxels(volumes: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -115,6 +119,12 @@ def damaged(kind: str, folder: Path) -> tuple[Path, str]:
     if kind == "truncated":
         path.write_bytes(good.read_bytes()[:-2000])
         return path, "expected a NIfTI file, found Compressed file ended before the end-of-stream marker was reached"
+    if kind == "one bit":
+        content = bytearray(gzip.compress(gzip.decompress(good.read_bytes()), 0))  # stored: any bit is a voxel's
+        content[5000] ^= 1
+        path.write_bytes(content)
+        assert np.isfinite(nibabel.load(path).get_fdata()).all(), "nibabel sees nothing"
+        return path, "expected a NIfTI file, found CRC check failed "
     if kind == "no NIfTI":
         path.write_bytes(gzip.compress(b"hello, this is no volume" * 40))
         return path, "expected a NIfTI file, found "
@@ -126,6 +136,8 @@ def damaged(kind: str, folder: Path) -> tuple[Path, str]:
         return path, "expected a NIfTI file, found Empty file: "
     if kind == "a series":
         return write_nifti(path, (8, 8, 8, 3)), "expected one 3D volume, found shape 8x8x8x3"
+    if kind == "a series of series":
+        return write_nifti(path, (8, 8, 8, 1, 1)), "expected one 3D volume, found shape 8x8x8x1x1"
     if kind == "a slice":
         return write_nifti(path, (8, 8)), "expected one 3D volume, found shape 8x8"
     if kind == "flat":
@@ -138,13 +150,28 @@ def damaged(kind: str, folder: Path) -> tuple[Path, str]:
         content[280:296] = bytes(16)  # srow_x, the first row of the affine
         path.write_bytes(gzip.compress(bytes(content)))
         return path, "expected an affine that places the voxels, found one that is singular"
+    if kind in ("no type", "no room"):
+        content = bytearray(gzip.decompress(good.read_bytes()))
+        if kind == "no type":
+            content[70:72] = (9999).to_bytes(2, "little")
+        else:
+            content[42:44] = (-16).to_bytes(2, "little", signed=True)  # the length of the first axis
+        path = path.with_suffix("")  # nibabel maps this one into memory
+        path.write_bytes(content)
+        found = "data code 9999 not recognized" if kind == "no type" else "memory mapped length must be positive"
+        return path, f"expected a NIfTI file, found {found}"
     voxels = np.ones((8, 8, 8))
+    if kind == "too large":
+        voxels[0, 0, 0] = 1e300
+        nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
+        return path, "expected numbers that float32 can hold, found voxels from 1 to 1e+300"
     voxels[0, 0, 0] = np.nan
     nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
     return path, "expected finite numbers, found voxels that are infinite or not a number"
 
 
 KINDS = ["truncated", "no NIfTI", "not zipped", "empty", "a series", "a slice", "flat", "no axes", "not finite"]
+KINDS += ["one bit", "a series of series", "no type", "no room", "too large"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -253,6 +280,19 @@ def test_half_a_file_in_a_disk_cache_is_made_again(tmp_path: Path) -> None:
         cached.write_bytes(half)
         assert torch.equal(dataset([path], Data(cache="disk"), tmp_path / "cache")[0], before)
         assert cached.read_bytes() == whole
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk", "none"])
+def test_a_volume_that_is_damaged_after_prepare_is_named(tmp_path: Path, cache: str) -> None:
+    """With a manifest nothing reads the files before the dataset does."""
+    paths = [write_nifti(tmp_path / "a.nii"), write_nifti(tmp_path / "b.nii.gz")]
+    paths[1].write_bytes(paths[1].read_bytes()[:-400])
+    with pytest.raises(LabError) as excinfo:
+        check_sizes(dataset(paths, Data(cache=cache), tmp_path / "cache"), paths, 4)  # type: ignore[arg-type]
+    assert str(excinfo.value) == (
+        f"{paths[1]}: an unreadable volume: expected a NIfTI file, found Compressed file ended before the "
+        "end-of-stream marker was reached. Replace or remove the file."
+    )
 
 
 def test_volumes_of_different_or_impossible_sizes_are_named(tmp_path: Path) -> None:

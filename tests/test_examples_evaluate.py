@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from ddpm_lab.faults import LabError
 from ddpm_lab.files import find_volumes, split_volumes, write_json
 from ddpm_lab.grid import Grid, write_volume
 from ddpm_lab.metrics import frechet_distance, mmd_gaussian, mmd_linear, mmd_rbf, ms_ssim
+from ddpm_lab.prepare import prepare_data
 from ddpm_lab.real_volumes import RealVolumes
 from ddpm_lab.unet import build_unet, save_weights
 from ddpm_lab.volumes import transforms
@@ -128,6 +130,7 @@ def test_each_number_is_in_its_place_and_from_its_folder(scans: Path, tmp_path: 
 
 def test_the_table_says_what_the_numbers_are(scans: Path, tmp_path: Path) -> None:
     put(tmp_path, "adni", noise(1, 3))
+    put(tmp_path, "[bold]", noise(2, 3))
     screen = Screen(Console(width=160, record=True, file=io.StringIO()))
     evaluate_samples(config(scans), tmp_path, screen)
     printed = " ".join(screen.console.export_text().split())
@@ -137,6 +140,8 @@ def test_the_table_says_what_the_numbers_are(scans: Path, tmp_path: Path) -> Non
         "* random features, not comparable",
         "In brackets: 95 % intervals, from 20 resamples.",
         "non-standard",
+        "The MMDs are squared and unbiased: of sets that are alike they are as often below zero as above.",
+        "[bold]",
     ):
         assert text in printed
     bare = Screen(Console(width=160, record=True, file=io.StringIO()))
@@ -270,6 +275,21 @@ def test_real_volumes_must_be_there_and_whole(scans: Path, tmp_path: Path) -> No
     assert said(config(scans), tmp_path).startswith(
         f"{scans / '4.nii.gz'}: an unreadable volume: expected a NIfTI file, found "
     )
+    manifest = prepare_data(config(scans), tmp_path / "data", QUIET)
+    indexed = config(scans).model_copy(update={"data": Data(crop=(8, 8, 8), manifest=manifest)})
+    path = scans / json.loads(manifest.read_text(encoding="utf-8"))["train"][0]["path"]
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[-4:] = np.float32(np.nan).tobytes()
+    size = path.stat().st_size
+    changed = gzip.compress(content)
+    path.write_bytes(changed)
+    text = manifest.read_text(encoding="utf-8").replace(f'"bytes": {size},', f'"bytes": {len(changed)},')
+    manifest.write_text(text, encoding="utf-8")  # as if it had the same size
+    assert said(indexed, tmp_path) == (
+        f"{path}: an unreadable volume: expected finite numbers, found voxels that are infinite or not a number. "
+        "Replace or remove the file."
+    )
+    path.unlink()
     nibabel.save(nibabel.Nifti1Image(noise(9, 1)[0, 0, :6].numpy(), np.eye(4)), scans / "4.nii.gz")
     whole = config(scans)
     whole = whole.model_copy(update={"data": whole.data.model_copy(update={"crop": None})})
@@ -279,34 +299,83 @@ def test_real_volumes_must_be_there_and_whole(scans: Path, tmp_path: Path) -> No
     )
 
 
-def test_damaged_real_volumes_are_left_out_if_asked(scans: Path, tmp_path: Path) -> None:
-    """The others are measured as if it had never been there, with the split as it was."""
-    put(tmp_path, "base", noise(1, 3))
-    settings = config(scans, reference="all")
-    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"skip_damaged": True})})
+@pytest.mark.parametrize("indexed", [False, True])
+def test_damaged_real_volumes_are_left_out_when_asked(scans: Path, tmp_path: Path, indexed: bool) -> None:
+    """One that is held out and cut short, one that trains and is gone or has no finite voxels."""
+    put(tmp_path, "base", noise(1, 4))
+    settings = config(scans, resamples=0)
+    if indexed:
+        path = prepare_data(settings, tmp_path / "data", QUIET)
+        data = Data(crop=(8, 8, 8), manifest=path)
+        settings = settings.model_copy(update={"data": data})
     split = split_volumes(find_volumes(settings.data), settings.data)
-    whole = evaluate_samples(settings, tmp_path, QUIET)
-    assert whole is not None
-    assert whole["left_out"] == {}
-    damaged, held_out = split.train[2], split.validation
-    damaged.write_bytes(damaged.read_bytes()[:-200])
-    screen = Screen(Console(record=True, width=300, file=io.StringIO()))
-    found = evaluate_samples(settings, tmp_path, screen)
+    held_out, train = read(settings)
+    short, lost = split.validation[0], split.train[-1]
+    size, other = short.stat().st_size, lost.stat().st_size
+    short.write_bytes(short.read_bytes()[:-40])
+    if indexed:
+        lost.unlink()
+        whys = [
+            f"a changed file: expected the {size:,} bytes of the manifest, found {size - 40:,}",
+            f"a missing file: expected the {other:,} bytes of the manifest, found No such file or directory",
+        ]
+        moved = "Pass `--set data.root=FOLDER` where the data moved, or run `prepare` again."
+        assert sorted(said(settings, tmp_path).splitlines()) == sorted(
+            [f"{short}: {whys[0]}. Run `prepare` again.", f"{lost}: {whys[1]}. {moved}"]
+        )
+    else:
+        voxels = np.full((8, 8, 8), np.nan, dtype=np.float32)
+        nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), lost)
+        whys = [
+            "an unreadable volume: expected a NIfTI file, found Compressed file ended before the end-of-stream marker "
+            "was reached",
+            "an unreadable volume: expected finite numbers, found voxels that are infinite or not a number",
+        ]
+        assert sorted(said(settings, tmp_path).splitlines()) == sorted(
+            f"{path}: {why}. Replace or remove the file." for path, why in zip((short, lost), whys, strict=True)
+        )
+    lenient = settings.model_copy(update={"data": settings.data.model_copy(update={"skip_damaged": True})})
+    screen = Screen(Console(width=400, record=True, file=io.StringIO()))
+    found = evaluate_samples(lenient, tmp_path, screen)
     assert found is not None
-    assert list(found["left_out"]) == [str(damaged)]
-    assert f"Left out {damaged}: {found['left_out'][str(damaged)]}" in screen.console.export_text()
-    assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["left_out"] == found["left_out"]
-    assert found["reference"] == "9 real volumes"
-    assert found["counts"][REAL] == len(held_out)
-    real = RealVolumes(settings, tmp_path, find_volumes(settings.data))
-    assert (real.held_out, real.train) == ([*held_out], [path for path in split.train if path != damaged])
-    for path in held_out:
-        path.write_bytes(b"gone")
-    put(tmp_path / "other", "base", noise(1, 3))
-    assert said(settings, tmp_path / "other") == (
-        f"{scans}: held-out volumes: expected at least one that is whole, found none. "
-        "Mend them, or choose another `data.split_seed`."
+    assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == found
+    assert found["left_out"] == {str(short): whys[0], str(lost): whys[1]}
+    printed = screen.console.export_text().splitlines()
+    assert [line for line in printed if line.startswith("Left out")] == [
+        f"Left out {short}: {whys[0]}",
+        f"Left out {lost}: {whys[1]}",
+    ]
+    assert found["reference"] == "3 real volumes, held out"
+    assert found["counts"][REAL] == 3
+    for name, one, other in (("base", noise(1, 4), held_out[1:]), (REAL, held_out[1:], train[:-1])):
+        for key, value in independent(one, other, 6).items():
+            assert found["sets"][name][key]["value"] == pytest.approx(value, rel=1e-4, abs=1e-9), (name, key)
+
+
+def test_volumes_may_be_too_small_for_a_similarity(scans: Path, tmp_path: Path) -> None:
+    put(tmp_path, "base", noise(1, 2)[..., :2], Grid((8, 8, 2), (1.0, 1.0, 1.0), ""))
+    settings = config(scans)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"crop": (8, 8, 2)})})
+    assert said(settings, tmp_path) == (
+        "data: volumes for MS-SSIM: expected at least 3 voxels a side, found 8x8x2. Set `data.crop` or `data.resize`."
     )
+
+
+def test_some_real_volumes_must_be_left(scans: Path, tmp_path: Path) -> None:
+    put(tmp_path, "base", noise(1, 2))
+    settings = config(scans)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"skip_damaged": True})})
+    held_out = split_volumes(find_volumes(settings.data), settings.data).validation
+    for path in held_out:
+        path.write_bytes(b"")
+    assert said(settings, tmp_path).splitlines() == [
+        *(
+            f"{path}: an unreadable volume: expected a NIfTI file, found Empty file: '{path}'. "
+            "Replace or remove the file."
+            for path in held_out
+        ),
+        "data: held-out volumes: expected at least one that can be read, found none of 4. Mend them.",
+    ]
 
 
 # From the command line

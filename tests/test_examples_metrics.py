@@ -217,7 +217,24 @@ def test_other_encoder_files_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(LabError) as excinfo:
         medicalnet_resnet50(broken)
-    assert str(excinfo.value).startswith(f"{broken}: `metrics.medicalnet`: expected a state dict, found ")
+    text = "{}: `metrics.medicalnet`: expected a state dict, found {}. Check the file."
+    assert str(excinfo.value) == text.format(broken, "other objects than tensors, or another kind of file")
+    torch.save({"epoch": 3, "conv1.weight": torch.zeros(3)}, other)
+    with pytest.raises(LabError) as excinfo:
+        medicalnet_resnet50(other)
+    assert str(excinfo.value) == text.format(other, "values that are no tensors")
+
+
+def test_encoder_weights_that_are_no_numbers_are_named(medicalnet: tuple[MedicalNet, Path], tmp_path: Path) -> None:
+    network, _ = medicalnet
+    path = tmp_path / "nan.pth"
+    torch.save({**network.state_dict(), "bn1.bias": torch.full((64,), math.nan)}, path)
+    with pytest.raises(LabError) as excinfo:
+        medicalnet_resnet50(path)
+    assert str(excinfo.value) == (
+        f"{path}: tensor `bn1.bias`: expected finite numbers, found some that are infinite or not a number. "
+        "Give MedicalNet's resnet_50.pth or resnet_50_23dataset.pth."
+    )
 
 
 # Weights, kernels and similarity

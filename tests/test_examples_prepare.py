@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -178,6 +179,22 @@ def test_files_that_vanish_or_have_odd_names_are_rejected(tmp_path: Path, monkey
     assert manifest["rejected"] == [
         {"path": "gone.nii", "reason": "expected a NIfTI file, found No such file or directory"},
         {"path": "\\udcff.nii", "reason": "expected a name in UTF-8, found other bytes"},
+    ]
+
+
+def test_a_zipped_copy_is_a_copy_and_a_link_to_nothing_is_rejected(tmp_path: Path) -> None:
+    """Tools that convert DICOM leave both; in `plain` they would stand on both sides of the split."""
+    for number in range(3):
+        write_nifti(tmp_path / f"{number}.nii", number)
+    (tmp_path / "0.nii.gz").write_bytes(gzip.compress((tmp_path / "0.nii").read_bytes()))
+    (tmp_path / "link.nii").symlink_to("1.nii")
+    (tmp_path / "lost.nii.gz").symlink_to("annex/key")
+    (tmp_path / "folder.nii").mkdir()
+    manifest, _ = prepared(Data(root=tmp_path), tmp_path / "out")
+    assert manifest["rejected"] == [
+        {"path": "0.nii.gz", "reason": "expected a scan of its own, found the voxels of 0.nii"},
+        {"path": "link.nii", "reason": "expected a scan of its own, found the bytes of 1.nii"},
+        {"path": "lost.nii.gz", "reason": "expected a NIfTI file, found No such file or directory"},
     ]
 
 

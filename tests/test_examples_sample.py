@@ -504,6 +504,30 @@ def test_what_cannot_be_sampled_is_said(files: dict[str, Path], tmp_path: Path) 
         )
 
 
+def test_samples_never_lie_among_the_data(files: dict[str, Path], tmp_path: Path) -> None:
+    """The next run of layout `plain` would take them for real."""
+    for name in ("a", "b"):
+        scan(tmp_path / f"{name}.nii.gz")
+    out = tmp_path / "runs" / "mine"
+    settings = changed(config(files, count=1, steps=1), "data", root=tmp_path)
+    assert said(settings, out) == (
+        f"{out}: the folder of samples: expected one outside of `data.root`, found one inside of {tmp_path}. "
+        "Choose another `--out`, or list the data with `prepare`."
+    )
+
+
+def test_the_grid_is_that_of_a_sound_volume_when_damaged_ones_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").write_bytes(b"")
+    scan(tmp_path / "b.nii.gz")
+    assert grid_of(Data(root=tmp_path, skip_damaged=True), 2).source == "a volume of the data, b.nii.gz"
+    with pytest.raises(LabError) as excinfo:
+        grid_of(Data(root=tmp_path), 2)
+    assert str(excinfo.value) == (
+        f"{tmp_path / 'a.nii.gz'}: an unreadable volume: expected a NIfTI file, found Empty file: "
+        f"'{tmp_path / 'a.nii.gz'}'. Replace or remove the file."
+    )
+
+
 def test_files_that_are_no_result_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
     out, path = tmp_path / "out", tmp_path / "file.safetensors"
     path.write_bytes(files["adapter"].read_bytes()[:-100])

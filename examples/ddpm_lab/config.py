@@ -52,9 +52,16 @@ class Data(Section):
     cache: Literal["memory", "disk", "none"] = "memory"
     manifest: Path | None = None  # `prepare`'s: names the files and the split, in place of root, layout and keep
     checksums: bool = False  # compare each file's sha256 with the manifest's, not its size alone: reads every file
-    skip_damaged: bool = False  # leave out, with a report, a volume that turns out damaged in training or evaluation
+    skip_damaged: bool = False  # leave out, and list, volumes that turn out damaged in mid-epoch or in `evaluate`
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     split_seed: int = 0
+
+    @field_validator("intensity")
+    @classmethod
+    def _darkest_first(cls, intensity: tuple[float, float]) -> tuple[float, float]:
+        if intensity[0] >= intensity[1]:
+            raise ValueError("two numbers, the first below the second")
+        return intensity
 
 
 class Model(Section):
@@ -155,7 +162,7 @@ class Sampling(Section):
     adapters: tuple[Path, ...] = ()  # `sample`: adapter files over one base, each with a folder of its own
     base: bool = True  # `sample`: the base itself too
     merge: bool = True  # `sample`: with merged weights
-    seed: int = 4321
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 4321
 
 
 class Metrics(Section):

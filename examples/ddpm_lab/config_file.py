@@ -79,10 +79,9 @@ def _apply(override: str, values: dict[str, Any], places: dict[Key, Place]) -> N
     *parents, last = name.split(".")
     inner = values
     for depth, parent in enumerate(parents, 1):
-        if parent not in inner:
-            places[tuple(parents[:depth])] = places[(*parents[:depth], NAME)] = where
-        if not isinstance(inner.setdefault(parent, {}), dict):
+        if not isinstance(inner.get(parent), dict):  # not there, or replaced: what is wrong with it, the override did
             inner[parent] = {}
+            places[tuple(parents[:depth])] = places[(*parents[:depth], NAME)] = where
         inner = inner[parent]
     inner[last] = value
     key: Key = (*parents, last)
@@ -189,7 +188,7 @@ def _wording(item: Any) -> tuple[str, str]:
     if item["type"] == "literal_error" and isinstance(item["input"], str):
         choices = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         return words["literal_error"], near_miss(item["input"], choices) or "Choose one of these."
-    message = str(item["msg"]).removeprefix("Input should be ")
+    message = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return words.get(str(item["type"]), message), "Change the value."
 
 

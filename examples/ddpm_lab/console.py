@@ -50,7 +50,8 @@ class Screen:
         self.seconds: dict[str, float] = {}
 
     def line(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        """Print a line as it is: brackets in a file's name are no markup."""
+        self.console.print(text, highlight=False, markup=False, emoji=False)
 
     @contextmanager
     def bar(self, title: str, total: int, start: int = 0, transient: bool = False) -> Iterator[Bar]:
@@ -59,13 +60,13 @@ class Screen:
         A transient bar leaves no trace when it is full.
         """
         columns = (
-            TextColumn("{task.description:<36}"),
+            TextColumn("{task.description:<36}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             RateColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with self.phase(title), Progress(*columns, console=self.console, transient=transient) as progress:
             task = progress.add_task(title, total=total, completed=start, note="")

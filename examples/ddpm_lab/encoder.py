@@ -13,7 +13,7 @@ from monai.networks.nets import resnet10, resnet50
 from torch import nn
 
 from ddpm_lab.durable import digest_of_file
-from ddpm_lab.faults import fault, raise_all
+from ddpm_lab.faults import fault, raise_all, reason
 from tnpeft.errors import Problem
 
 __all__ = ["Encoder", "load_encoder", "medicalnet_resnet50"]
@@ -75,12 +75,15 @@ def medicalnet_resnet50(weights: Path) -> nn.Module:
     state = _read(weights)
     own = network.state_dict()
     problems = []
+    fix = "Give MedicalNet's resnet_50.pth or resnet_50_23dataset.pth."
     for name in sorted(own.keys() | state.keys()):
         expected = "x".join(map(str, own[name].shape)) or "a number" if name in own else "no such tensor"
         found = "x".join(map(str, state[name].shape)) or "a number" if name in state else "no such tensor"
         if expected != found and not name.endswith("num_batches_tracked"):  # absent from old checkpoints
-            fix = "Give MedicalNet's resnet_50.pth or resnet_50_23dataset.pth."
             problems.append(Problem(f"tensor `{name}`", expected, found, fix, str(weights)))
+        elif name in state and not torch.isfinite(state[name]).all():
+            found = "some that are infinite or not a number"
+            problems.append(Problem(f"tensor `{name}`", "finite numbers", found, fix, str(weights)))
     raise_all(problems, str(weights))
     network.load_state_dict(state, strict=False)
     return network
@@ -106,10 +109,13 @@ def _read(weights: Path) -> dict[str, torch.Tensor]:
     try:
         content: Any = torch.load(weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        found = " ".join(str(error).split())[:120] or type(error).__name__
+        # torch's own words advise to run whatever the file holds, or are the byte where reading ended
+        found = reason(error) if isinstance(error, OSError) else "other objects than tensors, or another kind of file"
         raise fault(weights, "`metrics.medicalnet`", "a state dict", found, "Check the file.") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise fault(weights, "`metrics.medicalnet`", "a state dict", type(content).__name__, "Check the file.")
+    if not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise fault(weights, "`metrics.medicalnet`", "a state dict", "values that are no tensors", "Check the file.")
     names = {str(name).removeprefix("module."): value for name, value in content.items()}
     return {name: value for name, value in names.items() if not name.startswith("conv_seg.")}

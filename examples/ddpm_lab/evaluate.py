@@ -23,6 +23,7 @@ from ddpm_lab.record import write_record
 from ddpm_lab.sample_sets import find_sample_sets
 from ddpm_lab.training import make_accelerator
 from ddpm_lab.variants import BASE, name_of
+from tnpeft.errors import Problem
 
 __all__ = ["REAL", "evaluate_samples", "evaluation_table"]
 
@@ -33,18 +34,18 @@ def evaluate_samples(config: Config, out: Path, screen: Screen) -> dict[str, Any
     """Measure sets in OUT/samples and write OUT/evaluation.json; None in all processes but the first.
 
     Measured are those of `sampling.adapters`, beside the base where it is asked for; without a list all that are there.
-    Raises LabError for samples that are missing, unfinished, damaged or of another size, and for the data.
+    Raises LabError for samples that are missing, unfinished, damaged or of another size, and for the data; real
+    volumes that are damaged are left out, and listed, with `data.skip_damaged`.
     """
     sets = {each.name: each.paths() for each in find_sample_sets(out, _names(config))}
-    paths = find_volumes(config.data)
+    paths = find_volumes(config.data, changed_too=config.data.skip_damaged)
     encoder = load_encoder(config.metrics.medicalnet)
     accelerator = make_accelerator(config.training)
     if not accelerator.is_main_process:
         return None
     make_folder(out)
-    real = RealVolumes(config, out, paths)
-    for path, reason in real.left_out.items():
-        screen.line(f"Left out {path}: {reason}")
+    real = RealVolumes(config, out, paths, screen)
+    scales = ssim_scales(real.shape)
     samples = {name: _samples(files, real) for name, files in sets.items()}
     real.encode(encoder, accelerator, screen)
     reference = real.reference()
@@ -61,19 +62,25 @@ def evaluate_samples(config: Config, out: Path, screen: Screen) -> dict[str, Any
     evaluation = {
         "encoder": encoder.note,
         "encoder_mark": encoder.mark,
-        "ms_ssim": ssim_scales(real.shape).note,
+        "ms_ssim": scales.note,
         "reference": f"{len(reference)} real volumes" + (", held out" if config.metrics.reference != "all" else ""),
         "kernels": KERNELS,
         "resamples": config.metrics.resamples,
         "confidence": config.metrics.confidence,
-        "left_out": real.left_out,
+        "left_out": {str(path): _why(problem) for path, problem in real.left_out.items()},
         "counts": {**{name: len(files) for name, files in sets.items()}, REAL: len(held_out)},
         "sets": {name: {key: each.as_data() for key, each in row.items()} for name, row in found.items()},
     }
     write_json(out / "evaluation.json", evaluation)
+    for path, problem in real.left_out.items():
+        screen.line(f"Left out {path}: {_why(problem)}")
     write_record(out, "evaluate", config)
     screen.console.print(evaluation_table(evaluation))
     return evaluation
+
+
+def _why(problem: Problem) -> str:
+    return f"{problem.what}: expected {problem.expected}, found {problem.found}"
 
 
 def _names(config: Config) -> list[str]:
@@ -103,12 +110,13 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
     for title in TITLES.values():
         table.add_column(title.replace("*", mark), justify="right")
     for name, row in evaluation["sets"].items():
-        table.add_row(name, str(evaluation["counts"][name]), *(_cell(row[key]) for key in TITLES))
+        table.add_row(Text(name), str(evaluation["counts"][name]), *(_cell(row[key]) for key in TITLES))
     intervals = (
         f"In brackets: {100 * evaluation['confidence']:g} % intervals, from {evaluation['resamples']} resamples. "
     )
     note = (
         f"FID and the three MMDs: lower is better, {evaluation['encoder']}. "
+        "The MMDs are squared and unbiased: of sets that are alike they are as often below zero as above. "
         f"MS-SSIM: higher is better, {evaluation['ms_ssim']}. "
         f"{intervals if evaluation['resamples'] else ''}The last row compares held-out with training volumes."
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import hashlib
 import json
+import math
 import os
 import random
 import zlib
@@ -18,18 +21,21 @@ import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
 from ddpm_lab.config import Data
 from ddpm_lab.faults import fault, raise_all, reason
-from ddpm_lab.manifest import compare, read_manifest, root_of
+from ddpm_lab.manifest import CHUNK, Entry, compare, read_manifest, root_of
 from tnpeft.errors import Problem
 
 __all__ = [
     "LAYOUTS",
+    "UNREADABLE",
     "Split",
     "Volume",
     "check_data",
     "check_volumes",
+    "damaged_volumes",
     "each",
     "find_volumes",
     "inspect",
@@ -53,6 +59,18 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 FEWEST = 2  # one to train on, one to hold out
 THREADS = 8  # each holds one volume in memory
+# What nibabel raises for a damaged file; OverflowError: a header whose sizes multiply to nothing or too much.
+UNREADABLE = (
+    ImageFileError,
+    HeaderDataError,
+    HeaderTypeError,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    zlib.error,
+)
 
 
 def rooted(data: Data) -> Data:
@@ -65,20 +83,20 @@ def rooted(data: Data) -> Data:
     return data
 
 
-def find_volumes(data: Data) -> list[Path]:
+def find_volumes(data: Data, changed_too: bool = False) -> list[Path]:
     """The files of the manifest or of the layout, sorted by path so that every machine sees one order.
 
-    Raises LabError, also for files of the manifest that are missing or have another size.
+    Raises LabError, also for files of the manifest that are missing or have another size, unless those are wanted too.
     """
     if data.manifest is not None:
-        return _listed(data)
+        return _listed(data, changed_too)
     data = rooted(data)
     assert data.root is not None
     if not data.root.is_dir():
         found = "a file" if data.root.exists() else "nothing there"
         raise fault(data.root, "`data.root`", "a folder of NIfTI files", found, "Check the path.")
     patterns = LAYOUTS[data.layout]
-    paths = sorted({path for pattern in patterns for path in data.root.glob(pattern) if path.is_file()})
+    paths = sorted({path for pattern in patterns for path in data.root.glob(pattern) if _is_file(path)})
     if data.keep is not None:
         paths = _kept(paths, data)
     if len(paths) < FEWEST:
@@ -88,11 +106,17 @@ def find_volumes(data: Data) -> list[Path]:
     return paths
 
 
-def _listed(data: Data) -> list[Path]:
+def _is_file(path: Path) -> bool:
+    """A link that leads nowhere is one too: whoever reads it says so, which a missing scan would not."""
+    return path.is_file() or (path.is_symlink() and not path.is_dir())
+
+
+def _listed(data: Data, changed_too: bool) -> list[Path]:
     """The manifest's files."""
     manifest = read_manifest(data)
     root = root_of(data, manifest)
-    raise_all(filter(None, (compare(root, entry) for entry in manifest.entries)), str(root))
+    if not changed_too:
+        raise_all(filter(None, (compare(root, entry) for entry in manifest.entries)), str(root))
     return sorted(root / entry.path for entry in manifest.entries)
 
 
@@ -102,9 +126,10 @@ def _kept(paths: Sequence[Path], data: Data) -> list[Path]:
     if data.layout != "brats":
         raise fault("data.keep", "a list of files", "layout brats", f"layout {data.layout}", "Remove `data.keep`.")
     try:
-        names = set(data.keep.read_text(encoding="utf-8").split())
-    except (OSError, UnicodeDecodeError) as error:
+        lines = data.keep.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
         raise fault(data.keep, "`data.keep`", "a readable text file", reason(error), "Check the path.") from None
+    names = {line.strip() for line in lines if line.strip()}
     kept = [path for path in paths if path.name in names]
     if not kept:
         found = f"none of {len(names)} names among {len(paths)} files"
@@ -123,6 +148,24 @@ def check_data(data: Data, paths: Sequence[Path], progress: Callable[[int], None
         manifest = read_manifest(data)
         root = root_of(data, manifest)
         raise_all(filter(None, each(partial(compare, root, contents=True), manifest.entries, progress)), str(root))
+
+
+def damaged_volumes(
+    data: Data, paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None
+) -> dict[Path, Problem]:
+    """Those of the files that cannot be used, read to their end, or that are not as the manifest has them."""
+    entries: dict[Path, Entry] = {}
+    if data.manifest is not None:
+        manifest = read_manifest(data)
+        root = root_of(data, manifest)
+        entries = {root / entry.path: entry for entry in manifest.entries}
+
+    def wrong(path: Path) -> Problem | None:
+        changed = compare(root, entries[path], data.checksums) if path in entries else None
+        found = changed or inspect(path)
+        return found if isinstance(found, Problem) else None
+
+    return {path: found for path, found in zip(paths, each(wrong, paths, progress), strict=True) if found is not None}
 
 
 def check_volumes(paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None) -> None:
@@ -148,6 +191,7 @@ class Volume:
 
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
+    digest: str  # of the voxels: the same for a file and its zipped copy
 
 
 def inspect(path: Path) -> Volume | Problem:
@@ -159,21 +203,34 @@ def inspect(path: Path) -> Volume | Problem:
     try:
         image = nibabel.load(path)
         voxels = np.asanyarray(image.dataobj)
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
+        _unzip_to_the_end(path)
+    except UNREADABLE as error:
         return wrong("a NIfTI file", reason(error))
     shape = tuple(size for axis, size in enumerate(voxels.shape) if axis < 3 or size > 1)
-    if len(shape) != 3 or min(shape) < 2:
+    if voxels.ndim > 4 or len(shape) != 3 or min(shape) < 2:  # MONAI takes one axis more for channels
         return wrong("one 3D volume", "shape " + "x".join(str(size) for size in voxels.shape))
     if not np.issubdtype(voxels.dtype, np.number) or np.iscomplexobj(voxels):
         return wrong("real numbers", f"voxels of type {voxels.dtype}")
-    if not np.isfinite(voxels).all():
+    low, high = float(voxels.min()), float(voxels.max())  # not a number where any voxel is none
+    if not (math.isfinite(low) and math.isfinite(high)):
         return wrong("finite numbers", "voxels that are infinite or not a number")
+    if max(-low, high, high - low) > float(np.finfo(np.float32).max):  # runs read in this precision
+        return wrong("numbers that float32 can hold", f"voxels from {low:g} to {high:g}")
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-12:
         return wrong("an affine that places the voxels", "one that is singular")
-    if voxels.min() == voxels.max():
-        return wrong("an image", f"the same value everywhere, {float(voxels.flat[0]):g}")
+    if np.float32(low) == np.float32(high):
+        return wrong("an image", f"the same value everywhere, {low:g}")
     first, second, third = (round(float(size), 4) for size in voxel_sizes(image.affine))  # the header has 7 digits
-    return Volume((shape[0], shape[1], shape[2]), (first, second, third))
+    digest = hashlib.sha256(np.ascontiguousarray(voxels.T).data).hexdigest()  # along the file's order
+    return Volume((shape[0], shape[1], shape[2]), (first, second, third), digest)
+
+
+def _unzip_to_the_end(path: Path) -> None:
+    """nibabel stops at the last voxel, before the checksum that says whether all of them are as they were."""
+    if path.suffix == ".gz":
+        with gzip.open(path) as file:
+            while file.read(CHUNK):
+                pass
 
 
 def make_folder(path: Path) -> None:

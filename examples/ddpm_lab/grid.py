@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ import numpy as np
 import torch
 from monai.transforms import Compose
 from nibabel.affines import voxel_sizes
-from nibabel.filebasedimages import ImageFileError
 
 from ddpm_lab.config import Data
 from ddpm_lab.faults import fault, reason
-from ddpm_lab.files import check_volumes, find_volumes
+from ddpm_lab.files import UNREADABLE, check_volumes, damaged_volumes, find_volumes
 from ddpm_lab.volumes import check_sizes, transforms
 
 __all__ = ["Grid", "grid_of", "read_volume", "write_volume"]
@@ -47,7 +45,7 @@ def grid_of(data: Data, divisor: int) -> Grid:
     Raises LabError where the data cannot be read, or the settings leave the size open.
     """
     if data.root is not None or data.manifest is not None:
-        path = find_volumes(data)[0]
+        path = _first(data)
         check_volumes([path])
         # Without the last transform, which drops the affine.
         volume = Compose(transforms(data).transforms[:-1])(str(path))
@@ -60,6 +58,13 @@ def grid_of(data: Data, divisor: int) -> Grid:
         raise fault("data", "the size of volumes", "`data.root`, `data.resize` or `data.crop`", "none of them", fix)
     check_sizes([torch.empty((1, *shape_known))], [Path("data.resize" if data.resize else "data.crop")], divisor)
     return _from_settings(data, shape_known)
+
+
+def _first(data: Data) -> Path:
+    """The first file or, where damaged ones are to be left out, the first that is sound."""
+    paths = find_volumes(data, changed_too=data.skip_damaged)
+    sound = (path for path in paths if not (data.skip_damaged and damaged_volumes(data, [path])))
+    return next(sound, paths[0])
 
 
 def _from_settings(data: Data, shape: tuple[int, ...]) -> Grid:
@@ -100,7 +105,7 @@ def read_volume(path: Path) -> torch.Tensor:
     try:
         image = nibabel.load(path)
         voxels = np.asarray(image.dataobj, dtype=np.float32)
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except UNREADABLE as error:
         raise fault(path, "a damaged sample", "a NIfTI file", reason(error), fix) from None
     if voxels.ndim != 3 or not np.isfinite(voxels).all():
         found = "voxels that are infinite or not a number" if voxels.ndim == 3 else f"{voxels.ndim} axes"

@@ -14,7 +14,7 @@ from ddpm_lab.config import Data
 from ddpm_lab.faults import MOST, LabError, fault, raise_all, reason
 from tnpeft.errors import Position, Problem
 
-__all__ = ["VERSION", "Entry", "Manifest", "Rejected", "checksum", "compare", "read_manifest", "root_of"]
+__all__ = ["CHUNK", "VERSION", "Entry", "Manifest", "Rejected", "checksum", "compare", "read_manifest", "root_of"]
 
 VERSION = 1
 AGAIN = "Run `prepare` again."
@@ -85,7 +85,7 @@ def read_manifest(data: Data) -> Manifest:
     path = data.manifest
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         fix = "Check the path, or run `prepare`."
         raise fault(path, "`data.manifest`", "a readable manifest", reason(error), fix) from None
     try:

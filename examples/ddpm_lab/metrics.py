@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from monai.metrics import MultiScaleSSIMMetric
 
+from ddpm_lab.faults import fault
+
 __all__ = [
     "Kernels",
     "Pairs",
@@ -31,7 +33,7 @@ __all__ = [
 
 # Wang et al. 2003: the weight of each scale, finest first.
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-WINDOWS = (11, 7, 5)
+WINDOWS, WINDOWS_SMALL = (11, 7, 5), (5, 3)
 
 
 @dataclass(frozen=True)
@@ -183,13 +185,18 @@ class SsimScales:
 
 
 def ssim_scales(shape: tuple[int, ...]) -> SsimScales:
-    """Five scales with the widest window that fits; on small volumes fewer scales, and a window of 5 or 3."""
+    """Five scales with the widest window that fits; on small volumes fewer scales, and a window of 5 or 3.
+
+    Raises LabError for volumes that are smaller than any window.
+    """
     for scales in range(len(SCALE_WEIGHTS), 0, -1):
-        for window in WINDOWS if scales == len(SCALE_WEIGHTS) else (5, 3):
+        for window in WINDOWS if scales == len(SCALE_WEIGHTS) else WINDOWS_SMALL:
             # The volume is halved between scales; MONAI asks for room by a rule of its own on top of that.
             if min(min(shape) // 2 ** (scales - 1), min(shape) // max(1, scales - 1) ** 2) >= window:
                 return SsimScales(window, scales)
-    return SsimScales(3, 1)
+    fix = "Set `data.crop` or `data.resize`."
+    found = "x".join(map(str, shape))
+    raise fault("data", "volumes for MS-SSIM", f"at least {WINDOWS_SMALL[-1]} voxels a side", found, fix)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -67,7 +66,7 @@ def prepare_data(config: Config, out: Path, screen: Screen) -> Path:
     counts = {name: len(manifest[name]) for name in ("train", "validation", "rejected")}
     write_record(out, "prepare", config, volumes=counts)
     _show(examined, manifest, data, screen)
-    screen.line(escape(f"Written to {path}"))
+    screen.line(f"Written to {path}")
     return path
 
 
@@ -86,12 +85,12 @@ def _examine(path: Path) -> Examined:
 
 
 def _unlike(examined: Iterable[Examined]) -> list[Examined]:
-    """Reject all but the first of files with the same bytes: copies would stand on both sides of a split."""
-    first: dict[str, Path] = {}
+    """Reject all but the first of files with the same voxels: copies would stand on both sides of a split."""
+    firsts: dict[str, Examined] = {}
     result = []
     for item in examined:
-        if isinstance(item.found, Volume) and first.setdefault(item.sha256, item.path) != item.path:
-            found = f"the bytes of {first[item.sha256]}"
+        if isinstance(item.found, Volume) and (first := firsts.setdefault(item.found.digest, item)) is not item:
+            found = f"the {'bytes' if first.sha256 == item.sha256 else 'voxels'} of {first.path}"
             copy = Problem("a copy", "a scan of its own", found, "Remove one of the two.", str(item.path))
             item = Examined(item.path, copy, item.sha256, item.size)
         result.append(item)

@@ -18,8 +18,8 @@ from ddpm_lab.console import Screen
 from ddpm_lab.distances import Measured
 from ddpm_lab.durable import write_tensors, writing
 from ddpm_lab.encoder import Encoder
-from ddpm_lab.faults import fault, reason
-from ddpm_lab.files import check_volumes, each, inspect, make_folder, split_volumes
+from ddpm_lab.faults import MOST, LabError, fault, reason
+from ddpm_lab.files import check_data, check_volumes, damaged_volumes, make_folder, split_volumes
 from ddpm_lab.volumes import transforms
 from tnpeft.errors import Problem
 
@@ -45,37 +45,44 @@ class Files(Sequence[torch.Tensor]):
 class RealVolumes:
     """The real volumes that samples are compared with: held out and for training, at most `metrics.most` of each.
 
-    With `data.skip_damaged` those that cannot be read are `left_out`, by name with the reason.
+    Those that cannot be used are a LabError that names them or, with `data.skip_damaged`, are `left_out` of both.
     """
 
-    def __init__(self, config: Config, out: Path, paths: Sequence[Path]) -> None:
+    def __init__(self, config: Config, out: Path, paths: Sequence[Path], screen: Screen) -> None:
         split = split_volumes(paths, config.data)
         self.config, self.out = config, out
-        self.left_out: dict[str, str] = {}
-        parts = (self._whole("held-out", split.validation), self._whole("training", split.train))
-        self.held_out, self.train = (_some(files, config.metrics.most) for files in parts)
+        self.held_out, self.train = (_some(files, config.metrics.most) for files in (split.validation, split.train))
+        self.left_out: dict[Path, Problem] = {}
+        self._check(screen)
         self.steps = transforms(config.data)
         self.shape: tuple[int, ...] = tuple(self.read(self.held_out[0]).shape[1:])
         self.features: dict[Path, torch.Tensor] = {}
 
-    def _whole(self, part: str, paths: Sequence[Path]) -> Sequence[Path]:
-        """The volumes of a part, without damaged ones if those are to be left out; the split stays what it was."""
-        if not self.config.data.skip_damaged:
-            return paths
-        found = dict(zip(paths, each(inspect, paths), strict=True))
-        self.left_out |= {str(path): item.found for path, item in found.items() if isinstance(item, Problem)}
-        whole = [path for path, item in found.items() if not isinstance(item, Problem)]
-        if not whole:
-            fix = "Mend them, or choose another `data.split_seed`."
-            raise fault(paths[0].parent, f"{part} volumes", "at least one that is whole", "none", fix)
-        return whole
+    def _check(self, screen: Screen) -> None:
+        """Find what is damaged before anything is computed, and leave it out or raise LabError."""
+        data, paths = self.config.data, [*self.held_out, *self.train]
+        with screen.bar("check real volumes", len(paths)) as bar:
+            if data.skip_damaged:
+                self.left_out = damaged_volumes(data, paths, bar)
+            else:
+                check_data(data, paths, bar)
+        for name, files in (("held-out", self.held_out), ("training", self.train)):
+            if not set(files) - set(self.left_out):
+                expected, found = "at least one that can be read", f"none of {len(files)}"
+                problems = [self.left_out[path] for path in files]
+                raise LabError(*problems[:MOST], Problem(f"{name} volumes", expected, found, "Mend them.", "data"))
+        self.held_out, self.train = (
+            [path for path in files if path not in self.left_out] for files in (self.held_out, self.train)
+        )
 
     def read(self, path: Path) -> torch.Tensor:
         """One volume as the network sees it; raises LabError that names a damaged file."""
         try:
             volume: torch.Tensor = self.steps(str(path))
+            if not volume.isfinite().all():
+                raise ValueError("voxels that are infinite or not a number")
         except (RuntimeError, OSError, ValueError, EOFError) as error:
-            check_volumes([path])
+            check_volumes([path])  # it knows better what is wrong
             raise fault(
                 path, "an unreadable volume", "a 3D volume", reason(error), "Replace or remove the file."
             ) from None

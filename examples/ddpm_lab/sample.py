@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import tnpeft
-from ddpm_lab.config import Config
+from ddpm_lab.config import Config, Data
 from ddpm_lab.console import Screen
 from ddpm_lab.durable import digest_of_file
 from ddpm_lab.faults import fault
@@ -36,6 +36,7 @@ def sample_volumes(config: Config, out: Path, screen: Screen) -> dict[str, Path]
     if config.sampling.count == 0:
         raise fault("sampling.count", "the number of samples", "at least 1", "0", "Pass `--set sampling.count=8`.")
     check_sampling(config.diffusion, config.sampling)
+    _check_apart(config.data, out)
     variants = find_variants(config, out)
     unet = build_unet(config.model, config.base)
     if config.base.checkpoint is not None:
@@ -73,6 +74,15 @@ class Task:
 
     def write_record(self, count: int) -> None:
         self.samples.write_record(count, self.settings, self.about)
+
+
+def _check_apart(data: Data, out: Path) -> None:
+    """Raise LabError where `plain` would find the samples among the data, and later runs take them for real."""
+    if data.root is None or data.manifest is not None or data.layout != "plain":
+        return
+    if out.resolve().is_relative_to(data.root.resolve()):
+        fix = "Choose another `--out`, or list the data with `prepare`."
+        raise fault(out, "the folder of samples", "one outside of `data.root`", f"one inside of {data.root}", fix)
 
 
 def _check(variant: Variant, unet: nn.Module, config: Config) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddpm_lab.config import Data
-from ddpm_lab.faults import fault
+from ddpm_lab.faults import fault, reason
+from ddpm_lab.files import check_volumes
 
 __all__ = ["check_sizes", "dataset", "transforms"]
 
@@ -61,12 +62,24 @@ def dataset(paths: Sequence[Path], data: Data, cache: Path) -> Any:
     steps = transforms(data)
     files = [str(path) for path in paths]
     if data.cache == "memory":
-        return CacheDataset(files, steps, cache_rate=1.0, num_workers=None, progress=False)
+        with _named(paths):
+            return CacheDataset(files, steps, cache_rate=1.0, num_workers=None, progress=False)
     if data.cache == "disk":
         folder = cache / _key(data)
         folder.mkdir(parents=True, exist_ok=True)
         return _DiskCache(files, steps, folder)
     return Dataset(files, steps)
+
+
+@contextlib.contextmanager
+def _named(paths: Sequence[Path]) -> Iterator[None]:
+    """Say as LabError which of the files cannot be read, and why: MONAI says that a transform failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        check_volumes(paths)
+        found, fix = reason(error.__cause__ or error), "Replace or remove the file."
+        raise fault(paths[0].parent, "a volume", "one that can be transformed", found, fix) from None
 
 
 class _DiskCache(Dataset):  # type: ignore[misc]
@@ -114,17 +127,18 @@ def check_sizes(
 
     Raises LabError where shapes differ or an axis is no multiple of `divisor`, the network's downsampling.
     """
-    for done, (path, volume) in enumerate(zip(paths, volumes, strict=True), 1):
-        shape = tuple(volume.shape[1:])
-        first = first or shape
-        if volume.shape[0] != 1 or shape != first:
-            found = f"{volume.shape[0]} channel(s) of {_times(shape)} after the transforms"
-            fix = "Set `data.crop` or `data.resize`."
-            raise fault(path, "a volume of another size", f"1 channel of {_times(first)}", found, fix)
-        if any(size % divisor for size in shape):
-            fix = "Set `data.crop` or `data.resize`."
-            raise fault(path, "the volume's size", f"multiples of {divisor}, for the network", _times(shape), fix)
-        progress(done)
+    with _named(paths):
+        for done, (path, volume) in enumerate(zip(paths, volumes, strict=True), 1):
+            shape = tuple(volume.shape[1:])
+            first = first or shape
+            if volume.shape[0] != 1 or shape != first:
+                found = f"{volume.shape[0]} channel(s) of {_times(shape)} after the transforms"
+                fix = "Set `data.crop` or `data.resize`."
+                raise fault(path, "a volume of another size", f"1 channel of {_times(first)}", found, fix)
+            if any(size % divisor for size in shape):
+                fix = "Set `data.crop` or `data.resize`."
+                raise fault(path, "the volume's size", f"multiples of {divisor}, for the network", _times(shape), fix)
+            progress(done)
     assert first is not None
     return first
 
