@@ -26,10 +26,17 @@ def main() -> None:
     answer(ready=os.getpid())
     for line in sys.stdin:
         job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            run(job)
-        answer(status=watched(child, job.get("seconds")))
+        children = [forked(job, environment) for environment in job.get("environments", [{}])]
+        answer(status=watched(children, job))
+
+
+def forked(job: dict[str, Any], environment: dict[str, str]) -> int:
+    """Start the job in a copy of this process, with more in its environment; its process number."""
+    child = os.fork()
+    if child == 0:
+        os.environ.update(environment)
+        run(job)
+    return child
 
 
 def answer(**values: int) -> None:
@@ -37,12 +44,25 @@ def answer(**values: int) -> None:
     sys.stdout.flush()
 
 
-def watched(child: int, seconds: float | None) -> int:
-    """Kill the child after so many seconds, and wait for its end: 0, its exit status, or minus a signal."""
-    if seconds is not None:
-        time.sleep(seconds)
+def watched(children: list[int], job: dict[str, Any]) -> int:
+    """Kill the children after `seconds`, or once the file `until` is there, and wait for their end.
+
+    Returns 0, an exit status, or minus a signal: of several children the first that is not 0.
+    """
+    if job.get("seconds") is not None:
+        time.sleep(job["seconds"])
+        kill(children)
+    if job.get("until") is not None:
+        while not Path(job["until"]).exists() and os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.002)
+        kill(children)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return next((status for status in statuses if status), 0)
+
+
+def kill(children: list[int]) -> None:
+    for child in children:
         os.kill(child, signal.SIGKILL)  # no error if it has ended: nobody has waited for it yet
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def run(job: dict[str, Any]) -> None:

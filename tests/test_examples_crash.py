@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +38,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}",
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "160",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
 KILLS = int(os.environ.get("TNPEFT_KILLS", "20"))
 CONFIG = """\
 data: {{root: {folder}/scans}}
@@ -189,6 +196,52 @@ def test_runs_stopped_inside_their_writes_end_with_the_same_bits(server: Server,
         assert server(out, stop_at=number, counted=str(counted)) == 77, Path(f"{out}.log").read_text(encoding="utf-8")
     assert server(out) == 0
     same_results(out, whole)
+
+
+# Two processes
+
+
+def two_processes() -> list[dict[str, str]]:
+    """What torchrun puts into the environments of two processes."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**both, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_and_end_with_the_same_bits(
+    server: Server, lab: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    settings = ("training.accumulation=1", "training.steps=5", "validation.every=2")
+    more = [word for setting in settings for word in ("--set", setting)]
+    log = Path(f"{out}.log")
+    assert server(whole, *more, environments=two_processes()) == 0, Path(f"{whole}.log").read_text(encoding="utf-8")
+    until = str(out / "checkpoints" / "step-00000002")
+    assert server(out, *more, environments=two_processes(), until=until) == -9, log.read_text(encoding="utf-8")
+    alone = command(lab, out, *settings)
+    assert alone.exit_code == 1
+    assert alone.stderr == (
+        f"error: {out}: processes of the run in this folder: expected 2, found 1. "
+        f"Start as many with `torchrun --nproc_per_node`, choose another `--out`, or remove the folder to start anew.\n"
+    )
+    assert server(out, *more, environments=two_processes()) == 0, log.read_text(encoding="utf-8")
+    assert "Going on after step" in log.read_text(encoding="utf-8")
+    same_results(out, whole)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fails_the_first_process_stops_both_in_order(server: Server, lab: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "checkpoints").write_text("not a folder", encoding="utf-8")
+    assert server(out, environments=two_processes()) == 1
+    errors = [line for line in Path(f"{out}.log").read_text(encoding="utf-8").splitlines() if "step-" in line]
+    folder = out / "checkpoints" / "step-00000001"
+    assert errors == [f"error: {folder}: a checkpoint: expected to be written, found Not a directory. {FIX}"] * 2
+    assert "Traceback" not in Path(f"{out}.log").read_text(encoding="utf-8")
 
 
 def saved(step: int) -> Callable[[Path], None]:

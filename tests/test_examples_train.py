@@ -150,11 +150,12 @@ def test_a_samples_noise_is_its_own() -> None:
 
 def test_held_out_noise_does_not_depend_on_the_batch_size() -> None:
     volumes = list(torch.rand((3, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
-    one, three = (
-        HeldOut(volumes, noise_schedule(Diffusion()), Validation(buckets=3, draws=2), size).error(tiny())
-        for size in (1, 3)
-    )
+    kinds = [HeldOut(volumes, noise_schedule(Diffusion()), Validation(buckets=3, draws=2), size) for size in (1, 3)]
+    one, three = (held_out.error_of(held_out.sums(tiny())) for held_out in kinds)
     assert one.buckets == pytest.approx(three.buckets, rel=1e-5)
+    shares = [kinds[1].sums(tiny(), process=process, processes=4) for process in range(4)]
+    assert [int(share.count_nonzero()) for share in shares] == [2, 2, 1, 1]
+    assert kinds[1].error_of(sum(shares, torch.zeros(6))) == three, "to the bit, however many share the batches"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -200,6 +201,7 @@ def test_two_processes_train_like_one_at_the_same_global_batch(lab: Path, tmp_pa
     two = json.loads((tmp_path / "two" / "summary.json").read_text(encoding="utf-8"))
     assert two["machine"]["processes"] == 2
     assert two["history"]["losses"] == pytest.approx(one["history"]["losses"], abs=1e-4)
+    assert two["run"]["held_out_error_before"] == one["run"]["held_out_error_before"], "shared, and the same bits"
     assert two["run"]["held_out_error_after"] == pytest.approx(one["run"]["held_out_error_after"], abs=1e-4)
     assert len(set(one["history"]["losses"])) == 4
     weights, others = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))

@@ -83,27 +83,50 @@ class HeldOut:
         return len(self.volumes) * self.validation.buckets * self.validation.draws
 
     @torch.no_grad()
-    def error(
-        self, unet: nn.Module, device: torch.device | str = "cpu", progress: Callable[[int], None] = lambda _: None
-    ) -> HeldOutError:
-        """Measure `unet` in evaluation mode; its mode is put back."""
-        count = len(self.volumes) * self.validation.draws
-        sums = torch.zeros(self.validation.buckets, dtype=torch.float64)
+    def sums(
+        self,
+        unet: nn.Module,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int], None] = lambda _: None,
+        process: int = 0,
+        processes: int = 1,
+    ) -> torch.Tensor:
+        """The sum of the errors of each batch that is this process's, and 0 for the others'.
+
+        Measures `unet` in evaluation mode; its mode is put back.
+        """
+        batches = self._batches()
+        sums = torch.zeros(len(batches), dtype=torch.float64)
         was_training = unet.training
         unet.eval()
         done = 0
-        for bucket in range(self.validation.buckets):
-            for start in range(0, count, self.batch_size):
-                drawn = [self._drawn(bucket, number) for number in range(start, min(start + self.batch_size, count))]
+        for number, (bucket, places) in enumerate(batches):
+            if number % processes == process:
+                drawn = [self._drawn(bucket, place) for place in places]
                 clean, noise, timesteps = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
                 found, target = predict(unet, self.scheduler, clean, noise, timesteps)
-                errors = (found.float() - target.float()).pow(2).flatten(1).mean(1)
-                sums[bucket] += errors.double().sum().cpu()
-                done += len(clean)
-                progress(done)
+                sums[number] = (found.float() - target.float()).pow(2).flatten(1).mean(1).double().sum().cpu()
+            done += len(places)
+            progress(done)
         unet.train(was_training)
-        means = sums / count
+        return sums
+
+    def error_of(self, sums: torch.Tensor) -> HeldOutError:
+        """The error from the sums of all batches, added in one order whoever measured them."""
+        buckets = torch.zeros(self.validation.buckets, dtype=torch.float64)
+        for (bucket, _), one in zip(self._batches(), sums, strict=True):
+            buckets[bucket] += one
+        means = buckets / (len(self.volumes) * self.validation.draws)
         return HeldOutError(float(means.mean()), tuple(means.tolist()))
+
+    def _batches(self) -> list[tuple[int, range]]:
+        """Each batch's bucket, and the places of its volumes among those of all draws."""
+        count = len(self.volumes) * self.validation.draws
+        return [
+            (bucket, range(start, min(start + self.batch_size, count)))
+            for bucket in range(self.validation.buckets)
+            for start in range(0, count, self.batch_size)
+        ]
 
     def _drawn(self, bucket: int, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One volume, its noise, and a timestep of the bucket."""

@@ -17,11 +17,13 @@ from ddpm_lab.checkpoint import Checkpoint
 from ddpm_lab.config import Config, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import HeldOut, HeldOutError, noise_schedule
+from ddpm_lab.durable import writing
 from ddpm_lab.encoder import Encoder, load_encoder
 from ddpm_lab.faults import fault
 from ddpm_lab.files import Split, check_data, find_volumes, make_folder, rooted, split_volumes
 from ddpm_lab.method import Trained, apply_method, check_method
 from ddpm_lab.order import Source
+from ddpm_lab.processes import together
 from ddpm_lab.resume import Kept, Saver
 from ddpm_lab.sampling import check_sampling, draw_samples
 from ddpm_lab.training import History, Step, make_accelerator, measure, steps_of, train
@@ -84,7 +86,8 @@ def prepare(config: Config, out: Path, screen: Screen) -> Setup:
         load_base(unet, config.base)
     encoder = load_encoder(config.metrics.medicalnet)
     accelerator = make_accelerator(config.training)
-    volumes = prepare_volumes(config, out, screen, accelerator)
+    with together():
+        volumes = prepare_volumes(config, out, screen, accelerator)
     if config.model.checkpointing:
         recompute_activations(unet)
     scheduler = noise_schedule(config.diffusion)
@@ -113,7 +116,8 @@ def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Acce
     assert data.root is not None
     if accelerator.is_main_process:
         make_folder(out)
-        split.write(out / "split.json", data.root)
+        with writing(out, "the split"):
+            split.write(out / "split.json", data.root)
     with screen.phase("load volumes"):
         train_set, validation_set = (dataset(files, data, out / "cache") for files in (split.train, split.validation))
     shape = None
@@ -202,7 +206,8 @@ def _events(setup: Setup, training: Training, start: int) -> Iterator[Callable[[
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(setup.out / "tensorboard", purge_step=start + 1)
+    with writing(setup.out / "tensorboard", "TensorBoard's events"):
+        writer: Any = SummaryWriter(setup.out / "tensorboard", purge_step=start + 1)
 
     def write(step: Step) -> None:
         writer.add_scalar("loss", step.loss, step.number)

@@ -20,6 +20,7 @@ from ddpm_lab.durable import digest_of_file
 from ddpm_lab.faults import fault, raise_all
 from ddpm_lab.files import Split
 from ddpm_lab.method import Trained
+from ddpm_lab.processes import together
 from ddpm_lab.progress import Loop, random_states, restore_random_states
 from tnpeft.errors import Problem
 
@@ -125,6 +126,9 @@ def _check_identity(out: Path, own: Mapping[str, Any], theirs: Mapping[str, Any]
         if theirs.get(name) != value:
             what, expected, found = WORDS.get(name, (name, str(theirs.get(name)), str(value)))
             fix = "Choose another `--out`, put this back, or remove the folder to start anew."
+            if name == "processes":
+                start = "Start as many with `torchrun --nproc_per_node`"
+                fix = f"{start}, choose another `--out`, or remove the folder to start anew."
             problems.append(Problem(f"{what} of the run in this folder", expected, found, fix, str(out)))
     raise_all(problems, str(out))
 
@@ -177,18 +181,19 @@ class Saver:
         if every is None or not (loop.step % every == 0 or loop.step == total):
             return
         states = gather_object([random_states()])
-        if self.accelerator.is_main_process:
-            state = {
-                "config": self.config.model_dump(mode="json"),
-                "identity": self.identity,
-                "threads": torch.get_num_threads(),
-                "position": self._position(loop.step),
-                "before": [self.kept.before.mean, list(self.kept.before.buckets)],
-                "start_difference": self.kept.start_difference,
-                "random": states,
-                "loop": loop.data(),
-            }
-            self.checkpoints.write(loop.step, state, loop.tensors(), self.trained.save)
+        with together():
+            if self.accelerator.is_main_process:
+                state = {
+                    "config": self.config.model_dump(mode="json"),
+                    "identity": self.identity,
+                    "threads": torch.get_num_threads(),
+                    "position": self._position(loop.step),
+                    "before": [self.kept.before.mean, list(self.kept.before.buckets)],
+                    "start_difference": self.kept.start_difference,
+                    "random": states,
+                    "loop": loop.data(),
+                }
+                self.checkpoints.write(loop.step, state, loop.tensors(), self.trained.save)
 
     def _position(self, step: int) -> dict[str, int]:
         """The next sample: follows from the step alone, and is written down for people."""

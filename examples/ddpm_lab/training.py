@@ -21,6 +21,7 @@ from ddpm_lab.diffusion import HeldOut, HeldOutError
 from ddpm_lab.engine import Damage, Engine
 from ddpm_lab.faults import fault
 from ddpm_lab.order import Batches, Noised, Source, collate
+from ddpm_lab.processes import together
 from ddpm_lab.progress import History, Loop
 
 __all__ = ["History", "Keeper", "Step", "make_accelerator", "measure", "steps_of", "train"]
@@ -188,6 +189,9 @@ def _count(loop: Loop, loss: float, damaged: list[Damage], skipped: bool) -> Non
 def measure(
     held_out: HeldOut, unet: nn.Module, accelerator: Accelerator, progress: Any = lambda _: None
 ) -> HeldOutError:
-    """The held-out error in the run's own precision."""
-    with accelerator.autocast():
-        return held_out.error(unet, accelerator.device, progress)
+    """The held-out error in the run's own precision; processes share the batches, and all get the same error."""
+    device, process, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    with together(), accelerator.autocast():
+        sums = held_out.sums(unet, device, progress, process, processes)
+    # Each sum is one process's; adding the others' zeros changes no bit of it.
+    return held_out.error_of(accelerator.reduce(sums.to(device), "sum").cpu())
