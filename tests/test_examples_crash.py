@@ -215,7 +215,7 @@ def test_two_processes_that_are_killed_go_on_and_end_with_the_same_bits(
     server: Server, lab: Path, tmp_path: Path
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
-    settings = ("training.accumulation=1", "training.steps=5", "validation.every=2")
+    settings = ("training.accumulation=1", "training.steps=5", "validation.every=2", "method={recipe: lora_ddpm}")
     more = [word for setting in settings for word in ("--set", setting)]
     log = Path(f"{out}.log")
     assert server(whole, *more, environments=two_processes()) == 0, Path(f"{whole}.log").read_text(encoding="utf-8")
@@ -238,10 +238,10 @@ def test_a_disk_that_fails_the_first_process_stops_both_in_order(server: Server,
     out.mkdir()
     (out / "checkpoints").write_text("not a folder", encoding="utf-8")
     assert server(out, environments=two_processes()) == 1
-    errors = [line for line in Path(f"{out}.log").read_text(encoding="utf-8").splitlines() if "step-" in line]
+    said = Path(f"{out}.log").read_text(encoding="utf-8")
     folder = out / "checkpoints" / "step-00000001"
-    assert errors == [f"error: {folder}: a checkpoint: expected to be written, found Not a directory. {FIX}"] * 2
-    assert "Traceback" not in Path(f"{out}.log").read_text(encoding="utf-8")
+    assert said.count(f"error: {folder}: a checkpoint: expected to be written, found Not a directory. {FIX}") == 2
+    assert "Traceback" not in said
 
 
 def saved(step: int) -> Callable[[Path], None]:

@@ -306,6 +306,24 @@ def test_precisions_and_processes_a_machine_does_not_have() -> None:
 
 
 @pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_a_model_that_accelerate_would_shard_is_refused(
+    variable: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(LabError) as excinfo:
+        make_accelerator(Training(precision="fp32", device="cpu"))
+    assert str(excinfo.value) == (
+        "accelerate's configuration: several processes: expected the whole model in each process (DDP), found "
+        f"{name} ({variable}). Start the driver with `torchrun`, without {variable}. To save memory set "
+        "`model.checkpointing=true` and `training.precision=bf16`."
+    )
+    monkeypatch.setenv(variable, "false")
+    assert make_accelerator(Training(precision="fp32", device="cpu")).num_processes == 1
+
+
+@pytest.mark.parametrize(
     ("method", "expected"),
     [
         (Method(), "method: the adapter: expected `recipe` or `spec`, found neither. Give one of the two."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ from ddpm_lab.progress import History, Loop
 
 __all__ = ["History", "Keeper", "Step", "make_accelerator", "measure", "steps_of", "train"]
 
+# What `accelerate launch` puts into the environment for a configuration that asks for it.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -48,7 +57,8 @@ class Keeper(Protocol):
 
 
 def make_accelerator(training: Training) -> Accelerator:
-    """The device and the precision of a run; raises LabError for a precision the device does not have."""
+    """The device, the precision and the processes of a run; raises LabError for what it cannot have."""
+    _refuse_sharding()
     cpu = training.device == "cpu" or not torch.cuda.is_available()
     precision: str = training.precision
     if precision == "auto":
@@ -66,6 +76,22 @@ def make_accelerator(training: Training) -> Accelerator:
         fix = f"Start the driver with `torchrun --nproc_per_node {training.processes} examples/ddpm.py ...`."
         raise fault("training.processes", "the processes", str(training.processes), str(found), fix)
     return accelerator
+
+
+def _refuse_sharding() -> None:
+    """Raise LabError where accelerate's configuration spreads one model over processes.
+
+    Adapters contract the cores of many layers at once, which FSDP would have in parts; on a CPU accelerate passes
+    over FSDP and does not say so.
+    """
+    for variable, name in SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "on", "t"):
+            expected = "the whole model in each process (DDP)"
+            fix = (
+                f"Start the driver with `torchrun`, without {variable}. To save memory set `model.checkpointing=true` "
+                "and `training.precision=bf16`."
+            )
+            raise fault("accelerate's configuration", "several processes", expected, f"{name} ({variable})", fix)
 
 
 def _fast_precision(cpu: bool) -> str:
