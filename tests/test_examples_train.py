@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -22,14 +23,16 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 import nibabel
 from accelerate.state import AcceleratorState
 from ddpm_lab.average import Average
+from ddpm_lab.checkpoint import Checkpoints
 from ddpm_lab.config import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
 from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import HeldOut, noise_schedule
 from ddpm_lab.driver import finetune, pretrain
 from ddpm_lab.faults import LabError
-from ddpm_lab.method import PAPER_JOINT, apply_method, check_method
+from ddpm_lab.method import PAPER_JOINT, Trained, apply_method, check_method
 from ddpm_lab.order import Batches, Key, Noised, Source, collate, epoch_order, stream
-from ddpm_lab.training import make_accelerator, train
+from ddpm_lab.progress import Loop
+from ddpm_lab.training import Step, make_accelerator, train
 from ddpm_lab.unet import build_unet, save_weights
 from rich.console import Console
 from safetensors.torch import load_file
@@ -240,6 +243,76 @@ def test_the_average_is_the_result(lab: Path, tmp_path: Path) -> None:
     assert averaged["run"]["reload_difference"] == 0.0
     one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("ema", "last"))
     assert any(not torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+# The scaler of fp16
+
+
+class Cut(Exception):  # noqa: N818 - not an error
+    """The end of a process."""
+
+
+class Keeping:
+    """Keeps a loop with the checkpoints' own functions, and ends the process after step `cut`."""
+
+    def __init__(self, out: Path, trained: Trained, cut: int | None = None) -> None:
+        self.checkpoints, self.trained, self.cut = Checkpoints(out, 2), trained, cut
+
+    def restore(self, loop: Loop) -> None:
+        found = self.checkpoints.newest()
+        if found is not None:
+            loop.restore(found.state["loop"], found.tensors())
+
+    def after_step(self, loop: Loop, total: int) -> None:
+        self.checkpoints.write(loop.step, {"loop": loop.data()}, loop.tensors(), self.trained.save)
+        if loop.step == self.cut:
+            raise Cut
+
+
+def scaled(out: Path, cut: int | None = None, saved: Path | None = None) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Train with a scaler whose scale soon overflows: each step's loss, rate and scale, and all weights.
+
+    On a CPU: accelerate makes a scaler on GPUs alone, but takes one anywhere.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    training = ONE.model_copy(update={"steps": 8, "ema": 0.5, "schedule": "one_cycle"})
+    accelerator = make_accelerator(training)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**124, growth_interval=2)
+    volumes = list(100 * torch.rand((6, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
+    unet, steps = tiny(), list[Any]()
+
+    def note(step: Step) -> None:
+        steps.append((step.loss, step.learning_rate, accelerator.scaler.get_scale()))
+
+    trained = apply_method(unet, Method(kind="bias_norm", match="."), saved)
+    schedule = noise_schedule(Diffusion(prediction="v_prediction"))
+    keeper = Keeping(out, trained, cut)
+    with contextlib.suppress(Cut):
+        train(unet, Source(volumes), schedule, training, accelerator, on_step=note, keeper=keeper)
+    return steps, {name: tensor.detach() for name, tensor in unet.named_parameters()}
+
+
+def test_a_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Steps that overflow are skipped and move neither rate nor average; scale and growth go on as if undisturbed."""
+    steps, weights = scaled(tmp_path / "whole")
+    scales = [math.log2(scale) for _, _, scale in steps]
+    assert scales == [123, 122, 122, 121, 121, 122, 121, 121]
+    rates = [rate for _, rate, _ in steps]
+    assert rates[0] == rates[1] == rates[2] < rates[3] == rates[4] < rates[5]
+    first, _ = scaled(tmp_path / "cut", cut=5)
+    found = Checkpoints(tmp_path / "cut", 2).newest()
+    assert found is not None
+    assert found.state["loop"]["scaler"] == {
+        "scale": 2.0**121,
+        "growth_factor": 2.0,
+        "backoff_factor": 0.5,
+        "growth_interval": 2,
+        "_growth_tracker": 1,
+    }
+    second, others = scaled(tmp_path / "cut", saved=found.folder)
+    assert first + second == [*steps[:4], *steps[5:]], "the process ended before step 5 was noted"
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, others[name]), name
 
 
 # Methods
