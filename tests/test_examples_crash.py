@@ -449,6 +449,8 @@ def test_a_run_that_is_done_does_not_train_again(whole: Path, lab: Path, tmp_pat
     done = command(lab, out, "sampling.count=2")
     assert done.exit_code == 1
     assert "`sampling.count` of the run in this folder: expected 0, as when it started, found 2." in done.stderr
+    (out / "summary.json").write_text('{"result": "adapter.safetensors"}', encoding="utf-8")
+    assert "Nothing to do" not in command(lab, out, "training.steps=1").stdout, "not a summary of ours"
     (out / "adapter.safetensors").unlink()
     assert "Nothing to do" not in command(lab, out, "training.steps=1").stdout
 
@@ -523,6 +525,21 @@ def test_a_folder_that_cannot_be_written_to_stops_a_run_in_order(copied: Path, l
     blocked.unlink()
     kept.rename(blocked)
     intact(copied)
+
+
+def test_tensorboard_that_cannot_write_stops_a_run_in_order(
+    copied: Path, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied / "tensorboard"
+    folder.write_text("not a folder", encoding="utf-8")
+    expected = f"error: {folder}: TensorBoard's events: expected to be written, found {{}}. {FIX}\n"
+    assert command(lab, copied, "training.tensorboard=true").stderr == expected.format("File exists")
+    folder.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+        done = command(lab, copied, "training.tensorboard=true")
+    assert done.stderr == expected.format("No space left on device")
+    assert not (copied / "summary.json").exists()
 
 
 def test_a_full_disk_at_the_end_of_a_run_is_said_too(copied: Path, lab: Path, whole: Path, monkeypatch: Any) -> None:

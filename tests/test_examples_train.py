@@ -35,7 +35,7 @@ from ddpm_lab.progress import Loop
 from ddpm_lab.training import Step, make_accelerator, train
 from ddpm_lab.unet import build_unet, save_weights
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tnpeft
 
@@ -451,6 +451,30 @@ def test_a_loss_that_is_not_finite_names_its_samples() -> None:
     with pytest.raises(LabError) as excinfo:
         trained({number: torch.full((1, 8, 8, 8), math.inf) for number in range(6)}, accumulation=3)
     assert " and 2 more. Lower" in str(excinfo.value)
+
+
+def test_a_held_out_error_that_is_not_finite_stops_a_run(lab: Path, tmp_path: Path) -> None:
+    """After a step, at the end, and of a base that holds what is not a number."""
+    far = ONE.model_copy(update={"learning_rate": 1e30, "steps": 2, "checkpoint_every": 1})
+    broken = load_file(lab / "base.safetensors")
+    broken["out.2.conv.bias"][:] = math.nan
+    save_file(broken, tmp_path / "broken.safetensors")
+    slower = "Lower `training.learning_rate` (1e+30) or set `training.clip_norm`."
+    for name, changes, fix in (
+        ("step 1", {"training": far, "validation": Validation(buckets=2, every=1)}, slower),
+        ("fine-tune, after", {"training": far.model_copy(update={"steps": 1})}, slower),
+        (
+            "fine-tune, before",
+            {"base": Base(checkpoint=tmp_path / "broken.safetensors")},
+            "Mend `base.checkpoint`, or set `training.precision=fp32`.",
+        ),
+    ):
+        with pytest.raises(LabError) as excinfo:
+            finetune(config_of(lab, **changes), tmp_path / name, quiet())
+        assert str(excinfo.value) == (
+            f"{name}: the error on held-out volumes: expected a finite number, found nan. {fix}"
+        )
+    assert not (tmp_path / "step 1" / "checkpoints").exists(), "nothing of a step that went wrong is kept"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -107,7 +107,8 @@ class HeldOut:
                 found, target = predict(unet, self.scheduler, clean, noise, timesteps)
                 sums[number] = (found.float() - target.float()).pow(2).flatten(1).mean(1).double().sum().cpu()
             done += len(places)
-            progress(done)
+            if (number + 1) % processes == 0 or number + 1 == len(batches):
+                progress(done)
         unet.train(was_training)
         return sums
 

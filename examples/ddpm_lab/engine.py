@@ -21,7 +21,7 @@ from ddpm_lab.diffusion import predict
 from ddpm_lab.faults import LabError, fault
 from ddpm_lab.order import Batch, Source
 
-__all__ = ["Damage", "Engine"]
+__all__ = ["Damage", "Engine", "smaller_steps"]
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "mse": nn.functional.mse_loss,
@@ -128,9 +128,14 @@ class Engine:
         ]
         found: list[tuple[str, str]] = gather_object(own)
         values = " and ".join(sorted({value for _, value in found}))
-        fix = f"Lower `training.learning_rate` ({self.training.learning_rate:g}) or set `training.clip_norm`."
         names = _some([name for name, _ in found])
-        return fault(f"step {number}", "the loss", "a finite number", f"{values} from {names}", fix)
+        found_here = f"{values} from {names}"
+        return fault(f"step {number}", "the loss", "a finite number", found_here, smaller_steps(self.training))
+
+
+def smaller_steps(training: Training) -> str:
+    """How to mend numbers that grew beyond all bounds."""
+    return f"Lower `training.learning_rate` ({training.learning_rate:g}) or set `training.clip_norm`."
 
 
 def _some(names: Sequence[str]) -> str:

@@ -24,6 +24,6 @@ def together() -> Iterator[None]:
     except TnpeftError as error:
         own = error
     found: list[TnpeftError | None] = gather_object([own])
-    for error in found:
-        if error is not None:
-            raise error
+    for one in found:
+        if one is not None:
+            raise one

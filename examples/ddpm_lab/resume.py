@@ -75,12 +75,12 @@ def finished_summary(config: Config, out: Path) -> dict[str, Any] | None:
     """The summary of a run that is done in `out`; raises LabError if that had other settings."""
     try:
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        done = (out / summary["result"]).is_file()
+        done, earlier = (out / summary["result"]).is_file(), dict(summary["config"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not done:
         return None
-    check_settings(out, config, summary["config"], done=True)
+    check_settings(out, config, earlier, done=True)
     found: dict[str, Any] = summary
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from ddpm_lab.average import Average
 from ddpm_lab.config import Training
 from ddpm_lab.diffusion import HeldOut, HeldOutError
-from ddpm_lab.engine import Damage, Engine
+from ddpm_lab.engine import Damage, Engine, smaller_steps
 from ddpm_lab.faults import fault
 from ddpm_lab.order import Batches, Noised, Source, collate
 from ddpm_lab.processes import together
@@ -151,7 +152,7 @@ def train(
         error = None
         if held_out is not None and every is not None and loop.step % every == 0 and loop.step < total:
             with contextlib.nullcontext() if loop.average is None else loop.average.shown():
-                error = measure(held_out, unet, accelerator)
+                error = measure(held_out, unet, accelerator, f"step {loop.step}", smaller_steps(training))
             loop.history.validation.append((loop.step, error))
         if keeper is not None:
             keeper.after_step(loop, total)
@@ -213,11 +214,17 @@ def _count(loop: Loop, loss: float, damaged: list[Damage], skipped: bool) -> Non
 
 
 def measure(
-    held_out: HeldOut, unet: nn.Module, accelerator: Accelerator, progress: Any = lambda _: None
+    held_out: HeldOut, unet: nn.Module, accelerator: Accelerator, when: str, fix: str, progress: Any = lambda _: None
 ) -> HeldOutError:
-    """The held-out error in the run's own precision; processes share the batches, and all get the same error."""
+    """The held-out error in the run's own precision; processes share the batches, and all get the same error.
+
+    Raises LabError, which says `when` and gives `fix`, for one that is not finite.
+    """
     device, process, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     with together(), accelerator.autocast():
         sums = held_out.sums(unet, device, progress, process, processes)
     # Each sum is one process's; adding the others' zeros changes no bit of it.
-    return held_out.error_of(accelerator.reduce(sums.to(device), "sum").cpu())
+    error = held_out.error_of(accelerator.reduce(sums.to(device), "sum").cpu())
+    if not math.isfinite(error.mean):
+        raise fault(when, "the error on held-out volumes", "a finite number", str(error.mean), fix)
+    return error
