@@ -305,6 +305,16 @@ def test_precisions_and_processes_a_machine_does_not_have() -> None:
     )
 
 
+def test_runs_of_other_precisions_may_follow_in_one_process() -> None:
+    """As in a study: accelerate itself refuses the second."""
+    for precision, mixed, steps in (("fp32", "no", 4), ("bf16", "bf16", 2), ("fp32", "no", 1)):
+        training = Training(precision=precision, device="cpu", accumulation=steps)  # type: ignore[arg-type]
+        accelerator = make_accelerator(training)
+        assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == (mixed, steps)
+        with accelerator.autocast():
+            assert torch.is_autocast_enabled("cpu") == (mixed == "bf16")
+
+
 @pytest.mark.parametrize(
     ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
 )

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
@@ -70,6 +71,7 @@ def make_accelerator(training: Training) -> Accelerator:
         torch.set_num_threads(training.threads)
     plugin = GradientAccumulationPlugin(num_steps=training.accumulation, adjust_scheduler=False)
     mixed = "no" if precision == "fp32" else precision
+    _make_way(mixed, cpu)
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed, gradient_accumulation_plugin=plugin)
     found = accelerator.num_processes
     if training.processes not in (None, found):
@@ -93,6 +95,14 @@ def _refuse_sharding() -> None:
                 "and `training.precision=bf16`."
             )
             raise fault("accelerate's configuration", "several processes", expected, f"{name} ({variable})", fix)
+
+
+def _make_way(mixed: str, cpu: bool) -> None:
+    """Let go of an earlier run's precision and device: accelerate has one of each, and a study's methods may differ."""
+    if AcceleratorState._shared_state:
+        earlier = AcceleratorState()
+        if (earlier.mixed_precision, earlier.device.type == "cpu") != (mixed, cpu):
+            AcceleratorState._reset_state(reset_partial_state=earlier.num_processes == 1)
 
 
 def _fast_precision(cpu: bool) -> str:
