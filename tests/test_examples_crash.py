@@ -33,6 +33,7 @@ from ddpm_lab.checkpoint import Checkpoints
 from ddpm_lab.config import Model
 from ddpm_lab.durable import write_tensors
 from ddpm_lab.faults import LabError
+from ddpm_lab.resume import check_identity
 from ddpm_lab.unet import build_unet, save_weights
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
@@ -410,6 +411,24 @@ def test_other_files_or_another_base_are_refused(server: Server, lab: Path, tmp_
             ("content of `base.checkpoint`", "that it started from", "another"),
         )
     ]
+
+
+def test_another_machine_is_refused_where_it_changes_the_result(
+    copied: Path, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_lab.resume.gather_object", lambda steps: [*steps, 0])
+        done = command(lab, copied)
+    assert done.stderr == (
+        f"error: {copied}: the last checkpoint: expected the same for every process, found those of the steps 3, 0. "
+        "Make `--out` a folder that all machines share.\n"
+    )
+    with pytest.raises(LabError) as excinfo:
+        check_identity(copied, {"precision": "bf16"}, {"precision": "no"})
+    assert str(excinfo.value) == (
+        f"{copied}: precision of the run in this folder: expected fp32, found bf16. "
+        "Choose another `--out`, put this back, or remove the folder to start anew."
+    )
 
 
 def test_settings_that_change_no_result_may_differ(copied: Path, lab: Path, whole: Path) -> None:

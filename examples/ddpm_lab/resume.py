@@ -24,7 +24,16 @@ from ddpm_lab.processes import together
 from ddpm_lab.progress import Loop, random_states, restore_random_states
 from tnpeft.errors import Problem
 
-__all__ = ["Kept", "Saver", "check_settings", "earlier_checkpoint", "finished_summary", "identity"]
+__all__ = [
+    "Kept",
+    "Saver",
+    "check_identity",
+    "check_same_checkpoint",
+    "check_settings",
+    "earlier_checkpoint",
+    "finished_summary",
+    "identity",
+]
 
 # Settings that change how fast a run is and how it is watched, not what comes out of it.
 FREE = (
@@ -102,6 +111,14 @@ def earlier_checkpoint(config: Config, out: Path, note: Callable[[str], None]) -
     return found
 
 
+def check_same_checkpoint(out: Path, found: Checkpoint | None) -> None:
+    """Raise LabError, the same in every process, where some go on from another step than the others."""
+    steps = gather_object([0 if found is None else found.step])
+    if len(set(steps)) > 1:
+        expected, fix = "the same for every process", "Make `--out` a folder that all machines share."
+        raise fault(out, "the last checkpoint", expected, f"those of the steps {', '.join(map(str, steps))}", fix)
+
+
 def identity(config: Config, split: Split, accelerator: Accelerator) -> dict[str, Any]:
     """What else must be the same when a run goes on, beside its settings."""
     names = [[str(path) for path in files] for files in (split.train, split.validation)]
@@ -120,11 +137,13 @@ WORDS = {
 }
 
 
-def _check_identity(out: Path, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+def check_identity(out: Path, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise LabError that names everything in which two `identity` differ."""
     problems = []
     for name, value in own.items():
         if theirs.get(name) != value:
-            what, expected, found = WORDS.get(name, (name, str(theirs.get(name)), str(value)))
+            both = ("fp32" if one == "no" else str(one) for one in (theirs.get(name), value))  # accelerate says `no`
+            what, expected, found = WORDS.get(name, (name, *both))
             fix = "Choose another `--out`, put this back, or remove the folder to start anew."
             if name == "processes":
                 start = "Start as many with `torchrun --nproc_per_node`"
@@ -167,7 +186,7 @@ class Saver:
         self.identity = identity(config, split, accelerator)
         self.volumes = len(split.train)
         if found is not None:
-            _check_identity(out, self.identity, found.state["identity"])
+            check_identity(out, self.identity, found.state["identity"])
 
     def restore(self, loop: Loop) -> None:
         """Bring a loop, and this process's random states, to where the checkpoint has them."""
