@@ -1,7 +1,7 @@
 """A process that has imported the driver and forks a copy of itself for each run: test_examples_crash.py kills those.
 
 Reads a job as a line of JSON from its input and answers with one. Nothing has computed before the fork, so that a
-copy starts as a cold process does. A job of several processes gets them as torchrun would start them.
+copy starts as a cold process does.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +26,17 @@ def main() -> None:
     answer(ready=os.getpid())
     for line in sys.stdin:
         job = json.loads(line)
-        port = free_port()
-        children = [started(job, rank, port) for rank in range(job.get("processes", 1))]
-        answer(status=watched(children, job.get("seconds")))
+        children = [forked(job, environment) for environment in job.get("environments", [{}])]
+        answer(status=watched(children, job))
 
 
-def started(job: dict[str, Any], rank: int, port: int) -> int:
-    """A copy of this process that runs the job."""
+def forked(job: dict[str, Any], environment: dict[str, str]) -> int:
+    """Start the job in a copy of this process, with more in its environment; its process number."""
     child = os.fork()
     if child == 0:
-        count = job.get("processes", 1)
-        if count > 1:
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-            os.environ.update({name: str(value) for name, value in ranks.items()})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        os.environ.update(environment)
         run(job)
     return child
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def answer(**values: int) -> None:
@@ -57,14 +44,25 @@ def answer(**values: int) -> None:
     sys.stdout.flush()
 
 
-def watched(children: Sequence[int], seconds: float | None) -> int:
-    """Kill them after so many seconds, and wait for their end: 0, the first one's status, or minus a signal."""
-    if seconds is not None:
-        time.sleep(seconds)
-        for child in children:
-            os.kill(child, signal.SIGKILL)  # no error if it has ended: nobody has waited for it yet
-    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return next((end for end in ends if end != 0), 0)
+def watched(children: list[int], job: dict[str, Any]) -> int:
+    """Kill the children after `seconds`, or once the file `until` is there, and wait for their end.
+
+    Returns 0, an exit status, or minus a signal: of several children the first that is not 0.
+    """
+    if job.get("seconds") is not None:
+        time.sleep(job["seconds"])
+        kill(children)
+    if job.get("until") is not None:
+        while not Path(job["until"]).exists() and os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.002)
+        kill(children)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return next((status for status in statuses if status), 0)
+
+
+def kill(children: list[int]) -> None:
+    for child in children:
+        os.kill(child, signal.SIGKILL)  # no error if it has ended: nobody has waited for it yet
 
 
 def run(job: dict[str, Any]) -> None:

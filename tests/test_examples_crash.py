@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -32,12 +33,19 @@ from ddpm_lab.checkpoint import Checkpoints
 from ddpm_lab.config import Model
 from ddpm_lab.durable import write_tensors
 from ddpm_lab.faults import LabError
+from ddpm_lab.resume import check_identity
 from ddpm_lab.unet import build_unet, save_weights
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}",
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "160",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
 KILLS = int(os.environ.get("TNPEFT_KILLS", "20"))
 CONFIG = """\
 data: {{root: {folder}/scans}}
@@ -201,28 +209,50 @@ def test_runs_stopped_inside_their_writes_end_with_the_same_bits(server: Server,
     same_results(out, whole)
 
 
+# Two processes
+
+
+def two_processes() -> list[dict[str, str]]:
+    """What torchrun puts into the environments of two processes."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**both, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
 @pytest.mark.slow
-def test_two_processes_that_are_killed_go_on_as_two(server: Server, whole: Path, tmp_path: Path) -> None:
-    """Killed together, they end with the bits of two that nobody disturbed; as many as began must go on."""
-    two = ("--set", "training.accumulation=1", "--set", "training.processes=2")
-    undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
-    started = time.monotonic()
-    assert server(undisturbed, *two, processes=2) == 0, Path(f"{undisturbed}.log").read_text(encoding="utf-8")
-    length = time.monotonic() - started
-    losses = json.loads((undisturbed / "summary.json").read_text(encoding="utf-8"))["history"]["losses"]
-    alone = json.loads((whole / "summary.json").read_text(encoding="utf-8"))["history"]["losses"]
-    assert losses == pytest.approx(alone, abs=1e-4)
-    chance, log = random.Random(int(time.time())), Path(f"{out}.log")
-    while "Going on after step" not in (log.read_text(encoding="utf-8") if log.exists() else ""):
-        shutil.rmtree(out, ignore_errors=True)
-        assert server(out, *two, processes=2, seconds=chance.uniform(0.3, 1.0) * length) in (-9, 0)
-        if not [*out.glob("checkpoints/step-????????")]:
-            continue
-        one = ("--set", "training.accumulation=1", "--set", "training.processes=null")
-        assert server(out, *one) == 1
-        assert "processes of the run in this folder: expected 2, found 1." in log.read_text(encoding="utf-8")
-        assert server(out, *two, processes=2) == 0, log.read_text(encoding="utf-8")
-    same_results(out, undisturbed)
+def test_two_processes_that_are_killed_go_on_and_end_with_the_same_bits(
+    server: Server, lab: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    settings = ("training.accumulation=1", "training.steps=5", "validation.every=2", "method={recipe: lora_ddpm}")
+    more = [word for setting in settings for word in ("--set", setting)]
+    log = Path(f"{out}.log")
+    assert server(whole, *more, environments=two_processes()) == 0, Path(f"{whole}.log").read_text(encoding="utf-8")
+    until = str(out / "checkpoints" / "step-00000002")
+    assert server(out, *more, environments=two_processes(), until=until) == -9, log.read_text(encoding="utf-8")
+    alone = command(lab, out, *settings)
+    assert alone.exit_code == 1
+    assert alone.stderr == (
+        f"error: {out}: processes of the run in this folder: expected 2, found 1. "
+        f"Start as many with `torchrun --nproc_per_node`, choose another `--out`, or remove the folder to start anew.\n"
+    )
+    assert server(out, *more, environments=two_processes()) == 0, log.read_text(encoding="utf-8")
+    assert "Going on after step" in log.read_text(encoding="utf-8")
+    same_results(out, whole)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fails_the_first_process_stops_both_in_order(server: Server, lab: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "checkpoints").write_text("not a folder", encoding="utf-8")
+    assert server(out, environments=two_processes()) == 1
+    said = Path(f"{out}.log").read_text(encoding="utf-8")
+    folder = out / "checkpoints" / "step-00000001"
+    assert said.count(f"error: {folder}: a checkpoint: expected to be written, found Not a directory. {FIX}") == 2
+    assert "Traceback" not in said
 
 
 def saved(step: int) -> Callable[[Path], None]:
@@ -393,6 +423,24 @@ def test_other_files_or_another_base_are_refused(server: Server, lab: Path, tmp_
     ]
 
 
+def test_another_machine_is_refused_where_it_changes_the_result(
+    copied: Path, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_lab.resume.gather_object", lambda steps: [*steps, 0])
+        done = command(lab, copied)
+    assert done.stderr == (
+        f"error: {copied}: the last checkpoint: expected the same for every process, found those of the steps 3, 0. "
+        "Make `--out` a folder that all machines share.\n"
+    )
+    with pytest.raises(LabError) as excinfo:
+        check_identity(copied, {"precision": "bf16"}, {"precision": "no"})
+    assert str(excinfo.value) == (
+        f"{copied}: precision of the run in this folder: expected fp32, found bf16. "
+        "Choose another `--out`, put this back, or remove the folder to start anew."
+    )
+
+
 def test_settings_that_change_no_result_may_differ(copied: Path, lab: Path, whole: Path) -> None:
     free = (
         "training.workers=1",
@@ -430,6 +478,8 @@ def test_a_run_that_is_done_does_not_train_again(whole: Path, lab: Path, tmp_pat
     done = command(lab, out, "sampling.count=2")
     assert done.exit_code == 1
     assert "`sampling.count` of the run in this folder: expected 0, as when it started, found 2." in done.stderr
+    (out / "summary.json").write_text('{"result": "adapter.safetensors"}', encoding="utf-8")
+    assert "Nothing to do" not in command(lab, out, "training.steps=1").stdout, "not a summary of ours"
     (out / "adapter.safetensors").unlink()
     assert "Nothing to do" not in command(lab, out, "training.steps=1").stdout
 
@@ -504,6 +554,21 @@ def test_a_folder_that_cannot_be_written_to_stops_a_run_in_order(copied: Path, l
     blocked.unlink()
     kept.rename(blocked)
     intact(copied)
+
+
+def test_tensorboard_that_cannot_write_stops_a_run_in_order(
+    copied: Path, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied / "tensorboard"
+    folder.write_text("not a folder", encoding="utf-8")
+    expected = f"error: {folder}: TensorBoard's events: expected to be written, found {{}}. {FIX}\n"
+    assert command(lab, copied, "training.tensorboard=true").stderr == expected.format("File exists")
+    folder.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+        done = command(lab, copied, "training.tensorboard=true")
+    assert done.stderr == expected.format("No space left on device")
+    assert not (copied / "summary.json").exists()
 
 
 def test_a_full_disk_at_the_end_of_a_run_is_said_too(copied: Path, lab: Path, whole: Path, monkeypatch: Any) -> None:

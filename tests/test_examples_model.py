@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from accelerate import Accelerator, DistributedType
 from ddpm_lab.config import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
 from ddpm_lab.diffusion import HeldOut, noise_schedule, predict
 from ddpm_lab.faults import LabError
@@ -217,7 +216,7 @@ def test_the_held_out_error_is_repeatable_and_has_buckets() -> None:
     volumes = list(torch.rand((3, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
     held_out = HeldOut(volumes, noise_schedule(Diffusion()), Validation(buckets=5, draws=2), batch_size=4)
     unet = tiny().train()
-    one, two = held_out.error(unet), held_out.error(unet)
+    one, two = (held_out.error_of(held_out.sums(unet)) for _ in range(2))
     assert one == two
     assert unet.training
     assert len(one.buckets) == 5
@@ -292,17 +291,6 @@ def test_cores_are_contracted_once_for_all_micro_batches(monkeypatch: pytest.Mon
         assert torch.equal(found[name], tensor), name
 
 
-def test_sharded_models_are_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerate takes FSDP from its configuration, on GPUs; here it is made to say so."""
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(LabError) as excinfo:
-        make_accelerator(Training(precision="fp32", device="cpu"))
-    assert str(excinfo.value) == (
-        "accelerate: how processes share the model: expected a whole copy in each (DDP), found FSDP. "
-        "Configure accelerate without it: what an adapter trains is small, and so are its gradients."
-    )
-
-
 def test_precisions_and_processes_a_machine_does_not_have() -> None:
     with pytest.raises(LabError) as excinfo:
         make_accelerator(Training(precision="fp16", device="cpu"))
@@ -315,6 +303,34 @@ def test_precisions_and_processes_a_machine_does_not_have() -> None:
         "training.processes: the processes: expected 2, found 1. "
         "Start the driver with `torchrun --nproc_per_node 2 examples/ddpm.py ...`."
     )
+
+
+def test_runs_of_other_precisions_may_follow_in_one_process() -> None:
+    """As in a study: accelerate itself refuses the second."""
+    for precision, mixed, steps in (("fp32", "no", 4), ("bf16", "bf16", 2), ("fp32", "no", 1)):
+        training = Training(precision=precision, device="cpu", accumulation=steps)  # type: ignore[arg-type]
+        accelerator = make_accelerator(training)
+        assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == (mixed, steps)
+        with accelerator.autocast():
+            assert torch.is_autocast_enabled("cpu") == (mixed == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_a_model_that_accelerate_would_shard_is_refused(
+    variable: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(LabError) as excinfo:
+        make_accelerator(Training(precision="fp32", device="cpu"))
+    assert str(excinfo.value) == (
+        "accelerate's configuration: several processes: expected the whole model in each process (DDP), found "
+        f"{name} ({variable}). Start the driver with `torchrun`, without {variable}. To save memory set "
+        "`model.checkpointing=true` and `training.precision=bf16`."
+    )
+    monkeypatch.setenv(variable, "false")
+    assert make_accelerator(Training(precision="fp32", device="cpu")).num_processes == 1
 
 
 @pytest.mark.parametrize(

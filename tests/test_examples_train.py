@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -22,17 +23,19 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 import nibabel
 from accelerate.state import AcceleratorState
 from ddpm_lab.average import Average
+from ddpm_lab.checkpoint import Checkpoints
 from ddpm_lab.config import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
 from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import HeldOut, noise_schedule
 from ddpm_lab.driver import finetune, pretrain
 from ddpm_lab.faults import LabError
-from ddpm_lab.method import PAPER_JOINT, apply_method, check_method
+from ddpm_lab.method import PAPER_JOINT, Trained, apply_method, check_method
 from ddpm_lab.order import Batches, Key, Noised, Source, collate, epoch_order, stream
-from ddpm_lab.training import make_accelerator, train
+from ddpm_lab.progress import Loop
+from ddpm_lab.training import Step, make_accelerator, train
 from ddpm_lab.unet import build_unet, save_weights
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tnpeft
 
@@ -150,28 +153,12 @@ def test_a_samples_noise_is_its_own() -> None:
 
 def test_held_out_noise_does_not_depend_on_the_batch_size() -> None:
     volumes = list(torch.rand((3, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
-    one, three = (
-        HeldOut(volumes, noise_schedule(Diffusion()), Validation(buckets=3, draws=2), size).error(tiny())
-        for size in (1, 3)
-    )
+    kinds = [HeldOut(volumes, noise_schedule(Diffusion()), Validation(buckets=3, draws=2), size) for size in (1, 3)]
+    one, three = (held_out.error_of(held_out.sums(tiny())) for held_out in kinds)
     assert one.buckets == pytest.approx(three.buckets, rel=1e-5)
-
-
-@pytest.mark.parametrize("processes", [2, 3, 7])
-def test_processes_share_the_held_out_volumes_out(processes: int) -> None:
-    """What each of them measures adds up to what one measures, to the bit; with more of them than batches too."""
-    volumes = list(torch.rand((3, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
-    held_out = HeldOut(volumes, noise_schedule(Diffusion()), Validation(buckets=3, draws=2), 4)
-    parts: list[torch.Tensor] = []
-
-    def kept(sums: torch.Tensor) -> torch.Tensor:
-        parts.append(sums)
-        return sums
-
-    for process in range(processes):
-        held_out.error(tiny(), share=(process, processes), gather=kept)
-    assert (torch.stack(parts) != 0).sum(0).eq(1).all()
-    assert held_out.error(tiny(), gather=lambda _: sum(parts, torch.zeros(()))) == held_out.error(tiny())
+    shares = [kinds[1].sums(tiny(), process=process, processes=4) for process in range(4)]
+    assert [int(share.count_nonzero()) for share in shares] == [2, 2, 1, 1]
+    assert kinds[1].error_of(sum(shares, torch.zeros(6))) == three, "to the bit, however many share the batches"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -217,6 +204,7 @@ def test_two_processes_train_like_one_at_the_same_global_batch(lab: Path, tmp_pa
     two = json.loads((tmp_path / "two" / "summary.json").read_text(encoding="utf-8"))
     assert two["machine"]["processes"] == 2
     assert two["history"]["losses"] == pytest.approx(one["history"]["losses"], abs=1e-4)
+    assert two["run"]["held_out_error_before"] == one["run"]["held_out_error_before"], "shared, and the same bits"
     assert two["run"]["held_out_error_after"] == pytest.approx(one["run"]["held_out_error_after"], abs=1e-4)
     assert len(set(one["history"]["losses"])) == 4
     weights, others = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
@@ -255,6 +243,76 @@ def test_the_average_is_the_result(lab: Path, tmp_path: Path) -> None:
     assert averaged["run"]["reload_difference"] == 0.0
     one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("ema", "last"))
     assert any(not torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+# The scaler of fp16
+
+
+class Cut(Exception):  # noqa: N818 - not an error
+    """The end of a process."""
+
+
+class Keeping:
+    """Keeps a loop with the checkpoints' own functions, and ends the process after step `cut`."""
+
+    def __init__(self, out: Path, trained: Trained, cut: int | None = None) -> None:
+        self.checkpoints, self.trained, self.cut = Checkpoints(out, 2), trained, cut
+
+    def restore(self, loop: Loop) -> None:
+        found = self.checkpoints.newest()
+        if found is not None:
+            loop.restore(found.state["loop"], found.tensors())
+
+    def after_step(self, loop: Loop, total: int) -> None:
+        self.checkpoints.write(loop.step, {"loop": loop.data()}, loop.tensors(), self.trained.save)
+        if loop.step == self.cut:
+            raise Cut
+
+
+def scaled(out: Path, cut: int | None = None, saved: Path | None = None) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Train with a scaler whose scale soon overflows: each step's loss, rate and scale, and all weights.
+
+    On a CPU: accelerate makes a scaler on GPUs alone, but takes one anywhere.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    training = ONE.model_copy(update={"steps": 8, "ema": 0.5, "schedule": "one_cycle"})
+    accelerator = make_accelerator(training)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**124, growth_interval=2)
+    volumes = list(100 * torch.rand((6, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
+    unet, steps = tiny(), list[Any]()
+
+    def note(step: Step) -> None:
+        steps.append((step.loss, step.learning_rate, accelerator.scaler.get_scale()))
+
+    trained = apply_method(unet, Method(kind="bias_norm", match="."), saved)
+    schedule = noise_schedule(Diffusion(prediction="v_prediction"))
+    keeper = Keeping(out, trained, cut)
+    with contextlib.suppress(Cut):
+        train(unet, Source(volumes), schedule, training, accelerator, on_step=note, keeper=keeper)
+    return steps, {name: tensor.detach() for name, tensor in unet.named_parameters()}
+
+
+def test_a_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Steps that overflow are skipped and move neither rate nor average; scale and growth go on as if undisturbed."""
+    steps, weights = scaled(tmp_path / "whole")
+    scales = [math.log2(scale) for _, _, scale in steps]
+    assert scales == [123, 122, 122, 121, 121, 122, 121, 121]
+    rates = [rate for _, rate, _ in steps]
+    assert rates[0] == rates[1] == rates[2] < rates[3] == rates[4] < rates[5]
+    first, _ = scaled(tmp_path / "cut", cut=5)
+    found = Checkpoints(tmp_path / "cut", 2).newest()
+    assert found is not None
+    assert found.state["loop"]["scaler"] == {
+        "scale": 2.0**121,
+        "growth_factor": 2.0,
+        "backoff_factor": 0.5,
+        "growth_interval": 2,
+        "_growth_tracker": 1,
+    }
+    second, others = scaled(tmp_path / "cut", saved=found.folder)
+    assert first + second == [*steps[:4], *steps[5:]], "the process ended before step 5 was noted"
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, others[name]), name
 
 
 # Methods
@@ -393,6 +451,30 @@ def test_a_loss_that_is_not_finite_names_its_samples() -> None:
     with pytest.raises(LabError) as excinfo:
         trained({number: torch.full((1, 8, 8, 8), math.inf) for number in range(6)}, accumulation=3)
     assert " and 2 more. Lower" in str(excinfo.value)
+
+
+def test_a_held_out_error_that_is_not_finite_stops_a_run(lab: Path, tmp_path: Path) -> None:
+    """After a step, at the end, and of a base that holds what is not a number."""
+    far = ONE.model_copy(update={"learning_rate": 1e30, "steps": 2, "checkpoint_every": 1})
+    broken = load_file(lab / "base.safetensors")
+    broken["out.2.conv.bias"][:] = math.nan
+    save_file(broken, tmp_path / "broken.safetensors")
+    slower = "Lower `training.learning_rate` (1e+30) or set `training.clip_norm`."
+    for name, changes, fix in (
+        ("step 1", {"training": far, "validation": Validation(buckets=2, every=1)}, slower),
+        ("fine-tune, after", {"training": far.model_copy(update={"steps": 1})}, slower),
+        (
+            "fine-tune, before",
+            {"base": Base(checkpoint=tmp_path / "broken.safetensors")},
+            "Mend `base.checkpoint`, or set `training.precision=fp32`.",
+        ),
+    ):
+        with pytest.raises(LabError) as excinfo:
+            finetune(config_of(lab, **changes), tmp_path / name, quiet())
+        assert str(excinfo.value) == (
+            f"{name}: the error on held-out volumes: expected a finite number, found nan. {fix}"
+        )
+    assert not (tmp_path / "step 1" / "checkpoints").exists(), "nothing of a step that went wrong is kept"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

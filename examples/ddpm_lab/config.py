@@ -135,7 +135,7 @@ class Training(Section):
     keep_checkpoints: Positive = 2
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware multiplies in it
     device: Literal["auto", "cpu"] = "auto"
-    threads: Positive | None = None  # torch's; its own choice when not given
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None  # torch's; its own choice when not given
     processes: Positive | None = None  # refuse to run with another number of them (started by torchrun)
     workers: Annotated[int, Field(ge=0)] = 0  # processes that load volumes
     tensorboard: bool = False

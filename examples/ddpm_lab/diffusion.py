@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -85,38 +83,51 @@ class HeldOut:
         return len(self.volumes) * self.validation.buckets * self.validation.draws
 
     @torch.no_grad()
-    def error(
+    def sums(
         self,
         unet: nn.Module,
         device: torch.device | str = "cpu",
         progress: Callable[[int], None] = lambda _: None,
-        share: tuple[int, int] = (0, 1),
-        gather: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
-    ) -> HeldOutError:
-        """Measure `unet` in evaluation mode; its mode is put back.
+        process: int = 0,
+        processes: int = 1,
+    ) -> torch.Tensor:
+        """The sum of the errors of each batch that is this process's, and 0 for the others'.
 
-        `share` is this process's number and the number of processes, which take batches in turn; `gather` adds up what
-        they found. Batches are those of one process and sums are exact, so that the result is that of one process.
+        Measures `unet` in evaluation mode; its mode is put back.
         """
-        count = len(self.volumes) * self.validation.draws
-        starts = range(0, count, self.batch_size)
-        sums = torch.zeros((self.validation.buckets, len(starts)), dtype=torch.float64)
+        batches = self._batches()
+        sums = torch.zeros(len(batches), dtype=torch.float64)
         was_training = unet.training
         unet.eval()
-        for number, (bucket, place) in enumerate(product(range(self.validation.buckets), range(len(starts)))):
-            if number % share[1] != share[0]:
-                continue
-            start, end = starts[place], min(starts[place] + self.batch_size, count)
-            drawn = [self._drawn(bucket, each) for each in range(start, end)]
-            clean, noise, timesteps = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
-            found, target = predict(unet, self.scheduler, clean, noise, timesteps)
-            errors = (found.float() - target.float()).pow(2).flatten(1).mean(1)
-            sums[bucket, place] = errors.double().sum().cpu()
-            progress(bucket * count + end)
+        done = 0
+        for number, (bucket, places) in enumerate(batches):
+            if number % processes == process:
+                drawn = [self._drawn(bucket, place) for place in places]
+                clean, noise, timesteps = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
+                found, target = predict(unet, self.scheduler, clean, noise, timesteps)
+                sums[number] = (found.float() - target.float()).pow(2).flatten(1).mean(1).double().sum().cpu()
+            done += len(places)
+            if (number + 1) % processes == 0 or number + 1 == len(batches):
+                progress(done)
         unet.train(was_training)
-        sums = gather(sums)
-        means = [math.fsum(row) / count for row in sums.tolist()]
-        return HeldOutError(math.fsum(means) / len(means), tuple(means))
+        return sums
+
+    def error_of(self, sums: torch.Tensor) -> HeldOutError:
+        """The error from the sums of all batches, added in one order whoever measured them."""
+        buckets = torch.zeros(self.validation.buckets, dtype=torch.float64)
+        for (bucket, _), one in zip(self._batches(), sums, strict=True):
+            buckets[bucket] += one
+        means = buckets / (len(self.volumes) * self.validation.draws)
+        return HeldOutError(float(means.mean()), tuple(means.tolist()))
+
+    def _batches(self) -> list[tuple[int, range]]:
+        """Each batch's bucket, and the places of its volumes among those of all draws."""
+        count = len(self.volumes) * self.validation.draws
+        return [
+            (bucket, range(start, min(start + self.batch_size, count)))
+            for bucket in range(self.validation.buckets)
+            for start in range(0, count, self.batch_size)
+        ]
 
     def _drawn(self, bucket: int, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One volume, its noise, and a timestep of the bucket."""

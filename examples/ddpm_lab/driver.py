@@ -20,8 +20,9 @@ from ddpm_lab.faults import fault
 from ddpm_lab.files import rooted, write_json
 from ddpm_lab.finetune import Run, Setup, prepare, probe, run_training, sample
 from ddpm_lab.plots import Curve, plot_curves, plot_montage
+from ddpm_lab.processes import together
 from ddpm_lab.record import write_record
-from ddpm_lab.resume import earlier_checkpoint, finished_summary
+from ddpm_lab.resume import check_same_checkpoint, earlier_checkpoint, finished_summary
 from ddpm_lab.summary import (
     describe_run,
     describe_samples,
@@ -63,8 +64,9 @@ def _run(command: str, config: Config, out: Path, screen: Screen, title: str) ->
         return done
     found = earlier_checkpoint(config, out, screen.line)
     setup = prepare(config, out, screen)
-    if setup.accelerator.is_main_process:
-        with writing(out, "the record of the run"):
+    check_same_checkpoint(out, found)
+    with together(), writing(out, "the record of the run"):
+        if setup.accelerator.is_main_process:
             write_record(out, command, config, processes=setup.accelerator.num_processes)
     if found is not None:
         screen.line(f"Going on after step {found.step}, from {found.folder.parent.name}/{found.folder.name}")

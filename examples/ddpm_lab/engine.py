@@ -21,7 +21,7 @@ from ddpm_lab.diffusion import predict
 from ddpm_lab.faults import LabError, fault
 from ddpm_lab.order import Batch, Source
 
-__all__ = ["Damage", "Engine"]
+__all__ = ["Damage", "Engine", "smaller_steps"]
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "mse": nn.functional.mse_loss,
@@ -78,9 +78,6 @@ class Engine:
                     number += 1
 
     def _backward(self, batch: Batch) -> _Seen:
-        for index, reason in zip(batch.volumes, batch.reasons, strict=True):
-            if reason and not self.skip_damaged:
-                raise self.source.damaged(index, reason)
         clean, noise, timesteps, weights = (part.to(self.accelerator.device, non_blocking=True) for part in batch[:4])
         found, target = predict(self.model, self.scheduler, clean, noise, timesteps)
         errors = LOSSES[self.training.loss](found.float(), target.float(), reduction="none").flatten(1).mean(1)
@@ -107,19 +104,19 @@ class Engine:
         return total / count, damaged
 
     def _left_out(self, seen: Sequence[_Seen], number: int, empty: bool) -> list[Damage]:
-        """The damaged volumes of this step, in all processes."""
+        """The damaged volumes of this step, in all processes; raises LabError, the same in all, where none may be."""
         own = [
-            (self.source.name(index), reason)
-            for one in seen
-            for index, reason in zip(one.indices, one.reasons, strict=True)
-            if reason
+            (index, reason) for one in seen for index, reason in zip(one.indices, one.reasons, strict=True) if reason
         ]
-        found: list[Damage] = gather_object(own)
+        found: list[tuple[int, str]] = gather_object(own)
+        if not self.skip_damaged:
+            raise self.source.damaged(*found[0])
+        damaged = [(self.source.name(index), reason) for index, reason in found]
         if empty:
-            names = _some([f"{name} ({reason})" for name, reason in found])
+            names = _some([f"{name} ({reason})" for name, reason in damaged])
             expected = "at least one that can be read"
             raise fault(f"step {number}", "the volumes", expected, f"none: {names}", "Mend them.")
-        return found
+        return damaged
 
     def _diverged(self, seen: Sequence[_Seen], number: int) -> LabError:
         """What gave a loss that is not finite: the same message in all processes."""
@@ -131,9 +128,14 @@ class Engine:
         ]
         found: list[tuple[str, str]] = gather_object(own)
         values = " and ".join(sorted({value for _, value in found}))
-        fix = f"Lower `training.learning_rate` ({self.training.learning_rate:g}) or set `training.clip_norm`."
         names = _some([name for name, _ in found])
-        return fault(f"step {number}", "the loss", "a finite number", f"{values} from {names}", fix)
+        found_here = f"{values} from {names}"
+        return fault(f"step {number}", "the loss", "a finite number", found_here, smaller_steps(self.training))
+
+
+def smaller_steps(training: Training) -> str:
+    """How to mend numbers that grew beyond all bounds."""
+    return f"Lower `training.learning_rate` ({training.learning_rate:g}) or set `training.clip_norm`."
 
 
 def _some(names: Sequence[str]) -> str:

@@ -17,11 +17,14 @@ from ddpm_lab.checkpoint import Checkpoint
 from ddpm_lab.config import Config, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import HeldOut, HeldOutError, noise_schedule
+from ddpm_lab.durable import writing
 from ddpm_lab.encoder import Encoder, load_encoder
+from ddpm_lab.engine import smaller_steps
 from ddpm_lab.faults import fault
 from ddpm_lab.files import Split, check_data, find_volumes, make_folder, rooted, split_volumes
 from ddpm_lab.method import Trained, apply_method, check_method
 from ddpm_lab.order import Source
+from ddpm_lab.processes import together
 from ddpm_lab.resume import Kept, Saver
 from ddpm_lab.sampling import check_sampling, draw_samples
 from ddpm_lab.training import History, Step, make_accelerator, measure, steps_of, train
@@ -32,6 +35,9 @@ __all__ = ["Run", "Setup", "Volumes", "prepare", "prepare_volumes", "probe", "ru
 
 
 NEVER_LEFT_OUT = "Mend the file: held-out volumes are never left out, for errors before and after would not compare."
+BROKEN_BASE = "Mend `base.checkpoint`, or set `training.precision=fp32`."
+EVENTS = "TensorBoard's events"
+FLUSH = 10  # seconds of events that a killed run may lose
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ def prepare(config: Config, out: Path, screen: Screen) -> Setup:
         load_base(unet, config.base)
     encoder = load_encoder(config.metrics.medicalnet)
     accelerator = make_accelerator(config.training)
-    volumes = prepare_volumes(config, out, screen, accelerator)
+    with together():
+        volumes = prepare_volumes(config, out, screen, accelerator)
     if config.model.checkpointing:
         recompute_activations(unet)
     scheduler = noise_schedule(config.diffusion)
@@ -113,7 +120,8 @@ def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Acce
     assert data.root is not None
     if accelerator.is_main_process:
         make_folder(out)
-        split.write(out / "split.json", data.root)
+        with writing(out, "the split"):
+            split.write(out / "split.json", data.root)
     with screen.phase("load volumes"):
         train_set, validation_set = (dataset(files, data, out / "cache") for files in (split.train, split.validation))
     shape = None
@@ -167,13 +175,13 @@ def run_training(
             saver,
             config.data.skip_damaged,
         )
-    after = _measured(setup, screen, f"{title}, after")
+    after = _measured(setup, screen, f"{title}, after", smaller_steps(training))
     return Run(trained, history, kept.before, after, kept.start_difference)
 
 
 def _started(setup: Setup, screen: Screen, title: str) -> tuple[Trained, Kept]:
     """A new run: what trains, and how the model did without it."""
-    before = _measured(setup, screen, f"{title}, before")
+    before = _measured(setup, screen, f"{title}, before", BROKEN_BASE)
     start = probe(setup, setup.unet)
     trained = _applied(setup)
     return trained, Kept(before, (probe(setup, setup.unet) - start).abs().max().item())
@@ -197,26 +205,37 @@ def _applied(setup: Setup, saved: Path | None = None) -> Trained:
 @contextmanager
 def _events(setup: Setup, training: Training, start: int) -> Iterator[Callable[[Step], None]]:
     """A function that writes the steps after `start` to TensorBoard, where asked for."""
-    if not (training.tensorboard and setup.accelerator.is_main_process):
+    folder, writer = setup.out / "tensorboard", None
+    with together(), writing(folder, EVENTS):
+        if training.tensorboard and setup.accelerator.is_main_process:
+            writer = _writer(folder, start)
+    if writer is None:
         yield lambda _: None
         return
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer: Any = SummaryWriter(setup.out / "tensorboard", purge_step=start + 1)
 
     def write(step: Step) -> None:
-        writer.add_scalar("loss", step.loss, step.number)
-        writer.add_scalar("learning rate", step.learning_rate, step.number)
-        if step.held_out is not None:
-            writer.add_scalar("held-out error", step.held_out.mean, step.number)
+        with writing(folder, EVENTS):
+            writer.add_scalar("loss", step.loss, step.number)
+            writer.add_scalar("learning rate", step.learning_rate, step.number)
+            if step.held_out is not None:
+                writer.add_scalar("held-out error", step.held_out.mean, step.number)
 
-    yield write
-    writer.close()
+    try:
+        yield write
+    finally:  # what led to an error is worth seeing too
+        with writing(folder, EVENTS):
+            writer.close()
 
 
-def _measured(setup: Setup, screen: Screen, title: str) -> HeldOutError:
+def _writer(folder: Path, start: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=start + 1, flush_secs=FLUSH)
+
+
+def _measured(setup: Setup, screen: Screen, title: str, fix: str) -> HeldOutError:
     with screen.bar(title, setup.held_out.evaluations) as bar:
-        return measure(setup.held_out, setup.unet, setup.accelerator, bar)
+        return measure(setup.held_out, setup.unet, setup.accelerator, title, fix, bar)
 
 
 @torch.no_grad()

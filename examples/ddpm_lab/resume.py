@@ -20,10 +20,22 @@ from ddpm_lab.durable import digest_of_file
 from ddpm_lab.faults import fault, raise_all
 from ddpm_lab.files import Split
 from ddpm_lab.method import Trained
+from ddpm_lab.processes import together
 from ddpm_lab.progress import Loop, random_states, restore_random_states
 from tnpeft.errors import Problem
 
-__all__ = ["Kept", "Saver", "check_settings", "earlier_checkpoint", "finished_summary", "flat", "identity", "shown"]
+__all__ = [
+    "Kept",
+    "Saver",
+    "check_identity",
+    "check_same_checkpoint",
+    "check_settings",
+    "earlier_checkpoint",
+    "finished_summary",
+    "flat",
+    "identity",
+    "shown",
+]
 
 # Settings that change how fast a run is and how it is watched, not what comes out of it.
 FREE = (
@@ -76,12 +88,12 @@ def finished_summary(config: Config, out: Path) -> dict[str, Any] | None:
     """The summary of a run that is done in `out`; raises LabError if that had other settings."""
     try:
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        done = (out / summary["result"]).is_file()
+        done, earlier = (out / summary["result"]).is_file(), dict(summary["config"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not done:
         return None
-    check_settings(out, config, summary["config"], done=True)
+    check_settings(out, config, earlier, done=True)
     found: dict[str, Any] = summary
     return found
 
@@ -103,6 +115,14 @@ def earlier_checkpoint(config: Config, out: Path, note: Callable[[str], None]) -
     return found
 
 
+def check_same_checkpoint(out: Path, found: Checkpoint | None) -> None:
+    """Raise LabError, the same in every process, where some go on from another step than the others."""
+    steps = gather_object([0 if found is None else found.step])
+    if len(set(steps)) > 1:
+        expected, fix = "the same for every process", "Make `--out` a folder that all machines share."
+        raise fault(out, "the last checkpoint", expected, f"those of the steps {', '.join(map(str, steps))}", fix)
+
+
 def identity(config: Config, split: Split, accelerator: Accelerator) -> dict[str, Any]:
     """What else must be the same when a run goes on, beside its settings."""
     names = [[str(path) for path in files] for files in (split.train, split.validation)]
@@ -121,12 +141,17 @@ WORDS = {
 }
 
 
-def _check_identity(out: Path, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+def check_identity(out: Path, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise LabError that names everything in which two `identity` differ."""
     problems = []
     for name, value in own.items():
         if theirs.get(name) != value:
-            what, expected, found = WORDS.get(name, (name, str(theirs.get(name)), str(value)))
+            both = ("fp32" if one == "no" else str(one) for one in (theirs.get(name), value))  # accelerate says `no`
+            what, expected, found = WORDS.get(name, (name, *both))
             fix = "Choose another `--out`, put this back, or remove the folder to start anew."
+            if name == "processes":
+                start = "Start as many with `torchrun --nproc_per_node`"
+                fix = f"{start}, choose another `--out`, or remove the folder to start anew."
             problems.append(Problem(f"{what} of the run in this folder", expected, found, fix, str(out)))
     raise_all(problems, str(out))
 
@@ -165,7 +190,7 @@ class Saver:
         self.identity = identity(config, split, accelerator)
         self.volumes = len(split.train)
         if found is not None:
-            _check_identity(out, self.identity, found.state["identity"])
+            check_identity(out, self.identity, found.state["identity"])
 
     def restore(self, loop: Loop) -> None:
         """Bring a loop, and this process's random states, to where the checkpoint has them."""
@@ -179,18 +204,19 @@ class Saver:
         if every is None or not (loop.step % every == 0 or loop.step == total):
             return
         states = gather_object([random_states()])
-        if self.accelerator.is_main_process:
-            state = {
-                "config": self.config.model_dump(mode="json"),
-                "identity": self.identity,
-                "threads": torch.get_num_threads(),
-                "position": self._position(loop.step),
-                "before": [self.kept.before.mean, list(self.kept.before.buckets)],
-                "start_difference": self.kept.start_difference,
-                "random": states,
-                "loop": loop.data(),
-            }
-            self.checkpoints.write(loop.step, state, loop.tensors(), self.trained.save)
+        with together():
+            if self.accelerator.is_main_process:
+                state = {
+                    "config": self.config.model_dump(mode="json"),
+                    "identity": self.identity,
+                    "threads": torch.get_num_threads(),
+                    "position": self._position(loop.step),
+                    "before": [self.kept.before.mean, list(self.kept.before.buckets)],
+                    "start_difference": self.kept.start_difference,
+                    "random": states,
+                    "loop": loop.data(),
+                }
+                self.checkpoints.write(loop.step, state, loop.tensors(), self.trained.save)
 
     def _position(self, step: int) -> dict[str, int]:
         """The next sample: follows from the step alone, and is written down for people."""

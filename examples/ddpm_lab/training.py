@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
@@ -18,14 +21,21 @@ from torch.utils.data import DataLoader
 from ddpm_lab.average import Average
 from ddpm_lab.config import Training
 from ddpm_lab.diffusion import HeldOut, HeldOutError
-from ddpm_lab.engine import Damage, Engine
+from ddpm_lab.engine import Damage, Engine, smaller_steps
 from ddpm_lab.faults import fault
 from ddpm_lab.order import Batches, Noised, Source, collate
+from ddpm_lab.processes import together
 from ddpm_lab.progress import History, Loop
 
 __all__ = ["History", "Keeper", "Step", "make_accelerator", "measure", "steps_of", "train"]
 
-WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's words for one process and for DDP
+# What `accelerate launch` puts into the environment for a configuration that asks for it.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,8 @@ class Keeper(Protocol):
 
 
 def make_accelerator(training: Training) -> Accelerator:
-    """The device and the precision of a run; raises LabError for a precision the device does not have."""
+    """The device, the precision and the processes of a run; raises LabError for what it cannot have."""
+    _refuse_sharding()
     cpu = training.device == "cpu" or not torch.cuda.is_available()
     precision: str = training.precision
     if precision == "auto":
@@ -60,18 +71,38 @@ def make_accelerator(training: Training) -> Accelerator:
         torch.set_num_threads(training.threads)
     plugin = GradientAccumulationPlugin(num_steps=training.accumulation, adjust_scheduler=False)
     mixed = "no" if precision == "fp32" else precision
+    _make_way(mixed, cpu)
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed, gradient_accumulation_plugin=plugin)
-    kind = accelerator.distributed_type.value
-    if kind not in WHOLE:
-        # Its parts of the parameters would be saved, averaged and clipped as if each were the whole.
-        fix = "Configure accelerate without it: what an adapter trains is small, and so are its gradients."
-        raise fault("accelerate", "how processes share the model", "a whole copy in each (DDP)", kind, fix)
     found = accelerator.num_processes
     if training.processes not in (None, found):
         # `accelerate launch --cpu --num_processes 2` starts one process and does not say so.
         fix = f"Start the driver with `torchrun --nproc_per_node {training.processes} examples/ddpm.py ...`."
         raise fault("training.processes", "the processes", str(training.processes), str(found), fix)
     return accelerator
+
+
+def _refuse_sharding() -> None:
+    """Raise LabError where accelerate's configuration spreads one model over processes.
+
+    Adapters contract the cores of many layers at once, which FSDP would have in parts; on a CPU accelerate passes
+    over FSDP and does not say so.
+    """
+    for variable, name in SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "on", "t"):
+            expected = "the whole model in each process (DDP)"
+            fix = (
+                f"Start the driver with `torchrun`, without {variable}. To save memory set `model.checkpointing=true` "
+                "and `training.precision=bf16`."
+            )
+            raise fault("accelerate's configuration", "several processes", expected, f"{name} ({variable})", fix)
+
+
+def _make_way(mixed: str, cpu: bool) -> None:
+    """Let go of an earlier run's precision and device: accelerate has one of each, and a study's methods may differ."""
+    if AcceleratorState._shared_state:
+        earlier = AcceleratorState()
+        if (earlier.mixed_precision, earlier.device.type == "cpu") != (mixed, cpu):
+            AcceleratorState._reset_state(reset_partial_state=earlier.num_processes == 1)
 
 
 def _fast_precision(cpu: bool) -> str:
@@ -131,7 +162,7 @@ def train(
         error = None
         if held_out is not None and every is not None and loop.step % every == 0 and loop.step < total:
             with contextlib.nullcontext() if loop.average is None else loop.average.shown():
-                error = measure(held_out, unet, accelerator)
+                error = measure(held_out, unet, accelerator, f"step {loop.step}", smaller_steps(training))
             loop.history.validation.append((loop.step, error))
         if keeper is not None:
             keeper.after_step(loop, total)
@@ -193,14 +224,17 @@ def _count(loop: Loop, loss: float, damaged: list[Damage], skipped: bool) -> Non
 
 
 def measure(
-    held_out: HeldOut, unet: nn.Module, accelerator: Accelerator, progress: Any = lambda _: None
+    held_out: HeldOut, unet: nn.Module, accelerator: Accelerator, when: str, fix: str, progress: Any = lambda _: None
 ) -> HeldOutError:
-    """The held-out error in the run's own precision; the processes share the work, and all of them have the result."""
+    """The held-out error in the run's own precision; processes share the batches, and all get the same error.
 
-    def added(sums: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = accelerator.reduce(sums.to(accelerator.device), "sum")
-        return found.cpu()
-
-    share = accelerator.process_index, accelerator.num_processes
-    with accelerator.autocast():
-        return held_out.error(unet, accelerator.device, progress, share, added)
+    Raises LabError, which says `when` and gives `fix`, for one that is not finite.
+    """
+    device, process, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    with together(), accelerator.autocast():
+        sums = held_out.sums(unet, device, progress, process, processes)
+    # Each sum is one process's; adding the others' zeros changes no bit of it.
+    error = held_out.error_of(accelerator.reduce(sums.to(device), "sum").cpu())
+    if not math.isfinite(error.mean):
+        raise fault(when, "the error on held-out volumes", "a finite number", str(error.mean), fix)
+    return error
