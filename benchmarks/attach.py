@@ -24,6 +24,8 @@ from torch import nn
 
 import tnpeft
 
+RECIPES = [name for name in tnpeft.list_recipes() if name.endswith("_ddpm")]  # those of the model that is built
+
 
 def held(model: nn.Module) -> int:
     """Bytes of all parameters and buffers."""
@@ -63,7 +65,7 @@ def measure(recipe: str, name: str) -> dict[str, Any]:
 def main() -> None:
     options = parser(__doc__, "attach.json")
     options.add_argument("--recipe", help="measure this one, here")
-    options.add_argument("--recipes", nargs="+", default=tnpeft.list_recipes())
+    options.add_argument("--recipes", nargs="+", default=RECIPES)
     options.add_argument("--model", choices=("tiny", "small", "paper"), default="paper")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
