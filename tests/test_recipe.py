@@ -277,7 +277,7 @@ def test_a_recipe_takes_no_match_and_known_params(model):
 
 def test_names_that_are_neither_spec_nor_recipe(model):
     known = ", ".join((*tnpeft.list_recipes(), *tnpeft.list_specs()))
-    for name, meant in (("tenvo_l", "tenvoo_l"), ("tenvoo_l_ddmp", "tenvoo_l_ddpm")):
+    for name, meant in (("tenvo_l", "tenvoo_l"), ("tenvoo_l_ddmp", "tenvoo_l_ddpm"), ("lora_dpm", "lora_ddpm")):
         with pytest.raises(tnpeft.SpecError) as caught:
             tnpeft.attach(model, name, match="conv")
         assert str(caught.value) == (

@@ -10,7 +10,7 @@ from tnpeft.cli.checking import kind_of
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.errors import Problem, near_miss
-from tnpeft.spec import Spec, load_spec
+from tnpeft.spec import Spec, find_shipped, load_spec
 
 if TYPE_CHECKING:
     from tnpeft.recipe import LayerReport, Recipe, Report
@@ -44,10 +44,10 @@ def count_parameters(
 
 def load_what(name: str) -> Spec | Recipe:
     """The recipe or spec of a shipped name or a file. Raises TnpeftError."""
-    from tnpeft.recipe import check_name, load_recipe
+    from tnpeft.recipe import load_recipe
 
-    check_name(name)
-    return load_recipe(name) if kind_of(name) == "recipe" else load_spec(name)
+    path = find_shipped(name, "recipe or spec", "recipes", "")
+    return load_recipe(path) if kind_of(name) == "recipe" else load_spec(path)
 
 
 def check_params(what: Spec | Recipe, params: Mapping[str, object]) -> None:

@@ -1,7 +1,7 @@
 """Which spec on which layer, what else trains, and the report of it."""
 
 from tnpeft.recipe.attach import Handle, attach
-from tnpeft.recipe.model import Entry, Recipe, Train, check_name, list_recipes, load_recipe
+from tnpeft.recipe.model import Entry, Recipe, Train, list_recipes, load_recipe
 from tnpeft.recipe.report import LayerReport, Report, report_of
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Report",
     "Train",
     "attach",
-    "check_name",
     "list_recipes",
     "load_recipe",
     "report_of",

@@ -12,12 +12,13 @@ from torch import nn
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, near_miss
 from tnpeft.modules import Adapter, Captured, Sharing
 from tnpeft.plan import DEFAULT_MODE
-from tnpeft.recipe.model import Entry, Recipe, Train, check_name, compiled, list_recipes, load_recipe, train_from
+from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
-from tnpeft.spec import Spec, list_specs, load_spec
+from tnpeft.spec import Spec, find_shipped, load_spec
 from tnpeft.spec.document import clip, read_file
+from tnpeft.spec.library import shipped_folder
 from tnpeft.surgery import adapters_of, base_shown, install, plain_modules, record_of, trained_of
 from tnpeft.surgery.checks import model_problems
 
@@ -131,15 +132,15 @@ def recipe_of(what: object, match: Match | None, params: Mapping[str, Any]) -> R
 
 def _find(what: str | Path) -> Spec | Recipe:
     """A spec or recipe by name or path; a file with `adapters` is a recipe."""
-    check_name(str(what))
-    if str(what) in list_recipes() and str(what) not in list_specs():
-        return load_recipe(what)
+    path = find_shipped(what, "recipe or spec", "recipes", "")
+    if path.parent == shipped_folder() / "recipes":
+        return load_recipe(path)
     try:
-        return load_spec(what)
+        return load_spec(path)
     except SpecError:
-        if not _is_recipe(Path(what)):
+        if not _is_recipe(path):
             raise
-    return load_recipe(what)
+    return load_recipe(path)
 
 
 def _is_recipe(path: Path) -> bool:

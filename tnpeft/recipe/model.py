@@ -13,12 +13,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tnpeft.errors import Position, Problem, SpecError, TnpeftError, near_miss
-from tnpeft.spec import Spec, find_shipped, list_specs, load_spec
+from tnpeft.spec import Spec, find_shipped, load_spec
 from tnpeft.spec.document import Node, Problems, clip, read_document, read_file
 from tnpeft.spec.library import shipped_folder
 from tnpeft.spec.shape import FilePart, Schema, check_shape, with_text_keys
 
-__all__ = ["Entry", "Recipe", "Train", "check_name", "list_recipes", "load_recipe", "train_from"]
+__all__ = ["Entry", "Recipe", "Train", "list_recipes", "load_recipe", "train_from"]
 
 Norm = bool | Literal["all"]
 Bias = Literal["none", "adapted", "all"]
@@ -123,22 +123,13 @@ def list_recipes() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in shipped_folder().glob("recipes/*.yaml")))
 
 
-def check_name(name: str) -> None:
-    """Raises SpecError, with the nearest name, for what is neither a shipped recipe or spec nor a file."""
-    known = (*list_recipes(), *list_specs())
-    if name not in known and Path(name).suffix not in (".yaml", ".yml") and not Path(name).is_file():
-        fix = near_miss(name, known) or "Give a path that ends in .yaml, or one of these names."
-        expected = f"a file, or one of {', '.join(known)}"
-        raise SpecError(Problem(f"recipe or spec {name[:80]!a}", expected, "neither", fix))
-
-
 def load_recipe(name: str | Path) -> Recipe:
     """A shipped recipe by name (`tenvoo_l_ddpm`) or a recipe file by path.
 
     A spec in it is a shipped name, or a path from the recipe's folder. Raises SpecError with every
     mistake in the file and in its specs, each with file, line and column.
     """
-    path = find_shipped(name, "recipes", "recipe")
+    path = find_shipped(name, "recipe", "recipes")
     return _read(read_file(path, "recipe"), str(path))
 
 

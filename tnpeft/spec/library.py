@@ -43,21 +43,22 @@ def list_specs() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in shipped_folder().glob("*.yaml")))
 
 
-def find_shipped(name: str | Path, folder: str, what: str) -> Path:
-    """The file of a shipped name or of a path; raises SpecError, with near misses, where there is none."""
+def find_shipped(name: str | Path, what: str, *folders: str) -> Path:
+    """The file of a name shipped in one of the folders, or of a path; raises SpecError, with near misses, for none."""
     if not isinstance(name, str | Path):
         fix = f"Give the name of a shipped {what}, or the path of a file."
         raise SpecError(Problem(what, "a name or a path", clip(name), fix))
     path = Path(name)
     plain = isinstance(name, str) and path.suffix not in (".yaml", ".yml") and path.name == name
-    shipped = shipped_folder() / folder / f"{name}.yaml" if plain else path
-    if plain and name not in ("", ".", "..") and shipped.is_file():
-        return shipped
+    for folder in folders if plain and name not in ("", ".", "..") else ():
+        shipped = shipped_folder() / folder / f"{name}.yaml"
+        if shipped.is_file():
+            return shipped
     if path.suffix in (".yaml", ".yml") or (not plain and path.is_file()):
         return path
-    known = sorted(found.stem for found in (shipped_folder() / folder).glob("*.yaml"))
+    known = [found.stem for folder in folders for found in sorted((shipped_folder() / folder).glob("*.yaml"))]
     fix = near_miss(str(name), known) or "Give a path that ends in .yaml, or one of these names."
-    raise SpecError(Problem(f"{what} {str(name)!a}", f"a file, or one of {', '.join(known)}", "neither", fix))
+    raise SpecError(Problem(f"{what} {clip(str(name), 82)}", f"a file, or one of {', '.join(known)}", "neither", fix))
 
 
 def load_spec(name: str | Path) -> Spec:
@@ -65,7 +66,7 @@ def load_spec(name: str | Path) -> Spec:
 
     Raises SpecError with every mistake in the file, each with file, line and column.
     """
-    path = find_shipped(name, "", "spec")
+    path = find_shipped(name, "spec", "")
     return _parsed(read_bytes(path), str(path), registered_inits())
 
 
