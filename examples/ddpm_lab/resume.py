@@ -30,11 +30,11 @@ __all__ = [
     "check_identity",
     "check_same_checkpoint",
     "check_settings",
+    "differences",
     "earlier_checkpoint",
     "finished_summary",
     "flat",
     "identity",
-    "shown",
 ]
 
 # Settings that change how fast a run is and how it is watched, not what comes out of it.
@@ -71,16 +71,21 @@ def check_settings(out: Path, config: Config, earlier: Mapping[str, Any], done: 
     """Raise LabError that names every setting in which `config` differs from the earlier run's (nested, as JSON)."""
     own, theirs = settings_of(config), dict(flat(earlier))
     problems = []
-    for name in sorted({*own, *theirs}):
-        free = name in FREE or (not done and name.startswith(AFTERWARDS))
-        if not free and own.get(name) != theirs.get(name):
-            what, expected = f"`{name}` of the run in this folder", f"{shown(theirs.get(name))}, as when it started"
-            problems.append(Problem(what, expected, shown(own.get(name)), ANOTHER, str(out)))
+    for name, was, now in differences(own, theirs):
+        if name not in FREE and (done or not name.startswith(AFTERWARDS)):
+            what = f"`{name}` of the run in this folder"
+            problems.append(Problem(what, f"{was}, as when it started", now, ANOTHER, str(out)))
     raise_all(problems, str(out))
 
 
-def shown(value: Any) -> str:
-    """A setting's value as a message has it."""
+def differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Each setting that differs, by name: what an earlier run had and what this one has, as a message says it."""
+    for name in sorted({*own, *theirs}):
+        if own.get(name) != theirs.get(name):
+            yield name, _shown(theirs.get(name)), _shown(own.get(name))
+
+
+def _shown(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value)
 
 

@@ -24,7 +24,7 @@ from ddpm_lab.durable import writing
 from ddpm_lab.evaluate import evaluate_samples
 from ddpm_lab.faults import fault, raise_all
 from ddpm_lab.files import make_folder, write_json
-from ddpm_lab.resume import flat, shown
+from ddpm_lab.resume import differences, flat
 from ddpm_lab.sample import sample_volumes
 from tnpeft import TnpeftError
 from tnpeft.errors import Problem
@@ -158,12 +158,11 @@ def refuse_others(folder: Path, what: str, outcome: Outcome, wanted: Mapping[str
     if not outcome.made_of:  # an earlier version did not say
         raise fault(folder, what, "these settings", "others", fix)
     problems = []
-    for name in sorted({*wanted, *outcome.made_of}):
-        own, theirs = wanted.get(name), outcome.made_of.get(name)
-        if own != theirs and name == "base":
+    for name, was, now in differences(wanted, outcome.made_of):
+        if name == "base":
             problems.append(Problem(f"the base of {what}", "the one it was made from", "another", fix, place))
-        elif own != theirs:
-            problems.append(Problem(f"`{name}` of {what}", f"{shown(theirs)}, as when it ran", shown(own), fix, place))
+        else:
+            problems.append(Problem(f"`{name}` of {what}", f"{was}, as when it ran", now, fix, place))
     raise_all(problems, place)
 
 
