@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from allocation import Allocations
 from common import parser, show, write
+from methods import RECIPES
 from models import unet
 from torch import nn
 
 import tnpeft
-
-RECIPES = [name for name in tnpeft.list_recipes() if name.endswith("_ddpm")]  # those of the model that is built
 
 
 def held(model: nn.Module) -> int:

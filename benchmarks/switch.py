@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from allocation import Allocations
 from common import parser, show, write
+from methods import RECIPES
 from models import unet
 from torch import nn
 
@@ -27,8 +28,6 @@ import tnpeft
 
 NAMES = ("adni", "ppmi")
 SUM = {"adni": 1.0, "ppmi": 0.5}
-
-RECIPES = [name for name in tnpeft.list_recipes() if name.endswith("_ddpm")]  # those of the model that is built
 
 
 def seconds(function: Callable[[], object]) -> float:
