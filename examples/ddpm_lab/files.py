@@ -201,9 +201,7 @@ def inspect(path: Path) -> Volume | Problem:
         return Problem("an unreadable volume", expected, found, "Replace or remove the file.", str(path))
 
     try:
-        image = nibabel.load(path)
-        voxels = np.asanyarray(image.dataobj)
-        _unzip_to_the_end(path)
+        image, voxels = _read(path)
     except UNREADABLE as error:
         return wrong("a NIfTI file", reason(error))
     shape = tuple(size for axis, size in enumerate(voxels.shape) if axis < 3 or size > 1)
@@ -225,12 +223,20 @@ def inspect(path: Path) -> Volume | Problem:
     return Volume((shape[0], shape[1], shape[2]), (first, second, third), digest)
 
 
-def _unzip_to_the_end(path: Path) -> None:
-    """nibabel stops at the last voxel, before the checksum that says whether all of them are as they were."""
-    if path.suffix == ".gz":
-        with gzip.open(path) as file:
-            while file.read(CHUNK):
-                pass
+def _read(path: Path) -> tuple[Any, np.ndarray]:
+    """An image and its voxels; of a zipped file all that is in it, unzipped once.
+
+    nibabel stops at the last voxel, before the checksum that says whether all of them are as they were.
+    """
+    image = nibabel.load(path)
+    if path.suffix != ".gz":
+        return image, np.asanyarray(image.dataobj)
+    with gzip.open(path) as file:
+        image = type(image).from_stream(file)
+        voxels = np.asanyarray(image.dataobj)
+        while file.read(CHUNK):
+            pass
+    return image, voxels
 
 
 def make_folder(path: Path) -> None:
