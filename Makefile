@@ -11,15 +11,18 @@ ARGS    ?=
 BENCH   ?= step_time
 VENV    := .venv
 RUN     := $(VENV)/bin/python
-PIP     := $(RUN) -m pip --disable-pip-version-check install -qq
+INSTALL := -m pip --disable-pip-version-check install -qq
+PIP     := $(RUN) $(INSTALL)
+# Other people's frameworks, which are heavy and bring versions of their own, stand apart.
+WIDE    := .venv-wide
 # One thread per process: two workers on two cores are faster than two that fight for both.
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types specs catalogue unit bench format install clean
+.PHONY: help demo test test-wide check lint types specs catalogue unit bench format install clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
 
 demo: $(VENV)/.demo ## fine-tune a small 3D diffusion model on brain volumes; results in runs/demo
 	@$(RUN) examples/ddpm.py demo $(ARGS)
@@ -47,6 +50,9 @@ catalogue: $(VENV)/.test ## pictures, the table in specs/README.md and the schem
 unit: $(VENV)/.test ## the test suite alone
 	@$(ONE) $(RUN) -m pytest -q -n $(WORKERS) $(ARGS)
 
+test-wide: $(WIDE)/.wide ## tests beside heavy frameworks (transformers, diffusers, Lightning, ONNX, torchao), in .venv-wide
+	@$(ONE) $(WIDE)/bin/python -m pytest -q -n $(WORKERS) tests/wide $(ARGS)
+
 bench: $(VENV)/.bench ## step time against full fine-tuning and the other libraries; BENCH=numerics is another script
 	@$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
@@ -57,7 +63,7 @@ format: $(VENV)/.test ## ruff, mending what it can
 install: $(VENV)/.demo ## the environment of `make demo`, nothing run
 
 clean: ## remove the environment, caches and results
-	rm -rf $(VENV) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(WIDE) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and by itself: its pin decides what everything else may bring.
@@ -77,4 +83,11 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	@$(PIP) -c constraints.txt -e ".[demo,peers]"
+	@touch $@
+
+$(WIDE)/.wide: constraints.txt pyproject.toml
+	@echo "Setting up $(WIDE) (once, a few minutes) ..."
+	@$(PYTHON) -m venv $(WIDE)
+	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt torch
+	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt -e ".[demo,test,wide]"
 	@touch $@
