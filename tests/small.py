@@ -151,6 +151,11 @@ def train(model: nn.Module, x: Tensor, steps: int = 2, rate: float = 0.1) -> lis
     return losses
 
 
+def copies(name: str, trained: Iterable[str] = TRAINED) -> list[str]:
+    """The names under which adapter `name` trains some parameters of the plain model."""
+    return [f"{owner}._tnpeft_of_{name}:{key}" for owner, _, key in (full.rpartition(".") for full in trained)]
+
+
 def bits(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 

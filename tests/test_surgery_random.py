@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft import AttachError, Spec
+from tnpeft.modules.parked import own_weight
 from tnpeft.surgery import adapters_of, plain_modules, plain_parameters, statistics_of, trained_of
+from tnpeft.surgery.tree import slots
 
 X = net_input()
 SHARED = Spec.from_yaml(CHAIN.replace("middle: a b", "middle: {legs: a b, shared: model}"))
@@ -101,10 +103,7 @@ def same(left: Values, right: Values) -> bool:
 
 def plain_values(model: nn.Module) -> Values:
     """Parameters and buffers of the plain model as they act."""
-    found = dict(plain_parameters(model))
-    for name, module in plain_modules(model).items():
-        own = module.named_buffers(prefix=name, recurse=False)
-        found |= {key: tensor for key, tensor in own if "_tnpeft_" not in key and not key.endswith("_merged")}
+    found = {**plain_parameters(model), **{key: slot.acting for key, slot in slots(model, "_buffers").items()}}
     return {key: tensor.detach().clone() for key, tensor in found.items()}
 
 
@@ -341,7 +340,7 @@ class Several:
     def weights(self) -> dict[str, int]:
         """Where the base's weights lie in memory; not that of `head.2`, which an adapter may train as a whole."""
         layers = {name: plain_modules(self.model)[name] for name in ("first", "wide", "up", "head.0")}
-        return {name: layer.weight.data_ptr() for name, layer in layers.items()}
+        return {name: own_weight(layer).data_ptr() for name, layer in layers.items()}
 
     def forget(self, name: str) -> None:
         del self.known[name]

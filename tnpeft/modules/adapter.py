@@ -15,7 +15,8 @@ from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.modules.keeping import Keeping, same_tensors
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
-from tnpeft.modules.waiting import own_weight
+from tnpeft.modules.offload import Resident, present
+from tnpeft.modules.parked import own_weight
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast
@@ -33,7 +34,7 @@ class _Folded(NamedTuple):
     constants: Constants
 
 
-class Adapter(nn.Module):
+class Adapter(Resident, nn.Module):
     """The cores of one network on one layer.
 
     Trainable cores are parameters `core_<name>`, frozen ones persistent buffers of that name, and
@@ -83,19 +84,24 @@ class Adapter(nn.Module):
         self._folded: _Folded | None = None
         self._writes = 0  # how often its tensors got other values, for those that fold them
         self._initialised = False
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        self._lay_out(weight.stride())
         self._holders: dict[str, Adapter] = {}
-        # Tensors made under inference mode could never be trained.
-        with torch.inference_mode(False):
-            self._register(weight, sharing or Sharing())
         self._core_keys = tuple(None if core.origin == "weight" else _CORE + core.name for core in network.cores)
         self._start_keys = tuple(
             key if core.frozen else _START + core.name for key, core in zip(self._core_keys, network.cores, strict=True)
         )
-        if initialise:
-            self.reset_parameters(weight)
+        with present(layer):
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            self._lay_out(weight.stride())
+            # Tensors made under inference mode could never be trained.
+            with torch.inference_mode(False):
+                self._register(weight, sharing or Sharing())
+            if initialise:
+                self.reset_parameters(weight)
+
+    def resident_keys(self) -> list[str]:
+        """All its tensors stay where they are, whatever takes those of the base layer away."""
+        return [*self._parameters, *self._buffers]
 
     def _register(self, weight: Tensor, sharing: Sharing) -> None:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

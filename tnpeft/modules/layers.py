@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,22 @@ from torch.nn import functional
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.calls import convolved
 from tnpeft.modules.execution import execute, summed_weight
-from tnpeft.modules.waiting import own_weight
+from tnpeft.modules.offload import Resident, is_bare, move_hook, present
+from tnpeft.modules.parked import (
+    ORIGINAL,
+    acting,
+    acting_scales,
+    combined,
+    is_parked,
+    keep,
+    own_weight,
+    park,
+    parked_key,
+    remake,
+    show,
+    take_back,
+    translate,
+)
 
 __all__ = ["AdaptedConv", "AdaptedConvTranspose", "AdaptedLayer", "AdaptedLinear", "wrap"]
 
@@ -29,56 +44,66 @@ _HOOKS = (
 )
 
 
-class AdaptedLayer(nn.Module):
+# What a layer's tensors were called while it hung below the adapted one as a module of its own.
+_EARLIER = "base."
+_NOT_OF_BASE = ("weight", "bias", "_hf_hook", "_old_forward")
+
+
+class AdaptedLayer(Resident, nn.Module):
     """A frozen layer whose weight carries the updates of named adapters.
 
-    `weight` and `bias` are the effective ones, other attributes (`stride`, `in_channels`, ...) are
-    the base layer's. `scales` holds the active adapters. Nothing here writes into a base tensor.
+    The base layer's tensors are registered here, under its own names, and so a state dict has the plain model's
+    names. `weight` and `bias` are the effective ones, other attributes (`stride`, `in_channels`, ...) are the base
+    layer's. `scales` holds the active adapters. Nothing here writes into a base tensor.
     """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self._modules["base"] = base
         self.adapters = nn.ModuleDict().train(base.training)
         self.scales: dict[str, float] = {}
         self.disabled = False
-        self.register_buffer("_merged", None, persistent=False)
-        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
+        self.merged = False
+        self.register_load_state_dict_post_hook(_make_again)  # type: ignore[no-untyped-call]
         self.training = base.training
+        self._take(base)
+
+    def _take(self, base: nn.Module) -> None:
+        """Hold the base layer: the same tables of tensors, the same hooks, its submodules beside the adapters."""
+        self.__dict__["_base"] = base
+        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[table] = base.__dict__[table]
+        self._modules.update(base._modules)
+        base.__dict__["_tnpeft_wrapper"] = self
         # Shared, not copied: hooks of the base layer run, can be removed, and outlive the adapter.
         for name in _HOOKS:
             setattr(self, name, getattr(base, name))
+        move_hook(base, self)
 
     @property
     def base(self) -> Any:
         """The layer that was wrapped, with its own class and parameters."""
-        return self._modules["base"]  # not through `__getattr__`: every forward comes here
+        return self.__dict__["_base"]  # not through `__getattr__`: every forward comes here
 
     @property
     def weight(self) -> Tensor:
         """The effective weight: the base weight's dtype and strides, differentiable in the active cores."""
+        if is_bare(self):
+            return self._parameters["weight"]  # type: ignore[return-value]
         weight: Tensor = self.base.weight
-        if self.disabled:
+        if self.disabled or self.merged or not self.scales:
             return weight
-        merged = self._buffers["_merged"]
-        if merged is not None:
-            return merged
-        return summed_weight(weight, self.active, own_weight(self.base)) if self.scales else weight
+        return summed_weight(weight, self.active, own_weight(self.base))
 
     @property
     def bias(self) -> Tensor | None:
-        """The effective bias: an adapter that trains it has its own installed in the base layer."""
-        bias: Tensor | None = self.base.bias
+        """The effective bias: that of the base layer, or the copy that an adapter trains."""
+        bias: Tensor | None = self._parameters["bias"] if is_bare(self) else self.base.bias
         return bias
 
     @property
     def active(self) -> list[tuple[Adapter, float]]:
         """The active adapters with their scales."""
         return [(self.adapter(name), scale) for name, scale in self.scales.items()]
-
-    @property
-    def merged(self) -> bool:
-        return self._buffers["_merged"] is not None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,26 +123,40 @@ class AdaptedLayer(nn.Module):
         self.scales.pop(name, None)
 
     def merge(self) -> None:
-        """Compute the effective weight once and keep it beside the base weight."""
-        with torch.inference_mode(False), torch.no_grad():
-            weight: Tensor = self.base.weight.detach()
+        """Compute the effective weight and put it where the base weight stands, which is parked."""
+        base = self.base
+        with present(base), torch.inference_mode(False), torch.no_grad():
+            scales, base_weight = acting_scales(base, "weight"), own_weight(base)
+            # That of an adapter that trains the layer as a whole, or the base's own.
+            weight = combined(base, "_parameters", "weight", scales) if scales else base_weight.detach()
             if self.scales:  # a clone, for the sum may be a view into something larger
-                weight = summed_weight(weight, self.active, own_weight(self.base)).clone()
-            self._buffers["_merged"] = weight
+                weight = summed_weight(weight, self.active, base_weight).clone()
+            if self.scales or scales:
+                park(base, "_parameters", "weight", scales, weight)
+        self.merged = True
 
     def unmerge(self) -> None:
-        self._buffers["_merged"] = None
+        take_back(self.base, "_parameters", "weight")
+        self.merged = False
+
+    def disable(self, disabled: bool) -> None:
+        """Compute what the base layer computes, merged or not, or no more."""
+        self.disabled = disabled
+        if is_parked(self.base, "_parameters", "weight"):
+            show(self.base, "_parameters", "weight", parked_key(ORIGINAL, "weight") if disabled else None)
 
     def keep_merged(self) -> None:
-        """Give the base layer the merged weight as a new parameter; the old one is not written."""
-        merged = self._buffers["_merged"]
-        if merged is not None and self.scales:
-            self.base._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+        """Leave the merged weight to the base layer as its own; the old one is not written."""
+        keep(self.base, "_parameters", "weight", acting(self.base, "_parameters", "weight"))
+        self.merged = False
 
     def unwrap(self) -> nn.Module:
         """The base layer, with the hooks that were registered here meanwhile."""
         base: nn.Module = self.base
         base._is_full_backward_hook = self._is_full_backward_hook
+        base.training = self.training
+        base.__dict__.pop("_tnpeft_wrapper", None)  # a layer with several names comes here once for each
+        move_hook(self, base)
         return base
 
     def reset_parameters(self) -> None:
@@ -136,24 +175,44 @@ class AdaptedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         states = [f"{name}: {scale:g}" for name, scale in self.scales.items()]
-        return f"active={{{', '.join(states)}}}" + ", merged" * self.merged + ", disabled" * self.disabled
+        active = f"active={{{', '.join(states)}}}" + ", merged" * self.merged + ", disabled" * self.disabled
+        return f"{self.base.extra_repr()}, {active}"
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             # Not the properties, whose own mistakes would pass for the base weight, and nothing before unpickling.
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name in ("weight", "bias") or name.startswith("__"):
+            base = self.__dict__.get("_base")
+            if base is None or name in _NOT_OF_BASE or name.startswith("__"):
                 raise
         return getattr(base, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
-        before = self.base.weight.dtype
+        before = own_weight(self.base).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.merged and self.base.weight.dtype != before:
+        if self.merged and own_weight(self.base).dtype != before:
             self.merge()  # the sum of the cast weight, as unmerged layers compute it
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix + _EARLIER)]:
+            state_dict.setdefault(prefix + key.removeprefix(prefix + _EARLIER), state_dict.pop(key))
+        translate(self.base, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_base" not in self.__dict__:
+            self._adopt_earlier()
+
+    def _adopt_earlier(self) -> None:
+        """A pickle of the time when the base layer was a module below this one, and merged weights were buffers."""
+        merged = self._buffers.pop("_merged", None)
+        self._take(self._modules.pop("base"))  # type: ignore[arg-type]
+        self.merged = merged is not None
+        if merged is not None and self.scales:
+            park(self.base, "_parameters", "weight", {}, merged)
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -202,7 +261,9 @@ def _key(name: str) -> str:
     return f"_{name}" if name in _TAKEN else name
 
 
-def _merge_again(layer: nn.Module, _incompatible: object) -> None:
-    """After `load_state_dict` the cores are others, and so is the merged weight."""
-    if isinstance(layer, AdaptedLayer) and layer.merged:
-        layer.merge()
+def _make_again(layer: nn.Module, _incompatible: object) -> None:
+    """After `load_state_dict` the cores are others, and so is what was made of them."""
+    if isinstance(layer, AdaptedLayer):
+        remake(layer.base)
+        if layer.merged:
+            layer.merge()

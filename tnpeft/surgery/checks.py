@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 
 from tnpeft.errors import Problem, near_miss
 from tnpeft.modules import AdaptedLayer, Adapter
-from tnpeft.modules.waiting import MANGLED
+from tnpeft.modules.offload import is_own_forward
+from tnpeft.modules.parked import MANGLED, own_weight
 from tnpeft.network import layer_of
 from tnpeft.spec.document import clip
 from tnpeft.surgery.state import ModelState, find, kind_problem
@@ -49,7 +50,8 @@ def layer_problem(name: str, layer: nn.Module) -> Problem | None:
             "layer", "known sizes", f"a {kind} without sizes yet", "Run the model once, then attach.", where=where
         )
     for method in _METHODS:
-        if method in layer.__dict__ or getattr(type(layer), method, None) is not getattr(plain, method, None):
+        bypassed = method in layer.__dict__ and not is_own_forward(layer, method)
+        if bypassed or getattr(type(layer), method, None) is not getattr(plain, method, None):
             found = f"{kind} with a `{method}` of its own"
             fix = "An adapter would bypass it: match other layers, or use the plain class."
             return Problem("layer", f"the forward of {plain.__name__}", found, fix, where=where)
@@ -158,10 +160,12 @@ def trained_problems(
     """Why some of the parameters cannot train beside the cores."""
     modules = plain_modules(root)
     adapted = {
-        id(place.module.base.weight): place.name for place in places(root) if isinstance(place.module, AdaptedLayer)
+        id(own_weight(place.module.base)): place.name for place in places(root) if isinstance(place.module, AdaptedLayer)
     }
     adapted |= {
-        id(modules[name].weight): name for name in targets if name in modules and hasattr(modules[name], "weight")
+        id(own_weight(modules[name])): name
+        for name in targets
+        if name in modules and modules[name]._parameters.get("weight") is not None
     }
     for name in trained:
         where = f"parameter '{name}'"

@@ -94,9 +94,10 @@ def _keep(root: nn.Module, state: ModelState, layers: list[AdaptedLayer], kept: 
         state.disabled = disabled
         apply_state(root, state)
         raise
-    if kept:
-        for layer in layers:
+    for layer in layers:
+        if kept:
             layer.keep_merged()
+        layer.unmerge()
 
 
 def _unwrap(root: nn.Module, layers: list[AdaptedLayer]) -> None:

@@ -186,7 +186,7 @@ def _disable(root: nn.Module, state: ModelState, step: int) -> None:
     if bool(before) == bool(state.disabled):
         return
     for layer in adapted_layers(root):
-        layer.disabled = bool(state.disabled)
+        layer.disable(bool(state.disabled))
     _show(root, state)
 
 
@@ -194,4 +194,4 @@ def _show(root: nn.Module, state: ModelState) -> None:
     """Install the biases, norms and statistics that act."""
     for tied in all_tied(root, state):
         flag = bool(state.disabled) and state.requires_grad.get(tied.names[0], False)
-        tied.show({} if state.disabled else state.active, flag, training=not state.merged)
+        tied.show({} if state.disabled else state.active, flag, not state.merged, state.merged)

@@ -1,10 +1,9 @@
 """What trains beside the cores: biases, norms, whole layers of a joint training.
 
-One mechanism for all. Each adapter has its own copy of every such tensor. The one that acts is
-installed where the base's was, and those that do not act (the original among them) wait frozen
-in the same table of the same owner under mangled names, so that moving, copying, pickling and
-saving the model need to know nothing of it, and an optimiser's parameters stay the same objects.
-A tensor with several names is one tensor at all of them.
+One mechanism for all. Each adapter has its own copy of every such tensor. All of them stand beside the base's own, in
+the same table of the same module, so that moving, copying, pickling and saving the model need to know nothing of it,
+and an optimiser's parameters stay the same objects; `modules.parked` says how one of them acts. A tensor with several
+names is one tensor at all of them.
 
 The running statistics of norms are handled alike: a forward in training mode changes them.
 """
@@ -17,7 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tnpeft.modules.waiting import ORIGINAL, waiting_key
+from tnpeft.modules.offload import present
+from tnpeft.modules.parked import (
+    ORIGINAL,
+    combined,
+    copies_of,
+    drop_sum,
+    is_parked,
+    keep,
+    make_again,
+    park,
+    parked_key,
+    show,
+    show_sum,
+    take_back,
+)
 from tnpeft.surgery.state import ModelState
 from tnpeft.surgery.tree import Slot, slots, ties
 
@@ -41,105 +54,107 @@ class Tied:
 
     @property
     def original(self) -> Tensor:
-        return self._held(ORIGINAL)
+        return self.slots[0].tensor
 
     def copy_of(self, name: str) -> Tensor:
-        """What adapter `name` trains, installed or not."""
-        return self._held(f"of_{name}")
+        """What adapter `name` trains, acting or not."""
+        copy = self.slots[0].beside(copies_of(name))
+        assert copy is not None
+        return copy
 
     def new_copy(self) -> Tensor:
         """The start of an adapter's own copy: the original's bits."""
-        with torch.inference_mode(False):
+        with present(self.slots[0].owner), torch.inference_mode(False):
             copy = self.original.detach().clone()
         return nn.Parameter(copy, requires_grad=False) if self.is_parameter else copy
 
     def add(self, name: str, copy: Tensor) -> None:
-        """Let adapter `name` train this tensor; its copy waits until `show`."""
-        self._wait(f"of_{name}", copy)
+        """Let adapter `name` train this tensor; its copy acts no earlier than `show` says."""
+        for slot in self.slots:
+            slot.put_beside(copies_of(name), copy.requires_grad_(False))
+            make_again(slot.owner, True)
         self.trainers.append(name)
 
     def drop(self, name: str) -> None:
         """Forget the copy of an adapter that does not act; without trainers the original is all there is."""
         self.trainers.remove(name)
-        self._forget(f"of_{name}")
+        self._forget([name])
 
-    def show(self, active: Mapping[str, float], original_flag: bool, training: bool) -> None:
-        """Install what acts: b₀ + Σ s (b - b₀) over the active trainers, the original or a copy where it is one."""
-        acting = {name: active[name] for name in self.trainers if name in active}
-        if acting and list(acting.values()) != [1.0]:
-            with torch.inference_mode(False), torch.no_grad():  # it may be trained through later
-                content, flag = self._combined(acting), False
-            self._put_back()
-        else:
-            self._put_back()
-            who = f"of_{next(iter(acting))}" if acting else ORIGINAL
-            content, flag = self._held(who), training if acting else original_flag
-            self._forget(who)
-        acts = self._as_found(content, flag)
+    def show(self, active: Mapping[str, float], original_flag: bool, training: bool, merged: bool) -> None:
+        """Let b₀ + Σ s (b - b₀) over the active trainers act: the original, or a copy where it is one.
+
+        Of a merged model it stands in the original's place. `active` is empty where the base is shown.
+        """
+        scales = {name: active[name] for name in self.trainers if name in active}
+        if self.is_parameter:
+            for name in self.trainers:
+                self.copy_of(name).requires_grad_(training and scales == {name: 1.0})
+            self.original.requires_grad_(original_flag and not scales)
         for slot in self.slots:
-            slot.put(acts)
+            place = slot.owner, slot.table, slot.key
+            if not merged:
+                take_back(*place)
+            if is_parked(*place):
+                show(*place, None if scales else parked_key(ORIGINAL, slot.key))
+                continue
+            if merged and scales:
+                effective = self._combined(slot, scales)
+                drop_sum(slot.owner, slot.key)
+                park(*place, scales, effective)
+            else:
+                self._show_at(slot, scales)
+
+    def _show_at(self, slot: Slot, scales: Mapping[str, float]) -> None:
+        place = slot.owner, slot.table, slot.key
+        drop_sum(slot.owner, slot.key)
+        if not scales:
+            show(*place, None)
+        elif list(scales.values()) == [1.0]:
+            show(*place, parked_key(copies_of(next(iter(scales))), slot.key))
+        else:
+            show_sum(*place, scales, self._combined(slot, scales))
+
+    def _combined(self, slot: Slot, scales: Mapping[str, float]) -> Tensor:
+        with present(slot.owner), torch.inference_mode(False), torch.no_grad():  # it may be trained through later
+            return combined(slot.owner, slot.table, slot.key, scales)
 
     def moved(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """Other adapters' copies with their values once what is installed is the original: b' + (bₖ - b₀)."""
-        original, acts = self.original.detach(), self.slots[0].tensor.detach()
-        if not original.is_floating_point():
-            return []
-        wide = torch.promote_types(original.dtype, torch.float32)
-        step = acts.to(wide) - original.to(wide)
+        """Other adapters' copies with their values once what acts is the original: b' + (bₖ - b₀)."""
+        with present(self.slots[0].owner):
+            original, acts = self.original.detach(), self.slots[0].acting.detach()
+            if not original.is_floating_point():
+                return []
+            wide = torch.promote_types(original.dtype, torch.float32)
+            step = acts.to(wide) - original.to(wide)
         copies = [self.copy_of(other).detach() for other in self.trainers if other != name]
         return [(copy, self._bounded(copy.to(wide) + step).to(copy.dtype)) for copy in copies]
-
-    def fold(self, name: str) -> None:
-        """Make what is installed the original; `name`, the adapter that acts, has no copy any more."""
-        for who in (ORIGINAL, f"of_{name}"):
-            self._forget(who)
-        self.slots[0].tensor.requires_grad_(False)
-
-    def settle(self) -> None:
-        """Forget every copy: what is installed becomes the model's own."""
-        for who in (ORIGINAL, *(f"of_{name}" for name in self.trainers)):
-            self._forget(who)
-
-    def _as_found(self, content: Tensor, flag: bool) -> Tensor:
-        if not self.is_parameter:
-            return content
-        # What is combined of several copies is no parameter yet.
-        parameter = content if isinstance(content, nn.Parameter) else nn.Parameter(content, requires_grad=flag)
-        return parameter.requires_grad_(flag)
-
-    def _combined(self, acting: Mapping[str, float]) -> Tensor:
-        original = self.original.detach()
-        if not original.is_floating_point():
-            return original.clone()
-        wide = original.to(torch.promote_types(original.dtype, torch.float32))
-        total = wide.clone()
-        for name, scale in acting.items():
-            total.add_(self.copy_of(name).detach().to(wide.dtype) - wide, alpha=scale)
-        return self._bounded(total).to(original.dtype)
 
     def _bounded(self, total: Tensor) -> Tensor:
         """A sum of differences, which may be no variance any more; written to in place."""
         return total.clamp_(min=0) if self.slots[0].key == "running_var" else total
 
-    def _put_back(self) -> None:
-        for who in (ORIGINAL, *(f"of_{name}" for name in self.trainers)):
-            if self._waiting(who) is None:
-                self._wait(who, self.slots[0].tensor)
+    def fold(self, name: str) -> None:
+        """Make what acts the original; `name`, the adapter whose it is, has no copy any more."""
+        self._keep()
+        self._forget([name])
+        self.slots[0].tensor.requires_grad_(False)
 
-    def _held(self, who: str) -> Tensor:
-        waiting = self._waiting(who)
-        return self.slots[0].tensor if waiting is None else waiting
+    def settle(self) -> None:
+        """Forget every copy: what acts becomes the model's own."""
+        self._keep()
+        self._forget(self.trainers)
 
-    def _waiting(self, who: str) -> Tensor | None:
-        return _beside(self.slots[0], who).find()
-
-    def _wait(self, who: str, tensor: Tensor) -> None:
+    def _keep(self) -> None:
+        acts = self.slots[0].acting
         for slot in self.slots:
-            _beside(slot, who).put(tensor.requires_grad_(False))
+            keep(slot.owner, slot.table, slot.key, acts)
+            drop_sum(slot.owner, slot.key)
 
-    def _forget(self, who: str) -> None:
+    def _forget(self, names: Iterable[str]) -> None:
         for slot in self.slots:
-            _beside(slot, who).clear()
+            for name in names:
+                slot.put_beside(copies_of(name), None)
+            make_again(slot.owner, False)
 
 
 def all_tied(root: nn.Module, state: ModelState) -> list[Tied]:
@@ -150,11 +165,6 @@ def all_tied(root: nn.Module, state: ModelState) -> list[Tied]:
         for names in (*record.trained, *record.statistics):
             trainers.setdefault(names, []).append(record.name)
     return [Tied((found[name] for name in names), who) for names, who in trainers.items()]
-
-
-def _beside(slot: Slot, who: str) -> Slot:
-    """Where a copy for `slot` waits."""
-    return slot._replace(key=waiting_key(who, slot.key))
 
 
 def norm_statistics(root: nn.Module) -> tuple[tuple[str, ...], ...]:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from tnpeft.modules import AdaptedLayer
-from tnpeft.modules.waiting import MANGLED
+from tnpeft.modules.offload import store
+from tnpeft.modules.parked import MANGLED, acting, own, parked_key
 
 __all__ = ["Place", "Slot", "adapted_layers", "places", "plain_modules", "plain_parameters", "slots", "ties"]
 
@@ -32,19 +33,25 @@ class Slot(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        tensor = self.owner.__dict__[self.table][self.key]
-        assert isinstance(tensor, Tensor)
-        return tensor
+        """The base's own."""
+        return own(self.owner, self.table, self.key)
 
-    def find(self) -> Tensor | None:
-        found: Tensor | None = self.owner.__dict__[self.table].get(self.key)
-        return found
+    @property
+    def acting(self) -> Tensor:
+        """What the owner computes with."""
+        return acting(self.owner, self.table, self.key)
 
     def put(self, tensor: Tensor) -> None:
         self.owner.__dict__[self.table][self.key] = tensor
 
-    def clear(self) -> None:
-        self.owner.__dict__[self.table].pop(self.key, None)
+    def beside(self, who: str) -> Tensor | None:
+        """A tensor that stands beside it."""
+        found: Tensor | None = self.owner.__dict__[self.table].get(parked_key(who, self.key))
+        return found
+
+    def put_beside(self, who: str, tensor: Tensor | None) -> None:
+        """Let a tensor stand beside it; None: no more."""
+        store(self.owner, self.table, parked_key(who, self.key), tensor)
 
 
 def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
@@ -86,8 +93,8 @@ def ties(found: dict[str, Slot]) -> dict[int, tuple[str, ...]]:
 
 
 def plain_parameters(root: nn.Module) -> dict[str, Tensor]:
-    """Every parameter by the name it has in the plain model, tied ones at each of their names."""
-    return {name: slot.tensor for name, slot in slots(root).items()}
+    """What acts as every parameter, by the name it has in the plain model, tied ones at each of their names."""
+    return {name: slot.acting for name, slot in slots(root).items()}
 
 
 def adapted_layers(root: nn.Module) -> list[AdaptedLayer]:

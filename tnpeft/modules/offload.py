@@ -1,0 +1,187 @@
+"""Modules whose tensors accelerate moves: hooks around their forward pass bring the tensors and take them away.
+
+accelerate replaces `forward` of each module that has tensors of its own and, between two calls, each tensor by one on
+the meta device. What an adapter adds is small and trains: it stays where it is, the same object for the optimiser.
+Nothing here imports accelerate: its hooks are known by what they leave on a module (`_hf_hook`, `_old_forward`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Resident", "hook_of", "is_bare", "is_own_forward", "move_hook", "present", "store"]
+
+_HOOK, _FORWARD = "_hf_hook", "_old_forward"
+_AWAY = "_tnpeft_away"
+_WRAPPER = "_tnpeft_wrapper"
+_RESIDENT = "_tnpeft_of_"
+_CALLS = ("pre_forward", "post_forward", "detach_hook")
+
+
+class Resident:
+    """A mixin: a module of which some tensors are none of accelerate's."""
+
+    def resident_keys(self) -> list[str]:
+        """The keys of tensors that stay where they are: copies that adapters train beside the module's own."""
+        return _copies(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # accelerate keeps the old forward, looks at the module's tensors and leaves its hook, in this order.
+        if name == _FORWARD:
+            _take_away(self)
+        elif name == _HOOK:
+            _put_back(self)
+            _guard(value)
+        super().__setattr__(name, value)
+
+
+def is_bare(module: Any) -> bool:
+    """Whether accelerate is at work on the module, which then shows its own tensors under their names."""
+    return _AWAY in module.__dict__
+
+
+def hook_of(module: nn.Module) -> Any:
+    """accelerate's hook of a module or of the adapted layer around it; None where there is none."""
+    hook = module.__dict__.get(_HOOK)
+    wrapper = module.__dict__.get(_WRAPPER)
+    return wrapper.__dict__.get(_HOOK) if hook is None and wrapper is not None else hook
+
+
+def is_own_forward(layer: nn.Module, method: str) -> bool:
+    """Whether an attribute of an instance is its class's own method, bare or within accelerate's hook."""
+    replaced = layer.__dict__[method]
+    if method == "forward" and _HOOK in layer.__dict__:
+        replaced = layer.__dict__.get(_FORWARD)
+    bound = getattr(replaced, "__self__", None), getattr(replaced, "__func__", None)
+    return bound[0] is layer and bound[1] is getattr(type(layer), method)
+
+
+def move_hook(source: nn.Module, target: nn.Module) -> None:
+    """Let accelerate's hook of one module stand around another one that has the same tensors."""
+    hook = source.__dict__.pop(_HOOK, None)
+    if source.__dict__.pop(_FORWARD, None) is not None or hook is not None:
+        source.__dict__.pop("forward", None)
+    if hook is None:
+        return
+    target.__dict__.pop("forward", None)
+    target.__dict__[_FORWARD] = target.forward
+    target.__dict__[_HOOK] = hook
+    _guard(hook)
+    target.__dict__["forward"] = functools.update_wrapper(functools.partial(_hooked, target), target.forward)
+
+
+def _hooked(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What accelerate makes of a module's forward pass."""
+    hook = module._hf_hook
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not hook.no_grad):
+        output = module._old_forward(*args, **kwargs)
+    return hook.post_forward(module, output)
+
+
+@contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """Inside, the tensors of a module are where it computes, as during its forward pass."""
+    hook = hook_of(module)
+    around = module.__dict__.get(_WRAPPER, module)
+    if hook is None or not any(tensor.is_meta for tensor in module._parameters.values() if tensor is not None):
+        yield
+        return
+    hook.pre_forward(around)
+    try:
+        yield
+    finally:
+        hook.post_forward(around, None)
+
+
+def store(module: nn.Module, table: str, key: str, tensor: Tensor | None, of: str | None = None) -> None:
+    """Put a tensor into a module's table (None: forget it), and among those that accelerate brings where it must.
+
+    `of` is the key under which it stood until now.
+    """
+    tensors: dict[str, Tensor | None] = module.__dict__[table]
+    if key.startswith(_RESIDENT) and hook_of(module) is not None:
+        _guard(hook_of(module))
+    hook = _offloading(hook_of(module))
+    if hook is not None and not key.startswith(_RESIDENT) and (table == "_parameters" or hook.offload_buffers):
+        tensor = _restocked(hook, key, tensor, of)
+    if tensor is None:
+        tensors.pop(key, None)
+    else:
+        tensors[key] = tensor
+
+
+def _restocked(hook: Any, key: str, tensor: Tensor | None, of: str | None) -> Tensor | None:
+    """What stands for an offloaded tensor between two calls; its values are with the hook from here on."""
+    if not isinstance(hook.weights_map, ChainMap):
+        hook.weights_map = ChainMap({}, hook.weights_map)
+    stock: dict[str, Tensor] = hook.weights_map.maps[0]
+    if tensor is None:
+        stock.pop(key, None)
+        hook.original_devices.pop(key, None)
+        return None
+    if tensor.is_meta:
+        assert of is not None
+        stock[key] = hook.weights_map[of]
+    else:
+        stock[key] = tensor.detach().cpu()
+    devices = hook.original_devices
+    devices[key] = devices.get(of or key, tensor.device)
+    away = tensor.detach().to("meta")
+    return nn.Parameter(away, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else away
+
+
+def _offloading(hook: Any) -> Any:
+    """The hook, of those in a row, that takes tensors away; None if none does."""
+    hooks = getattr(hook, "hooks", (hook,))
+    return next((one for one in hooks if getattr(one, "offload", False) and one.weights_map is not None), None)
+
+
+def _guard(hook: Any) -> None:
+    """Let a hook see a module without what stays where it is."""
+    for name in _CALLS:
+        call = getattr(hook, name)
+        if not isinstance(call, _Guarded):
+            setattr(hook, name, _Guarded(call))
+
+
+class _Guarded:
+    """A hook's function, called on a bare module."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_bare(module):
+            return self.call(module, *args, **kwargs)
+        _take_away(module)
+        try:
+            return self.call(module, *args, **kwargs)
+        finally:
+            _put_back(module)
+
+
+def _copies(module: Any) -> list[str]:
+    tables = module.__dict__["_parameters"], module.__dict__["_buffers"]
+    return [key for table in tables for key in table if key.startswith(_RESIDENT)]
+
+
+def _take_away(module: Any) -> None:
+    keys = module.resident_keys() if isinstance(module, Resident) else _copies(module)
+    away = {}
+    for table in ("_parameters", "_buffers"):
+        tensors = module.__dict__[table]
+        away[table] = {key: tensors.pop(key) for key in keys if key in tensors}
+    module.__dict__[_AWAY] = away
+
+
+def _put_back(module: Any) -> None:
+    for table, tensors in module.__dict__.pop(_AWAY, {}).items():
+        module.__dict__[table].update(tensors)

@@ -1,0 +1,315 @@
+"""Tensors that stand beside a module's own, in the same table: copies that adapters train, and what merging parks.
+
+A module's own tensor keeps its own name, so that a state dict of an adapted model holds the base under the base's
+names and all that adapters add under names of their own. Where a copy acts instead, the table `SHOWN` of the module
+says so and, as long as it does, the module's class is a subclass whose attributes read that table (torch's
+parametrizations do the same). While a model is merged, the effective tensors stand under the plain names, whose own
+ones are parked as `ORIGINAL`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.modules.offload import Resident, is_bare, store
+
+__all__ = [
+    "MANGLED",
+    "ORIGINAL",
+    "acting",
+    "acting_scales",
+    "combined",
+    "copies_of",
+    "drop_sum",
+    "is_parked",
+    "keep",
+    "make_again",
+    "own",
+    "own_weight",
+    "park",
+    "parked_key",
+    "remake",
+    "show",
+    "show_sum",
+    "take_back",
+    "translate",
+]
+
+MANGLED = "_tnpeft_"
+ORIGINAL = "original"
+_SUM = "sum"
+_SHOWN = "_tnpeft_shown"
+"""On a module: for each tensor in whose place another acts, the key of that one."""
+_MADE = "_tnpeft_made"
+"""On a module: for each tensor that is made of several copies, or merged, the adapters it is made of and their scales."""
+
+_TABLES = ("_parameters", "_buffers")
+
+
+def parked_key(who: str, key: str) -> str:
+    """The key of what stands beside `key`. No adapter's name has a colon, so that no two tensors share a place."""
+    return f"{MANGLED}{who}:{key}"
+
+
+def copies_of(name: str) -> str:
+    """Whose the copies of adapter `name` are, for `parked_key`."""
+    return f"of_{name}"
+
+
+def own(module: nn.Module, table: str, key: str) -> Tensor:
+    """The base's own tensor, whatever acts in its place, merged or not."""
+    tensors = module.__dict__[table]
+    parked = tensors.get(parked_key(ORIGINAL, key))
+    tensor = tensors[key] if parked is None else parked
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def own_weight(base: nn.Module) -> Tensor:
+    """The base's own weight, whatever an adapter that trains the layer as a whole has put in its place."""
+    return own(base, "_parameters", "weight")
+
+
+def acting(module: nn.Module, table: str, key: str) -> Tensor:
+    """The tensor with which the module computes."""
+    stored = module.__dict__.get(_SHOWN, {}).get(key, key)
+    found = _stored(module, table, stored)
+    assert found is not None
+    return found
+
+
+def show(module: nn.Module, table: str, key: str, stored: str | None) -> None:
+    """Let what is stored as `stored` act as `key`; None: what stands at `key` itself."""
+    shown = {name: other for name, other in module.__dict__.get(_SHOWN, {}).items() if name != key}
+    if stored is not None:
+        shown[key] = stored
+    plain = _plain_class(module)
+    if shown:
+        module.__dict__[_SHOWN] = shown
+        module.__class__ = _showing(plain, tuple(sorted((name, _table_of(module, name)) for name in shown)))
+    else:
+        module.__dict__.pop(_SHOWN, None)
+        module.__class__ = plain
+        _list_anew(module)
+
+
+def acting_scales(module: nn.Module, key: str) -> dict[str, float]:
+    """The adapters whose copies make what acts as `key`, with their scales; none where it is the module's own."""
+    if key in module.__dict__.get(_MADE, {}):
+        return dict(module.__dict__[_MADE][key])
+    stored = module.__dict__.get(_SHOWN, {}).get(key, "")
+    name = stored.removeprefix(f"{MANGLED}of_").rpartition(":")[0]
+    return {name: 1.0} if stored.startswith(f"{MANGLED}of_") else {}
+
+
+def combined(module: nn.Module, table: str, key: str, scales: Mapping[str, float]) -> Tensor:
+    """b0 + sum of s (b - b0) over the copies of some adapters, rounded once; an integer stays what it is."""
+    original = own(module, table, key).detach()
+    if list(scales.values()) == [1.0]:
+        (name,) = scales
+        return module.__dict__[table][parked_key(copies_of(name), key)].detach().clone()  # type: ignore[no-any-return]
+    if not original.is_floating_point():
+        return original.clone()
+    wide = original.to(torch.promote_types(original.dtype, torch.float32))
+    total = wide.clone()
+    for name, scale in scales.items():
+        copy = module.__dict__[table][parked_key(copies_of(name), key)].detach()
+        total.add_(copy.to(wide.dtype) - wide, alpha=scale)
+    # A sum of differences may be no variance any more.
+    return (total.clamp_(min=0) if key == "running_var" else total).to(original.dtype)
+
+
+def park(module: nn.Module, table: str, key: str, scales: Mapping[str, float], tensor: Tensor) -> None:
+    """Put an effective `tensor` where the module's own stands, which is parked.
+
+    `scales` say of which copies it is made, so that it can be made anew.
+    """
+    tensors = module.__dict__[table]
+    show(module, table, key, None)
+    if parked_key(ORIGINAL, key) not in tensors:
+        store(module, table, parked_key(ORIGINAL, key), tensors[key], of=key)
+    effective = nn.Parameter(tensor, requires_grad=False) if table == "_parameters" else tensor
+    store(module, table, key, effective)
+    if scales:
+        module.__dict__.setdefault(_MADE, {})[key] = dict(scales)
+    _list_anew(module)
+
+
+def is_parked(module: nn.Module, table: str, key: str) -> bool:
+    """Whether an effective tensor stands in place of the module's own."""
+    return parked_key(ORIGINAL, key) in module.__dict__[table]
+
+
+def take_back(module: nn.Module, table: str, key: str) -> None:
+    """Undo `park`."""
+    tensors = module.__dict__[table]
+    parked = parked_key(ORIGINAL, key)
+    if parked in tensors:
+        store(module, table, key, tensors[parked], of=parked)
+        store(module, table, parked, None)
+        _list_anew(module)
+    module.__dict__.get(_MADE, {}).pop(key, None)
+
+
+def keep(module: nn.Module, table: str, key: str, tensor: Tensor) -> None:
+    """Make `tensor` the module's own for good; the one that was is forgotten."""
+    show(module, table, key, None)
+    if tensor is own(module, table, key):
+        take_back(module, table, key)
+        return
+    if table == "_parameters" and not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    if tensor is not module.__dict__[table][key]:
+        store(module, table, key, tensor)
+    if is_parked(module, table, key):
+        store(module, table, parked_key(ORIGINAL, key), None)
+    module.__dict__.get(_MADE, {}).pop(key, None)
+    _list_anew(module)
+
+
+def show_sum(module: nn.Module, table: str, key: str, scales: Mapping[str, float], tensor: Tensor) -> None:
+    """Let a sum of copies act; it moves with the module and is not saved."""
+    stored = parked_key(_SUM, key)
+    module._buffers[stored] = tensor
+    module._non_persistent_buffers_set.add(stored)
+    module.__dict__.setdefault(_MADE, {})[key] = dict(scales)
+    show(module, table, key, stored)
+
+
+def drop_sum(module: nn.Module, key: str) -> None:
+    """Forget a sum of copies."""
+    stored = parked_key(_SUM, key)
+    if module._buffers.pop(stored, None) is not None:
+        module._non_persistent_buffers_set.discard(stored)
+        module.__dict__.get(_MADE, {}).pop(key, None)
+
+
+def translate(module: nn.Module, state: MutableMapping[str, Any], prefix: str) -> None:
+    """A state dict that is about to be loaded, in the names that the module has now.
+
+    A base's checkpoint, one of an adapted model, of a merged one, and those that were written when acting copies had
+    the plain names: each gives the base's values to the base's own tensors.
+    """
+    for table in _TABLES:
+        tensors: dict[str, Tensor | None] = module.__dict__[table]
+        for key in [key for key in tensors if not key.startswith(MANGLED)]:
+            parked = prefix + parked_key(ORIGINAL, key)
+            plain = prefix + key
+            if parked in state:
+                copies = [other for other in tensors if other.endswith(f":{key}") and other.startswith(f"{MANGLED}of_")]
+                absent = [copy for copy in copies if prefix + copy not in state]
+                if len(absent) == 1 and plain in state:
+                    state[prefix + absent[0]] = state[plain]
+                if parked_key(ORIGINAL, key) not in tensors:
+                    state[plain] = state.pop(parked)
+            elif parked_key(ORIGINAL, key) in tensors and plain in state:
+                state[parked] = state[plain]
+                state[plain] = tensors[key]
+
+
+def remake(module: nn.Module) -> None:
+    """Make sums and merged tensors anew, after their parts got other values."""
+    for key, scales in module.__dict__.get(_MADE, {}).items():
+        table = _table_of(module, key)
+        stored = parked_key(_SUM, key) if parked_key(_SUM, key) in module._buffers else key
+        target = _stored(module, table, stored)
+        assert target is not None
+        with torch.no_grad():
+            target.copy_(combined(module, table, key, scales))
+
+
+def make_again(module: nn.Module, listening: bool) -> None:
+    """Let loading a state dict give each tensor of a module its own values, as long as copies stand beside some."""
+    copies = any(key.startswith(MANGLED) for table in _TABLES for key in module.__dict__[table])
+    hooks = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
+    known = [number for number, hook in hooks[1].items() if hook is _loaded]
+    if listening and not known:
+        module.register_load_state_dict_pre_hook(_loading)
+        module.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
+    elif not copies:
+        for table, own_hook in zip(hooks, (_loading, _loaded), strict=True):
+            for number in [number for number, hook in table.items() if getattr(hook, "hook", hook) is own_hook]:
+                del table[number]
+
+
+def _loading(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_rest: Any) -> None:
+    translate(module, state, prefix)
+
+
+def _loaded(module: nn.Module, _incompatible: object) -> None:
+    remake(module)
+
+
+def _table_of(module: nn.Module, key: str) -> str:
+    return "_parameters" if key in module._parameters else "_buffers"
+
+
+def _stored(module: nn.Module, table: str, stored: str) -> Tensor | None:
+    tensors = module.__dict__[table]
+    return tensors[stored] if stored in tensors else module.__dict__["_buffers"][stored]  # type: ignore[no-any-return]
+
+
+class _Showing(Resident):
+    """What the subclasses have in common in whose place of a module's class they stand."""
+
+    _tnpeft_plain: type[nn.Module]
+    _tnpeft_tables: tuple[tuple[str, str], ...]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        stored = self.__dict__.get(_SHOWN, {}).get(name)
+        if stored is None or not isinstance(value, Tensor):
+            super().__setattr__(name, value)
+        else:  # as a norm that puts a new tensor in place of its running mean
+            store(self, _table_of(self, stored), stored, value)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The subclass is made on the fly: what is unpickled is of the plain class first."""
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        plain = self._tnpeft_plain
+        arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
+        return (_made_again, (self._tnpeft_tables, make, arguments), *rest)
+
+
+def _made_again(tables: tuple[tuple[str, str], ...], make: Any, arguments: Any) -> Any:
+    module = make(*arguments)
+    module.__class__ = _showing(type(module), tables)
+    return module
+
+
+@lru_cache(maxsize=1024)
+def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> type[nn.Module]:
+    """The subclass of `plain` in which some names read `SHOWN`; each comes with the table that its tensor is in."""
+
+    def reading(name: str, table: str) -> Callable[[Any], Tensor | None]:
+        def read(module: Any) -> Tensor | None:
+            shown = module.__dict__.get(_SHOWN, {})
+            stored = name if is_bare(module) else shown.get(name, name)
+            return _stored(module, table, stored)
+
+        return read
+
+    names: dict[str, Any] = {name: property(reading(name, table)) for name, table in tables}
+    if issubclass(plain, nn.RNNBase):
+        names["_flat_weights"] = property(_flat_weights, lambda module, found: None)
+    names |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    names |= {"_tnpeft_plain": plain, "_tnpeft_tables": tables}
+    return type(plain.__name__, (_Showing, plain), names)
+
+
+def _list_anew(module: nn.Module) -> None:
+    """Recurrent layers keep a list of their parameters beside the table."""
+    if isinstance(module, nn.RNNBase) and _SHOWN not in module.__dict__:
+        module.__dict__["_flat_weights"] = _flat_weights(module)
+
+
+def _flat_weights(module: Any) -> list[Tensor | None]:
+    return [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    return getattr(type(module), "_tnpeft_plain", type(module))
