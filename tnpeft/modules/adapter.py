@@ -14,9 +14,9 @@ from tnpeft.modules.calling import Calling
 from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.modules.keeping import Keeping, same_tensors
-from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.modules.offload import Resident, present
 from tnpeft.modules.parked import own_weight
+from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast
@@ -89,18 +89,16 @@ class Adapter(Resident, nn.Module):
         self._start_keys = tuple(
             key if core.frozen else _START + core.name for key, core in zip(self._core_keys, network.cores, strict=True)
         )
-        with present(layer):
+        # Tensors made under inference mode could never be trained.
+        with present(layer), torch.inference_mode(False):
             weight = layer.weight
             assert isinstance(weight, Tensor)
             self._lay_out(weight.stride())
-            # Tensors made under inference mode could never be trained.
-            with torch.inference_mode(False):
-                self._register(weight, sharing or Sharing())
+            self._register(weight, sharing or Sharing())
             if initialise:
                 self.reset_parameters(weight)
 
     def resident_keys(self) -> list[str]:
-        """All its tensors stay where they are, whatever takes those of the base layer away."""
         return [*self._parameters, *self._buffers]
 
     def _register(self, weight: Tensor, sharing: Sharing) -> None:
@@ -236,8 +234,7 @@ class Adapter(Resident, nn.Module):
         return found if self.magnitude is None else [*found, self.magnitude]
 
     @property
-    def memory_order(self) -> tuple[int, ...]:
-        """Of the weights that the program writes: the axes from the slowest varying to the fastest."""
+    def memory_order(self) -> tuple[int, ...]:  # of the weights that the program writes
         return memory_order(self._strides)
 
     @property
@@ -389,7 +386,7 @@ class Adapter(Resident, nn.Module):
 
 
 def memory_order(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes from the slowest varying to the fastest; equal strides keep their order."""
+    """The axes from slowest to fastest varying; equal strides keep their order."""
     return tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
 
 

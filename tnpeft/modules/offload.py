@@ -122,7 +122,7 @@ def _restocked(hook: Any, key: str, tensor: Tensor | None, of: str | None) -> Te
     """What stands for an offloaded tensor between two calls; its values are with the hook from here on."""
     if not isinstance(hook.weights_map, ChainMap):
         hook.weights_map = ChainMap({}, hook.weights_map)
-    stock: dict[str, Tensor] = hook.weights_map.maps[0]
+    stock: Any = hook.weights_map.maps[0]
     if tensor is None:
         stock.pop(key, None)
         hook.original_devices.pop(key, None)

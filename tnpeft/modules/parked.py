@@ -46,7 +46,7 @@ _SUM = "sum"
 _SHOWN = "_tnpeft_shown"
 """On a module: for each tensor in whose place another acts, the key of that one."""
 _MADE = "_tnpeft_made"
-"""On a module: for each tensor that is made of several copies, or merged, the adapters it is made of and their scales."""
+"""On a module: for each tensor that is made of several copies, or merged, the adapters and scales that make it."""
 
 _TABLES = ("_parameters", "_buffers")
 
@@ -91,7 +91,8 @@ def show(module: nn.Module, table: str, key: str, stored: str | None) -> None:
     plain = _plain_class(module)
     if shown:
         module.__dict__[_SHOWN] = shown
-        module.__class__ = _showing(plain, tuple(sorted((name, _table_of(module, name)) for name in shown)))
+        tables = tuple(sorted((name, _table_of(module, name)) for name in shown))
+        module.__class__ = _showing(plain, tables)  # type: ignore[arg-type]
     else:
         module.__dict__.pop(_SHOWN, None)
         module.__class__ = plain
@@ -229,7 +230,7 @@ def make_again(module: nn.Module, listening: bool) -> None:
     hooks = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
     known = [number for number, hook in hooks[1].items() if hook is _loaded]
     if listening and not known:
-        module.register_load_state_dict_pre_hook(_loading)
+        module.register_load_state_dict_pre_hook(_loading)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
     elif not copies:
         for table, own_hook in zip(hooks, (_loading, _loaded), strict=True):
@@ -269,7 +270,8 @@ class _Showing(Resident):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The subclass is made on the fly: what is unpickled is of the plain class first."""
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         plain = self._tnpeft_plain
         arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
         return (_made_again, (self._tnpeft_tables, make, arguments), *rest)
@@ -277,7 +279,7 @@ class _Showing(Resident):
 
 def _made_again(tables: tuple[tuple[str, str], ...], make: Any, arguments: Any) -> Any:
     module = make(*arguments)
-    module.__class__ = _showing(type(module), tables)
+    module.__class__ = _showing(type(module), tables)  # type: ignore[arg-type]
     return module
 
 

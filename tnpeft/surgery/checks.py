@@ -160,7 +160,9 @@ def trained_problems(
     """Why some of the parameters cannot train beside the cores."""
     modules = plain_modules(root)
     adapted = {
-        id(own_weight(place.module.base)): place.name for place in places(root) if isinstance(place.module, AdaptedLayer)
+        id(own_weight(place.module.base)): place.name
+        for place in places(root)
+        if isinstance(place.module, AdaptedLayer)
     }
     adapted |= {
         id(own_weight(modules[name])): name

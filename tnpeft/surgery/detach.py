@@ -97,7 +97,8 @@ def _keep(root: nn.Module, state: ModelState, layers: list[AdaptedLayer], kept: 
     for layer in layers:
         if kept:
             layer.keep_merged()
-        layer.unmerge()
+        elif layer.merged:
+            layer.unmerge()
 
 
 def _unwrap(root: nn.Module, layers: list[AdaptedLayer]) -> None:

@@ -68,6 +68,5 @@ def fold(root: nn.Module, state: ModelState, name: str) -> None:
         tied.fold(name)
     for layer in layers:
         layer.keep_merged()
-        layer.unmerge()
     state.adapters[name] = replace(state.adapters[name], trained=(), statistics=())
     state.active = others
