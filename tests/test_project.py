@@ -28,6 +28,7 @@ ROOMS = (
     "surgery",
     "recipe",
     "io",
+    "integrations",
     "fitting",
     "verify",
     "testing",

@@ -8,6 +8,8 @@ The rooms import only to the left:
 
     errors <- spec <- network <- plan <- program <- modules <- surgery <- recipe
            <- io <- fitting <- verify <- draw <- cli
+
+`tnpeft.integrations` has what other libraries call; it is imported by name.
 """
 
 from __future__ import annotations
@@ -36,7 +38,17 @@ if TYPE_CHECKING:
     from tnpeft.io import load, load_foreign, save, save_foreign
     from tnpeft.modules import Adapter, compile
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
-    from tnpeft.surgery import accumulating, activate, detach, disabled, merge, names_of, scales_of, unmerge
+    from tnpeft.surgery import (
+        accumulating,
+        activate,
+        detach,
+        disabled,
+        merge,
+        names_of,
+        plain_state_dict,
+        scales_of,
+        unmerge,
+    )
 
 __version__ = "0.1.0"
 
@@ -81,6 +93,7 @@ __all__ = [
     "load_spec",
     "merge",
     "names_of",
+    "plain_state_dict",
     "plan",
     "register_init",
     "save",
@@ -99,6 +112,7 @@ _LAZY = {
     "disabled": "surgery",
     "merge": "surgery",
     "names_of": "surgery",
+    "plain_state_dict": "surgery",
     "scales_of": "surgery",
     "unmerge": "surgery",
     "Handle": "recipe",

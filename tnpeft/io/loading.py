@@ -15,6 +15,7 @@ from tnpeft.io.files import FOREIGN, file_path, read, refuse, shown
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.saving import fingerprint
 from tnpeft.modules import Adapter, Sharing, is_drawn
+from tnpeft.modules.offload import hook_of
 from tnpeft.recipe import Handle
 from tnpeft.spec import Spec
 from tnpeft.surgery import (
@@ -147,7 +148,7 @@ def _adapter(
     if layer is None or entry.spec not in range(len(specs)):
         raise refuse(path, "metadata", "that of an adapter", f"a layer '{name}' that does not fit", FOREIGN)
     weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and weight.device.type == "meta":
+    if isinstance(weight, Tensor) and weight.device.type == "meta" and hook_of(layer) is None:
         fix = "Give the model its weights before loading an adapter."
         raise refuse(path, "base model", "values", f"none in layer '{name}' (it is on the meta device)", fix)
     try:

@@ -8,6 +8,7 @@ Nothing here imports accelerate: its hooks are known by what they leave on a mod
 from __future__ import annotations
 
 import functools
+import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ _HOOK, _FORWARD = "_hf_hook", "_old_forward"
 _AWAY = "_tnpeft_away"
 _WRAPPER = "_tnpeft_wrapper"
 _RESIDENT = "_tnpeft_of_"
+_MOVES = "set_module_tensor_to_device"
 _CALLS = ("pre_forward", "post_forward", "detach_hook")
 
 
@@ -43,8 +45,14 @@ class Resident:
 
 
 def is_bare(module: Any) -> bool:
-    """Whether accelerate is at work on the module, which then shows its own tensors under their names."""
-    return _AWAY in module.__dict__
+    """Whether accelerate is at work on the module, which then shows its own tensors under their names.
+
+    For the attributes of a module: it is the caller of the caller that counts. One function of accelerate reads a
+    tensor as an attribute and writes it to the module's table, also those of modules without hooks of their own.
+    """
+    if _AWAY in module.__dict__:
+        return True
+    return not torch.compiler.is_compiling() and sys._getframe(2).f_code.co_name == _MOVES
 
 
 def hook_of(module: nn.Module) -> Any:
@@ -110,16 +118,20 @@ def store(module: nn.Module, table: str, key: str, tensor: Tensor | None, of: st
     if key.startswith(_RESIDENT) and hook_of(module) is not None:
         _guard(hook_of(module))
     hook = _offloading(hook_of(module))
-    if hook is not None and not key.startswith(_RESIDENT) and (table == "_parameters" or hook.offload_buffers):
-        tensor = _restocked(hook, key, tensor, of)
+    if hook is not None and not key.startswith(_RESIDENT):
+        away = table == "_parameters" or hook.offload_buffers
+        tensor = _restocked(hook, key, tensor, of, away)
     if tensor is None:
         tensors.pop(key, None)
     else:
         tensors[key] = tensor
 
 
-def _restocked(hook: Any, key: str, tensor: Tensor | None, of: str | None) -> Tensor | None:
-    """What stands for an offloaded tensor between two calls; its values are with the hook from here on."""
+def _restocked(hook: Any, key: str, tensor: Tensor | None, of: str | None, away: bool) -> Tensor | None:
+    """What stands for a tensor between two calls; its values are with the hook from here on, which gives them back.
+
+    `away`: it is one that is taken away.
+    """
     if not isinstance(hook.weights_map, ChainMap):
         hook.weights_map = ChainMap({}, hook.weights_map)
     stock: Any = hook.weights_map.maps[0]
@@ -134,8 +146,10 @@ def _restocked(hook: Any, key: str, tensor: Tensor | None, of: str | None) -> Te
         stock[key] = tensor.detach().cpu()
     devices = hook.original_devices
     devices[key] = devices.get(of or key, tensor.device)
-    away = tensor.detach().to("meta")
-    return nn.Parameter(away, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else away
+    if not away:
+        return tensor
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _offloading(hook: Any) -> Any:
@@ -159,7 +173,7 @@ class _Guarded:
         self.call = call
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_bare(module):
+        if _AWAY in module.__dict__:
             return self.call(module, *args, **kwargs)
         _take_away(module)
         try:

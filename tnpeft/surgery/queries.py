@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from tnpeft.modules import AdaptedLayer, Adapter
-from tnpeft.surgery.state import AdapterRecord, adapted, known_adapter
+from tnpeft.modules.parked import MANGLED
+from tnpeft.surgery.state import AdapterRecord, adapted, find, known_adapter
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import places, slots, ties
 
@@ -14,6 +17,7 @@ __all__ = [
     "base_tensors",
     "names_of",
     "parameter_groups",
+    "plain_state_dict",
     "record_of",
     "scales_of",
     "statistics_of",
@@ -67,6 +71,23 @@ def base_tensors(root: nn.Module) -> dict[str, Tensor]:
 def parameter_groups(root: nn.Module) -> tuple[tuple[str, ...], ...]:
     """The names of every parameter of the plain model; tied ones stand together."""
     return tuple(ties(slots(root)).values())
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state dict of the plain model: its names alone, without what adapters keep beside them.
+
+    The values are the base's own or, of a merged model, the effective ones. Raises AttachError where two parts of
+    `model` are adapted on their own.
+    """
+    root = (find(model) or (model, None))[0]
+    layers = [name for name, module in root.named_modules(remove_duplicate=False) if isinstance(module, AdaptedLayer)]
+    below = tuple(f"{name}.adapters." for name in layers)
+    state: dict[str, Any] = root.state_dict()
+    return {
+        key: value
+        for key, value in state.items()
+        if not key.rpartition(".")[2].startswith(MANGLED) and not key.startswith(below)
+    }
 
 
 def _copies(model: nn.Module, name: str, parameters: bool) -> dict[str, Tensor]:

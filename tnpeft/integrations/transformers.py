@@ -1,0 +1,60 @@
+"""For transformers' `Trainer`: the adapter's own file in each of its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from tnpeft.io import save
+from tnpeft.surgery import adapted, plain_state_dict
+
+__all__ = ["AdapterCallback"]
+
+
+class AdapterCallback(TrainerCallback):  # type: ignore[misc]
+    """Saves an adapter with each checkpoint of a `Trainer`.
+
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[AdapterCallback()])
+
+    Each checkpoint gets the file `file`, which `tnpeft.load` puts on the base model. `name` says which adapter, and may
+    be left out where one is attached. With `base=False` the Trainer's own file of weights holds what adapters add and
+    not the base: `resume_from_checkpoint` and `load_best_model_at_end` read it as they read the whole one.
+    """
+
+    def __init__(self, file: str = "adapter.safetensors", *, name: str | None = None, base: bool = True) -> None:
+        self.file = file
+        self.name = name
+        self.base = base
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_others: Any) -> None:
+        """Called by the Trainer after it wrote a checkpoint. Raises AdapterFileError as `tnpeft.save` does."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        save(model, folder / self.file, self.name)
+        if not self.base:
+            _leave_base_out(model, folder)
+
+
+def _leave_base_out(model: nn.Module, folder: Path) -> None:
+    """Write the weights of a checkpoint anew, with those of adapters alone; then remove what held all of them."""
+    root, _ = adapted(model)
+    plain = plain_state_dict(root)
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in root.state_dict().items():
+        # A tensor with several names stands once: loading it under one of them reaches all.
+        if key not in plain and not any(tensor.is_set_to(other) for other in tensors.values()):
+            tensors[key] = tensor
+    written = folder / f"{SAFE_WEIGHTS_NAME}.new"
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, written, {"format": "pt"})
+    written.replace(folder / SAFE_WEIGHTS_NAME)
+    index = [SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME]
+    shards = [*folder.glob("model-*-of-*.safetensors"), *folder.glob("pytorch_model-*-of-*.bin")]
+    for path in (*(folder / name for name in index), *shards):
+        path.unlink(missing_ok=True)
