@@ -240,6 +240,7 @@ def test_distributed_checkpoints_pair_names_of_model_and_optimiser(make: Callabl
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        model.zero_grad()  # a fresh optimiser's state is made by a step that torch takes with zeros
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return torch.optim.Adam(trained or [nn.Parameter(torch.zeros(1))], lr=0.01)
 
