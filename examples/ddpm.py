@@ -85,9 +85,9 @@ def report(out: Folder) -> None:
     """Tables, pictures and one HTML page of everything that `study` left in OUT."""
 
     def run() -> None:
-        from ddpm_lab.report import report
+        from ddpm_lab.report import check_filled, report
 
-        report(out, _screen())
+        check_filled(report(out, _screen()))
 
     _guarded(run)
 

@@ -200,8 +200,10 @@ def test_mistakes_end_before_training_with_one_line(tmp_path: Path) -> None:
         "error: base.checkpoint: the base of method `adapter`: expected a pretrained model's checkpoint, found "
         "nothing. Pass `--set base.checkpoint=FILE`, or train from nothing with `--set method.kind=full`.\n"
     )
-    assert said(*base, "--set", f"base.checkpoint={other}").startswith(
-        f"error: {other}: tensor `conv_in.conv.weight`: expected 8x1x3x3x3, found no such tensor. "
+    assert said(*base, "--set", f"base.checkpoint={other}") == (
+        f"error: {other}: `base.checkpoint`: expected this model's tensors, `conv_in.conv.weight`, "
+        "`conv_in.conv.bias`, `time_embed.0.weight` and 139 more, found only `weight`. "
+        "Give the checkpoint of this model, or set `model` to the checkpoint's.\n"
     )
     assert said(*full, "--set", "training.batch_size=4") == (
         f"error: {root}: files to train on: expected at least 4, one batch, found 3 of 4 after holding 1 out. "

@@ -2,10 +2,11 @@
 
 Each imports only what stands to its left:
 
-    faults <- config <- manifest <- files <- volumes, population <- unet, diffusion <- training, sampling
-           <- encoder, bootstrap, metrics <- distances <- plots, summary <- finetune <- demo, prepare
+    faults <- config <- reading, outliers <- manifest <- files <- locks, volumes, population <- base_file <- unet,
+           diffusion <- method <- training, sampling <- encoder, bootstrap, metrics <- distances <- slices <- plots,
+           summary <- finetune <- estimate <- demo, prepare
     sampling, training <- variants, grid, sample_sets <- sample
     distances <- real_volumes <- evaluate
-    study_config <- cost, dry_run, study_run <- study_data <- study
+    study_config <- study_check, cost, dry_run, study_run <- study_data <- study
            study_run <- study_results <- study_tables, study_plots <- page <- report
 """

@@ -10,7 +10,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 __all__ = [
     "Base",
@@ -29,6 +37,7 @@ __all__ = [
 
 Positive = Annotated[int, Field(gt=0)]
 Millimetres = Annotated[float, Field(gt=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 Size = tuple[Positive, Positive, Positive]
 
 
@@ -48,7 +57,8 @@ class Data(Section):
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
     crop: Size | None = None  # cropped or padded to this many voxels
     resize: Size | None = None
-    intensity: tuple[float, float] = (0.0, 1.0)  # every volume's minimum and maximum are moved here
+    intensity: tuple[float, float] = (0.0, 1.0)  # every volume's minimum and maximum are moved here, or:
+    percentiles: tuple[Percent, Percent] | None = None  # these, as [0, 99.9]; what lies beyond them is cut off
     cache: Literal["memory", "disk", "none"] = "memory"
     manifest: Path | None = None  # `prepare`'s: names the files and the split, in place of root, layout and keep
     checksums: bool = False  # compare each file's sha256 with the manifest's, not its size alone: reads every file
@@ -62,6 +72,21 @@ class Data(Section):
         if intensity[0] >= intensity[1]:
             raise ValueError("two numbers, the first below the second")
         return intensity
+
+    @field_validator("percentiles")
+    @classmethod
+    def _lowest_first(cls, percentiles: tuple[float, float] | None) -> tuple[float, float] | None:
+        if percentiles is not None and percentiles[0] >= percentiles[1]:
+            raise ValueError("two numbers, the first below the second")
+        return percentiles
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `percentiles` where there are none: then caches and runs have the names that they always had."""
+        values: dict[str, Any] = dump(self)
+        if values.get("percentiles") is None:
+            values.pop("percentiles", None)
+        return values
 
 
 class Model(Section):
@@ -81,7 +106,8 @@ class Base(Section):
     """The pretrained model that is fine-tuned."""
 
     checkpoint: Path | None = None  # .safetensors, or a state dict that torch.load can read with weights_only
-    old_generative: bool = False  # written with the monai-generative package
+    part: str | None = None  # where several models are in the file: how the names of the wanted one begin
+    old_generative: bool = False  # written with the monai-generative package: no `attn.out_proj`
 
 
 class Diffusion(Section):
@@ -105,7 +131,7 @@ class Method(Section):
     params: dict[str, Any] = {}  # the spec's: {r: 4}
     mode: Literal["auto", "dense", "factored", "hybrid"] = "auto"
     also: tuple[str, ...] = ()  # joint fine-tuning: patterns of layers that train whole, beside the adapters
-    zero_scale: bool = False  # the accident of the paper's LoRA and LoHa: rank // 4 = 0 scales their updates to nothing
+    zero_scale: bool = False  # as the paper's scripts build LoRA and LoHa: rank // 4 = 0 scales updates to nothing
 
     @field_validator("recipe", "spec")
     @classmethod

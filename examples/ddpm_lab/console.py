@@ -1,4 +1,7 @@
-"""Progress bars and lines for people; silent in all processes but the first."""
+"""Progress bars and lines for people; silent in all processes but the first.
+
+Where there is no terminal, a line now and then says how far a phase is.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,19 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["Bar", "Screen"]
+__all__ = ["Bar", "Screen", "clock"]
+
+QUIET = 20.0  # seconds without a line where there is no terminal
+
+
+def clock(seconds: float) -> str:
+    """A time for people: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 class Bar:
@@ -30,6 +45,25 @@ class Bar:
 
     def __call__(self, done: int, note: str = "") -> None:
         self._move(done, note)
+
+
+class _Reporter:
+    """Says every `QUIET` seconds how far a phase is."""
+
+    def __init__(self, title: str, total: int, start: int, say: Callable[[str], None]) -> None:
+        self.title, self.total, self.start, self.say = title, total, start, say
+        self.started = self.said = time.perf_counter()
+
+    def __call__(self, done: int, note: str) -> None:
+        now = time.perf_counter()
+        if now - self.said < QUIET or done >= self.total:
+            return
+        self.said = now
+        rest = ""
+        if done > self.start:
+            left = (now - self.started) / (done - self.start) * (self.total - done)
+            rest = f", about {clock(left)} left"
+        self.say(f"{self.title}: {done} of {self.total} ({done / self.total:.0%}){rest}{note and f', {note}'}")
 
 
 class RateColumn(ProgressColumn):
@@ -57,7 +91,8 @@ class Screen:
     def bar(self, title: str, total: int, start: int = 0, transient: bool = False) -> Iterator[Bar]:
         """A bar for one phase, of which an earlier process did `start` things; its time is added to `seconds`.
 
-        A transient bar leaves no trace when it is full.
+        A transient bar leaves no trace when it is full. Without a terminal the bar comes when it is full, and lines
+        before it.
         """
         columns = (
             TextColumn("{task.description:<36}", markup=False),
@@ -68,13 +103,19 @@ class Screen:
             RateColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        with self.phase(title), Progress(*columns, console=self.console, transient=transient) as progress:
+        terminal = self.console.is_terminal
+        report = _Reporter(title, total, start, self.line)
+        # A file would keep what vanishes.
+        progress = Progress(*columns, console=self.console, transient=transient, disable=transient and not terminal)
+        with self.phase(title), progress:
             task = progress.add_task(title, total=total, completed=start, note="")
 
             def move(done: int, note: str) -> None:
                 progress.update(task, completed=done)
                 if note:
                     progress.update(task, note=note)
+                if not terminal:
+                    report(done, note)
 
             yield Bar(move)
 

@@ -13,8 +13,10 @@ from ddpm_lab.config import Base, Config, DemoConfig, Method, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import noise_schedule
 from ddpm_lab.driver import finish
+from ddpm_lab.estimate import expected_time
 from ddpm_lab.files import make_folder, write_json
 from ddpm_lab.finetune import Run, Setup, prepare, prepare_volumes, run_training
+from ddpm_lab.locks import alone_in_out
 from ddpm_lab.order import Source
 from ddpm_lab.plots import Curve, plot_curves
 from ddpm_lab.population import template_tissues, write_population
@@ -24,16 +26,19 @@ from ddpm_lab.unet import build_unet, save_weights
 
 __all__ = ["demo"]
 
+TARGET = "target (made from MNI152)"
 CAVEAT = (
-    "All subjects are deformations of one average brain (the MNI152 template) at low resolution: "
+    "All subjects, source and target, are deformations of one average brain (the MNI152 template) at low resolution: "
     "the numbers compare methods, they say nothing about patients."
 )
 
 
+@alone_in_out("demo")
 def demo(config: DemoConfig, out: Path, screen: Screen) -> dict[str, Any]:
     """Run the demonstration in `out`; what an earlier run made there from the same settings is used again."""
     started = time.perf_counter()
     make_folder(out)
+    screen.line(expected_time(config, _says(*_people(config, out)), _has_base(config, out)))
     _population(config, out, screen)
     pretraining = _pretrained(config, out, screen)
     target = _tuned(config, out, "target", config.method, config.training)
@@ -41,7 +46,7 @@ def demo(config: DemoConfig, out: Path, screen: Screen) -> dict[str, Any]:
     run = run_training(setup, screen, "fine-tune on the target")
     baseline = _baseline(config, out, screen)
     control = _control(config, out, screen, setup)
-    summary = finish(setup, run, screen)
+    summary = finish(setup, run, screen, TARGET)
     runs = {run.trained.title: run, "biases and norms alone": baseline, "control: tuned on source": control}
     with screen.phase("pictures"):
         curves = [Curve(name, each.history, each.before, each.after) for name, each in runs.items()]
@@ -69,8 +74,7 @@ def _checks(run: Run, baseline: Run, control: Run) -> dict[str, bool]:
 def _population(config: DemoConfig, out: Path, screen: Screen) -> None:
     """Write the subjects as NIfTI files, unless they are there."""
     people = config.population
-    done = out / "data" / "population.json"
-    wanted = people.model_dump(mode="json")
+    done, wanted = _people(config, out)
     if _says(done, wanted):
         screen.line(f"Population: {people.source} source and {people.target} target subjects, from an earlier run")
         return
@@ -83,18 +87,17 @@ def _population(config: DemoConfig, out: Path, screen: Screen) -> None:
     write_json(done, wanted)
 
 
+def _people(config: DemoConfig, out: Path) -> tuple[Path, dict[str, Any]]:
+    """The record of the population, and what it says of this one."""
+    return out / "data" / "population.json", config.population.model_dump(mode="json")
+
+
 def _pretrained(config: DemoConfig, out: Path, screen: Screen) -> History:
     """Train the base on the source subjects, unless an earlier run did with the same settings."""
-    source = config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"root": out / "data" / "source"}),
-            "training": config.pretraining,
-            "method": Method(kind="full"),
-        }
-    )
+    source = _on_source(config, out)
     wanted = {"key": _key(source, config)}
     record, weights = out / "base.json", out / "base.safetensors"
-    if weights.is_file() and _says(record, wanted):
+    if _has_base(config, out):
         screen.line("Base: pretrained by an earlier run with the same settings")
         return History.from_data(json.loads(record.read_text(encoding="utf-8"))["history"])
     accelerator = make_accelerator(config.pretraining)
@@ -111,6 +114,23 @@ def _pretrained(config: DemoConfig, out: Path, screen: Screen) -> History:
     save_weights(unet, weights)
     write_json(record, {**wanted, "history": history.as_data()})
     return history
+
+
+def _on_source(config: DemoConfig, out: Path) -> Config:
+    """Pretraining as a run of its own."""
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"root": out / "data" / "source"}),
+            "training": config.pretraining,
+            "method": Method(kind="full"),
+        }
+    )
+
+
+def _has_base(config: DemoConfig, out: Path) -> bool:
+    """Whether an earlier run pretrained the base with these settings."""
+    wanted = {"key": _key(_on_source(config, out), config)}
+    return (out / "base.safetensors").is_file() and _says(out / "base.json", wanted)
 
 
 def _key(source: Config, config: DemoConfig) -> str:

@@ -19,6 +19,8 @@ from ddpm_lab.durable import writing
 from ddpm_lab.faults import fault
 from ddpm_lab.files import rooted, write_json
 from ddpm_lab.finetune import Run, Setup, prepare, probe, run_training, sample
+from ddpm_lab.grid import grid_of
+from ddpm_lab.locks import alone_in_out
 from ddpm_lab.plots import Curve, plot_curves, plot_montage
 from ddpm_lab.processes import together
 from ddpm_lab.record import write_record
@@ -32,11 +34,12 @@ from ddpm_lab.summary import (
     sample_table,
     time_line,
 )
-from ddpm_lab.unet import build_unet, load_base
+from ddpm_lab.unet import build_unet, divisor, load_base
 
 __all__ = ["finetune", "finish", "pretrain"]
 
 
+@alone_in_out("finetune")
 def finetune(config: Config, out: Path, screen: Screen) -> dict[str, Any] | None:
     """Run `config` and write its results to `out`; returns the summary, or None in all processes but the first.
 
@@ -45,6 +48,7 @@ def finetune(config: Config, out: Path, screen: Screen) -> dict[str, Any] | None
     return _run("finetune", config, out, screen, "fine-tune")
 
 
+@alone_in_out("pretrain")
 def pretrain(config: Config, out: Path, screen: Screen) -> dict[str, Any] | None:
     """Train every weight of the model from nothing, whatever `config.method` says; else like `finetune`."""
     if config.base.checkpoint is not None:
@@ -109,8 +113,11 @@ def _show(summary: dict[str, Any], out: Path, screen: Screen) -> None:
     screen.line(f"Results in {out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
 
 
-def finish(setup: Setup, run: Run, screen: Screen) -> dict[str, Any]:
-    """Save what trained, sample, measure and draw the montage; returns the summary's data."""
+def finish(setup: Setup, run: Run, screen: Screen, held_out: str = "real (held out)") -> dict[str, Any]:
+    """Save what trained, sample, measure and draw the montage; returns the summary's data.
+
+    `held_out` is what the montage calls the volumes that the samples are to look like.
+    """
     path = run.trained.save(setup.out)
     summary = {**describe_setup(setup), "run": describe_run(run)}
     if run.trained.report is not None:
@@ -125,10 +132,11 @@ def finish(setup: Setup, run: Run, screen: Screen) -> dict[str, Any]:
     with screen.phase("metrics"):
         summary["samples"] = describe_samples(setup, samples)
     real = setup.volumes.validation
-    rows = {"real target": torch.stack([real[index] for index in range(min(8, len(real)))]), **samples}
+    rows = {held_out: torch.stack([real[index] for index in range(min(8, len(real)))]), **samples}
     with screen.phase("pictures"):
         title = headline(setup.config, setup.volumes.shape)
-        plot_montage(setup.out / "montage.png", rows, setup.config.data.intensity, title)
+        spacing = grid_of(setup.config.data, divisor(setup.config.model)).spacing
+        plot_montage(setup.out / "montage.png", rows, setup.config.data.intensity, title, spacing=spacing)
     return summary
 
 

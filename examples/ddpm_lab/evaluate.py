@@ -17,6 +17,7 @@ from ddpm_lab.encoder import load_encoder
 from ddpm_lab.faults import fault
 from ddpm_lab.files import find_volumes, make_folder, write_json
 from ddpm_lab.grid import read_volume
+from ddpm_lab.locks import alone_in_out
 from ddpm_lab.metrics import ssim_scales
 from ddpm_lab.real_volumes import Files, RealVolumes, times
 from ddpm_lab.record import write_record
@@ -30,6 +31,7 @@ __all__ = ["REAL", "evaluate_samples", "evaluation_table"]
 REAL = "real, held out"  # the row that compares held-out with training volumes
 
 
+@alone_in_out("evaluate")
 def evaluate_samples(config: Config, out: Path, screen: Screen) -> dict[str, Any] | None:
     """Measure sets in OUT/samples and write OUT/evaluation.json; None in all processes but the first.
 

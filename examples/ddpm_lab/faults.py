@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tnpeft.errors import Position, Problem, TnpeftError
 
-__all__ = ["LabError", "fault", "raise_all", "reason"]
+__all__ = ["LabError", "fault", "known_cause", "raise_all", "reason"]
 
 MOST = 8
 
@@ -31,6 +31,14 @@ def raise_all(problems: Iterable[Problem], whole: str) -> None:
         found = [*found[:MOST], rest]
     if found:
         raise LabError(*found)
+
+
+def known_cause(error: BaseException) -> LabError | None:
+    """The LabError behind another library's exception, which says more than that."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, LabError):
+        cause = cause.__cause__
+    return cause
 
 
 def reason(error: BaseException) -> str:

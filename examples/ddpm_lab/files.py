@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import nibabel
 import numpy as np
@@ -25,7 +25,9 @@ from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
 from ddpm_lab.config import Data
 from ddpm_lab.faults import fault, raise_all, reason
-from ddpm_lab.manifest import CHUNK, Entry, compare, read_manifest, root_of
+from ddpm_lab.manifest import Entry, compare, read_manifest, root_of
+from ddpm_lab.outliers import Outliers, find_outliers
+from ddpm_lab.reading import SLACK, announced, not_a_file, skip_rest
 from tnpeft.errors import Problem
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "damaged_volumes",
     "each",
     "find_volumes",
+    "held_out_count",
     "inspect",
     "make_folder",
     "rooted",
@@ -107,8 +110,8 @@ def find_volumes(data: Data, changed_too: bool = False) -> list[Path]:
 
 
 def _is_file(path: Path) -> bool:
-    """A link that leads nowhere is one too: whoever reads it says so, which a missing scan would not."""
-    return path.is_file() or (path.is_symlink() and not path.is_dir())
+    """Also links that lead nowhere, pipes and devices: `inspect` says so, which a missing scan would not."""
+    return not path.is_dir()
 
 
 def _listed(data: Data, changed_too: bool) -> list[Path]:
@@ -126,6 +129,8 @@ def _kept(paths: Sequence[Path], data: Data) -> list[Path]:
     if data.layout != "brats":
         raise fault("data.keep", "a list of files", "layout brats", f"layout {data.layout}", "Remove `data.keep`.")
     try:
+        if (kind := not_a_file(data.keep)) is not None:
+            raise fault(data.keep, "`data.keep`", "a readable text file", kind, "Check the path.")
         lines = data.keep.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise fault(data.keep, "`data.keep`", "a readable text file", reason(error), "Check the path.") from None
@@ -137,17 +142,20 @@ def _kept(paths: Sequence[Path], data: Data) -> list[Path]:
     return kept
 
 
-def check_data(data: Data, paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None) -> None:
-    """Raise LabError that names the files of `find_volumes` which cannot be used.
+def check_data(
+    data: Data, paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None
+) -> dict[Path, Outliers]:
+    """Raise LabError that names the files of `find_volumes` which cannot be used; returns those with outliers.
 
     `prepare` has read the files of a manifest: their sizes suffice, unless `data.checksums` asks for more.
     """
     if data.manifest is None:
-        check_volumes(paths, progress)
-    elif data.checksums:
+        return check_volumes(paths, progress)
+    if data.checksums:
         manifest = read_manifest(data)
         root = root_of(data, manifest)
         raise_all(filter(None, each(partial(compare, root, contents=True), manifest.entries, progress)), str(root))
+    return {}
 
 
 def damaged_volumes(
@@ -168,10 +176,15 @@ def damaged_volumes(
     return {path: found for path, found in zip(paths, each(wrong, paths, progress), strict=True) if found is not None}
 
 
-def check_volumes(paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None) -> None:
-    """Read every file to its end; raises LabError that names those that are no finite 3D volume."""
-    found = each(inspect, paths, progress)
-    raise_all((item for item in found if isinstance(item, Problem)), str(paths[0].parent) if paths else "")
+def check_volumes(paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None) -> dict[Path, Outliers]:
+    """Read every file to its end; raises LabError that names those that are no finite 3D volume.
+
+    Returns those with outliers.
+    """
+    inspected = list(each(inspect, paths, progress))
+    raise_all((item for item in inspected if isinstance(item, Problem)), str(paths[0].parent) if paths else "")
+    volumes = {path: item for path, item in zip(paths, inspected, strict=True) if isinstance(item, Volume)}
+    return {path: volume.outliers for path, volume in volumes.items() if volume.outliers is not None}
 
 
 def each(work: Callable[[A], B], items: Iterable[A], progress: Callable[[int], None] = lambda _: None) -> Iterator[B]:
@@ -192,6 +205,7 @@ class Volume:
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
     digest: str  # of the voxels: the same for a file and its zipped copy
+    outliers: Outliers | None = None
 
 
 def inspect(path: Path) -> Volume | Problem:
@@ -201,7 +215,12 @@ def inspect(path: Path) -> Volume | Problem:
         return Problem("an unreadable volume", expected, found, "Replace or remove the file.", str(path))
 
     try:
-        image, voxels = _read(path)
+        if (kind := not_a_file(path)) is not None:
+            return wrong("a NIfTI file", kind)
+        sizes = announced(path)
+        if sizes is not None and (fault_of_size := sizes.fault(0 if path.suffix == ".gz" else path.stat().st_size)):
+            return wrong(*fault_of_size)
+        image, voxels = _read(path, SLACK if sizes is None else sizes.most)
     except UNREADABLE as error:
         return wrong("a NIfTI file", reason(error))
     shape = tuple(size for axis, size in enumerate(voxels.shape) if axis < 3 or size > 1)
@@ -220,13 +239,14 @@ def inspect(path: Path) -> Volume | Problem:
         return wrong("an image", f"the same value everywhere, {low:g}")
     first, second, third = (round(float(size), 4) for size in voxel_sizes(image.affine))  # the header has 7 digits
     digest = hashlib.sha256(np.ascontiguousarray(voxels.T).data).hexdigest()  # along the file's order
-    return Volume((shape[0], shape[1], shape[2]), (first, second, third), digest)
+    return Volume((shape[0], shape[1], shape[2]), (first, second, third), digest, find_outliers(voxels))
 
 
-def _read(path: Path) -> tuple[Any, np.ndarray]:
+def _read(path: Path, most: int) -> tuple[Any, np.ndarray]:
     """An image and its voxels; of a zipped file all that is in it, unzipped once.
 
-    nibabel stops at the last voxel, before the checksum that says whether all of them are as they were.
+    nibabel stops at the last voxel, before the checksum that says whether all of them are as they were. At most
+    `most` bytes may follow.
     """
     image = nibabel.load(path)
     if path.suffix != ".gz":
@@ -234,8 +254,7 @@ def _read(path: Path) -> tuple[Any, np.ndarray]:
     with gzip.open(path) as file:
         image = type(image).from_stream(file)
         voxels = np.asanyarray(image.dataobj)
-        while file.read(CHUNK):
-            pass
+        skip_rest(cast(IO[bytes], file), most)
     return image, voxels
 
 
@@ -298,7 +317,7 @@ def split_volumes(paths: Sequence[Path], data: Data) -> Split:
         found = f"{len(subjects)}, {', '.join(subjects)}"
         fix = "Add subjects, or split by file with `--set data.layout=plain`."
         raise fault(data.root, "subjects to split", f"at least {FEWEST}", found, fix)
-    count = min(max(1, round(len(subjects) * data.validation_share)), len(subjects) - 1)
+    count = held_out_count(len(subjects), data)
     random.Random(data.split_seed).shuffle(subjects)
     held_out = set(subjects[:count])
     train, validation = (
@@ -306,6 +325,11 @@ def split_volumes(paths: Sequence[Path], data: Data) -> Split:
         for wanted in (False, True)
     )
     return Split(train, validation, data.split_seed)
+
+
+def held_out_count(subjects: int, data: Data) -> int:
+    """How many subjects are held out: at least one and not all."""
+    return min(max(1, round(subjects * data.validation_share)), subjects - 1)
 
 
 def subject_of(path: Path, data: Data) -> str:

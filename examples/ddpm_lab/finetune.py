@@ -22,8 +22,9 @@ from ddpm_lab.encoder import Encoder, load_encoder
 from ddpm_lab.engine import smaller_steps
 from ddpm_lab.faults import fault
 from ddpm_lab.files import Split, check_data, find_volumes, make_folder, rooted, split_volumes
-from ddpm_lab.method import Trained, apply_method, check_method
+from ddpm_lab.method import Trained, apply_method, check_fit, check_method
 from ddpm_lab.order import Source
+from ddpm_lab.outliers import warnings_of
 from ddpm_lab.processes import together
 from ddpm_lab.resume import Kept, Saver
 from ddpm_lab.sampling import check_sampling, draw_samples
@@ -87,7 +88,8 @@ def prepare(config: Config, out: Path, screen: Screen) -> Setup:
     steps_of(config.training, 1)
     unet = build_unet(config.model, config.base, config.training.seed)
     if config.base.checkpoint is not None:
-        load_base(unet, config.base)
+        load_base(unet, config.base, screen.line)
+    check_fit(config.model, config.base, config.method)
     encoder = load_encoder(config.metrics.medicalnet)
     accelerator = make_accelerator(config.training)
     with together():
@@ -109,14 +111,16 @@ def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Acce
     """Find, read and split the files; raises LabError for whatever is wrong with one of them."""
     data = config.data
     paths = find_volumes(data)
-    with screen.bar(f"check {len(paths)} files", len(paths)) as bar:
-        check_data(data, paths, bar)
     split = split_volumes(paths, data)
     needed = config.training.batch_size * accelerator.num_processes
     if len(split.train) < needed:
         found = f"{len(split.train)} of {len(paths)} after holding {len(split.validation)} out"
         fix = "Lower `training.batch_size` or add files."
         raise fault(str(data.root), "files to train on", f"at least {needed}, one batch", found, fix)
+    with screen.bar(f"check {len(paths)} files", len(paths)) as bar:
+        outliers = check_data(data, paths, bar)
+    for line in warnings_of(outliers, data.percentiles):
+        screen.line(line)
     assert data.root is not None
     if accelerator.is_main_process:
         make_folder(out)

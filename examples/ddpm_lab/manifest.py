@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from ddpm_lab.config import Data
 from ddpm_lab.faults import MOST, LabError, fault, raise_all, reason
+from ddpm_lab.reading import not_a_file
 from tnpeft.errors import Position, Problem
 
-__all__ = ["CHUNK", "VERSION", "Entry", "Manifest", "Rejected", "checksum", "compare", "read_manifest", "root_of"]
+__all__ = ["VERSION", "Entry", "Manifest", "Rejected", "checksum", "compare", "read_manifest", "root_of"]
 
 VERSION = 1
 AGAIN = "Run `prepare` again."
@@ -46,7 +47,7 @@ class Entry(Part):
 
 
 class Rejected(Part):
-    """A file that was found and is no volume."""
+    """A file that was found, and what is wrong with it."""
 
     path: str
     reason: str
@@ -63,6 +64,7 @@ class Manifest(Part):
     train: Annotated[tuple[Entry, ...], Field(min_length=1)]
     validation: Annotated[tuple[Entry, ...], Field(min_length=1)]
     rejected: tuple[Rejected, ...]
+    outliers: tuple[Rejected, ...] = ()  # volumes that are used, and of which a few voxels lie far from the rest
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -84,6 +86,8 @@ def read_manifest(data: Data) -> Manifest:
     assert data.manifest is not None
     path = data.manifest
     try:
+        if (kind := not_a_file(path)) is not None:
+            raise fault(path, "`data.manifest`", "a readable manifest", kind, "Check the path, or run `prepare`.")
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         fix = "Check the path, or run `prepare`."

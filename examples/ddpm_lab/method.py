@@ -13,11 +13,12 @@ from torch import nn
 
 import tnpeft
 import tnpeft.surgery
-from ddpm_lab.config import Base, Method
+from ddpm_lab.config import Base, Method, Model
 from ddpm_lab.durable import write_tensors
 from ddpm_lab.faults import fault
+from ddpm_lab.unet import build_unet
 
-__all__ = ["PAPER_JOINT", "PAPER_LAYERS", "Trained", "apply_method", "check_method"]
+__all__ = ["PAPER_JOINT", "PAPER_LAYERS", "Trained", "apply_method", "check_fit", "check_method"]
 
 # The layers that the paper adapts. It leaves the middle block out.
 PAPER_LAYERS = (
@@ -80,6 +81,12 @@ def check_method(method: Method, base: Base) -> None:
         expected = "a pretrained model's checkpoint"
         fix = "Pass `--set base.checkpoint=FILE`, or train from nothing with `--set method.kind=full`."
         raise fault("base.checkpoint", f"the base of method `{method.kind}`", expected, "nothing", fix)
+
+
+def check_fit(model: Model, base: Base, method: Method) -> None:
+    """Raise TnpeftError where a method does not fit the model: its layers, params and patterns. No memory is needed."""
+    with torch.device("meta"):
+        apply_method(build_unet(model, base), method)
 
 
 def _check_extras(method: Method) -> None:

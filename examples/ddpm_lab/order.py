@@ -20,7 +20,7 @@ from nibabel.filebasedimages import ImageFileError
 from torch.utils.data import Dataset, Sampler
 
 from ddpm_lab.config import Training
-from ddpm_lab.faults import LabError, fault
+from ddpm_lab.faults import LabError, fault, known_cause
 from ddpm_lab.files import check_volumes
 
 __all__ = ["Batch", "Batches", "Key", "Noised", "Sample", "Source", "collate", "epoch_order", "stream"]
@@ -135,6 +135,8 @@ class Source:
                 check_volumes([self.files[index]])
             except LabError as problem:
                 return problem.problems[0].found
+        if (known := known_cause(error)) is not None:
+            return known.problems[0].found
         while error.__cause__ is not None:
             error = error.__cause__
         return " ".join(str(error).split())[:120] or type(error).__name__

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ddpm_lab.diffusion import HeldOutError
+from ddpm_lab.slices import CONVENTION, PLANES, draw_slice, middle_slices, wrapped
 from ddpm_lab.training import History
 
 __all__ = ["Curve", "plot_curves", "plot_montage", "smooth"]
@@ -124,33 +125,37 @@ def _buckets(axes: Any, curve: Curve) -> None:
 
 
 def plot_montage(
-    path: Path, rows: Mapping[str, torch.Tensor], intensity: tuple[float, float], title: str, columns: int = 8
+    path: Path,
+    rows: Mapping[str, torch.Tensor],
+    intensity: tuple[float, float],
+    title: str,
+    columns: int = 8,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> None:
-    """Axial and sagittal slices of the first volumes of each row; a row is (N, 1, D, H, W), axes R, A, S."""
-    columns = min(columns, *(len(volumes) for volumes in rows.values()))
-    cell, gap, label, head = 1.3, 0.18, 1.25, 0.5  # inches
-    width, height = label + columns * cell + 0.1, head + len(rows) * (2 * cell + gap)
+    """Three planes of the first volumes of each row; a row is (N, 1, D, H, W), axes R, A, S, and may be shorter."""
+    columns = min(columns, max(len(volumes) for volumes in rows.values()))
+    cell, gap, label, edge = 1.3, 0.2, 1.75, 0.12  # inches
+    width = max(label + columns * cell + edge, 5.2)
+    texts = [(wrapped(title, width - 2 * edge, 12), 12), (wrapped(CONVENTION, width - 2 * edge, 9), 9)]
+    heights = [size * 1.5 / 72 * (text.count("\n") + 1) for text, size in texts]
+    head = sum(heights) + 2 * edge
+    height = head + len(rows) * (len(PLANES) * cell + gap)
     with matplotlib.rc_context({"font.size": 11, "text.color": LIGHT}):
         figure = Figure(figsize=(width, height), dpi=140, facecolor=DARK)
-        figure.text(0.1 / width, 1 - 0.5 * head / height, title, fontsize=12, va="center")
+        place = height - edge
+        for (text, size), own in zip(texts, heights, strict=True):
+            figure.text(edge / width, place / height, text, fontsize=size, va="top", linespacing=1.3)
+            place -= own
         for number, (name, volumes) in enumerate(rows.items()):
-            top = height - head - number * (2 * cell + gap)
-            figure.text(0.1 / width, (top - cell) / height, name.replace(" ", "\n"), va="center", linespacing=1.4)
-            for column in range(columns):
-                for line, piece in enumerate(_slices(volumes[column, 0])):
-                    corner = (label + column * cell, top - (line + 1) * cell)
-                    size = 0.98 * cell
-                    axes = figure.add_axes((corner[0] / width, corner[1] / height, size / width, size / height))
-                    _draw_slice(axes, piece, intensity)
+            top = height - head - number * (len(PLANES) * cell + gap)
+            middle = (top - len(PLANES) * cell / 2) / height
+            figure.text(edge / width, middle, wrapped(name, label - 0.4, 11), va="center", linespacing=1.4)
+            for line, plane in enumerate(PLANES):
+                spot = ((label - 0.12) / width, (top - (line + 0.5) * cell) / height)
+                figure.text(*spot, plane, fontsize=8, rotation=90, ha="center", va="center")
+            for column, volume in enumerate(volumes[:columns]):
+                for line, piece in enumerate(middle_slices(volume[0], spacing)):
+                    corner = ((label + column * cell) / width, (top - (line + 1) * cell) / height)
+                    axes = figure.add_axes((*corner, 0.98 * cell / width, 0.98 * cell / height))
+                    draw_slice(axes, piece, *intensity)
         figure.savefig(path, facecolor=DARK)
-
-
-def _slices(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The middle axial and the middle sagittal slice."""
-    return volume[:, :, volume.shape[2] // 2], volume[volume.shape[0] // 2]
-
-
-def _draw_slice(axes: Any, piece: torch.Tensor, intensity: tuple[float, float]) -> None:
-    low, high = intensity
-    axes.imshow(piece.T.numpy(), origin="lower", cmap="gray", vmin=low, vmax=high, interpolation="bicubic")
-    axes.set_axis_off()

@@ -25,7 +25,9 @@ from ddpm_lab.files import (
     subject_of,
     write_json,
 )
+from ddpm_lab.locks import at_work
 from ddpm_lab.manifest import VERSION, checksum
+from ddpm_lab.outliers import Outliers, warnings_of
 from ddpm_lab.record import write_record
 from tnpeft.errors import Problem
 
@@ -57,6 +59,11 @@ def prepare_data(config: Config, out: Path, screen: Screen) -> Path:
     assert config.data.root is not None
     data = config.data.model_copy(update={"root": config.data.root.absolute()})
     make_folder(out)
+    with at_work("prepare", out):
+        return _prepared(config, data, paths, out, screen)
+
+
+def _prepared(config: Config, data: Data, paths: Sequence[Path], out: Path, screen: Screen) -> Path:
     with screen.bar(f"read {len(paths)} files", len(paths)) as bar:
         examined = _unlike(each(_examine, [path.absolute() for path in paths], bar))
     _enough(examined, data)
@@ -71,17 +78,19 @@ def prepare_data(config: Config, out: Path, screen: Screen) -> Path:
 
 
 def _examine(path: Path) -> Examined:
-    """Hash and check one file; its second reading comes from the system's cache."""
+    """Check and hash one file; its second reading comes from the system's cache."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         return Examined(path, Problem("a file's name", "a name in UTF-8", "other bytes", "Rename it.", ascii(path)))
+    found = inspect(path)  # first, for a device or a file without end must not be hashed
+    if isinstance(found, Problem):
+        return Examined(path, found)
     try:
-        digest, size = checksum(path), path.stat().st_size
+        return Examined(path, found, checksum(path), path.stat().st_size)
     except OSError as error:
         fix = "Replace or remove the file."
         return Examined(path, Problem("an unreadable volume", "a NIfTI file", reason(error), fix, str(path)))
-    return Examined(path, inspect(path), digest, size)
 
 
 def _unlike(examined: Iterable[Examined]) -> list[Examined]:
@@ -122,6 +131,7 @@ def _manifest(examined: Sequence[Examined], data: Data) -> dict[str, Any]:
         else:
             rejected.append({"path": name, "reason": _why(item.found, data.root)})
     split = split_volumes(list(entries), data)
+    outliers = [{"path": _below(path, data.root), "reason": str(each)} for path, each in _outliers(examined).items()]
     return {
         "version": VERSION,
         "root": str(data.root),
@@ -131,6 +141,16 @@ def _manifest(examined: Sequence[Examined], data: Data) -> dict[str, Any]:
         "train": [entries[path] for path in split.train],
         "validation": [entries[path] for path in split.validation],
         "rejected": rejected,
+        **({"outliers": outliers} if outliers else {}),
+    }
+
+
+def _outliers(examined: Sequence[Examined]) -> dict[Path, Outliers]:
+    """The volumes in which a few voxels lie far from the rest."""
+    return {
+        item.path: item.found.outliers
+        for item in examined
+        if isinstance(item.found, Volume) and item.found.outliers is not None
     }
 
 
@@ -162,6 +182,8 @@ def _show(examined: Sequence[Examined], manifest: dict[str, Any], data: Data, sc
     if manifest["rejected"]:
         why = ((item["path"], item["reason"]) for item in manifest["rejected"])
         screen.console.print(_table(f"Rejected ({len(manifest['rejected'])})", ("file", "why"), why))
+    for line in warnings_of(_outliers(examined), data.percentiles):
+        screen.line(line)
 
 
 def _people(entries: Sequence[dict[str, Any]], data: Data) -> str:

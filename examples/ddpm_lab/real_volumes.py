@@ -18,7 +18,7 @@ from ddpm_lab.console import Screen
 from ddpm_lab.distances import Measured
 from ddpm_lab.durable import write_tensors, writing
 from ddpm_lab.encoder import Encoder
-from ddpm_lab.faults import MOST, LabError, fault, reason
+from ddpm_lab.faults import MOST, LabError, fault, known_cause, reason
 from ddpm_lab.files import check_data, check_volumes, damaged_volumes, make_folder, split_volumes
 from ddpm_lab.volumes import transforms
 from tnpeft.errors import Problem
@@ -82,6 +82,8 @@ class RealVolumes:
             if not volume.isfinite().all():
                 raise ValueError("voxels that are infinite or not a number")
         except (RuntimeError, OSError, ValueError, EOFError) as error:
+            if (known := known_cause(error)) is not None:
+                raise known from None
             check_volumes([path])  # it knows better what is wrong
             raise fault(
                 path, "an unreadable volume", "a 3D volume", reason(error), "Replace or remove the file."

@@ -17,7 +17,9 @@ from ddpm_lab.console import Screen
 from ddpm_lab.durable import writing
 from ddpm_lab.faults import fault, reason
 from ddpm_lab.files import make_folder
+from ddpm_lab.locks import alone_in_out
 from ddpm_lab.page import Picture, Section, write_page
+from ddpm_lab.slices import CONVENTION
 from ddpm_lab.study_plots import (
     DARK_THEME,
     LIGHT_THEME,
@@ -31,7 +33,7 @@ from ddpm_lab.study_plots import (
 from ddpm_lab.study_results import BASE, METRICS, Results, read_results
 from ddpm_lab.study_tables import as_csv, as_markdown, change_table, cost_table, detail_table, method_table, millions
 
-__all__ = ["report"]
+__all__ = ["check_filled", "report"]
 
 TITLES = {
     "table1": "Table 1. Generation quality",
@@ -41,7 +43,7 @@ TITLES = {
     "figure4": "Figure 4. Rank",
 }
 TEXTS = {
-    "table1": "Each method fine-tunes the same base on each data set. Samples are compared with real volumes.",
+    "table1": "Each method fine-tunes one base on each data set. Samples are compared with the data set's volumes.",
     "table2": "The methods of Table 1 while other layers (resampling, skip connections and the rest) train whole.",
     "table3": "How an adapter starts: its update minus a frozen copy of itself, or from a last core of zeros.",
     "table4": "Time and memory of each method as percentages of full fine-tuning, measured on this machine.",
@@ -51,7 +53,8 @@ COLUMNS = 3  # samples of each data set in a montage
 SSIM = next(metric for metric in METRICS if metric.key == "ms_ssim")
 
 
-def report(out: Path, screen: Screen) -> None:
+@alone_in_out("report", shared=True)
+def report(out: Path, screen: Screen) -> Results:
     """Write OUT/report: report.md, CSV files, PNG files and index.html; raises LabError where no study ran."""
     results = read_results(out)
     folder = out / "report"
@@ -60,6 +63,14 @@ def report(out: Path, screen: Screen) -> None:
         _write_all(results, folder, screen)
     names = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
     screen.line(f"Report in {folder}: {names}")
+    return results
+
+
+def check_filled(results: Results) -> None:
+    """Raise LabError for a report in which nothing stands yet."""
+    if results.empty:
+        fix = f"Run `study {results.studies[0] if results.studies else 'table1'}` to its end, with the same `--out`."
+        raise fault(results.out, "the results of a study", "at least one run that is done", "none", fix)
 
 
 def _write_all(results: Results, folder: Path, screen: Screen) -> None:
@@ -161,7 +172,9 @@ def _figure4(results: Results, folder: Path) -> list[Picture]:
         pictures.append(_chart(folder / "figure4-parameters.png", caption, [panel]))
     panels = [_ssim_panel(results, dataset) for dataset in results.config.datasets]
     if any(len(line.y) for panel in panels for line in panel.lines):
-        caption = "Figure 4 (b). MS-SSIM of samples with real volumes, by rank; the band is the interval over seeds."
+        caption = (
+            "Figure 4 (b). MS-SSIM of samples with the data set's volumes, by rank; bands are intervals over seeds."
+        )
         pictures.append(_chart(folder / "figure4-ms-ssim.png", caption, panels, share=True))
     return pictures
 
@@ -181,10 +194,14 @@ def _ssim_panel(results: Results, dataset: str) -> Panel:
 
 
 def _montage(results: Results, study: str, methods: Sequence[str], folder: Path) -> list[Picture]:
-    """Real volumes, samples of the base and of each method, from the same noise."""
+    """Held-out volumes, samples of the base and of each method, from the same noise."""
     low, high = results.config.data.intensity
     volumes: dict[tuple[str, str], list[np.ndarray]] = {}
-    rows = [("Real", None), (results.title(BASE), BASE), *((results.title(method), method) for method in methods)]
+    rows = [
+        (f"Target ({results.source})", None),
+        (results.title(BASE), BASE),
+        *((results.title(method), method) for method in methods),
+    ]
     columns = [results.dataset_title(dataset) for dataset in results.config.datasets]
     for dataset, column in zip(results.config.datasets, columns, strict=True):
         for row, method in rows:
@@ -197,10 +214,7 @@ def _montage(results: Results, study: str, methods: Sequence[str], folder: Path)
     part = path.with_name(path.name + ".part.png")
     plot_montage_page(part, [row for row, _ in rows], columns, volumes)
     part.replace(path)
-    caption = (
-        "Middle axial and sagittal slices. Samples in one column start from the same noise, with whatever method; "
-        "drawn with bicubic interpolation."
-    )
+    caption = f"{CONVENTION} Samples in one column start from the same noise, with whatever method."
     return [Picture(path, caption)]
 
 

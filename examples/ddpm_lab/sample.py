@@ -17,6 +17,7 @@ from ddpm_lab.durable import digest_of_file
 from ddpm_lab.faults import fault
 from ddpm_lab.files import make_folder
 from ddpm_lab.grid import Grid, grid_of, write_volume
+from ddpm_lab.locks import alone_in_out
 from ddpm_lab.record import write_record
 from ddpm_lab.sample_sets import SampleSet
 from ddpm_lab.sampling import check_sampling, draw_batches
@@ -27,6 +28,7 @@ from ddpm_lab.variants import Variant, find_variants
 __all__ = ["sample_volumes"]
 
 
+@alone_in_out("sample")
 def sample_volumes(config: Config, out: Path, screen: Screen) -> dict[str, Path]:
     """Draw what is missing in OUT/samples; returns the folder of each set by its name.
 
@@ -40,7 +42,7 @@ def sample_volumes(config: Config, out: Path, screen: Screen) -> dict[str, Path]
     variants = find_variants(config, out)
     unet = build_unet(config.model, config.base)
     if config.base.checkpoint is not None:
-        load_base(unet, config.base)
+        load_base(unet, config.base, screen.line)
     accelerator = make_accelerator(config.training)
     unet.to(accelerator.device)
     for variant in variants:
@@ -110,6 +112,8 @@ def _task(variant: Variant, config: Config, out: Path, grid: Grid, base: str | N
         "data.intensity": list(config.data.intensity),
         "precision": precision,
     }
+    if config.base.part is not None:
+        settings["base.part"] = config.base.part
     for section in ("model", "diffusion"):
         settings |= {f"{section}.{name}": value for name, value in _values(config, section)}
     samples = SampleSet(out / "samples" / variant.name)

@@ -10,33 +10,36 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from ddpm_lab.config import Base
-from ddpm_lab.console import Bar, Screen
+from ddpm_lab.console import Bar, Screen, clock
 from ddpm_lab.cost import measure_costs
 from ddpm_lab.dry_run import dry_run
 from ddpm_lab.durable import writing
-from ddpm_lab.faults import LabError, fault
+from ddpm_lab.faults import fault
 from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.locks import alone, alone_in_out
 from ddpm_lab.method import check_method
 from ddpm_lab.record import write_record
 from ddpm_lab.sampling import check_sampling
+from ddpm_lab.study_check import check_inputs, inside
 from ddpm_lab.study_config import STUDIES, StudyConfig
 from ddpm_lab.study_data import base_of, identity, settled
-from ddpm_lab.study_run import BASE, Outcome, Run, alone, made_of, read_json
+from ddpm_lab.study_run import BASE, Outcome, Run, made_of, read_json
 from ddpm_lab.training import steps_of
-from tnpeft import TnpeftError
-from tnpeft.errors import Problem, near_miss
+from tnpeft.errors import near_miss
 
 __all__ = ["study"]
 
 
+@alone_in_out("study", shared=True)
 def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
     """Run what `name` needs and is not there yet; raises LabError at the end where a run failed."""
     check_study(name, config)
     config = config.with_ranks()
+    if not config.dry_run:  # which needs no data and no base
+        check_inputs(name, config, out)
     make_folder(out)
     if config.dry_run:
         dry_run(name, config, out, screen)
@@ -82,16 +85,9 @@ def check_study(name: str, config: StudyConfig) -> None:
 
 def _check_method(name: str, config: StudyConfig) -> None:
     """A method's own mistakes, said to be its."""
-    try:
+    with inside(f"methods.{name}"):
         check_method(config.methods[name].method, Base(checkpoint=Path(BASE)))
         steps_of(config.training_of(name, 0), 1)
-    except TnpeftError as error:
-        raise LabError(*(_inside(f"methods.{name}", problem) for problem in error.problems)) from None
-
-
-def _inside(section: str, problem: Problem) -> Problem:
-    where = problem.where
-    return replace(problem, where=f"{section}.{where}" if isinstance(where, str) else where or section)
 
 
 def _remember(name: str, config: StudyConfig, out: Path) -> None:
@@ -148,16 +144,6 @@ def _progress(number: int, total: int, run: Run, outcome: Outcome, times: Sequen
     return f"run {number} of {total}: {run}: {word}{after}"
 
 
-def clock(seconds: float) -> str:
-    """A time for people: 45 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def _sum_up(
     runs: Sequence[Run], failed: Sequence[tuple[Run, str]], taken: Sequence[Run], out: Path, screen: Screen
 ) -> None:
@@ -173,7 +159,10 @@ def _sum_up(
 
 
 class _Inner(Screen):
-    """Bars of a run that vanish when they are full, and none of its lines: the study has one line for each run."""
+    """Bars of a run that vanish when they are full, and none of its lines: the study has one line for each run.
+
+    Without a terminal a line now and then says how far the run is.
+    """
 
     def __init__(self, outer: Screen) -> None:
         super().__init__(quiet=True)
@@ -181,6 +170,5 @@ class _Inner(Screen):
 
     @contextmanager
     def bar(self, title: str, total: int, start: int = 0, transient: bool = True) -> Iterator[Bar]:
-        bars = self._outer if self._outer.console.is_terminal else Screen(quiet=True)  # a file keeps what vanishes
-        with self.phase(title), bars.bar(title, total, start, transient) as bar:
+        with self.phase(title), self._outer.bar(title, total, start, transient) as bar:
             yield bar

@@ -14,13 +14,13 @@ from ddpm_lab.config import Base, Config, Method, Sampling, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.driver import pretrain
 from ddpm_lab.durable import writing
-from ddpm_lab.faults import fault
 from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.locks import alone
 from ddpm_lab.manifest import read_manifest, root_of
 from ddpm_lab.population import template_tissues, write_population
 from ddpm_lab.prepare import prepare_data
 from ddpm_lab.study_config import DataSet, StudyConfig
-from ddpm_lab.study_run import Outcome, alone, digest, made_of, read_json, refuse_others
+from ddpm_lab.study_run import Outcome, digest, made_of, read_json, refuse_others
 from ddpm_lab.volumes import transforms
 
 __all__ = ["base_of", "identity", "settled"]
@@ -98,11 +98,10 @@ def save_volumes(volumes: Sequence[torch.Tensor], folder: Path) -> None:
 def base_of(config: StudyConfig, out: Path, screen: Screen) -> tuple[Base, str]:
     """The base of all runs and a name for it: the given checkpoint, or one pretrained on the source, once."""
     if config.base.checkpoint is not None:
-        return config.base, str(config.base.checkpoint)
+        part = f", {config.base.part}" if config.base.part is not None else ""
+        return config.base, f"{config.base.checkpoint}{part}"
     training = config.pretraining
-    if training is None:
-        fix = "Pass `--set base.checkpoint=FILE`, or give `source` and `pretraining`."
-        raise fault("base.checkpoint", "the base", "a checkpoint, or `pretraining`", "neither", fix)
+    assert training is not None  # `check_inputs` has seen to it
     folder, checkpoint = out / "base", out / "base" / "model.safetensors"
     with alone(out / "base.lock", wait=True):
         source = settled("source", config, config.source, out, screen)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ddpm_lab.plots import DARK, LIGHT, smooth
+from ddpm_lab.slices import PLANES, draw_slice, middle_slices, wrapped
 
 __all__ = ["DARK_THEME", "LIGHT_THEME", "Line", "Panel", "Theme", "plot_montage_page", "plot_panels"]
 
@@ -197,47 +198,28 @@ def smoothed(name: str, losses: Sequence[float], colour: int) -> Line:
 def plot_montage_page(
     path: Path, rows: Sequence[str], columns: Sequence[str], volumes: Mapping[tuple[str, str], Sequence[np.ndarray]]
 ) -> None:
-    """As the paper's Figure 3: a row for each method, some samples of each data set; middle axial and sagittal slices.
+    """As the paper's Figure 3: a row for each method, some samples of each data set; `CONVENTION` says how.
 
     `volumes` maps (row, column) to volumes in [0, 1], axes R, A, S; what is missing stays dark.
     """
     each = max((len(found) for found in volumes.values()), default=1)
     cell, gap, group, label, head = 0.95, 0.12, 0.28, 1.55, 0.55  # inches
     width = label + len(columns) * each * cell + (len(columns) - 1) * group + 0.15
-    height = head + len(rows) * (2 * cell + gap) + 0.1
+    height = head + len(rows) * (len(PLANES) * cell + gap) + 0.1
     with matplotlib.rc_context({"font.size": 10, "text.color": LIGHT}):
         figure = Figure(figsize=(width, height), dpi=144, facecolor=DARK)
         for place, column in enumerate(columns):
             left = label + place * (each * cell + group)
-            figure.text(left / width, 1 - 0.5 * head / height, column, fontsize=11, weight="bold", va="center")
+            name = wrapped(column, each * cell, 11)
+            figure.text(left / width, 1 - 0.5 * head / height, name, fontsize=11, weight="bold", va="center")
             for number, row in enumerate(rows):
-                top = height - head - number * (2 * cell + gap)
+                top = height - head - number * (len(PLANES) * cell + gap)
                 if place == 0:
-                    figure.text(0.12 / width, (top - cell) / height, _wrapped(row), va="center", linespacing=1.35)
+                    middle = (top - len(PLANES) * cell / 2) / height
+                    figure.text(0.12 / width, middle, wrapped(row, label - 0.2, 10), va="center", linespacing=1.35)
                 for index, volume in enumerate(volumes.get((row, column), ())):
-                    for line, piece in enumerate((volume[:, :, volume.shape[2] // 2], volume[volume.shape[0] // 2])):
+                    for line, piece in enumerate(middle_slices(volume)):
                         corner = ((left + index * cell) / width, (top - (line + 1) * cell) / height)
-                        size = (0.97 * cell / width, 0.97 * cell / height)
-                        axes = figure.add_axes((*corner, *size))
-                        axes.imshow(
-                            piece.T,
-                            origin="lower",
-                            cmap="gray",
-                            vmin=0,
-                            vmax=1,
-                            interpolation="bicubic",
-                            aspect="equal",
-                        )
-                        axes.set_axis_off()
+                        axes = figure.add_axes((*corner, 0.97 * cell / width, 0.97 * cell / height))
+                        draw_slice(axes, piece, 0, 1, size=5.5)
         figure.savefig(path, facecolor=DARK)
-
-
-def _wrapped(name: str, width: int = 15) -> str:
-    """A name on lines of about `width` letters."""
-    lines = [""]
-    for word in name.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)

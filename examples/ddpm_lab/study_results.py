@@ -19,6 +19,7 @@ from ddpm_lab.study_run import BASE, Outcome, read_json
 
 __all__ = ["BASE", "METRICS", "REAL", "Cell", "Metric", "Result", "Results", "read_results"]
 
+MADE = "made from MNI152"
 REAL = "real, held out"  # the set of an evaluation that compares real volumes with each other
 
 
@@ -128,6 +129,17 @@ class Results:
     @property
     def confidence(self) -> float:
         return self.config.metrics.confidence
+
+    @property
+    def source(self) -> str:
+        """Where the volumes come from that samples are compared with."""
+        made = [about.made is not None for about in self.config.datasets.values()]
+        return MADE if all(made) else f"real or {MADE}" if any(made) else "real"
+
+    @property
+    def empty(self) -> bool:
+        """Whether no run is done and no cost is measured."""
+        return self.costs is None and not any(result.folders for result in self.found.values())
 
     def result(self, method: str, dataset: str) -> Result:
         return self.found.get((method, dataset)) or Result(method, dataset)

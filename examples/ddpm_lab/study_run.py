@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from ddpm_lab.durable import writing
 from ddpm_lab.evaluate import evaluate_samples
 from ddpm_lab.faults import fault, raise_all
 from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.locks import alone
 from ddpm_lab.resume import differences, flat
 from ddpm_lab.sample import sample_volumes
 from tnpeft import TnpeftError
@@ -177,16 +176,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-@contextmanager
-def alone(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process may work on what `path` stands for; the system lets go of it when a process dies."""
-    make_folder(path.parent)
-    with path.open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True

@@ -217,6 +217,8 @@ def _notes(results: Results, methods: Sequence[str]) -> list[str]:
             f"FID and MMD: {about.get('encoder', '')}; MMD is the paper's (kernel scaled by the median distance). "
             f"MS-SSIM: {about.get('ms_ssim', '')}. Samples are compared with {about.get('reference', 'real volumes')}."
         )
+    if "MNI152" in results.source:
+        notes.append("Volumes that are called real are made from the MNI152 template, where the data set is.")
     for method in methods:
         note = results.config.methods[method].note if method in results.config.methods else None
         if note:

@@ -158,4 +158,4 @@ def headline(config: Config, shape: tuple[int, ...]) -> str:
     """The run in one line, for pictures."""
     sampling = config.sampling
     size = "x".join(str(side) for side in shape)
-    return f"{sampling.scheduler.upper()}, {sampling.steps} steps, {size} voxels (drawn with bicubic interpolation)"
+    return f"{sampling.scheduler.upper()}, {sampling.steps} steps, {size} voxels"

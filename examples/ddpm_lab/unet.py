@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.networks.nets import DiffusionModelUNet
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ddpm_lab.base_file import FIX, model_tensors, name_some
 from ddpm_lab.config import Base, Model
 from ddpm_lab.durable import write_tensors
 from ddpm_lab.faults import fault, raise_all
@@ -23,7 +21,8 @@ from tnpeft.errors import Problem
 
 __all__ = ["build_unet", "divisor", "load_base", "recompute_activations", "save_weights"]
 
-FIX = "Give the checkpoint of this model, or set `model` to the checkpoint's."
+FEW = 2  # tensors that a message names one by one
+OLD = "--set base.old_generative=true"
 
 
 def build_unet(model: Model, base: Base | None = None, seed: int = 0) -> DiffusionModelUNet:
@@ -69,47 +68,61 @@ def divisor(model: Model) -> int:
     return int(2 ** (len(model.channels) - 1))
 
 
-def load_base(unet: DiffusionModelUNet, base: Base) -> None:
-    """Load the base checkpoint into `unet`; raises LabError that says what differs and leaves `unet` as it was."""
+def load_base(unet: DiffusionModelUNet, base: Base, note: Callable[[str], None] = lambda _: None) -> None:
+    """Load the base checkpoint into `unet`; raises LabError that says what differs and leaves `unet` as it was.
+
+    `note` is told which part of the file was taken, and what else is in it.
+    """
     assert base.checkpoint is not None
-    state = _read(base.checkpoint)
+    own = unet.state_dict()
+    state = model_tensors(base, [*own], note)
     if base.old_generative:
         _load_old(unet, state, base.checkpoint)
         return
-    raise_all(_differences(unet.state_dict(), state, base.checkpoint), str(base.checkpoint))
+    raise_all(_differences(own, state, base.checkpoint), str(base.checkpoint))
     unet.load_state_dict(state)
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, whatever it is wrapped in; nothing but tensors is ever unpickled."""
-    if not path.is_file():
-        raise fault(path, "`base.checkpoint`", "a file", "nothing there", "Check the path.")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        found = " ".join(str(error).split())[:120] or type(error).__name__
-        raise fault(path, "`base.checkpoint`", "a safetensors file or a state dict", found, "Check the file.") from None
-    for wrapper in ("state_dict", "model_state_dict", "model", "unet"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise fault(path, "`base.checkpoint`", "a mapping of names to tensors", type(content).__name__, FIX)
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
-
-
 def _differences(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: Path) -> list[Problem]:
-    old = any(name.endswith(".proj_attn.weight") for name in state)
-    fix = "It was written with monai-generative: pass `--set base.old_generative=true`." if old else FIX
-    problems = []
-    for name in [*own, *(name for name in state if name not in own)]:
-        expected = "x".join(map(str, own[name].shape)) if name in own else "no such tensor"
-        found = "x".join(map(str, state[name].shape)) if name in state else "no such tensor"
-        if expected != found:
-            problems.append(Problem(f"tensor `{name}`", expected, found, fix, str(path)))
-    return problems
+    """What differs: one or two tensors by name, more of them as counts with a few names."""
+    missing = [name for name in own if name not in state]
+    foreign = [name for name in state if name not in own]
+    other = [name for name in own if name in state and own[name].shape != state[name].shape]
+    fix = _advice(own, state, missing, [*other, *foreign])
+    if len(missing) + len(foreign) + len(other) <= FEW:
+        names = [*(name for name in own if name in missing or name in other), *foreign]
+        return [Problem(f"tensor `{name}`", _shape(own, name), _shape(state, name), fix, str(path)) for name in names]
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing ({name_some(missing)})")
+    if other:
+        first = f"{_shape(state, other[0])} for {_shape(own, other[0])}"
+        parts.append(f"{len(other)} of other sizes ({name_some(other)}; the first {first})")
+    if foreign:
+        parts.append(f"{len(foreign)} that it has not ({name_some(foreign)})")
+    return [Problem("the base's tensors", f"the {len(own)} of this model", ", ".join(parts), fix, str(path))]
+
+
+def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> str:
+    return "x".join(map(str, tensors[name].shape)) if name in tensors else "no such tensor"
+
+
+def _advice(
+    own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], missing: Sequence[str], wrong: Sequence[str]
+) -> str:
+    """What to set, by what the checkpoint looks like."""
+    if any(name.endswith(".proj_attn.weight") for name in state):
+        return f"It was written with monai-generative: pass `{OLD}`."
+    projections = {name for name in own if ".attn.out_proj." in name}
+    if projections and projections.isdisjoint(state):
+        more = "" if projections.issuperset(missing) and not wrong else ", and set `model` to the checkpoint's"
+        return f"It has no `attn.out_proj`, as models of monai-generative: pass `{OLD}`{more}."
+    first = state.get("conv_in.conv.weight")
+    if first is not None and first.dim() == 5 and first.shape[1] != 1:
+        return f"Give a model of volumes with one channel: this one takes {first.shape[1]}, and no setting does that."
+    if any(name.startswith("class_embedding.") or ".transformer_blocks." in name for name in wrong):
+        return "Give a model without classes and conditions: this one has them, and no setting does that."
+    return FIX
 
 
 def _load_old(unet: DiffusionModelUNet, state: dict[str, torch.Tensor], path: Path) -> None:

@@ -21,13 +21,16 @@ from monai.transforms import (
     Resize,
     ResizeWithPadOrCrop,
     ScaleIntensity,
+    ScaleIntensityRangePercentiles,
     Spacing,
+    Transform,
 )
+from monai.transforms.utils_pytorch_numpy_unification import percentile
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddpm_lab.config import Data
-from ddpm_lab.faults import fault, reason
+from ddpm_lab.faults import LabError, fault, known_cause, reason
 from ddpm_lab.files import check_volumes
 
 __all__ = ["check_sizes", "dataset", "transforms"]
@@ -44,17 +47,50 @@ def transforms(data: Data) -> Compose:
     space = [Spacing(pixdim=data.spacing)] if data.spacing else []
     resize = [Resize(data.resize, mode="area")] if data.resize else []
     placed = [*crop, *turn, *space] if data.paper_order else [*turn, *space, *crop]
-    low, high = data.intensity
     return Compose(
         [
             LoadImage(image_only=True, dtype=torch.float32),
             EnsureChannelFirst(),
             *placed,
             *resize,
-            ScaleIntensity(minv=low, maxv=high),
+            _Scale(data),
             EnsureType(dtype=torch.float32, track_meta=False),
-        ]
+        ],
+        log_stats=False,  # what goes wrong is said once, by name
     )
+
+
+class _Scale(Transform):  # type: ignore[misc]
+    """Moves a volume's intensities to `data.intensity`; raises LabError where all of them are the same."""
+
+    def __init__(self, data: Data) -> None:
+        low, high = data.intensity
+        self.percentiles = data.percentiles
+        if data.percentiles is None:
+            self.scale: Any = ScaleIntensity(minv=low, maxv=high)
+        else:
+            self.scale = ScaleIntensityRangePercentiles(*data.percentiles, low, high, clip=True)
+
+    def __call__(self, volume: Any) -> Any:
+        if self.percentiles is None:
+            low, high = float(volume.min()), float(volume.max())
+        else:
+            low, high = (float(percentile(volume, share)) for share in self.percentiles)
+        if low == high:
+            raise self._fault(volume, low)
+        return self.scale(volume)
+
+    def _fault(self, volume: Any, value: float) -> LabError:
+        path = getattr(volume, "meta", {}).get("filename_or_obj", "a volume")
+        expected, found = "voxels that differ, after crop and resize", f"{value:g} everywhere"
+        fix = "Check `data.crop`, or remove the file."
+        if self.percentiles is not None:
+            expected, found = (
+                f"percentiles {self.percentiles[0]:g} and {self.percentiles[1]:g} that differ",
+                f"{value:g}",
+            )
+            fix = "Widen `data.percentiles`, or remove the file."
+        return fault(path, "the intensities of a volume", expected, found, fix)
 
 
 def dataset(paths: Sequence[Path], data: Data, cache: Path) -> Any:
@@ -77,6 +113,8 @@ def _named(paths: Sequence[Path]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if (known := known_cause(error)) is not None:
+            raise known from None
         check_volumes(paths)
         found, fix = reason(error.__cause__ or error), "Replace or remove the file."
         raise fault(paths[0].parent, "a volume", "one that can be transformed", found, fix) from None
@@ -112,7 +150,9 @@ def _file_key(file: str) -> str:
 
 def _key(data: Data) -> str:
     """A name for everything that changes a cached volume."""
-    parts = data.model_dump(mode="json", include={"paper_order", "spacing", "crop", "resize", "intensity"})
+    parts = data.model_dump(
+        mode="json", include={"paper_order", "spacing", "crop", "resize", "intensity", "percentiles"}
+    )
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
