@@ -17,6 +17,8 @@ from tnpeft.spec.resolve import Fault, layer_names, resolve
 
 __all__ = ["SAMPLES", "check"]
 
+MAX_SHOWN = 20  # names of a circle
+
 
 def check(draft: Draft, problems: Problems) -> None:
     """Report every mistake between parts; checks over all parts wait until none is missing."""
@@ -82,18 +84,20 @@ def _names(draft: Draft, problems: Problems) -> None:
 
 
 def _cycles(draft: Draft, problems: Problems) -> None:
-    graph: networkx.DiGraph[str] = networkx.DiGraph()
-    rules = {name: rule for rule in draft.sizes for name in rule.names}
-    for name, rule in rules.items():
-        graph.add_edges_from(
-            (name, read) for read in rule.expression.names if read in rules and name not in draft.params
-        )
+    graph: networkx.DiGraph[int] = networkx.DiGraph()  # of lines, for one line may have thousands of names
+    line_of = {name: number for number, rule in enumerate(draft.sizes) for name in rule.names}
+    for number, rule in enumerate(draft.sizes):
+        if rule.names[0] not in draft.params:
+            graph.add_edges_from((number, line_of[read]) for read in rule.expression.names if read in line_of)
     for component in networkx.strongly_connected_components(graph):
-        first = min(component, key=list(rules).index)
-        if len(component) > 1 or graph.has_edge(first, first):
-            ring = " -> ".join([*sorted(component, key=list(rules).index), first])
+        lines = [draft.sizes[number] for number in sorted(component)]
+        if len(lines) > 1 or any(graph.has_edge(number, number) for number in component):
+            read = {name for rule in lines for name in rule.expression.names}
+            ring = [next(name for name in rule.names if name in read) for rule in lines]
+            shown = [*ring[:MAX_SHOWN], *(["..."] if len(ring) > MAX_SHOWN else []), ring[0]]
             fix = "Give one of them a size of its own."
-            problems.add(rules[first].places[first], "circular `sizes`", "no circle", ring, fix, index=first)
+            where = lines[0].places[ring[0]]
+            problems.add(where, "circular `sizes`", "no circle", " -> ".join(shown), fix, index=ring[0])
 
 
 def _ellipsis(draft: Draft, problems: Problems) -> None:
@@ -304,7 +308,7 @@ def _kinds(draft: Draft, problems: Problems) -> None:
         runs = []
         for sample in SAMPLES:
             runs.append(_try(draft, kind, sample))
-            if not runs[-1]:
+            if all(fault.structural for fault in runs[-1]):  # none, or such as hold for every sample
                 break
         certain = [fault for faults in runs for fault in faults if fault.structural]
         for fault in certain if runs[-1] == [] else certain + runs[0]:
