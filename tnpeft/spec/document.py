@@ -17,13 +17,14 @@ import yaml
 
 from tnpeft.errors import Position, Problem, SpecError
 
-__all__ = ["MAX_BYTES", "Node", "Problems", "clip", "read_bytes", "read_document", "read_file"]
+__all__ = ["MAX_BYTES", "Node", "Problems", "clip", "read_bytes", "read_document", "read_file", "shown_path"]
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
 MAX_NODES = 8_000  # after aliases are expanded
 MAX_CHARACTERS = MAX_BYTES  # of all scalars, after aliases are expanded
 MAX_PROBLEMS = 50
+MAX_PATH_SHOWN = 200  # characters
 
 _NULL = re.compile(r"null|Null|NULL|~|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -36,6 +37,12 @@ def clip(value: object, limit: int = 60) -> str:
     """`value` as one short line of plain ASCII, fit for an error message."""
     text = ascii(value)
     return text if len(text) <= limit else text[: limit - 4] + "..." + text[-1]
+
+
+def shown_path(path: str | Path) -> str:
+    """A path for a message of one line."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= MAX_PATH_SHOWN else clip(text, MAX_PATH_SHOWN)
 
 
 class Problems:
@@ -139,7 +146,7 @@ def read_bytes(path: Path, what: str = "spec") -> bytes:
             return stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        problem = Problem(f"cannot read this {what}", "a readable file", reason, "Check the path.", str(path))
+        problem = Problem(f"cannot read this {what}", "a readable file", reason, "Check the path.", shown_path(path))
         raise SpecError(problem) from error
 
 
