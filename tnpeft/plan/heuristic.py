@@ -15,6 +15,8 @@ from typing import NamedTuple, TypeAlias
 
 from opt_einsum.paths import DynamicProgramming, linear_to_ssa
 
+from tnpeft.plan.cost import LARGEST
+
 __all__ = ["Legs", "Search", "Tree", "heuristic_tree", "path_of_tree", "tree_of_path"]
 
 Legs = frozenset[str]
@@ -29,8 +31,6 @@ IMPROVEMENT_ROUNDS = 6
 PATIENCE = 5
 # Subtrees to plan again, of all tries together: eight tries of 40 cores need 1,900, one of 256 cores 1,300.
 REPLANNED = 2000
-# Beyond this a float cannot hold an integer.
-LARGEST_FLOAT = 1 << 1000
 
 
 def heuristic_tree(inputs: Sequence[Legs], output: Legs, sizes: Mapping[str, int], tries: int) -> Tree:
@@ -158,8 +158,8 @@ class Search:
 
     def improved(self, part: Part) -> Part:
         """With each subtree of a few parts, from the root down, replanned where that saves operations."""
-        if part.operands is None or not self.left_to_do:
-            return part
+        if part.operands is None or not self.left_to_do or part.cost >= LARGEST:
+            return part  # no machine would live to see the end of the last kind
         below = self._below(part)
         if len(below) > 2:
             again = self._replanned(below, part.legs, part.cost - sum(other.cost for other in below))
@@ -205,7 +205,7 @@ class Search:
 def _with_noise(freed: int, cost: int, noise: random.Random) -> tuple[float, int]:
     """Gumbel noise on a logarithmic scale, as opt_einsum's random greedy path has it."""
     size = abs(freed)
-    scale = math.log1p(size) if size < LARGEST_FLOAT else math.log(size)
+    scale = math.log1p(size) if size < LARGEST else math.log(size)
     return math.copysign(scale, (freed > 0) - (freed < 0)) - math.log(-math.log(noise.random() or 0.5)), cost
 
 

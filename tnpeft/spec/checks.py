@@ -20,8 +20,11 @@ __all__ = ["SAMPLES", "check"]
 MAX_SHOWN = 20  # names of a circle
 
 
-def check(draft: Draft, problems: Problems) -> None:
-    """Report every mistake between parts; checks over all parts wait until none is missing."""
+def check(draft: Draft, problems: Problems, saved: bool = False) -> None:
+    """Report every mistake between parts; checks over all parts wait until none is missing.
+
+    Of a `saved` spec, which worked when it was written, params that do nothing are no mistake.
+    """
     _names(draft, problems)
     _cycles(draft, problems)
     _ellipsis(draft, problems)
@@ -35,6 +38,8 @@ def check(draft: Draft, problems: Problems) -> None:
         if draft.whole["sizes"] and draft.whole["params"]:
             _sized(draft, problems)
             _unused(draft, problems)
+            if not saved:
+                _unused_params(draft, problems)
     _kinds(draft, problems)
 
 
@@ -254,7 +259,8 @@ def _sized(draft: Draft, problems: Problems) -> None:
                 problems.add(where, what, expected, found, fix, core=core.name, index=leg)
 
 
-def _unused(draft: Draft, problems: Problems) -> None:
+def _read(draft: Draft) -> set[str]:
+    """Every name that an expression or a weight has."""
     read = {name for _, expression, _ in _expressions(draft) for name in expression.names}
     read |= {
         name
@@ -264,8 +270,31 @@ def _unused(draft: Draft, problems: Problems) -> None:
         if isinstance(argument, Expression)
         for name in argument.names
     }
-    read |= {leg for term in draft.terms for leg in term.weight_places}
-    legs = {leg for core in draft.cores for leg in core.legs}
+    return read | {leg for term in draft.terms for leg in term.weight_places}
+
+
+def _unused_params(draft: Draft, problems: Problems) -> None:
+    """A param that nothing reads: often the size of an index that `sizes` leaves out, which then has the bond's."""
+    legs = dict.fromkeys(leg for core in draft.cores for leg in core.legs)
+    read = _read(draft).union(legs, *(expression.names for expression in draft.params.values()))
+    sized = {name for rule in draft.sizes for name in rule.names} | {*draft.params, ELLIPSIS}
+    bonds = [leg for leg in legs if leg not in sized]
+    for name in draft.params:
+        if name not in read:
+            meant = near_miss(name, bonds)[len("Did you mean `") : -len("`?")]
+            meant = meant or next((leg for leg in bonds if name.startswith(leg)), "")
+            fix = "Remove it, or write it where it belongs."
+            if meant:
+                fix = (
+                    f"Write `{meant}: {name}` in `sizes` if it is the size of '{meant}', which has the bond's now."
+                )
+            expected = "an index, or an expression, that reads it"
+            what = f"param `{name}` is used nowhere"
+            problems.add(draft.param_places[name], what, expected, "none", fix)
+
+
+def _unused(draft: Draft, problems: Problems) -> None:
+    read, legs = _read(draft), {leg for core in draft.cores for leg in core.legs}
     for rule in draft.sizes:
         for name, where in rule.places.items():
             if name not in legs and name not in read:

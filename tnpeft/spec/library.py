@@ -84,7 +84,7 @@ def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None, 
         raise SpecError(Problem("spec", "YAML text", clip(text), fix))
     problems = Problems()
     draft = parse_draft(text, file, {**shipped_tables(), **(tables or {})}, problems, known_inits)
-    check(draft, problems)
+    check(draft, problems, saved=not known_inits)
     problems.raise_if_any()
     # pydantic checks once more that no part is missing.
     parts = {
