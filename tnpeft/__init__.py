@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tnpeft.draw import draw_network
     from tnpeft.fitting import Budget, Extraction, Fit, budget, extract, fit
     from tnpeft.io import load, load_foreign, save, save_foreign
-    from tnpeft.modules import Adapter, compile
+    from tnpeft.modules import Adapter, compile, memory_limit
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
     from tnpeft.surgery import accumulating, activate, detach, disabled, merge, names_of, scales_of, unmerge
 
@@ -79,6 +79,7 @@ __all__ = [
     "load_foreign",
     "load_recipe",
     "load_spec",
+    "memory_limit",
     "merge",
     "names_of",
     "plan",
@@ -93,6 +94,7 @@ __all__ = [
 _LAZY = {
     "Adapter": "modules",
     "compile": "modules",
+    "memory_limit": "modules",
     "accumulating": "surgery",
     "activate": "surgery",
     "detach": "surgery",

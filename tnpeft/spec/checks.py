@@ -285,9 +285,7 @@ def _unused_params(draft: Draft, problems: Problems) -> None:
             meant = meant or next((leg for leg in bonds if name.startswith(leg)), "")
             fix = "Remove it, or write it where it belongs."
             if meant:
-                fix = (
-                    f"Write `{meant}: {name}` in `sizes` if it is the size of '{meant}', which has the bond's now."
-                )
+                fix = f"Write `{meant}: {name}` in `sizes` if it is the size of '{meant}', which has the bond's now."
             expected = "an index, or an expression, that reads it"
             what = f"param `{name}` is used nowhere"
             problems.add(draft.param_places[name], what, expected, "none", fix)
