@@ -22,8 +22,9 @@ LABEL_POINTS = 7.0
 _RADIUS, _DOT_RADIUS, _COLUMN = 0.3, 0.05, 1.2
 _SCALES = (1.0, 1.12, 1.25, 1.4, 1.6, 1.9, 2.3, 2.8, 3.4, 4.2)
 _MANY, _MOST_NAMED = 200, 400  # lines and open legs: from here on labels are not moved apart, bonds not named
-_POINTS_OF_MANY = 12  # of a line, where there are many
+_MOST_POINTS, _POINTS_OF_MANY = 500, 12  # of a line, and where there are many
 _ENOUGH = 1.6  # from here on labels may stand on lines, if they must
+_POINTS_OF_CURVE = 40
 _STEP = 0.03  # between two points of a line
 _TOLERANCE = 1e-6  # of a piece of a line
 _STUBS, _STUB_FROM_DOT, _DIRECTIONS = (0.2, 0.45, 0.8), 0.16, 24
@@ -113,7 +114,7 @@ def _named_once(diagram: Diagram, bonds: Sequence[Stroke]) -> dict[str, int]:
 
 def _bonds(diagram: Diagram, discs: Sequence[Disc]) -> list[Stroke]:
     """Straight lines from disc to disc; parallel bonds bulge to both sides."""
-    most = _POINTS_OF_MANY if len(diagram.lines) > _MANY else None
+    most = _POINTS_OF_MANY if len(diagram.lines) > _MANY else _MOST_POINTS
     count = Counter(frozenset(line.ends) for line in diagram.lines)
     seen: Counter[frozenset[int]] = Counter()
     bonds = []
@@ -126,7 +127,7 @@ def _bonds(diagram: Diagram, discs: Sequence[Disc]) -> list[Stroke]:
     return bonds
 
 
-def _curve(one: Disc, other: Disc, away: float, most: int | None = None) -> Points:
+def _curve(one: Disc, other: Disc, away: float, most: int) -> Points:
     """A quadratic curve whose middle is `away` from the straight line, without what the discs cover.
 
     It has at most so many points.
@@ -135,8 +136,7 @@ def _curve(one: Disc, other: Disc, away: float, most: int | None = None) -> Poin
     way = end - start
     length = float(np.hypot(*way))
     control = (start + end) / 2 + 2 * away * np.array([-way[1], way[0]]) / length
-    points = max(8, round(length / _STEP))
-    at = np.linspace(0, 1, points if most is None else min(points, most))[:, None]
+    at = np.linspace(0, 1, min(max(8, round(length / _STEP)), most))[:, None]
     path = (1 - at) ** 2 * start + 2 * at * (1 - at) * control + at**2 * end
     seen = (np.hypot(*(path - start).T) > one.radius) & (np.hypot(*(path - end).T) > other.radius)
     return np.asarray(path[seen] if seen.sum() > 1 else path)
@@ -211,9 +211,8 @@ def _quality(discs: Sequence[Disc], strokes: Sequence[Stroke], labels: Sequence[
     overlaps = sum(overlap(one, other) for number, one in enumerate(boxes) for other in boxes[number + 1 :])
     overlaps += sum(_on_disc(box, disc) for box in boxes for disc in discs)
     crossed = sum(_inside(stroke.path, box) for stroke in strokes for box in boxes)
-    crossings = sum(
-        _cross(one.path, other.path) for number, one in enumerate(strokes) for other in strokes[number + 1 :]
-    )
+    paths = [_thinned(stroke.path) for stroke in strokes]
+    crossings = sum(_cross(one, other) for number, one in enumerate(paths) for other in paths[number + 1 :])
     return Quality(crossings, through, overlaps, crossed)
 
 
@@ -226,6 +225,14 @@ def _on_disc(box: Box, disc: Disc) -> bool:
 def _inside(path: Points, box: Box) -> bool:
     x, y = path.T
     return bool(((box[0] < x) & (x < box[2]) & (box[1] < y) & (y < box[3])).any())
+
+
+def _thinned(path: Points) -> Points:
+    """A line as its two ends where it is straight, a curve as every few of its points."""
+    way, away = path[-1] - path[0], path - path[0]
+    if (np.abs(_cross_product(way, away)) <= _TOLERANCE * np.hypot(*way)).all():
+        return path[[0, -1]]
+    return path[np.unique(np.linspace(0, len(path) - 1, _POINTS_OF_CURVE).round().astype(int))]
 
 
 def _cross(one: Points, other: Points) -> bool:
