@@ -28,7 +28,8 @@ from tnpeft.draw.files import write
 from tnpeft.draw.page import Page, page_of
 from tnpeft.draw.placing import place
 from tnpeft.draw.render import figure_of, rendered
-from tnpeft.draw.scene import Disc, scene_of
+from tnpeft.draw.scene import scene_of
+from tnpeft.draw.shapes import Disc
 
 ROOT = Path(__file__).parent.parent
 CONV3D = tnpeft.Layer("Conv3d", 64, 128, (3, 3, 3))

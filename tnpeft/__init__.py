@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tnpeft.draw import draw_network
     from tnpeft.fitting import Budget, Extraction, Fit, budget, extract, fit
     from tnpeft.io import load, load_foreign, save, save_foreign
-    from tnpeft.modules import Adapter, compile
+    from tnpeft.modules import Adapter, compile, memory_limit
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
     from tnpeft.surgery import (
         accumulating,
@@ -91,6 +91,7 @@ __all__ = [
     "load_foreign",
     "load_recipe",
     "load_spec",
+    "memory_limit",
     "merge",
     "names_of",
     "plain_state_dict",
@@ -106,6 +107,7 @@ __all__ = [
 _LAZY = {
     "Adapter": "modules",
     "compile": "modules",
+    "memory_limit": "modules",
     "accumulating": "surgery",
     "activate": "surgery",
     "detach": "surgery",

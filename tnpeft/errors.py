@@ -100,8 +100,21 @@ class DrawError(TnpeftError, ValueError):
     """A picture that cannot be drawn or written."""
 
 
+# Of two names that may be meant for each other: the share of letters in common, and how many are compared in full.
+CLOSE, COMPARED = 0.6, 10
+
+
 def near_miss(word: str, known: Iterable[str]) -> str:
     """The sentence "Did you mean `known`?" for the closest known word, or an empty string."""
+    word = word[:80]
     few = list(itertools.islice(known, 200))  # comparing takes time; a file can hold thousands of names
-    close = difflib.get_close_matches(word[:80], few, n=1, cutoff=0.6)
+    # Comparing letter by letter takes the square of a name's length: only those of most letters in common.
+    matcher = difflib.SequenceMatcher(b=word)
+    shared: list[tuple[float, int]] = []
+    for place, name in enumerate(few):
+        matcher.set_seq1(name)
+        if matcher.real_quick_ratio() >= CLOSE and (ratio := matcher.quick_ratio()) >= CLOSE:
+            shared.append((-ratio, place))
+    nearest = [few[place] for place in sorted(place for _, place in sorted(shared)[:COMPARED])]
+    close = difflib.get_close_matches(word, nearest, n=1, cutoff=CLOSE)
     return f"Did you mean `{close[0]}`?" if close else ""

@@ -10,6 +10,7 @@ from tnpeft.cli.listing import short_layers
 from tnpeft.cli.output import Output, UsageError
 from tnpeft.errors import Problem
 from tnpeft.spec import Spec, list_specs, load_spec
+from tnpeft.spec.paths import is_file
 
 __all__ = ["BEGIN", "END", "catalogue", "update_catalogue"]
 
@@ -37,7 +38,10 @@ def catalogue() -> str:
 def update_catalogue(output: Output, name: str) -> None:
     """Put the table between the marks of a text file, and say whether that changed it."""
     path = Path(name)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        text = path.read_text(encoding="utf-8") if is_file(path) else ""
+    except (OSError, ValueError):
+        text = ""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

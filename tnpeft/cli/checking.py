@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from tnpeft.cli.output import Output, problem_data
 from tnpeft.errors import Problem, SpecError
 from tnpeft.spec import list_specs, load_spec
 from tnpeft.spec.document import Problems, read_file
+from tnpeft.spec.paths import is_file, is_folder
 from tnpeft.spec.reader import parse_table
 
 __all__ = ["SUFFIXES", "check_files", "expand", "kind_of"]
@@ -66,10 +68,11 @@ def expand(names: Iterable[str]) -> dict[str, bool]:
     expanded: dict[str, bool] = {}
     for name in names:
         path = Path(name)
-        if not name or not path.is_dir():
+        if not name or not is_folder(path):
             expanded[name] = False
             continue
-        files = [file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES and file.is_file()]
+        below = sorted(Path(folder, file) for folder, _, files in os.walk(path) for file in files)
+        files = [file for file in below if file.suffix in SUFFIXES and is_file(file)]
         shown = [str(file) for file in files if not any(part[0] == "." for part in file.relative_to(path).parts)]
         for file in shown or [name]:
             expanded.setdefault(file, bool(shown))
@@ -78,7 +81,7 @@ def expand(names: Iterable[str]) -> dict[str, bool]:
 
 def _check(name: str, found: bool) -> _Result:
     """What a file is, and its mistakes."""
-    if name and Path(name).is_dir():
+    if name and is_folder(name):
         problem = Problem("nothing to check", "YAML files in this folder", "none", "Name another folder.", name)
         return _Result(name, "folder", (problem,))
     kind = "spec"
@@ -109,7 +112,7 @@ def _read(name: str, kind: str) -> None:
 def kind_of(name: str) -> str:
     """What a file or shipped name is: a recipe has `adapters`, a factor table numbers for keys, a spec most others."""
     path = Path(name)
-    if path.suffix not in SUFFIXES and not path.is_file():
+    if path.suffix not in SUFFIXES and not is_file(path):
         return "spec" if name in list_specs() or name not in _recipes() else "recipe"
     node = read_file(path)
     keys = [key.value for key, _ in node.items()]

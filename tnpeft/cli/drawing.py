@@ -13,6 +13,8 @@ from tnpeft.draw import Picture, draw_network
 from tnpeft.draw.files import SUFFIXES
 from tnpeft.errors import Problem
 from tnpeft.spec import load_spec
+from tnpeft.spec.document import shown_path
+from tnpeft.spec.paths import is_folder
 
 __all__ = ["draw_specs"]
 
@@ -22,7 +24,7 @@ def draw_specs(
 ) -> None:
     """Draw one spec to a file, or specs and folders of specs into a folder, each as NAME.svg."""
     specs = _specs(names)
-    into_folder = Path(target).is_dir() or target.endswith("/") or specs != list(names) or len(specs) > 1
+    into_folder = is_folder(target) or target.endswith("/") or specs != list(names) or len(specs) > 1
     if into_folder:
         _make_folder(Path(target))
     chosen = None if layer is None else parse_layer(layer)
@@ -43,7 +45,7 @@ def _specs(names: Sequence[str]) -> list[str]:
     """The specs among the files named and found; what else a folder holds is passed over."""
     found = [name for name, in_folder in expand(names).items() if not in_folder or kind_of(name) == "spec"]
     for name in found:
-        if name and Path(name).is_dir():
+        if name and is_folder(name):
             raise UsageError(Problem("nothing to draw", "specs in this folder", "none", "Name another folder.", name))
     return found
 
@@ -51,13 +53,13 @@ def _specs(names: Sequence[str]) -> list[str]:
 def _make_folder(folder: Path) -> None:
     """Raises UsageError where there is none and none can be made."""
     fix = "Name a folder for several pictures, with -o pictures/."
-    if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
+    if folder.suffix.lower() in SUFFIXES and not is_folder(folder):
         raise UsageError(Problem("-o", "a folder", "the name of one picture", fix, str(folder)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise UsageError(Problem("-o", "a folder", found, fix, str(folder))) from error
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        raise UsageError(Problem("-o", "a folder", found, fix, shown_path(folder))) from error
 
 
 def _data(picture: Picture, path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tnpeft.cli.arguments import parse_scopes, parse_settings
@@ -13,6 +12,8 @@ from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, table
 from tnpeft.errors import Problem
 from tnpeft.spec import Spec
+from tnpeft.spec.document import shown_path
+from tnpeft.spec.paths import is_file, is_folder
 
 if TYPE_CHECKING:
     from tnpeft.fitting import Budget, ExtractedLayer, Extraction
@@ -106,13 +107,15 @@ def _check_method(method: str, iterations: int | None) -> None:
 
 def _check_target(target: str, *sources: str) -> None:
     """Fitting takes minutes: what can be known to fail at its end fails before; no checkpoint is written over."""
-    path = Path(target)
+    from tnpeft.io.files import file_path
+
+    path = file_path(target)
     fix = "For example -o adapter.safetensors."
-    for source in map(Path, sources):
-        if path.resolve() == source.resolve() or (path.resolve().parent == source.resolve() and path.exists()):
-            raise UsageError(Problem("--output", "a file of its own", f"a checkpoint, {source}", fix))
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        found = "a folder" if path.is_dir() else f"no folder '{path.parent}'"
+    for source in map(file_path, sources):
+        if path.resolve() == source.resolve() or (path.resolve().parent == source.resolve() and is_file(path)):
+            raise UsageError(Problem("--output", "a file of its own", f"a checkpoint, {shown_path(source)}", fix))
+    if is_folder(path) or not is_folder(path.resolve().parent):
+        found = "a folder" if is_folder(path) else f"no folder '{shown_path(path.parent)}'"
         raise UsageError(Problem("--output", "a file name in a folder that exists", found, fix))
 
 

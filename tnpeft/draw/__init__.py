@@ -2,6 +2,6 @@
 
 from tnpeft.draw.files import is_current
 from tnpeft.draw.picture import Picture, draw_network
-from tnpeft.draw.scene import Quality
+from tnpeft.draw.shapes import Quality
 
 __all__ = ["Picture", "Quality", "draw_network", "is_current"]

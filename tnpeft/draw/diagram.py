@@ -93,9 +93,9 @@ def diagram_of(network: Network) -> Diagram:
             lines += [Line((owner[leg], core), leg, size) for core in cores]
             dots.append(leg)
     stubs = [Stub(owner[leg], leg, network.sizes[leg], role) for leg, role in role_of.items() if leg in owner]
-    kept: list[set[str]] = [
-        {stub.role for stub in stubs if stub.node == node} for node in range(len(network.cores) + len(dots))
-    ]
+    kept: list[set[str]] = [set() for _ in range(len(network.cores) + len(dots))]
+    for stub in stubs:
+        kept[stub.node].add(stub.role)
     nodes = [Node(core.name, core, _ordered(role_of.get(leg) for leg in core.legs), ()) for core in network.cores]
     nodes += [Node(leg, None, _ordered([role_of.get(leg)]), ()) for leg in dots]
     nodes = [replace(node, own=_ordered(own)) for node, own in zip(nodes, kept, strict=True)]
@@ -131,11 +131,13 @@ def sides(diagram: Diagram) -> list[int | None]:
 
 
 def _distances(graph: networkx.Graph[int], diagram: Diagram, role: str) -> dict[int, int]:
-    sources = [number for number, node in enumerate(diagram.nodes) if role in node.own]
-    found: dict[int, int] = {}
-    for source in sources:
-        for number, steps in networkx.single_source_shortest_path_length(graph, source).items():
-            found[number] = min(steps, found.get(number, steps))
+    border = [number for number, node in enumerate(diagram.nodes) if role in node.own]
+    found, steps = dict.fromkeys(border, 0), 0
+    while border:
+        steps += 1
+        around = itertools.chain.from_iterable(graph[node] for node in border)
+        border = [node for node in dict.fromkeys(around) if node not in found]
+        found |= dict.fromkeys(border, steps)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tnpeft.errors import DrawError, Problem
 from tnpeft.spec import Spec
-from tnpeft.spec.document import clip
+from tnpeft.spec.document import clip, shown_path
 
 __all__ = ["SUFFIXES", "checked_path", "digest_of", "is_current", "need_matplotlib", "write"]
 
@@ -30,7 +31,7 @@ def is_current(path: str | Path, spec: Spec) -> bool:
     try:
         with Path(path).open("rb") as file:
             head = file.read(_HEAD).decode("utf-8", errors="replace")
-    except OSError:
+    except (OSError, ValueError):
         return False
     found = _IDENTIFIER.search(head)
     return found is not None and found[1] == digest_of(spec)
@@ -49,20 +50,15 @@ def checked_path(path: str | Path) -> Path:
     if checked.suffix.lower() not in SUFFIXES:
         found = clip(checked.suffix) if checked.suffix else "no suffix"
         fix = "Name the file like `picture.svg`."
-        raise DrawError(Problem("picture", f"a name in {' or '.join(SUFFIXES)}", found, fix, clip_path(checked)))
+        raise DrawError(Problem("picture", f"a name in {' or '.join(SUFFIXES)}", found, fix, shown_path(checked)))
     return checked
-
-
-def clip_path(path: Path) -> str:
-    text = str(path)
-    return text if text.isprintable() and len(text) <= 200 else clip(text, 200)
 
 
 def write(path: Path, data: bytes) -> None:
     """Write one file atomically: `path` is what it was, or complete. Raises DrawError."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
     try:
+        target = Path(os.path.realpath(path))
+        temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
         try:
             temporary.write_bytes(data)
             temporary.replace(target)
@@ -71,4 +67,6 @@ def write(path: Path, data: bytes) -> None:
     except (OSError, ValueError) as error:
         found = getattr(error, "strerror", None) or str(error)
         fix = "Choose a folder that exists and can be written to."
-        raise DrawError(Problem("picture", "to be written", found, fix, clip_path(path))) from error
+        if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
+            fix = "Choose a shorter name of plain characters."
+        raise DrawError(Problem("picture", "to be written", found, fix, shown_path(path))) from error

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tnpeft.draw.diagram import diagram_of
 from tnpeft.draw.placing import place
-from tnpeft.draw.scene import Quality, Scene, scene_of
+from tnpeft.draw.scene import scene_of
+from tnpeft.draw.shapes import Quality, Scene
 from tnpeft.draw.text import clean, text_size, wrapped
 from tnpeft.network import BoundCore, Network
 
 __all__ = ["Page", "Text", "page_of"]
 
+MOST_TERMS = 24  # a sum of more is drawn as far as that
 _MARGIN, _GAP = 0.15, 0.3
 _TITLE, _SUBTITLE, _SIGN, _LEGEND = 11.0, 8.0, 13.0, 7.0  # points
 _NARROWEST, _WIDEST = 3.4, 9.0  # without the margins
@@ -49,7 +52,9 @@ class Page:
 
 def page_of(network: Network, with_sizes: bool) -> Page:
     """Lay a network out, term by term."""
-    items = list(zip([_scene(part, with_sizes) for part in network.parts], _signs(network), strict=True))
+    parts = network.parts[:MOST_TERMS]
+    signs = itertools.islice(_signs(network), len(parts))
+    items = list(zip([_scene(part, with_sizes) for part in parts], signs, strict=True))
     rows = _rows(items)
     inner = max(map(_row_width, rows))
     width = max(inner, _NARROWEST) + 2 * _MARGIN
@@ -133,6 +138,8 @@ def _head(network: Network, with_sizes: bool, width: float) -> Iterator[tuple[st
         facts.append(f"{network.num_parameters:,} parameters{formula}")
     else:
         facts.append(f"parameters: {network.formula}")
+    if len(network.terms) > MOST_TERMS:
+        facts.append(f"the first {MOST_TERMS} of {len(network.terms)} terms")
     if network.compose == "dora":
         facts.append(
             "compose: dora, the sum with the base weight is normalised per output channel, its magnitude trained"
@@ -145,7 +152,7 @@ def _head(network: Network, with_sizes: bool, width: float) -> Iterator[tuple[st
 def _marks(network: Network) -> list[tuple[str, str]]:
     """The kinds of marks in the picture, each with what it means."""
     found: dict[str, str] = {}
-    diagrams = [diagram_of(part) for part in network.parts]
+    diagrams = [diagram_of(part) for part in network.parts[:MOST_TERMS]]
     nodes = [node for diagram in diagrams for node in diagram.nodes]
     roles = {stub.role for diagram in diagrams for stub in diagram.stubs}
     found.update({role: text for role, text in ROLE_TEXTS.items() if role in roles})

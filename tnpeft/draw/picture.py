@@ -10,7 +10,7 @@ from typing import Any
 from tnpeft.draw.files import checked_path, digest_of, need_matplotlib, write
 from tnpeft.draw.page import Page, page_of
 from tnpeft.draw.render import rendered
-from tnpeft.draw.scene import Quality
+from tnpeft.draw.shapes import Quality
 from tnpeft.errors import BindError, DrawError, Problem
 from tnpeft.network import Layer, Network
 from tnpeft.spec import Spec, load_spec

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
+import networkx
 import numpy as np
 
 from tnpeft.draw.diagram import Diagram, sides
 from tnpeft.draw.objective import ASPECT, CLEARANCE, Floats, Ints, Objective, grid_for
 
-__all__ = ["place"]
+__all__ = ["passed_by", "place"]
 
 _STARTS, _KICKS, _SWEEPS, _PATIENCE = 8, 60, 12, 8
+_MOST_SPRINGS = 400  # nodes: each pushes each
+_WIDEST = 40.0  # rows, the radius of a circle on which no line passes through a node
 _WORK = 200_000_000  # comparisons of lines and nodes in one search, about a second
 
 
@@ -23,10 +27,15 @@ def place(diagram: Diagram) -> list[tuple[float, float]]:
     straight lines, input on the left, output on the right, the kernel low, and the two sides each
     other's mirror image where the graph allows it. Where some line still passes through a node, all go on a circle.
     """
-    search = _Search(diagram)
-    points = search.run()
-    x, y = search.grid.x[points], search.grid.y[points]
-    if search.objective.through(points):
+    if _takes_long(diagram):
+        x, y = _by_springs(diagram)
+        crossed = passed_by(np.stack([x * ASPECT, y], axis=1), [line.ends for line in diagram.lines], CLEARANCE) > 0
+    else:
+        search = _Search(diagram)
+        points = search.run()
+        x, y = search.grid.x[points], search.grid.y[points]
+        crossed = search.objective.through(points) > 0
+    if crossed:
         x, y = _on_circle(x, y)
     x, y = x - (x.min() + x.max()) / 2, y - (y.min() + y.max()) / 2
     return [(float(a), float(b)) for a, b in zip(x, y, strict=True)]
@@ -38,8 +47,60 @@ def _on_circle(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     order = np.argsort(np.round(np.arctan2(y - y.mean(), x - x.mean()), 6), kind="stable")
     angles = np.empty(count)
     angles[order] = 2 * math.pi * np.arange(count) / count - math.pi
-    radius = max(CLEARANCE / (1 - math.cos(2 * math.pi / count)), count / 4)
+    radius = max(min(CLEARANCE / (1 - math.cos(2 * math.pi / count)), _WIDEST), count / 4)
     return radius * np.cos(angles) / ASPECT, radius * np.sin(angles)
+
+
+def _takes_long(diagram: Diagram) -> bool:
+    """Whether moving each node once, in all placements, would take more than a search may."""
+    nodes, lines = len(diagram.nodes), len(diagram.lines)
+    points = 3 * nodes  # of the grid, about
+    return _STARTS * nodes * points * lines * (nodes + lines) > 2 * _WORK
+
+
+def _by_springs(diagram: Diagram) -> tuple[Floats, Floats]:
+    """Nodes that lines pull together and all others push apart, on points of a grid; the input on the left."""
+    graph, count = diagram.graph, len(diagram.nodes)
+    if count <= _MOST_SPRINGS:
+        drawn = networkx.spring_layout(graph, seed=0)
+        wanted = np.array([drawn[number] for number in range(count)])
+    else:  # neighbours beside each other on a circle
+        order = {node: place for place, node in enumerate(networkx.dfs_preorder_nodes(_joined(graph), 0))}
+        angles = np.array([2 * math.pi * order[number] / count for number in range(count)])
+        wanted = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    ends = [[number for number, node in enumerate(diagram.nodes) if role in node.own] for role in ("in", "out")]
+    if all(ends) and wanted[ends[0], 0].mean() > wanted[ends[1], 0].mean():
+        wanted[:, 0] *= -1
+    side = 2 * math.ceil(math.sqrt(count))
+    low, high = wanted.min(0), wanted.max(0)
+    wanted = (wanted - low) / np.maximum(high - low, 1e-9) * (side - 1)
+    points = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1).reshape(-1, 2)
+    free = np.ones(len(points), dtype=bool)
+    taken = []
+    for place in np.round(wanted, 6):
+        away = np.where(free, ((points - place) ** 2).sum(1), np.inf)
+        taken.append(int(away.argmin()))
+        free[taken[-1]] = False
+    return points[taken, 0].astype(float), points[taken, 1].astype(float)
+
+
+def _joined(graph: networkx.Graph[int]) -> networkx.Graph[int]:
+    """The graph with a line from each of its parts to the next."""
+    firsts = [min(part) for part in networkx.connected_components(graph)]
+    return networkx.compose(graph, networkx.path_graph(firsts))
+
+
+def passed_by(places: Floats, ends: Sequence[tuple[int, int]], clearance: float) -> int:
+    """How often a straight line comes nearer to a node that is not its own: `places[n]` is node n's."""
+    first, last = (np.array([pair[side] for pair in ends], dtype=np.int64) for side in (0, 1))
+    start, way = places[first], places[last] - places[first]
+    length = np.maximum((way**2).sum(1), 1e-12)
+    count = 0
+    for number, place in enumerate(places):
+        along = np.clip(((place - start) * way).sum(1) / length, 0, 1)
+        near = ((start + along[:, None] * way - place) ** 2).sum(1) < clearance**2
+        count += int((near & (first != number) & (last != number)).sum())
+    return count
 
 
 class _Search:
@@ -97,6 +158,8 @@ class _Search:
             before = prices
             orders = np.array([self.random.sample(range(self.nodes), self.nodes) for _ in states])
             for nodes in orders.T:
+                if self.left_to_do < -_WORK:
+                    return states, prices
                 states, prices = self._best(states, prices, self._moves(states, nodes))
             states, prices = self._best(states, prices, self._shifts(states))
             if self.left_to_do < 0 or not (prices < before).any():

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from tnpeft.draw.page import Page
-from tnpeft.draw.scene import LABEL_POINTS, Disc, Scene, Stroke
+from tnpeft.draw.scene import LABEL_POINTS
+from tnpeft.draw.shapes import Disc, Scene, Stroke
 from tnpeft.draw.text import FONT
 
 __all__ = ["figure_of", "rendered"]
@@ -21,7 +22,7 @@ __all__ = ["figure_of", "rendered"]
 _FILLS = {"in": "#b3d9f2", "out": "#f9d9a4", "kernel": "#a8dccb", "inner": "#ffffff"}
 _COLOURS = {"in": "#0072b2", "out": "#b85400", "kernel": "#007a58", None: "#404040"}
 _INK, _LINE, _FROZEN, _WEIGHT = "#1a1a1a", "#707070", "#8a8a8a", "#d9d9d9"
-_DPI = 200
+_DPI, _MOST_PIXELS = 200, 10_000
 _THICKEST = 64  # sizes from here on have one thickness
 
 
@@ -32,7 +33,8 @@ def rendered(page: Page, suffix: str, title: str, digest: str) -> bytes:
     """
     with _settings():
         file = io.BytesIO()
-        figure_of(page).savefig(file, format=suffix, dpi=_DPI, metadata=_metadata(suffix, title, digest))
+        dpi = min(_DPI, _MOST_PIXELS / max(page.width, page.height))
+        figure_of(page).savefig(file, format=suffix, dpi=dpi, metadata=_metadata(suffix, title, digest))
     return file.getvalue()
 
 

@@ -6,13 +6,14 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from tnpeft.draw.crowd import quality_of_many
 from tnpeft.draw.diagram import Diagram, Node
 from tnpeft.draw.labels import Box, Choice, Obstacles, Points, choose, overlap
 from tnpeft.draw.objective import ASPECT, bulge
+from tnpeft.draw.shapes import Disc, Label, Quality, Scene, Stroke
 from tnpeft.draw.text import clean, fitted, text_size
 
 __all__ = ["LABEL_POINTS", "Disc", "Label", "Quality", "Scene", "Stroke", "scene_of"]
@@ -20,7 +21,10 @@ __all__ = ["LABEL_POINTS", "Disc", "Label", "Quality", "Scene", "Stroke", "scene
 LABEL_POINTS = 7.0
 _RADIUS, _DOT_RADIUS, _COLUMN = 0.3, 0.05, 1.2
 _SCALES = (1.0, 1.12, 1.25, 1.4, 1.6, 1.9, 2.3, 2.8, 3.4, 4.2)
+_MANY, _MOST_NAMED = 200, 400  # lines and open legs: from here on labels are not moved apart, bonds not named
+_MOST_POINTS, _POINTS_OF_MANY = 500, 12  # of a line, and where there are many
 _ENOUGH = 1.6  # from here on labels may stand on lines, if they must
+_POINTS_OF_CURVE = 40
 _STEP = 0.03  # between two points of a line
 _TOLERANCE = 1e-6  # of a piece of a line
 _STUBS, _STUB_FROM_DOT, _DIRECTIONS = (0.2, 0.45, 0.8), 0.16, 24
@@ -28,75 +32,10 @@ _STEP_OF_FAN = math.radians(30)  # between two open legs of one core
 _WAY = {"in": math.pi, "out": 0.0, "kernel": -math.pi / 2}  # where the open legs of a role point
 
 
-@dataclass(frozen=True)
-class Disc:
-    """A core, or a hyperedge's dot."""
-
-    x: float
-    y: float
-    radius: float
-    node: Node
-    lines: tuple[str, ...]
-    points: float  # the size of its text
-
-
-@dataclass(frozen=True)
-class Stroke:
-    """A bond or an open leg, as points from end to end; `ends` are its discs."""
-
-    path: Points
-    index: str
-    size: int
-    ends: tuple[int, ...]
-    role: str | None = None
-
-
-@dataclass(frozen=True)
-class Label:
-    text: str
-    box: Box
-    role: str | None
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What makes a drawing hard to read, counted."""
-
-    crossings: int  # of two lines
-    through_cores: int  # lines through a core or dot that is not theirs
-    label_overlaps: int  # labels on another label, a core or a dot
-    label_crossings: int  # lines through labels
-
-    def __add__(self, other: Quality) -> Quality:
-        return Quality(
-            self.crossings + other.crossings,
-            self.through_cores + other.through_cores,
-            self.label_overlaps + other.label_overlaps,
-            self.label_crossings + other.label_crossings,
-        )
-
-
-@dataclass(frozen=True)
-class Scene:
-    discs: tuple[Disc, ...]
-    strokes: tuple[Stroke, ...]
-    labels: tuple[Label, ...]
-    quality: Quality
-
-    @property
-    def bounds(self) -> Box:
-        boxes = [label.box for label in self.labels]
-        boxes += [
-            (disc.x - disc.radius, disc.y - disc.radius, disc.x + disc.radius, disc.y + disc.radius)
-            for disc in self.discs
-        ]
-        boxes += [(*stroke.path.min(0), *stroke.path.max(0)) for stroke in self.strokes]
-        left, bottom, right, top = zip(*boxes, strict=True)
-        return min(left), min(bottom), max(right), max(top)
-
-
 def scene_of(diagram: Diagram, places: Sequence[tuple[float, float]], with_sizes: bool) -> Scene:
     """The drawing of nodes at `places`, spread as far as its labels need."""
+    if len(diagram.lines) + len(diagram.stubs) > _MANY:
+        return _at_scale(diagram, places, with_sizes, _ENOUGH)
     best: Scene | None = None
     for scale in _SCALES:
         scene = _at_scale(diagram, places, with_sizes, scale)
@@ -118,10 +57,12 @@ def _at_scale(diagram: Diagram, places: Sequence[tuple[float, float]], with_size
         for node, (column, row) in zip(diagram.nodes, places, strict=True)
     )
     bonds = _bonds(diagram, discs)
+    many = len(bonds) + len(diagram.stubs) > _MANY
     items: list[list[Choice]] = []
     texts: list[tuple[str, str | None]] = []
-    for stroke in bonds:
-        if diagram.nodes[stroke.ends[0]].core is None and _labelled_elsewhere(diagram, stroke, bonds):
+    named = _named_once(diagram, bonds)
+    for number, stroke in enumerate(bonds):
+        if len(bonds) > _MOST_NAMED or (diagram.nodes[stroke.ends[0]].core is None and named[stroke.index] != number):
             continue
         texts.append((_text(stroke.index, stroke.size, with_sizes), None))
         items.append(_beside(stroke.path, texts[-1][0]))
@@ -130,7 +71,7 @@ def _at_scale(diagram: Diagram, places: Sequence[tuple[float, float]], with_size
         texts.append((_text(stub.index, stub.size, with_sizes), stub.role))
         items.append(_stub_choices(discs[stub.node], way, texts[-1][0], _STUBS if scale > 1 else _STUBS[:1]))
     obstacles = Obstacles([(disc.x, disc.y, disc.radius) for disc in discs], [bond.path for bond in bonds])
-    chosen = choose(items, obstacles)
+    chosen = [min(item, key=lambda choice: choice.price) for item in items] if many else choose(items, obstacles)
     labels = [Label(text, choice.box, role) for (text, role), choice in zip(texts, chosen, strict=True)]
     stubs = [
         Stroke(_from_disc(choice.tail, discs[stub.node]), stub.index, stub.size, (stub.node,), stub.role)
@@ -138,7 +79,8 @@ def _at_scale(diagram: Diagram, places: Sequence[tuple[float, float]], with_size
         if choice.tail is not None
     ]
     strokes = (*bonds, *stubs)
-    return Scene(discs, strokes, tuple(labels), _quality(discs, strokes, labels))
+    quality = quality_of_many(discs, strokes, labels) if many else _quality(discs, strokes, labels)
+    return Scene(discs, strokes, tuple(labels), quality)
 
 
 def _disc(node: Node, x: float, y: float) -> Disc:
@@ -160,16 +102,19 @@ def _text(index: str, size: int, with_sizes: bool) -> str:
     return f"{name}={size}" if with_sizes else name
 
 
-def _labelled_elsewhere(diagram: Diagram, stroke: Stroke, bonds: Sequence[Stroke]) -> bool:
-    """A hyperedge is named once: at its open leg, else at its longest line."""
-    if any(stub.index == stroke.index for stub in diagram.stubs):
-        return True
-    same = [other for other in bonds if other.index == stroke.index]
-    return stroke is not max(same, key=lambda other: (len(other.path), -other.ends[1]))
+def _named_once(diagram: Diagram, bonds: Sequence[Stroke]) -> dict[str, int]:
+    """At which line a hyperedge is named: none where it has an open leg, else its longest."""
+    named: dict[str, int] = {}
+    for number, stroke in enumerate(bonds):
+        best = bonds[named[stroke.index]] if stroke.index in named else None
+        if best is None or (len(stroke.path), -stroke.ends[1]) > (len(best.path), -best.ends[1]):
+            named[stroke.index] = number
+    return named | dict.fromkeys((stub.index for stub in diagram.stubs), -1)
 
 
 def _bonds(diagram: Diagram, discs: Sequence[Disc]) -> list[Stroke]:
     """Straight lines from disc to disc; parallel bonds bulge to both sides."""
+    most = _POINTS_OF_MANY if len(diagram.lines) > _MANY else _MOST_POINTS
     count = Counter(frozenset(line.ends) for line in diagram.lines)
     seen: Counter[frozenset[int]] = Counter()
     bonds = []
@@ -178,17 +123,20 @@ def _bonds(diagram: Diagram, discs: Sequence[Disc]) -> list[Stroke]:
         away = bulge(seen[pair], count[pair]) * _COLUMN / ASPECT
         seen[pair] += 1
         one, other = (discs[end] for end in sorted(line.ends))
-        bonds.append(Stroke(_curve(one, other, away), line.index, line.size, line.ends))
+        bonds.append(Stroke(_curve(one, other, away, most), line.index, line.size, line.ends))
     return bonds
 
 
-def _curve(one: Disc, other: Disc, away: float) -> Points:
-    """A quadratic curve whose middle is `away` from the straight line, without what the discs cover."""
+def _curve(one: Disc, other: Disc, away: float, most: int) -> Points:
+    """A quadratic curve whose middle is `away` from the straight line, without what the discs cover.
+
+    It has at most so many points.
+    """
     start, end = np.array([one.x, one.y]), np.array([other.x, other.y])
     way = end - start
     length = float(np.hypot(*way))
     control = (start + end) / 2 + 2 * away * np.array([-way[1], way[0]]) / length
-    at = np.linspace(0, 1, max(8, round(length / _STEP)))[:, None]
+    at = np.linspace(0, 1, min(max(8, round(length / _STEP)), most))[:, None]
     path = (1 - at) ** 2 * start + 2 * at * (1 - at) * control + at**2 * end
     seen = (np.hypot(*(path - start).T) > one.radius) & (np.hypot(*(path - end).T) > other.radius)
     return np.asarray(path[seen] if seen.sum() > 1 else path)
@@ -213,9 +161,12 @@ def _beside(path: Points, text: str) -> list[Choice]:
 def _ways(diagram: Diagram) -> list[float]:
     """The direction that each open leg likes best: a node's legs of one role make a fan, the first on top or left."""
     ways = []
+    fans = Counter((stub.node, stub.role) for stub in diagram.stubs)
+    seen: Counter[tuple[int, str]] = Counter()
     for stub in diagram.stubs:
-        fan = [other for other in diagram.stubs if (other.node, other.role) == (stub.node, stub.role)]
-        turn = (fan.index(stub) - (len(fan) - 1) / 2) * _STEP_OF_FAN
+        fan = (stub.node, stub.role)
+        turn = (seen[fan] - (fans[fan] - 1) / 2) * _STEP_OF_FAN
+        seen[fan] += 1
         ways.append(_WAY[stub.role] + (-turn if stub.role == "out" else turn))
     return ways
 
@@ -260,9 +211,8 @@ def _quality(discs: Sequence[Disc], strokes: Sequence[Stroke], labels: Sequence[
     overlaps = sum(overlap(one, other) for number, one in enumerate(boxes) for other in boxes[number + 1 :])
     overlaps += sum(_on_disc(box, disc) for box in boxes for disc in discs)
     crossed = sum(_inside(stroke.path, box) for stroke in strokes for box in boxes)
-    crossings = sum(
-        _cross(one.path, other.path) for number, one in enumerate(strokes) for other in strokes[number + 1 :]
-    )
+    paths = [_thinned(stroke.path) for stroke in strokes]
+    crossings = sum(_cross(one, other) for number, one in enumerate(paths) for other in paths[number + 1 :])
     return Quality(crossings, through, overlaps, crossed)
 
 
@@ -275,6 +225,14 @@ def _on_disc(box: Box, disc: Disc) -> bool:
 def _inside(path: Points, box: Box) -> bool:
     x, y = path.T
     return bool(((box[0] < x) & (x < box[2]) & (box[1] < y) & (y < box[3])).any())
+
+
+def _thinned(path: Points) -> Points:
+    """A line as its two ends where it is straight, a curve as every few of its points."""
+    way, away = path[-1] - path[0], path - path[0]
+    if (np.abs(_cross_product(way, away)) <= _TOLERANCE * np.hypot(*way)).all():
+        return path[[0, -1]]
+    return path[np.unique(np.linspace(0, len(path) - 1, _POINTS_OF_CURVE).round().astype(int))]
 
 
 def _cross(one: Points, other: Points) -> bool:

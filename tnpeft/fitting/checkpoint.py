@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tnpeft.fitting.extract import check_tensors
 from tnpeft.io.files import file_path, refuse
+from tnpeft.spec.paths import is_folder
 from tnpeft.surgery import base_tensors, parameter_groups
 from tnpeft.surgery.tree import slots, ties
 
@@ -53,7 +54,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
+    if not is_folder(path):
         return [path]
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) > 1:

@@ -14,8 +14,9 @@ from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError
 from tnpeft.io.files import FOREIGN, file_path, read, refuse, shown
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.saving import fingerprint
-from tnpeft.modules import Adapter, Sharing, is_drawn
+from tnpeft.modules import Adapter, Sharing, is_drawn, memory_problems
 from tnpeft.modules.offload import hook_of
+from tnpeft.network import Network
 from tnpeft.recipe import Handle
 from tnpeft.spec import Spec
 from tnpeft.surgery import (
@@ -121,9 +122,14 @@ def _adapters(
         specs = [Spec.from_yaml(entry.text, entry.file, entry.tables, known_inits=False) for entry in manifest.specs]
     except TnpeftError as error:
         raise AdapterFileError(*_in_file(path, error)) from error
+    networks = {layer: _network(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
+    modes = {layer: entry.mode for layer, entry in manifest.layers.items()}
+    if problems := [*memory_problems(networks, modules, modes)]:
+        raise AdapterFileError(*(replace(problem, where=shown(path)) for problem in problems))
     sharing = Sharing()
     adapters = {
-        layer: _adapter(path, specs, entry, layer, modules, sharing) for layer, entry in manifest.layers.items()
+        layer: _adapter(path, networks[layer], entry, layer, modules[layer], sharing)
+        for layer, entry in manifest.layers.items()
     }
     for layer, adapter in adapters.items():
         drawn = _draw_again(path, layer, adapter, manifest.layers[layer].drawn)
@@ -135,15 +141,7 @@ def _adapters(
     return adapters
 
 
-def _adapter(
-    path: Path,
-    specs: list[Spec],
-    entry: LayerEntry,
-    name: str,
-    modules: Mapping[str, nn.Module],
-    sharing: Sharing,
-) -> Adapter:
-    """A layer's adapter, its cores still without values."""
+def _network(path: Path, specs: list[Spec], entry: LayerEntry, name: str, modules: Mapping[str, nn.Module]) -> Network:
     layer = modules.get(name)
     if layer is None or entry.spec not in range(len(specs)):
         raise refuse(path, "metadata", "that of an adapter", f"a layer '{name}' that does not fit", FOREIGN)
@@ -152,8 +150,16 @@ def _adapter(
         fix = "Give the model its weights before loading an adapter."
         raise refuse(path, "base model", "values", f"none in layer '{name}' (it is on the meta device)", fix)
     try:
+        return specs[entry.spec].bind(layer, **entry.params)
+    except TnpeftError as error:
+        raise AdapterFileError(*_in_file(path, error, f"layer '{name}'")) from error
+
+
+def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: nn.Module, sharing: Sharing) -> Adapter:
+    """A layer's adapter, its cores still without values."""
+    try:
         return Adapter(
-            specs[entry.spec].bind(layer, **entry.params),
+            network,
             layer,
             seed=entry.seed,
             name=name,

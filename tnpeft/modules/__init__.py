@@ -7,6 +7,7 @@ from tnpeft.modules.grouping import Groups, Member
 from tnpeft.modules.inits import is_drawn
 from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.layers import AdaptedConv, AdaptedConvTranspose, AdaptedLayer, AdaptedLinear, wrap
+from tnpeft.modules.room import memory_limit, memory_problems
 from tnpeft.modules.sharing import Captured, Sharing
 
 __all__ = [
@@ -24,5 +25,7 @@ __all__ = [
     "Sharing",
     "compile",
     "is_drawn",
+    "memory_limit",
+    "memory_problems",
     "wrap",
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from tnpeft.errors import BindError
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.layers import AdaptedLayer
+from tnpeft.modules.room import memory_problems
 from tnpeft.plan import DEFAULT_MODE
 from tnpeft.spec import Spec, load_spec
 
@@ -35,4 +37,6 @@ def compile(
     if isinstance(layer, AdaptedLayer):
         layer = layer.base
     network = spec.bind(layer, **params)
+    if problems := [*memory_problems({name: network}, {name: layer}, mode)]:
+        raise BindError(*problems)
     return Adapter(network, layer, seed=seed, name=name, mode=mode, autotune=autotune)

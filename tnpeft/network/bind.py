@@ -14,6 +14,7 @@ from tnpeft.network.layer import Layer
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
+from tnpeft.spec.expression import MAX_ABSOLUTE
 from tnpeft.spec.model import provide
 from tnpeft.spec.pattern import KINDS
 from tnpeft.spec.resolve import Resolved, layer_names, resolve
@@ -133,11 +134,13 @@ def _check_params(spec: Spec, given: Mapping[str, Any]) -> dict[str, int | float
             problems.append(
                 Problem(f"spec '{spec.name}', param {clip(name)}", f"one of {known}", "none of them", fix, spec.file)
             )
-        elif isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= MAX_ABSOLUTE:
+            expected, found = "a finite number", ""
+            if isinstance(value, numbers.Real) and MAX_ABSOLUTE < abs(value) < math.inf:
+                expected, found = f"a number of at most {MAX_ABSOLUTE:g}", "a larger one"
+            found = found or clip(value)  # thousands of digits have no text
             fix = f"Write `{name}=4`."
-            problems.append(
-                Problem(f"spec '{spec.name}', param '{name}'", "a finite number", clip(value), fix, spec.file)
-            )
+            problems.append(Problem(f"spec '{spec.name}', param '{name}'", expected, found, fix, spec.file))
         else:
             number = float(value)
             values[name] = int(number) if number.is_integer() else number

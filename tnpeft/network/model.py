@@ -96,7 +96,8 @@ class Network:
         return tuple(self._part(term) for term in self.terms)
 
     def _part(self, term: BoundTerm) -> Network:
-        cores = tuple(core for core in self.cores if core.name in term.cores)
+        names = set(term.cores)
+        cores = tuple(core for core in self.cores if core.name in names)
         sizes = {leg: self.sizes[leg] for core in cores for leg in core.legs}
         plain = replace(term, scale=1.0)
         return replace(self, sizes=sizes, cores=cores, terms=(plain,), scale=self.scale * term.scale, formula="")

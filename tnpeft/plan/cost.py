@@ -19,6 +19,8 @@ __all__ = ["SLACK", "cost_of_paths"]
 SLACK = 0.025
 # Columns of a matrix that count as bad as a copy.
 NARROW = 3
+# Beyond this a float cannot hold an integer.
+LARGEST = 1 << 1000
 
 Legs = frozenset[str]
 
@@ -40,7 +42,7 @@ def cost_of_paths(inputs: Sequence[Legs], output: str, sizes: Mapping[str, int])
         own: float = math.prod([numbers[leg] for leg in joint])
         if cost1 + cost2 + own > cap:
             return
-        if union == everything:
+        if union == everything and own < LARGEST:
             own += SLACK * own * _badness(output, legs_of(cores1), legs_of(cores2), sizes)
         cost = cost1 + cost2 + own
         if cost <= cap and (union not in found or cost < found[union][1]):

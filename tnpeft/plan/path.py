@@ -26,9 +26,9 @@ SUBSETS_BOUND = 500
 # Up to here all subsets are few, and outer products and products along kept indices are searched too.
 OUTER_BOUND = 6
 # Greedy paths to try: eight beat opt_einsum's `auto-hq` on every cubic and square graph tried, and take about 0.5 s for
-# 40 cores; a complete graph of 40 cores has 1,560 legs and takes a second for each.
+# 40 cores. Fewer where one takes long: the pairs to choose from grow with the cube of the cores, their sizes with legs.
 TRIES = 8
-TRIES_TIMES_LEGS = 2000
+TRIES_TIMES_LEGS, TRIES_TIMES_CUBE = 2000, 4_000_000
 
 
 @lru_cache(maxsize=1024)
@@ -41,12 +41,13 @@ def find_path(inputs: tuple[str, ...], output: str, sizes: tuple[tuple[str, int]
     if len(legs) == 1:
         return ()
     joined = _neighbours(legs, kept)
-    few = _is_connected(joined) and count_connected_subsets(joined, SUBSETS_BOUND) <= SUBSETS_BOUND
-    if few or len(legs) <= OUTER_BOUND:
+    quick = _is_connected(joined) and count_connected_subsets(joined, SUBSETS_BOUND) <= SUBSETS_BOUND
+    if quick or len(legs) <= OUTER_BOUND:
         tree = _programmed_tree(legs, output, size)
     else:
         # Also for parts that no sum joins: dynamic programming would not plan their product.
-        tries = max(1, min(TRIES, TRIES_TIMES_LEGS // max(1, sum(map(len, legs)))))
+        few = min(TRIES_TIMES_LEGS // max(1, sum(map(len, legs))), TRIES_TIMES_CUBE // len(legs) ** 3)
+        tries = max(1, min(TRIES, few))
         tree = heuristic_tree(legs, kept, size, tries)
     return tuple((min(pair), max(pair)) for pair in ssa_to_linear(path_of_tree(tree, len(legs))))
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, near_miss
-from tnpeft.modules import Adapter, Captured, Sharing
+from tnpeft.modules import Adapter, Captured, Sharing, memory_problems
+from tnpeft.network import Network
 from tnpeft.plan import DEFAULT_MODE
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
@@ -89,6 +90,9 @@ def attach(
     at another scale than 1. `auto` takes, for each layer and input size, the one of least predicted time;
     with `autotune` it runs all of them a few times when a layer first sees a size (forward passes without
     gradients apart), and remembers which was the quickest, in saved files too. Second derivatives need `dense`.
+
+    Layers whose cores, or their contraction, would take more than the device's memory are refused;
+    `tnpeft.memory_limit` moves that bound.
 
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """
@@ -195,8 +199,7 @@ def _compile(
     autotune: bool,
 ) -> dict[str, Adapter]:
     """One adapter per layer (once for a layer with two names); every layer's mistakes are collected."""
-    sharing = Sharing()
-    adapters: dict[str, Adapter] = {}
+    networks: dict[str, Network] = {}
     seen: set[int] = set()
     problems: list[Problem] = []
     for name, entry in claimed.items():
@@ -204,8 +207,18 @@ def _compile(
             continue
         seen.add(id(modules[name]))
         try:
+            networks[name] = entry.spec.bind(modules[name], **entry.params)
+        except BindError as error:
+            problems += _of_layer(name, error)
+    problems += memory_problems(networks, modules, mode)
+    if problems:
+        raise AttachError(*dict.fromkeys(problems))
+    sharing = Sharing()
+    adapters: dict[str, Adapter] = {}
+    for name, network in networks.items():
+        try:
             adapters[name] = Adapter(
-                entry.spec.bind(modules[name], **entry.params),
+                network,
                 modules[name],
                 seed=seed,
                 name=name,
@@ -215,7 +228,11 @@ def _compile(
                 captured=captured[name],
             )
         except BindError as error:
-            problems += [replace(problem, what=f"layer '{name}': {problem.what}") for problem in error.problems]
+            problems += _of_layer(name, error)
     if problems:
         raise AttachError(*dict.fromkeys(problems))
     return adapters
+
+
+def _of_layer(name: str, error: BindError) -> list[Problem]:
+    return [replace(problem, what=f"layer '{name}': {problem.what}") for problem in error.problems]

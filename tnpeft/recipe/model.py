@@ -16,6 +16,7 @@ from tnpeft.errors import Position, Problem, SpecError, TnpeftError, near_miss
 from tnpeft.spec import Spec, find_shipped, load_spec
 from tnpeft.spec.document import Node, Problems, clip, read_document, read_file
 from tnpeft.spec.library import shipped_folder
+from tnpeft.spec.paths import is_file
 from tnpeft.spec.shape import FilePart, Schema, check_shape, with_text_keys
 
 __all__ = ["Entry", "Recipe", "Train", "list_recipes", "load_recipe", "train_from"]
@@ -209,8 +210,7 @@ def _entry(node: Node, file: str, problems: Problems) -> Entry | None:
 def _spec(node: Node, file: str, problems: Problems) -> Spec | None:
     beside = Path(file).parent / node.value
     try:
-        is_file = node.value.endswith((".yaml", ".yml")) and beside.is_file()
-        return load_spec(beside if is_file else node.value)
+        return load_spec(beside if node.value.endswith((".yaml", ".yml")) and is_file(beside) else node.value)
     except SpecError as error:
         for problem in error.problems:
             if problem.where is None:

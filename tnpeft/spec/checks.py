@@ -17,9 +17,14 @@ from tnpeft.spec.resolve import Fault, layer_names, resolve
 
 __all__ = ["SAMPLES", "check"]
 
+MAX_SHOWN = 20  # names of a circle
 
-def check(draft: Draft, problems: Problems) -> None:
-    """Report every mistake between parts; checks over all parts wait until none is missing."""
+
+def check(draft: Draft, problems: Problems, saved: bool = False) -> None:
+    """Report every mistake between parts; checks over all parts wait until none is missing.
+
+    Of a `saved` spec, which worked when it was written, params that do nothing are no mistake.
+    """
     _names(draft, problems)
     _cycles(draft, problems)
     _ellipsis(draft, problems)
@@ -33,6 +38,8 @@ def check(draft: Draft, problems: Problems) -> None:
         if draft.whole["sizes"] and draft.whole["params"]:
             _sized(draft, problems)
             _unused(draft, problems)
+            if not saved:
+                _unused_params(draft, problems)
     _kinds(draft, problems)
 
 
@@ -82,18 +89,20 @@ def _names(draft: Draft, problems: Problems) -> None:
 
 
 def _cycles(draft: Draft, problems: Problems) -> None:
-    graph: networkx.DiGraph[str] = networkx.DiGraph()
-    rules = {name: rule for rule in draft.sizes for name in rule.names}
-    for name, rule in rules.items():
-        graph.add_edges_from(
-            (name, read) for read in rule.expression.names if read in rules and name not in draft.params
-        )
+    graph: networkx.DiGraph[int] = networkx.DiGraph()  # of lines, for one line may have thousands of names
+    line_of = {name: number for number, rule in enumerate(draft.sizes) for name in rule.names}
+    for number, rule in enumerate(draft.sizes):
+        if rule.names[0] not in draft.params:
+            graph.add_edges_from((number, line_of[read]) for read in rule.expression.names if read in line_of)
     for component in networkx.strongly_connected_components(graph):
-        first = min(component, key=list(rules).index)
-        if len(component) > 1 or graph.has_edge(first, first):
-            ring = " -> ".join([*sorted(component, key=list(rules).index), first])
+        lines = [draft.sizes[number] for number in sorted(component)]
+        if len(lines) > 1 or any(graph.has_edge(number, number) for number in component):
+            read = {name for rule in lines for name in rule.expression.names}
+            ring = [next(name for name in rule.names if name in read) for rule in lines]
+            shown = [*ring[:MAX_SHOWN], *(["..."] if len(ring) > MAX_SHOWN else []), ring[0]]
             fix = "Give one of them a size of its own."
-            problems.add(rules[first].places[first], "circular `sizes`", "no circle", ring, fix, index=first)
+            where = lines[0].places[ring[0]]
+            problems.add(where, "circular `sizes`", "no circle", " -> ".join(shown), fix, index=ring[0])
 
 
 def _ellipsis(draft: Draft, problems: Problems) -> None:
@@ -250,7 +259,8 @@ def _sized(draft: Draft, problems: Problems) -> None:
                 problems.add(where, what, expected, found, fix, core=core.name, index=leg)
 
 
-def _unused(draft: Draft, problems: Problems) -> None:
+def _read(draft: Draft) -> set[str]:
+    """Every name that an expression or a weight has."""
     read = {name for _, expression, _ in _expressions(draft) for name in expression.names}
     read |= {
         name
@@ -260,8 +270,29 @@ def _unused(draft: Draft, problems: Problems) -> None:
         if isinstance(argument, Expression)
         for name in argument.names
     }
-    read |= {leg for term in draft.terms for leg in term.weight_places}
-    legs = {leg for core in draft.cores for leg in core.legs}
+    return read | {leg for term in draft.terms for leg in term.weight_places}
+
+
+def _unused_params(draft: Draft, problems: Problems) -> None:
+    """A param that nothing reads: often the size of an index that `sizes` leaves out, which then has the bond's."""
+    legs = dict.fromkeys(leg for core in draft.cores for leg in core.legs)
+    read = _read(draft).union(legs, *(expression.names for expression in draft.params.values()))
+    sized = {name for rule in draft.sizes for name in rule.names} | {*draft.params, ELLIPSIS}
+    bonds = [leg for leg in legs if leg not in sized]
+    for name in draft.params:
+        if name not in read:
+            meant = near_miss(name, bonds)[len("Did you mean `") : -len("`?")]
+            meant = meant or next((leg for leg in bonds if name.startswith(leg)), "")
+            fix = "Remove it, or write it where it belongs."
+            if meant:
+                fix = f"Write `{meant}: {name}` in `sizes` if it is the size of '{meant}', which has the bond's now."
+            expected = "an index, or an expression, that reads it"
+            what = f"param `{name}` is used nowhere"
+            problems.add(draft.param_places[name], what, expected, "none", fix)
+
+
+def _unused(draft: Draft, problems: Problems) -> None:
+    read, legs = _read(draft), {leg for core in draft.cores for leg in core.legs}
     for rule in draft.sizes:
         for name, where in rule.places.items():
             if name not in legs and name not in read:
@@ -304,7 +335,7 @@ def _kinds(draft: Draft, problems: Problems) -> None:
         runs = []
         for sample in SAMPLES:
             runs.append(_try(draft, kind, sample))
-            if not runs[-1]:
+            if all(fault.structural for fault in runs[-1]):  # none, or such as hold for every sample
                 break
         certain = [fault for faults in runs for fault in faults if fault.structural]
         for fault in certain if runs[-1] == [] else certain + runs[0]:

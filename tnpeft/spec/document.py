@@ -17,12 +17,14 @@ import yaml
 
 from tnpeft.errors import Position, Problem, SpecError
 
-__all__ = ["MAX_BYTES", "Node", "Problems", "clip", "read_bytes", "read_document", "read_file"]
+__all__ = ["MAX_BYTES", "Node", "Problems", "clip", "read_bytes", "read_document", "read_file", "shown_path"]
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
 MAX_NODES = 8_000  # after aliases are expanded
+MAX_CHARACTERS = MAX_BYTES  # of all scalars, after aliases are expanded
 MAX_PROBLEMS = 50
+MAX_PATH_SHOWN = 200  # characters
 
 _NULL = re.compile(r"null|Null|NULL|~|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -35,6 +37,12 @@ def clip(value: object, limit: int = 60) -> str:
     """`value` as one short line of plain ASCII, fit for an error message."""
     text = ascii(value)
     return text if len(text) <= limit else text[: limit - 4] + "..." + text[-1]
+
+
+def shown_path(path: str | Path) -> str:
+    """A path for a message of one line."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= MAX_PATH_SHOWN else clip(text, MAX_PATH_SHOWN)
 
 
 class Problems:
@@ -57,9 +65,11 @@ class Problems:
         self.put(Problem(what, expected, found, fix, where, core, index))
 
     def put(self, problem: Problem) -> None:
-        """Keep a mistake, unless it is known or there are enough."""
-        if len(self.found) < MAX_PROBLEMS and problem not in self.found:
+        """Keep a mistake, unless it is known; when there are enough, look for no more: raises SpecError."""
+        if problem not in self.found:
             self.found.append(problem)
+        if len(self.found) >= MAX_PROBLEMS:
+            self.raise_if_any()
 
     def __len__(self) -> int:
         return len(self.found)
@@ -136,7 +146,7 @@ def read_bytes(path: Path, what: str = "spec") -> bytes:
             return stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        problem = Problem(f"cannot read this {what}", "a readable file", reason, "Check the path.", str(path))
+        problem = Problem(f"cannot read this {what}", "a readable file", reason, "Check the path.", shown_path(path))
         raise SpecError(problem) from error
 
 
@@ -209,8 +219,8 @@ class _Reader:
         self.file = file
         self.problems = Problems()
         self.anchors: dict[str, Node] = {}
-        self.sizes: dict[int, int] = {}  # nodes below an anchored node, by id
-        self.count = 0
+        self.sizes: dict[int, tuple[int, int]] = {}  # nodes and characters of an anchored node, by id
+        self.count = self.characters = 0
 
     def read(self, text: str) -> Node:
         loader: Any = yaml.SafeLoader(text)  # its methods carry no types
@@ -238,12 +248,12 @@ class _Reader:
     def _node(self, loader: Any, depth: int) -> Node:
         event = loader.get_event()
         where = self._at(event)
-        self._bound(where, 1, depth)
+        self._bound(where, 1, len(event.value) if isinstance(event, yaml.ScalarEvent) else 0, depth)
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event, where)
         if event.tag not in (None, "!"):
             self.problems.add(where, "a tag", "plain YAML", clip(event.tag), "Remove the tag.")
-        before = self.count
+        before, characters = self.count, self.characters
         if isinstance(event, yaml.ScalarEvent):
             node = self._scalar(event, where)
         elif isinstance(event, yaml.SequenceStartEvent):
@@ -252,23 +262,28 @@ class _Reader:
             node = self._mapping(loader, where, depth)
         if event.anchor is not None:
             self.anchors[event.anchor] = node
-            self.sizes[id(node)] = self.count - before + 1
+            text = len(node.text) if node.kind == "scalar" else self.characters - characters
+            self.sizes[id(node)] = (self.count - before + 1, text)
         return node
 
-    def _bound(self, where: Position, nodes: int, depth: int) -> None:
+    def _bound(self, where: Position, nodes: int, characters: int, depth: int) -> None:
         self.count += nodes
+        self.characters += characters
         fix = "A spec is a small file; write it out flat."
         if depth > MAX_DEPTH:
             raise SpecError(Problem("nested too deeply", f"at most {MAX_DEPTH} levels", "more", fix, where))
         if self.count > MAX_NODES:
             raise SpecError(Problem("too many values", f"at most {MAX_NODES} with aliases", "more", fix, where))
+        if self.characters > MAX_CHARACTERS:
+            expected = f"at most {MAX_CHARACTERS} characters with aliases"
+            raise SpecError(Problem("too much text", expected, "more", fix, where))
 
     def _alias(self, event: Any, where: Position) -> Node:
         node = self.anchors.get(event.anchor)
         if node is None:
             fix = "Define the anchor first; it cannot stand inside itself."
             raise SpecError(Problem(f"alias {clip(event.anchor)}", "an anchor above", "none", fix, where))
-        self._bound(where, self.sizes[id(node)], 0)
+        self._bound(where, *self.sizes[id(node)], 0)
         return node
 
     def _items(self, loader: Any, end: type, depth: int) -> tuple[Node, ...]:

@@ -60,6 +60,7 @@ class Draft:
     source: str = ""
     layers: tuple[str, ...] = ()
     params: dict[str, Expression] = field(default_factory=dict)
+    param_places: dict[str, Position] = field(default_factory=dict)
     bond: Expression | None = None
     sizes: list[DraftRule] = field(default_factory=list)
     factors: Table | None = None

@@ -21,7 +21,8 @@ from tnpeft.spec.factorize import MAX_FACTORS, MAX_NUMBER, Table, factorize
 __all__ = ["FUNCTIONS", "Expression", "ExpressionError", "Number", "Value", "is_name", "parse_expression"]
 
 Number = int | float
-Value = int | float | tuple["Value", ...]
+Value = Number | tuple[Number, ...]
+"""Tuples hold numbers alone: one that held tuples could double with each of six lines, and be compared for ever."""
 
 MAX_LENGTH = 400  # characters
 MAX_NESTING = 40
@@ -146,6 +147,9 @@ def _check_node(node: ast.AST) -> None:
         what = "`**`" if isinstance(node, ast.Pow) else f"Python's {type(node).__name__}"
         fix = "Sizes know + - * / // %, comparisons, `a if c else b`, tuples, subscripts and functions."
         raise ExpressionError("a size expression", what, fix, offset=offset)
+    if isinstance(node, ast.Tuple) and (inner := [item for item in node.elts if isinstance(item, ast.Tuple)]):
+        fix = "Pick one with `[0]`, or write the entries out."
+        raise ExpressionError("a tuple of numbers", "a tuple in a tuple", fix, offset=inner[0].col_offset)
     if isinstance(node, ast.Constant):
         if isinstance(node.value, bool) or not isinstance(node.value, int | float):
             fix = "Write a number or a name; yes and no are `true` and `false`."
@@ -206,7 +210,14 @@ class _Evaluator:
         return self.names[node.id]
 
     def visit_tuple(self, node: ast.Tuple) -> Value:
-        return tuple(self.visit(item) for item in node.elts)
+        return tuple(self._entry(item) for item in node.elts)
+
+    def _entry(self, node: ast.expr) -> Number:
+        value = self.visit(node)
+        if isinstance(value, tuple):
+            found = f"{len(value)} numbers in place of one"
+            raise self._error(node, "a tuple of numbers", found, "Pick one with `[0]`, or write the entries out.")
+        return value
 
     def visit_binop(self, node: ast.BinOp) -> Value:
         left, right = self._number(node.left), self._number(node.right)
@@ -263,12 +274,12 @@ class _Evaluator:
         values = [self.visit(item) for item in node.args]
         flat: list[Number] = []
         for value in values:
-            flat.extend(value if isinstance(value, tuple) else (value,))  # type: ignore[arg-type]
+            flat.extend(value if isinstance(value, tuple) else (value,))
         if name in ("sqrt", "ceil", "floor") and len(flat) != 1:
             raise self._error(node, f"one number in `{name}`", f"{len(flat)}", f"Write `{name}(x)`.")
         if name == "prod" and values and not flat:
             return 1  # `prod(kernel_size)` of a Linear
-        if not flat or any(isinstance(value, tuple) for value in flat):
+        if not flat:
             raise self._error(node, f"numbers in `{name}`", "none", f"Write `{name}(a, b)`.")
         return self._apply(node, name, flat)
 

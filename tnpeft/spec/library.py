@@ -15,6 +15,7 @@ from tnpeft.spec.document import Problems, clip, read_bytes, read_file
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits
 from tnpeft.spec.model import Core, SizeRule, Spec, Term, provide
+from tnpeft.spec.paths import is_file
 from tnpeft.spec.reader import parse_draft, parse_table
 
 __all__ = ["find_shipped", "list_specs", "load_spec", "shipped_folder", "shipped_tables"]
@@ -52,9 +53,9 @@ def find_shipped(name: str | Path, what: str, *folders: str) -> Path:
     plain = isinstance(name, str) and path.suffix not in (".yaml", ".yml") and path.name == name
     for folder in folders if plain and name not in ("", ".", "..") else ():
         shipped = shipped_folder() / folder / f"{name}.yaml"
-        if shipped.is_file():
+        if is_file(shipped):
             return shipped
-    if path.suffix in (".yaml", ".yml") or (not plain and path.is_file()):
+    if path.suffix in (".yaml", ".yml") or (not plain and is_file(path)):
         return path
     known = [found.stem for folder in folders for found in sorted((shipped_folder() / folder).glob("*.yaml"))]
     fix = near_miss(str(name), known) or "Give a path that ends in .yaml, or one of these names."
@@ -83,7 +84,7 @@ def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None, 
         raise SpecError(Problem("spec", "YAML text", clip(text), fix))
     problems = Problems()
     draft = parse_draft(text, file, {**shipped_tables(), **(tables or {})}, problems, known_inits)
-    check(draft, problems)
+    check(draft, problems, saved=not known_inits)
     problems.raise_if_any()
     # pydantic checks once more that no part is missing.
     parts = {

@@ -104,8 +104,9 @@ class Spec(BaseModel):
         """Read a spec from YAML text.
 
         `file` names the text in errors; `tables` are factor tables that `factors: NAME` may name
-        beside the shipped ones. Without `known_inits`, an init may be one that nobody has registered here:
-        its function is missed when a core is drawn, not before. Raises SpecError with every mistake found,
+        beside the shipped ones. Without `known_inits` the text is one that was accepted before, of a saved
+        adapter, say: an init may be one that nobody has registered here, whose function is missed when a core
+        is drawn, and a param may do nothing. Raises SpecError with every mistake found,
         each with its place.
         """
         spec: Spec = _hooks["read"](text, file, tables, known_inits)

@@ -134,6 +134,7 @@ class _Parser:
                 self.draft.whole["params"] = False
                 continue
             self.draft.params[name] = expression
+            self.draft.param_places[name] = key.position
         if ("params",) in self.broken:
             self.draft.whole["params"] = False
 

@@ -5,7 +5,6 @@ Used twice: at load, for sample layers of every kind in `layers`, and at `bind`,
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Protocol
 
 from tnpeft.errors import Position, Problem
+from tnpeft.spec.document import clip
 from tnpeft.spec.expression import Expression, ExpressionError, Number, Value
-from tnpeft.spec.factorize import Table
+from tnpeft.spec.factorize import Table, bounded_product, times
 from tnpeft.spec.inits import Init, Last, Legs
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, expand, expand_axes, kernel_indices
 
@@ -22,6 +22,7 @@ __all__ = ["Fault", "Resolved", "Source", "layer_names", "resolve"]
 
 MAX_SIZE = 1 << 24  # of one index
 MAX_NUMEL = 1 << 32  # of one core
+MAX_PRODUCT = 10**18  # of what is multiplied out for a message
 
 
 class CoreLike(Protocol):
@@ -133,6 +134,10 @@ class _Resolver:
         self.failed: set[str] = set()
         self.rules = {name: rule for rule in source.sizes for name in rule.names}
         self.padded: set[str] = set()
+        self.bond: Value | ExpressionError | None = None  # worked out once; thousands of legs may have its size
+        # Expressions that read params alone.
+        own = {"bond": source.bond, **{rule.names[0]: rule.expression for rule in source.sizes}}
+        self.plain = {key for key, rule in own.items() if rule is not None and not {*rule.names} - {*source.params}}
         self.uses = Counter(leg for core in source.cores for leg in core.legs)
         self.open = {leg for term in source.terms for axis in term.weight for leg in axis}
         self.out = Resolved()
@@ -232,9 +237,9 @@ class _Resolver:
                 if leg not in self.out.sizes and leg not in self.failed:
                     self._leg(leg, core)
             sizes = [self.out.sizes[leg] for leg in legs if leg in self.out.sizes]
-            if math.prod(sizes) > MAX_NUMEL:
-                found = " x ".join(map(str, sizes))
-                error = ExpressionError(f"at most {MAX_NUMEL} elements", found, "Use smaller sizes.", structural=False)
+            if bounded_product(sizes, MAX_NUMEL) > MAX_NUMEL:
+                expected = f"at most {MAX_NUMEL} elements"
+                error = ExpressionError(expected, times(sizes), "Use smaller sizes.", structural=False)
                 self._fault(core.position, f"core '{core.name}'", error, core=core.name)
 
     def _leg(self, leg: str, core: CoreLike) -> None:
@@ -265,21 +270,22 @@ class _Resolver:
         bond = self.source.bond
         if bond is None or any(name not in self.values for name in bond.names):
             return
-        try:
-            value = bond.number(self.values, self.source.factors)
-        except ExpressionError as error:
-            self._fault(self.source.places["bond"], "`bond`", error)
+        if self.bond is None:
+            try:
+                self.bond = bond.number(self.values, self.source.factors)
+            except ExpressionError as error:
+                self._fault(self.source.places["bond"], "`bond`", error)
+                self.bond = error
+        if isinstance(self.bond, ExpressionError):
             return
-        if all(name in self.source.params for name in bond.names):
+        if "bond" in self.plain:
             self.out.symbols[leg] = bond.text
-        self._size(leg, value, self.source.places["bond"], "`bond`")
+        self._size(leg, self.bond, self.source.places["bond"], "`bond`")
 
     def _symbol(self, leg: str, rule: RuleLike | None) -> None:
         if rule is None:
             self.out.symbols[leg] = leg
-        elif all(name in self.source.params for name in rule.expression.names) and not isinstance(
-            self.values[leg], tuple
-        ):
+        elif rule.names[0] in self.plain and not isinstance(self.values[leg], tuple):
             self.out.symbols[leg] = rule.expression.text
 
     def _size(self, leg: str, value: Value, where: Position, what: str, core: str | None = None) -> None:
@@ -315,17 +321,18 @@ class _Resolver:
         for number, (axis, size) in enumerate(zip(axes, shape, strict=True)):
             if any(leg not in self.out.sizes for leg in axis):
                 continue
-            product = math.prod(self.out.sizes[leg] for leg in axis)
+            sizes = [self.out.sizes[leg] for leg in axis]
+            product = bounded_product(sizes, MAX_PRODUCT)
             padded = any(leg in self.padded for leg in axis) and core is None
             if product == size or (padded and isinstance(size, int) and product > size):
                 continue
             name = ("out_channels", "in_channels")[number] if number < 2 else f"kernel_size[{number - 2}]"
-            sizes = " x ".join(str(self.out.sizes[leg]) for leg in axis)
-            found = f"{sizes} = {product}" if len(axis) > 1 else str(product)
+            result = str(product) if product <= MAX_PRODUCT else f"more than {MAX_PRODUCT}"
+            found = f"{times(sizes)} = {result}" if len(axis) > 1 else result
             fix = "Change `sizes` or `factors`, or group the legs of `weight` otherwise."
             if core is not None and any(leg in self.padded for leg in axis):
                 fix = "The base weight has no padding: factorise without `pad=true`."
-            what = f"{label}, axis {number + 1} ({' '.join(axis) or '1'})"
+            what = f"{label}, axis {number + 1} ({clip(' '.join(axis) or '1')[1:-1]})"
             error = ExpressionError(f"a product of {size} ({name})", found, fix, structural=False)
             self._fault(where, what, error, core=core)
 
@@ -379,7 +386,13 @@ class _Resolver:
             over = legs[1:] if over is None else over
             if any(leg not in self.out.sizes for leg in over):
                 return
-            arguments["fan"] = float(math.prod(self.out.sizes[leg] for leg in over))
+            product = bounded_product([self.out.sizes[leg] for leg in over], MAX_NUMEL)
+            if product > MAX_NUMEL:
+                expected, fix = f"a fan of at most {MAX_NUMEL}", "Name fewer legs, or use smaller sizes."
+                error = ExpressionError(expected, f"the product of {len(over)} legs", fix, structural=False)
+                self._fault(core.init.position or core.position, f"core '{core.name}', `fan`", error, core=core.name)
+                return
+            arguments["fan"] = float(product)
         if not arguments["fan"] > 0:
             error = ExpressionError("a positive fan", f"{arguments['fan']:g}", "Change `fan`.", structural=False)
             self._fault(core.init.position or core.position, f"core '{core.name}', `fan`", error, core=core.name)

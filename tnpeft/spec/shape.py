@@ -5,6 +5,7 @@ pydantic says *where* a value is wrong; the sentence about it comes from the sch
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tnpeft.errors import Position, near_miss
-from tnpeft.spec.document import Node, Problems, clip
+from tnpeft.spec.document import MAX_PROBLEMS, Node, Problems, clip
 
 __all__ = ["FilePart", "Path", "Schema", "check_shape", "is_remnant", "keys_of", "with_text_keys"]
 
@@ -81,7 +82,8 @@ def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
             kinds.setdefault(path, str(detail["type"]))
     # Every member of a union complains: the one that got further into the value knows more.
     inner = {path[:length] for path in kinds for length in range(len(path))}
-    misspelt = {(*path[:-1], _meant(path, schema)) for path, kind in kinds.items() if kind == "extra_forbidden"}
+    unknown = itertools.islice((path for path, kind in kinds.items() if kind == "extra_forbidden"), MAX_PROBLEMS)
+    misspelt = {(*path[:-1], _meant(path, schema)) for path in unknown}
     for path, kind in kinds.items():
         if path not in inner and not (kind == "missing" and path in misspelt):
             _report(root, path, kind, schema, problems)

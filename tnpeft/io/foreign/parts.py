@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tnpeft.errors import BindError, Problem, SpecError
 from tnpeft.io.foreign.texts import spec_of_sizes
 from tnpeft.io.foreign.topologies import TOPOLOGIES, Topology, found_in
-from tnpeft.modules import Adapter
+from tnpeft.modules import Adapter, memory_problems
 from tnpeft.modules.dora import magnitudes
 from tnpeft.network import Layer, Network, layer_of
+from tnpeft.plan import DEFAULT_MODE
 from tnpeft.spec import list_specs, load_spec
 
 __all__ = ["Foreign", "Part", "adapter_of", "silenced"]
@@ -66,6 +67,8 @@ def adapter_of(part: Part, module: nn.Module, name: str) -> Adapter:
             assert isinstance(weight, Tensor)
             start = magnitudes(layer, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
             values |= {"dora_magnitude": part.magnitude, "start_magnitude": start}
+        if problems := [*memory_problems({name: network}, {name: module}, DEFAULT_MODE)]:
+            raise BindError(*problems)
         adapter = Adapter(network, module, name=name, initialise=False)
         if any(value.dtype.itemsize > 4 for value in values.values()):
             adapter.double()

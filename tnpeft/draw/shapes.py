@@ -1,0 +1,77 @@
+"""What a drawing is made of, in inches: discs, strokes and labels, and how readable they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tnpeft.draw.diagram import Node
+from tnpeft.draw.labels import Box, Points
+
+__all__ = ["Disc", "Label", "Quality", "Scene", "Stroke"]
+
+
+@dataclass(frozen=True)
+class Disc:
+    """A core, or a hyperedge's dot."""
+
+    x: float
+    y: float
+    radius: float
+    node: Node
+    lines: tuple[str, ...]
+    points: float  # the size of its text
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """A bond or an open leg, as points from end to end; `ends` are its discs."""
+
+    path: Points
+    index: str
+    size: int
+    ends: tuple[int, ...]
+    role: str | None = None
+
+
+@dataclass(frozen=True)
+class Label:
+    text: str
+    box: Box
+    role: str | None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What makes a drawing hard to read, counted."""
+
+    crossings: int  # of two lines
+    through_cores: int  # lines through a core or dot that is not theirs
+    label_overlaps: int  # labels on another label, a core or a dot
+    label_crossings: int  # lines through labels
+
+    def __add__(self, other: Quality) -> Quality:
+        return Quality(
+            self.crossings + other.crossings,
+            self.through_cores + other.through_cores,
+            self.label_overlaps + other.label_overlaps,
+            self.label_crossings + other.label_crossings,
+        )
+
+
+@dataclass(frozen=True)
+class Scene:
+    discs: tuple[Disc, ...]
+    strokes: tuple[Stroke, ...]
+    labels: tuple[Label, ...]
+    quality: Quality
+
+    @property
+    def bounds(self) -> Box:
+        boxes = [label.box for label in self.labels]
+        boxes += [
+            (disc.x - disc.radius, disc.y - disc.radius, disc.x + disc.radius, disc.y + disc.radius)
+            for disc in self.discs
+        ]
+        boxes += [(*stroke.path.min(0), *stroke.path.max(0)) for stroke in self.strokes]
+        left, bottom, right, top = zip(*boxes, strict=True)
+        return min(left), min(bottom), max(right), max(top)

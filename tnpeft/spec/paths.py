@@ -1,0 +1,30 @@
+"""Where a user's text becomes a path: whatever the text is, there is a file of that name or there is none.
+
+`Path.is_file` raises for names that no file can have: too long ones, those with NUL, half a surrogate pair.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+__all__ = ["is_file", "is_folder"]
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a path leads to an ordinary file, through links."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a path leads to a folder, through links."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: str | Path) -> int:
+    """The mode of what is there; 0 where nothing is, or nothing can be."""
+    try:
+        return os.stat(path).st_mode  # noqa: PTH116 - `Path(path)` refuses NUL in its own way
+    except (OSError, ValueError):
+        return 0
