@@ -25,6 +25,7 @@ from tnpeft.errors import (
     Problem,
     SpecError,
     TnpeftError,
+    TnpeftWarning,
 )
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.plan import Plan, plan
@@ -61,6 +62,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "TnpeftError",
+    "TnpeftWarning",
     "__version__",
     "accumulating",
     "activate",

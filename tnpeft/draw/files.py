@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import secrets
 from importlib.util import find_spec
 from pathlib import Path
 
 from tnpeft.errors import DrawError, Problem
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
+from tnpeft.spec.writing import replace_files
 
 __all__ = ["SUFFIXES", "checked_path", "digest_of", "is_current", "need_matplotlib", "write"]
 
@@ -60,15 +59,9 @@ def clip_path(path: Path) -> str:
 
 def write(path: Path, data: bytes) -> None:
     """Write one file atomically: `path` is what it was, or complete. Raises DrawError."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        fix = "Choose a folder that exists and can be written to."
-        raise DrawError(Problem("picture", "to be written", found, fix, clip_path(path))) from error
+    replace_files({path: data}, _unwritten)
+
+
+def _unwritten(path: Path, reason: str) -> DrawError:
+    fix = "Choose a folder that exists and can be written to."
+    return DrawError(Problem("picture", "to be written", reason, fix, clip_path(path)))

@@ -24,7 +24,7 @@ __all__ = [
     "encode",
 ]
 
-FORMAT = 3  # 2 knew no choices, 1 neither shared cores nor cores that are left out
+FORMAT = 4  # 3 knew no digests of the base, and names had the parts that torch.compile adds; 2 knew no choices, 1 neither shared cores nor cores that are left out
 KEY = "tnpeft"  # the one entry of the safetensors metadata: two would be written in any order
 
 
@@ -48,7 +48,7 @@ class LayerEntry(_Entry):
 
     `choices` are the modes that were found quickest, call by call. `captured` says with which layers it shares cores,
     scope by scope. `drawn` are the frozen cores that the seed gives again and the file therefore leaves out, each with
-    the SHA-256 of its bytes.
+    the SHA-256 of its bytes. `label` is the name under which the seed draws its cores, where that is not the layer's.
     """
 
     spec: int
@@ -58,6 +58,7 @@ class LayerEntry(_Entry):
     choices: dict[str, str] = Field(default_factory=dict)
     captured: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     drawn: dict[str, str] = Field(default_factory=dict)
+    label: str | None = None
 
 
 class BaseTensor(_Entry):
@@ -77,7 +78,10 @@ class BaseTensor(_Entry):
 
 
 class Manifest(_Entry):
-    """The metadata of an adapter file. Names are those of the plain model; tied ones stand together."""
+    """The metadata of an adapter file. Names are those of the plain model; tied ones stand together.
+
+    `digests` has the SHA-256 of the bytes of every parameter of the base that the adapter adapts or trains.
+    """
 
     library: str
     name: str
@@ -87,6 +91,7 @@ class Manifest(_Entry):
     trained: tuple[_Names, ...]
     statistics: tuple[_Names, ...]
     base: dict[str, BaseTensor]
+    digests: dict[str, str] = Field(default_factory=dict)
     about: dict[str, Any]
 
 
