@@ -34,7 +34,7 @@ from tnpeft.spec import Spec, list_specs, load_spec, register_init
 if TYPE_CHECKING:
     from tnpeft.draw import draw_network
     from tnpeft.fitting import Budget, Extraction, Fit, budget, extract, fit
-    from tnpeft.io import load, load_foreign, save, save_foreign
+    from tnpeft.io import Inspection, inspect, load, load_foreign, save, save_foreign
     from tnpeft.modules import Adapter, compile
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
     from tnpeft.surgery import accumulating, activate, detach, disabled, merge, names_of, scales_of, unmerge
@@ -52,6 +52,7 @@ __all__ = [
     "Extraction",
     "Fit",
     "Handle",
+    "Inspection",
     "Layer",
     "Network",
     "Plan",
@@ -74,6 +75,7 @@ __all__ = [
     "draw_network",
     "extract",
     "fit",
+    "inspect",
     "layer_of",
     "list_recipes",
     "list_specs",
@@ -109,6 +111,8 @@ _LAZY = {
     "attach": "recipe",
     "list_recipes": "recipe",
     "load_recipe": "recipe",
+    "Inspection": "io",
+    "inspect": "io",
     "load": "io",
     "load_foreign": "io",
     "save": "io",

@@ -17,7 +17,7 @@ __all__ = ["core_shapes", "listed", "number_problem", "stored", "tensor_problems
 
 _SHOWN = 10  # names in one message
 _SUMMON = "On every rank enter `with FullyShardedDataParallel.summon_full_params(model):`, and save there."
-_UNSHARD = "Save while the weights are whole: after `unshard()` of every FSDPModule, or on a model that is not distributed."
+_UNSHARD = "Save while the weights are whole: call `unshard()` of every FSDPModule, save, and call `reshard()`."
 _OFFLOADED = "Bring the model's values back first: load them, or remove the hooks that offload them."
 _RESHAPED = "Give it back its shape, or attach the adapter anew."
 
@@ -76,7 +76,8 @@ def _problems(
         yield Problem(what, expected, "none (it is on the meta device)", _OFFLOADED, where)
     elif type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout != torch.strided:
         kind = type(tensor).__name__
-        found = f"a {kind}" if kind != "Parameter" else f"a tensor of layout {tensor.layout}"
+        layout = str(tensor.layout).removeprefix("torch.")
+        found = f"one of class {kind}" if layout == "strided" else f"one of layout {layout}"
         yield Problem(what, expected, found, _UNSHARD if kind == "DTensor" else _RESHAPED, where)
     elif tensor.is_floating_point() != floating:
         yield Problem(what, expected, f"{dtype_name(tensor.dtype)}{tuple(tensor.shape)}", _RESHAPED, where)
@@ -96,7 +97,7 @@ def _is_sharded(module: nn.Module) -> bool:
     """Whether it is a FullyShardedDataParallel that holds its own piece of the parameters just now."""
     handle = module.__dict__.get("_handle")
     flat = getattr(handle, "flat_param", None)
-    return flat is not None and bool(handle.uses_sharded_strategy and handle.is_sharded(flat))
+    return handle is not None and flat is not None and bool(handle.uses_sharded_strategy and handle.is_sharded(flat))
 
 
 def number_problem(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> Problem | None:

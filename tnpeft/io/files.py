@@ -122,7 +122,8 @@ def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
     found = what_is_at(path)
     if found != "a file":
         kind = recognise(path) if found == "a folder" else None
-        raise refuse(path, "adapter file", "a file", kind.text if kind else found, kind.fix if kind and kind.fix else FOREIGN)
+        text, fix = (kind.text, kind.fix or FOREIGN) if kind else (found, FOREIGN)
+        raise refuse(path, "adapter file", "a file", text, fix)
     try:
         with safe_open(path, framework="pt") as file:
             fields = _fields(path, file.metadata() or {})
@@ -173,4 +174,3 @@ def what_is_at(path: Path) -> str:
     if stat.S_ISDIR(mode):
         return "a folder"
     return "a file" if stat.S_ISREG(mode) else "a device, pipe or socket"
-

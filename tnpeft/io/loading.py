@@ -88,9 +88,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 def _doubts(manifest: Manifest, model: nn.Module, numbers: Problem | None) -> Iterator[Problem]:
     """What is not refused, and probably is a mistake: another base of the same shapes, numbers that are none."""
     here = base_digests(model, manifest.layers, (names[0] for names in manifest.trained))
-    others = [name.rpartition(".")[0] or name for name, digest in manifest.digests.items() if here.get(name, digest) != digest]
+    others = [name for name, digest in manifest.digests.items() if here.get(name, digest) != digest]
     if others:
-        found = f"others in {listed(dict.fromkeys(others))}"
+        found = f"others in {listed(dict.fromkeys(name.rpartition('.')[0] or name for name in others))}"
         fix = "Load it onto that base; here it computes something else than it was trained to."
         yield Problem("base model", "the values that the adapter was trained on", found, fix)
     if numbers is not None:

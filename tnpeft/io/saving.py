@@ -40,7 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     root, state, name, adapters = chosen(model, path, name)
     drawn = {layer: _drawn(adapter) for layer, adapter in adapters.items()}
     manifest, kept = _manifest(root, state, name, adapters, drawn), _tensors(root, name, adapters, drawn)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in kept.items()}
+    # Copies: what writes them shares their memory, which makes it unresizable.
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in kept.items()}
     write(path, manifest, tensors)
     if problem := number_problem(tensors, adapters):
         warnings.warn(TnpeftWarning(replace(problem, where=shown(path))), stacklevel=2)

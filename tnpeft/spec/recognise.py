@@ -66,7 +66,7 @@ def _of_bytes(path: Path, head: bytes, tail: bytes, size: int) -> FileKind | Non
         return FileKind("empty", "an empty file")
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _MAX_HEADER:
         return _safetensors(path, int.from_bytes(head[:8], "little"), size)
-    if head.startswith(b"PK\x03\x04") or head.startswith(b"PK\x05\x06"):
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip(path, head, tail)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         fix = "Pass safetensors: a pickle can run anything when it is loaded."

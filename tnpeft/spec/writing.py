@@ -48,7 +48,7 @@ def _opened(temporary: Path, target: Path) -> BinaryIO:
         before = target.stat()
     except FileNotFoundError:
         return temporary.open("xb")
-    file = open(temporary, "xb", opener=_private)  # noqa: PTH123 - `Path.open` takes no opener
+    file = open(temporary, "xb", opener=_private)  # noqa: SIM115 - it is handed on
     try:
         _give(file, before)
     except BaseException:

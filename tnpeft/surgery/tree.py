@@ -41,8 +41,9 @@ class Place(NamedTuple):
     def put(self, module: nn.Module) -> None:
         """Hang another module there."""
         self.parent._modules[self.key] = module
-        if self.key == _COMPILED and hasattr(type(self.parent), "_initialize"):
-            self.parent._initialize()  # it holds the function that it compiles, that of the module before
+        initialise = getattr(type(self.parent), "_initialize", None) if self.key == _COMPILED else None
+        if initialise is not None:
+            initialise(self.parent)  # it holds the function that it compiles, that of the module before
 
 
 class Slot(NamedTuple):

@@ -1,4 +1,4 @@
-"""Whether a zip is one that torch wrote, before torch reads it: its members are stored, apart, and as large as they say.
+"""Whether a zip is one that torch wrote, before torch reads it: members are stored, apart, and as large as they say.
 
 torch never compresses. A deflated member of a few bytes becomes gigabytes when it is read, and so do many members that
 stand on the same bytes.

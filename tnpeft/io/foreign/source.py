@@ -24,7 +24,18 @@ from tnpeft.io.manifest import KEY
 from tnpeft.spec.document import clip
 from tnpeft.spec.recognise import recognise
 
-__all__ = ["CONFIG", "FORMATS", "SUPPORTED", "WEIGHTS", "Source", "clip_key", "format_of", "open_source", "unsupported"]
+__all__ = [
+    "CONFIG",
+    "FORMATS",
+    "SUPPORTED",
+    "WEIGHTS",
+    "Source",
+    "clip_key",
+    "format_of",
+    "open_source",
+    "tensors_of",
+    "unsupported",
+]
 
 FORMATS = ("peft", "lycoris", "tenvoo")
 SUPPORTED = (
@@ -94,7 +105,7 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
         weights = path
     else:
         raise refuse(path, "adapter file", "a file, or PEFT's folder", found, "Check the path.")
-    tensors, pickled = _tensors(weights)
+    tensors, pickled = tensors_of(weights)
     has_config = what_is_at(folder / CONFIG) == "a file"
     kind = format or _format(path, tensors, pickled, has_config)
     if kind == "peft" and not has_config:
@@ -142,7 +153,7 @@ def _format(path: Path, tensors: Mapping[str, Tensor], pickled: bool, has_config
     raise unsupported(path, tensors)
 
 
-def _tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
+def tensors_of(path: Path) -> tuple[dict[str, Tensor], bool]:
     """A file's tensors on the CPU, and whether torch's own format holds them."""
     kind = recognise(path)
     if kind is not None and kind.name == "torch":
