@@ -160,8 +160,8 @@ def test_many_names_are_folded(tmp_path):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4)
-    | st.sampled_from(["norm.bias", "first.bias", "nothing", "bias", "norm"]),
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=4) | st.sampled_from(["norm.bias", "first.bias", "nothing", "bias", "norm"]),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(st.sampled_from(["trained", "recipe", "bias", "norm", "also", "x"]), inner, max_size=3),
     max_leaves=8,

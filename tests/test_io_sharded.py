@@ -1,4 +1,4 @@
-"""Models whose tensors are not what their network says, such as the pieces of FSDP: refused before anything is written."""
+"""Models whose tensors are not what their network says, such as the pieces of FSDP: nothing is written."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tnpeft.io.foreign.pickles import MAX_PARTS, is_heavy
+
 __all__ = ["archive_problem"]
 
 _MAX_MEMBERS = 100_000  # a tensor is one; the largest models have a few thousand
@@ -46,9 +48,15 @@ def archive_problem(path: Path) -> Fault | None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            if fault := next(_faults(members, size - directory), None):
+                return fault
+            pickles = [archive.read(member) for member in members if member.filename.endswith("/data.pkl")]
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError) as error:
         return Fault("a whole archive of `torch.save`", " ".join(str(error).split())[:200] or "a damaged one", _DAMAGED)
-    return next(_faults(members, size - directory), None)
+    if any(map(is_heavy, pickles)):
+        found = "larger ones in its pickle"
+        return Fault(f"tuples of at most {MAX_PARTS:,} parts", found, "Save the state dict alone.")
+    return None
 
 
 def _directory_size(path: Path, size: int) -> int | None:
