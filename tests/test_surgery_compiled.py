@@ -14,6 +14,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import tnpeft
 from tnpeft.surgery import adapters_of, base_tensors, install, plain_modules, plain_name
 
+# Of torch, where a graph begins in the middle of a model.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 DATA = Path(__file__).parent / "data"
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 MATCH = r"^1\.1$|^2$"
@@ -91,7 +94,8 @@ def test_names_files_and_outputs_are_the_plain_model_s(wrap: Callable[[nn.Sequen
     moved(expected)
     torch.testing.assert_close(model(X), plain(X))
     assert not torch.allclose(model(X), before)
-    assert str(handle.report()).splitlines()[:7] == str(expected.report()).splitlines()[:7]
+    assert [row.name for row in handle.report().layers] == ["1.1", "2"]
+    assert handle.report().trained == expected.report().trained
     for name, what in (("theirs", model), ("ours", plain)):
         tnpeft.save(what, tmp_path / name)
     tnpeft.merge(model)
