@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 from safetensors import safe_open
 from small import attach, bits, net, net_input, same_bits, train
-from torch import nn
+from torch import Tensor, nn
 
 from tnpeft.errors import AdapterFileError
 from tnpeft.io import load
-from tnpeft.io.manifest import KEY
+from tnpeft.io.manifest import KEY, _canonical, digest
 from tnpeft.spec import Spec
 
 X = net_input()
@@ -47,3 +48,15 @@ def refused(
     assert same_bits(bits(model), before)
     assert ("_tnpeft" in model.__dict__) == adapted
     return str(excinfo.value).replace(f"{path}: ", "FILE: ")
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
+    """The file with another manifest, and a digest that fits it again."""
+    with safe_open(path, framework="pt") as opened:
+        fields = json.loads(opened.metadata()[KEY])
+    tensors = safetensors.torch.load_file(path)
+    number, _ = fields.pop("format"), fields.pop("sha256")
+    change(fields, tensors)
+    number = fields.pop("format", number)
+    text = _canonical({"format": number, "sha256": digest(fields, tensors), **fields})
+    safetensors.torch.save_file(tensors, path, {KEY: text})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import nn
 
 import tnpeft
 from tnpeft.errors import AttachError
-from tnpeft.io import load, save
+from tnpeft.io import load, save, save_foreign
 from tnpeft.spec import load_spec
+from tnpeft.spec.writing import replace_files
 from tnpeft.surgery import activate, adapters_of, detach, disabled, merge, names_of, record_of
 
 
@@ -74,11 +76,10 @@ def test_saving_again_gives_the_same_bytes_and_overwrites(tmp_path, file):
 
 def test_the_file_carries_all_that_is_needed_and_nothing_of_this_machine(file):
     fields = metadata(file)
-    assert sorted(fields) == sorted(
-        ["about", "base", "format", "layers", "library", "name", "scale", "sha256", "specs", "statistics", "trained"]
-    )
+    names = "about base digests format layers library name scale sha256 specs statistics trained"
+    assert sorted(fields) == names.split()
     assert fields["library"] == tnpeft.__version__
-    assert fields["format"] == 3
+    assert fields["format"] == 4
     assert fields["specs"] == [{"text": chain().text, "file": "<spec>", "tables": {}}]
     assert fields["layers"]["up"] == {
         "spec": 0,
@@ -88,7 +89,10 @@ def test_the_file_carries_all_that_is_needed_and_nothing_of_this_machine(file):
         "choices": {},
         "captured": {},
         "drawn": {},
+        "label": None,
     }
+    layers = {f"{layer}.{key}" for layer in ("first", "wide", "up", "head.0") for key in ("weight", "bias")}
+    assert set(fields["digests"]) == layers - {"wide.bias"} | {"norm.weight", "norm.bias"}
     assert fields["base"]["first.weight"] == {"shape": [4, 2, 3, 3, 3], "dtype": "float32", "tied": None}
     assert fields["trained"] == [["first.bias"], ["norm.weight"], ["norm.bias"]]
     assert str(file.parent) not in json.dumps(fields)
@@ -217,6 +221,53 @@ def test_links_are_written_through_and_permissions_are_ordinary(tmp_path):
     load(net(), target)
     (tmp_path / "touched").touch()
     assert target.stat().st_mode == (tmp_path / "touched").stat().st_mode
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o664, 0o755])
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, mode):
+    path, link, folder, new = (tmp_path / name for name in ("x.safetensors", "link", "peft", "new"))
+    path.write_text("old")
+    path.chmod(mode)
+    link.symlink_to(path)
+    (folder).mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).touch()
+        (folder / name).chmod(mode)
+    model = nn.Sequential(nn.Linear(3, 3))
+    attach(model, load_spec("lora"), targets=("0",), trained=())
+    for target in (path, link):
+        save(model, target)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    save_foreign(model, folder, "peft")
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {mode}
+    before = os.umask(0o027)
+    try:
+        save(model, new)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(new.stat().st_mode) == 0o640
+
+
+def test_owner_and_group_stay_or_others_see_no_more(tmp_path, monkeypatch):
+    """Where the group cannot be given, ours may do what everybody may."""
+    path, given = tmp_path / "x", []
+    path.write_text("old")
+    path.chmod(0o660)
+    before = path.stat()
+    other = os.stat_result((*before[:4], before.st_uid + 1, before.st_gid + 1, *before[6:]))
+    monkeypatch.setattr(Path, "stat", lambda self, **options: other if self == path else before)
+    monkeypatch.setattr(os, "fchown", lambda handle, user, group: given.append((user, group)))
+    replace_files({path: b"new"}, lambda path, reason: AssertionError(reason))
+    assert given == [(before.st_uid + 1, -1), (-1, before.st_gid + 1)]
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o660  # noqa: PTH116 - `Path.stat` is replaced
+
+    def refused(handle: int, user: int, group: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchown", refused)
+    replace_files({path: b"new"}, lambda path, reason: AssertionError(reason))
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600  # noqa: PTH116
+    assert path.read_bytes() == b"new"
 
 
 def test_cores_that_were_widened_keep_their_digits(tmp_path):

@@ -27,6 +27,7 @@ from tnpeft.errors import (
     Problem,
     SpecError,
     TnpeftError,
+    TnpeftWarning,
 )
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.plan import Plan, plan
@@ -35,7 +36,7 @@ from tnpeft.spec import Spec, list_specs, load_spec, register_init
 if TYPE_CHECKING:
     from tnpeft.draw import draw_network
     from tnpeft.fitting import Budget, Extraction, Fit, budget, extract, fit
-    from tnpeft.io import load, load_foreign, save, save_foreign
+    from tnpeft.io import Inspection, inspect, load, load_foreign, save, save_foreign
     from tnpeft.modules import Adapter, compile, memory_limit
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
     from tnpeft.surgery import (
@@ -63,6 +64,7 @@ __all__ = [
     "Extraction",
     "Fit",
     "Handle",
+    "Inspection",
     "Layer",
     "Network",
     "Plan",
@@ -73,6 +75,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "TnpeftError",
+    "TnpeftWarning",
     "__version__",
     "accumulating",
     "activate",
@@ -84,6 +87,7 @@ __all__ = [
     "draw_network",
     "extract",
     "fit",
+    "inspect",
     "layer_of",
     "list_recipes",
     "list_specs",
@@ -123,6 +127,8 @@ _LAZY = {
     "attach": "recipe",
     "list_recipes": "recipe",
     "load_recipe": "recipe",
+    "Inspection": "io",
+    "inspect": "io",
     "load": "io",
     "load_foreign": "io",
     "save": "io",

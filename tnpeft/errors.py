@@ -8,7 +8,7 @@
   * ExecutionError   an adapted model that cannot run as asked
   * DrawError        a picture that cannot be drawn or written
 
-Callers read `error.problems`; the text is for people.
+Callers read `error.problems`; the text is for people. What is allowed and probably a mistake is a TnpeftWarning.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "Problem",
     "SpecError",
     "TnpeftError",
+    "TnpeftWarning",
     "near_miss",
 ]
 
@@ -67,6 +68,17 @@ class Problem:
 
 class TnpeftError(Exception):
     """A mistake that the user can mend; `problems` holds one `Problem` for each."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__(*problems)
+        self.problems: tuple[Problem, ...] = problems
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class TnpeftWarning(UserWarning):
+    """What is done all the same, and probably is a mistake; `problems` holds one `Problem` for each."""
 
     def __init__(self, *problems: Problem) -> None:
         super().__init__(*problems)

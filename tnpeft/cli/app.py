@@ -244,6 +244,18 @@ def convert(
 
 @app.command()
 @reported
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="An adapter file of tnpeft, PEFT, LyCORIS or the paper.")],
+    as_json: Json = False,
+) -> None:
+    """Show what an adapter file holds, and which model it would need to load."""
+    from tnpeft.cli.inspecting import inspect_file
+
+    inspect_file(Output(), file, as_json)
+
+
+@app.command()
+@reported
 def budget(
     what: Annotated[str, typer.Argument(metavar="RECIPE_OR_SPEC", help="A shipped name or a file.")],
     model: Annotated[

@@ -12,6 +12,7 @@ from tnpeft.cli.output import Output, problem_data
 from tnpeft.errors import Problem, SpecError
 from tnpeft.spec import list_specs, load_spec
 from tnpeft.spec.document import Problems, read_file
+from tnpeft.spec.library import not_yaml
 from tnpeft.spec.paths import is_file, is_folder
 from tnpeft.spec.reader import parse_table
 
@@ -114,6 +115,8 @@ def kind_of(name: str) -> str:
     path = Path(name)
     if path.suffix not in SUFFIXES and not is_file(path):
         return "spec" if name in list_specs() or name not in _recipes() else "recipe"
+    if path.suffix not in SUFFIXES and (problem := not_yaml(path, "spec or recipe")):
+        raise SpecError(problem)
     node = read_file(path)
     keys = [key.value for key, _ in node.items()]
     if "adapters" in keys and "cores" not in keys:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tnpeft.errors import Problem, TnpeftError
+from tnpeft.errors import Problem, TnpeftError, TnpeftWarning
 
 __all__ = ["Output", "UsageError", "number", "problem_data", "reported", "table"]
 
@@ -64,6 +66,9 @@ class Output:
     def mistake(self, problem: Problem) -> None:
         self._mistakes.print(Text.assemble(("error ", "bold red"), str(problem)), soft_wrap=True)
 
+    def doubt(self, problem: Problem) -> None:
+        self._mistakes.print(Text.assemble(("warning ", "bold yellow"), str(problem)), soft_wrap=True)
+
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
     """Run a command; its TnpeftErrors become messages and exit status 1 (2 for usage), never a traceback."""
@@ -71,7 +76,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with _warnings_told():
+                command(*args, **kwargs)
         except TnpeftError as error:
             output = Output()
             for problem in error.problems:
@@ -79,6 +85,24 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 
     return run
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Inside, the library's warnings are printed as its errors are; others are shown as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TnpeftWarning)
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, *rest: Any, **more: Any) -> None:
+            if isinstance(message, TnpeftWarning):
+                for problem in message.problems:
+                    Output().doubt(problem)
+            else:
+                show(message, *rest, **more)
+
+        warnings.showwarning = tell
+        yield
 
 
 def problem_data(problem: Problem) -> dict[str, Any]:

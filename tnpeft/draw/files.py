@@ -6,13 +6,13 @@ import errno
 import hashlib
 import os
 import re
-import secrets
 from importlib.util import find_spec
 from pathlib import Path
 
 from tnpeft.errors import DrawError, Problem
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip, shown_path
+from tnpeft.spec.writing import replace_files
 
 __all__ = ["SUFFIXES", "checked_path", "digest_of", "is_current", "need_matplotlib", "write"]
 
@@ -56,17 +56,13 @@ def checked_path(path: str | Path) -> Path:
 
 def write(path: Path, data: bytes) -> None:
     """Write one file atomically: `path` is what it was, or complete. Raises DrawError."""
-    try:
-        target = Path(os.path.realpath(path))
-        temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        fix = "Choose a folder that exists and can be written to."
-        if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
-            fix = "Choose a shorter name of plain characters."
-        raise DrawError(Problem("picture", "to be written", found, fix, shown_path(path))) from error
+    replace_files({path: data}, _unwritten)
+
+
+def _unwritten(path: Path, reason: str) -> DrawError:
+    fix = "Choose a folder that exists and can be written to."
+    # A reason that the system does not have comes from Python, which refuses some characters in names.
+    names = os.strerror(errno.ENAMETOOLONG), os.strerror(errno.EINVAL)
+    if reason in names or reason not in map(os.strerror, errno.errorcode):
+        fix = "Choose a shorter name of plain characters."
+    return DrawError(Problem("picture", "to be written", reason, fix, shown_path(path)))

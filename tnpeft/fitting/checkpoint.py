@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tnpeft.fitting.extract import check_tensors
-from tnpeft.io.files import file_path, refuse
+from tnpeft.io.files import file_path, not_safetensors, refuse
 from tnpeft.spec.paths import is_folder
 from tnpeft.surgery import base_tensors, parameter_groups
 from tnpeft.surgery.tree import slots, ties
@@ -85,7 +85,7 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise refuse(file, "checkpoint", "a complete safetensors file", str(error), _MEND) from error
+        raise not_safetensors(file, "checkpoint", error, _MEND) from error
     except OSError as error:
         raise refuse(file, "checkpoint", "a file that can be read", error.strerror or str(error), _MEND) from error
 

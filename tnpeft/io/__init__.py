@@ -1,7 +1,8 @@
 """Adapter files: safetensors that carry their spec."""
 
 from tnpeft.io.foreign import load_foreign, save_foreign
+from tnpeft.io.inspecting import InspectedLayer, Inspection, inspect
 from tnpeft.io.loading import load
 from tnpeft.io.saving import save
 
-__all__ = ["load", "load_foreign", "save", "save_foreign"]
+__all__ = ["InspectedLayer", "Inspection", "inspect", "load", "load_foreign", "save", "save_foreign"]

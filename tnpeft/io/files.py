@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,39 @@ from torch import Tensor
 
 from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.manifest import FORMAT, KEY, Manifest, digest, encode
+from tnpeft.spec import writing
 from tnpeft.spec.document import clip
+from tnpeft.spec.recognise import recognise
 
-__all__ = ["FOREIGN", "file_path", "read", "refuse", "replace_files", "shown", "what_is_at", "write"]
+__all__ = [
+    "FOREIGN",
+    "file_path",
+    "in_file",
+    "not_safetensors",
+    "read",
+    "refuse",
+    "replace_files",
+    "shown",
+    "what_is_at",
+    "write",
+]
 
 FOREIGN = "Pass a file written by `tnpeft.save`."
 _LONGEST_SHOWN = 200  # characters of a path in a message
+_PICKLED = f"{FOREIGN[:-1]}; `tnpeft.load_foreign` reads those of other libraries."
 _DAMAGED = "Copy or download the file again, or save the adapter once more."
 
 
 def refuse(path: Path, what: str, expected: str, found: str, fix: str) -> AdapterFileError:
     return AdapterFileError(Problem(what, expected, found, fix, where=shown(path)))
+
+
+def in_file(path: Path, problems: Iterable[Problem], where: str | None = None) -> list[Problem]:
+    """The problems, each with the file, and the layer in it, that leads to it."""
+    problems = list(problems)
+    places = [(shown(path), where, problem.where) for problem in problems]
+    texts = [": ".join(str(part) for part in parts if part is not None) for parts in places]
+    return [replace(problem, where=text) for problem, text in zip(problems, texts, strict=True)]
 
 
 def shown(path: Path) -> str:
@@ -65,32 +87,31 @@ def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None
 
 
 def replace_files(contents: Mapping[Path, bytes]) -> None:
-    """Write each file beside its place, then move all of them there, the last one last.
+    """Write all of the files or, but for a crash between two moves, none. Raises AdapterFileError."""
+    writing.replace_files(contents, _unwritten)
 
-    Raises AdapterFileError, leaving no temporary file.
+
+def _unwritten(path: Path, reason: str) -> AdapterFileError:
+    fix = "Choose a folder that exists, can be written to and has room."
+    return refuse(path, "adapter file", "to be written", reason, fix)
+
+
+def not_safetensors(
+    path: Path, what: str, error: Exception, damaged: str, pickled: str | None = None, or_torch: bool = False
+) -> AdapterFileError:
+    """What is said of a file that the safetensors library does not read: what it is, where its first bytes tell.
+
+    `damaged` is the advice for one that is broken, `pickled` that for torch's own files, if it is not to convert them;
+    with `or_torch` one of them would have done.
     """
-    waiting: dict[Path, Path] = {}
-    path = next(iter(contents))
-    try:
-        try:
-            for path, data in contents.items():
-                target = Path(os.path.realpath(path))  # through a link, not over it
-                temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
-                waiting[temporary] = target
-                with temporary.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-            for temporary, target in waiting.items():
-                temporary.replace(target)
-            for folder in {target.parent for target in waiting.values()}:
-                _sync_folder(folder)
-        finally:
-            for temporary in waiting:
-                temporary.unlink(missing_ok=True)
-    except OSError as error:
-        fix = "Choose a folder that exists, can be written to and has room."
-        raise refuse(path, "adapter file", "to be written", error.strerror or str(error), fix) from error
+    kind = recognise(path)
+    if kind is None or kind.name in ("safetensors", "adapter", "cut"):
+        found, fix = " ".join(str(error).split())[:_LONGEST_SHOWN], damaged
+    else:
+        found, fix = kind.text, kind.fix or damaged
+        fix = pickled if pickled and kind.name in ("torch", "pickle") else fix
+    expected = "a complete safetensors or torch file" if or_torch else "a complete safetensors file"
+    return refuse(path, what, expected, found, fix)
 
 
 def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
@@ -100,13 +121,15 @@ def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
     """
     found = what_is_at(path)
     if found != "a file":
-        raise refuse(path, "adapter file", "a file", found, FOREIGN)
+        kind = recognise(path) if found == "a folder" else None
+        text, fix = (kind.text, kind.fix or FOREIGN) if kind else (found, FOREIGN)
+        raise refuse(path, "adapter file", "a file", text, fix)
     try:
         with safe_open(path, framework="pt") as file:
             fields = _fields(path, file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
-        raise refuse(path, "adapter file", "a complete safetensors file", str(error), _DAMAGED) from error
+        raise not_safetensors(path, "adapter file", error, _DAMAGED, _PICKLED) from error
     except OSError as error:
         fix = "Check the file and its permissions."
         raise refuse(path, "adapter file", "to be read", error.strerror or str(error), fix) from error
@@ -151,14 +174,3 @@ def what_is_at(path: Path) -> str:
     if stat.S_ISDIR(mode):
         return "a folder"
     return "a file" if stat.S_ISREG(mode) else "a device, pipe or socket"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself durable, where folders can be synced."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError
-from tnpeft.io.files import FOREIGN, file_path, read, refuse, shown
+from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning
+from tnpeft.io.base import base_digests, fingerprint
+from tnpeft.io.checks import listed, number_problem
+from tnpeft.io.files import FOREIGN, file_path, in_file, read, refuse, shown
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
-from tnpeft.io.saving import fingerprint
+from tnpeft.io.renaming import with_plain_names
 from tnpeft.modules import Adapter, Sharing, is_drawn, memory_problems
 from tnpeft.modules.offload import hook_of
 from tnpeft.network import Network
@@ -45,8 +48,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     mode, and the choices that `autotune` made for them.
 
     Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made
-    for another base, and AttachError where surgery refuses (the name is attached already, the
-    model is merged). The model is then as it was.
+    for a base of other shapes, and AttachError where surgery refuses (the name is attached already, the
+    model is merged). The model is then as it was. Warns (TnpeftWarning) of a base of the same shapes that has other
+    values in the layers that are adapted or trained, and of NaN and infinity in the file.
     """
     path = file_path(path)
     manifest, tensors = read(path)
@@ -54,7 +58,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         raise AttachError(*problems)
     if problem := scale_problem(manifest.name, manifest.scale):
         raise AdapterFileError(replace(problem, what="`scale`", where=shown(path)))
-    _check_base(path, manifest.base, fingerprint(model))
+    base = fingerprint(model)
+    manifest, tensors = with_plain_names(manifest, tensors, base)
+    _check_base(path, manifest.base, base)
+    numbers = number_problem(tensors, manifest.layers)
     adapters = _adapters(path, manifest, tensors, plain_modules(model))
     _check_names(path, manifest, model)
     here = base_tensors(model)
@@ -65,10 +72,12 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     if tensors:
         raise refuse(path, "tensors", "those of the adapter alone", f"also '{min(tensors)}'", FOREIGN)
     name = manifest.name if name is None else name
+    if doubts := [replace(problem, where=shown(path)) for problem in _doubts(manifest, model, numbers)]:
+        warnings.warn(TnpeftWarning(*doubts), stacklevel=2)
     try:
         install(model, name, adapters, values["trained"], manifest.about)
     except AttachError as error:
-        raise AttachError(*_in_file(path, error)) from error
+        raise AttachError(*in_file(path, error.problems)) from error
     for kind, copies in (("trained", trained_of(model, name)), ("statistics", statistics_of(model, name))):
         for key, value in values[kind].items():
             with torch.no_grad():
@@ -78,11 +87,16 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     return Handle(model, name)
 
 
-def _in_file(path: Path, error: TnpeftError, where: str | None = None) -> list[Problem]:
-    """The problems of an error, each with the file, and the layer in it, that leads to it."""
-    places = [(shown(path), where, problem.where) for problem in error.problems]
-    texts = [": ".join(str(part) for part in parts if part is not None) for parts in places]
-    return [replace(problem, where=text) for problem, text in zip(error.problems, texts, strict=True)]
+def _doubts(manifest: Manifest, model: nn.Module, numbers: Problem | None) -> Iterator[Problem]:
+    """What is not refused, and probably is a mistake: another base of the same shapes, numbers that are none."""
+    here = base_digests(model, manifest.layers, (names[0] for names in manifest.trained))
+    others = [name for name, digest in manifest.digests.items() if here.get(name, digest) != digest]
+    if others:
+        found = f"others in {listed(dict.fromkeys(name.rpartition('.')[0] or name for name in others))}"
+        fix = "Load it onto that base; here it computes something else than it was trained to."
+        yield Problem("base model", "the values that the adapter was trained on", found, fix)
+    if numbers is not None:
+        yield numbers
 
 
 def _check_base(path: Path, saved: Mapping[str, BaseTensor], here: Mapping[str, BaseTensor]) -> None:
@@ -121,7 +135,7 @@ def _adapters(
         # Cores have their values in the file: an init that was registered where it was made need not be so here.
         specs = [Spec.from_yaml(entry.text, entry.file, entry.tables, known_inits=False) for entry in manifest.specs]
     except TnpeftError as error:
-        raise AdapterFileError(*_in_file(path, error)) from error
+        raise AdapterFileError(*in_file(path, error.problems)) from error
     networks = {layer: _network(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
     modes = {layer: entry.mode for layer, entry in manifest.layers.items()}
     if problems := [*memory_problems(networks, modules, modes)]:
@@ -152,7 +166,7 @@ def _network(path: Path, specs: list[Spec], entry: LayerEntry, name: str, module
     try:
         return specs[entry.spec].bind(layer, **entry.params)
     except TnpeftError as error:
-        raise AdapterFileError(*_in_file(path, error, f"layer '{name}'")) from error
+        raise AdapterFileError(*in_file(path, error.problems, f"layer '{name}'")) from error
 
 
 def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: nn.Module, sharing: Sharing) -> Adapter:
@@ -162,7 +176,7 @@ def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: 
             network,
             layer,
             seed=entry.seed,
-            name=name,
+            name=name if entry.label is None else entry.label,
             mode=entry.mode,
             choices=entry.choices,
             initialise=False,
@@ -170,7 +184,7 @@ def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: 
             captured=entry.captured,
         )
     except TnpeftError as error:
-        raise AdapterFileError(*_in_file(path, error, f"layer '{name}'")) from error
+        raise AdapterFileError(*in_file(path, error.problems, f"layer '{name}'")) from error
 
 
 def _draw_again(path: Path, layer: str, adapter: Adapter, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -184,7 +198,7 @@ def _draw_again(path: Path, layer: str, adapter: Adapter, names: Mapping[str, st
         try:
             values = adapter.initial(core)
         except TnpeftError as error:
-            raise AdapterFileError(*_in_file(path, error, f"layer '{layer}'")) from error
+            raise AdapterFileError(*in_file(path, error.problems, f"layer '{layer}'")) from error
         if digest_of(values) != expected:
             fix = "Save the adapter again where it was made, after writing to that core."
             raise refuse(path, f"frozen core '{name}' of layer '{layer}'", "the values of its seed", "others", fix)

@@ -24,9 +24,11 @@ __all__ = [
     "encode",
 ]
 
-FORMAT = 3  # 2 knew no choices, 1 neither shared cores nor cores that are left out
+# 3 knew no digests of the base, and named layers with what torch.compile puts around them; 2 knew no choices, 1 neither
+# shared cores nor cores that are left out.
+FORMAT = 4
 KEY = "tnpeft"  # the one entry of the safetensors metadata: two would be written in any order
-
+_PIECE = 1 << 20  # bytes hashed at once
 
 _Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -48,7 +50,7 @@ class LayerEntry(_Entry):
 
     `choices` are the modes that were found quickest, call by call. `captured` says with which layers it shares cores,
     scope by scope. `drawn` are the frozen cores that the seed gives again and the file therefore leaves out, each with
-    the SHA-256 of its bytes.
+    the SHA-256 of its bytes. `label` is the name under which the seed draws its cores, where that is not the layer's.
     """
 
     spec: int
@@ -58,6 +60,7 @@ class LayerEntry(_Entry):
     choices: dict[str, str] = Field(default_factory=dict)
     captured: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     drawn: dict[str, str] = Field(default_factory=dict)
+    label: str | None = None
 
 
 class BaseTensor(_Entry):
@@ -77,7 +80,10 @@ class BaseTensor(_Entry):
 
 
 class Manifest(_Entry):
-    """The metadata of an adapter file. Names are those of the plain model; tied ones stand together."""
+    """The metadata of an adapter file. Names are those of the plain model; tied ones stand together.
+
+    `digests` has the SHA-256 of the bytes of every parameter of the base that the adapter adapts or trains.
+    """
 
     library: str
     name: str
@@ -87,6 +93,7 @@ class Manifest(_Entry):
     trained: tuple[_Names, ...]
     statistics: tuple[_Names, ...]
     base: dict[str, BaseTensor]
+    digests: dict[str, str] = Field(default_factory=dict)
     about: dict[str, Any]
 
 
@@ -100,15 +107,24 @@ def digest(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the manifest's fields and every tensor's name, type, shape and bytes."""
     total = hashlib.sha256(_canonical(fields).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach()
         total.update(_canonical([name, dtype_name(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+        _update(total, tensor)
     return total.hexdigest()
 
 
 def digest_of(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+    """SHA-256 of a tensor's bytes, in the order of its axes."""
+    total = hashlib.sha256()
+    _update(total, tensor.detach())
+    return total.hexdigest()
+
+
+def _update(total: hashlib._Hash, tensor: Tensor) -> None:
+    # By copies of pieces: `numpy` makes storage that it shares unresizable, which FSDP then trips over.
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    for start in range(0, len(flat), _PIECE):
+        total.update(flat[start : start + _PIECE].to("cpu", copy=True).numpy().data)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.errors import AdapterFileError, AttachError
-from tnpeft.io.files import file_path, refuse, write
-from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, SpecEntry, digest_of, dtype_name
+from tnpeft.errors import AdapterFileError, AttachError, TnpeftWarning
+from tnpeft.io.base import base_digests, fingerprint
+from tnpeft.io.checks import number_problem, stored, tensor_problems
+from tnpeft.io.files import file_path, in_file, refuse, shown, write
+from tnpeft.io.manifest import LayerEntry, Manifest, SpecEntry, digest_of
 from tnpeft.modules import Adapter, is_drawn
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
-from tnpeft.surgery import ModelState, adapted, adapters_of, base_tensors, statistics_of, trained_of
+from tnpeft.surgery import ModelState, adapted, adapters_of, statistics_of, trained_of
 
-__all__ = ["chosen", "fingerprint", "save"]
+__all__ = ["chosen", "save"]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -28,14 +32,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     fresh base model. `name` may be left out where one adapter is attached. The file is replaced as a
     whole or not at all.
 
-    Raises AdapterFileError where the model is not adapted or is merged, the name is unknown, cores
-    have no values, or the file cannot be written.
+    Raises AdapterFileError, before anything is written, where the model is not adapted or is merged, the name is
+    unknown, or a tensor has no values or another shape than its network says (FullyShardedDataParallel: save inside
+    `summon_full_params`), and where the file cannot be written. Warns (TnpeftWarning) of NaN and infinity.
     """
     path = file_path(path)
     root, state, name, adapters = chosen(model, path, name)
     drawn = {layer: _drawn(adapter) for layer, adapter in adapters.items()}
-    manifest, tensors = _manifest(root, state, name, adapters, drawn), _tensors(root, name, adapters, drawn)
-    write(path, manifest, {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    manifest, kept = _manifest(root, state, name, adapters, drawn), _tensors(root, name, adapters, drawn)
+    # Copies: what writes them shares their memory, which makes it unresizable.
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in kept.items()}
+    write(path, manifest, tensors)
+    if problem := number_problem(tensors, adapters):
+        warnings.warn(TnpeftWarning(replace(problem, where=shown(path))), stacklevel=2)
 
 
 def chosen(model: nn.Module, path: Path, name: str | None) -> tuple[nn.Module, ModelState, str, dict[str, Adapter]]:
@@ -56,19 +65,9 @@ def chosen(model: nn.Module, path: Path, name: str | None) -> tuple[nn.Module, M
         if not adapter.has_values:
             fix = "Call `reset_parameters` of the adapted layer, or load the adapter, first."
             raise refuse(path, f"cores of layer '{layer}'", "values", "none (they were made on the meta device)", fix)
+    if problems := [*tensor_problems(model, root, name, adapters)]:
+        raise AdapterFileError(*in_file(path, problems))
     return root, state, name, adapters
-
-
-def fingerprint(root: nn.Module) -> dict[str, BaseTensor]:
-    """Shape, type and ties of every parameter and saved buffer of the base model, by name."""
-    first: dict[int, str] = {}
-    entries: dict[str, BaseTensor] = {}
-    for name, tensor in base_tensors(root).items():
-        # Moving a model unties its buffers.
-        tied = first.setdefault(id(tensor), name) if isinstance(tensor, nn.Parameter) else name
-        shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
-        entries[name] = BaseTensor(shape=shape, dtype=dtype, tied=None if tied == name else tied)
-    return entries
 
 
 def _which(path: Path, state: ModelState, name: object) -> str:
@@ -107,6 +106,7 @@ def _manifest(
             choices=dict(adapter.choices),
             captured={scope: tuple(texts) for scope, texts in adapter.captured.items()},
             drawn=drawn[layer],
+            label=None if adapter.layer_name == layer else adapter.layer_name,
         )
         for layer, adapter in adapters.items()
     }
@@ -126,6 +126,7 @@ def _manifest(
         trained=record.trained,
         statistics=record.statistics,
         base=fingerprint(root),
+        digests=base_digests(root, adapters, (names[0] for names in record.trained)),
         about=dict(record.about),
     )
 
@@ -136,7 +137,7 @@ def _tensors(
     tensors = {
         f"layers.{layer}.{key}": tensor
         for layer, adapter in adapters.items()
-        for key, tensor in adapter.state_dict().items()
+        for key, tensor in stored(adapter).items()
         if key.removeprefix("core_") not in drawn[layer]
     }
     tensors |= {f"trained.{key}": tensor for key, tensor in trained_of(root, name).items()}

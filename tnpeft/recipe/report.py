@@ -13,9 +13,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tnpeft.modules import Adapter
-from tnpeft.surgery import adapters_of, base_tensors, plain_parameters, record_of
+from tnpeft.surgery import AdapterRecord, adapters_of, base_tensors, plain_parameters, record_of
 
-__all__ = ["LayerReport", "Report", "SharedReport", "report_of"]
+__all__ = ["REASONS", "LayerReport", "Report", "SharedReport", "reasons_of", "report_of"]
+
+REASONS = ("bias", "norm", "also")
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,9 @@ def report_of(model: nn.Module, name: str) -> Report:
     """The report of an attached adapter. Raises AttachError where there is none of that name."""
     record = record_of(model, name)
     parameters = plain_parameters(model)
-    reasons: Mapping[str, Iterable[str]] = record.about.get("trained", {})
+    reasons = reasons_of(record)
     counts = {reason: _numel(parameters[key] for key in keys) for reason, keys in reasons.items()}
-    biases = set(reasons.get("bias", ()))
+    biases = set(reasons["bias"])
     rows = []
     adapters = adapters_of(model, name)
     for layer, adapter in adapters.items():
@@ -138,9 +140,28 @@ def report_of(model: nn.Module, name: str) -> Report:
         )
     cores = sum(row.cores for row in rows)
     base = _numel(tensor for tensor in base_tensors(model).values() if isinstance(tensor, nn.Parameter))
-    bias_count, norm, also = (counts.get(reason, 0) for reason in ("bias", "norm", "also"))
+    bias_count, norm, also = (counts[reason] for reason in REASONS)
     trained = cores + bias_count + norm + also
     return Report(name, tuple(rows), _shared(adapters), cores, bias_count, norm, also, trained, base)
+
+
+def reasons_of(record: AdapterRecord) -> dict[str, list[str]]:
+    """The parameters that train beside the cores, each once, by the reason why: `bias`, `norm` or `also`.
+
+    What trains is in the record; its `about`, which may come from a file and be anything, only sorts it.
+    """
+    told = record.about.get("trained")
+    sorted_: dict[str, list[str]] = {reason: [] for reason in REASONS}
+    left = dict.fromkeys(names[0] for names in record.trained)
+    first = {name: names[0] for names in record.trained for name in names}
+    for reason in REASONS:
+        names = told.get(reason) if isinstance(told, Mapping) else None
+        for name in names if isinstance(names, list | tuple) else ():
+            if isinstance(name, str) and first.get(name) in left:
+                del left[first[name]]
+                sorted_[reason].append(name)
+    sorted_["also"] += left
+    return sorted_
 
 
 def _shared(adapters: Mapping[str, Adapter]) -> tuple[SharedReport, ...]:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from tnpeft.errors import AttachError, Problem, near_miss
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled
 from tnpeft.spec.document import clip
-from tnpeft.surgery import SUPPORTED, layer_problem, plain_modules, plain_parameters
+from tnpeft.surgery import SUPPORTED, layer_problem, plain_modules, plain_name, plain_parameters
 
 __all__ = ["Trained", "targets", "trained"]
 
@@ -46,11 +46,12 @@ def _label(entry: Entry) -> str:
 
 def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Problem]) -> list[str]:
     if isinstance(entry.match, tuple):
-        unknown = [name for name in entry.match if name not in modules]
+        names = [name if name in modules else plain_name(name) for name in entry.match]
+        unknown = [name for name in names if name not in modules]
         for name in unknown:
             fix = near_miss(name, _adaptable(modules)) or "List the names with `model.named_modules()`."
             problems.append(Problem(f"layer {clip(name)}", "the name of a layer", "no such layer", fix, entry.where))
-        found = [name for name in dict.fromkeys(entry.match) if name in modules]
+        found = [name for name in dict.fromkeys(names) if name in modules]
         layers = found
     else:
         pattern = compiled(entry.match)

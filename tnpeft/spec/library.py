@@ -17,8 +17,9 @@ from tnpeft.spec.inits import registered_inits
 from tnpeft.spec.model import Core, SizeRule, Spec, Term, provide
 from tnpeft.spec.paths import is_file
 from tnpeft.spec.reader import parse_draft, parse_table
+from tnpeft.spec.recognise import recognise
 
-__all__ = ["find_shipped", "list_specs", "load_spec", "shipped_folder", "shipped_tables"]
+__all__ = ["find_shipped", "list_specs", "load_spec", "not_yaml", "shipped_folder", "shipped_tables"]
 
 
 def shipped_folder() -> Path:
@@ -50,6 +51,8 @@ def find_shipped(name: str | Path, what: str, *folders: str) -> Path:
         fix = f"Give the name of a shipped {what}, or the path of a file."
         raise SpecError(Problem(what, "a name or a path", clip(name), fix))
     path = Path(name)
+    if path.suffix not in (".yaml", ".yml") and (problem := not_yaml(path, what)):
+        raise SpecError(problem)
     plain = isinstance(name, str) and path.suffix not in (".yaml", ".yml") and path.name == name
     for folder in folders if plain and name not in ("", ".", "..") else ():
         shipped = shipped_folder() / folder / f"{name}.yaml"
@@ -60,6 +63,15 @@ def find_shipped(name: str | Path, what: str, *folders: str) -> Path:
     known = [found.stem for folder in folders for found in sorted((shipped_folder() / folder).glob("*.yaml"))]
     fix = near_miss(str(name), known) or "Give a path that ends in .yaml, or one of these names."
     raise SpecError(Problem(f"{what} {clip(str(name), 82)}", f"a file, or one of {', '.join(known)}", "neither", fix))
+
+
+def not_yaml(path: Path, what: str) -> Problem | None:
+    """What is said of a path to something else, such as an adapter file; None for text and for what is not there."""
+    kind = recognise(path) if path.is_file() else None
+    if kind is None or kind.name in ("text", "empty", "json"):
+        return None
+    fix = kind.fix if kind.name in ("adapter", "safetensors") else f"Give the name of a shipped {what}, or a YAML file."
+    return Problem(f"{what} {clip(str(path), 82)}", "a YAML file", kind.text, fix)
 
 
 def load_spec(name: str | Path) -> Spec:

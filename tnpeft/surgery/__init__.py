@@ -30,7 +30,7 @@ from tnpeft.surgery.queries import (
 from tnpeft.surgery.state import AdapterRecord, ModelState, adapted, find
 from tnpeft.surgery.switch import activate, base_shown, disabled, merge, scale_problem, unmerge
 from tnpeft.surgery.trained import norm_statistics
-from tnpeft.surgery.tree import plain_modules, plain_parameters
+from tnpeft.surgery.tree import plain_modules, plain_name, plain_parameters
 
 __all__ = [
     "SUPPORTED",
@@ -53,6 +53,7 @@ __all__ = [
     "norm_statistics",
     "parameter_groups",
     "plain_modules",
+    "plain_name",
     "plain_parameters",
     "plain_state_dict",
     "record_of",

@@ -105,4 +105,4 @@ def _unwrap(root: nn.Module, layers: list[AdaptedLayer]) -> None:
     gone = {id(layer): layer for layer in layers}
     for place in [*places(root)]:
         if id(place.module) in gone:
-            place.parent._modules[place.key] = gone[id(place.module)].unwrap()
+            place.put(gone[id(place.module)].unwrap())

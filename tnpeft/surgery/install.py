@@ -44,7 +44,7 @@ def install(
         tied.add(name, copy)
     for place in [*places(model)]:
         if id(place.module) in wrappers:
-            place.parent._modules[place.key] = wrappers[id(place.module)]
+            place.put(wrappers[id(place.module)])
     for target, layer in zip(targets.values(), wrappers.values(), strict=True):
         layer.add_adapter(name, target)
     for slot in found.values():

@@ -11,7 +11,23 @@ from tnpeft.modules import AdaptedLayer
 from tnpeft.modules.offload import store
 from tnpeft.modules.parked import MANGLED, acting, own, parked_key
 
-__all__ = ["Place", "Slot", "adapted_layers", "places", "plain_modules", "plain_parameters", "slots", "ties"]
+__all__ = [
+    "Place",
+    "Slot",
+    "adapted_layers",
+    "places",
+    "plain_modules",
+    "plain_name",
+    "plain_parameters",
+    "slots",
+    "ties",
+]
+
+
+# Modules that only run another one, under these keys, have no place in its name: those of `torch.compile`,
+# FullyShardedDataParallel and activation checkpointing.
+_COMPILED = "_orig_mod"
+_SKIPPED = (_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Place(NamedTuple):
@@ -21,6 +37,13 @@ class Place(NamedTuple):
     parent: nn.Module
     key: str
     module: nn.Module
+
+    def put(self, module: nn.Module) -> None:
+        """Hang another module there."""
+        self.parent._modules[self.key] = module
+        initialise = getattr(type(self.parent), "_initialize", None) if self.key == _COMPILED else None
+        if initialise is not None:
+            initialise(self.parent)  # it holds the function that it compiles, that of the module before
 
 
 class Slot(NamedTuple):
@@ -55,13 +78,25 @@ class Slot(NamedTuple):
 
 
 def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
-    """Every place below `root`, a module reached by two names at both; adapted layers are leaves."""
+    """Every place below `root`, a module reached by two names at both; adapted layers are leaves.
+
+    A module that only runs another one shares its name with it, and comes first.
+    """
     for key, module in root._modules.items():
         if module is None:
             continue
-        yield Place(prefix + key, root, key, module)
+        skipped = key in _SKIPPED and len(root._modules) == 1 and not root._parameters and not root._buffers
+        if skipped and not prefix and not module._modules:
+            skipped = False  # a layer needs a name
+        name = prefix.removesuffix(".") if skipped else prefix + key
+        yield Place(name, root, key, module)
         if not isinstance(module, AdaptedLayer):
-            yield from places(module, f"{prefix}{key}.")
+            yield from places(module, f"{name}." if name else "")
+
+
+def plain_name(name: str) -> str:
+    """A name from `named_modules` or `named_parameters` without the modules that only run another one."""
+    return ".".join(part for part in name.split(".") if part not in _SKIPPED)
 
 
 def plain_modules(root: nn.Module) -> dict[str, nn.Module]:

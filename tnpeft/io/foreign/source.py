@@ -18,11 +18,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tnpeft.errors import AdapterFileError
-from tnpeft.io.files import refuse, what_is_at
+from tnpeft.io.files import not_safetensors, refuse, what_is_at
+from tnpeft.io.foreign.archive import archive_problem
 from tnpeft.io.manifest import KEY
 from tnpeft.spec.document import clip
+from tnpeft.spec.recognise import recognise
 
-__all__ = ["CONFIG", "FORMATS", "SUPPORTED", "WEIGHTS", "Source", "clip_key", "format_of", "open_source", "unsupported"]
+__all__ = [
+    "CONFIG",
+    "FORMATS",
+    "SUPPORTED",
+    "WEIGHTS",
+    "Source",
+    "clip_key",
+    "format_of",
+    "open_source",
+    "tensors_of",
+    "unsupported",
+]
 
 FORMATS = ("peft", "lycoris", "tenvoo")
 SUPPORTED = (
@@ -32,6 +45,7 @@ SUPPORTED = (
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _DAMAGED = "Copy or download the file again."
 _MAX_CONFIG = 1 << 20
+_MAX_REPEATED = 1 << 20  # bytes of a tensor that repeats fewer
 # What `torch.load(weights_only=True)` raises for files that are damaged or hold more than tensors.
 _LOAD_ERRORS = (
     pickle.UnpicklingError,
@@ -91,7 +105,7 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
         weights = path
     else:
         raise refuse(path, "adapter file", "a file, or PEFT's folder", found, "Check the path.")
-    tensors, pickled = _tensors(weights)
+    tensors, pickled = tensors_of(weights)
     has_config = what_is_at(folder / CONFIG) == "a file"
     kind = format or _format(path, tensors, pickled, has_config)
     if kind == "peft" and not has_config:
@@ -139,30 +153,32 @@ def _format(path: Path, tensors: Mapping[str, Tensor], pickled: bool, has_config
     raise unsupported(path, tensors)
 
 
-def _tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
+def tensors_of(path: Path) -> tuple[dict[str, Tensor], bool]:
     """A file's tensors on the CPU, and whether torch's own format holds them."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        fix = "Check the file and its permissions."
-        raise refuse(path, "adapter file", "to be read", error.strerror or str(error), fix) from error
-    if start[8:] != b"{" and start[:1] in (b"P", b"\x80"):  # a zip, or a pickle; safetensors have JSON at byte 8
+    kind = recognise(path)
+    if kind is not None and kind.name == "torch":
         return _pickled(path), True
+    if kind is not None and kind.name == "pickle":
+        fix = f"Write it anew: `torch.save(torch.load({path.name!a}, weights_only=True), {path.name!a})`."
+        raise refuse(path, "adapter file", "a zip, as torch writes since 1.6", "a bare pickle, which is not run", fix)
     try:
         with safe_open(path, framework="pt") as opened:
             if KEY in (opened.metadata() or {}):
                 raise refuse(path, "file", "one of another library", "one of tnpeft", "Use `tnpeft.load`.")
             return {key: opened.get_tensor(key) for key in opened.keys()}, False  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, AdapterFileError):
             raise
-        found = " ".join(str(error).split())[:200]
-        raise refuse(path, "adapter file", "a complete safetensors or torch file", found, _DAMAGED) from error
+        raise not_safetensors(path, "adapter file", error, _DAMAGED, or_torch=True) from error
+    except OSError as error:
+        fix = "Check the file and its permissions."
+        raise refuse(path, "adapter file", "to be read", error.strerror or str(error), fix) from error
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
     """The state dict of a torch file, perhaps under the key that training scripts put it under."""
+    if fault := archive_problem(path):
+        raise refuse(path, "adapter file", fault.expected, fault.found, fault.fix)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that are not torch's own, which fail or hold tensors alone
@@ -181,7 +197,22 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     ):
         fix = "Save the state dict alone."
         raise refuse(path, "adapter file", "a mapping of names to tensors", f"a {type(content).__name__}", fix)
+    for key, tensor in content.items():
+        if problem := _tensor_problem(tensor):
+            fix = "Save the state dict of an ordinary model on the CPU."
+            raise refuse(path, f"tensor '{clip_key(key)}'", "its values, one by one", problem, fix)
     return {key: value.detach() for key, value in content.items()}
+
+
+def _tensor_problem(tensor: Tensor) -> str | None:
+    """Why a tensor of a pickle is not what its shape says; a few bytes may stand for gigabytes."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f"a {str(tensor.layout).removeprefix('torch.').replace('strided', 'quantised')} one"
+    if tensor.device.type != "cpu":
+        return f"one on the {tensor.device.type} device"
+    if tensor.numel() * tensor.itemsize > max(tensor.untyped_storage().nbytes(), _MAX_REPEATED):
+        return f"{tuple(tensor.shape)} made of {tensor.untyped_storage().nbytes():,} bytes"
+    return None
 
 
 def _config(path: Path) -> Mapping[str, Any]:

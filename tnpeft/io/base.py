@@ -1,0 +1,53 @@
+"""The base model as a file knows it: shapes, types and ties by name, and digests of what the adapter stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.io.manifest import BaseTensor, digest_of, dtype_name
+from tnpeft.surgery import base_tensors, find, plain_parameters
+from tnpeft.surgery.trained import all_tied
+
+__all__ = ["base_digests", "base_values", "fingerprint", "has_values"]
+
+
+def fingerprint(root: nn.Module) -> dict[str, BaseTensor]:
+    """Shape, type and ties of every parameter and saved buffer of the base model, by name."""
+    first: dict[int, str] = {}
+    entries: dict[str, BaseTensor] = {}
+    for name, tensor in base_tensors(root).items():
+        # Moving a model unties its buffers.
+        tied = first.setdefault(id(tensor), name) if isinstance(tensor, nn.Parameter) else name
+        shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+        entries[name] = BaseTensor(shape=shape, dtype=dtype, tied=None if tied == name else tied)
+    return entries
+
+
+def base_values(model: nn.Module) -> dict[str, Tensor]:
+    """The plain model's parameters by name, its own ones where adapters' copies are installed."""
+    values = dict(plain_parameters(model))
+    adapted = find(model)
+    for tied in all_tied(*adapted) if adapted else ():
+        if tied.is_parameter:
+            values |= dict.fromkeys(tied.names, tied.original)
+    return values
+
+
+def base_digests(model: nn.Module, layers: Iterable[str], trained: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the base's own parameters of the adapted layers, and of those that train beside them, by name.
+
+    What has no values here (on the meta device, offloaded, in pieces on several machines) is left out.
+    """
+    values = base_values(model)
+    names = [f"{layer}.{key}" for layer in layers for key in ("weight", "bias")]
+    wanted = dict.fromkeys([*names, *trained])
+    return {name: digest_of(values[name]) for name in wanted if name in values and has_values(values[name])}
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor with memory of its own, whose bytes are its values."""
+    ordinary = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+    return ordinary and tensor.device.type != "meta" and tensor.layout == torch.strided and not tensor.is_quantized
