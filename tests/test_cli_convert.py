@@ -58,13 +58,14 @@ def test_a_name_of_its_own(peft: Path):
 
 def test_mistakes(peft: Path):
     assert mistakes("convert", peft, "x", "-m", MODEL, "--to", "pft", status=2) == [
-        "--to: expected one of tnpeft, peft, lycoris, found 'pft'. Did you mean `peft`?"
+        "--to: expected one of tnpeft, peft, diffusers, lycoris, kohya, comfyui, found 'pft'. Did you mean `peft`?"
     ]
     assert mistakes("convert", peft, "x", "-m", MODEL, "--from", "onnx", status=2) == [
-        "--from: expected one of peft, lycoris, tenvoo, tnpeft, found 'onnx'. Choose one of them."
+        "--from: expected one of peft, diffusers, lycoris, kohya, comfyui, tenvoo, tnpeft, found 'onnx'. Choose one of "
+        "them."
     ]
     assert mistakes("convert", "none", "x", "-m", MODEL) == [
-        "none: adapter file: expected a file, or PEFT's folder, found no such file. Check the path."
+        "none: adapter file: expected a file, or a folder of PEFT or diffusers, found no such file. Check the path."
     ]
     assert mistakes("convert", peft, "no/where.safetensors", "-m", MODEL) == [
         "no/where.safetensors: adapter file: expected to be written, found No such file or directory. "
@@ -75,7 +76,8 @@ def test_mistakes(peft: Path):
     ]
     text("convert", peft, "ours.safetensors", "-m", MODEL)
     assert mistakes("convert", "ours.safetensors", "x", "-m", MODEL, status=2) == [
-        "--to: expected one of peft, lycoris, found none, for a file of tnpeft. Add --to peft, say."
+        "--to: expected one of peft, diffusers, lycoris, kohya, comfyui, found none, for a file of tnpeft. Add --to "
+        "peft, say."
     ]
     tnpeft.save(adapted("quanta", "line"), "quanta.safetensors")
     assert mistakes("convert", "quanta.safetensors", "x", "-m", MODEL, "--to", "peft") == [
