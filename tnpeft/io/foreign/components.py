@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from tnpeft.errors import AdapterFileError
-from tnpeft.io.foreign.source import Source
+from tnpeft.io.foreign.source import HEADER, Source
 
 __all__ = ["components", "named_parts"]
 
@@ -64,14 +64,19 @@ def components(source: Source, names: Collection[str]) -> Iterator[Source]:
     """
     groups = _groups(source)
     places = [_place(group, names) for group in groups]
-    roles = list(dict.fromkeys(group.role for group in groups if group.role is not None))
+    roles = {group.role for group in groups if group.role is not None}
     missing = [place is None and group.role is not None for place, group in zip(places, groups, strict=True)]
     if len(roles) > 1 and any(missing):
-        raise _several(source, groups, roles)
+        raise _several(source, groups)
     for group, place in zip(groups, places, strict=True):
-        config = source.config_of(group.prefix)
         yield replace(
-            source, tensors=group.tensors, written=group.written, place=place or "", config=config, headers={}
+            source,
+            tensors=group.tensors,
+            config=source.config_of(group.prefix),
+            headers={},
+            written=group.written,
+            place=place or "",
+            config_name=HEADER,
         )
 
 
@@ -93,8 +98,10 @@ def _place(group: _Group, names: Collection[str]) -> str | None:
     return next((f"{child}." for child in children if child and child in names), None)
 
 
-def _several(source: Source, groups: Iterable[_Group], roles: Iterable[_Role]) -> AdapterFileError:
-    found = " and ".join(f"'{group.prefix}'" for group in groups if group.role is not None)
+def _several(source: Source, groups: Iterable[_Group]) -> AdapterFileError:
+    known = [(_ROLES.index(group.role), group.prefix) for group in groups if group.role is not None]
+    roles = [_ROLES[place] for place in sorted({place for place, _ in known})]
+    found = " and ".join(f"'{prefix}'" for _, prefix in sorted(known))
     children = ", ".join(f'"{role.children[0]}": {role.children[0]}' for role in roles)
     fix = f"Load it onto `torch.nn.ModuleDict({{{children}}})`, which takes them all, and call its parts."
     return source.refuse("adapted models", "one, which this model is", found, fix)

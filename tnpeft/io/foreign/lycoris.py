@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,8 @@ _SLOT = re.compile(
 )
 _PEFT_SLOTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
 _METHODS = {"lora": lora_part, "hada": loha_part, "lokr": lokr_part}
+# Blocks of Stable Diffusion's and Flux's own code, which diffusers calls otherwise.
+_ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
 _TRAINED = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}  # what is added to which
 
 
@@ -44,7 +46,7 @@ def read_lycoris(source: Source, modules: Mapping[str, nn.Module], parameters: M
     trained: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
     for key, match in found.items():
-        name, tensor = _module(source, key, layers[match["module"]]), source.tensors[key]
+        name, tensor = _module(source, key, layers[match["module"]], modules), source.tensors[key]
         if match["trained"]:
             parameter = f"{name}.{_TRAINED[match['trained']]}"
             trained[parameter] = _sum(source, key, tensor, parameter, parameters)
@@ -76,10 +78,14 @@ def _sum(source: Source, key: str, change: Tensor, name: str, parameters: Mappin
     return base.detach().cpu().to(torch.promote_types(base.dtype, change.dtype)) + change
 
 
-def _module(source: Source, key: str, found: str | tuple[str, ...] | None) -> str:
+def _module(source: Source, key: str, found: str | tuple[str, ...] | None, modules: Iterable[str]) -> str:
     fix = "Load the file onto the model it was made for."
     what = f"tensor '{clip_key(source.called(key))}'"
     if found is None:
+        if any(name in key for name in _ORIGINAL) and not any(
+            name in module for name in _ORIGINAL for module in modules
+        ):
+            fix = "It has the names of the original code: load it in diffusers, and save it with `save_lora_adapter`."
         raise source.refuse(what, "a layer of this model, its `.` written as `_`", "no such layer", fix)
     if isinstance(found, tuple):
         several = " and ".join(f"'{name}'" for name in found)

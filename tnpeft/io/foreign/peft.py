@@ -112,7 +112,7 @@ def _scale(source: Source, config: Mapping[str, Any], slots: Slots) -> Callable[
     def scale(rank: int | None) -> float:
         if rank is not None and rank != configured and "w2" not in slots.tensors:
             fix = "Keep the config and the tensors of one adapter together."
-            raise slots.refuse("rank", f"{configured:g}, as `adapter_config.json` has it", str(rank), fix)
+            raise slots.refuse("rank", f"{configured:g}, as `{source.config_name}` has it", str(rank), fix)
         return alpha / math.sqrt(configured) if lora and config.get("use_rslora") else alpha / configured
 
     return scale
@@ -122,7 +122,7 @@ def _number(source: Source, what: str, value: object) -> float:
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     if not -_LARGEST < number < _LARGEST or (what == "r" and number < 1):
         expected = "a positive number" if what == "r" else "a finite number"
-        raise source.refuse(f"`{what}` of the PEFT config", expected, clip(value), "Mend `adapter_config.json`.")
+        raise source.refuse(f"`{what}` of the PEFT config", expected, clip(value), f"Mend `{source.config_name}`.")
     return float(number)
 
 
@@ -130,12 +130,12 @@ def _by_pattern(source: Source, config: Mapping[str, Any], key: str, layer: str,
     """The value of the first pattern that ends the layer's name in PEFT's model, as PEFT looks it up."""
     patterns = config.get(key) or {}
     if not isinstance(patterns, Mapping):
-        raise source.refuse(f"`{key}`", "a mapping", clip(patterns), "Mend `adapter_config.json`.")
+        raise source.refuse(f"`{key}`", "a mapping", clip(patterns), f"Mend `{source.config_name}`.")
     for pattern, value in patterns.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", layer):
                 return value
         except (re.error, OverflowError, RecursionError) as error:
-            fix = "Mend `adapter_config.json`."
+            fix = f"Mend `{source.config_name}`."
             raise source.refuse(f"`{key}`", "regular expressions", f"{clip(pattern)}: {error}", fix) from error
     return patterns.get(layer, default)

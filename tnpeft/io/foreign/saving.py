@@ -139,7 +139,14 @@ def _flat_names(
         named = named_parts(root, layers, flat, denoiser=None if flat else "diffusion_model.")
     else:
         named = {layer: (prefix, layer) for layer in layers}
-    return {layer: before + (name.replace(".", "_") if flat else name) for layer, (before, name) in named.items()}
+    inside = {layer: before + _clip_name(before, name) for layer, (before, name) in named.items()}
+    return {layer: name.replace(".", "_") if flat else name for layer, name in inside.items()}
+
+
+def _clip_name(prefix: str, name: str) -> str:
+    """A layer of CLIP's text encoder as every reader calls it, also where transformers 5 leaves `text_model.` out."""
+    text = prefix.startswith(("lora_te", "text_encoder"))
+    return f"text_model.{name}" if text and name.startswith(("encoder.layers.", "embeddings.")) else name
 
 
 def _for_readers(parts: Mapping[str, Part], format: str) -> dict[str, Part]:  # noqa: A002 - as above

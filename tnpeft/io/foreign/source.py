@@ -64,6 +64,7 @@ class Source:
     headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
     place: str = ""
+    config_name: str = CONFIG
 
     def called(self, key: str) -> str:
         """A key as the file has it."""
@@ -97,7 +98,9 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
     if not has_config and "" not in headers:
         fix = "Keep the two files that PEFT saves together: the scale of the update stands in the config."
         raise refuse(path, "PEFT adapter", f"`{CONFIG}` beside it", "no such file", fix)
-    return Source(path, "peft", tensors, _config(beside) if has_config else headers[""])
+    if has_config:
+        return Source(path, "peft", tensors, _config(beside))
+    return Source(path, "peft", tensors, headers[""], config_name=HEADER)
 
 
 def _weights(path: Path) -> Path:
