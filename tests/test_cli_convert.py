@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from foreign import Net, X, adapted, assert_same, loaded
+from safetensors.torch import load_file
 from terminal import data, mistakes, run, text
 
 import tnpeft
@@ -49,6 +50,24 @@ def test_from_one_library_to_the_others(peft: Path):
     }
     text("convert", "theirs.safetensors", "again", "--model", MODEL, "--from", "lycoris", "--to", "peft")
     assert_same(loaded(Path("again"))(X), expected)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya", "comfyui"])
+def test_to_pipelines_and_back(kind: str, peft: Path):
+    text("convert", peft, "theirs.safetensors", "-m", MODEL, "--to", kind)
+    printed = text("convert", "theirs.safetensors", "ours.safetensors", "-m", MODEL)
+    assert printed.splitlines()[0] == f"theirs.safetensors ({kind}) -> ours.safetensors (tnpeft)"
+    model = Net()
+    tnpeft.load(model, "ours.safetensors")
+    assert_same(model.eval()(X), loaded(peft)(X))
+
+
+def test_a_prefix_of_its_own(peft: Path):
+    text("convert", peft, "theirs.safetensors", "-m", MODEL, "--to", "diffusers", "--prefix", "unet")
+    assert all(key.startswith("unet.") for key in load_file("theirs.safetensors"))
+    assert mistakes("convert", peft, "x", "-m", MODEL, "--prefix", "unet", status=2) == [
+        "--prefix: expected none for a file of tnpeft, found 'unet'. Leave it out, or add --to diffusers, say."
+    ]
 
 
 def test_a_name_of_its_own(peft: Path):

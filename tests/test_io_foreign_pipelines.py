@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from foreign import Net, X, adapted, assert_same, loaded, move, specs_of
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
+from small import bits, same_bits
 from test_io_foreign_refusals import cannot, refused
 from torch import Tensor, nn
 
@@ -215,6 +216,66 @@ def test_headers_with_patterns_of_one_model(tmp_path: Path):
     path = with_header(tmp_path / "b.safetensors", peft_keys(matrices), config)
     scales = {name: scale * matrices[name][0].shape[0] ** 0.5 for name, scale in scales.items()}
     assert_same(loaded(path, UNet())(IMAGE), with_updates(UNet(), matrices, scales)(IMAGE))
+
+
+def test_an_alpha_beside_a_header(tmp_path: Path):
+    """It must be the header's; diffusers overlooks it."""
+    matrices = pairs(UNet(), UNET)
+    tensors = peft_keys(matrices, "unet.") | {"unet.conv_in.alpha": torch.tensor(6)}
+    path = with_header(tmp_path / "a.safetensors", tensors, {"unet.r": 2, "unet.lora_alpha": 6})
+    assert_same(loaded(path, UNet())(IMAGE), with_updates(UNet(), matrices, 3.0)(IMAGE))
+    path = with_header(tmp_path / "a.safetensors", tensors, {"unet.r": 2, "unet.lora_alpha": 4})
+    assert refused(path, base=UNet()) == (
+        "PATH: layer 'conv_in': alpha: expected 4, as `lora_adapter_metadata` has it, found [6.0] in "
+        "'unet.conv_in.alpha'. Keep the config and the tensors of one adapter together."
+    )
+
+
+OPTIONS = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "peft_type", "modules_to_save"]
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 9), st.floats(), st.sampled_from(["LORA", "to_q", "(", "^"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.sampled_from(["to_q", "(", ""]), inner)),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.dictionaries(
+        st.builds(str.__add__, st.sampled_from(["", "unet.", "text_encoder.", ".", "a.b."]), st.sampled_from(OPTIONS)),
+        VALUES,
+        max_size=5,
+    )
+)
+def test_any_header_is_read_or_refused(header: dict[str, Any], tmp_path: Path):
+    path = with_header(tmp_path / "a.safetensors", peft_keys(pairs(UNet(), UNET), "unet."), header)
+    model = UNet()
+    before = bits(model)
+    try:
+        tnpeft.load_foreign(model, path)
+    except tnpeft.TnpeftError:
+        assert same_bits(bits(model), before)
+
+
+def test_changes_of_norms_and_biases_in_comfyuis_names(tmp_path: Path):
+    """`diff` and `diff_b` are added to the base's parameters, beside an update or alone."""
+    generator = torch.Generator().manual_seed(3)
+    changes = {
+        "norm.weight": torch.randn(12, generator=generator),
+        "norm.bias": torch.randn(12, generator=generator),
+        "line.bias": torch.randn(18, generator=generator),
+    }
+    matrices = pairs(Net(), ("line",))
+    tensors = {f"diffusion_model.line.lora_{side}.weight": matrices["line"][side == "up"] for side in SIDES}
+    for name, change in changes.items():
+        layer, _, which = name.rpartition(".")
+        tensors[f"diffusion_model.{layer}.{'diff' if which == 'weight' else 'diff_b'}"] = change
+    save_file(tensors, tmp_path / "a.safetensors")
+    expected = with_updates(Net(), matrices)
+    with torch.no_grad():
+        for name, change in changes.items():
+            expected.get_parameter(name).add_(change)
+    assert_same(loaded(tmp_path / "a.safetensors")(X), expected(X))
 
 
 def parts_of() -> nn.ModuleDict:

@@ -25,6 +25,7 @@ _SLOT = re.compile(
     r"(?P<module>.+)\.(?P<slot>lora_(A|B|magnitude_vector|embedding_[AB])|(hada|lokr)_[wt][12](_[ab])?)"
     r"(?P<adapter>\.(?!weight$|bias$)\w+)?(?P<leaf>\.weight|\.bias)?"
 )
+_ALPHA = re.compile(r"(?P<module>.+)\.(?P<slot>alpha)")
 _SLOTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
 # Options under which an update is no longer scale * B A, or the base weights are not the base model's.
 _OTHER_MATHS = (
@@ -42,13 +43,16 @@ def read_peft(
     config = source.config or {}
     _check_config(source, config)
     keys = {key: match for key in source.tensors if (match := _SLOT.fullmatch(key))}
+    adapted = {match["module"] for match in keys.values()}
+    alphas = {key: match for key in source.tensors if (match := _ALPHA.fullmatch(key)) and match["module"] in adapted}
+    keys |= alphas
     layers = {key: layer_named(source, key, _around(source, keys[key]["module"], modules), modules) for key in keys}
     check_layers(source, dict.fromkeys(layers.values()), modules)
     slots: dict[str, Slots] = {}
     biases: dict[str, Tensor] = {}
     for key, match in keys.items():
         name, tensor = layers[key], source.tensors[key]
-        if match["leaf"] == ".bias":
+        if key not in alphas and match["leaf"] == ".bias":
             biases[name] = wide(source.path, source.called(key), tensor)
         else:
             slot = _SLOTS.get(match["slot"], match["slot"].removeprefix("hada_").removeprefix("lokr_"))
@@ -107,6 +111,11 @@ def _scale(source: Source, config: Mapping[str, Any], slots: Slots) -> Callable[
     lora = config["peft_type"] == "LORA"
     default = config.get("lora_alpha" if lora else "alpha", 8)
     alpha = _number(source, "alpha", _by_pattern(source, config, "alpha_pattern", slots.written, default))
+    stored = slots.get("alpha")
+    if stored is not None and stored.flatten().tolist() != [alpha]:
+        found = f"{stored.flatten()[:4].tolist()} in '{slots.keys['alpha']}'"
+        fix = "Keep the config and the tensors of one adapter together."
+        raise slots.refuse("alpha", f"{alpha:g}, as `{source.config_name}` has it", found, fix)
     configured = _number(source, "r", _by_pattern(source, config, "rank_pattern", slots.written, config.get("r", 8)))
 
     def scale(rank: int | None) -> float:
