@@ -581,7 +581,7 @@ def test_prefixes_that_cannot_be_written(tmp_path: Path):
         (
             "diffusers",
             3,
-            'expected a text, found 3. For example `prefix="lora_te"`; "comfyui" writes names with dots.',
+            'expected a text, found 3. For example `prefix="transformer"`.',
         ),
     ):
         with pytest.raises(tnpeft.AdapterFileError) as excinfo:

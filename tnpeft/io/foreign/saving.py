@@ -27,6 +27,7 @@ from tnpeft.io.foreign.peft_files import method_of, peft_contents, peft_problems
 from tnpeft.io.foreign.reduce import part_of, untuckered
 from tnpeft.io.foreign.source import DIFFUSERS_WEIGHTS
 from tnpeft.io.saving import chosen
+from tnpeft.modules import Adapter
 from tnpeft.network import layer_of
 from tnpeft.spec.document import clip
 from tnpeft.surgery import ModelState, plain_modules, statistics_of
@@ -34,6 +35,7 @@ from tnpeft.surgery.trained import all_tied
 
 __all__ = ["WRITTEN", "save_foreign"]
 
+_FILE = ".safetensors"
 WRITTEN = ("peft", "diffusers", "lycoris", "kohya", "comfyui")
 
 
@@ -71,45 +73,52 @@ def save_foreign(
     prefix = _checked_prefix(path, format, prefix)
     root, state, name, adapters = chosen(model, path, name)
     gain = state.active.get(name, 1.0)
-    parts: dict[str, Part] = {}
-    problems: list[Problem] = []
-    for layer, adapter in adapters.items():
-        part = part_of(adapter, layer, gain)
-        if isinstance(part, Problem):
-            problems.append(part)
-        else:
-            parts[layer] = part
-    trained = _trained(root, state, name, gain)
-    problems += _statistics_problems(root, state, name)
-    _raise(path, problems)
+    parts = _parts(path, adapters, gain, _statistics_problems(root, state, name))
+    contents = _contents(path, root, format, prefix, parts, _trained(root, state, name, gain))
+    if format == "peft" or (format == "diffusers" and path.suffix != _FILE):
+        _write_folder(path, contents)
+    else:
+        _check_place(path)
+        replace_files(contents)
+
+
+def _parts(path: Path, adapters: Mapping[str, Adapter], gain: float, problems: Iterable[Problem]) -> dict[str, Part]:
+    """What each layer's adapter is; raises where some are nothing that others have, and for other problems."""
+    found = {layer: part_of(adapter, layer, gain) for layer, adapter in adapters.items()}
+    _raise(path, [*(part for part in found.values() if isinstance(part, Problem)), *problems])
+    return {layer: part for layer, part in found.items() if isinstance(part, Part)}
+
+
+def _contents(
+    path: Path,
+    root: nn.Module,
+    format: str,  # noqa: A002 - as above
+    prefix: str | None,
+    parts: dict[str, Part],
+    trained: Mapping[str, Tensor],
+) -> dict[Path, bytes]:
+    """The files to write. Raises AdapterFileError for what the other library cannot hold."""
     modules = plain_modules(root)
     layers = {layer: layer_of(modules[layer]) for layer in parts}
-    options = [*_option_problems(modules, parts, format in ("peft", "diffusers"))]
+    problems = [*_option_problems(modules, parts, format in ("peft", "diffusers"))]
+    names: dict[str, str] = {}
     if format in ("peft", "diffusers"):
-        options += _place_problems(root, parts)
-    if format == "peft":
-        _raise(path, [*options, *peft_problems(parts, layers, trained)])
-    elif format == "diffusers":
-        _raise(path, [*options, *diffusers_problems(parts, layers, trained)])
+        check = peft_problems if format == "peft" else diffusers_problems
+        problems += [*_place_problems(root, parts), *check(parts, layers, trained)]
     else:
-        parts = _for_readers(parts, format)
+        problems += comfyui_problems(parts, layers) if format == "comfyui" else ()
         names = _flat_names(root, parts, format, prefix)
-        comfyui = comfyui_problems(parts, layers) if format == "comfyui" else ()
-        _raise(path, [*options, *comfyui, *lycoris_problems(parts, layers, trained, names)])
+        problems += lycoris_problems(parts, layers, trained, names)
+    _raise(path, problems)
     if not parts:
         raise refuse(path, "adapter", "one with adapted layers", "none", "Save it with `tnpeft.save`.")
     if format == "peft":
-        _write_folder(path, peft_contents(path, parts, trained, modules))
-    elif format == "diffusers":
+        return peft_contents(path, parts, trained, modules)
+    if format == "diffusers":
         named = named_parts(root, parts, flat=False) if prefix is None else {layer: (prefix, layer) for layer in parts}
-        if path.suffix == ".safetensors":
-            _check_place(path)
-            replace_files(diffusers_contents(path, parts, named, modules))
-        else:
-            _write_folder(path, diffusers_contents(path / DIFFUSERS_WEIGHTS, parts, named, modules))
-    else:
-        _check_place(path)
-        replace_files(lycoris_contents(path, parts, names))
+        file = path if path.suffix == _FILE else path / DIFFUSERS_WEIGHTS
+        return diffusers_contents(file, parts, named, modules)
+    return lycoris_contents(path, _for_readers(parts, format), names)
 
 
 def _checked_prefix(path: Path, format: str, prefix: object) -> str | None:  # noqa: A002 - as above
@@ -120,8 +129,10 @@ def _checked_prefix(path: Path, format: str, prefix: object) -> str | None:  # n
         raise refuse(path, "`prefix`", 'none: "peft" has its own', clip(prefix), "Leave it out.")
     between = "." if format in ("diffusers", "comfyui") else "_"
     if not isinstance(prefix, str) or (between == "_" and "." in prefix):
+        expected = "a text without dots" if between == "_" else "a text"
         fix = 'For example `prefix="lora_te"`; "comfyui" writes names with dots.'
-        raise refuse(path, "`prefix`", "a text without dots" if between == "_" else "a text", clip(prefix), fix)
+        fix = fix if between == "_" else 'For example `prefix="transformer"`.'
+        raise refuse(path, "`prefix`", expected, clip(prefix), fix)
     return prefix if not prefix or prefix.endswith(between) else prefix + between
 
 
