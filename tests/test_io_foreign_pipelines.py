@@ -278,6 +278,19 @@ def test_changes_of_norms_and_biases_in_comfyuis_names(tmp_path: Path):
     assert_same(loaded(tmp_path / "a.safetensors")(X), expected(X))
 
 
+def test_one_header_for_prefixed_keys(tmp_path: Path):
+    """Its patterns mean the names behind the prefix, unless the prefix is a child of the model."""
+    matrices = pairs(UNet(), UNET)
+    config = {"r": 2, "lora_alpha": 6, "alpha_pattern": {"^conv_in": 1}}
+    path = with_header(tmp_path / "a.safetensors", peft_keys(matrices, "transformer."), config)
+    scales = {name: 0.5 if name == "conv_in" else 3.0 for name in matrices}
+    assert_same(loaded(path, UNet())(IMAGE), with_updates(UNet(), matrices, scales)(IMAGE))
+    ours = nn.ModuleDict({"transformer": UNet()})
+    config["alpha_pattern"] = {r"^transformer\.conv_in": 1, "^conv_in": 50}
+    tnpeft.load_foreign(ours, with_header(path, peft_keys(matrices, "transformer."), config))
+    assert_same(ours["transformer"](IMAGE), with_updates(UNet(), matrices, scales)(IMAGE))
+
+
 def parts_of() -> nn.ModuleDict:
     return nn.ModuleDict({"unet": UNet(), "te": Clip()})
 
@@ -420,6 +433,18 @@ def test_folders_and_a_config_beside(tmp_path: Path):
     torch.save(peft_keys(matrices, "unet."), tmp_path / "pytorch_lora_weights.bin")
     (tmp_path / "pytorch_lora_weights.safetensors").unlink()
     assert_same(loaded(tmp_path, UNet())(IMAGE), expected)
+
+
+def test_a_file_of_pefts_name_needs_its_config(tmp_path: Path):
+    """Also where its keys have lost their prefix; what the caller says counts more."""
+    matrices = pairs(UNet(), UNET)
+    save_file(peft_keys(matrices), tmp_path / "adapter_model.safetensors")
+    assert refused(tmp_path, base=UNet()) == (
+        "PATH: PEFT adapter: expected `adapter_config.json` beside it, found no such file. "
+        "Keep the two files that PEFT saves together: the scale of the update stands in the config."
+    )
+    ours = loaded(tmp_path, UNet(), format="diffusers")
+    assert_same(ours(IMAGE), with_updates(UNet(), matrices)(IMAGE))
 
 
 def header_of(path: Path) -> Any:

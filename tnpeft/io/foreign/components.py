@@ -62,7 +62,7 @@ def components(source: Source, names: Collection[str]) -> Iterator[Source]:
 
     Raises AdapterFileError where there are several and the model is only one of them.
     """
-    groups = _groups(source)
+    groups = _groups(source, names)
     places = [_place(group, names) for group in groups]
     roles = {group.role for group in groups if group.role is not None}
     missing = [place is None and group.role is not None for place, group in zip(places, groups, strict=True)]
@@ -80,9 +80,12 @@ def components(source: Source, names: Collection[str]) -> Iterator[Source]:
         )
 
 
-def _groups(source: Source) -> list[_Group]:
+def _groups(source: Source, names: Collection[str]) -> list[_Group]:
+    """The tensors by the prefix of their part. Where one config is for all, a child of the model is no part."""
     known: dict[str, _Role | None] = {**dict.fromkeys(source.headers, None), **_PREFIXES}
-    ordered = [] if "" in source.headers else sorted(known, key=len, reverse=True)
+    ordered = sorted(known, key=len, reverse=True)
+    if "" in source.headers:
+        ordered = [prefix for prefix in ordered if prefix.rstrip("._") not in names]
     groups: dict[str, _Group] = {}
     for key, tensor in source.tensors.items():
         prefix = next((prefix for prefix in ordered if key.startswith(prefix)), "")

@@ -91,6 +91,8 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
     kind = format or ("diffusers" if headers else guess(tensors, pickled, has_config))
     if kind is None:
         raise unsupported(path, tensors)
+    if kind == "diffusers" and format is None and not headers and weights.stem == "adapter_model":
+        kind = "peft"  # whose file it is by its name, with keys that somebody has cut
     if kind == "tenvoo":
         return Source(path, kind, tensors)
     if kind != "peft" and (headers or not any(key.startswith("base_model.") for key in tensors)):
