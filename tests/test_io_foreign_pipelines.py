@@ -538,6 +538,44 @@ def test_a_pipelines_models_in_one_file(kind: str, tmp_path: Path):
     assert "lora_linear_layer" in "".join(keys) or kind != "diffusers"
 
 
+SHARED = {
+    "kohya": (("unet", "transformer"), "'lora_unet_' for 'unet' and 'lora_unet_' for 'transformer'"),
+    "kohya, of two": (
+        ("transformer", "transformer_2"),
+        "'lora_unet_' for 'transformer' and 'lora_unet_' for 'transformer_2'",
+    ),
+    "comfyui": (("unet", "transformer"), "'diffusion_model.' for 'unet' and 'diffusion_model.' for 'transformer'"),
+    "diffusers": (("te", "text_encoder"), "'text_encoder.' for 'te' and 'text_encoder.' for 'text_encoder'"),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_parts_that_would_share_a_prefix(case: str, tmp_path: Path):
+    names, prefixes = SHARED[case]
+    ours, again = (nn.ModuleDict({name: UNet() for name in names}) for _ in range(2))
+    tnpeft.attach(ours, "lora", match="conv_in|to_q", r=2)
+    move(ours)
+    assert cannot(ours, tmp_path / "a", case.partition(",")[0]) == (
+        f"PATH: prefixes of the model's parts: expected one for each, found {prefixes}. "
+        "Attach, and save, each part for itself."
+    )
+    tnpeft.save_foreign(ours, tmp_path / "b.safetensors", "lycoris")  # it has the whole names
+    tnpeft.load_foreign(again, tmp_path / "b.safetensors")
+    for name in names:
+        assert_same(again[name](IMAGE), ours[name](IMAGE))
+
+
+@pytest.mark.parametrize("names", [("unet", "transformer"), ("transformer", "transformer_2")])
+def test_two_denoisers_of_diffusers(names: tuple[str, str], tmp_path: Path):
+    ours, again = (nn.ModuleDict({name: UNet() for name in names}) for _ in range(2))
+    tnpeft.attach(ours, "lora", match="conv_in|to_q", r=2)
+    move(ours)
+    tnpeft.save_foreign(ours, tmp_path / "a", "diffusers")
+    tnpeft.load_foreign(again, tmp_path / "a")
+    for name in names:
+        assert_same(again[name](IMAGE), ours[name](IMAGE))
+
+
 PREFIXES = {
     "another class": (Net, "diffusers", None, "transformer.line."),
     "of the caller": (Net, "diffusers", "unet", "unet.line."),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from tnpeft.errors import AdapterFileError
+from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.foreign.source import HEADER, Source
 
 __all__ = ["components", "named_parts"]
@@ -97,32 +97,37 @@ def _groups(source: Source, names: Collection[str]) -> list[_Group]:
 
 def _place(group: _Group, names: Collection[str]) -> str | None:
     """The child of the model that a part belongs to, with its dot; None where the model has none."""
-    children = (*(group.role.children if group.role else ()), group.prefix.rstrip("."))
+    children = (group.prefix.rstrip("."), *(group.role.children if group.role else ()))
     return next((f"{child}." for child in children if child and child in names), None)
 
 
 def _several(source: Source, groups: Iterable[_Group]) -> AdapterFileError:
     known = [(_ROLES.index(group.role), group.prefix) for group in groups if group.role is not None]
     roles = [_ROLES[place] for place in sorted({place for place, _ in known})]
-    found = " and ".join(f"'{prefix}'" for _, prefix in sorted(known))
+    prefixes = " and ".join(f"'{prefix}'" for _, prefix in sorted(known))
     children = ", ".join(f'"{role.children[0]}": {role.children[0]}' for role in roles)
     fix = f"Load it onto `torch.nn.ModuleDict({{{children}}})`, which takes them all, and call its parts."
-    return source.refuse("adapted models", "one, which this model is", found, fix)
+    return source.refuse("adapted models", "one, which this model is", prefixes, fix)
 
 
 def named_parts(
     root: nn.Module, layers: Iterable[str], flat: bool, denoiser: str | None = None
-) -> dict[str, tuple[str, str]]:
+) -> dict[str, tuple[str, str]] | Problem:
     """For each layer the prefix of the part of a pipeline that it is in, and its name in that part.
 
     A `ModuleDict` whose children are called as parts are is a pipeline of them; any other model is one part.
-    `denoiser` is the prefix of a denoiser, where it is not that of diffusers or kohya.
+    `denoiser` is the prefix of a denoiser, where it is not that of diffusers or kohya. Returns a Problem where two
+    parts would have one prefix.
     """
     roles = {child: role for role in _ROLES for child in role.children}
     heads = {layer: layer.partition(".")[0] for layer in layers}
     if isinstance(root, nn.ModuleDict) and all(head in roles for head in heads.values()):
         numbered = any(roles[head].children[0] == "te2" for head in heads.values())
         prefixes = {head: _prefix(roles[head], flat, denoiser, head, numbered) for head in heads.values()}
+        if len({*prefixes.values()}) < len(prefixes):
+            what, expected = "prefixes of the model's parts", "one for each"
+            same = " and ".join(f"'{prefix}' for '{head}'" for head, prefix in prefixes.items())
+            return Problem(what, expected, same, "Attach, and save, each part for itself.")
         return {layer: (prefixes[head], layer[len(head) + 1 :]) for layer, head in heads.items()}
     kind = type(root).__name__
     prefix = _prefix(_TEXT if "text" in kind.lower() else _UNET, flat, denoiser, kind, False)
@@ -137,4 +142,4 @@ def _prefix(role: _Role, flat: bool, denoiser: str | None, name: str, numbered: 
         return "unet." if "unet" in name.lower() else "transformer."
     if role is _TEXT and flat and numbered:  # the first of two
         return "lora_te1_"
-    return (role.flat if flat and role.flat else role.dotted)[0]
+    return (role.flat or _UNET.flat if flat else role.dotted)[0]

@@ -47,20 +47,18 @@ def diffusers_contents(
     The scale goes into the cores: then alpha is the rank, as readers take it to be that know no header.
     """
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, dict[str, int]] = {}
-    for layer, part in parts.items():
-        prefix, name = names[layer]
-        written = _tensors(part)
-        ranks.setdefault(prefix, {})[name] = written["lora_A.weight"].shape[0]
-        for key, tensor in written.items():
-            tensors[f"{prefix}{name}.{_key(prefix, key)}"] = tensor.contiguous()
     header: dict[str, Any] = {}
-    for prefix, found in ranks.items():
-        dora = any(part.magnitude is not None for layer, part in parts.items() if names[layer][0] == prefix)
-        layer, (_, name) = next((layer, names[layer]) for layer in parts if names[layer][0] == prefix)
-        place = layer[: len(layer) - len(name)]
-        inside = [module[len(place) :] for module in modules if module.startswith(place)]
-        header |= {f"{prefix}{key}": value for key, value in _config(found, dora, inside).items()}
+    for prefix in dict.fromkeys(prefix for prefix, _ in names.values()):
+        inside = {names[layer][1]: part for layer, part in parts.items() if names[layer][0] == prefix}
+        written = {name: _tensors(part) for name, part in inside.items()}
+        for name, values in written.items():
+            tensors |= {f"{prefix}{name}.{_key(prefix, key)}": value.contiguous() for key, value in values.items()}
+        ranks = {name: values["lora_A.weight"].shape[0] for name, values in written.items()}
+        dora = any(part.magnitude is not None for part in inside.values())
+        layer = next(layer for layer in parts if names[layer][0] == prefix)
+        place = layer.removesuffix(names[layer][1])
+        known = [module.removeprefix(place) for module in modules if module.startswith(place)]
+        header |= {f"{prefix}{key}": value for key, value in _config(ranks, dora, known).items()}
     metadata = {"format": "pt", HEADER: json.dumps(header, indent=2, sort_keys=True)}
     return {path: safetensors.torch.save(tensors, metadata)}
 

@@ -64,9 +64,11 @@ def reached_twice(root: nn.Module) -> dict[str, str]:
     for place in places(root):
         spots.setdefault(id(place.module), {}).setdefault((id(place.parent), place.key), place.name)
         names.setdefault(id(place.module), []).append(place.name)
-    several = {module: [*found.values()] for module, found in spots.items() if len(found) > 1}
+    several = {module: [*there.values()] for module, there in spots.items() if len(there) > 1}
     return {
-        name: next(other for other in several[module] if other != name) for module in several for name in names[module]
+        name: next(second for second in firsts if second != name)
+        for module, firsts in several.items()
+        for name in names[module]
     }
 
 
@@ -85,11 +87,11 @@ def underscored(
         if rest:
             written.setdefault(rest.replace(".", "_"), []).append(module)
     prefixes = [*_PREFIXES, *_common_prefixes(names, written)]
-    found: dict[str, str | tuple[str, ...] | None] = {}
+    meant: dict[str, str | tuple[str, ...] | None] = {}
     for name in names:
         whole = dotted(name, known) if "." in name else None
-        found[name] = _module(name, prefixes, written) if whole is None else known[whole]
-    return found
+        meant[name] = _module(name, prefixes, written) if whole is None else known[whole]
+    return meant
 
 
 def _module(name: str, prefixes: Iterable[str], written: Mapping[str, list[str]]) -> str | tuple[str, ...] | None:

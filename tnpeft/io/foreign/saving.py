@@ -107,7 +107,7 @@ def _contents(
         problems += [*_place_problems(root, parts), *check(parts, layers, trained)]
     else:
         problems += comfyui_problems(parts, layers) if format == "comfyui" else ()
-        names = _flat_names(root, parts, format, prefix)
+        names = _whole_names(path, root, parts, format, prefix)
         problems += lycoris_problems(parts, layers, trained, names)
     _raise(path, problems)
     if not parts:
@@ -115,7 +115,7 @@ def _contents(
     if format == "peft":
         return peft_contents(path, parts, trained, modules)
     if format == "diffusers":
-        named = named_parts(root, parts, flat=False) if prefix is None else {layer: (prefix, layer) for layer in parts}
+        named = _named(path, root, parts, prefix, flat=False)
         file = path if path.suffix == _FILE else path / DIFFUSERS_WEIGHTS
         return diffusers_contents(file, parts, named, modules)
     return lycoris_contents(path, _for_readers(parts, format), names)
@@ -136,22 +136,31 @@ def _checked_prefix(path: Path, format: str, prefix: object) -> str | None:  # n
     return prefix if not prefix or prefix.endswith(between) else prefix + between
 
 
-def _flat_names(
+def _named(
+    path: Path, root: nn.Module, layers: Iterable[str], prefix: str | None, flat: bool, denoiser: str | None = None
+) -> dict[str, tuple[str, str]]:
+    """For each layer what its name begins with, and its name behind that."""
+    if prefix is not None:
+        return {layer: (prefix, layer) for layer in layers}
+    named = named_parts(root, layers, flat, denoiser)
+    if isinstance(named, Problem):
+        raise AdapterFileError(replace(named, where=shown(path)))
+    return named
+
+
+def _whole_names(
+    path: Path,
     root: nn.Module,
     layers: Iterable[str],
     format: str,  # noqa: A002 - as above
     prefix: str | None,
 ) -> dict[str, str]:
     """The layers' names in a file of LyCORIS, kohya or ComfyUI."""
-    flat = format != "comfyui"
-    if prefix is None and format == "lycoris":
-        prefix = "lycoris_"
-    if prefix is None:
-        named = named_parts(root, layers, flat, denoiser=None if flat else "diffusion_model.")
-    else:
-        named = {layer: (prefix, layer) for layer in layers}
-    inside = {layer: before + _clip_name(before, name) for layer, (before, name) in named.items()}
-    return {layer: name.replace(".", "_") if flat else name for layer, name in inside.items()}
+    if format == "comfyui":
+        named = _named(path, root, layers, prefix, flat=False, denoiser="diffusion_model.")
+        return {layer: before + _clip_name(before, name) for layer, (before, name) in named.items()}
+    named = _named(path, root, layers, "lycoris_" if prefix is None and format == "lycoris" else prefix, flat=True)
+    return {layer: before + _clip_name(before, name).replace(".", "_") for layer, (before, name) in named.items()}
 
 
 def _clip_name(prefix: str, name: str) -> str:

@@ -90,11 +90,11 @@ class Slots:
 
 def slots_of(slots: dict[str, Slots], path: Path, layer: str, written: str) -> Slots:
     """The slots of a layer, new ones at its first tensor; two names in a file are never one layer."""
-    found = slots.setdefault(layer, Slots(path, layer, written))
-    if found.written != written:
-        both = f"tensors of '{found.written}' and of '{written}'"
-        raise found.refuse("tensors", "those of one layer of the file", both, _MADE_FOR)
-    return found
+    those = slots.setdefault(layer, Slots(path, layer, written))
+    if those.written != written:
+        both = f"tensors of '{those.written}' and of '{written}'"
+        raise those.refuse("tensors", "those of one layer of the file", both, _MADE_FOR)
+    return those
 
 
 def _native(slot: str, beside: str) -> str:
