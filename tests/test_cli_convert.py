@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from foreign import Net, X, adapted, assert_same, loaded
+from safetensors.torch import load_file
 from terminal import data, mistakes, run, text
 
 import tnpeft
@@ -51,6 +52,24 @@ def test_from_one_library_to_the_others(peft: Path):
     assert_same(loaded(Path("again"))(X), expected)
 
 
+@pytest.mark.parametrize("kind", ["diffusers", "kohya", "comfyui"])
+def test_to_pipelines_and_back(kind: str, peft: Path):
+    text("convert", peft, "theirs.safetensors", "-m", MODEL, "--to", kind)
+    printed = text("convert", "theirs.safetensors", "ours.safetensors", "-m", MODEL)
+    assert printed.splitlines()[0] == f"theirs.safetensors ({kind}) -> ours.safetensors (tnpeft)"
+    model = Net()
+    tnpeft.load(model, "ours.safetensors")
+    assert_same(model.eval()(X), loaded(peft)(X))
+
+
+def test_a_prefix_of_its_own(peft: Path):
+    text("convert", peft, "theirs.safetensors", "-m", MODEL, "--to", "diffusers", "--prefix", "unet")
+    assert all(key.startswith("unet.") for key in load_file("theirs.safetensors"))
+    assert mistakes("convert", peft, "x", "-m", MODEL, "--prefix", "unet", status=2) == [
+        "--prefix: expected none for a file of tnpeft, found 'unet'. Leave it out, or add --to diffusers, say."
+    ]
+
+
 def test_a_name_of_its_own(peft: Path):
     text("convert", peft, "ours.safetensors", "-m", MODEL, "--name", "adni")
     assert tnpeft.load(Net(), "ours.safetensors").name == "adni"
@@ -58,13 +77,14 @@ def test_a_name_of_its_own(peft: Path):
 
 def test_mistakes(peft: Path):
     assert mistakes("convert", peft, "x", "-m", MODEL, "--to", "pft", status=2) == [
-        "--to: expected one of tnpeft, peft, lycoris, found 'pft'. Did you mean `peft`?"
+        "--to: expected one of tnpeft, peft, diffusers, lycoris, kohya, comfyui, found 'pft'. Did you mean `peft`?"
     ]
     assert mistakes("convert", peft, "x", "-m", MODEL, "--from", "onnx", status=2) == [
-        "--from: expected one of peft, lycoris, tenvoo, tnpeft, found 'onnx'. Choose one of them."
+        "--from: expected one of peft, diffusers, lycoris, kohya, comfyui, tenvoo, tnpeft, found 'onnx'. Choose one of "
+        "them."
     ]
     assert mistakes("convert", "none", "x", "-m", MODEL) == [
-        "none: adapter file: expected a file, or PEFT's folder, found no such file. Check the path."
+        "none: adapter file: expected a file, or a folder of PEFT or diffusers, found no such file. Check the path."
     ]
     assert mistakes("convert", peft, "no/where.safetensors", "-m", MODEL) == [
         "no/where.safetensors: adapter file: expected to be written, found No such file or directory. "
@@ -75,7 +95,8 @@ def test_mistakes(peft: Path):
     ]
     text("convert", peft, "ours.safetensors", "-m", MODEL)
     assert mistakes("convert", "ours.safetensors", "x", "-m", MODEL, status=2) == [
-        "--to: expected one of peft, lycoris, found none, for a file of tnpeft. Add --to peft, say."
+        "--to: expected one of peft, diffusers, lycoris, kohya, comfyui, found none, for a file of tnpeft. Add --to "
+        "peft, say."
     ]
     tnpeft.save(adapted("quanta", "line"), "quanta.safetensors")
     assert mistakes("convert", "quanta.safetensors", "x", "-m", MODEL, "--to", "peft") == [

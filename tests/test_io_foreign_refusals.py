@@ -24,8 +24,8 @@ from tnpeft.errors import AdapterFileError, AttachError
 MADE_FOR = "Load the file onto the model it was made for."
 INCOMPLETE = "The file is incomplete: copy it again, or save the adapter once more."
 METHODS = (
-    "PEFT's LoRA, LoHa and LoKr, LyCORIS's LoCon, LoHa and LoKr, or TenVOO, QuanTA, LoCon, LoHa and LoKr of the TenVOO "
-    "paper"
+    "LoRA, LoHa and LoKr of PEFT, LyCORIS, diffusers, kohya and ComfyUI, or TenVOO, QuanTA, LoCon, LoHa and LoKr of "
+    "the TenVOO paper"
 )
 ELSEWHERE = "Convert such adapters with the library that made them."
 
@@ -154,7 +154,8 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "no layer to adapt": (
         put("base_model.model.norm.lora_A.weight", torch.ones(2, 3)),
         "PATH: layer 'norm', layer type: expected one of Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, "
-        "ConvTranspose2d, ConvTranspose3d, found GroupNorm. Match other layers.",
+        "ConvTranspose2d, ConvTranspose3d, found GroupNorm. tnpeft adapts no such layer and loads no part of a file: "
+        "merge the adapter in the library that made it.",
     ),
     "channels": (
         put(f"{LINE}.lora_A.weight", torch.ones(2, 13)),
@@ -176,7 +177,8 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "unknown": (
         put(f"{LINE}.lora_embedding_A", torch.ones(2)),
-        f"PATH: method: expected {METHODS}, found '{LINE}.lora_embedding_A'. {ELSEWHERE}",
+        f"PATH: layer 'line': tensors: expected those of lora alone, found also '{LINE}.lora_embedding_A'. Save one "
+        "adapter in a file.",
     ),
     "saved parameter of another shape": (
         put("base_model.model.norm.weight", torch.ones(3)),
@@ -287,15 +289,15 @@ def test_layers_that_lycoris_writes_alike(tmp_path: Path):
 
 def test_files_that_are_none(tmp_path: Path, folder: Path, file: Path):
     assert refused(tmp_path / "none") == (
-        "PATH: adapter file: expected a file, or PEFT's folder, found no such file. Check the path."
+        "PATH: adapter file: expected a file, or a folder of PEFT or diffusers, found no such file. Check the path."
     )
     (tmp_path / "empty").mkdir()
     assert refused(tmp_path / "empty") == (
-        "PATH: folder: expected `adapter_model.safetensors` in it, found no such file. "
-        "Pass PEFT's adapter folder, or a file."
+        "PATH: folder: expected `adapter_model.safetensors` or `pytorch_lora_weights.safetensors` in it, found no such "
+        "file. Pass the folder that PEFT or diffusers saved to, or a file."
     )
     assert refused(file, format="onnx") == (
-        "PATH: `format`: expected one of peft, lycoris, tenvoo, found 'onnx'. "
+        "PATH: `format`: expected one of peft, diffusers, lycoris, kohya, comfyui, tenvoo, found 'onnx'. "
         "Leave `format` out to let the file's keys decide."
     )
     assert refused(file, alpha=2) == "PATH: `alpha`: expected none: the file holds it, found 2. Leave it out."
@@ -516,7 +518,9 @@ def test_models_formats_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = adapted("lora", "line")
     path = tmp_path / "a"
     assert (
-        cannot(model, path, "onnx") == "PATH: `format`: expected one of peft, lycoris, found 'onnx'. Pass one of these."
+        cannot(model, path, "onnx")
+        == "PATH: `format`: expected one of peft, diffusers, lycoris, kohya, comfyui, found "
+        "'onnx'. Pass one of these."
     )
     assert cannot(model, path, "peft", "b") == (
         "PATH: adapter name: expected one of 'default', found 'b'. Pass one of these names."

@@ -177,6 +177,31 @@ def lora_of_rank(rank: int) -> dict[str, Tensor]:
     return {"lora_down__weight": torch.randn(rank, 6), "lora_up__weight": torch.randn(12, rank)}
 
 
+def test_rank_2_as_published(tmp_path: Path):
+    """The paper's LoRA: its code takes an alpha of 2 // 4, and the update does nothing until it is trained here."""
+    path, base = saved(tmp_path, **lora_of_rank(2)), nn.Sequential(nn.Linear(6, 12))
+    x = torch.randn(3, 6)
+    expected = base(x)
+    ours = loaded(path, base, alpha=0)
+    assert torch.equal(ours(x), expected)
+    assert specs_of(ours) == {"lora"}
+
+
+def test_running_statistics_in_a_whole_models_state_dict(tmp_path: Path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12))
+    trained = copy.deepcopy(base)
+    trained[1](torch.randn(5, 12) * 3 + 1)
+    state = {f"model.{key}": value for key, value in trained.state_dict().items()}
+    cores = lora_of_rank(4)
+    state |= {f"model.0.{key.replace('__', '.')}": value for key, value in cores.items()}
+    torch.save(state, tmp_path / "last.pth")
+    with torch.no_grad():
+        trained[0].weight += cores["lora_up__weight"] @ cores["lora_down__weight"] / 4
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(loaded(tmp_path / "last.pth", base)(x), trained.eval()(x), rtol=1e-5, atol=1e-5)
+
+
 def test_the_alpha_of_the_published_code_or_the_callers(tmp_path: Path):
     tensors = lora_of_rank(6)
     down, up = tensors.values()
@@ -191,8 +216,8 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         lora_of_rank(3),
         {},
         "layer '0': `alpha`: expected the number that the update was scaled with, found none in the file, and rank 3, "
-        "for which the published code takes 0: its update does nothing. Pass the alpha it was trained with, for "
-        "example `alpha=1`.",
+        "for which the published code takes 0: its update does nothing. Pass `alpha=0`, as published, or the alpha "
+        "that it was trained with, for example `alpha=1`.",
     ),
     "an alpha that is none": (
         lora_of_rank(3),

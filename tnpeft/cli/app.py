@@ -207,22 +207,39 @@ def extract(
 def convert(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="PEFT's folder, a LyCORIS file, a .pth of the TenVOO paper, or ours."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="PEFT's folder, a file of diffusers, LyCORIS, kohya or ComfyUI, a .pth of the TenVOO paper, or ours.",
+        ),
     ],
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="The file (for PEFT the folder) to write.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="The file (for PEFT and diffusers the folder) to write.")
+    ],
     model: Annotated[
         str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
     ],
     read_as: Annotated[
         str | None,
-        typer.Option("--from", metavar="FORMAT", help="peft, lycoris, tenvoo or tnpeft; its keys say which."),
+        typer.Option(
+            "--from",
+            metavar="FORMAT",
+            help="peft, diffusers, lycoris, kohya, comfyui, tenvoo or tnpeft; its keys say which.",
+        ),
     ] = None,
     write_as: Annotated[
-        str | None, typer.Option("--to", metavar="FORMAT", help="tnpeft (for other libraries' files), peft or lycoris.")
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="tnpeft (for other libraries' files), peft, diffusers, lycoris, kohya or comfyui.",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The adapter's name in a file of tnpeft.")] = None,
     alpha: Annotated[
         float | None, typer.Option("--alpha", help="For LoCon, LoHa and LoKr of the paper, whose files do not hold it.")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", help="What the layers' names begin with, other than the format's own.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -238,6 +255,7 @@ def convert(
         write_as=write_as,
         name=name,
         alpha=alpha,
+        prefix=prefix,
         as_json=as_json,
     )
 

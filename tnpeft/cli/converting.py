@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SOURCES", "TARGETS", "convert_file"]
 
-SOURCES = ("peft", "lycoris", "tenvoo", "tnpeft")
-TARGETS = ("tnpeft", "peft", "lycoris")
+SOURCES = ("peft", "diffusers", "lycoris", "kohya", "comfyui", "tenvoo", "tnpeft")
+TARGETS = ("tnpeft", "peft", "diffusers", "lycoris", "kohya", "comfyui")
 
 
 def convert_file(
@@ -30,6 +30,7 @@ def convert_file(
     write_as: str | None,
     name: str | None,
     alpha: float | None,
+    prefix: str | None,
     as_json: bool,
 ) -> None:
     """Put the adapter of `source` on the model, which is built for real, and write it to `target`."""
@@ -43,9 +44,12 @@ def convert_file(
         expected = f"one of {', '.join(TARGETS[1:])}"
         raise UsageError(Problem("--to", expected, "none, for a file of tnpeft", "Add --to peft, say."))
     written = write_as or "tnpeft"
+    if prefix is not None and written == "tnpeft":
+        fix = "Leave it out, or add --to diffusers, say."
+        raise UsageError(Problem("--prefix", "none for a file of tnpeft", f"{prefix[:40]!r}", fix))
     model = build_model(model_text, device="cpu")
     handle = _load(model, source, kind, name, alpha)
-    _save(model, target, written)
+    _save(model, target, written, prefix)
     facts = _facts(handle)
     if as_json:
         output.data({"source": source, "target": target, "from": kind, "to": written, "model": model_text} | facts)
@@ -69,13 +73,13 @@ def _load(model: nn.Module, source: str, kind: str, name: str | None, alpha: flo
     return load_foreign(model, source, name or "default", kind, alpha=alpha)
 
 
-def _save(model: nn.Module, target: str, written: str) -> None:
+def _save(model: nn.Module, target: str, written: str, prefix: str | None) -> None:
     from tnpeft.io import save, save_foreign
 
     if written == "tnpeft":
         save(model, target)
     else:
-        save_foreign(model, target, written)
+        save_foreign(model, target, written, prefix=prefix)
 
 
 def _facts(handle: Handle) -> dict[str, Any]:

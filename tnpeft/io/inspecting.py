@@ -164,7 +164,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     except AdapterFileError as error:
         if kind is None or kind.name not in ("safetensors", "torch"):
             raise
-        tensors, _ = tensors_of(path)  # raises where it is no file of tensors at all
+        tensors, *_ = tensors_of(path)  # raises where it is no file of tensors at all
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         adapts = any(_SLOT.fullmatch(key) for key in shapes)
         problems = tuple(map(str, error.problems)) if adapts else ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -15,15 +15,28 @@ from torch import Tensor, nn
 
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError
 from tnpeft.io.files import file_path, refuse, shown
-from tnpeft.io.foreign.lycoris import read_lycoris
+from tnpeft.io.foreign.names import reached_twice
 from tnpeft.io.foreign.parts import Foreign, adapter_of
 from tnpeft.io.foreign.peft import read_peft
+from tnpeft.io.foreign.pipeline import read_parts
 from tnpeft.io.foreign.source import Source, open_source
 from tnpeft.io.foreign.tenvoo import read_tenvoo
+from tnpeft.io.manifest import dtype_name
 from tnpeft.modules import Adapter
 from tnpeft.recipe import Handle
 from tnpeft.spec.document import clip
-from tnpeft.surgery import find, install, model_problems, parameter_groups, plain_modules, plain_parameters, trained_of
+from tnpeft.surgery import (
+    base_tensors,
+    find,
+    install,
+    model_problems,
+    norm_statistics,
+    parameter_groups,
+    plain_modules,
+    plain_parameters,
+    statistics_of,
+    trained_of,
+)
 from tnpeft.surgery.trained import all_tied
 
 __all__ = ["load_foreign"]
@@ -39,11 +52,15 @@ def load_foreign(
 ) -> Handle:
     """Put an adapter that another library saved on `model`, the base that it was trained on.
 
-    `path` is PEFT's folder or its safetensors file with `adapter_config.json` beside it, a LyCORIS
-    file, or a `.pth` of the TenVOO paper's code; the keys say which, or `format`: "peft", "lycoris" or
-    "tenvoo". Each layer gets the shipped spec of its method, or one written for the purpose where the
-    file's sizes are not that spec's. The model then computes what the other library computed, and
-    what that trained beside the adapter (biases, saved modules) trains here.
+    `path` is PEFT's folder or its safetensors file with `adapter_config.json` beside it, a file of
+    diffusers (or the folder it is in), LyCORIS, kohya's sd-scripts or ComfyUI, or a `.pth` of the TenVOO
+    paper's code; the keys say which, or `format`: "peft", "diffusers", "lycoris", "kohya", "comfyui" or
+    "tenvoo". A file for a denoiser and its text encoders goes onto a module that has them as children, such as
+    `nn.ModuleDict({"unet": unet, "te": text_encoder})`.
+
+    Each layer gets the shipped spec of its method, or one written for the purpose where the file's sizes are
+    not that spec's. The model then computes what the other library computed, and what that trained beside the
+    adapter (biases, saved modules) trains here.
 
     `alpha` is for the paper's LoCon, LoHa and LoKr, whose files do not hold it (`rank // 4` there).
 
@@ -54,37 +71,56 @@ def load_foreign(
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)
     source = open_source(path, format)
-    modules, parameters = plain_modules(model), _base_parameters(model)
-    foreign = _read(source, modules, parameters, _checked_alpha(path, source.format, alpha))
+    modules, parameters, buffers = plain_modules(model), *_base_tensors(model)
+    foreign = _read(source, modules, parameters, buffers, _checked_alpha(path, source.format, alpha))
+    if source.format in ("peft", "diffusers"):
+        _check_places(path, model, foreign)
     adapters = _adapters(path, foreign, modules)
-    trained = _trained(path, foreign, model, parameters)
+    trained = _fitting(path, "parameter", foreign.trained, parameters, parameter_groups(model))
+    statistics = _fitting(path, "running statistics", foreign.statistics, buffers, norm_statistics(model))
     try:
         install(model, name, adapters, trained, _about(source, trained, adapters))
     except AttachError as error:
         raise AttachError(*_in_file(path, error)) from error
-    copies = trained_of(model, name)
     with torch.no_grad():
-        for key, value in trained.items():
-            copies[key].copy_(value)
+        for copies, values in ((trained_of(model, name), trained), (statistics_of(model, name), statistics)):
+            for key, value in values.items():
+                copies[key].copy_(value)
     return Handle(model, name)
 
 
-def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The plain model's parameters by name, its own ones where another adapter's copies are installed."""
+def _base_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The plain model's parameters and its buffers by name, its own ones where another adapter's are installed."""
     parameters = dict(plain_parameters(model))
+    buffers = {name: tensor for name, tensor in base_tensors(model).items() if name not in parameters}
     found = find(model)
     for tied in all_tied(*found) if found else ():
-        if tied.is_parameter:
-            parameters |= dict.fromkeys(tied.names, tied.original)
-    return parameters
+        (parameters if tied.is_parameter else buffers).update(dict.fromkeys(tied.names, tied.original))
+    return parameters, buffers
 
 
 def _read(
-    source: Source, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor], alpha: float | None
+    source: Source,
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    alpha: float | None,
 ) -> Foreign:
     if source.format == "tenvoo":
-        return read_tenvoo(source, modules, parameters, alpha)
-    return (read_peft if source.format == "peft" else read_lycoris)(source, modules, parameters)
+        return read_tenvoo(source, modules, parameters, buffers, alpha)
+    if source.format == "peft":
+        return read_peft(source, modules, parameters, buffers)
+    return read_parts(source, modules, parameters, buffers)
+
+
+def _check_places(path: Path, model: nn.Module, foreign: Foreign) -> None:
+    """Refuse a layer with two places in the model, of which PEFT adapts the first alone."""
+    others = reached_twice(model)
+    for name in foreign.parts:
+        if name in others:
+            what, expected = f"layer '{name}', which is also '{others[name]}'", "a layer in one place of the model"
+            fix = "Give each place a layer of its own, for example a `copy.deepcopy`."
+            raise refuse(path, what, expected, "one in several, of which PEFT adapts the first alone", fix)
 
 
 def _checked_alpha(path: Path, format: str, alpha: object) -> float | None:  # noqa: A002 - as above
@@ -117,18 +153,26 @@ def _adapters(path: Path, foreign: Foreign, modules: Mapping[str, nn.Module]) ->
     return adapters
 
 
-def _trained(path: Path, foreign: Foreign, model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of what trained, by the first name of tied parameters."""
-    first = {name: names[0] for names in parameter_groups(model) for name in names}
-    trained: dict[str, Tensor] = {}
-    for name, value in foreign.trained.items():
-        if name not in parameters:
-            raise refuse(path, f"parameter '{name}'", "one of this model", "none", _MADE_FOR)
-        if value.shape != parameters[name].shape:
-            expected, found = str(tuple(parameters[name].shape)), str(tuple(value.shape))
-            raise refuse(path, f"parameter '{name}'", expected, found, _MADE_FOR)
-        trained[first[name]] = value
-    return trained
+def _fitting(
+    path: Path,
+    what: str,
+    values: Mapping[str, Tensor],
+    here: Mapping[str, Tensor],
+    groups: Iterable[tuple[str, ...]],
+) -> dict[str, Tensor]:
+    """Values that trained, by the first name of tied tensors of the model. Raises AdapterFileError."""
+    first = {name: names[0] for names in groups for name in names}
+    fitting: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if name not in first:
+            raise refuse(path, f"{what} '{name}'", "those of this model", "none", _MADE_FOR)
+        if value.shape != here[name].shape or value.is_floating_point() != here[name].is_floating_point():
+            expected, found = (f"{dtype_name(each.dtype)}{tuple(each.shape)}" for each in (here[name], value))
+            if value.is_floating_point() == here[name].is_floating_point():
+                expected, found = str(tuple(here[name].shape)), str(tuple(value.shape))
+            raise refuse(path, f"{what} '{name}'", expected, found, _MADE_FOR)
+        fitting[first[name]] = value
+    return fitting
 
 
 _MADE_FOR = "Load the file onto the model it was made for."

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tnpeft.io.files import refuse
-from tnpeft.io.foreign.names import underscored
+from tnpeft.io.foreign.beside import with_biases
+from tnpeft.io.foreign.formats import clip_key, unsupported
+from tnpeft.io.foreign.names import check_layers, underscored
 from tnpeft.io.foreign.parts import Foreign, Part
-from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, wide
-from tnpeft.io.foreign.source import Source, clip_key, unsupported
+from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, slots_of, wide
+from tnpeft.io.foreign.source import Source
 from tnpeft.network import layer_of
-from tnpeft.surgery import layer_problem
 
 __all__ = ["read_lycoris"]
 
 _SLOT = re.compile(
     r"(?P<module>.+)\.((?P<method>lora|hada|lokr)_(?P<slot>up|down|mid|[wt][12](_[ab])?)(\.weight)?"
+    r"|(?P<peft>lora_(A|B|magnitude_vector))(\.(?!weight$|bias$)\w+)?(?P<leaf>\.weight|\.bias)?"
     r"|(?P<beside>alpha|dora_scale)|(?P<trained>[wb]_norm|diff(_b)?))"
 )
+_PEFT_SLOTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
 _METHODS = {"lora": lora_part, "hada": loha_part, "lokr": lokr_part}
+# Blocks of Stable Diffusion's and Flux's own code, which diffusers calls otherwise.
+_ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
 _TRAINED = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}  # what is added to which
 
 
@@ -31,48 +35,62 @@ def read_lycoris(source: Source, modules: Mapping[str, nn.Module], parameters: M
     """The parts by layer, and norms and whole layers that trained too. Raises AdapterFileError."""
     found = {key: match for key in source.tensors if (match := _SLOT.fullmatch(key))}
     if len(found) < len(source.tensors) or not found:
-        raise unsupported(source.path, [key for key in source.tensors if key not in found])
+        raise unsupported(source.path, [source.called(key) for key in source.tensors if key not in found])
     layers = underscored(
         dict.fromkeys(match["module"] for match in found.values()),
-        (name for name, module in modules.items() if module._parameters),
+        (name for name, module in modules.items() if _has_layer(module)),
+        source.place,
     )
     slots: dict[str, Slots] = {}
     methods: dict[str, set[str]] = {}
     trained: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
     for key, match in found.items():
-        name, tensor = _module(source, key, layers[match["module"]]), source.tensors[key]
+        name, tensor = _module(source, key, layers[match["module"]], modules), source.tensors[key]
         if match["trained"]:
             parameter = f"{name}.{_TRAINED[match['trained']]}"
             trained[parameter] = _sum(source, key, tensor, parameter, parameters)
             continue
-        if problem := layer_problem(name, modules[name]):
-            raise refuse(source.path, f"layer '{name}', {problem.what}", problem.expected, problem.found, problem.fix)
-        slots.setdefault(name, Slots(source.path, name)).add(match["slot"] or match["beside"], key, tensor)
-        methods.setdefault(name, set()).update({match["method"]} - {None})
-    return Foreign({name: _part(slots[name], methods[name], modules[name]) for name in slots}, trained)
+        if match["leaf"] == ".bias":
+            biases[name] = wide(source.path, source.called(key), tensor)
+            continue
+        slot = _PEFT_SLOTS[match["peft"]] if match["peft"] else match["slot"] or match["beside"]
+        slots_of(slots, source.path, name, match["module"]).add(slot, source.called(key), tensor)
+        methods.setdefault(name, set()).update({"lora" if match["peft"] else match["method"]} - {None})
+    check_layers(source, slots, modules)
+    parts = {name: _part(slots[name], methods[name], modules[name]) for name in slots}
+    return Foreign(parts, trained | with_biases(source, parts, biases, trained, parameters))
+
+
+def _has_layer(module: nn.Module) -> bool:
+    """Whether a file can mean this module: one with parameters of its own."""
+    return bool(module._parameters)
 
 
 def _sum(source: Source, key: str, change: Tensor, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
     """A parameter of the base model with its change, which is what the file stores."""
-    base, change = parameters.get(name), wide(source.path, key, change)
+    base, change = parameters.get(name), wide(source.path, source.called(key), change)
     if base is None or base.shape != change.shape:
         found = "none" if base is None else f"{tuple(base.shape)}"
         fix = "Load the file onto the model it was made for."
-        raise refuse(
-            source.path, f"tensor '{clip_key(key)}', of the parameter '{name}'", f"{tuple(change.shape)}", found, fix
-        )
+        what = f"tensor '{clip_key(source.called(key))}', of the parameter '{name}'"
+        raise source.refuse(what, f"{tuple(change.shape)}", found, fix)
     return base.detach().cpu().to(torch.promote_types(base.dtype, change.dtype)) + change
 
 
-def _module(source: Source, key: str, found: str | tuple[str, ...] | None) -> str:
+def _module(source: Source, key: str, found: str | tuple[str, ...] | None, modules: Iterable[str]) -> str:
     fix = "Load the file onto the model it was made for."
-    what = f"tensor '{clip_key(key)}'"
+    what = f"tensor '{clip_key(source.called(key))}'"
     if found is None:
-        raise refuse(source.path, what, "a layer of this model, its `.` written as `_`", "no such layer", fix)
+        if any(name in key for name in _ORIGINAL) and not any(
+            name in module for name in _ORIGINAL for module in modules
+        ):
+            fix = "It has the names of the original code: load it in diffusers, and save it with `save_lora_adapter`."
+        raise source.refuse(what, "a layer of this model, its `.` written as `_`", "no such layer", fix)
     if isinstance(found, tuple):
         several = " and ".join(f"'{name}'" for name in found)
         fix = "Rename one of the two in the model."
-        raise refuse(source.path, what, "one layer of this model", f"{several}, which are written alike", fix)
+        raise source.refuse(what, "one layer of this model", f"{several}, which are written alike", fix)
     return found
 
 
@@ -86,6 +104,8 @@ def _part(slots: Slots, methods: set[str], module: nn.Module) -> Part:
         raise slots.refuse("`lokr_t1`", "no such tensor", "one", "LyCORIS reads none either: remove it.")
     layer = layer_of(module)
     part = _METHODS[method](slots, layer, _scale(slots))
+    if slots.get("magnitude") is not None:
+        return replace(part, magnitude=slots.need("magnitude", "down").flatten())
     magnitude = slots.get("dora_scale")
     if magnitude is None:
         return part

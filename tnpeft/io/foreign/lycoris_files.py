@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -16,16 +18,16 @@ from tnpeft.io.foreign.reduce import factors_of, half_ranks_equal, padded, untuc
 from tnpeft.io.foreign.topologies import KRONS
 from tnpeft.network import Layer
 
-__all__ = ["lycoris_contents", "lycoris_problems"]
+__all__ = ["comfyui_parts", "comfyui_problems", "lycoris_contents", "lycoris_problems", "one_alpha"]
 
 _KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 _OTHER = "Merge it into the model instead, or keep it in tnpeft's own file."
 
 
 def lycoris_problems(
-    parts: Mapping[str, Part], layers: Mapping[str, Layer], trained: Mapping[str, Tensor]
+    parts: Mapping[str, Part], layers: Mapping[str, Layer], trained: Mapping[str, Tensor], names: Mapping[str, str]
 ) -> Iterator[Problem]:
-    """Why LyCORIS cannot hold these parts, all of them."""
+    """Why LyCORIS cannot hold these parts, all of them; `names` are the layers' names in the file."""
     written: dict[str, str] = {}
     for name, layer in layers.items():
         where = f"layer '{name}'"
@@ -36,27 +38,55 @@ def lycoris_problems(
             found = f"{tuple(small.shape)} and {tuple(large.shape)}"
             expected = "factors whose sizes its loader finds again"
             yield Problem("LyCORIS's LoKr", expected, found, _OTHER, where)
-        first = written.setdefault(module_key(name), name)
+        first = written.setdefault(names[name], name)
         if first != name:
             found = f"that of layer '{first}' too"
-            yield Problem(f"LyCORIS's name '{module_key(name)}'", "one layer", found, "Rename one in the model.", where)
+            yield Problem(f"LyCORIS's name '{names[name]}'", "one layer", found, "Rename one in the model.", where)
     if trained:
         shown = ", ".join(f"'{name}'" for name in list(trained)[:3])
         fix = "Train the cores alone, or merge the adapter."
         yield Problem("parameters trained beside the cores", "none: LyCORIS has no place for them", shown, fix)
 
 
-def module_key(name: str) -> str:
-    return f"lycoris_{name}".replace(".", "_")
-
-
-def lycoris_contents(path: Path, parts: Mapping[str, Part]) -> dict[Path, bytes]:
+def lycoris_contents(path: Path, parts: Mapping[str, Part], names: Mapping[str, str]) -> dict[Path, bytes]:
     tensors = {
-        f"{module_key(name)}.{key}": tensor.contiguous()
+        f"{names[name]}.{key}": tensor.contiguous()
         for name, part in parts.items()
         for key, tensor in _tensors(part).items()
     }
     return {path: safetensors.torch.save(tensors, {"format": "pt"})}
+
+
+def one_alpha(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """LoRAs of one alpha, the most frequent; what the others' is more or less goes into their cores.
+
+    diffusers loses the alpha of an attention's layer in a file of kohya's where it is not that of most layers.
+    """
+    loras = {name: part for name, part in parts.items() if part.topology == "lora" and part.scale}
+    alphas = {name: part.scale * part.tensors["down"].shape[0] for name, part in loras.items()}
+    usual = Counter(alphas.values()).most_common(1)[0][0] if alphas else 1.0
+    changed: dict[str, Part] = {}
+    for name, part in loras.items():
+        more = alphas[name] / usual
+        if more != 1.0:
+            tensors = {**part.tensors, "up": part.tensors["up"] * more}
+            changed[name] = replace(part, scale=part.scale / more, tensors=tensors)
+    return {**parts, **changed}
+
+
+def comfyui_problems(parts: Mapping[str, Part], layers: Mapping[str, Layer]) -> Iterator[Problem]:
+    """What ComfyUI would compute otherwise: its Kronecker product is of matrices and of two kernel axes alone."""
+    for name, layer in layers.items():
+        if parts[name].topology in KRONS and layer.kind in ("Conv1d", "Conv3d"):
+            yield Problem("ComfyUI's LoKr", "one of Linear, Conv2d", str(layer), _OTHER, f"layer '{name}'")
+
+
+def comfyui_parts(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The same without cores for kernels but those of two axes, which are all that ComfyUI takes."""
+    return {
+        name: untuckered(part) if any(tensor.ndim in (3, 5) for tensor in part.tensors.values()) else part
+        for name, part in parts.items()
+    }
 
 
 def _tensors(part: Part) -> dict[str, Tensor]:

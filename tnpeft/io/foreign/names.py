@@ -3,52 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 from torch import nn
 
-from tnpeft.io.files import refuse
-from tnpeft.io.foreign.source import Source, clip_key
+from tnpeft.errors import AdapterFileError
+from tnpeft.io.files import shown
+from tnpeft.io.foreign.formats import clip_key
+from tnpeft.io.foreign.source import Source
 from tnpeft.surgery import layer_problem
+from tnpeft.surgery.tree import places
 
-__all__ = ["dotted", "layer_named", "underscored"]
+__all__ = ["check_layers", "dotted", "layer_named", "reached_twice", "underscored"]
 
-_WRAPPERS = ("base_model.model.", "base_model.", "_orig_mod.", "module.", "model.")
-_PREFIXES = ("lycoris_", "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_", "")
+# `text_model.` stood between CLIP's text encoder and its layers before transformers 5.
+_WRAPPERS = ("base_model.model.", "base_model.", "_orig_mod.", "module.", "model.", "text_model.")
+_PREFIXES = ("lycoris_", "lora_", "text_model_", "")
+_OUTSIDE = "tnpeft adapts no such layer and loads no part of a file: merge the adapter in the library that made it."
 
 
-def dotted(name: str, known: Collection[str]) -> str | None:
-    """`name` as the model has it, without the prefixes of wrappers around the model; None where it has none such."""
-    while name not in known:
+def dotted(name: str, known: Collection[str], place: str = "") -> str | None:
+    """`name` as the model has it, without the prefixes of wrappers around the model; None where it has none such.
+
+    `place` is where in the model the names of the file belong.
+    """
+    while place + name not in known:
         rest = next((name[len(prefix) :] for prefix in _WRAPPERS if name.startswith(prefix)), None)
         if rest is None:
             return None
         name = rest
-    return name
+    return place + name
 
 
 def layer_named(source: Source, key: str, written: str, modules: Mapping[str, nn.Module]) -> str:
-    """The layer that the tensor `key` is for, whose name the file has as `written`. Raises AdapterFileError."""
-    name = dotted(written, modules)
+    """The module that the tensor `key` is for, whose name the file has as `written`. Raises AdapterFileError."""
+    name = dotted(written, modules, source.place)
     if name is None:
         fix = "Load the file onto the model it was made for."
-        raise refuse(source.path, f"tensor '{clip_key(key)}'", "a layer of this model", "no such layer", fix)
-    if problem := layer_problem(name, modules[name]):
-        raise refuse(source.path, f"layer '{name}', {problem.what}", problem.expected, problem.found, problem.fix)
+        what = f"tensor '{clip_key(source.called(key))}'"
+        raise source.refuse(what, "a layer of this model", "no such layer", fix)
     return name
 
 
-def underscored(names: Iterable[str], modules: Iterable[str]) -> dict[str, str | tuple[str, ...] | None]:
+def check_layers(source: Source, names: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that this library does not adapt, though the file does, all of them."""
+    problems = []
+    for name in names:
+        if problem := layer_problem(name, modules[name]):
+            fix = _OUTSIDE if problem.what == "layer type" else problem.fix
+            what = f"layer '{name}', {problem.what}"
+            problems.append(replace(problem, what=what, fix=fix, where=shown(source.path)))
+    if problems:
+        raise AdapterFileError(*problems)
+
+
+def reached_twice(root: nn.Module) -> dict[str, str]:
+    """For each name of a module that stands in several places, another one: PEFT replaces it in the first alone."""
+    spots: dict[int, dict[tuple[int, str], str]] = {}
+    names: dict[int, list[str]] = {}
+    for place in places(root):
+        spots.setdefault(id(place.module), {}).setdefault((id(place.parent), place.key), place.name)
+        names.setdefault(id(place.module), []).append(place.name)
+    several = {module: [*there.values()] for module, there in spots.items() if len(there) > 1}
+    return {
+        name: next(second for second in firsts if second != name)
+        for module, firsts in several.items()
+        for name in names[module]
+    }
+
+
+def underscored(
+    names: Iterable[str], modules: Iterable[str], place: str = ""
+) -> dict[str, str | tuple[str, ...] | None]:
     """For each LyCORIS name its module; several where they would be written alike, None where no prefix fits.
 
-    The prefix is the library's own or, where another was configured, the one that fits every name.
+    The prefix is the library's own or, where another was configured, the one that fits every name. A name with
+    its dots is looked for as it is before. `place` is where in the model the names of the file belong.
     """
     names = list(names)
+    known = {module[len(place) :]: module for module in modules if module.startswith(place)}
     written: dict[str, list[str]] = {}
-    for module in modules:
-        if module:
-            written.setdefault(module.replace(".", "_"), []).append(module)
+    for rest, module in known.items():
+        if rest:
+            written.setdefault(rest.replace(".", "_"), []).append(module)
     prefixes = [*_PREFIXES, *_common_prefixes(names, written)]
-    return {name: _module(name, prefixes, written) for name in names}
+    meant: dict[str, str | tuple[str, ...] | None] = {}
+    for name in names:
+        whole = dotted(name, known) if "." in name else None
+        meant[name] = _module(name, prefixes, written) if whole is None else known[whole]
+    return meant
 
 
 def _module(name: str, prefixes: Iterable[str], written: Mapping[str, list[str]]) -> str | tuple[str, ...] | None:

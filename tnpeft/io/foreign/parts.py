@@ -44,10 +44,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A whole file: the parts by layer, and the values of parameters that trained beside them."""
+    """A whole file: the parts by layer, and the values of parameters and running statistics that trained beside."""
 
     parts: Mapping[str, Part]
     trained: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def adapter_of(part: Part, module: nn.Module, name: str) -> Adapter:

@@ -22,7 +22,7 @@ from tnpeft.io.foreign.source import CONFIG, WEIGHTS
 from tnpeft.io.foreign.topologies import KRONS
 from tnpeft.network import Layer
 
-__all__ = ["method_of", "peft_contents", "peft_problems"]
+__all__ = ["method_of", "peft_contents", "peft_problems", "targets"]
 
 _KINDS = {
     "LORA": ("Linear", "Conv1d", "Conv2d", "Conv3d"),
@@ -84,7 +84,7 @@ def peft_contents(
     else:
         tensors, ranks, options = (_lora if method == "LORA" else _loha)(parts)
     alphas = {name: parts[name].scale * ranks[name] for name in parts}
-    config = _config(method, ranks, alphas, {**options, "target_modules": _targets(list(parts), modules)})
+    config = _config(method, ranks, alphas, {**options, "target_modules": targets(list(parts), modules)})
     values = {f"base_model.model.{name}.{key}": tensor for name in parts for key, tensor in tensors[name].items()}
     if method == "LORA":
         adapted = [name.removesuffix(".bias") in parts for name in trained]
@@ -249,7 +249,7 @@ def _pattern(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _targets(names: list[str], modules: Collection[str]) -> list[str] | str:
+def targets(names: list[str], modules: Collection[str]) -> list[str] | str:
     """The layers by name, or as one expression where PEFT, which looks at the ends of names, would take others too."""
     if any(other not in names and other.endswith(f".{name}") for name in names for other in modules):
         return "|".join(re.escape(name) for name in names)

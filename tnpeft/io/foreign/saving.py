@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +12,22 @@ from torch import Tensor, nn
 
 from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.files import file_path, refuse, replace_files, shown, what_is_at
-from tnpeft.io.foreign.lycoris_files import lycoris_contents, lycoris_problems
+from tnpeft.io.foreign.components import named_parts
+from tnpeft.io.foreign.diffusers_files import diffusers_contents, diffusers_problems
+from tnpeft.io.foreign.lycoris_files import (
+    comfyui_parts,
+    comfyui_problems,
+    lycoris_contents,
+    lycoris_problems,
+    one_alpha,
+)
+from tnpeft.io.foreign.names import reached_twice
 from tnpeft.io.foreign.parts import Part
 from tnpeft.io.foreign.peft_files import method_of, peft_contents, peft_problems
-from tnpeft.io.foreign.reduce import part_of
+from tnpeft.io.foreign.reduce import part_of, untuckered
+from tnpeft.io.foreign.source import DIFFUSERS_WEIGHTS
 from tnpeft.io.saving import chosen
+from tnpeft.modules import Adapter
 from tnpeft.network import layer_of
 from tnpeft.spec.document import clip
 from tnpeft.surgery import ModelState, plain_modules, statistics_of
@@ -24,7 +35,8 @@ from tnpeft.surgery.trained import all_tied
 
 __all__ = ["WRITTEN", "save_foreign"]
 
-WRITTEN = ("peft", "lycoris")
+_FILE = ".safetensors"
+WRITTEN = ("peft", "diffusers", "lycoris", "kohya", "comfyui")
 
 
 def save_foreign(
@@ -32,44 +44,136 @@ def save_foreign(
     path: str | os.PathLike[str],
     format: str,  # noqa: A002 - what it is
     name: str | None = None,
+    *,
+    prefix: str | None = None,
 ) -> None:
     """Write one adapter of `model` as another library's loader reads it.
 
-    `format="peft"` writes a folder for `PeftModel.from_pretrained`, `"lycoris"` a safetensors file for
-    `create_lycoris_from_weights`; the model that they adapt computes what `model` computes. A spec of
-    any name can be written whose network is that of LoRA, LoCon, LoHa or LoKr. Cores for the kernel,
-    unequal ranks and low-rank factors that the loader would not read are multiplied out; a LoRA with
-    a frozen copy becomes one of twice the rank; a scale from `activate` goes into the file's.
+    * `"peft"`: a folder for `PeftModel.from_pretrained`.
+    * `"diffusers"`: a folder (or, where the path ends in `.safetensors`, a file) for `load_lora_weights` and
+      `load_lora_adapter`, LoRA alone; names begin with `unet.` for a class with UNet in its name, else with
+      `transformer.`.
+    * `"lycoris"`: a safetensors file for `create_lycoris_from_weights`; names begin with `lycoris_`.
+    * `"kohya"`: the same with `lora_unet_`, which sd-scripts, LyCORIS's kohya network, ComfyUI and diffusers read.
+    * `"comfyui"`: the same with `diffusion_model.` and the dots of the names.
+
+    `prefix` is another beginning of the names, "" for none. An `nn.ModuleDict` of a pipeline's parts (`unet` or
+    `transformer`, `te` or `text_encoder`, `te2`, ...) is written with the prefix of each.
+
+    The model that the other library adapts computes what `model` computes. A spec of any name can be written
+    whose network is that of LoRA, LoCon, LoHa or LoKr. Cores for the kernel, unequal ranks and low-rank factors
+    that the loader would not read are multiplied out; a LoRA with a frozen copy becomes one of twice the rank; a
+    scale from `activate` goes into the file's.
 
     Raises AdapterFileError, before anything is written, for what the other library cannot hold.
     """
     path = file_path(path)
     if format not in WRITTEN:
         raise refuse(path, "`format`", f"one of {', '.join(WRITTEN)}", clip(format), "Pass one of these.")
+    prefix = _checked_prefix(path, format, prefix)
     root, state, name, adapters = chosen(model, path, name)
     gain = state.active.get(name, 1.0)
-    parts: dict[str, Part] = {}
-    problems: list[Problem] = []
-    for layer, adapter in adapters.items():
-        part = part_of(adapter, layer, gain)
-        if isinstance(part, Problem):
-            problems.append(part)
-        else:
-            parts[layer] = part
-    trained = _trained(root, state, name, gain)
-    problems += _statistics_problems(root, state, name)
-    _raise(path, problems)
+    parts = _parts(path, adapters, gain, _statistics_problems(root, state, name))
+    contents = _contents(path, root, format, prefix, parts, _trained(root, state, name, gain))
+    if format == "peft" or (format == "diffusers" and path.suffix != _FILE):
+        _write_folder(path, contents)
+    else:
+        _check_place(path)
+        replace_files(contents)
+
+
+def _parts(path: Path, adapters: Mapping[str, Adapter], gain: float, problems: Iterable[Problem]) -> dict[str, Part]:
+    """What each layer's adapter is; raises where some are nothing that others have, and for other problems."""
+    found = {layer: part_of(adapter, layer, gain) for layer, adapter in adapters.items()}
+    _raise(path, [*(part for part in found.values() if isinstance(part, Problem)), *problems])
+    return {layer: part for layer, part in found.items() if isinstance(part, Part)}
+
+
+def _contents(
+    path: Path,
+    root: nn.Module,
+    format: str,  # noqa: A002 - as above
+    prefix: str | None,
+    parts: dict[str, Part],
+    trained: Mapping[str, Tensor],
+) -> dict[Path, bytes]:
+    """The files to write. Raises AdapterFileError for what the other library cannot hold."""
     modules = plain_modules(root)
     layers = {layer: layer_of(modules[layer]) for layer in parts}
-    check = peft_problems if format == "peft" else lycoris_problems
-    _raise(path, [*_option_problems(modules, parts, format == "peft"), *check(parts, layers, trained)])
+    problems = [*_option_problems(modules, parts, format in ("peft", "diffusers"))]
+    names: dict[str, str] = {}
+    if format in ("peft", "diffusers"):
+        check = peft_problems if format == "peft" else diffusers_problems
+        problems += [*_place_problems(root, parts), *check(parts, layers, trained)]
+    else:
+        problems += comfyui_problems(parts, layers) if format == "comfyui" else ()
+        names = _whole_names(path, root, parts, format, prefix)
+        problems += lycoris_problems(parts, layers, trained, names)
+    _raise(path, problems)
     if not parts:
         raise refuse(path, "adapter", "one with adapted layers", "none", "Save it with `tnpeft.save`.")
     if format == "peft":
-        _write_folder(path, peft_contents(path, parts, trained, modules))
-    else:
-        _check_place(path)
-        replace_files(lycoris_contents(path, parts))
+        return peft_contents(path, parts, trained, modules)
+    if format == "diffusers":
+        named = _named(path, root, parts, prefix, flat=False)
+        file = path if path.suffix == _FILE else path / DIFFUSERS_WEIGHTS
+        return diffusers_contents(file, parts, named, modules)
+    return lycoris_contents(path, _for_readers(parts, format), names)
+
+
+def _checked_prefix(path: Path, format: str, prefix: object) -> str | None:  # noqa: A002 - as above
+    """A prefix with what stands between it and the names, which those who know it may leave out."""
+    if prefix is None:
+        return None
+    if format == "peft":
+        raise refuse(path, "`prefix`", 'none: "peft" has its own', clip(prefix), "Leave it out.")
+    between = "." if format in ("diffusers", "comfyui") else "_"
+    if not isinstance(prefix, str) or (between == "_" and "." in prefix):
+        expected = "a text without dots" if between == "_" else "a text"
+        fix = 'For example `prefix="lora_te"`; "comfyui" writes names with dots.'
+        fix = fix if between == "_" else 'For example `prefix="transformer"`.'
+        raise refuse(path, "`prefix`", expected, clip(prefix), fix)
+    return prefix if not prefix or prefix.endswith(between) else prefix + between
+
+
+def _named(
+    path: Path, root: nn.Module, layers: Iterable[str], prefix: str | None, flat: bool, denoiser: str | None = None
+) -> dict[str, tuple[str, str]]:
+    """For each layer what its name begins with, and its name behind that."""
+    if prefix is not None:
+        return {layer: (prefix, layer) for layer in layers}
+    named = named_parts(root, layers, flat, denoiser)
+    if isinstance(named, Problem):
+        raise AdapterFileError(replace(named, where=shown(path)))
+    return named
+
+
+def _whole_names(
+    path: Path,
+    root: nn.Module,
+    layers: Iterable[str],
+    format: str,  # noqa: A002 - as above
+    prefix: str | None,
+) -> dict[str, str]:
+    """The layers' names in a file of LyCORIS, kohya or ComfyUI."""
+    if format == "comfyui":
+        named = _named(path, root, layers, prefix, flat=False, denoiser="diffusion_model.")
+        return {layer: before + _clip_name(before, name) for layer, (before, name) in named.items()}
+    named = _named(path, root, layers, "lycoris_" if prefix is None and format == "lycoris" else prefix, flat=True)
+    return {layer: before + _clip_name(before, name).replace(".", "_") for layer, (before, name) in named.items()}
+
+
+def _clip_name(prefix: str, name: str) -> str:
+    """A layer of CLIP's text encoder as every reader calls it, also where transformers 5 leaves `text_model.` out."""
+    text = prefix.startswith(("lora_te", "text_encoder"))
+    return f"text_model.{name}" if text and name.startswith(("encoder.layers.", "embeddings.")) else name
+
+
+def _for_readers(parts: Mapping[str, Part], format: str) -> dict[str, Part]:  # noqa: A002 - as above
+    """The same updates in forms that every reader of such a file takes alike."""
+    if format == "kohya":
+        return one_alpha({name: untuckered(part) if "mid" in part.tensors else part for name, part in parts.items()})
+    return comfyui_parts(parts) if format == "comfyui" else dict(parts)
 
 
 def _raise(path: Path, problems: list[Problem]) -> None:
@@ -110,6 +214,16 @@ def _option_problems(modules: Mapping[str, nn.Module], parts: Mapping[str, Part]
         if found:
             expected = "a layer without it, for the other library's forward drops it"
             yield Problem("layer option", expected, found, fix, f"layer '{name}'")
+
+
+def _place_problems(root: nn.Module, layers: Iterable[str]) -> Iterator[Problem]:
+    """Layers with two places in the model, of which PEFT would adapt the first alone."""
+    others = reached_twice(root)
+    for name in layers:
+        if name in others:
+            expected, found = "one in the model", f"also that of '{others[name]}': PEFT would adapt the first alone"
+            fix = "Merge it into the model instead, or keep it in tnpeft's own file."
+            yield Problem("place", expected, found, fix, f"layer '{name}'")
 
 
 def _check_place(path: Path) -> None:

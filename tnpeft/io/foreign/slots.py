@@ -22,17 +22,18 @@ from tnpeft.io.foreign.parts import Part
 from tnpeft.io.foreign.topologies import kron_name
 from tnpeft.network import Layer
 
-__all__ = ["Slots", "loha_part", "lokr_part", "lora_part", "wide"]
+__all__ = ["Slots", "loha_part", "lokr_part", "lora_part", "slots_of", "wide"]
 
 Scale = Callable[[int | None], float]  # of the rank, None where no tensor has one
 
 
 @dataclass
 class Slots:
-    """One layer's tensors by slot, each with its key in the file."""
+    """One layer's tensors by slot, each with its key in the file, which calls the layer `written`."""
 
     path: Path
     layer: str
+    written: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
 
@@ -87,11 +88,22 @@ class Slots:
         return Part(topology, tensors, scale, keys=keys)
 
 
+def slots_of(slots: dict[str, Slots], path: Path, layer: str, written: str) -> Slots:
+    """The slots of a layer, new ones at its first tensor; two names in a file are never one layer."""
+    those = slots.setdefault(layer, Slots(path, layer, written))
+    if those.written != written:
+        both = f"tensors of '{those.written}' and of '{written}'"
+        raise those.refuse("tensors", "those of one layer of the file", both, _MADE_FOR)
+    return those
+
+
 def _native(slot: str, beside: str) -> str:
     """What the file would call a slot, by the key of its neighbour."""
     if slot in ("up", "down", "mid"):
-        peft = "lora_A" in beside or "lora_B" in beside
-        return {"up": "lora_B", "down": "lora_A"}.get(slot, slot) if peft else f"lora_{slot}"
+        if "lora_A" in beside or "lora_B" in beside:
+            return {"up": "lora_B", "down": "lora_A"}.get(slot, slot)
+        old = re.search(r"\w*lora(_linear_layer)?\.(?=up|down)", beside)  # of diffusers
+        return f"{old[0] if old else 'lora_'}{slot}"
     if slot == "magnitude":
         return "lora_magnitude_vector"
     method = re.search(r"(hada|loha|lokr)_(?=[wt]\d(_[ab])?(\.|$))", beside)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,17 @@ from torch import Tensor
 from tnpeft.errors import AdapterFileError
 from tnpeft.io.files import not_safetensors, refuse, what_is_at
 from tnpeft.io.foreign.archive import archive_problem
+from tnpeft.io.foreign.formats import FORMATS, clip_key, guess, unsupported
 from tnpeft.io.manifest import KEY
 from tnpeft.spec.document import clip
 from tnpeft.spec.recognise import recognise
 
-__all__ = [
-    "CONFIG",
-    "FORMATS",
-    "SUPPORTED",
-    "WEIGHTS",
-    "Source",
-    "clip_key",
-    "format_of",
-    "open_source",
-    "tensors_of",
-    "unsupported",
-]
+__all__ = ["CONFIG", "DIFFUSERS_WEIGHTS", "HEADER", "WEIGHTS", "Source", "format_of", "open_source", "tensors_of"]
 
-FORMATS = ("peft", "lycoris", "tenvoo")
-SUPPORTED = (
-    "PEFT's LoRA, LoHa and LoKr, LyCORIS's LoCon, LoHa and LoKr, or TenVOO, QuanTA, LoCon, LoHa and LoKr of the TenVOO "
-    "paper"
-)
-CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+IN_FOLDERS = (WEIGHTS, "adapter_model.bin", DIFFUSERS_WEIGHTS, "pytorch_lora_weights.bin")
+HEADER = "lora_adapter_metadata"  # under which diffusers puts PEFT's config into a file's header
 _DAMAGED = "Copy or download the file again."
 _MAX_CONFIG = 1 << 20
 _MAX_REPEATED = 1 << 20  # bytes of a tensor that repeats fewer
@@ -62,31 +49,36 @@ _LOAD_ERRORS = (
     TypeError,
     ValueError,
 )
-_PEFT = re.compile(r"\.(lora_(A|B|embedding_A|magnitude_vector)|(hada|lokr)_[wt]\d(_[ab])?(\.\w+)?$)")
-_PAPER = re.compile(r"(tenvoo_weights|quanta_weights|\.loha_w\d_[ab]$)")
-_LYCORIS = re.compile(r"\.(lora_(up|down|mid)\.weight|(hada|lokr)_[wt]\d(_[ab])?|w_norm|diff)$")
-# Marks of methods that are none of the supported ones, in their keys.
-_OTHERS = {
-    "oft_": "OFT or BOFT",
-    "boft_": "BOFT",
-    "ia3_": "IA3",
-    ".on_input": "IA3",
-    "lora_E": "AdaLoRA",
-    "vera_lambda": "VeRA",
-    ".a1.weight": "GLoRA",
-    ".lambda_layer": "T-LoRA",
-    "prompt_embeddings": "prompt tuning",
-}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file (or PEFT's folder) that was read: its format, its tensors by key, and PEFT's config."""
+    """A file (or PEFT's folder) that was read, or the part of it that adapts one of several models.
+
+    `config` is PEFT's, from the file beside it or the header, `headers` those in the header by the prefix of the
+    keys that they are for. `written` has the keys that the file spells otherwise, as it has them; `place` is
+    where in the model the part belongs, with a dot behind.
+    """
 
     path: Path
     format: str
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None = None
+    headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    written: Mapping[str, str] = field(default_factory=dict)
+    place: str = ""
+    config_name: str = CONFIG
+
+    def called(self, key: str) -> str:
+        """A key as the file has it."""
+        return self.written.get(key, key)
+
+    def config_of(self, prefix: str) -> Mapping[str, Any] | None:
+        """The header's config for the keys with a prefix, or for all."""
+        return self.headers.get(prefix) or self.headers.get("")
+
+    def refuse(self, what: str, expected: str, found: str, fix: str) -> AdapterFileError:
+        return refuse(self.path, what, expected, found, fix)
 
 
 def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the public argument's name
@@ -94,24 +86,41 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
     if format is not None and format not in FORMATS:
         fix = "Leave `format` out to let the file's keys decide."
         raise refuse(path, "`format`", f"one of {', '.join(FORMATS)}", clip(format), fix)
-    found = what_is_at(path)
-    folder = path if found == "a folder" else path.parent
-    if found == "a folder":
-        names = (WEIGHTS, PICKLED_WEIGHTS)
-        weights = next((path / name for name in names if what_is_at(path / name) == "a file"), None)
-        if weights is None:
-            raise refuse(path, "folder", f"`{WEIGHTS}` in it", "no such file", "Pass PEFT's adapter folder, or a file.")
-    elif found == "a file":
-        weights = path
-    else:
-        raise refuse(path, "adapter file", "a file, or PEFT's folder", found, "Check the path.")
-    tensors, pickled = tensors_of(weights)
-    has_config = what_is_at(folder / CONFIG) == "a file"
-    kind = format or _format(path, tensors, pickled, has_config)
-    if kind == "peft" and not has_config:
+    weights = _weights(path)
+    tensors, header, pickled = tensors_of(weights)
+    beside = weights.parent / CONFIG
+    has_config = what_is_at(beside) == "a file"
+    headers = _headers(weights, header.get(HEADER))
+    kind = format or ("diffusers" if headers else guess(tensors, pickled, has_config))
+    if kind is None:
+        raise unsupported(path, tensors)
+    if kind == "diffusers" and format is None and not headers and weights.stem == "adapter_model":
+        kind = "peft"  # whose file it is by its name, with keys that somebody has cut
+    if kind == "tenvoo":
+        return Source(path, kind, tensors)
+    if kind != "peft" and (headers or not any(key.startswith("base_model.") for key in tensors)):
+        return Source(path, kind, tensors, headers=headers)
+    if not has_config and "" not in headers:
         fix = "Keep the two files that PEFT saves together: the scale of the update stands in the config."
         raise refuse(path, "PEFT adapter", f"`{CONFIG}` beside it", "no such file", fix)
-    return Source(path, kind, tensors, _config(folder / CONFIG) if kind == "peft" else None)
+    if has_config:
+        return Source(path, "peft", tensors, _config(beside))
+    return Source(path, "peft", tensors, headers[""], config_name=HEADER)
+
+
+def _weights(path: Path) -> Path:
+    """The file with the tensors: `path`, or that of PEFT or diffusers in it. Raises AdapterFileError."""
+    found = what_is_at(path)
+    if found == "a file":
+        return path
+    if found != "a folder":
+        raise refuse(path, "adapter file", "a file, or a folder of PEFT or diffusers", found, "Check the path.")
+    weights = next((path / name for name in IN_FOLDERS if what_is_at(path / name) == "a file"), None)
+    if weights is None:
+        expected = f"`{WEIGHTS}` or `{DIFFUSERS_WEIGHTS}` in it"
+        fix = "Pass the folder that PEFT or diffusers saved to, or a file."
+        raise refuse(path, "folder", expected, "no such file", fix)
+    return weights
 
 
 def format_of(path: Path) -> str:
@@ -126,46 +135,21 @@ def format_of(path: Path) -> str:
     return open_source(path, None).format
 
 
-def unsupported(path: Path, keys: Iterable[str]) -> AdapterFileError:
-    """The error for a file whose method is none that can be read."""
-    keys = list(keys)
-    name = next((other for mark, other in _OTHERS.items() if any(mark in key for key in keys)), None)
-    shown = ", ".join(f"'{clip_key(key)}'" for key in keys[:3]) or "no tensors"
-    found = f"{name} ({shown})" if name else shown
-    return refuse(path, "method", SUPPORTED, found, "Convert such adapters with the library that made them.")
-
-
-def clip_key(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 120 else clip(key, 120)
-
-
-def _format(path: Path, tensors: Mapping[str, Tensor], pickled: bool, has_config: bool) -> str:
-    if any(_PAPER.search(key) for key in tensors):
-        return "tenvoo"
-    peft = any("lora_A" in key or "lora_B" in key or key.startswith("base_model.") for key in tensors)
-    if peft or (has_config and any(_PEFT.search(key) for key in tensors)):
-        return "peft"
-    modules = [key[: match.start()] for key in tensors if (match := _LYCORIS.search(key))]
-    if modules:
-        return "tenvoo" if pickled and all("." in module for module in modules) else "lycoris"
-    if has_config:
-        return "peft"
-    raise unsupported(path, tensors)
-
-
-def tensors_of(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """A file's tensors on the CPU, and whether torch's own format holds them."""
+def tensors_of(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str], bool]:
+    """A file's tensors on the CPU, its header's texts, and whether torch's own format holds them."""
     kind = recognise(path)
     if kind is not None and kind.name == "torch":
-        return _pickled(path), True
+        return _pickled(path), {}, True
     if kind is not None and kind.name == "pickle":
         fix = f"Write it anew: `torch.save(torch.load({path.name!a}, weights_only=True), {path.name!a})`."
         raise refuse(path, "adapter file", "a zip, as torch writes since 1.6", "a bare pickle, which is not run", fix)
     try:
         with safe_open(path, framework="pt") as opened:
-            if KEY in (opened.metadata() or {}):
+            header = opened.metadata() or {}
+            if KEY in header:
                 raise refuse(path, "file", "one of another library", "one of tnpeft", "Use `tnpeft.load`.")
-            return {key: opened.get_tensor(key) for key in opened.keys()}, False  # noqa: SIM118 - not a mapping
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+            return tensors, header, False
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, AdapterFileError):
             raise
@@ -219,10 +203,29 @@ def _config(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_CONFIG + 1)
-        config = json.loads(text) if len(text) <= _MAX_CONFIG else None
-    except (OSError, ValueError, RecursionError) as error:
-        found = " ".join(str(error).split())[:200]
+    except OSError as error:
+        found = error.strerror or str(error)
         raise refuse(path, "PEFT config", "a JSON file", found, _DAMAGED) from error
+    return _parsed(path, "PEFT config", text)
+
+
+def _headers(path: Path, text: str | None) -> dict[str, Mapping[str, Any]]:
+    """PEFT's configs in a header, by the prefix of the keys that each is for; "" where one is for all."""
+    if text is None:
+        return {}
+    headers: dict[str, dict[str, Any]] = {}
+    for key, value in _parsed(path, f"`{HEADER}` in the header", text.encode()).items():
+        prefix, dot, option = key.rpartition(".")
+        headers.setdefault(prefix + dot, {})[option] = value
+    return dict(headers)
+
+
+def _parsed(path: Path, what: str, text: bytes) -> Mapping[str, Any]:
+    try:
+        config = json.loads(text) if len(text) <= _MAX_CONFIG else None
+    except (ValueError, RecursionError) as error:
+        found = " ".join(str(error).split())[:200]
+        raise refuse(path, what, "a JSON file", found, _DAMAGED) from error
     if not isinstance(config, Mapping):
-        raise refuse(path, "PEFT config", "a JSON object", clip(config), _DAMAGED)
+        raise refuse(path, what, "a JSON object", clip(config), _DAMAGED)
     return config

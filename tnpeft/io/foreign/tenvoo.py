@@ -13,10 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tnpeft.io.foreign.names import dotted, layer_named
+from tnpeft.io.foreign.beside import beside
+from tnpeft.io.foreign.formats import unsupported
+from tnpeft.io.foreign.names import check_layers, layer_named
 from tnpeft.io.foreign.parts import Foreign, Part
-from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, wide
-from tnpeft.io.foreign.source import Source, unsupported
+from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, slots_of
+from tnpeft.io.foreign.source import Source
 from tnpeft.io.foreign.topologies import TOPOLOGIES
 from tnpeft.network import layer_of
 
@@ -36,7 +38,11 @@ _INCOMPLETE = "The file is incomplete: copy it again, or save the adapter once m
 
 
 def read_tenvoo(
-    source: Source, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor], alpha: float | None = None
+    source: Source,
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    alpha: float | None = None,
 ) -> Foreign:
     """The parts by layer and, from a whole model's state dict, what else was trained. Raises AdapterFileError."""
     slots: dict[str, Slots] = {}
@@ -49,30 +55,26 @@ def read_tenvoo(
             continue
         name = layer_named(source, key, match["module"], modules)
         where = starts if match["frozen"] else slots
-        where.setdefault(name, Slots(source.path, name)).add(match["slot"], key, tensor)
+        slots_of(where, source.path, name, match["module"]).add(match["slot"], key, tensor)
     if not slots:
         raise unsupported(source.path, source.tensors)
+    check_layers(source, {**slots, **starts}, modules)
     parts = {name: _part(slots[name], starts.get(name), modules[name], alpha) for name in slots}
-    return Foreign(parts, _trained(source, others, parts, parameters))
+    values, statistics, unknown = beside(source, others, parameters, buffers)
+    if unknown:
+        raise unsupported(source.path, unknown)
+    return Foreign(parts, _changed(values, parts, parameters), statistics)
 
 
-def _trained(
-    source: Source, others: Mapping[str, Tensor], parts: Iterable[str], parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _changed(values: Mapping[str, Tensor], parts: Iterable[str], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of a whole model's state dict that are not the base's; adapted weights are the base's own."""
     adapted = {f"{layer}.weight" for layer in parts}
-    trained, unknown = {}, []
-    for key, tensor in others.items():
-        name = dotted(key, parameters)
-        if name is None:
-            unknown.append(key)
-        elif name not in adapted:
-            value, base = wide(source.path, key, tensor), parameters[name].detach().cpu()
-            if value.shape != base.shape or not torch.equal(value, base.to(value.dtype)):
-                trained[name] = value
-    if unknown and not any(dotted(key, parameters) in adapted for key in others):
-        raise unsupported(source.path, unknown)  # in a whole model, running statistics are no parameters
-    return trained
+    changed = {}
+    for name, value in values.items():
+        base = parameters[name].detach().cpu()
+        if name not in adapted and not (value.shape == base.shape and torch.equal(value, base.to(value.dtype))):
+            changed[name] = value
+    return changed
 
 
 def _part(slots: Slots, start: Slots | None, module: nn.Module, alpha: float | None) -> Part:
@@ -93,7 +95,7 @@ def _scale(slots: Slots, alpha: float | None, rank: int | None) -> float:
     if not rank:
         return 1.0  # no axis may be empty, which is said where the tensors meet the layer
     if alpha is None and rank < 4:
-        fix = "Pass the alpha it was trained with, for example `alpha=1`."
+        fix = "Pass `alpha=0`, as published, or the alpha that it was trained with, for example `alpha=1`."
         found = f"none in the file, and rank {rank}, for which the published code takes 0: its update does nothing"
         raise slots.refuse("`alpha`", "the number that the update was scaled with", found, fix)
     return (rank // 4 if alpha is None else alpha) / rank

@@ -1,0 +1,78 @@
+"""Which library's file it is, by its keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from tnpeft.errors import AdapterFileError
+from tnpeft.io.files import refuse
+from tnpeft.io.foreign.spelling import respelled
+from tnpeft.spec.document import clip
+
+__all__ = ["FORMATS", "SUPPORTED", "clip_key", "guess", "unsupported"]
+
+FORMATS = ("peft", "diffusers", "lycoris", "kohya", "comfyui", "tenvoo")
+SUPPORTED = (
+    "LoRA, LoHa and LoKr of PEFT, LyCORIS, diffusers, kohya and ComfyUI, or TenVOO, QuanTA, LoCon, LoHa and LoKr of "
+    "the TenVOO paper"
+)
+_PEFT = re.compile(r"\.(lora_(A|B|embedding_A|magnitude_vector)|(hada|lokr)_[wt]\d(_[ab])?(\.\w+)?$)")
+_PAPER = re.compile(r"(tenvoo_weights|quanta_weights|\.loha_w\d_[ab]$)")
+_LYCORIS = re.compile(r"\.(lora_(up|down|mid)\.weight|(hada|lokr)_[wt]\d(_[ab])?|w_norm|diff)$")
+_COMFYUI = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
+_KOHYA = ("lora_unet_", "lora_te", "lora_transformer_")
+# Marks of methods that are none of the supported ones, in their keys.
+_OTHERS = {
+    "oft_": "OFT or BOFT",
+    "boft_": "BOFT",
+    "ia3_": "IA3",
+    ".on_input": "IA3",
+    "lora_E": "AdaLoRA",
+    "vera_lambda": "VeRA",
+    ".a1.weight": "GLoRA",
+    ".lambda_layer": "T-LoRA",
+    "prompt_embeddings": "prompt tuning",
+}
+
+
+def guess(keys: Collection[str], pickled: bool, has_config: bool) -> str | None:
+    """The format that tensors of these keys have, in a pickle or with PEFT's config beside it; None for none."""
+    if any(_PAPER.search(key) for key in keys):
+        return "tenvoo"
+    if any(key.startswith("base_model.") for key in keys):
+        return "peft"
+    latest = [respelled(key) for key in keys]
+    if any("lora_A" in key or "lora_B" in key for key in latest):
+        if any(key.startswith(_COMFYUI) for key in keys):
+            return "comfyui"
+        return "peft" if has_config and list(keys) == latest and not _has_parts(keys) else "diffusers"
+    if has_config and any(_PEFT.search(key) for key in keys) and not _has_parts(keys):
+        return "peft"
+    modules = [key[: match.start()] for key in keys if (match := _LYCORIS.search(key))]
+    if modules and any(module.startswith(_COMFYUI) for module in modules):
+        return "comfyui"
+    if modules and all(module.startswith(_KOHYA) for module in modules):
+        return "kohya"
+    if modules:
+        return "tenvoo" if pickled and all("." in module for module in modules) else "lycoris"
+    return "peft" if has_config else None
+
+
+def _has_parts(keys: Iterable[str]) -> bool:
+    """Whether they are those of a pipeline, each with the prefix of its model."""
+    return all(key.startswith(("unet.", "transformer.", "text_encoder")) for key in keys)
+
+
+def unsupported(path: Path, keys: Iterable[str]) -> AdapterFileError:
+    """The error for a file whose method is none that can be read."""
+    keys = list(keys)
+    name = next((other for mark, other in _OTHERS.items() if any(mark in key for key in keys)), None)
+    shown = ", ".join(f"'{clip_key(key)}'" for key in keys[:3]) or "no tensors"
+    found = f"{name} ({shown})" if name else shown
+    return refuse(path, "method", SUPPORTED, found, "Convert such adapters with the library that made them.")
+
+
+def clip_key(key: str) -> str:
+    return key if key.isprintable() and len(key) <= 120 else clip(key, 120)
