@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -135,7 +136,7 @@ class DrawError(TnpeftError, ValueError):
 # Letters that two names have in common, as a share of both, from which one may be meant for the other.
 _CLOSE = 0.6
 # How many names are looked at, of how many letters, and how many of them are compared in full, which takes time.
-_LOOKED_AT, _LETTERS, _COMPARED = 100_000, 200, 50
+_LOOKED_AT, _LETTERS, _COMPARED = 20_000, 200, 50
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:
@@ -151,7 +152,7 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     shortest, longest = len(word) * _CLOSE / (2 - _CLOSE), len(word) * (2 - _CLOSE) / _CLOSE
     # A name of another length cannot be near; of the rest those with most pairs of letters in common are compared.
     names = (name for name in itertools.islice(known, _LOOKED_AT) if shortest <= len(name) <= longest)
-    alike = heapq.nlargest(_COMPARED, names, key=lambda name: len(pairs & _pairs(name.casefold())))
+    alike = heapq.nlargest(_COMPARED, names, key=lambda name: (pairs & _pairs(name.casefold())).total())
     matcher = difflib.SequenceMatcher(b=word, autojunk=False)
     best: tuple[float, str] = (_CLOSE, "")
     for name in alike:
@@ -161,6 +162,6 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return best[1] or None
 
 
-def _pairs(word: str) -> set[str]:
-    """Every two letters that stand side by side; the ends count as letters."""
-    return set(map("".join, itertools.pairwise(f" {word} ")))
+def _pairs(word: str) -> Counter[tuple[str, str]]:
+    """How often every two letters stand side by side; the ends count as letters."""
+    return Counter(itertools.pairwise(f" {word} "))

@@ -60,10 +60,9 @@ def _advice(path: tuple[str | int, ...], key: str, value: object) -> str:
         return f"Write it{within}."
     if key in TrainFile.model_fields:
         return "Write it in `train`, beside `adapters`."
-    if sentence := advice_on(key, () if within else [*EntryFile.model_fields]):
-        return sentence
-    params = value_of_param(key, value)
-    return f"Write `{params}`{within}." if params else ""
+    if params := value_of_param(key, value):
+        return f"Write `{params}`{within}."
+    return advice_on(key, () if within else [*EntryFile.model_fields])
 
 
 RECIPE = Schema(

@@ -49,6 +49,9 @@ def targets(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
 _ALL_LIKE = re.compile(r"all(\W|_)?(linear|conv|convs|layers|modules)?", re.IGNORECASE)
 
 
+_GUESSED = 10  # unknown names for which near ones are looked for, which takes time
+
+
 def _label(entry: Entry) -> str:
     return f"{entry.spec.name} ({clip(entry.match)})"
 
@@ -62,8 +65,10 @@ def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Prob
         return layers
     if isinstance(entry.match, tuple):
         unknown = [name for name in entry.match if name not in modules]
-        for name in unknown:
-            fix = near_miss(name, _adaptable(modules)) or "List the names with `model.named_modules()`."
+        known = _adaptable(modules)
+        for number, name in enumerate(unknown):
+            fix = near_miss(name, known) if number < _GUESSED else ""
+            fix = fix or "List the names with `model.named_modules()`."
             layer = (clip(name)[1:-1],)
             problems.append(Problem("", "the name of a layer", "no such layer", fix, entry.where, layers=layer))
         found = [name for name in dict.fromkeys(entry.match) if name in modules]

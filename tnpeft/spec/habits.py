@@ -71,9 +71,9 @@ def advice_on(name: str, known: Collection[str], also: Collection[str] = ()) -> 
         return f"Did you mean `{meant}`?"
     if word in _ADVICE:
         return _ADVICE[word]
-    if near := near_miss(name, [*known, *also]):
-        return near
-    return f"There is no `{meant}` here: leave it out." if meant is not None else ""
+    if meant is not None:
+        return near_miss(name, known) or f"There is no `{meant}` here: leave it out."
+    return near_miss(name, [*known, *also])
 
 
 def unknown_params(
@@ -89,6 +89,7 @@ def unknown_params(
 
 def value_of_param(name: str, value: object) -> str:
     """What to write for a number that stands beside `params`, where it should stand in them; empty for others."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    word = name.casefold()
+    if isinstance(value, bool) or not isinstance(value, int | float) or word in _ADVICE or word in ATTACH:
         return ""
-    return f"params: {{{_MEANT.get(name.casefold(), name)}: {value:g}}}"
+    return f"params: {{{_MEANT.get(word, name)}: {value:g}}}"
