@@ -18,7 +18,7 @@ from tnpeft.modules import Captured
 from tnpeft.modules.sharing import sharing_label
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.recipe import Entry, Recipe, Train
-from tnpeft.recipe.attach import recipe_of
+from tnpeft.recipe.attachment import recipe_of
 from tnpeft.recipe.model import train_from
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
