@@ -15,11 +15,12 @@ INSTALL := -m pip --disable-pip-version-check install -qq
 PIP     := $(RUN) $(INSTALL)
 # Other people's frameworks, which are heavy and bring versions of their own, stand apart.
 WIDE    := .venv-wide
+LOWEST  := .venv-lowest
 # One thread per process: two workers on two cores are faster than two that fight for both.
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-wide check lint types specs catalogue unit bench format install clean
+.PHONY: help demo test test-wide lowest pythons check lint types specs catalogue unit bench format install clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -53,6 +54,12 @@ unit: $(VENV)/.test ## the test suite alone
 test-wide: $(WIDE)/.wide ## tests beside heavy frameworks (transformers, diffusers, Lightning, ONNX, torchao), in .venv-wide
 	@$(ONE) $(WIDE)/bin/python -m pytest -q -n $(WORKERS) tests/wide $(ARGS)
 
+lowest: $(LOWEST)/.lowest ## the test suite with the lowest versions that pyproject.toml promises (but torch's), in .venv-lowest
+	@TNPEFT_LOWEST=1 $(ONE) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+pythons: $(VENV)/.test ## the wheel on Python 3.10, 3.12 and 3.13 without torch, where they are installed
+	@$(RUN) tests/pythons.py 3.10 3.12 3.13
+
 bench: $(VENV)/.bench ## step time against full fine-tuning and the other libraries; BENCH=numerics is another script
 	@$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
@@ -63,7 +70,7 @@ format: $(VENV)/.test ## ruff, mending what it can
 install: $(VENV)/.demo ## the environment of `make demo`, nothing run
 
 clean: ## remove the environment, caches and results
-	rm -rf $(VENV) $(WIDE) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(WIDE) $(LOWEST) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and by itself: its pin decides what everything else may bring.
@@ -90,4 +97,13 @@ $(WIDE)/.wide: constraints.txt pyproject.toml
 	@$(PYTHON) -m venv $(WIDE)
 	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt torch
 	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt -e ".[demo,test,wide]"
+	@touch $@
+
+# Each `name>=version` becomes `name==version`, so that every lower bound is a release that is tested.
+$(LOWEST)/.lowest: constraints.txt pyproject.toml
+	@echo "Setting up $(LOWEST) (once, a few minutes) ..."
+	@$(PYTHON) -m venv $(LOWEST)
+	@sed -nE 's/^  "([A-Za-z0-9_.-]+)>=([0-9.]+)".*/\1==\2/p' pyproject.toml | grep -v '^torch==' | sort -u > $(LOWEST)/lowest.txt
+	@$(LOWEST)/bin/python $(INSTALL) -c constraints.txt torch
+	@$(LOWEST)/bin/python $(INSTALL) -c constraints.txt -c $(LOWEST)/lowest.txt -e ".[demo,test]"
 	@touch $@

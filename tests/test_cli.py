@@ -151,9 +151,9 @@ def test_check_passes_over_other_files_of_a_folder_but_not_when_named(tmp_path: 
 
 
 def test_check_an_empty_name():
-    known = ", ".join(tnpeft.list_specs())
-    (line,) = mistakes("check", "")
-    assert line.startswith(f"spec '': expected a file, or one of {known}, found neither.")
+    assert mistakes("check", "") == [
+        "spec '': expected a YAML file, or the name of a shipped spec, found neither. `tnpeft list` prints the names."
+    ]
 
 
 # show
@@ -486,16 +486,14 @@ def test_show_with_settings_but_no_layer():
 
 
 def test_show_an_unknown_spec():
-    known = ", ".join(tnpeft.list_specs())
     assert mistakes("show", "tenvoo_m") == [
-        f"spec 'tenvoo_m': expected a file, or one of {known}, found neither. Did you mean `tenvoo_q`?"
+        "spec 'tenvoo_m': expected a YAML file, or the name of a shipped spec, found neither. Did you mean `tenvoo_q`?"
     ]
 
 
 def test_show_a_spec_on_a_layer_it_is_not_for():
     assert mistakes("show", "quanta", "--layer", "Conv1d:4,4,3") == [
-        f"{SPECS / 'quanta.yaml'}: spec 'quanta': expected one of Linear, found Conv1d(4, 4, 3). "
-        "Choose another spec, or add the kind to its `layers`."
+        "spec 'quanta': expected one of Linear, found Conv1d. Choose another spec, or add the kind to its `layers`."
     ]
 
 

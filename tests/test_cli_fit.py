@@ -191,7 +191,7 @@ def test_wrong_options():
     assert refused(*LORA, "--iterations", "0") == (
         "--iterations: expected a positive whole number, found 0. Leave it out, or allow 100, say."
     )
-    assert refused(*LORA, "--set", "q=1").startswith("--set q: expected one of alpha, r, found none of them.")
+    assert refused(*LORA, "--set", "q=1").startswith("--set q: expected one of r, alpha, found `q`.")
     own = "For example -o adapter.safetensors."
     for checkpoint in ("base.safetensors", "./tuned.safetensors"):
         assert refused(*LORA, output=checkpoint) == (

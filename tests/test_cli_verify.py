@@ -131,7 +131,7 @@ def test_a_spec_that_refuses_everything_fails(tmp_path: Path):
 
 def test_usage():
     assert mistakes("verify", "lora", "--set", "rr=2", status=2) == [
-        "--set rr: expected one of r, alpha, found none of them. Did you mean `r`?"
+        "--set rr: expected one of r, alpha, found `rr`. Did you mean `r`?"
     ]
     assert mistakes("verify", "tenvoo_l", "--layer", "Linear:3,2", status=2) == [
         "--layer: expected one of Conv3d, found Linear. Choose another layer, or add the kind to the spec's `layers`."

@@ -342,8 +342,8 @@ def test_arguments_that_are_none():
     )
     assert refused("lorra", delta, layer, error=SpecError).endswith("found neither. Did you mean `lora`?")
     assert refused("lora", delta, nn.ReLU()).startswith("unsupported layer: expected one of Linear, Conv1d,")
-    assert refused("lora", delta, layer, rr=2).endswith(
-        "param 'rr': expected one of r, alpha, found none of them. Did you mean `r`?"
+    assert refused("lora", delta, layer, rr=2) == (
+        "params of spec 'lora': expected one of r, alpha, found `rr`. Did you mean `r`?"
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,43 @@ def test_torch_is_not_imported_before_it_is_needed():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+WITHOUT_TORCH_CODE = """\
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+sys.meta_path.insert(0, NoTorch())
+from tnpeft.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("check", "lora", "lora_ddpm", "specs/factors"), 0, "3 files, 3 without mistakes, 0 mistakes\n"),
+        (("show", "lora", "--layer", "Linear:8,8", "--input", "1,8"), 0, "link 1: down: (i) 8 -> (r) 4 channels"),
+        (("list",), 0, "tenvoo_q_ddpm"),
+        (("schema", "recipe"), 0, '"$schema"'),
+        (
+            ("count", "lora_ddpm", "--model", "monai:ddpm-paper"),
+            1,
+            "error this command: expected torch, installed here, found none. "
+            "Install the build of torch that fits this machine: `pip install torch`.\n",
+        ),
+    ],
+)
+def test_specs_and_recipes_are_read_without_torch(arguments, status, said):
+    command = [sys.executable, "-c", WITHOUT_TORCH_CODE, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == status, result.stderr
+    assert said in result.stdout + result.stderr
+    assert not result.stderr or result.stderr == said
+
+
 def test_only_the_command_line_prints():
     for path in FILES:
         if room_of(path) == "cli":
@@ -127,6 +166,31 @@ def test_one_ruff_for_make_and_commits():
 
 
 def test_every_target_of_the_makefile_is_documented():
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    listed = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    listed = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert targets == listed
+
+
+@pytest.mark.skipif("TNPEFT_LOWEST" not in os.environ, reason="`make lowest` alone installs the lowest versions")
+def test_the_lowest_versions_are_the_installed_ones():
+    """Every bound of the installed extras is the version that the tests ran with; torch is the pinned one."""
+    import tomllib  # of Python 3.11, which `make lowest` takes
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    bounds = dict(
+        re.fullmatch(r"([\w.-]+)>=([\w.]+)", line).groups()
+        for line in (*project["dependencies"], *extras["demo"], *extras["test"])
+        if ">=" in line
+    )
+    bounds["torch"] = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group(1)
+    installed = {name: version(name).partition("+")[0] for name in bounds}
+    short = {name: bound for name, bound in bounds.items() if not _equal(bound, installed[name])}
+    assert not short, {name: installed[name] for name in short}
+
+
+def _equal(bound: str, installed: str) -> bool:
+    """`0.5` is `0.5.0`."""
+    left, right = bound.split("."), installed.split(".")
+    length = max(len(left), len(right))
+    return left + ["0"] * (length - len(left)) == right + ["0"] * (length - len(right))

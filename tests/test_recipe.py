@@ -181,7 +181,7 @@ NOTHING = (
     ("arguments", "message"),
     [
         ({}, "spec 'lora': expected `match`, found none. "
-             r"For example `match=r'attn\.to_[qv]$'`, or a list of names from `model.named_modules()`."),
+             r"For example `match=r'attn\.to_[qv]$'`, a list of names from `model.named_modules()`, or `match='all'`."),
         ({"match": "attn.too_q"}, NOTHING),
         ({"match": "attn$"}, "spec 'lora', match 'attn$': expected at least one layer, found only containers such as "
                              "'attn'. Match the layers inside, such as 'attn.to_q'."),
@@ -234,9 +234,8 @@ def test_wrong_types_are_mistakes_too(model, arguments, message):
 def test_every_layer_that_does_not_fit_is_reported(model):
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(model, "quanta", match="conv|to_q", r=0)
-    spec = tnpeft.load_spec("quanta")
     assert str(caught.value) == (
-        f"{spec.file}: layer 'conv': spec 'quanta': expected one of Linear, found Conv1d(3, 4, 3). "
+        "layer 'conv': spec 'quanta': expected one of Linear, found Conv1d. "
         "Choose another spec, or add the kind to its `layers`."
     )
 
@@ -271,17 +270,17 @@ def test_a_recipe_takes_no_match_and_known_params(model):
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(model, "lora_ddpm", alhpa=2)
     assert str(caught.value) == (
-        "recipe 'lora_ddpm', param 'alhpa': expected one of alpha, r, found none of them. Did you mean `alpha`?"
+        "params of recipe 'lora_ddpm': expected one of r, alpha, found `alhpa`. Did you mean `alpha`?"
     )
 
 
 def test_names_that_are_neither_spec_nor_recipe(model):
-    known = ", ".join((*tnpeft.list_recipes(), *tnpeft.list_specs()))
     for name, meant in (("tenvo_l", "tenvoo_l"), ("tenvoo_l_ddmp", "tenvoo_l_ddpm"), ("lora_dpm", "lora_ddpm")):
         with pytest.raises(tnpeft.SpecError) as caught:
             tnpeft.attach(model, name, match="conv")
         assert str(caught.value) == (
-            f"recipe or spec '{name}': expected a file, or one of {known}, found neither. Did you mean `{meant}`?"
+            f"recipe or spec '{name}': expected a YAML file, or the name of a shipped recipe or spec, found neither. "
+            f"Did you mean `{meant}`?"
         )
 
 
@@ -304,7 +303,7 @@ def test_mistakes_in_a_recipe_are_collected_with_those_in_its_specs(folder):
     assert str(caught.value).splitlines() == [
         f"{recipe}:2:1: unknown key 'nmae' in the file: expected one of adapters, name, scopes, source, title, tnpeft, "
         "train, found 'nmae'. Did you mean `name`?",
-        f"{recipe}:5:61: `params`: expected params of 'lora', found 'rank'. Its params are r, alpha.",
+        f"{recipe}:5:61: params of spec 'lora': expected one of r, alpha, found `rank`. Did you mean `r`?",
         f"{recipe}:6:43: pattern '(^head\\\\.': expected a regular expression, found missing ), "
         r"unterminated subpattern at position 0. A dot of a module's name is written `\.`.",
         f"{spec}:6:31: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "

@@ -14,9 +14,11 @@ Callers read `error.problems`; the text is for people. What is allowed and proba
 from __future__ import annotations
 
 import difflib
+import heapq
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 __all__ = [
     "AdapterFileError",
@@ -29,8 +31,12 @@ __all__ = [
     "SpecError",
     "TnpeftError",
     "TnpeftWarning",
+    "closest",
+    "listed",
     "near_miss",
 ]
+
+_SHOWN = 5  # names listed in a sentence
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class Problem:
     """One mistake: where it is, what was expected, what was found and how to mend it.
 
     `what` names the thing that is wrong, `fix` is a full sentence. `where` is a position in a
-    file, or the name of a layer or file when there is no position.
+    file, or the name of a file or parameter when there is no position. `layers` are the names of all layers that
+    have this mistake, `on` the kind and sizes of the layer that it was found on.
     """
 
     what: str
@@ -60,18 +67,44 @@ class Problem:
     where: Position | str | None = None
     core: str | None = None
     index: str | None = None
+    layers: tuple[str, ...] = ()
+    on: str | None = None
 
     def __str__(self) -> str:
-        where = f"{self.where}: " if self.where is not None else ""
-        return f"{where}{self.what}: expected {self.expected}, found {self.found}. {self.fix}"
+        places = [str(self.where)] if self.where is not None else []
+        if self.layers:
+            places.append(f"layer{'s' * (len(self.layers) > 1)} {listed(self.layers)}")
+        if what := ", on ".join(filter(None, (self.what, self.on))):
+            places.append(what)
+        return f"{': '.join(places)}: expected {self.expected}, found {self.found}. {self.fix}"
+
+
+def listed(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """The first names in quotes, and how many more there are."""
+    first = ", ".join(f"'{name}'" for name in names[:shown])
+    return f"{first} and {len(names) - shown:,} more" if len(names) > shown else first
+
+
+def _folded(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """Problems that are equal but for the layers that have them, each once with all of its layers."""
+    layers: dict[Problem, dict[str, None]] = {}
+    signatures: dict[Problem, set[str | None]] = {}
+    for problem in problems:
+        bare = replace(problem, layers=(), on=None)
+        layers.setdefault(bare, {}).update(dict.fromkeys(problem.layers))
+        signatures.setdefault(bare, set()).add(problem.on)
+    return tuple(
+        replace(bare, layers=tuple(names), on=signatures[bare].pop() if len(signatures[bare]) == 1 else None)
+        for bare, names in layers.items()
+    )
 
 
 class TnpeftError(Exception):
-    """A mistake that the user can mend; `problems` holds one `Problem` for each."""
+    """A mistake that the user can mend; `problems` holds one `Problem` for each, equal ones of many layers folded."""
 
     def __init__(self, *problems: Problem) -> None:
-        super().__init__(*problems)
-        self.problems: tuple[Problem, ...] = problems
+        self.problems: tuple[Problem, ...] = _folded(problems)
+        super().__init__(*self.problems)
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
@@ -112,21 +145,35 @@ class DrawError(TnpeftError, ValueError):
     """A picture that cannot be drawn or written."""
 
 
-# Of two names that may be meant for each other: the share of letters in common, and how many are compared in full.
-CLOSE, COMPARED = 0.6, 10
+# Letters that two names have in common, as a share of both, from which one may be meant for the other.
+_CLOSE = 0.6
+# How many names are looked at, of how many letters, and how many of them are compared in full, which takes time.
+_LOOKED_AT, _LETTERS, _COMPARED = 20_000, 200, 50
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:
     """The sentence "Did you mean `known`?" for the closest known word, or an empty string."""
-    word = word[:80]
-    few = list(itertools.islice(known, 200))  # comparing takes time; a file can hold thousands of names
-    # Comparing letter by letter takes the square of a name's length: only those of most letters in common.
-    matcher = difflib.SequenceMatcher(b=word)
-    shared: list[tuple[float, int]] = []
-    for place, name in enumerate(few):
-        matcher.set_seq1(name)
-        if matcher.real_quick_ratio() >= CLOSE and (ratio := matcher.quick_ratio()) >= CLOSE:
-            shared.append((-ratio, place))
-    nearest = [few[place] for place in sorted(place for _, place in sorted(shared)[:COMPARED])]
-    close = difflib.get_close_matches(word, nearest, n=1, cutoff=CLOSE)
-    return f"Did you mean `{close[0]}`?" if close else ""
+    close = closest(word, known)
+    return f"Did you mean `{close}`?" if close else ""
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is most like `word`, small and capital letters alike; None if none is near."""
+    word = word[:_LETTERS].casefold()
+    pairs = _pairs(word)
+    shortest, longest = len(word) * _CLOSE / (2 - _CLOSE), len(word) * (2 - _CLOSE) / _CLOSE
+    # A name of another length cannot be near; of the rest those with most pairs of letters in common are compared.
+    names = (name for name in itertools.islice(known, _LOOKED_AT) if shortest <= len(name) <= longest)
+    alike = heapq.nlargest(_COMPARED, names, key=lambda name: (pairs & _pairs(name.casefold())).total())
+    matcher = difflib.SequenceMatcher(b=word, autojunk=False)
+    best: tuple[float, str] = (_CLOSE, "")
+    for name in alike:
+        matcher.set_seq1(name.casefold())
+        if min(matcher.real_quick_ratio(), matcher.quick_ratio()) >= best[0]:
+            best = max(best, (matcher.ratio(), name))
+    return best[1] or None
+
+
+def _pairs(word: str) -> Counter[tuple[str, str]]:
+    """How often every two letters stand side by side; the ends count as letters."""
+    return Counter(itertools.pairwise(f" {word} "))

@@ -126,7 +126,7 @@ class Method(Section):
     kind: Literal["adapter", "full", "bias_norm"] = "adapter"
     recipe: str | None = None  # a shipped name or a path, from here or from the configuration's folder
     spec: str | None = None  # the same, with `match`
-    match: str | None = None  # a regular expression over module names
+    match: str | None = None  # a regular expression over module names, or `all` for a spec
     train: Literal["cores", "bias_norm"] = "bias_norm"  # with `spec`: the cores alone, or adapted biases and norms too
     params: dict[str, Any] = {}  # the spec's: {r: 4}
     mode: Literal["auto", "dense", "factored", "hybrid"] = "auto"

@@ -118,7 +118,7 @@ def count(
         str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
     ],
     match: Annotated[
-        str | None, typer.Option("--match", help="With a spec: a regular expression searched in the layers' names.")
+        str | None, typer.Option("--match", help="With a spec: a regular expression on layers' names, or all.")
     ] = None,
     settings: Settings = None,
     scopes: Scopes = None,
@@ -176,7 +176,7 @@ def extract(
     ] = None,
     spec: Annotated[str | None, typer.Option("--spec", help="Instead of a recipe: one spec, with --match.")] = None,
     match: Annotated[
-        str | None, typer.Option("--match", help="With --spec: a regular expression searched in the layers' names.")
+        str | None, typer.Option("--match", help="With --spec: a regular expression on layers' names, or all.")
     ] = None,
     settings: Settings = None,
     scopes: Scopes = None,
@@ -281,7 +281,7 @@ def budget(
     ],
     params: Annotated[int, typer.Option("--params", "-p", metavar="NUMBER", help="How many parameters may train.")],
     match: Annotated[
-        str | None, typer.Option("--match", help="With a spec: a regular expression searched in the layers' names.")
+        str | None, typer.Option("--match", help="With a spec: a regular expression on layers' names, or all.")
     ] = None,
     param: Annotated[str, typer.Option("--param", metavar="NAME", help="The param to solve for.")] = "r",
     fixed: Annotated[

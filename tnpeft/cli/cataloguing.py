@@ -10,6 +10,7 @@ from tnpeft.cli.listing import short_layers
 from tnpeft.cli.output import Output, UsageError
 from tnpeft.errors import Problem
 from tnpeft.spec import Spec, list_specs, load_spec
+from tnpeft.spec.library import shipped_folder
 from tnpeft.spec.paths import is_file
 
 __all__ = ["BEGIN", "END", "catalogue", "update_catalogue"]
@@ -29,7 +30,7 @@ def catalogue() -> str:
         _row("-" * len(_COLUMNS)),
     ]
     lines += [_row(_cells(spec)) for spec in specs]
-    pictures = [spec.name for spec in specs if (Path(spec.file).parent / "pictures" / f"{spec.name}.svg").is_file()]
+    pictures = [spec.name for spec in specs if (shipped_folder() / "pictures" / f"{spec.name}.svg").is_file()]
     if pictures:
         lines += ["", *(_picture(name) for name in pictures)]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tnpeft.cli.output import Output, problem_data
 from tnpeft.errors import Problem, SpecError
-from tnpeft.spec import list_specs, load_spec
+from tnpeft.spec import find_shipped, list_specs, load_spec
 from tnpeft.spec.document import Problems, read_file
 from tnpeft.spec.library import not_yaml
 from tnpeft.spec.paths import is_file, is_folder
@@ -117,7 +117,7 @@ def kind_of(name: str) -> str:
         return "spec" if name in list_specs() or name not in _recipes() else "recipe"
     if path.suffix not in SUFFIXES and (problem := not_yaml(path, "spec or recipe")):
         raise SpecError(problem)
-    node = read_file(path)
+    node = read_file(find_shipped(path, "recipe or spec", "recipes", ""))
     keys = [key.value for key, _ in node.items()]
     if "adapters" in keys and "cores" not in keys:
         return "recipe"

@@ -9,8 +9,9 @@ from tnpeft.cli.arguments import parse_scopes, parse_settings
 from tnpeft.cli.checking import kind_of
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, number, table
-from tnpeft.errors import Problem, near_miss
+from tnpeft.errors import Problem
 from tnpeft.spec import Spec, find_shipped, load_spec
+from tnpeft.spec.habits import unknown_params
 
 if TYPE_CHECKING:
     from tnpeft.recipe import LayerReport, Recipe, Report
@@ -53,25 +54,15 @@ def load_what(name: str) -> Spec | Recipe:
 def check_params(what: Spec | Recipe, params: Mapping[str, object]) -> None:
     """Raises UsageError for a `--set` that no spec knows."""
     specs = (what,) if isinstance(what, Spec) else tuple(entry.spec for entry in what.entries)
-    known = sorted({param for spec in specs for param in spec.params})
-    problems = [
-        Problem(
-            f"--set {param}",
-            f"one of {', '.join(known)}" if known else "no params",
-            "none of them",
-            near_miss(param, known) or "Remove it.",
-        )
-        for param in params
-        if param not in known
-    ]
-    if problems:
+    known = dict.fromkeys(param for spec in specs for param in spec.params)
+    if problems := [each for param in params for each in unknown_params(f"--set {param}", [param], known)]:
         raise UsageError(*problems)
 
 
 def check_match(what: Spec | Recipe, match: str | None) -> None:
     """Raises UsageError for a spec without `--match`, or a recipe with one."""
     if isinstance(what, Spec) and match is None:
-        fix = r"Add --match, e.g. --match 'attn\.to_[qv]$'."
+        fix = r"Add --match, e.g. --match 'attn\.to_[qv]$', or --match all."
         raise UsageError(Problem(f"spec '{what.name}'", "--match, which layers it goes on", "none", fix))
     if not isinstance(what, Spec) and match is not None:
         fix = "Leave --match out, or count a spec."
@@ -91,8 +82,8 @@ def _print(output: Output, title: str, report: Report) -> None:
         "trained": f"{report.trained:,} of {report.base:,} ({report.share:.3%})",
     }
     output.say()
-    for shared in report.shared:
-        output.say(str(shared))
+    for note in report.notes:
+        output.say(note)
     for name, total in totals.items():
         output.say(f"{name:<9}{total}")
 

@@ -53,8 +53,9 @@ def build_model(text: str, device: str = "meta") -> torch.nn.Module:
 
 def _factory(text: str) -> Callable[[], Any]:
     module_name, colon, name = text.partition(":")
-    if not colon or not module_name or not name:
-        fix = f"Write it like `my_package.models:build_unet`, or one of {', '.join(KNOWN)}."
+    written = _as_module(text)
+    if written or not colon or not module_name or not name:
+        fix = written or f"Write it like `my_package.models:build_unet`, or one of {', '.join(KNOWN)}."
         raise UsageError(Problem("the model", "package.module:factory", f"{text[:60]!r}", fix, "--model"))
     if text in KNOWN:
         return KNOWN[text]
@@ -70,6 +71,23 @@ def _factory(text: str) -> Callable[[], Any]:
         fix = "Name a function or class that makes the model."
         raise _mistake(text, "the factory", "a function or class", f"a {type(factory).__name__}", fix)
     return factory  # type: ignore[no-any-return]  # whatever it returns is checked where it is called
+
+
+def _as_module(text: str) -> str:
+    """How the path of a Python file, or a call, is written as module and factory; empty for what is neither."""
+    place, _, name = text.partition(":")
+    name = name.strip(":").removesuffix("()")
+    path = Path(place)
+    separated = path.suffix == ".py" or "/" in place or "\\" in place
+    if not separated and name == text.partition(":")[2]:
+        return ""
+    name = name or "NAME"
+    naming = ", NAME being the function or class that makes the model" if name == "NAME" else ""
+    parts = path.with_suffix("").parts if path.suffix == ".py" else path.parts
+    if path.is_absolute() or ".." in parts:
+        folder = "its folder" if path.is_absolute() else f"the folder {str(path.parent)!r}"
+        return f"Run it in {folder} and write `{parts[-1]}:{name}`{naming}."
+    return f"Write `{'.'.join(parts)}:{name}`{naming}."
 
 
 def _import(name: str, text: str) -> object:

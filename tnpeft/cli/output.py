@@ -22,6 +22,8 @@ __all__ = ["Output", "UsageError", "number", "problem_data", "reported", "table"
 
 PIPE_WIDTH = 160  # where there is no terminal whose width could be asked for
 
+_INSTALL = "Install the build of torch that fits this machine: `pip install torch`."
+
 P = ParamSpec("P")
 
 
@@ -83,6 +85,11 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             for problem in error.problems:
                 output.mistake(problem)
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+        except ModuleNotFoundError as error:
+            if error.name != "torch":  # specs and recipes are read, checked, shown and drawn without it
+                raise
+            Output().mistake(Problem("this command", "torch, installed here", "none", _INSTALL))
+            raise typer.Exit(1) from None
 
     return run
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tnpeft.cli.arguments import parse_layer, parse_settings
+from tnpeft.cli.counting import check_params
 from tnpeft.cli.output import Output, UsageError, table
-from tnpeft.errors import Problem, near_miss
+from tnpeft.errors import Problem
 from tnpeft.spec import Spec, load_spec
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def verify_spec(
     """Verify a spec and print the report; true where every check holds."""
     spec = load_spec(name)
     params: dict[str, Any] = parse_settings(settings)
-    _check_params(spec, params)
+    check_params(spec, params)
     signature = None if layer is None else parse_layer(layer)
     if signature is not None and signature.kind not in spec.layers:
         fix = "Choose another layer, or add the kind to the spec's `layers`."
@@ -47,18 +48,6 @@ def verify_spec(
     else:
         _print(output, spec, report)
     return report.ok
-
-
-def _check_params(spec: Spec, params: dict[str, int | float]) -> None:
-    unknown = [param for param in params if param not in spec.params]
-    if unknown:
-        expected = f"one of {', '.join(spec.params)}" if spec.params else "no params"
-        raise UsageError(
-            *(
-                Problem(f"--set {param}", expected, "none of them", near_miss(param, spec.params) or "Remove it.")
-                for param in unknown
-            )
-        )
 
 
 def _print(output: Output, spec: Spec, report: VerifyReport) -> None:

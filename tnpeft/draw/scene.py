@@ -232,7 +232,8 @@ def _thinned(path: Points) -> Points:
     way, away = path[-1] - path[0], path - path[0]
     if (np.abs(_cross_product(way, away)) <= _TOLERANCE * np.hypot(*way)).all():
         return path[[0, -1]]
-    return path[np.unique(np.linspace(0, len(path) - 1, _POINTS_OF_CURVE).round().astype(int))]
+    thinned: Points = path[np.unique(np.linspace(0, len(path) - 1, _POINTS_OF_CURVE).round().astype(int))]
+    return thinned
 
 
 def _cross(one: Points, other: Points) -> bool:

@@ -18,12 +18,13 @@ from tnpeft.modules import Captured
 from tnpeft.modules.sharing import sharing_label
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.recipe import Entry, Recipe, Train
-from tnpeft.recipe.attach import recipe_of
+from tnpeft.recipe.attachment import recipe_of
 from tnpeft.recipe.model import train_from
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
+from tnpeft.spec.habits import advice_on
 from tnpeft.surgery import model_problems, plain_modules, plain_parameters
 
 __all__ = ["Budget", "BudgetRow", "budget"]
@@ -134,7 +135,7 @@ def _check_names(recipe: Recipe, param: str, fixed: Sequence[str]) -> None:
     known = sorted({known for spec in free for known in spec.params})
     if param not in known:
         expected = f"one of {', '.join(known)}" if known else "a spec with params that is not fixed"
-        fix = near_miss(param, known) or "Name the param that sets the adapter's size."
+        fix = advice_on(param, known) or "Name the param that sets the adapter's size."
         raise AttachError(Problem(f"recipe '{recipe.name}', param {clip(param)}", expected, "none of them", fix))
 
 

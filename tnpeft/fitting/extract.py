@@ -255,9 +255,7 @@ def _fitted(name: str, adapter: Adapter, weight: Tensor, delta: Tensor, method: 
     try:
         return fit_adapter(adapter, weight, delta, method=method, iterations=iterations)
     except TnpeftError as error:
-        raise AttachError(
-            *(replace(problem, what=f"layer '{name}': {problem.what}") for problem in error.problems)
-        ) from error
+        raise AttachError(*(replace(problem, layers=(name,)) for problem in error.problems)) from error
 
 
 def _row(name: str, fitted: Fit, delta: Tensor, seconds: float) -> ExtractedLayer:

@@ -1,7 +1,7 @@
 """A spec bound to a layer: a bipartite graph of cores and indices with every size known."""
 
-from tnpeft.network.bind import layer_of
+from tnpeft.network.bind import layer_of, param_problems
 from tnpeft.network.layer import Layer
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
 
-__all__ = ["BoundCore", "BoundInit", "BoundTerm", "Layer", "Network", "layer_of"]
+__all__ = ["BoundCore", "BoundInit", "BoundTerm", "Layer", "Network", "layer_of", "param_problems"]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tnpeft.errors import BindError, Problem, near_miss
 from tnpeft.network.formula import parameter_formula
 from tnpeft.network.layer import Layer
+from tnpeft.network.look_alikes import kind_name, opaque
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
 from tnpeft.spec.expression import MAX_ABSOLUTE
+from tnpeft.spec.habits import unknown_params
 from tnpeft.spec.model import provide
 from tnpeft.spec.pattern import KINDS
 from tnpeft.spec.resolve import Resolved, layer_names, resolve
@@ -22,7 +24,7 @@ from tnpeft.spec.resolve import Resolved, layer_names, resolve
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["bind", "layer_of"]
+__all__ = ["bind", "layer_of", "param_problems"]
 
 _LAYER_ARGUMENTS = ("in_channels", "out_channels", "in_features", "out_features", "kernel_size", "groups")
 
@@ -40,9 +42,9 @@ def layer_of(module: nn.Module) -> Layer:
         if isinstance(module, layer_class):
             break
     else:
-        expected = f"one of {', '.join(KINDS)}"
         fix = "Adapt the layers inside it, or train it as a whole with `also`."
-        raise BindError(Problem("unsupported layer", expected, type(module).__name__, fix))
+        found, fix = opaque(type(module)) or (kind_name(type(module)), fix)
+        raise BindError(Problem("unsupported layer", f"one of {', '.join(KINDS)}", found, fix))
     for method in ("forward", "_conv_forward"):
         if getattr(type(module), method, None) is not getattr(layer_class, method, None):
             found = f"{type(module).__name__}, which overrides `{method}`"
@@ -67,8 +69,7 @@ def bind(spec: Spec, layer: Any, params: Mapping[str, Any]) -> Network:
     values = _check_params(spec, given)
     resolved = resolve(spec, layer.kind, layer_names(layer.weight_shape, layer.groups), values)
     if resolved.faults:
-        problems = dict.fromkeys(fault.problem for fault in resolved.faults)
-        raise BindError(*(replace(problem, what=f"{problem.what}, on {layer}") for problem in problems))
+        raise BindError(*(replace(fault.problem, on=str(layer)) for fault in resolved.faults))
     network = _network(spec, layer, resolved)
     if too_wide := [*_ranks(network)]:
         raise BindError(*too_wide)
@@ -112,41 +113,41 @@ def _ranks(network: Network) -> Iterator[Problem]:
         part = next(part for part in network.parts if core in part.cores)
         (bond,) = (leg for leg in core.legs if leg not in part.open_legs)
         if network.sizes[bond] > limit:
-            what = f"core '{core.name}', `{core.origin or core.init.name}`, on {network.layer}"
+            what, on = f"core '{core.name}', `{core.origin or core.init.name}`", str(network.layer)
             expected, fix = f"a bond of at most {limit}, the rank of the weight", f"Lower the size of `{bond}`."
-            yield Problem(what, expected, str(network.sizes[bond]), fix, own.position, core=core.name)
+            yield Problem(what, expected, str(network.sizes[bond]), fix, own.position, core=core.name, on=on)
 
 
 def _check_kind(spec: Spec, layer: Layer) -> None:
     if layer.kind not in spec.layers:
         expected = f"one of {', '.join(spec.layers)}"
         fix = "Choose another spec, or add the kind to its `layers`."
-        raise BindError(Problem(f"spec '{spec.name}'", expected, str(layer), fix, spec.file))
+        raise BindError(Problem(f"spec '{spec.name}'", expected, layer.kind, fix))
 
 
 def _check_params(spec: Spec, given: Mapping[str, Any]) -> dict[str, int | float]:
-    problems = []
-    values: dict[str, int | float] = {}
+    if problems := [*param_problems(spec, given, _LAYER_ARGUMENTS)]:
+        raise BindError(*problems)
+    numbers_given = {name: float(value) for name, value in given.items()}
+    return {name: int(value) if value.is_integer() else value for name, value in numbers_given.items()}
+
+
+def param_problems(spec: Spec, given: Mapping[str, Any], also: Collection[str] = ()) -> Iterator[Problem]:
+    """Why `given` are no params of the spec: names it does not know, values that are no numbers.
+
+    `also` are names that the caller takes beside params, and that may be meant.
+    """
+    yield from unknown_params(f"params of spec '{spec.name}'", given, spec.params, also)
     for name, value in given.items():
         if name not in spec.params:
-            known = ", ".join(spec.params) or "no params"
-            fix = near_miss(name, spec.params) or "Remove it."
-            problems.append(
-                Problem(f"spec '{spec.name}', param {clip(name)}", f"one of {known}", "none of them", fix, spec.file)
-            )
-        elif isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= MAX_ABSOLUTE:
+            continue
+        size: Any = abs(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+        if not size <= MAX_ABSOLUTE:
             expected, found = "a finite number", ""
-            if isinstance(value, numbers.Real) and MAX_ABSOLUTE < abs(value) < math.inf:
+            if MAX_ABSOLUTE < size < math.inf:
                 expected, found = f"a number of at most {MAX_ABSOLUTE:g}", "a larger one"
             found = found or clip(value)  # thousands of digits have no text
-            fix = f"Write `{name}=4`."
-            problems.append(Problem(f"spec '{spec.name}', param '{name}'", expected, found, fix, spec.file))
-        else:
-            number = float(value)
-            values[name] = int(number) if number.is_integer() else number
-    if problems:
-        raise BindError(*problems)
-    return values
+            yield Problem(f"spec '{spec.name}', param '{name}'", expected, found, f"Write `{name}=4`.")
 
 
 def _layer_from(kind: str, arguments: dict[str, Any]) -> Layer:

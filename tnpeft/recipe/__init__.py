@@ -1,8 +1,15 @@
-"""Which spec on which layer, what else trains, and the report of it."""
+"""Which spec on which layers, what else trains, and the report of it. Reading a recipe takes no torch."""
 
-from tnpeft.recipe.attach import Handle, attach
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from tnpeft.recipe.model import Entry, Recipe, Train, list_recipes, load_recipe
-from tnpeft.recipe.report import LayerReport, Report, report_of
+
+if TYPE_CHECKING:
+    from tnpeft.recipe.attachment import Handle, attach
+    from tnpeft.recipe.report import LayerReport, Report, report_of
 
 __all__ = [
     "Entry",
@@ -16,3 +23,19 @@ __all__ = [
     "load_recipe",
     "report_of",
 ]
+
+_LAZY = {
+    "Handle": "tnpeft.recipe.attachment",
+    "attach": "tnpeft.recipe.attachment",
+    "LayerReport": "tnpeft.recipe.report",
+    "Report": "tnpeft.recipe.report",
+    "report_of": "tnpeft.recipe.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tnpeft.recipe' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

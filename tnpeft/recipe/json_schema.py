@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tnpeft.recipe.model import RECIPE
+from tnpeft.recipe.model import ALL, RECIPE
 from tnpeft.spec import list_specs
 from tnpeft.spec.json_schema import NAME, WORD, Keywords, schema_document
 
@@ -22,7 +22,7 @@ def recipe_schema() -> dict[str, Any]:
             "defaultSnippets": [{"label": "a spec on some layers", "body": [entry]}],
         },
         "adapters.*.spec": {"anyOf": [{"enum": shipped}, {"type": "string", "pattern": r"\.ya?ml$"}]},
-        "adapters.*.match": {"examples": [r"conv[12]\.conv$"]},
+        "adapters.*.match": {"examples": [r"conv[12]\.conv$", ALL]},
         "adapters.*.params": {"propertyNames": {"pattern": rf"^{WORD}$"}, "examples": [{"r": 4}]},
         "scopes": {
             "propertyNames": {"pattern": rf"^{WORD}$"},

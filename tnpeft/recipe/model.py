@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,15 @@ from pydantic import Field
 
 from tnpeft.errors import Position, Problem, SpecError, TnpeftError, near_miss
 from tnpeft.spec import Spec, find_shipped, load_spec
-from tnpeft.spec.document import Node, Problems, clip, read_document, read_file
-from tnpeft.spec.library import shipped_folder
-from tnpeft.spec.paths import is_file
+from tnpeft.spec.document import Node, Problems, clip, read_bytes, read_document
+from tnpeft.spec.habits import advice_on, unknown_params, value_of_param
+from tnpeft.spec.library import label_of, shipped_folder
 from tnpeft.spec.shape import FilePart, Schema, check_shape, with_text_keys
 
-__all__ = ["Entry", "Recipe", "Train", "list_recipes", "load_recipe", "train_from"]
+__all__ = ["ALL", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "train_from"]
+
+ALL = "all"
+"""What `match` says for every layer of the spec's kinds."""
 
 Norm = bool | Literal["all"]
 Bias = Literal["none", "adapted", "all"]
@@ -48,6 +51,20 @@ class RecipeFile(FilePart):
     train: TrainFile = Field(default_factory=TrainFile)
 
 
+def _advice(path: tuple[str | int, ...], key: str, value: object) -> str:
+    """What to write for a key that no recipe has, or that belongs elsewhere in it."""
+    if path == ("train",):
+        return advice_on(key, ())
+    within = "" if path else " in an entry of `adapters`"
+    if key in EntryFile.model_fields:
+        return f"Write it{within}."
+    if key in TrainFile.model_fields:
+        return "Write it in `train`, beside `adapters`."
+    if params := value_of_param(key, value):
+        return f"Write `{params}`{within}."
+    return advice_on(key, () if within else [*EntryFile.model_fields])
+
+
 RECIPE = Schema(
     what="recipe",
     model=RecipeFile,
@@ -58,7 +75,10 @@ RECIPE = Schema(
         "source": ("a text", "Quote it."),
         "adapters": ("a list of specs with their layers", "For example `adapters: [{spec: lora, match: to_q}]`."),
         "spec": ("a spec's name or path", "For example `spec: lora`."),
-        "match": ("a regular expression or a list of layer names", r"For example `match: 'conv[12]\.conv$'`."),
+        "match": (
+            "a regular expression, a list of layer names, or `all`",
+            r"For example `match: 'conv[12]\.conv$'`; `match: all` takes every layer of the spec's kinds.",
+        ),
         "params": ("names with numbers", "For example `params: {r: 4}`."),
         "scopes": ("scopes with regular expressions", r"For example `scopes: {block: 'layers\.(\d+)\.'}`."),
         "train": ("what trains beside the cores", "For example `train: {bias: adapted, norm: true}`."),
@@ -66,12 +86,16 @@ RECIPE = Schema(
         "norm": ("`true`, `false` or `all`", "Write `norm: true`, say."),
         "also": ("a list of regular expressions", r"For example `also: ['^out\.']`."),
     },
+    advice=_advice,
 )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One spec of a recipe with its layers: `match` is a regular expression, or exact names."""
+    """One spec of a recipe with its layers: `match` is a regular expression, exact names, or `all`.
+
+    `all` stands for every layer of the spec's kinds that can carry an adapter.
+    """
 
     spec: Spec
     match: str | tuple[str, ...]
@@ -116,7 +140,7 @@ class Recipe:
         if not isinstance(text, str | bytes):
             fix = "Pass the YAML itself, or use `load_recipe` for a file."
             raise SpecError(Problem("recipe", "YAML text", clip(text), fix))
-        return _read(read_document(text, file), file)
+        return _read(read_document(text, file), file, Path(file).parent)
 
 
 def list_recipes() -> tuple[str, ...]:
@@ -131,7 +155,8 @@ def load_recipe(name: str | Path) -> Recipe:
     mistake in the file and in its specs, each with file, line and column.
     """
     path = find_shipped(name, "recipe", "recipes")
-    return _read(read_file(path, "recipe"), str(path))
+    file = label_of(path)
+    return _read(read_document(read_bytes(path, "recipe"), file), file, path.parent)
 
 
 def train_from(value: Train | Mapping[str, Any] | None) -> Train:
@@ -152,7 +177,7 @@ class _TrainArgument(FilePart):
     train: TrainFile
 
 
-_TRAIN = Schema("`train` argument", _TrainArgument, RECIPE.expected)
+_TRAIN = Schema("`train` argument", _TrainArgument, RECIPE.expected, advice=_advice)
 
 
 def _node(value: Any) -> Node:
@@ -165,7 +190,7 @@ def _node(value: Any) -> Node:
     return Node("scalar", value, where, str(value))
 
 
-def _read(root: Node, file: str) -> Recipe:
+def _read(root: Node, file: str, folder: Path) -> Recipe:
     problems = Problems()
     root = with_text_keys(root, problems)
     broken = check_shape(root, problems, RECIPE)
@@ -173,7 +198,7 @@ def _read(root: Node, file: str) -> Recipe:
     adapters = root.get("adapters")
     for number, node in enumerate(adapters.value if adapters is not None and adapters.kind == "list" else ()):
         if not any(path[:2] == ("adapters", number) for path in broken) and ("adapters",) not in broken:
-            entry = _entry(node, file, problems)
+            entry = _entry(node, folder, problems)
             entries += [entry] if entry is not None else []
     if adapters is not None and adapters.kind == "list" and not adapters.value:
         problems.add(adapters.position, "`adapters`", "at least one entry", "none", RECIPE.expected["adapters"][1])
@@ -185,11 +210,11 @@ def _read(root: Node, file: str) -> Recipe:
     return Recipe(words["name"], tuple(entries), train, words["title"], words["source"], file, scopes)
 
 
-def _entry(node: Node, file: str, problems: Problems) -> Entry | None:
+def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     spec_node, match, params = node.get("spec"), node.get("match"), node.get("params")
     assert spec_node is not None  # the shape holds
     assert match is not None
-    spec = _spec(spec_node, file, problems)
+    spec = _spec(spec_node, folder, problems)
     for item in match.value if match.kind == "list" else ():
         if not item.text:
             problems.add(item.position, "`match`", "a layer's name", "an empty one", "Remove it.")
@@ -198,19 +223,16 @@ def _entry(node: Node, file: str, problems: Problems) -> Entry | None:
     if spec is None:
         return None
     values = params.plain() if params is not None else {}
-    for key in values:
-        if key not in spec.params:
-            fix = f"Its params are {', '.join(spec.params) or 'none'}."
-            where = params.position if params is not None else node.position
-            problems.add(where, "`params`", f"params of '{spec.name}'", clip(key), fix)
+    where = params.position if params is not None else node.position
+    for problem in unknown_params(f"params of spec '{spec.name}'", values, spec.params):
+        problems.put(replace(problem, where=where))
     layers = match.value if isinstance(match.value, str) else tuple(item.value for item in match.value)
     return Entry(spec, layers, values, node.position)
 
 
-def _spec(node: Node, file: str, problems: Problems) -> Spec | None:
-    beside = Path(file).parent / node.value
+def _spec(node: Node, folder: Path, problems: Problems) -> Spec | None:
     try:
-        return load_spec(beside if node.value.endswith((".yaml", ".yml")) and is_file(beside) else node.value)
+        return load_spec(find_shipped(node.value, "spec", "", beside=folder))
     except SpecError as error:
         for problem in error.problems:
             if problem.where is None:
@@ -236,7 +258,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
             warnings.simplefilter("ignore")  # "possible nested set": it means what it always meant
             return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        fix = r"A dot of a module's name is written `\.`."
+        fix = r"A dot of a module's name is written `\.`." if pattern.strip("*. ") else f"Write `{ALL}` for all layers."
         problem = Problem(f"pattern {clip(pattern)}", "a regular expression", clip(str(error))[1:-1], fix)
         raise SpecError(problem) from None
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tnpeft.errors import listed
 from tnpeft.modules import Adapter
 from tnpeft.surgery import AdapterRecord, adapters_of, base_tensors, plain_parameters, record_of
 
@@ -64,7 +65,10 @@ class SharedReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The trainable parameters of one adapter; counts are elements, `share` is of the base model's."""
+    """The trainable parameters of one adapter; counts are elements, `share` is of the base model's.
+
+    `skipped` are the layers of the spec's kinds that `match="all"` left out, with what each of them is.
+    """
 
     name: str
     layers: tuple[LayerReport, ...]
@@ -75,14 +79,25 @@ class Report:
     also: int
     trained: int
     base: int
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
         return self.trained / self.base if self.base else 0.0
 
+    @property
+    def notes(self) -> list[str]:
+        """A line for each tensor that layers share, and for the layers that were skipped for one reason."""
+        reasons: dict[str, list[str]] = {}
+        for layer, reason in self.skipped.items():
+            reasons.setdefault(reason, []).append(layer)
+        lines = [f"skipped: {listed(layers)} ({reason})" for reason, layers in reasons.items()]
+        return [*map(str, self.shared), *lines]
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
-        return {**asdict(self), "share": self.share}
+        data = {**asdict(self), "share": self.share}
+        return data if self.skipped else {key: value for key, value in data.items() if key != "skipped"}
 
     def __rich__(self) -> Table:
         title = f"Adapter '{self.name}': {self.trained:,} of {self.base:,} parameters train ({self.share:.3%})"
@@ -101,7 +116,7 @@ class Report:
             table.add_row(row.name, row.layer, row.spec, params, row.runs, *counts)
         sums = (("cores", self.cores), ("biases", self.bias), ("norms", self.norm), ("also", self.also))
         lines = [", ".join(f"{label} {count:,}" for label, count in sums if count or label == "cores")]
-        table.caption = "\n".join(lines + [str(shared) for shared in self.shared])
+        table.caption = "\n".join(lines + self.notes)
         table.caption_justify = "left"
         return table
 
@@ -142,7 +157,8 @@ def report_of(model: nn.Module, name: str) -> Report:
     base = _numel(tensor for tensor in base_tensors(model).values() if isinstance(tensor, nn.Parameter))
     bias_count, norm, also = (counts[reason] for reason in REASONS)
     trained = cores + bias_count + norm + also
-    return Report(name, tuple(rows), _shared(adapters), cores, bias_count, norm, also, trained, base)
+    skipped = record.about.get("skipped", {})
+    return Report(name, tuple(rows), _shared(adapters), cores, bias_count, norm, also, trained, base, skipped)
 
 
 def reasons_of(record: AdapterRecord) -> dict[str, list[str]]:

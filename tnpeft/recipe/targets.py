@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from tnpeft.errors import AttachError, Problem, near_miss
-from tnpeft.recipe.model import Entry, Recipe, Train, compiled
+from tnpeft.network.look_alikes import kind_name
+from tnpeft.recipe.model import ALL, Entry, Recipe, Train, compiled
+from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
-from tnpeft.surgery import SUPPORTED, layer_problem, plain_modules, plain_name, plain_parameters
+from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, layer_problem, plain_modules, plain_name, plain_parameters
 
-__all__ = ["Trained", "targets", "trained"]
+__all__ = ["Trained", "skipped", "targets", "trained"]
 
 
 def targets(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
@@ -31,13 +35,21 @@ def targets(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
             first_name, first = owners.setdefault(id(modules[name]), (name, entry))
             claimed.setdefault(name, entry)
             if first is not entry:
-                also = f" (which is '{first_name}' too)" if first_name != name else ""
-                found = f"two, {_label(first)} and {_label(entry)}"
-                fix = "Narrow one of the patterns."
-                problems.append(Problem(f"layer '{name}'{also}", "one adapter", found, fix, entry.where))
+                found, fix = f"two, {_label(first)} and {_label(entry)}", "Narrow one of the patterns."
+                problem = Problem("", "one adapter", found, fix, entry.where, layers=(name,))
+                if first_name != name:
+                    problem = replace(problem, what=f"layer '{name}' (which is '{first_name}' too)", layers=())
+                problems.append(problem)
     if problems:
         raise AttachError(*problems)
     return {name: claimed[name] for name in modules if name in claimed}
+
+
+# What people write for all layers elsewhere.
+_ALL_LIKE = re.compile(r"all(\W|_)?(linear|conv|convs|layers|modules)?", re.IGNORECASE)
+
+
+_GUESSED = 10  # unknown names for which near ones are looked for, which takes time
 
 
 def _label(entry: Entry) -> str:
@@ -45,55 +57,115 @@ def _label(entry: Entry) -> str:
 
 
 def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Problem]) -> list[str]:
+    if entry.match == ALL:
+        kinds = _of_kinds(entry.spec, modules)
+        layers = [name for name, problem in kinds.items() if problem is None]
+        if not layers:
+            problems.append(_none_of_all(entry, [problem for problem in kinds.values() if problem is not None]))
+        return layers
     if isinstance(entry.match, tuple):
         names = [name if name in modules else plain_name(name) for name in entry.match]
         unknown = [name for name in names if name not in modules]
-        for name in unknown:
-            fix = near_miss(name, _adaptable(modules)) or "List the names with `model.named_modules()`."
-            problems.append(Problem(f"layer {clip(name)}", "the name of a layer", "no such layer", fix, entry.where))
+        known = _adaptable(modules)
+        for number, name in enumerate(unknown):
+            fix = near_miss(name, known) if number < _GUESSED else ""
+            fix = fix or "List the names with `model.named_modules()`."
+            layer = (clip(name)[1:-1],)
+            problems.append(Problem("", "the name of a layer", "no such layer", fix, entry.where, layers=layer))
         found = [name for name in dict.fromkeys(names) if name in modules]
         layers = found
     else:
         pattern = compiled(entry.match)
         found = [name for name in modules if name and pattern.search(name)]
         # A pattern may catch the containers around a layer, and what has no parameters of its own.
-        layers = [name for name in found if _is_layer(modules[name])]
+        layers = _outermost([name for name in found if is_layer(modules[name])], modules)
         unknown = []
-    for name in layers:
-        problem = layer_problem(name, modules[name])
-        if problem is not None:
-            problems.append(problem)
+    refused = {name: problem for name in layers if (problem := layer_problem(name, modules[name])) is not None}
+    if isinstance(entry.match, str) and len(refused) < len(layers):
+        refused = {name: _too_wide(problem) for name, problem in refused.items()}
+    problems += refused.values()
     if not layers and not unknown:
         problems.append(_nothing(entry, modules, found))
     return layers
 
 
-def _is_layer(module: nn.Module) -> bool:
-    if isinstance(module, SUPPORTED):
-        return True
-    return next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
+def _too_wide(problem: Problem) -> Problem:
+    """A pattern that catches layers of both sorts is to be narrowed, unless all that can be adapted are meant."""
+    if problem.fix != "Match other layers.":
+        return problem
+    return replace(problem, fix=f"Narrow the pattern, or match `{ALL}`: every layer of the spec's kinds.")
+
+
+def _of_kinds(spec: Spec, modules: Mapping[str, nn.Module]) -> dict[str, Problem | None]:
+    """Every layer of the kinds that the spec names, and why it cannot be adapted, where it cannot.
+
+    What lies inside layers that another library has adapted or quantised belongs to those.
+    """
+    kinds = tuple(getattr(nn, kind) for kind in spec.layers)
+    layers = [
+        name
+        for name, module in modules.items()
+        if name and (isinstance(module, kinds) or (not isinstance(module, SUPPORTED) and is_opaque(module)))
+    ]
+    return {name: layer_problem(name, modules[name]) for name in _outermost(layers, modules)}
+
+
+def _outermost(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names without those of parts of layers that another library has made its own, and that are named too."""
+    whole = {name for name in names if is_opaque(modules[name])}
+    return [name for name in names if not whole.intersection(itertools.accumulate(_parents(name)))]
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The steps of the way to a name, but for the last one."""
+    parts = name.split(".")[:-1]
+    return (f"{'.' * (number > 0)}{part}" for number, part in enumerate(parts))
+
+
+def skipped(model: nn.Module, recipe: Recipe) -> dict[str, str]:
+    """The layers that an entry for all would take and cannot, with what they are."""
+    modules = plain_modules(model)
+    entries = [entry for entry in recipe.entries if entry.match == ALL]
+    kinds = (_of_kinds(entry.spec, modules) for entry in entries)
+    return {name: problem.found for layers in kinds for name, problem in layers.items() if problem is not None}
+
+
+def _none_of_all(entry: Entry, refused: Iterable[Problem]) -> Problem:
+    what, expected = f"spec '{entry.spec.name}', match '{ALL}'", f"at least one of {', '.join(entry.spec.layers)}"
+    for problem in AttachError(*refused).problems:  # folded
+        return replace(problem, what=what, expected=f"{expected} that can be adapted", where=entry.where)
+    return Problem(what, expected, "none", "Choose another spec.", entry.where)
 
 
 def _adaptable(modules: Mapping[str, nn.Module]) -> list[str]:
     return [name for name, module in modules.items() if isinstance(module, SUPPORTED)]
 
 
-def _nothing(entry: Entry, modules: Mapping[str, nn.Module], containers: list[str]) -> Problem:
+def _nothing(entry: Entry, modules: Mapping[str, nn.Module], caught: list[str]) -> Problem:
     known = _adaptable(modules)
     pattern = "" if isinstance(entry.match, tuple) else entry.match
+    containers = [name for name in caught if next(modules[name].children(), None) is not None]
     if containers:
         found = f"only containers such as '{containers[0]}'"
         inner = next((name for name in known if name.startswith(f"{containers[0]}.")), None)
         fix = f"Match the layers inside, such as '{inner}'." if inner else "Match layers, not containers."
+    elif caught:
+        found = f"only what has no weight, such as '{caught[0]}', {kind_name(type(modules[caught[0]]))}"
+        fix = f"{_examples(known)}."
     else:
         found = "none"
         plain = pattern.replace("\\", "").strip("^$")
-        hint = near_miss(plain, known) or near_miss(plain, {part for name in known for part in name.split(".")})
-        examples = ", ".join(f"'{name}'" for name in known[:4]) or "no layer that can be adapted"
-        fix = f"{hint} The model has {examples}{' and more' if len(known) > 4 else ''}.".strip()
+        hint = f"Did you mean `{ALL}`?" if _ALL_LIKE.fullmatch(pattern) else ""
+        hint = hint or near_miss(plain, known) or near_miss(plain, {part for name in known for part in name.split(".")})
+        fix = f"{hint} {_examples(known)}.".strip()
     return Problem(
         f"spec '{entry.spec.name}', match {clip(entry.match)}", "at least one layer", found, fix, entry.where
     )
+
+
+def _examples(known: Sequence[str]) -> str:
+    examples = ", ".join(f"'{name}'" for name in known[:4]) or "no layer that can be adapted"
+    return f"The model has {examples}{' and more' if len(known) > 4 else ''}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import networkx
 from tnpeft.errors import Position, near_miss
 from tnpeft.spec.document import Node, Problems
 from tnpeft.spec.draft import Draft, DraftCore, DraftTerm
-from tnpeft.spec.expression import Expression
+from tnpeft.spec.expression import Expression, spelling
 from tnpeft.spec.inits import Last, Legs
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, LAYER_NAMES, expand_axes
 from tnpeft.spec.resolve import Fault, layer_names, resolve
@@ -67,13 +67,13 @@ def _names(draft: Draft, problems: Problems) -> None:
                 where = node.position if isinstance(node, Node) else node or draft.root.position
                 if isinstance(node, Node) and node.kind == "scalar":
                     where = node.at(max(0, node.text.find(name)))
-                fix = near_miss(name, known) or "Add it to `params`, or give it a line in `sizes`."
+                fix = near_miss(name, known) or spelling(name) or "Add it to `params`, or give it a line in `sizes`."
                 problems.add(where, what, "params, layer names and indices in `sizes`", f"'{name}'", fix, index=name)
     for core in draft.cores:
         for key, argument in core.init.arguments.items() if core.init is not None else ():
             for name in argument.names if isinstance(argument, Expression) else ():
                 if name not in known and core.init is not None:
-                    fix = near_miss(name, known) or "Add it to `params`."
+                    fix = near_miss(name, known) or spelling(name) or "Add it to `params`."
                     where = core.init.position or core.position
                     problems.add(
                         where, f"`{key}` of init", "params, layer names and indices in `sizes`", f"'{name}'", fix

@@ -18,7 +18,7 @@ from tnpeft.errors import near_miss
 from tnpeft.spec.document import clip
 from tnpeft.spec.factorize import MAX_FACTORS, MAX_NUMBER, Table, factorize
 
-__all__ = ["FUNCTIONS", "Expression", "ExpressionError", "Number", "Value", "is_name", "parse_expression"]
+__all__ = ["FUNCTIONS", "Expression", "ExpressionError", "Number", "Value", "is_name", "parse_expression", "spelling"]
 
 Number = int | float
 Value = Number | tuple[Number, ...]
@@ -113,6 +113,24 @@ def parse_expression(text: str) -> Expression:
 _WORDS = {"true": 1, "false": 0}
 
 
+_SPELLINGS = {
+    **dict.fromkeys(("True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON"), "Write `true`."),
+    **dict.fromkeys(("False", "FALSE", "no", "No", "NO", "off", "Off", "OFF"), "Write `false`."),
+    **dict.fromkeys(("None", "none", "null", "Null", "NULL", "nil"), "Nothing has no name here: write a number."),
+    **dict.fromkeys(("&&", "AND", "BitAnd"), "Write `and`."),
+    **dict.fromkeys(("||", "OR", "BitOr"), "Write `or`."),
+    **dict.fromkeys(("!", "NOT", "Invert"), "Write `not`."),
+    "<>": "Write `!=`.",
+    "?": "Write `a if c else b`.",
+    "=": "Write `==` to compare.",
+}
+
+
+def spelling(word: str) -> str:
+    """How something that other languages, or Python or YAML, write otherwise is written here; empty for the rest."""
+    return _SPELLINGS.get(word, "")
+
+
 def _parse(text: str) -> ast.expr:
     try:
         with warnings.catch_warnings():
@@ -120,8 +138,9 @@ def _parse(text: str) -> ast.expr:
             return ast.parse(text, mode="eval").body
     except SyntaxError as error:
         offset = max(0, (error.offset or 1) - 1)
-        found = clip(text)
-        raise ExpressionError("an expression", found, "Write it as Python would: `2 * r`.", offset=offset) from None
+        foreign = re.search(r"&&|\|\||!(?!=)|<>|\?|\b(AND|OR|NOT)\b|(?<![=<>!])=(?!=)", text)
+        fix = spelling(foreign.group() if foreign else "") or "Write it as Python would: `2 * r`."
+        raise ExpressionError("an expression", clip(text), fix, offset=offset) from None
     except (ValueError, RecursionError, MemoryError):
         raise ExpressionError("an expression", clip(text), "Write a simpler one.") from None
 
@@ -145,14 +164,15 @@ def _check_node(node: ast.AST) -> None:
     offset = getattr(node, "col_offset", 0)
     if not isinstance(node, _ALLOWED):
         what = "`**`" if isinstance(node, ast.Pow) else f"Python's {type(node).__name__}"
-        fix = "Sizes know + - * / // %, comparisons, `a if c else b`, tuples, subscripts and functions."
+        known = "Sizes know + - * / // %, comparisons, `a if c else b`, tuples, subscripts and functions."
+        fix = spelling(type(node).__name__) or known
         raise ExpressionError("a size expression", what, fix, offset=offset)
     if isinstance(node, ast.Tuple) and (inner := [item for item in node.elts if isinstance(item, ast.Tuple)]):
         fix = "Pick one with `[0]`, or write the entries out."
         raise ExpressionError("a tuple of numbers", "a tuple in a tuple", fix, offset=inner[0].col_offset)
     if isinstance(node, ast.Constant):
         if isinstance(node.value, bool) or not isinstance(node.value, int | float):
-            fix = "Write a number or a name; yes and no are `true` and `false`."
+            fix = spelling(str(node.value)) or "Write a number or a name, without quotes."
             raise ExpressionError("a number", clip(node.value), fix, offset=offset)
         if not abs(node.value) <= MAX_ABSOLUTE:
             found = "a larger number"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import errno
+import itertools
+import os
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from tnpeft.errors import Problem, SpecError, near_miss
+from tnpeft.errors import Problem, SpecError, closest
 from tnpeft.spec.checks import check
 from tnpeft.spec.document import Problems, clip, read_bytes, read_file
 from tnpeft.spec.factorize import Table
@@ -19,7 +22,7 @@ from tnpeft.spec.paths import is_file
 from tnpeft.spec.reader import parse_draft, parse_table
 from tnpeft.spec.recognise import recognise
 
-__all__ = ["find_shipped", "list_specs", "load_spec", "not_yaml", "shipped_folder", "shipped_tables"]
+__all__ = ["find_shipped", "label_of", "list_specs", "load_spec", "not_yaml", "shipped_folder", "shipped_tables"]
 
 
 def shipped_folder() -> Path:
@@ -45,29 +48,79 @@ def list_specs() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in shipped_folder().glob("*.yaml")))
 
 
-def find_shipped(name: str | Path, what: str, *folders: str) -> Path:
-    """The file of a name shipped in one of the folders, or of a path; raises SpecError, with near misses, for none."""
+def find_shipped(name: str | Path, what: str, *folders: str, beside: Path = Path()) -> Path:
+    """The file of a name shipped in one of the folders, or of a path from the folder `beside`, or from this one.
+
+    Raises SpecError, with near misses, for what is neither.
+    """
     if not isinstance(name, str | Path):
         fix = f"Give the name of a shipped {what}, or the path of a file."
         raise SpecError(Problem(what, "a name or a path", clip(name), fix))
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml") and (problem := not_yaml(path, what)):
+    is_yaml = path.suffix in _ENDINGS
+    if not is_yaml and (problem := not_yaml(path, what)):
         raise SpecError(problem)
-    plain = isinstance(name, str) and path.suffix not in (".yaml", ".yml") and path.name == name
+    plain = isinstance(name, str) and not is_yaml and path.name == name
     for folder in folders if plain and name not in ("", ".", "..") else ():
         shipped = shipped_folder() / folder / f"{name}.yaml"
         if is_file(shipped):
             return shipped
-    if path.suffix in (".yaml", ".yml") or (not plain and is_file(path)):
-        return path
-    known = [found.stem for folder in folders for found in sorted((shipped_folder() / folder).glob("*.yaml"))]
-    fix = near_miss(str(name), known) or "Give a path that ends in .yaml, or one of these names."
-    raise SpecError(Problem(f"{what} {clip(str(name), 82)}", f"a file, or one of {', '.join(known)}", "neither", fix))
+    for place in (beside / path, path):
+        if not plain and is_file(place):
+            return place
+    fix = _meant(path, beside, [found.stem for folder in folders for found in _yaml_files(shipped_folder() / folder)])
+    if is_yaml:
+        if fix and not os.path.lexists(path):
+            missing = os.strerror(errno.ENOENT)
+            raise SpecError(Problem(f"cannot read this {what}", "a readable file", missing, fix, str(path)))
+        return path  # reading it says what is wrong
+    kinds = {"": "spec", "recipes": "recipe"}
+    found = next(
+        (f"a {kinds[folder]}" for folder in kinds if folder not in folders and _ships(folder, path)), "neither"
+    )
+    fix = fix if fix and found == "neither" else "`tnpeft list` prints the names."
+    expected = f"a YAML file, or the name of a shipped {what}"
+    raise SpecError(Problem(f"{what} {clip(str(name), 82)}", expected, found, fix))
+
+
+_ENDINGS = (".yaml", ".yml")
+_OTHER_ENDINGS = (".json", ".py", ".safetensors", ".toml", ".txt")
+_MOST_FILES = 2_000  # looked at in a folder
+
+
+def _meant(path: Path, beside: Path, shipped: Sequence[str]) -> str:
+    """The sentence "Did you mean ...?" for the path of no file: a file in its folder comes before a shipped name."""
+    stem = path.stem if path.suffix in (*_ENDINGS, *_OTHER_ENDINGS) else path.name
+    files = (
+        {found.stem: str(path.with_name(found.name)) for found in _yaml_files((beside / path).parent)} if stem else {}
+    )
+    same = {name.casefold(): name for name in (*shipped, *files)}.get(stem.casefold())
+    # Who writes an ending means a file.
+    name = same if same is not None else closest(stem, files if path.suffix in _ENDINGS else (*files, *shipped))
+    return f"Did you mean `{files.get(name, name)}`?" if name is not None else ""
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    """The YAML files of a folder, in order of their names; none where it cannot be read."""
+    try:
+        entries = itertools.islice(folder.iterdir(), _MOST_FILES)
+        return sorted(entry for entry in entries if entry.suffix in _ENDINGS)
+    except (OSError, ValueError):
+        return []
+
+
+def _ships(folder: str, path: Path) -> bool:
+    return is_file(shipped_folder() / folder / f"{path.name}.yaml")
+
+
+def label_of(path: Path) -> str:
+    """What a file is called in messages: a shipped one by its name, wherever it is installed."""
+    return path.name if shipped_folder() in path.parents else str(path)
 
 
 def not_yaml(path: Path, what: str) -> Problem | None:
     """What is said of a path to something else, such as an adapter file; None for text and for what is not there."""
-    kind = recognise(path) if path.is_file() else None
+    kind = recognise(path) if is_file(path) else None
     if kind is None or kind.name in ("text", "empty", "json"):
         return None
     fix = kind.fix if kind.name in ("adapter", "safetensors") else f"Give the name of a shipped {what}, or a YAML file."
@@ -80,7 +133,7 @@ def load_spec(name: str | Path) -> Spec:
     Raises SpecError with every mistake in the file, each with file, line and column.
     """
     path = find_shipped(name, "spec", "")
-    return _parsed(read_bytes(path), str(path), registered_inits())
+    return _parsed(read_bytes(path), label_of(path), registered_inits())
 
 
 @lru_cache(maxsize=64)

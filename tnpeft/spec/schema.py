@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from tnpeft.spec.habits import value_of_param
 from tnpeft.spec.shape import FilePart, Schema
 
 __all__ = ["SPEC"]
@@ -47,6 +48,12 @@ class SpecFile(FilePart):
     seed: int = 0
 
 
+def _advice(path: tuple[str | int, ...], key: str, value: object) -> str:
+    """A number beside `params` is probably meant as one of them."""
+    params = value_of_param(key, value) if not path else ""
+    return f"Write `{params}`." if params else ""
+
+
 SPEC = Schema(
     what="spec",
     model=SpecFile,
@@ -84,4 +91,5 @@ SPEC = Schema(
         "terms": ("a term with `cores` and `weight`", "For example `- {cores: [up, down], weight: o i}`."),
     },
     instead={"weight": "terms"},
+    advice=_advice,
 )

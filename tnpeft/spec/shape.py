@@ -6,7 +6,7 @@ pydantic says *where* a value is wrong; the sentence about it comes from the sch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -32,6 +32,8 @@ class Schema:
 
     `expected` gives, for each key, what should stand there and how to mend it; `parts` the same for
     the entries below a key (`cores` → its cores); `instead` a key that may be missing → what stands in for it.
+    `advice` says, of an unknown key that is near to no known one, what to write: from the keys above it, the key
+    and its value.
     """
 
     what: str
@@ -40,6 +42,7 @@ class Schema:
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     instead: Mapping[str, str] = field(default_factory=dict)
     versioned: str = "tnpeft"
+    advice: Callable[[Path, str, object], str] = lambda path, key, value: ""
 
     def words_for(self, path: Path, key: str) -> tuple[str, str] | None:
         """What should stand under `key`; `terms.cores` is another thing than `cores`."""
@@ -126,7 +129,7 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
         expected, fix = schema.words_for(path, str(key)) or ("it", "Add it.")
         problems.add(parent.position, f"{owner} has no `{key}`", expected, "nothing", fix, core=core)
     elif kind == "extra_forbidden":
-        _unknown_key(parent, str(key), node, owner, _model_at(path[:-1], schema), core, problems)
+        _unknown_key(parent, path, node, owner, schema, core, problems)
     elif node.value is None and str(key).rstrip().endswith(")"):
         _split_value(parent, str(key), f"`{path[-2]}`", core, problems)
     elif len(path) == 2 and path[0] in schema.parts:
@@ -178,22 +181,16 @@ def _models(annotation: Any) -> Any:
 
 
 def _unknown_key(
-    parent: Node,
-    key: str,
-    node: Node,
-    owner: str,
-    model: type[BaseModel],
-    core: str | None,
-    problems: Problems,
+    parent: Node, path: Path, node: Node, owner: str, schema: Schema, core: str | None, problems: Problems
 ) -> None:
-    where = _key_position(parent, key)
+    key = str(path[-1])
     if key.rstrip().endswith(")") and node.value is None:
         _split_value(parent, key, owner, core, problems)
     else:
-        known = keys_of(model)
-        fix = near_miss(key, known) or "Remove it."
+        known = keys_of(_model_at(path[:-1], schema))
+        fix = near_miss(key, known) or schema.advice(path[:-1], key, node.plain()) or "Remove it."
         what = f"unknown key {clip(key)} in {owner}"
-        problems.add(where, what, f"one of {', '.join(known)}", clip(key), fix, core=core)
+        problems.add(_key_position(parent, key), what, f"one of {', '.join(known)}", clip(key), fix, core=core)
 
 
 def _split_value(parent: Node, key: str, owner: str, core: str | None, problems: Problems) -> None:

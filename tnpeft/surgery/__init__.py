@@ -13,7 +13,7 @@ They and the switches find the adapted model inside wrappers such as Distributed
 """
 
 from tnpeft.surgery.accumulating import accumulating
-from tnpeft.surgery.checks import SUPPORTED, layer_problem, model_problems
+from tnpeft.surgery.checks import SUPPORTED, is_layer, is_opaque, layer_problem, model_problems
 from tnpeft.surgery.detach import detach
 from tnpeft.surgery.install import install
 from tnpeft.surgery.queries import (
@@ -46,6 +46,8 @@ __all__ = [
     "disabled",
     "find",
     "install",
+    "is_layer",
+    "is_opaque",
     "layer_problem",
     "merge",
     "model_problems",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,22 @@ from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.modules.offload import is_own_forward
 from tnpeft.modules.parked import MANGLED, own_weight
 from tnpeft.network import layer_of
+from tnpeft.network.look_alikes import full_names, kind_name, look_alike, opaque
 from tnpeft.spec.document import clip
 from tnpeft.surgery.state import ModelState, find, kind_problem
 from tnpeft.surgery.tree import Slot, places, plain_modules
 
-__all__ = ["SUPPORTED", "layer_problem", "model_problems", "name_problems", "target_problems", "trained_problems"]
+__all__ = [
+    "SUPPORTED",
+    "is_layer",
+    "is_opaque",
+    "layer_problem",
+    "model_problems",
+    "name_problems",
+    "target_problems",
+    "trained_problems",
+    "weight_problem",
+]
 
 SUPPORTED = (
     nn.Linear,
@@ -30,43 +43,107 @@ SUPPORTED = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+_KINDS = ", ".join(supported.__name__ for supported in SUPPORTED)
 _METHODS = ("forward", "_conv_forward", "_output_padding")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+_TAKE_OFF = "An adapter would bypass it: take it off first, or match other layers."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def layer_problem(name: str, layer: nn.Module) -> Problem | None:
     """Why `layer` cannot carry an adapter, or None if it can."""
-    kind, where = type(layer).__name__, f"layer '{name}'"
-    plain = next((supported for supported in SUPPORTED if isinstance(layer, supported)), None)
-    if plain is None:
-        kinds = ", ".join(supported.__name__ for supported in SUPPORTED)
-        return Problem("layer type", f"one of {kinds}", kind, "Match other layers.", where=where)
+    problem = _class_problem(layer) or _parameter_problem(layer) or _forward_problem(layer)
+    problem = problem or weight_problem(cast(Tensor, layer.weight)) or _shape_problem(layer)
+    return None if problem is None else replace(problem, layers=(name,))
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer, one that can be adapted or not; containers and what has no parameters are none."""
+    if isinstance(module, SUPPORTED) or is_opaque(module):
+        return True
+    return next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether a module is a layer that another library has quantised, adapted or sharded, whatever it holds inside."""
+    return opaque(type(module)) is not None
+
+
+def _class_problem(layer: nn.Module) -> Problem | None:
+    supported = isinstance(layer, SUPPORTED)
+    known = look_alike(type(layer)) if supported else opaque(type(layer))
+    if known is None and isinstance(layer, nn.MultiheadAttention):
+        found = "MultiheadAttention, whose q, k and v weights are parameters of its own"
+        known = found, "Adapt its `out_proj`; `train`'s `also` trains the others as they are."
+    if known is None and not supported:
+        known = kind_name(type(layer)), "Match other layers."
+    return None if known is None else Problem("layer type", f"one of {_KINDS}", *known)
+
+
+def _parameter_problem(layer: nn.Module) -> Problem | None:
     if parametrize.is_parametrized(layer) or not {"weight", "bias"} <= layer._parameters.keys():
         fix = "Remove the parametrization (weight norm, spectral norm, pruning) before attaching."
-        return Problem("layer", "`weight` and `bias` as plain parameters", "ones that are computed", fix, where=where)
+        return Problem("layer", "`weight` and `bias` as plain parameters", "ones that are computed", fix)
     if any(is_lazy(parameter) for parameter in layer.parameters()):
-        return Problem(
-            "layer", "known sizes", f"a {kind} without sizes yet", "Run the model once, then attach.", where=where
-        )
+        found = f"a {type(layer).__name__} without sizes yet"
+        return Problem("layer", "known sizes", found, "Run the model once, then attach.")
+    return None
+
+
+def _forward_problem(layer: nn.Module) -> Problem | None:
+    plain = next(supported for supported in SUPPORTED if isinstance(layer, supported))
     for method in _METHODS:
-        bypassed = method in layer.__dict__ and not is_own_forward(layer, method)
-        if bypassed or getattr(type(layer), method, None) is not getattr(plain, method, None):
+        replaced = method in layer.__dict__ and not is_own_forward(layer, method)
+        if replaced or getattr(type(layer), method, None) is not getattr(plain, method, None):
+            expected, kind = f"the forward of {plain.__name__}", kind_name(type(layer))
+            owner = type(getattr(layer.__dict__.get(method), "__self__", layer))
+            if replaced and owner is not type(layer):  # somebody has put a method of another module here
+                known = look_alike(owner) or (f", with the `{method}` of {owner.__name__}", _TAKE_OFF)
+                return Problem("layer", expected, f"{kind},{known[0].partition(',')[2]}", known[1])
             found = f"{kind} with a `{method}` of its own"
             fix = "An adapter would bypass it: match other layers, or use the plain class."
-            return Problem("layer", f"the forward of {plain.__name__}", found, fix, where=where)
-    dtype = layer.weight.dtype
-    if dtype not in _DTYPES:
-        known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-        found = str(dtype).removeprefix("torch.")
-        return Problem("weight dtype", f"one of {known}", found, "Attach to the unquantised model.", where=where)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+            return Problem("layer", expected, found, fix)
+    return None
+
+
+def weight_problem(weight: Tensor) -> Problem | None:
+    """Why no update can be added to a base weight, or None if one can: it must be a plain dense tensor of floats."""
+    kind = type(weight)
+    if not _is_plain(kind):
+        found, fix = look_alike(kind) or (f"{kind.__name__}, with operations of its own", "Match other layers.")
+        return Problem("weight", "a plain tensor", found, fix)
+    if weight.dtype not in _DTYPES:
+        fix = "Match other layers." if weight.is_complex() else "Attach to the unquantised model."
+        return Problem("weight dtype", f"one of {_FLOATS}", str(weight.dtype).removeprefix("torch."), fix)
+    if weight.layout != torch.strided:
+        fix = "Give the layer `nn.Parameter(weight.detach().to_dense())`."
+        return Problem("weight", "a dense tensor", f"one of {weight.layout}", fix)
     if not _is_dense(weight):
         found = f"strides {tuple(weight.stride())} for the shape {tuple(weight.shape)}"
         fix = "Give the layer `nn.Parameter(weight.detach().contiguous())`."
-        return Problem("weight", "memory without gaps or overlaps", found, fix, where=where)
+        return Problem("weight", "memory without gaps or overlaps", found, fix)
     return None
+
+
+def _is_plain(kind: type[Tensor]) -> bool:
+    """Whether tensors of this class compute as torch's own do; fake ones, which hold no values, stand in for such."""
+    if any(name.startswith("torch._subclasses.") for name in full_names(kind)):
+        return True
+    functions = {
+        getattr(each.__torch_function__, "__func__", each.__torch_function__) for each in (Tensor, nn.Parameter)
+    }
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    return function in functions and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _shape_problem(layer: nn.Module) -> Problem | None:
+    """A weight that was cut in parts for several devices has another shape than its layer says."""
+    expected, shape = layer_of(layer), tuple(cast(Tensor, layer.weight).shape)
+    if shape == expected.stored_shape:
+        return None
+    fix = "Attach before the weights are taken apart (by FSDP or ZeRO), or give the layer its whole weight."
+    return Problem("weight", f"the shape {expected.stored_shape} of {expected}", str(shape), fix)
 
 
 def _is_dense(weight: Tensor) -> bool:
@@ -133,24 +210,26 @@ def target_problems(root: nn.Module, targets: Mapping[str, Adapter]) -> Iterator
     adapted = [place.name for place in places(root) if isinstance(place.module, AdaptedLayer)]
     claimed: dict[int, str] = {}
     for name, adapter in targets.items():
-        where = f"layer '{name}'"
+        where = (name,)
         layer = modules.get(name)
         if layer is None:
             outer = next((outer for outer in adapted if name.startswith(outer + ".")), None)
             found = "no such layer" if outer is None else f"a part of the adapted layer '{outer}'"
             fix = near_miss(name, modules) or "Use a name from `model.named_modules()`."
             fix = fix if outer is None else f"Name '{outer}' itself."
-            yield Problem("target", "a layer of the model", found, fix, where=where)
+            yield Problem("target", "a layer of the model", found, fix, layers=where)
             continue
         problem = layer_problem(name, layer)
         if problem is not None:
             yield problem
         elif id(layer) in claimed:
             found = f"the layer that is also called '{claimed[id(layer)]}'"
-            yield Problem("target", "a layer of its own", found, "Name it once: it is adapted at both.", where=where)
+            yield Problem("target", "a layer of its own", found, "Name it once: it is adapted at both.", layers=where)
         elif adapter.network.layer != layer_of(layer):
             fix = "Compile the adapter for this layer."
-            yield Problem("adapter", f"one for {layer_of(layer)}", f"one for {adapter.network.layer}", fix, where=where)
+            yield Problem(
+                "adapter", f"one for {layer_of(layer)}", f"one for {adapter.network.layer}", fix, layers=where
+            )
         claimed[id(layer)] = name
 
 

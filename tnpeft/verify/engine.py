@@ -17,6 +17,7 @@ import torch
 from tnpeft.errors import Problem, TnpeftError, near_miss
 from tnpeft.network import Layer
 from tnpeft.spec import Spec, load_spec
+from tnpeft.spec.habits import unknown_params
 from tnpeft.verify.alive import reached
 from tnpeft.verify.case import DTYPES, Case
 from tnpeft.verify.checks import CHECKS, Check
@@ -167,8 +168,7 @@ class _Run:
 
     def _refuse(self, case: Case, error: TnpeftError) -> None:
         problem = error.problems[0]
-        what = re.sub(r"^layer 'blocks[^']*': ", "", problem.what.removesuffix(f", on {case.layer}"))
-        self.refused[re.sub(r"\b\d+\b", "n", f"{what}: expected {problem.expected}")] += 1
+        self.refused[re.sub(r"\b\d+\b", "n", f"{problem.what}: expected {problem.expected}")] += 1
         self.refusals.append((case, str(problem)))
 
     def _count(self, case: Case) -> None:
@@ -300,11 +300,8 @@ def _search(strategy: st.SearchStrategy[Case], condition: Callable[[Case], bool]
 def _check_arguments(spec: Spec, examples: object, params: Mapping[str, object]) -> None:
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise TnpeftError(Problem("`examples`", "a positive whole number", f"{examples!r}", "For example 50."))
-    for name in params:
-        if name not in spec.params:
-            known = ", ".join(spec.params) or "no params"
-            fix = near_miss(name, spec.params) or "Remove it."
-            raise TnpeftError(Problem(f"spec '{spec.name}', param '{name}'", f"one of {known}", "none of them", fix))
+    if unknown := [*unknown_params(f"params of spec '{spec.name}'", params, spec.params)]:
+        raise TnpeftError(*unknown)
 
 
 def _number_class(number: int) -> str:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tnpeft.errors import AttachError, BindError, Problem, SpecError, near_miss
+from tnpeft.errors import AttachError, BindError, Problem, SpecError
 from tnpeft.modules import Adapter, Captured, Sharing, memory_problems
-from tnpeft.network import Network
+from tnpeft.network import Network, param_problems
 from tnpeft.plan import DEFAULT_MODE
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
-from tnpeft.recipe.targets import targets, trained
+from tnpeft.recipe.targets import skipped, targets, trained
 from tnpeft.spec import Spec, find_shipped, load_spec
 from tnpeft.spec.document import clip, read_file
+from tnpeft.spec.habits import ATTACH, unknown_params
 from tnpeft.spec.library import shipped_folder
 from tnpeft.surgery import adapters_of, base_shown, install, plain_modules, record_of, trained_of
 from tnpeft.surgery.checks import model_problems
@@ -76,7 +77,8 @@ def attach(
     """Put an adapter on a model; until the first optimiser step the model computes what it did, bit for bit.
 
     `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers:
-    a regular expression (searched in full module names) or a list of names. `train` says what
+    a regular expression (searched in full module names), a list of names, or `"all"`: every layer of the spec's kinds
+    that can carry an adapter (the report names those that cannot). `train` says what
     trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the
     recipe says, by default), `scopes` binds the scopes of shared cores to regular expressions on layers'
     names ({"block": r"layers\\.(\\d+)\\."}), `params` override the specs' own numbers, `seed` their seed, and
@@ -110,7 +112,9 @@ def attach(
     captured = captures(claimed, recipe.scopes)
     with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
         adapters = _compile(plain_modules(model), claimed, captured, seed, mode, autotune)
-    about = {"recipe": recipe.name, "trained": {"bias": also.bias, "norm": also.norm, "also": also.also}}
+    about: dict[str, Any] = {"recipe": recipe.name, "trained": asdict(also)}
+    if left_out := skipped(model, recipe):
+        about["skipped"] = left_out
     install(model, name, adapters, also.names, _json_like(about))
     return Handle(model, name)
 
@@ -122,6 +126,13 @@ def _json_like(about: dict[str, Any]) -> dict[str, Any]:
 
 def recipe_of(what: object, match: Match | None, params: Mapping[str, Any]) -> Recipe:
     """What `attach` takes as a recipe: a spec becomes one of a single entry. Raises SpecError and AttachError."""
+    recipe = _recipe_of(what, match, params)
+    if problems := [each for entry in recipe.entries for each in param_problems(entry.spec, entry.params, ATTACH)]:
+        raise AttachError(*problems)
+    return recipe
+
+
+def _recipe_of(what: object, match: Match | None, params: Mapping[str, Any]) -> Recipe:
     found = _find(what) if isinstance(what, str | Path) else what
     if isinstance(found, Spec):
         return Recipe(found.name, (_entry(found, match, params),), Train(), found.title, found.source, found.file)
@@ -156,7 +167,7 @@ def _is_recipe(path: Path) -> bool:
 
 def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any]) -> Entry:
     if match is None:
-        fix = r"For example `match=r'attn\.to_[qv]$'`, or a list of names from `model.named_modules()`."
+        fix = r"For example `match=r'attn\.to_[qv]$'`, a list of names from `model.named_modules()`, or `match='all'`."
         raise AttachError(Problem(f"spec '{spec.name}'", "`match`", "none", fix))
     if isinstance(match, str):
         compiled(match)
@@ -170,18 +181,8 @@ def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any]) -> Entry:
 
 def _override(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
     """Each entry takes the overrides its spec knows; one that none knows is a mistake."""
-    known = sorted({key for entry in recipe.entries for key in entry.spec.params})
-    problems = [
-        Problem(
-            f"recipe '{recipe.name}', param '{key}'",
-            f"one of {', '.join(known)}",
-            "none of them",
-            near_miss(key, known) or "Remove it.",
-        )
-        for key in params
-        if key not in known
-    ]
-    if problems:
+    known = dict.fromkeys(key for entry in recipe.entries for key in entry.spec.params)
+    if problems := [*unknown_params(f"params of recipe '{recipe.name}'", params, known, ATTACH)]:
         raise AttachError(*problems)
     entries = tuple(
         replace(entry, params={**entry.params, **{key: params[key] for key in params if key in entry.spec.params}})
@@ -212,7 +213,7 @@ def _compile(
             problems += _of_layer(name, error)
     problems += memory_problems(networks, modules, mode)
     if problems:
-        raise AttachError(*dict.fromkeys(problems))
+        raise AttachError(*problems)
     sharing = Sharing()
     adapters: dict[str, Adapter] = {}
     for name, network in networks.items():
@@ -230,9 +231,9 @@ def _compile(
         except BindError as error:
             problems += _of_layer(name, error)
     if problems:
-        raise AttachError(*dict.fromkeys(problems))
+        raise AttachError(*problems)
     return adapters
 
 
 def _of_layer(name: str, error: BindError) -> list[Problem]:
-    return [replace(problem, what=f"layer '{name}': {problem.what}") for problem in error.problems]
+    return [replace(problem, layers=(name,)) for problem in error.problems]

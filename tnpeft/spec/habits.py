@@ -1,0 +1,95 @@
+"""Names that people know from other libraries, and what they are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+from tnpeft.errors import Problem, near_miss
+from tnpeft.spec.document import clip
+
+__all__ = ["advice_on", "unknown_params"]
+
+# What `attach` takes beside the params of specs.
+ATTACH = ("match", "name", "train", "scopes", "seed", "mode", "autotune")
+
+_MATCH = "`match` says which layers: a regular expression on their names, a list of names, or `all`."
+_EXCEPT = "`match` says which layers: write a regular expression or a list of names that leaves them out."
+_ALSO = "`train` says what trains beside the cores: its `also` takes regular expressions on parameters' names."
+_BIAS = "`train` says what trains beside the cores: its `bias` is `none`, `adapted` or `all`."
+_NORM = "`train` says what trains beside the cores: its `norm` is `true`, `false` or `all`."
+_DROPOUT = "Adapters here have no dropout: leave it out."
+_METHOD = "The spec is the method: take another one, such as `loha`."
+_DORA = "Take a spec with a trained magnitude, such as `dora`."
+_TUCKER = "Take a spec with a Tucker core, such as `locon_tucker`, `loha_tucker` or `lokr_tucker`."
+_INIT = "A spec says how each core starts: copy it and change `init` there."
+_EACH = "Write a recipe: each of its entries has layers and params of its own."
+_SCALE = "A spec has its own `scale`; `tnpeft.activate(model, {name: scale})` multiplies it."
+_NEEDLESS = "tnpeft needs no such setting: leave it out."
+_OPTIMISER = "Give it to the optimiser."
+
+# The name here, then the names elsewhere.
+_SAME = {
+    "r": "rank ranks dim lora_r lora_rank lora_dim network_dim network_rank linear_dim conv_dim n_rank",
+    "alpha": "lora_alpha network_alpha linear_alpha conv_alpha alphas",
+    "match": "target_modules target_module target_layers target_names targets target modules module_names layers "
+    "layer_names layers_to_transform layers_pattern include_modules include pattern patterns regex",
+    "name": "adapter_name adapter",
+    "seed": "random_state random_seed manual_seed init_seed",
+    "autotune": "tune benchmark",
+}
+_SENTENCES = {
+    _MATCH: _SAME["match"],
+    _EXCEPT: "exclude_modules exclude ignore ignore_modules",
+    _ALSO: "modules_to_save trainable_modules trainable_token_indices",
+    _BIAS: "bias biases train_bias train_biases",
+    _NORM: "norm norms train_norm train_norms",
+    _DROPOUT: "dropout lora_dropout network_dropout rank_dropout module_dropout dropout_p dropout_prob hada_dropout",
+    _METHOD: "algo algorithm network_module peft_type method adapter_type peft_config config",
+    _DORA: "use_dora weight_decompose dora_wd",
+    "Take the spec `rslora`.": "use_rslora rs_lora",
+    "Take the spec `lokr_both`.": "decompose_both",
+    _TUCKER: "use_tucker use_cp use_effective_conv2d conv_cp",
+    _INIT: "init inits init_weights init_lora_weights initialization",
+    _EACH: "rank_pattern alpha_pattern block_dims block_alphas",
+    _SCALE: "scale scaling multiplier lora_scale network_multiplier",
+    _NEEDLESS: "task_type inference_mode fan_in_fan_out base_model_name_or_path",
+    _OPTIMISER: "lr learning_rate weight_decay",
+    "Cores are made where their layer's weight is: leave it out.": "device",
+}
+_MEANT = {word: name for name, words in _SAME.items() for word in words.split()}
+_ADVICE = {word: sentence for sentence, words in _SENTENCES.items() for word in words.split()}
+
+
+def advice_on(name: str, known: Collection[str], also: Collection[str] = ()) -> str:
+    """What to write for a name that is not known: the one meant, or how its matter is settled here; may be empty.
+
+    `known` are the names that can stand in its place, `also` those that can stand beside.
+    """
+    word = name.casefold()
+    meant = _MEANT.get(word)
+    if meant in known or (meant in also and word not in _ADVICE):
+        return f"Did you mean `{meant}`?"
+    if word in _ADVICE:
+        return _ADVICE[word]
+    if meant is not None:
+        return near_miss(name, known) or f"There is no `{meant}` here: leave it out."
+    return near_miss(name, [*known, *also])
+
+
+def unknown_params(
+    what: str, given: Iterable[str], known: Collection[str], also: Collection[str] = ()
+) -> Iterator[Problem]:
+    """A problem for each of the given names that is not among the known params; `what` says whose they are."""
+    for name in given:
+        if name not in known:
+            expected = f"one of {', '.join(known)}" if known else "none"
+            fix = advice_on(name, known, also) or "Remove it."
+            yield Problem(what, expected, f"`{clip(name)[1:-1]}`", fix)
+
+
+def value_of_param(name: str, value: object) -> str:
+    """What to write for a number that stands beside `params`, where it should stand in them; empty for others."""
+    word = name.casefold()
+    if isinstance(value, bool) or not isinstance(value, int | float) or word in _ADVICE or word in ATTACH:
+        return ""
+    return f"params: {{{_MEANT.get(word, name)}: {value:g}}}"
