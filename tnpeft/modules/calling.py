@@ -21,13 +21,14 @@ from tnpeft.program import (
     build_chain,
     build_clusters,
     build_completion,
+    needs_plain_ops,
 )
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
     from tnpeft.modules.layers import AdaptedLayer
 
-__all__ = ["Calling", "Running"]
+__all__ = ["Calling", "Running", "needs_plain_ops"]
 
 # Calls that an adapter remembers, those of the most recent sizes: sequences may have any length. A call that was
 # forgotten is planned as before, for plans are deterministic, and what was timed is in the adapter's `choices`.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tnpeft.modules.calls import as_autocast_has_it, chain_input
 from tnpeft.modules.grouping import add_weight
-from tnpeft.program import ClusterGradients, FactoredUpdate, LayerClusters
+from tnpeft.program import ClusterGradients, FactoredUpdate, LayerClusters, needs_plain_ops
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
@@ -28,7 +28,7 @@ __all__ = ["dense", "execute", "run", "summed_weight"]
 
 def execute(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     """The layer's output in the mode that its adapter has, or chooses, for this call."""
-    if len(layer.scales) != 1 or layer.disabled or layer.merged or torch.compiler.is_compiling():
+    if len(layer.scales) != 1 or layer.disabled or layer.merged or needs_plain_ops(x, layer.base.weight):
         return dense(layer, x, *rest)
     ((adapter, scale),) = layer.active
     if adapter.mode == "dense" or scale != 1.0:
@@ -102,7 +102,7 @@ def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]], own: 
     where an adapter trains the layer as a whole.
     """
     (adapter, scale), *others = active
-    if not others and scale == 1.0 and not torch.compiler.is_compiling():
+    if not others and scale == 1.0 and not needs_plain_ops(weight):
         found = adapter.calling.summed(weight)
         if found is not None:
             return found

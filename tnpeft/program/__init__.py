@@ -13,6 +13,7 @@ from tnpeft.program.convolution import Geometry, convolve
 from tnpeft.program.deltas import Weight, build_delta, weight_of
 from tnpeft.program.execute import is_lasting, writes_of
 from tnpeft.program.model import Program, build_program
+from tnpeft.program.observers import needs_plain_ops
 from tnpeft.program.total import Constants, autocast_dtype, without_autocast
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "build_program",
     "convolve",
     "is_lasting",
+    "needs_plain_ops",
     "weight_of",
     "without_autocast",
     "writes_of",

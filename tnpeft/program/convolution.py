@@ -55,16 +55,7 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) ->
     depth = _outputs(x, weight, geometry)[0]
     if depth < 2 or not (voxels >= VOXELS or (voxels >= FEW_VOXELS and voxels * weight.numel() >= MULTIPLICATIONS)):
         return False
-    return not torch.is_autocast_enabled("cpu") and not _is_looked_at() and _is_slow(x, weight, bias, geometry)
-
-
-def _is_looked_at() -> bool:
-    """Whether `torch.func`, forward-mode differentiation or a tracer is at work, for which a function must be plain."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return not torch.is_autocast_enabled("cpu") and _is_slow(x, weight, bias, geometry)
 
 
 def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tnpeft.modules import AdaptedLayer, Groups, Member
+from tnpeft.modules.calling import needs_plain_ops
 from tnpeft.surgery.tree import adapted_layers
 
 __all__ = ["forget_groups", "register_pass", "remove_pass"]
@@ -63,7 +64,7 @@ def forget_groups(root: nn.Module) -> None:
 
 
 def _open(root: nn.Module, _inputs: Any) -> None:
-    if torch.compiler.is_compiling():
+    if needs_plain_ops():
         return
     groups = _KNOWN.get(root)
     if groups is None:
