@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tnpeft.modules.keeping import Make, same_tensors, saved_tensors_are_hooked
+from tnpeft.modules.keeping import Make, same_tensors
 from tnpeft.program import (
     Cluster,
     ClusterProgram,
@@ -25,6 +25,7 @@ from tnpeft.program import (
     build_delta,
     is_lasting,
     needs_plain_ops,
+    saved_tensors_are_hooked,
     writes_of,
 )
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tnpeft.program.observers import needs_plain_ops
+
 __all__ = ["Geometry", "convolve"]
 
 # Output voxels and multiplications from which on cutting pays: below, starting the copies takes longer than they save.
@@ -87,7 +89,7 @@ class _Convolved(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or needs_plain_ops(gradient):
             return (*_differentiable(x, ctx.shape, weight, gradient, ctx.geometry, wanted), None)
         own, of_weight = None, None
         if wanted[0] or wanted[1]:

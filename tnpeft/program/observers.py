@@ -18,7 +18,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["is_watched", "needs_plain_ops", "records_sizes"]
+__all__ = ["is_watched", "needs_plain_ops", "records_sizes", "saved_tensors_are_hooked"]
 
 _tracing_state = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -70,9 +70,15 @@ def records_sizes() -> bool:
     return _tracing_state() is not None or _mode_of(_RECORDERS) or _proxy_before_dispatch() is not None
 
 
+def saved_tensors_are_hooked() -> bool:
+    """Whether tensors that autograd saves go through hooks, as under activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def _proxy_before_dispatch() -> object:
     """The mode with which `make_fx(pre_dispatch=True)` records, if it does."""
-    return _mode_before_dispatch(torch._C._TorchDispatchModeKey.PROXY)
+    mode: object = _mode_before_dispatch(torch._C._TorchDispatchModeKey.PROXY)  # type: ignore[no-untyped-call]
+    return mode
 
 
 def _stand_in() -> bool:
@@ -87,4 +93,4 @@ def _mode_of(keys: set[torch._C._TorchDispatchModeKey]) -> bool:
 
 def _recorded_by_function_mode() -> bool:
     """A default device is no recorder."""
-    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from tnpeft.errors import Problem, near_miss
 from tnpeft.modules import AdaptedLayer, Adapter
+from tnpeft.modules.distributed import is_distributed
 from tnpeft.modules.offload import is_own_forward
 from tnpeft.modules.parked import MANGLED, own_weight
 from tnpeft.network import layer_of
@@ -55,6 +56,10 @@ def layer_problem(name: str, layer: nn.Module) -> Problem | None:
             found = f"{kind} with a `{method}` of its own"
             fix = "An adapter would bypass it: match other layers, or use the plain class."
             return Problem("layer", f"the forward of {plain.__name__}", found, fix, where=where)
+    if any(map(is_distributed, layer.parameters())):
+        found = f"a {plain.__name__} of DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
+        fix = "Attach to the whole model, and train it in DistributedDataParallel."
+        return Problem("layer", "`weight` and `bias` as plain parameters", found, fix, where=where)
     dtype = layer.weight.dtype
     if dtype not in _DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)

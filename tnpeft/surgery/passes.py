@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnpeft.errors import ExecutionError
 from tnpeft.modules import AdaptedLayer, Groups, Member
 from tnpeft.modules.calling import needs_plain_ops
+from tnpeft.modules.distributed import SPLIT_FIX, split_problem
 from tnpeft.surgery.tree import adapted_layers
 
 __all__ = ["forget_groups", "register_pass", "remove_pass"]
@@ -69,6 +71,8 @@ def _open(root: nn.Module, _inputs: Any) -> None:
     groups = _KNOWN.get(root)
     if groups is None:
         groups = _KNOWN[root] = _Passes(root)
+    if problem := split_problem([("", root)], SPLIT_FIX):
+        raise ExecutionError(problem)
     groups.open()
 
 

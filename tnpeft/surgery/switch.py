@@ -13,6 +13,7 @@ from torch import nn
 
 from tnpeft.errors import AttachError, Problem
 from tnpeft.modules import AdaptedLayer
+from tnpeft.modules.distributed import split_problem
 from tnpeft.spec.document import clip
 from tnpeft.surgery.accumulating import hand_out
 from tnpeft.surgery.passes import forget_groups
@@ -114,8 +115,17 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_layers(layers: Iterable[AdaptedLayer]) -> None:
-    """Merge all of them or, where one cannot be merged for want of memory or values, none."""
-    done = []
+    """Merge all of them or, where one cannot be merged for want of memory or values, none.
+
+    Raises AttachError where one is split over processes.
+    """
+    layers, done = list(layers), []
+    fix = "Gather the model's weights in one process, and merge there."
+    parts = (
+        (layer.adapter(name).layer_name, part) for layer in layers for name in layer.names for part in layer.modules()
+    )
+    if problem := split_problem(parts, fix):
+        raise AttachError(problem)
     try:
         for layer in layers:
             done.append(layer)
