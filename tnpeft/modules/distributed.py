@@ -45,7 +45,9 @@ def split_problem(modules: Iterable[tuple[str, nn.Module]], fix: str) -> Problem
 
 def refuse_distributed(name: str, tensors: Iterable[Tensor]) -> None:
     """Raises ExecutionError where one of them is a DTensor; `name` is the layer's."""
-    if torch.compiler.is_compiling() or not any(map(is_distributed, tensors)):
+    if torch.compiler.is_compiling() or "torch.distributed.tensor" not in sys.modules:
+        return
+    if not any(map(is_distributed, tensors)):
         return
     where = f"layer '{name}'" if name else None
     raise ExecutionError(Problem("an adapted layer's input and weights", EXPECTED, FOUND, SPLIT_FIX, where=where))
