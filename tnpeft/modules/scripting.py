@@ -25,7 +25,7 @@ def refuse_unmerged(layer: AdaptedLayer) -> None:
     if layer.merged and not layer.disabled:
         return
     name = next((layer.adapter(name).layer_name for name in layer.names), "")
-    state, X
+    state, fix = "an adapter that is not merged", "Call `tnpeft.merge(model)` first, or use `torch.jit.trace`."
     if layer.disabled:
         state, fix = "adapters disabled by `tnpeft.disabled`", "Leave the `disabled` context first."
     where = f"layer '{name}'" if name else None
