@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.modules.calling import Calling
+from tnpeft.modules.distributed import refuse_distributed
 from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.modules.keeping import Keeping, same_tensors
@@ -20,6 +21,7 @@ from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast
+from tnpeft.program.observers import needs_plain_ops
 
 __all__ = ["Adapter", "memory_order"]
 
@@ -221,10 +223,10 @@ class Adapter(Resident, nn.Module):
     @property
     def keeping(self) -> Keeping | None:
         """Where results of its cores are kept, if they are to be."""
-        if torch.compiler.is_compiling() or self._calling is None or torch.is_inference_mode_enabled():
+        keeping = None if self._calling is None else self._calling.keeping
+        if keeping is None or not keeping.is_open or needs_plain_ops() or torch.is_inference_mode_enabled():
             return None
-        keeping = self._calling.keeping
-        return keeping if keeping is not None and keeping.is_open else None
+        return keeping
 
     @property
     def stored(self) -> list[Tensor]:
@@ -291,10 +293,13 @@ class Adapter(Resident, nn.Module):
     def _tensors(self, keys: tuple[str | None, ...], weight: Tensor | None) -> list[Tensor]:
         """The network's cores (or their frozen copies) in its order, the base weight among them where it is one."""
         if not self._layer:  # nothing is taken from the layer
-            return [self._tensor(key) for key in keys if key is not None]
+            tensors = [self._tensor(key) for key in keys if key is not None]
+            refuse_distributed(self.layer_name, tensors)
+            return tensors
         found = [None if key is None else self._tensor(key) for key in keys]
         # Layers that share cores may live on several devices, and be wider than those that hold them.
         base = self._base(weight).detach()
+        refuse_distributed(self.layer_name, (base, *(core for core in found if core is not None)))
         dtype = torch.promote_types(torch.float32, base.dtype)
         for core in found:
             dtype = dtype if core is None else torch.promote_types(dtype, core.dtype)
@@ -316,8 +321,8 @@ class Adapter(Resident, nn.Module):
         return any(tensor.device.type == "meta" for tensor in self.state_dict().values())
 
     def _fit(self, weight: Tensor) -> None:
-        # A graph takes the program it finds: building one is nothing to trace, and the sum copies to W's strides.
-        if weight.stride() != self._strides and not torch.compiler.is_compiling():
+        # Whoever looks on takes the program that there is: building one is nothing to record.
+        if weight.stride() != self._strides and not needs_plain_ops(weight):
             self._lay_out(weight.stride())
 
     def _lay_out(self, strides: tuple[int, ...]) -> None:
@@ -327,7 +332,8 @@ class Adapter(Resident, nn.Module):
         self._folded = None
 
     def _constants(self, start: tuple[Tensor, ...]) -> Constants:
-        if None in self._core_keys:  # they depend on the base weight, which may be written to unseen
+        # They may depend on the base weight, which may be written to unseen; a graph holds no tensor made elsewhere.
+        if None in self._core_keys or needs_plain_ops(*start):
             return self._program.constants(start)
         folded, writes = self._folded, tuple(holder._writes for holder in self._holders.values())
         # By identity, for `torch.func.functional_call` may pass other tensors.
@@ -335,8 +341,7 @@ class Adapter(Resident, nn.Module):
             return folded.constants
         with torch.inference_mode(False), torch.no_grad():
             constants = self._program.constants(start)
-        # A graph must not leave its own tensors behind.
-        if not torch.compiler.is_compiling() and is_lasting(constants):
+        if is_lasting(constants):
             self._folded = _Folded(start, writes, constants)
         return constants
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tnpeft.modules.calls import call_of
 from tnpeft.modules.grouping import Seat, Starts
-from tnpeft.modules.keeping import Keeping, saved_tensors_are_hooked
+from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.tuning import can_be_timed, quickest
 from tnpeft.plan import Call, Plan, best_plan, feasible_plans, plan
 from tnpeft.program import (
@@ -21,13 +21,15 @@ from tnpeft.program import (
     build_chain,
     build_clusters,
     build_completion,
+    needs_plain_ops,
+    saved_tensors_are_hooked,
 )
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
     from tnpeft.modules.layers import AdaptedLayer
 
-__all__ = ["Calling", "Running"]
+__all__ = ["Calling", "Running", "needs_plain_ops"]
 
 # Calls that an adapter remembers, those of the most recent sizes: sequences may have any length. A call that was
 # forgotten is planned as before, for plans are deterministic, and what was timed is in the adapter's `choices`.
@@ -68,6 +70,38 @@ class Calling:
             self._calls.pop(next(iter(self._calls)), None)
         self._last[torch.is_grad_enabled()] = found
         return found
+
+    def plain_run(
+        self, layer: AdaptedLayer, shape: tuple[int, ...], output_size: tuple[int, ...] | None, training: bool
+    ) -> str | None:
+        """The attribute with the chain and clusters of a call whose operations somebody looks on at; None: it is dense.
+
+        Dense operations are those of hybrid too. Nothing is timed. A compiler guards single attributes by themselves,
+        but tables as a whole.
+        """
+        adapter = self.adapter
+        call = call_of(layer.base, adapter.network.layer, shape, output_size, layer.base.weight.device.type)
+        if call is None:
+            return None
+        mode = adapter.mode if adapter.mode != "auto" else adapter.choices.get(_name_of(call, training), "auto")
+        found = plan(adapter.network, mode, call, inference=not training)
+        if found.mode != "factored":
+            return None
+        run = build_chain(found), build_clusters(found)
+        run[1].lone()  # building it is nothing to trace
+        key = f"_plain_{id(run[0])}_{id(run[1])}"
+        if key not in self.__dict__:
+            known = [name for name in self.__dict__ if name.startswith("_plain_")]
+            for name in known[: len(known) + 1 - CALLS]:
+                self.__dict__.pop(name, None)
+            self.__dict__[key] = run
+        return key
+
+    def plain_clusters(self, program: ClusterProgram) -> LayerClusters:
+        """The clusters as `plain_run` has them, made by plain operations."""
+        adapter = self.adapter
+        start = [] if adapter.network.start == "zero" else adapter.start_tensors()
+        return program.split(program.flat(adapter.core_tensors(), program.start(start)))
 
     @property
     def last(self) -> Running | None:
@@ -110,7 +144,7 @@ class Calling:
             return Running("dense", adapter.plan)
         if adapter.mode != "auto":
             return self._ready(plan(adapter.network, adapter.mode, call), call)
-        name = f"{call.device}, {call}" + ("" if training else ", inference")
+        name = _name_of(call, training)
         if name in adapter.choices:
             return self._ready(plan(adapter.network, adapter.choices[name], call), call)
         plans = feasible_plans(adapter.network, call, not training)
@@ -127,6 +161,11 @@ class Calling:
         factored = found.chain or found
         completion = build_completion(factored, self.adapter.memory_order) if found.mode == "hybrid" else None
         return Running(found.mode, found, call, build_chain(factored), build_clusters(factored), completion)
+
+
+def _name_of(call: Call, training: bool) -> str:
+    """A call in words, as `choices` know it."""
+    return f"{call.device}, {call}" + ("" if training else ", inference")
 
 
 def _takes_gradients(adapter: Adapter) -> bool:

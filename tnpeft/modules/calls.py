@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tnpeft.network import Layer
 from tnpeft.plan import Axis, Call
-from tnpeft.program import Geometry, autocast_dtype, convolve
+from tnpeft.program import Geometry, autocast_dtype, convolve, needs_plain_ops
 
 __all__ = ["as_autocast_has_it", "call_of", "chain_input", "convolved"]
 
@@ -53,7 +53,7 @@ def as_autocast_has_it(x: Tensor) -> Tensor:
 
 def convolved(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The output of a convolution whose gradients are quicker than torch's; None where torch's own are to be taken."""
-    if base.groups != 1 or base.padding_mode != "zeros" or torch.compiler.is_compiling():
+    if needs_plain_ops(x, weight) or base.groups != 1 or base.padding_mode != "zeros":
         return None
     spans = (step * (kernel - 1) for step, kernel in zip(base.dilation, base.kernel_size, strict=True))
     pairs = [_padding(base, place, span) for place, span in enumerate(spans)]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tnpeft.modules.calls import as_autocast_has_it, chain_input
+from tnpeft.modules.distributed import refuse_distributed
 from tnpeft.modules.grouping import add_weight
-from tnpeft.program import ClusterGradients, FactoredUpdate, LayerClusters
+from tnpeft.program import ClusterGradients, LayerClusters, factored_update, needs_plain_ops, records_sizes
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
@@ -28,7 +29,9 @@ __all__ = ["dense", "execute", "run", "summed_weight"]
 
 def execute(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     """The layer's output in the mode that its adapter has, or chooses, for this call."""
-    if len(layer.scales) != 1 or layer.disabled or layer.merged or torch.compiler.is_compiling():
+    if needs_plain_ops(x, layer.base._parameters["weight"]):
+        return _plain(layer, x, *rest)
+    if len(layer.scales) != 1 or layer.disabled or layer.merged:
         return dense(layer, x, *rest)
     ((adapter, scale),) = layer.active
     if adapter.mode == "dense" or scale != 1.0:
@@ -38,6 +41,56 @@ def execute(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
             return execute(layer, x, *rest)
     calling = adapter.calling
     return run(layer, calling, calling.running(layer, x, rest), x, *rest)
+
+
+def _plain(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
+    """The output where somebody looks on. Graphs of `torch.fx` have the layer as one node, as they have torch's layers.
+
+    Who records operations for inputs of other sizes gets the dense ones, which fit any size, as does a compiled graph
+    whose sizes may vary.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        node: Tensor = x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x, *rest), {})
+        return node
+    refuse_distributed(_name_of(layer), (x, *layer.base._parameters.values()))
+    if len(layer.scales) != 1 or layer.disabled or layer.merged or records_sizes():
+        return dense(layer, x, *rest)
+    ((adapter, scale),) = layer.active
+    output_size = tuple(rest[0]) if rest and rest[0] is not None else None
+    shape = tuple(x.shape)
+    if adapter.mode in ("dense", "hybrid") or scale != 1.0 or not all(map(_is_static, (*shape, *(output_size or ())))):
+        return dense(layer, x, *rest)
+    key = _plain_run(layer, adapter, shape, output_size, torch.is_grad_enabled())
+    if key is None:
+        return dense(layer, x, *rest)
+    calling = adapter.calling
+    chain, clusters = getattr(calling, key)
+    x = as_autocast_has_it(x)
+    out = layer.call_base(x, layer.base.weight.detach(), layer.bias, *rest)
+    return factored_update(out, chain_input(layer.base, x), chain, calling.plain_clusters(clusters))
+
+
+def _name_of(layer: AdaptedLayer) -> str:
+    """The name of a layer in its model, as its adapters know it."""
+    return next((layer.adapter(name).layer_name for name in layer.names), "")
+
+
+def _is_static(size: int) -> bool:
+    """Whether the size is a number, also for a compiler, to which sizes that may vary look like numbers too."""
+    if torch.compiler.is_compiling():
+        return torch.fx.experimental.symbolic_shapes.has_static_value(size)
+    return type(size) is int
+
+
+def _plain_run(
+    layer: AdaptedLayer, adapter: Adapter, shape: tuple[int, ...], output_size: tuple[int, ...] | None, training: bool
+) -> str | None:
+    """`Calling.plain_run`, which is nothing to trace: its arguments are guarded, and the same give the same plan."""
+    return adapter.calling.plain_run(layer, shape, output_size, training)
+
+
+# What `torch.compiler.assume_constant_result` does, which imports the whole compiler for it.
+_plain_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(layer: AdaptedLayer, calling: Calling, running: Running, x: Tensor, *rest: Any) -> Tensor:
@@ -63,8 +116,8 @@ def _factored(layer: AdaptedLayer, clusters: LayerClusters, running: Running, x:
     x = as_autocast_has_it(x)
     out = layer.call_base(x, layer.base.weight.detach(), layer.bias, *rest)
     seen = chain_input(layer.base, x)
-    updated: Tensor = FactoredUpdate.apply(out, seen, running.chain, clusters.paired, *clusters.values)  # type: ignore[no-untyped-call]
-    return updated
+    assert running.chain is not None
+    return factored_update(out, seen, running.chain, clusters)
 
 
 def _hybrid(layer: AdaptedLayer, clusters: LayerClusters, running: Running, x: Tensor, *rest: Any) -> Tensor:
@@ -102,7 +155,7 @@ def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]], own: 
     where an adapter trains the layer as a whole.
     """
     (adapter, scale), *others = active
-    if not others and scale == 1.0 and not torch.compiler.is_compiling():
+    if not others and scale == 1.0 and not needs_plain_ops(weight):
         found = adapter.calling.summed(weight)
         if found is not None:
             return found

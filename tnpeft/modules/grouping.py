@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tnpeft.modules.keeping import Make, same_tensors, saved_tensors_are_hooked
+from tnpeft.modules.keeping import Make, same_tensors
 from tnpeft.program import (
     Cluster,
     ClusterProgram,
@@ -24,6 +24,8 @@ from tnpeft.program import (
     build_cluster,
     build_delta,
     is_lasting,
+    needs_plain_ops,
+    saved_tensors_are_hooked,
     writes_of,
 )
 
@@ -147,8 +149,8 @@ class Groups:
 
     @property
     def serve(self) -> bool:
-        """Whether results may be had: not where activation checkpointing, or a compiler, looks on."""
-        return self.is_open and not saved_tensors_are_hooked() and not torch.compiler.is_compiling()
+        """Whether results may be had: not where activation checkpointing, a tracer or a compiler looks on."""
+        return self.is_open and not saved_tensors_are_hooked() and not needs_plain_ops()
 
     def open(self) -> None:
         self._forget()  # an interrupt may have left the last pass open
@@ -205,8 +207,7 @@ class _Group:
         if key not in self.known:
             own = {adapter: self.groups.cores_of(adapter) for adapter in self._each}
             cores, others = [own[adapter][core] for adapter, core in self._cores], self._others()
-            together = len({tensor.device for tensor in (*cores, *others)}) == 1
-            self.known[key] = self._made(cores, others) if together else None
+            self.known[key] = None if needs_plain_ops(*cores, *others) else self._made(cores, others)
         return self.known[key]
 
     def _others(self) -> list[Tensor]:
@@ -307,12 +308,11 @@ def _sources(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
 
 def add_weight(total: Tensor, weight: Tensor) -> Tensor:
     """W + ΔW in W's strides and dtype; ΔW, which nobody else holds, is used up."""
-    if torch.compiler.is_compiling():
-        total = weight + total
-    else:
-        # In place and unseen by autograd, for which W is a constant: the delta weight is ours alone, no backward reads
-        # it, and another tensor of its size costs more than contracting it (12 of 38 ms for a 512 -> 256 Conv3d).
-        total.data.add_(weight)
+    if needs_plain_ops(total, weight):
+        return (weight + total).to(weight.dtype)
+    # In place and unseen by autograd, for which W is a constant: the delta weight is ours alone, no backward reads
+    # it, and another tensor of its size costs more than contracting it (12 of 38 ms for a 512 -> 256 Conv3d).
+    total.data.add_(weight)
     if total.dtype == weight.dtype and total.stride() == weight.stride():
         return total
     # Another dtype, or unit axes whose strides say which memory format the weight has: both steer the kernels.

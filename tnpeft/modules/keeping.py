@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import ExecutionError, Problem
-from tnpeft.program import writes_of
+from tnpeft.program import saved_tensors_are_hooked, writes_of
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
 
-__all__ = ["Keeping", "Make", "same_tensors", "saved_tensors_are_hooked"]
+__all__ = ["Keeping", "Make", "same_tensors"]
 
 Make = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -135,11 +135,6 @@ class _Again(torch.autograd.Function):
             fix = "Leave `tnpeft.accumulating` for second derivatives."
             raise ExecutionError(Problem(what, "gradients that are not differentiated", "`create_graph=True`", fix))
         return (None, *ctx.kept.gradients(gradients, ctx.needs_input_grad[1:]))
-
-
-def saved_tensors_are_hooked() -> bool:
-    """Whether tensors that autograd saves go through hooks, as under activation checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _as_they_are() -> contextlib.AbstractContextManager[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, List, Optional  # noqa: UP035 - TorchScript reads them
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from tnpeft.modules.parked import (
     take_back,
     translate,
 )
+from tnpeft.modules.scripting import convolution, hidden_attributes, margins, missing_padding, refuse_unmerged
 
 __all__ = ["AdaptedConv", "AdaptedConvTranspose", "AdaptedLayer", "AdaptedLinear", "wrap"]
 
@@ -55,7 +56,13 @@ class AdaptedLayer(Resident, nn.Module):
     The base layer's tensors are registered here, under its own names, and so a state dict has the plain model's
     names. `weight` and `bias` are the effective ones, other attributes (`stride`, `in_channels`, ...) are the base
     layer's. `scales` holds the active adapters. Nothing here writes into a base tensor.
+
+    TorchScript takes the tensors in the tables for `weight` and `bias`, those of a merged layer.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        "__jit_ignored_attributes__", "active", "base", "bias", "margins", "names", "weight", "zeros",
+    ]  # fmt: skip
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -166,8 +173,14 @@ class AdaptedLayer(Resident, nn.Module):
         if self.merged:
             self.merge()
 
-    def forward(self, input: Tensor, *rest: Any) -> Tensor:  # noqa: A002 - torch's name, may be a keyword
-        return execute(self, input, *rest)
+    @property
+    def __jit_ignored_attributes__(self) -> list[str]:
+        return hidden_attributes(self)
+
+    def __prepare_scriptable__(self) -> AdaptedLayer:
+        """Asked by `torch.jit.script`, which compiles `forward` as it is for scripts. Raises ExecutionError."""
+        refuse_unmerged(self)
+        return self
 
     def call_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         """The base layer's own function of an input, a weight and a bias."""
@@ -218,12 +231,41 @@ class AdaptedLayer(Resident, nn.Module):
 class AdaptedLinear(AdaptedLayer):
     """An adapted `nn.Linear`."""
 
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name, may be a keyword
+        if torch.jit.is_scripting():
+            return functional.linear(input, self.weight, self.bias)
+        else:
+            return execute(self, input)
+
     def call_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         return functional.linear(x, weight, bias)
 
 
 class AdaptedConv(AdaptedLayer):
     """An adapted `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, with every option they have."""
+
+    __constants__: ClassVar[list[str]] = ["stride", "zeros", "dilation", "groups", "padding_mode", "margins"]
+
+    @property
+    def margins(self) -> list[int]:
+        """For scripts: what the input is padded with first."""
+        return margins(self.base)
+
+    @property
+    def zeros(self) -> list[int]:
+        """For scripts: the zeros along each axis that the convolution itself puts around its input."""
+        axes = len(self.base.kernel_size)
+        return [0] * axes if self.margins or isinstance(self.base.padding, str) else list(self.base.padding)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if torch.jit.is_scripting():
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            padded = functional.pad(input, self.margins, mode) if len(self.margins) > 0 else input
+            return convolution(
+                padded, self.weight, self.bias, self.stride, self.zeros, self.dilation, False, self.zeros, self.groups
+            )
+        else:
+            return execute(self, input)
 
     def call_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         found = convolved(self.base, x, weight, bias)
@@ -237,8 +279,18 @@ _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3
 class AdaptedConvTranspose(AdaptedLayer):
     """An adapted `nn.ConvTranspose1d`, `nn.ConvTranspose2d` or `nn.ConvTranspose3d`."""
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002
-        return super().forward(input, output_size)
+    __constants__: ClassVar[list[str]] = ["kernel_size", "stride", "padding", "dilation", "output_padding", "groups"]
+
+    def forward(self, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:  # noqa: A002, UP006, UP045
+        if torch.jit.is_scripting():
+            extra: List[int] = list(self.output_padding)  # noqa: UP006
+            if output_size is not None:
+                extra = missing_padding(input, output_size, self.kernel_size, self.stride, self.padding, self.dilation)
+            return convolution(
+                input, self.weight, self.bias, self.stride, self.padding, self.dilation, True, extra, self.groups
+            )
+        else:
+            return execute(self, input, output_size)
 
     def call_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         base = self.base

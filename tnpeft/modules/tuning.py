@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.modules.execution import run
-from tnpeft.program import without_autocast
+from tnpeft.program import needs_plain_ops, without_autocast
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
@@ -36,12 +36,9 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def can_be_timed(x: Tensor) -> bool:
-    """Whether running a layer on `x` a few times tells something, and nobody records what runs."""
-    if x.device.type == "meta" or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return False
-    recorded = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether running a layer on `x` a few times tells something, and nobody records what runs or counts it."""
     captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (recorded or captured or torch._C._get_tracing_state() is not None)
+    return not (needs_plain_ops(x) or torch._C._len_torch_dispatch_stack() or captured)
 
 
 def quickest(layer: AdaptedLayer, options: Sequence[Running], x: Tensor, rest: Sequence[Any], training: bool) -> str:

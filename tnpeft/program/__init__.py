@@ -7,12 +7,14 @@ from tnpeft.program.applied import (
     FactoredUpdate,
     build_chain,
     build_completion,
+    factored_update,
 )
 from tnpeft.program.clusters import Cluster, ClusterProgram, LayerClusters, build_cluster, build_clusters
 from tnpeft.program.convolution import Geometry, convolve
 from tnpeft.program.deltas import Weight, build_delta, weight_of
 from tnpeft.program.execute import is_lasting, writes_of
 from tnpeft.program.model import Program, build_program
+from tnpeft.program.observers import needs_plain_ops, records_sizes, saved_tensors_are_hooked
 from tnpeft.program.total import Constants, autocast_dtype, without_autocast
 
 __all__ = [
@@ -35,7 +37,11 @@ __all__ = [
     "build_delta",
     "build_program",
     "convolve",
+    "factored_update",
     "is_lasting",
+    "needs_plain_ops",
+    "records_sizes",
+    "saved_tensors_are_hooked",
     "weight_of",
     "without_autocast",
     "writes_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,10 +14,19 @@ from tnpeft.plan import Plan
 from tnpeft.program.chain import Chain, lower_chain
 from tnpeft.program.clusters import LayerClusters
 from tnpeft.program.completion import complete
+from tnpeft.program.observers import needs_plain_ops
 from tnpeft.program.route import routes
 from tnpeft.program.total import autocast_dtype, without_autocast
 
-__all__ = ["ChainProgram", "ClusterGradients", "Completions", "FactoredUpdate", "build_chain", "build_completion"]
+__all__ = [
+    "ChainProgram",
+    "ClusterGradients",
+    "Completions",
+    "FactoredUpdate",
+    "build_chain",
+    "build_completion",
+    "factored_update",
+]
 
 
 class _Term(NamedTuple):
@@ -49,13 +58,18 @@ class ChainProgram:
             channels = (network.layer.in_channels, inputs), (network.layer.out_channels, outputs)
             self.terms.append(_Term(lower_chain(part, route), own, *channels))
 
-    def add_output(self, out: Tensor, x: Tensor, clusters: Sequence[Tensor], paired: bool) -> None:
-        """Add every term's update to `out`, (batch, out_channels, voxels...) in any memory order."""
+    def updates(self, x: Tensor, clusters: Sequence[Tensor], paired: bool) -> Iterator[Tensor]:
+        """Every term's update of the layer's output, (batch, out_channels, voxels...)."""
         for term in self.terms:
             made = term.chain.output(_padded(x, term.inputs), clusters[term.clusters], paired)
             narrow, wide = term.outputs
             shaped = made.reshape(-1, wide, *self.output_space)
-            out.add_(shaped[:, :narrow] if narrow < wide else shaped)
+            yield shaped[:, :narrow] if narrow < wide else shaped
+
+    def add_output(self, out: Tensor, x: Tensor, clusters: Sequence[Tensor], paired: bool) -> None:
+        """Add every term's update to `out`, (batch, out_channels, voxels...) in any memory order."""
+        for update in self.updates(x, clusters, paired):
+            out.add_(update)
 
     def gradients(
         self, x: Tensor, values: Sequence[Tensor], paired: Sequence[Tensor], gradient: Tensor, wanted: Sequence[bool]
@@ -126,6 +140,23 @@ def _chain_dtype(x: Tensor) -> torch.dtype:
     overflow of which the difference is still zero."""
     found = autocast_dtype(x)
     return torch.float32 if found == torch.float16 else found
+
+
+def factored_update(out: Tensor, x: Tensor, program: ChainProgram, clusters: LayerClusters) -> Tensor:
+    """A factored layer's output, from that of its base layer: `out`, which no backward pass reads, is used up.
+
+    Whoever looks on sees plain operations, and gradients flow through paired forms.
+    """
+    values, paired = clusters
+    if not needs_plain_ops(x, out, *values):
+        updated: Tensor = FactoredUpdate.apply(out, x, program, paired, *values)  # type: ignore[no-untyped-call]
+        return updated
+    dtype = _chain_dtype(x)
+    with without_autocast(out):
+        flat, total = _flat(x, program.space).to(dtype), _flat(out, program.output_space)
+        for update in program.updates(flat, _cast(paired or values, dtype), bool(paired)):
+            total = total + update.to(total.dtype)
+    return total.reshape(out.shape)
 
 
 class FactoredUpdate(torch.autograd.Function):

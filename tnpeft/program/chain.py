@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tnpeft.plan import Call, Plan
 from tnpeft.program.contraction import Contraction, lower
-from tnpeft.program.execute import contract, is_watched
+from tnpeft.program.execute import contract
+from tnpeft.program.observers import is_watched
 from tnpeft.program.route import BATCH, VOXELS, Route, Stop
 from tnpeft.program.window import Positions, Window, Windows
 

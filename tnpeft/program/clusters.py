@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tnpeft.plan import Plan
 from tnpeft.program.batched import Changed, Start, Tree, build_tree
+from tnpeft.program.observers import needs_plain_ops, saved_tensors_are_hooked
 from tnpeft.program.route import Route, Stop, routes
 from tnpeft.program.total import without_autocast
 
@@ -86,8 +87,12 @@ class BatchedCluster:
 
     def __call__(self, cores: Sequence[Tensor], known: ClusterStart | None) -> tuple[Tensor, ...]:
         """The values for each layer, then its paired forms; `cores` as in `batched`."""
-        found: tuple[Tensor, ...] = Contracted.apply(self, known, *cores)  # type: ignore[no-untyped-call]
-        return found
+        if not needs_plain_ops(*cores):
+            found: tuple[Tensor, ...] = Contracted.apply(self, known, *cores)  # type: ignore[no-untyped-call]
+            return found
+        with without_autocast(cores[0]):
+            tensors, paired = self.contracted(cores, known)
+        return (tensors[-1],) if paired is None else (tensors[-1], paired)
 
     def contracted(self, cores: Sequence[Tensor], known: ClusterStart | None) -> tuple[list[Tensor], Tensor | None]:
         """Every tensor of the tree, and the paired form, for all layers."""
@@ -97,9 +102,9 @@ class BatchedCluster:
         return made.tensors, self._paired(made, known.half)
 
     def _paired(self, made: Changed, half: Tensor) -> Tensor:
-        value = made.tensors[-1].view(self._split)
+        value = made.tensors[-1].reshape(self._split)
         found = made.changes[-1]
-        change = torch.zeros_like(value) if found is None else found.view(self._split)
+        change = torch.zeros_like(value) if found is None else found.reshape(self._split)
         if self.cluster.form == "last":
             return torch.stack((change, half), 2)
         pair = torch.stack((value, change), 1)
@@ -134,6 +139,7 @@ class ClusterProgram:
 
     def __init__(self, plan: Plan) -> None:
         self.clusters: list[tuple[Cluster, tuple[int, ...]]] = []
+        self._codes: list[BatchedCluster] | None = None
         numbers = {core.name: number for number, core in enumerate(plan.network.cores)}
         for part, route in routes(plan):
             for stop in route.stops:
@@ -141,16 +147,16 @@ class ClusterProgram:
                 places = tuple(numbers[part.network.cores[core].name] for core in own)
                 self.clusters.append((_cluster(part, route, stop, own), places))
 
-    @cached_property
-    def _codes(self) -> list[BatchedCluster]:
-        return [build_cluster(cluster, 1) for cluster, _ in self.clusters]
+    def lone(self) -> list[BatchedCluster]:
+        """The code of each cluster for one layer."""
+        if self._codes is None:
+            self._codes = [build_cluster(cluster, 1) for cluster, _ in self.clusters]
+        return self._codes
 
     def start(self, start: Sequence[Tensor]) -> tuple[ClusterStart | None, ...]:
         """What the changes of one layer need of its frozen copy, `start` (empty: there is none)."""
         copies = [[start[core] for core in own] if start else [] for _, own in self.clusters]
-        return tuple(
-            build_cluster(cluster, 1).start(own) for (cluster, _), own in zip(self.clusters, copies, strict=True)
-        )
+        return tuple(code.start(own) for code, own in zip(self.lone(), copies, strict=True))
 
     def __call__(self, cores: Sequence[Tensor], known: Sequence[ClusterStart | None]) -> LayerClusters:
         """One layer's clusters, from its cores and what `start` made."""
@@ -159,7 +165,7 @@ class ClusterProgram:
     def flat(self, cores: Sequence[Tensor], known: Sequence[ClusterStart | None]) -> tuple[Tensor, ...]:
         """The values and paired forms of one cluster after the other."""
         found: list[Tensor] = []
-        for code, (_, own), start in zip(self._codes, self.clusters, known, strict=True):
+        for code, (_, own), start in zip(self.lone(), self.clusters, known, strict=True):
             found += code([cores[core] for core in own], start)
         return tuple(found)
 
@@ -219,7 +225,9 @@ class Contracted(torch.autograd.Function):
         # cores are not copied, it is checked that nothing wrote to them.
         if not code.tree.copied:
             ctx.save_for_backward(*cores)
-        ctx.code, ctx.tensors, ctx.cores = code, tensors, cores
+        ctx.code, ctx.cores = code, cores if code.tree.copied else None
+        # Hooks see all that is kept: results are made anew from what they give back.
+        ctx.tensors = None if saved_tensors_are_hooked() else tensors
         values = _layers(tensors[-1], code.count)
         forms = [] if paired is None else _layers(paired, code.count)
         ctx.mark_non_differentiable(*forms)
@@ -228,13 +236,13 @@ class Contracted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         code: BatchedCluster = ctx.code
-        if not code.tree.copied:
-            _ = ctx.saved_tensors
+        cores = ctx.cores if code.tree.copied else ctx.saved_tensors
         own = gradients[: code.count]
         if all(one is None for one in own):
-            return (None, None, *(None for _ in ctx.cores))
-        with without_autocast(ctx.tensors[0]):
-            found = code.gradients(ctx.tensors, own, ctx.cores, ctx.needs_input_grad[2:])
+            return (None, None, *(None for _ in cores))
+        with without_autocast(cores[0]):
+            tensors = code.tree.values(cores) if ctx.tensors is None else ctx.tensors
+            found = code.gradients(tensors, own, cores, ctx.needs_input_grad[2:])
         return (None, None, *found)
 
 

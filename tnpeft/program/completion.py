@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tnpeft.plan import Plan, find_path, steps_of
 from tnpeft.program.contraction import View, reordering
-from tnpeft.program.execute import contract, is_watched, reorder
+from tnpeft.program.execute import contract, reorder
 from tnpeft.program.finish import Finish
 from tnpeft.program.layout import Instruction, lay_out_steps
+from tnpeft.program.observers import is_watched
 from tnpeft.program.route import Route
 
 __all__ = ["Completion", "complete"]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tnpeft.program.observers import needs_plain_ops
+
 __all__ = ["Geometry", "convolve"]
 
 # Output voxels and multiplications from which on cutting pays: below, starting the copies takes longer than they save.
@@ -55,16 +57,7 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) ->
     depth = _outputs(x, weight, geometry)[0]
     if depth < 2 or not (voxels >= VOXELS or (voxels >= FEW_VOXELS and voxels * weight.numel() >= MULTIPLICATIONS)):
         return False
-    return not torch.is_autocast_enabled("cpu") and not _is_looked_at() and _is_slow(x, weight, bias, geometry)
-
-
-def _is_looked_at() -> bool:
-    """Whether `torch.func`, forward-mode differentiation or a tracer is at work, for which a function must be plain."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return not torch.is_autocast_enabled("cpu") and _is_slow(x, weight, bias, geometry)
 
 
 def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
@@ -96,7 +89,7 @@ class _Convolved(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or needs_plain_ops(gradient):
             return (*_differentiable(x, ctx.shape, weight, gradient, ctx.geometry, wanted), None)
         own, of_weight = None, None
         if wanted[0] or wanted[1]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tnpeft.program.contraction import View
-from tnpeft.program.execute import contract, is_watched, reorder
+from tnpeft.program.execute import contract, reorder
 from tnpeft.program.finish import Finish
 from tnpeft.program.layout import Instruction
+from tnpeft.program.observers import is_watched
 from tnpeft.program.tree import core_changes, core_gradients, run_changes, run_gradients, run_values, scaled_cores
 
 __all__ = ["Code"]

@@ -15,15 +15,10 @@ from torch import Tensor
 
 from tnpeft.program.contraction import Contraction, View
 
-__all__ = ["contract", "contract_difference", "is_lasting", "is_watched", "kept", "reorder", "writes_of"]
+__all__ = ["contract", "contract_difference", "is_lasting", "kept", "reorder", "writes_of"]
 
 Seen: TypeAlias = "Callable[[Tensor], Tensor]"
 Product: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
-
-
-def is_watched() -> bool:
-    """Whether autograd or a compiler looks on: then operations must be plain."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def is_lasting(found: object) -> bool:
@@ -56,8 +51,7 @@ def contract(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> 
     """The product of two stored tensors, contiguous in the order that it was lowered for; its shape is arbitrary."""
     if not plain:
         return _quick(product)(left, right)
-    first, second = _factors(product, left, right)
-    made = _multiply(product, first, second)
+    made = _multiply_plainly(product, left, right)
     return made if product.result is None else reorder(made, product.result, True)
 
 
@@ -76,8 +70,8 @@ def contract_difference(
     if product.double:
         made = _doubled(product, (left_change, start), (whole, right_change), plain)
     elif plain:
-        made = _multiply(product, *_factors(product, left_change, start))
-        made = made + _multiply(product, *_factors(product, whole, right_change))
+        made = _multiply_plainly(product, left_change, start)
+        made = made + _multiply_plainly(product, whole, right_change)
     else:
         made = _added(product, (left_change, start), (whole, right_change))
     return made if product.result is None else reorder(made, product.result, plain)
@@ -134,11 +128,18 @@ def _multiplication(product: Contraction) -> Product:
     return lambda first, second: _multiply(product, first, second)
 
 
-def _factors(product: Contraction, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _multiply_plainly(product: Contraction, left: Tensor, right: Tensor) -> Tensor:
     if product.swapped:
         left, right = right, left
-    expand = product.expand
-    return _see(left, product.first, expand[0], True), _see(right, product.second, expand[1], True)
+    first, second = (
+        _see(left, product.first, product.expand[0], True),
+        _see(right, product.second, product.expand[1], True),
+    )
+    if product.product in ("mm", "bmm", "mul"):
+        return _multiply(product, first, second)
+    # A sum over the batch is one product of matrices: tracers, exporters and `torch.func` all know how to follow that.
+    batch, rows, inner = first.shape
+    return torch.mm(first.permute(1, 0, 2).reshape(rows, batch * inner), second.reshape(batch * inner, -1))
 
 
 def _see(tensor: Tensor, view: View, expand: int, plain: bool) -> Tensor:

@@ -15,6 +15,7 @@ from tnpeft.program.deltas import weight_of
 from tnpeft.program.difference import Code
 from tnpeft.program.finish import Finish
 from tnpeft.program.layout import lay_out
+from tnpeft.program.observers import needs_plain_ops
 from tnpeft.program.total import Constants, Delta, Term, Total, without_autocast
 
 __all__ = ["Program", "build_program"]
@@ -56,7 +57,7 @@ class Program:
 
         Exactly zero while the cores equal their start, or while a core of zeros in each term is as it was.
         """
-        if not torch.compiler.is_compiling():
+        if not needs_plain_ops(*cores):
             weight: Tensor = Delta.apply(self._total, start, constants, *cores)  # type: ignore[no-untyped-call]
             return weight
         with without_autocast(cores[0]):

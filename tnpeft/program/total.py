@@ -57,7 +57,7 @@ class Total:
         return tuple(term.code.constants(term.own(start)) for term in self.terms)
 
     def delta(self, cores: Sequence[Tensor], start: Sequence[Tensor] | None, constants: Constants) -> Tensor:
-        """The delta weight by plain operations, for a compiler to trace."""
+        """The delta weight by plain operations, for whoever looks on."""
         return _sum([term.update(cores, start, known)[0] for term, known in self._with(constants)])
 
     def forward(

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tnpeft.program.execute import contract, contract_difference, is_watched, reorder
+from tnpeft.program.execute import contract, contract_difference, reorder
 from tnpeft.program.layout import Instruction
+from tnpeft.program.observers import is_watched
 
 __all__ = ["core_changes", "core_gradients", "run_changes", "run_gradients", "run_values", "scaled_cores"]
 

@@ -17,6 +17,7 @@ from torch.nn.functional import embedding_bag
 
 from tnpeft.plan import Axis
 from tnpeft.program.execute import kept
+from tnpeft.program.observers import needs_plain_ops
 
 __all__ = ["Positions", "Window", "Windows"]
 
@@ -30,7 +31,9 @@ class Window:
     The kernel's place is after the rows before the voxels (`first`), or after those that follow them. `pairs` joins
     positions of the side that `spread` reads to those that it writes, entry by entry (None: nothing). `padding` are the
     zeros before and after with which every entry is a plain run of positions from one of the `starts` on; None where
-    there is no such padding. `whole` is the entry that writes every position, if there is one.
+    there is no such padding. `whole` is the entry that writes every position, if there is one. `picked` is, for every
+    entry and position written, the position read, `read` where there is none; `summed` the same of all entries in a
+    row, each with one position more.
     """
 
     kernel: int
@@ -44,6 +47,8 @@ class Window:
     padding: tuple[int, int] | None
     starts: tuple[int, ...]
     whole: int | None
+    picked: tuple[int, ...]
+    summed: tuple[int, ...]
 
     @property
     def numel(self) -> tuple[int, int]:
@@ -89,6 +94,8 @@ class Window:
             padding=padding,
             starts=starts,
             whole=next(full, None),
+            picked=_places(pairs, read, written, 0),
+            summed=_places(pairs, read, written, read + 1),
         )
 
     def spread(self, tensor: Tensor) -> Tensor:
@@ -128,6 +135,45 @@ class Window:
             if pair is not None and entry != self.whole:
                 found[:, :, pair[1]] += entries[entry][:, :, pair[0]]
         return found
+
+    def spread_plainly(self, tensor: Tensor) -> Tensor:
+        """`spread` by operations that whoever looks on can follow; its shape is arbitrary."""
+        rows, more = self.rows
+        seen = tensor.reshape(rows, self.outer, self.read, self.inner * more, 1 if self.first else -1)
+        places = torch.tensor(self.picked, device=tensor.device)
+        copies = self._by_entry(_with_zero(seen, 2).index_select(2, places))
+        return copies.movedim(2, 1 if self.first else 4)
+
+    def collect_plainly(self, tensor: Tensor) -> Tensor:
+        """`collect` by operations that whoever looks on can follow."""
+        rows, more = self.rows
+        if self.first:
+            copies = tensor.reshape(-1, self.kernel, self.outer, self.read, self.inner, 1).movedim(1, 2)
+        else:
+            copies = tensor.reshape(rows, self.outer, self.read, self.inner * more, self.kernel, -1).movedim(4, 2)
+        places = torch.tensor(self.summed, device=tensor.device)
+        return self._by_entry(_with_zero(copies, 3).flatten(2, 3).index_select(2, places)).sum(2)
+
+    def _by_entry(self, picked: Tensor) -> Tensor:
+        """What was picked for all entries in a row, with an axis for these."""
+        return picked.reshape(*picked.shape[:2], self.kernel, self.written, *picked.shape[3:])
+
+
+def _with_zero(tensor: Tensor, axis: int) -> Tensor:
+    """With one position of zeros more along an axis."""
+    return torch.constant_pad_nd(tensor, (0, 0) * (tensor.dim() - 1 - axis) + (0, 1))
+
+
+def _places(pairs: Sequence[Pair | None], read: int, written: int, step: int) -> tuple[int, ...]:
+    """For every entry and position written, the position read (past the last: none); `step` from entry to entry."""
+    places: list[int] = []
+    for entry, pair in enumerate(pairs):
+        first = entry * step
+        row = [first + read] * written
+        if pair is not None:
+            row[pair[1]] = range(first, first + read)[pair[0]]
+        places += row
+    return tuple(places)
 
 
 # Up to so many entries of the matrix from voxels to their copies, one product with it is quicker than slices: for 4^3
@@ -169,7 +215,9 @@ class Windows:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The tensor with shifted copies or without them; its shape is arbitrary, its memory contiguous."""
-        return self._move(tensor) if self.axes else tensor
+        if not self.axes:
+            return tensor
+        return self._moved_plainly(tensor) if needs_plain_ops(tensor) else self._move(tensor)
 
     def _multiplied(self, tensor: Tensor) -> Tensor:
         dtype, device = tensor.dtype, tensor.device
@@ -187,6 +235,11 @@ class Windows:
         numbers = self._numbers(tensor.device)
         rows = self._positions.rows(written=False) * self._positions.kernel
         return embedding_bag(numbers, _with_zeros(tensor.reshape(rows, -1)), mode="sum")
+
+    def _moved_plainly(self, tensor: Tensor) -> Tensor:
+        for window in reversed(self.axes) if self.collects else self.axes:
+            tensor = window.collect_plainly(tensor) if self.collects else window.spread_plainly(tensor)
+        return tensor
 
     def _numbers(self, device: torch.device) -> Tensor:
         return kept(self._tables, device, lambda: self._positions.numbers(self.collects).to(device))

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from tnpeft.errors import Problem, near_miss
 from tnpeft.modules import AdaptedLayer, Adapter
+from tnpeft.modules.distributed import is_distributed
 from tnpeft.modules.offload import is_own_forward
 from tnpeft.modules.parked import MANGLED, own_weight
 from tnpeft.network import layer_of
@@ -88,6 +89,11 @@ def _parameter_problem(layer: nn.Module) -> Problem | None:
     if any(is_lazy(parameter) for parameter in layer.parameters()):
         found = f"a {type(layer).__name__} without sizes yet"
         return Problem("layer", "known sizes", found, "Run the model once, then attach.")
+    if any(map(is_distributed, layer.parameters())):
+        plain = next(supported for supported in SUPPORTED if isinstance(layer, supported))
+        found = f"a {plain.__name__} of DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
+        fix = "Attach to the whole model, and train it in DistributedDataParallel."
+        return Problem("layer", "`weight` and `bias` as plain parameters", found, fix)
     return None
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tnpeft.errors import AttachError
 from tnpeft.modules import AdaptedLayer, Adapter, wrap
 from tnpeft.surgery.checks import model_problems, name_problems, target_problems, trained_problems
-from tnpeft.surgery.passes import register_pass
 from tnpeft.surgery.state import AdapterRecord, ModelState, find
 from tnpeft.surgery.switch import apply_state
 from tnpeft.surgery.trained import Tied, all_tied, norm_statistics
@@ -52,7 +51,6 @@ def install(
     state.adapters[name] = record
     state.active = {name: 1.0}
     state.keep_on(model)
-    register_pass(model)
     apply_state(model, state)
     return record
 

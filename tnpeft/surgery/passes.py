@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnpeft.errors import ExecutionError
 from tnpeft.modules import AdaptedLayer, Groups, Member
+from tnpeft.modules.calling import needs_plain_ops
+from tnpeft.modules.distributed import SPLIT_FIX, split_problem
 from tnpeft.surgery.tree import adapted_layers
 
 __all__ = ["forget_groups", "register_pass", "remove_pass"]
@@ -63,11 +66,13 @@ def forget_groups(root: nn.Module) -> None:
 
 
 def _open(root: nn.Module, _inputs: Any) -> None:
-    if torch.compiler.is_compiling():
+    if needs_plain_ops():
         return
     groups = _KNOWN.get(root)
     if groups is None:
         groups = _KNOWN[root] = _Passes(root)
+    if problem := split_problem([("", root)], SPLIT_FIX):
+        raise ExecutionError(problem)
     groups.open()
 
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from tnpeft.errors import AttachError, Problem
 from tnpeft.modules import AdaptedLayer
+from tnpeft.modules.distributed import split_problem
 from tnpeft.spec.document import clip
 from tnpeft.surgery.accumulating import hand_out
-from tnpeft.surgery.passes import forget_groups
+from tnpeft.surgery.passes import forget_groups, register_pass, remove_pass
 from tnpeft.surgery.state import ModelState, adapted, find, known_adapter
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers
@@ -114,8 +115,17 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_layers(layers: Iterable[AdaptedLayer]) -> None:
-    """Merge all of them or, where one cannot be merged for want of memory or values, none."""
-    done = []
+    """Merge all of them or, where one cannot be merged for want of memory or values, none.
+
+    Raises AttachError where one is split over processes.
+    """
+    layers, done = list(layers), []
+    fix = "Gather the model's weights in one process, and merge there."
+    parts = (
+        (layer.adapter(name).layer_name, part) for layer in layers for name in layer.names for part in layer.modules()
+    )
+    if problem := split_problem(parts, fix):
+        raise AttachError(problem)
     try:
         for layer in layers:
             done.append(layer)
@@ -158,6 +168,7 @@ def base_shown(model: nn.Module) -> AbstractContextManager[None]:
 
 def apply_state(root: nn.Module, state: ModelState) -> None:
     """Bring layers and trained tensors to what the state says. Nothing in here can be refused."""
+    (remove_pass if state.merged else register_pass)(root)  # TorchScript would compile the hooks of a merged model too
     forget_groups(root)
     hand_out(root)
     for layer in adapted_layers(root):
