@@ -18,12 +18,13 @@ from tnpeft.modules.keeping import Keeping, same_tensors
 from tnpeft.modules.offload import Resident, present
 from tnpeft.modules.parked import own_weight
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
+from tnpeft.modules.strides import memory_order, moved
 from tnpeft.network import BoundCore, Network
 from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast
 from tnpeft.program.observers import needs_plain_ops
 
-__all__ = ["Adapter", "memory_order"]
+__all__ = ["Adapter"]
 
 _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
 
@@ -317,7 +318,6 @@ class Adapter(Resident, nn.Module):
         return core.origin != "weight" and _CORE + core.name not in self._holders
 
     def _on_meta(self) -> bool:
-        """Whether its own tensors have no memory."""
         return any(tensor.device.type == "meta" for tensor in self.state_dict().values())
 
     def _fit(self, weight: Tensor) -> None:
@@ -360,7 +360,7 @@ class Adapter(Resident, nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         self._written()
-        super()._apply(lambda tensor: _moved(tensor, fn), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(lambda tensor: moved(tensor, fn), recurse)  # type: ignore[no-untyped-call]
         if self._on_meta():
             self._initialised = False
         return self
@@ -388,18 +388,3 @@ class Adapter(Resident, nn.Module):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
-
-
-def memory_order(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes from slowest to fastest varying; equal strides keep their order."""
-    return tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
-
-
-def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """`fn(tensor)`, but never narrower than `tensor` and never restrided."""
-    # As a vector, for a model's memory format is none of cores: torch refuses `channels_last_3d` for four axes.
-    flat = tensor.flatten() if tensor.ndim in (4, 5) else tensor
-    after = fn(flat)
-    if tensor.is_floating_point() and after.dtype.itemsize < tensor.dtype.itemsize:
-        after = flat.to(after.device)
-    return tensor if after is flat and tensor.is_contiguous() else after.contiguous().view(tensor.shape)
