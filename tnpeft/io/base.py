@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.io.manifest import BaseTensor, digest_of, dtype_name
-from tnpeft.surgery import base_tensors, find, plain_parameters
-from tnpeft.surgery.trained import all_tied
+from tnpeft.surgery import base_tensors
 
-__all__ = ["base_digests", "base_values", "fingerprint", "has_values"]
+__all__ = ["base_digests", "fingerprint", "has_values"]
 
 
 def fingerprint(root: nn.Module) -> dict[str, BaseTensor]:
@@ -26,22 +25,12 @@ def fingerprint(root: nn.Module) -> dict[str, BaseTensor]:
     return entries
 
 
-def base_values(model: nn.Module) -> dict[str, Tensor]:
-    """The plain model's parameters by name, its own ones where adapters' copies are installed."""
-    values = dict(plain_parameters(model))
-    adapted = find(model)
-    for tied in all_tied(*adapted) if adapted else ():
-        if tied.is_parameter:
-            values |= dict.fromkeys(tied.names, tied.original)
-    return values
-
-
 def base_digests(model: nn.Module, layers: Iterable[str], trained: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the base's own parameters of the adapted layers, and of those that train beside them, by name.
 
     What has no values here (on the meta device, offloaded, in pieces on several machines) is left out.
     """
-    values = base_values(model)
+    values = base_tensors(model)
     names = [f"{layer}.{key}" for layer in layers for key in ("weight", "bias")]
     wanted = dict.fromkeys([*names, *trained])
     return {name: digest_of(values[name]) for name in wanted if name in values and has_values(values[name])}

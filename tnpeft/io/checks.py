@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import Problem
-from tnpeft.io.base import base_values
 from tnpeft.io.manifest import dtype_name
 from tnpeft.modules import Adapter
-from tnpeft.surgery import statistics_of, trained_of
+from tnpeft.surgery import base_tensors, statistics_of, trained_of
 
 __all__ = ["core_shapes", "listed", "number_problem", "stored", "tensor_problems"]
 
@@ -51,7 +50,7 @@ def tensor_problems(model: nn.Module, root: nn.Module, name: str, adapters: Mapp
 
     `model` holds the adapted `root`, perhaps in a wrapper.
     """
-    values = base_values(root)
+    values = base_tensors(root)
     for layer, adapter in adapters.items():
         tensors, where = stored(adapter), f"layer '{layer}'"
         for key, shape in core_shapes(adapter).items():

@@ -36,7 +36,10 @@ COLUMNS |= {"trains": "right", "frozen": "right"}
 _FORMATS = {
     "tnpeft": "an adapter of tnpeft",
     "peft": "an adapter of PEFT",
+    "diffusers": "an adapter of diffusers",
     "lycoris": "an adapter of LyCORIS",
+    "kohya": "an adapter with kohya's names",
+    "comfyui": "an adapter with ComfyUI's names",
     "tenvoo": "an adapter of the TenVOO paper's code",
     "checkpoint": "a checkpoint, not an adapter",
 }

@@ -12,7 +12,7 @@ from torch import nn
 from tnpeft.errors import AttachError, BindError, Problem, SpecError
 from tnpeft.modules import Adapter, Captured, Sharing, memory_problems
 from tnpeft.network import Network, param_problems
-from tnpeft.plan import DEFAULT_MODE
+from tnpeft.plan import DEFAULT_MODE, check_mode
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
@@ -200,6 +200,7 @@ def _compile(
     autotune: bool,
 ) -> dict[str, Adapter]:
     """One adapter per layer (once for a layer with two names); every layer's mistakes are collected."""
+    check_mode(mode)
     networks: dict[str, Network] = {}
     seen: set[int] = set()
     problems: list[Problem] = []

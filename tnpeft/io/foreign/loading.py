@@ -27,7 +27,6 @@ from tnpeft.recipe import Handle
 from tnpeft.spec.document import clip
 from tnpeft.surgery import (
     base_tensors,
-    find,
     install,
     model_problems,
     norm_statistics,
@@ -37,7 +36,6 @@ from tnpeft.surgery import (
     statistics_of,
     trained_of,
 )
-from tnpeft.surgery.trained import all_tied
 
 __all__ = ["load_foreign"]
 
@@ -90,13 +88,10 @@ def load_foreign(
 
 
 def _base_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The plain model's parameters and its buffers by name, its own ones where another adapter's are installed."""
-    parameters = dict(plain_parameters(model))
-    buffers = {name: tensor for name, tensor in base_tensors(model).items() if name not in parameters}
-    found = find(model)
-    for tied in all_tied(*found) if found else ():
-        (parameters if tied.is_parameter else buffers).update(dict.fromkeys(tied.names, tied.original))
-    return parameters, buffers
+    """The base's parameters and its buffers, by name."""
+    tensors = base_tensors(model)
+    parameters = {name: tensors[name] for name in plain_parameters(model)}
+    return parameters, {name: tensor for name, tensor in tensors.items() if name not in parameters}
 
 
 def _read(
