@@ -66,6 +66,14 @@ def test_an_exact_lora(tuned: dict[str, Tensor]):
     assert [Path(name).read_bytes() for name in ("base.safetensors", "tuned.safetensors")] == before
 
 
+def test_the_frozen_copy_that_was_chosen(tuned: dict[str, Tensor]):
+    arguments = ("extract", "base.safetensors", "tuned.safetensors", *MODEL, "-o", "a.safetensors", "-q")
+    printed = text(*arguments, "--spec", "pissa", "--match", "wide|head.0", "--set", "r=2")
+    assert "frozen copy  zeros in 2 layers, as drawn in 0" in printed
+    same_outputs("a.safetensors", tuned)
+    assert "frozen copy" not in text(*arguments, *LORA)
+
+
 def test_a_recipe_and_what_it_does_not_cover(tuned: dict[str, Tensor]):
     changed = {name: tensor + 0.1 if "weight" in name or "bias" in name else tensor for name, tensor in tuned.items()}
     save_file(changed, "tuned.safetensors")

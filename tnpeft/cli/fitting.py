@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -146,6 +147,9 @@ def _print_extraction(output: Output, target: str, extraction: Extraction) -> No
     output.say(
         f"layers       {len(extraction.layers)}, parameters {sum(row.parameters for row in extraction.layers):,}"
     )
+    copies = Counter(row.frozen_copy for row in extraction.layers if row.frozen_copy is not None)
+    if copies:
+        output.say(f"frozen copy  zeros in {copies['zeros']} layers, as drawn in {copies['drawn']}")
     output.say(f"copied       {len(extraction.copied)} biases, norms and statistics as they are tuned")
     output.say(f"change       {extraction.norm:.3e}, of its energy {extraction.captured:.2%} captured")
     if not extraction.unexplained:

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tnpeft.errors import AttachError, Problem, TnpeftError, near_miss
-from tnpeft.fitting.fit import Fit, Method, check_method, fit_adapter
+from tnpeft.fitting.fit import Fit, FrozenCopy, Method, check_method, fit_adapter
 from tnpeft.modules import Adapter
 from tnpeft.network import Network
 from tnpeft.plan import DEFAULT_MODE
@@ -42,7 +42,10 @@ _SHOWN = 3  # tensors named in an error
 
 @dataclass(frozen=True)
 class ExtractedLayer:
-    """One layer: the norm of its full update, and what its adapter makes of it (see `Fit`)."""
+    """One layer: the norm of its full update, and what its adapter makes of it, counted from which frozen copy.
+
+    See `Fit`.
+    """
 
     name: str
     layer: str
@@ -54,6 +57,7 @@ class ExtractedLayer:
     method: str
     sweeps: int
     seconds: float
+    frozen_copy: FrozenCopy | None = None
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,7 @@ def _row(name: str, fitted: Fit, delta: Tensor, seconds: float) -> ExtractedLaye
         fitted.method,
         fitted.sweeps,
         seconds,
+        fitted.frozen_copy,
     )
 
 

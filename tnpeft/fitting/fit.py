@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tnpeft.errors import BindError, Problem
 from tnpeft.fitting import problem as posed
 from tnpeft.fitting.descent import Descent, adam, alternate, balanced, quasi_newton
+from tnpeft.fitting.problem import Cores
 from tnpeft.fitting.setup import FACTOR, pose, pose_with_factor, vector_of_channels
 from tnpeft.fitting.start import random_start, tree_start
 from tnpeft.modules import AdaptedLayer, Adapter
@@ -21,9 +22,10 @@ from tnpeft.network import Network
 from tnpeft.spec import Spec, load_spec
 from tnpeft.spec.document import clip
 
-__all__ = ["Fit", "Method", "check_method", "fit", "fit_adapter"]
+__all__ = ["Fit", "FrozenCopy", "Method", "check_method", "fit", "fit_adapter"]
 
 Method = Literal["auto", "als", "adam"]
+FrozenCopy = Literal["zeros", "drawn"]
 
 SWEEPS, STEPS = 100, 2000  # by default, of alternating least squares and of Adam
 STARTS = 3  # random ones beside the adapter's own, where no singular vectors are at hand
@@ -59,11 +61,19 @@ class Fit:
         """The share of delta's energy (its squared norm) that the adapter makes."""
         return max(0.0, 1.0 - self.error**2)
 
+    @property
+    def frozen_copy(self) -> FrozenCopy | None:
+        """With `start: frozen_copy`: whether the copy that the update is counted from is zeros, or as it was drawn."""
+        if self.adapter.network.start == "zero":
+            return None
+        return "drawn" if any(bool(core.any()) for core in self.adapter.start.values()) else "zeros"
+
     def __str__(self) -> str:
         network = self.adapter.network
         return (
             f"{network.spec.name} on {network.layer}, {network.num_parameters:,} parameters: relative error "
             f"{self.error:.3e} ({self.captured:.2%} of the energy) by {self.method}, sweeps {self.sweeps}"
+            + {None: "", "zeros": ", frozen copy of zeros", "drawn": ", frozen copy as drawn"}[self.frozen_copy]
         )
 
 
@@ -84,8 +94,13 @@ def fit(
     numbers among `params`, as in `Spec.bind`. The work is done in float64 on delta's device: `als` alternates least
     squares, one core at a time; `adam` takes gradient steps; `auto` polishes by L-BFGS what alternating least squares
     leave in a flat valley. A network that is a tree starts from singular vectors, so that one of two cores (LoRA)
-    gets the best fit there is. `iterations` bounds the sweeps (100) or Adam's steps (2000). Equal arguments give
-    equal bits; `seed` and `name` are those of `compile`.
+    gets the best fit there is; other networks end in a local minimum, the best that a few starts lead to.
+
+    With `start: frozen_copy` the copy that the update is counted from is chosen as well: zeros, with which the network
+    is as free as with `start: zero`, or the copy as it was drawn, where that comes nearer.
+
+    `iterations` bounds the sweeps (100) or Adam's steps (2000). Equal arguments give equal bits; `seed` and `name` are
+    those of `compile`.
 
     Raises SpecError and BindError.
     """
@@ -130,6 +145,7 @@ def fit_adapter(
     with torch.inference_mode(False), torch.enable_grad():
         delta = (delta.cpu() if delta.device.type not in ("cpu", "cuda") else delta).to(torch.float64, copy=True)
         before = [(parameter, parameter.detach().clone()) for parameter in adapter.parameters()]
+        copy = {name: core.clone() for name, core in adapter.start.items()}
         fitted = _fitted(adapter, weight, delta, method, steps)
         if fitted.error < 1:
             return fitted
@@ -137,38 +153,68 @@ def fit_adapter(
         with torch.no_grad():
             for parameter, value in before:
                 parameter.copy_(value)
+        _keep(adapter, {}, copy)
         return Fit(adapter, 1.0, "start", 0, (1.0,))
 
 
+class _Trial(NamedTuple):
+    """A frozen copy that the update may be counted from (none with `start: zero`), and the way down that it gives."""
+
+    start: Cores
+    problem: posed.Problem
+    descent: Descent
+
+
 def _fitted(adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, steps: int) -> Fit:
-    problem = pose(adapter, weight, delta)
-    if adapter.magnitude is None:
-        found, said = _descend(problem, _starts(problem, _held(adapter, problem)), method, steps)
-        _keep(adapter, found.cores)
-        error = problem.error(_held(adapter, problem))
+    with_factor = adapter.magnitude is not None
+    trial = _best_trial(adapter, weight, delta, "als" if with_factor else method, steps)
+    if with_factor:
+        descent, said, error = _with_factor(adapter, weight, delta, trial, method, steps)
     else:
-        found, said, error = _with_factor(adapter, weight, delta, problem, method, steps)
-    return Fit(adapter, error, said, len(found.errors) - 1, tuple(found.errors))
+        descent, said = _finished(trial.problem, trial.descent, method, steps)
+        _keep(adapter, descent.cores, trial.start)
+        error = trial.problem.error(_held(adapter, trial.problem))
+    return Fit(adapter, error, said, len(descent.errors) - 1, tuple(descent.errors))
+
+
+def _best_trial(adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, steps: int) -> _Trial:
+    """The nearest of two ways, as the adapter would store it: with a frozen copy of zeros, and with the copy as it is.
+
+    A copy of zeros makes nothing, and leaves the network as free as with `start: zero`. The copy as it was drawn is
+    right for what training made from there; of any other update the network then reaches little.
+    """
+    drawn = {name: core.to(delta.device, torch.float64) for name, core in adapter.start.items()}
+    zeros = {name: torch.zeros_like(core) for name, core in drawn.items()}
+    copies = [zeros, drawn] if any(bool(core.any()) for core in drawn.values()) else [drawn]
+    trials: list[tuple[float, _Trial]] = []
+    for copy in copies:
+        problem = pose(adapter, weight, delta, copy)
+        descent = _tried(problem, _starts(problem, _held(adapter, problem), copy is zeros), method, steps)
+        trials.append((problem.error(_stored(adapter, descent.cores)), _Trial(copy, problem, descent)))
+        if trials[-1][0] < GOOD:
+            break
+    return min(trials, key=lambda trial: trial[0])[1]
 
 
 def _with_factor(
-    adapter: Adapter, weight: Tensor, delta: Tensor, plain: posed.Problem, method: Method, steps: int
+    adapter: Adapter, weight: Tensor, delta: Tensor, trial: _Trial, method: Method, steps: int
 ) -> tuple[Descent, str, float]:
     """`compose: dora`: first the network alone, then with a factor for each channel, which makes the magnitude."""
-    network, magnitude = adapter.network, adapter.magnitude
-    problem = pose_with_factor(adapter, weight, delta)
+    network, magnitude, plain = adapter.network, adapter.magnitude, trial.problem
+    problem = pose_with_factor(adapter, weight, delta, trial.start)
     assert magnitude is not None
     ones = problem.target.new_ones(problem.shapes[FACTOR])
-    first = _descend(plain, _starts(plain, _held(adapter, plain)), "als", steps)[0] if plain.shapes else Descent({}, [])
+    first = _finished(plain, trial.descent, "als", steps)[0]
     # What scales each channel of the base weight alone nearest to its target, or leaves it as it is.
     base = problem.terms[-1].fixed[0][0]
     along = (base * problem.target).reshape(ones.numel(), -1).sum(1) / base.square().reshape(ones.numel(), -1).sum(1)
     scaled = torch.where(along.isfinite() & (along != 0), along, 1.0).reshape(ones.shape)
-    found, said = _descend(problem, [{**first.cores, FACTOR: factor} for factor in (ones, scaled)], method, steps)
-    _keep(adapter, {name: core for name, core in found.cores.items() if name != FACTOR})
+    factors = ({**first.cores, FACTOR: factor} for factor in (ones, scaled))
+    descent, said = _finished(problem, _tried(problem, factors, method, steps), method, steps)
+    _keep(adapter, {name: core for name, core in descent.cores.items() if name != FACTOR}, trial.start)
     held = {**_held(adapter, plain), FACTOR: ones}
     norms = vector_of_channels(network, problem.value(held).reshape(ones.numel(), -1).norm(dim=1))
-    factor = vector_of_channels(network, found.cores[FACTOR])
+    factor = vector_of_channels(network, descent.cores[FACTOR])
     # A channel of zeros has no direction: its magnitude acts as a factor that starts as one.
     moves = magnitudes(network.layer, weight.detach()).to(norms) > 0
     with torch.no_grad():
@@ -177,52 +223,75 @@ def _with_factor(
     safe = torch.where(norms > 0, norms, 1.0)
     kept = ones.flatten().clone()
     kept[: len(stored)] = torch.where(moves, stored / safe, stored + 1)
-    return found, said, problem.error({**held, FACTOR: kept.reshape(ones.shape)})
+    return descent, said, problem.error({**held, FACTOR: kept.reshape(ones.shape)})
 
 
-def _keep(adapter: Adapter, cores: posed.Cores) -> None:
+def _keep(adapter: Adapter, cores: Cores, start: Cores) -> None:
     with torch.no_grad():
         for name, value in cores.items():
             adapter.cores[name].copy_(value)
+    holders = adapter.shared
+    for name, value in start.items():  # by way of its module, which forgets what was made of the earlier copy
+        holders.get(name, adapter).load_state_dict({f"start_{name}": value}, strict=False)
 
 
-def _held(adapter: Adapter, problem: posed.Problem) -> posed.Cores:
+def _held(adapter: Adapter, problem: posed.Problem) -> Cores:
     """The adapter's cores as they are."""
     device = problem.target.device
     return {name: adapter.cores[name].detach().to(device, torch.float64) for name in problem.shapes if name != FACTOR}
 
 
-def _starts(problem: posed.Problem, own: posed.Cores) -> Iterator[posed.Cores]:
-    """Singular vectors, or the adapter's own start and random ones; one will do for a core that is alone."""
+def _stored(adapter: Adapter, cores: Cores) -> Cores:
+    """The cores as they would be if the adapter had them."""
+    return {name: core.to(adapter.cores[name].dtype).to(core.dtype) for name, core in cores.items()}
+
+
+def _starts(problem: posed.Problem, own: Cores, both_ends: bool) -> Iterator[Cores]:
+    """Singular vectors, or the adapter's own start and random ones; one will do for a core that is alone.
+
+    Cores are solved for in their order, one of zeros first. `both_ends`: the own start is also tried from the last on.
+    """
     tree = tree_start(problem)
     yield own if tree is None else tree
     if tree is None and len(problem.shapes) > 1:
         many = MANY if problem.target.numel() <= SMALL else STARTS
         yield from (random_start(problem, seed) for seed in range(many))
+        if both_ends:
+            last = list(problem.shapes)[-1]
+            yield {**own, last: torch.zeros_like(own[last])}
 
 
-def _descend(problem: posed.Problem, starts: Iterable[posed.Cores], method: Method, steps: int) -> tuple[Descent, str]:
-    """The best cores found, and what found them."""
+def _tried(problem: posed.Problem, starts: Iterable[Cores], method: Method, steps: int) -> Descent:
+    """The start that leads furthest down in a few sweeps, and these sweeps; all steps of Adam, which has one start."""
+    if not problem.shapes:  # `compose: dora` may train its magnitude alone
+        return Descent({}, [problem.error({})], done=True)
     descents = (_begun(problem, start) for start in starts)
     if method == "adam":
         # From a start with zeros, half the gradients would be zero: the random ones come last.
         few = list(itertools.islice(descents, STARTS + 1))[-STARTS:]
-        return adam(problem, min(few, key=lambda descent: descent.error), steps), "adam"
-    trial = min(TRIAL, steps)
-    best = alternate(problem, next(descents), trial, TOLERANCE)
+        return adam(problem, min(few, key=lambda descent: descent.error), steps)
+    sweeps = min(TRIAL, steps)
+    best = alternate(problem, next(descents), sweeps, TOLERANCE)
     for descent in descents:
         if best.error < GOOD:
             break
-        best = min(best, alternate(problem, descent, trial, TOLERANCE), key=lambda descent: descent.error)
+        best = min(best, alternate(problem, descent, sweeps, TOLERANCE), key=lambda descent: descent.error)
+    return best
+
+
+def _finished(problem: posed.Problem, best: Descent, method: Method, steps: int) -> tuple[Descent, str]:
+    """The rest of the way down, and by what."""
+    if method == "adam":
+        return best, "adam"
     if not best.done:
-        best = alternate(problem, best, steps - trial, TOLERANCE)
+        best = alternate(problem, best, steps - min(TRIAL, steps), TOLERANCE)
     if method == "als" or best.done or best.error < GOOD:
         return best, "als"
     polished = quasi_newton(problem, best, steps)
     return (polished, "als, l-bfgs") if polished.error < best.error else (best, "als")
 
 
-def _begun(problem: posed.Problem, cores: posed.Cores) -> Descent:
+def _begun(problem: posed.Problem, cores: Cores) -> Descent:
     cores = balanced(problem, cores)
     return Descent(cores, [problem.error(cores)])
 

@@ -19,10 +19,10 @@ __all__ = ["FACTOR", "pose", "pose_with_factor", "vector_of_channels"]
 FACTOR = "the factor of each output channel"  # no core can be called so
 
 
-def pose(adapter: Adapter, weight: Tensor, delta: Tensor) -> Problem:
+def pose(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores) -> Problem:
     """The problem of the adapter's trainable cores for `delta`, on the base `weight`, both as the layer stores them.
 
-    With `start: frozen_copy` the network itself must make the update and what the copy makes.
+    `start` is the frozen copy, where the spec has one: the network itself must make the update and what the copy makes.
     """
     network = adapter.network
     axes = _Axes(network, delta.device)
@@ -37,19 +37,18 @@ def pose(adapter: Adapter, weight: Tensor, delta: Tensor) -> Problem:
     norm = float(torch.linalg.vector_norm(delta)) / abs(network.scale)
     problem = Problem(axes.rows, target, norm, terms, shapes)
     if network.start == "frozen_copy":
-        start = {name: core.detach().to(delta.device, torch.float64) for name, core in adapter.start.items()}
         problem = replace(problem, target=target + problem.value(start))
     return problem
 
 
-def pose_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor) -> Problem:
+def pose_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores) -> Problem:
     """The problem of `compose: dora`: W + delta is a factor of each output channel times (W + the network's update).
 
     The factor is one more core, and all stays linear in each: it stands in every term, and in one more with the base
     weight (less what a frozen copy makes).
     """
     network = adapter.network
-    plain = pose(adapter, weight, delta)
+    plain = pose(adapter, weight, delta, start)
     axes = _Axes(network, delta.device)
     base = axes.rows_of(canonical_weight(network.layer, weight.detach()).to(delta.device, torch.float64))
     change = axes.rows_of(canonical_weight(network.layer, delta))

@@ -34,7 +34,7 @@ def part_of(adapter: Adapter, name: str, gain: float) -> Part | Problem:
         tensors = {core: arranged(cores[ours], order) for core, (ours, order) in found.items()}
         scale = network.scale * network.terms[0].scale * gain
         part = Part(topology.name, tensors, scale, magnitude=magnitude)
-        if not start:
+        if not any(bool(copy.any()) for copy in start.values()):  # none, or one of zeros, as `fit` leaves it
             return part
         frozen = {core: arranged(start.get(ours, cores[ours]), order) for core, (ours, order) in found.items()}
         if topology.name == "lora":
