@@ -1,9 +1,9 @@
 """How much of a full update does `fit` capture with a spec, and how much with the same graph from zero?
 
-The convolutions' updates are real: a small denoiser is trained on T1-like volumes and fully fine-tuned on T2-like ones,
-made from the MNI152 template. Those of linear layers are drawn: of rank 2, and of full rank. "From zero" is the same
-spec text with `start: zero` and one core of zeros, fitted by the same `fit`; `margin` is how far the spec is above it,
-in points. `copy` is the frozen copy that the fit chose.
+The convolutions' updates are real: a small denoiser is trained on T1-like volumes and fully fine-tuned on T2-like
+ones, made from the MNI152 template. Those of linear layers are drawn: of rank 2, and of full rank. "From zero" is the
+same spec text with `start: zero` and one core of zeros, fitted by the same `fit`; `margin` is how far the spec is above
+it, in points. `copy` is the frozen copy that the fit chose.
 """
 
 from __future__ import annotations
