@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ddpm_lab.config import Base
 from ddpm_lab.faults import LabError, fault
 from ddpm_lab.reading import not_a_file
 from tnpeft.errors import Problem
@@ -45,19 +44,17 @@ class Content:
     numbers: Mapping[str, float]
 
 
-def model_tensors(base: Base, names: Sequence[str], note: Callable[[str], None]) -> dict[str, torch.Tensor]:
-    """The tensors of the part of `base.checkpoint` that has most of these names, by what they are called there.
+def model_tensors(path: Path, names: Sequence[str], note: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    """The tensors of the part of a checkpoint that has most of these names, by what they are called there.
 
     A part is what follows a common beginning such as `unet_state_dict.` or `state_dict.unet.`. `note` is told which
     one it is and what else the file holds. Raises LabError where there is none, or several fit equally well.
     """
-    assert base.checkpoint is not None
-    path = base.checkpoint
     content = _content(path)
     fitting = _parts(content.tensors, names)
     if not fitting:
         raise fault(path, WHAT, f"this model's tensors, {name_some(names)}", _list(content.tensors), FIX)
-    part = _chosen(content.tensors, fitting, base, path)
+    part = _chosen(content.tensors, fitting, path)
     left_out = (
         tuple(other for other in fitting if other != part) if part == "" else ()
     )  # another copy beside a bare one
@@ -91,17 +88,12 @@ def _parts(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> list[st
     return sorted((begin for begin, count in votes.items() if count == best), key=len)
 
 
-def _chosen(tensors: Mapping[str, torch.Tensor], fitting: Sequence[str], base: Base, path: Path) -> str:
-    """The part that is asked for, or the one that fits; raises LabError where several do that differ."""
-    parts = [begin.removesuffix(".") for begin in fitting if begin]
-    if base.part is not None:
-        if any(name.startswith(f"{base.part}.") for name in tensors):
-            return f"{base.part}."
-        fix = f"Choose one of {', '.join(parts)}." if parts else "Remove it."
-        raise fault("base.part", f"the part of {path}", "a beginning of its tensors' names", f"`{base.part}`", fix)
+def _chosen(tensors: Mapping[str, torch.Tensor], fitting: Sequence[str], path: Path) -> str:
+    """The part that fits best; raises LabError where several do that differ, none of them bare."""
     if "" not in fitting and not all(_same(tensors, fitting[0], other) for other in fitting[1:]):
-        fix = f"Pass `--set base.part={parts[0]}`, or another of them."
-        raise fault(path, WHAT, "one model", f"{len(parts)} of equal names, {', '.join(parts)}", fix)
+        parts = ", ".join(f"`{begin.removesuffix('.')}`" for begin in fitting)
+        fix = "Save the tensors of the one that you want in a file of their own."
+        raise fault(path, WHAT, "one model", f"{len(fitting)} with the same names, {parts}", fix)
     return fitting[0]
 
 

@@ -106,7 +106,6 @@ class Base(Section):
     """The pretrained model that is fine-tuned."""
 
     checkpoint: Path | None = None  # .safetensors, or a state dict that torch.load can read with weights_only
-    part: str | None = None  # where several models are in the file: how the names of the wanted one begin
     old_generative: bool = False  # written with the monai-generative package: no `attn.out_proj`
 
 

@@ -112,8 +112,6 @@ def _task(variant: Variant, config: Config, out: Path, grid: Grid, base: str | N
         "data.intensity": list(config.data.intensity),
         "precision": precision,
     }
-    if config.base.part is not None:
-        settings["base.part"] = config.base.part
     for section in ("model", "diffusion"):
         settings |= {f"{section}.{name}": value for name, value in _values(config, section)}
     samples = SampleSet(out / "samples" / variant.name)

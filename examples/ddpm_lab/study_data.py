@@ -98,8 +98,7 @@ def save_volumes(volumes: Sequence[torch.Tensor], folder: Path) -> None:
 def base_of(config: StudyConfig, out: Path, screen: Screen) -> tuple[Base, str]:
     """The base of all runs and a name for it: the given checkpoint, or one pretrained on the source, once."""
     if config.base.checkpoint is not None:
-        part = f", {config.base.part}" if config.base.part is not None else ""
-        return config.base, f"{config.base.checkpoint}{part}"
+        return config.base, str(config.base.checkpoint)
     training = config.pretraining
     assert training is not None  # `check_inputs` has seen to it
     folder, checkpoint = out / "base", out / "base" / "model.safetensors"

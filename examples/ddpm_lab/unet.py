@@ -75,7 +75,7 @@ def load_base(unet: DiffusionModelUNet, base: Base, note: Callable[[str], None] 
     """
     assert base.checkpoint is not None
     own = unet.state_dict()
-    state = model_tensors(base, [*own], note)
+    state = model_tensors(base.checkpoint, [*own], note)
     if base.old_generative:
         _load_old(unet, state, base.checkpoint)
         return
