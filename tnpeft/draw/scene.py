@@ -35,7 +35,7 @@ _WAY = {"in": math.pi, "out": 0.0, "kernel": -math.pi / 2}  # where the open leg
 def scene_of(diagram: Diagram, places: Sequence[tuple[float, float]], with_sizes: bool) -> Scene:
     """The drawing of nodes at `places`, spread as far as its labels need."""
     if len(diagram.lines) + len(diagram.stubs) > _MANY:
-        return _at_scale(diagram, places, with_sizes, _ENOUGH)
+        return _at_scale(diagram, places, with_sizes, 1.0)
     best: Scene | None = None
     for scale in _SCALES:
         scene = _at_scale(diagram, places, with_sizes, scale)
