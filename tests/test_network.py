@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnpeft
+from tnpeft.verify.strategies import params_of, signatures
 
 TENVOO_L = "(i1 i2 + o1 o2) r^2 + (i3 + o3 + kd + kh + kw + 1) r^3 + 2r^4"
 TENVOO_Q = "(i1 i2 + o1 o2 + kh) r^2 + (i3 + o3 + kd + kw) r^3 + 3r^4"
@@ -67,20 +69,49 @@ def test_count_formula_shapes_and_tensors_agree(name, in_channels, out_channels,
         assert [len(word) for word in letters] == [len(core.shape) for core in part.cores]
 
 
+WORDS = {"if", "else", "and", "or", "not", "max", "min", "ceil", "floor", "gcd", "prod", "sqrt"}
+
+
 def value_of(formula: str, network: tnpeft.Network) -> int:
-    """The formula's value with every index at its size, by Python."""
+    """The formula's value with every index at its size, by Python: what stands side by side is multiplied."""
     layer = network.layer
     names = {**network.sizes, **network.params, "K": math.prod(layer.kernel_size), "out_channels": layer.out_channels}
-    text = formula.replace("k...", "K").replace("^", "**")
-    out = ""
-    for place, char in enumerate(text):
-        before = text[place - 1] if place else ""
-        if char == " " and text[place + 1] not in "+" and before not in "+":
-            char = "*"
-        if char in "(r" and before.isdigit() and not text[:place].split()[-1].startswith(("i", "o", "k", "r")):
-            char = f"*{char}"
-        out += char
-    return int(eval(out, {"__builtins__": {}}, names))
+    text = formula.replace("k...", "K")
+    written: list[str] = []
+    for token in re.findall(r"\d+(?:\.\d+)?|\w+|[<>=!]=|//|[^\s\w]", text):
+        factor = token[0].isalnum() or token[0] in "(_"
+        if (
+            written
+            and factor
+            and token not in WORDS
+            and written[-1] not in WORDS
+            and written[-1][-1] not in "+-*/%<>=!(,"
+        ):
+            written.append("*")
+        written.append({"^": "**"}.get(token, token))
+    functions = {"max": max, "min": min, "ceil": math.ceil, "floor": math.floor, "gcd": math.gcd, "sqrt": math.sqrt}
+    return int(eval(" ".join(written), {"__builtins__": {}}, {**functions, **names}))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(tnpeft.list_specs()), st.data())
+def test_formulas_hold_for_any_params(name, data):
+    spec = tnpeft.load_spec(name)
+    layer = data.draw(signatures(spec.layers, max_channels=16))
+    try:
+        network = spec.bind(layer, **data.draw(params_of(spec)))
+    except tnpeft.BindError:
+        return
+    assert network.num_parameters == value_of(network.formula, network)
+
+
+def test_a_number_before_a_param_stays_a_number():
+    """`2e3` would be two thousand."""
+    text = "tnpeft: 1\nname: demo\nlayers: [Linear]\nparams: {e3: 5}\nsizes: {o: out_features, i: in_features}\n"
+    text += "cores: {a: {legs: e3, init: ones}, b: {legs: e3, init: ones}, c: o i}\nweight: o i\nstart: frozen_copy\n"
+    network = tnpeft.Spec.from_yaml(text).bind("Linear", in_features=3, out_features=2)
+    assert network.formula == "o i + 2 e3"
+    assert value_of(network.formula, network) == network.num_parameters == 16
 
 
 def test_the_graph_is_bipartite_and_keeps_hyperedges():

@@ -30,6 +30,8 @@ def place(diagram: Diagram) -> list[tuple[float, float]]:
     if _takes_long(diagram):
         x, y = _by_springs(diagram)
         crossed = passed_by(np.stack([x * ASPECT, y], axis=1), [line.ends for line in diagram.lines], CLEARANCE) > 0
+        if crossed:
+            x, y = _in_turn(diagram.graph).T
     else:
         search = _Search(diagram)
         points = search.run()
@@ -64,10 +66,8 @@ def _by_springs(diagram: Diagram) -> tuple[Floats, Floats]:
     if count <= _MOST_SPRINGS:
         drawn = networkx.spring_layout(graph, seed=0)
         wanted = np.array([drawn[number] for number in range(count)])
-    else:  # neighbours beside each other on a circle
-        order = {node: place for place, node in enumerate(networkx.dfs_preorder_nodes(_joined(graph), 0))}
-        angles = np.array([2 * math.pi * order[number] / count for number in range(count)])
-        wanted = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    else:
+        wanted = _in_turn(graph)
     ends = [[number for number, node in enumerate(diagram.nodes) if role in node.own] for role in ("in", "out")]
     if all(ends) and wanted[ends[0], 0].mean() > wanted[ends[1], 0].mean():
         wanted[:, 0] *= -1
@@ -84,10 +84,11 @@ def _by_springs(diagram: Diagram) -> tuple[Floats, Floats]:
     return points[taken, 0].astype(float), points[taken, 1].astype(float)
 
 
-def _joined(graph: networkx.Graph[int]) -> networkx.Graph[int]:
-    """The graph with a line from each of its parts to the next."""
-    firsts = [min(part) for part in networkx.connected_components(graph)]
-    return networkx.compose(graph, networkx.path_graph(firsts))
+def _in_turn(graph: networkx.Graph[int]) -> Floats:
+    """Points of a circle, neighbours mostly beside each other."""
+    order = {node: place for place, node in enumerate(networkx.dfs_preorder_nodes(graph))}
+    angles = np.array([2 * math.pi * (0.5 - order[node] / len(order)) for node in sorted(order)])
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def passed_by(places: Floats, ends: Sequence[tuple[int, int]], clearance: float) -> int:

@@ -21,7 +21,8 @@ __all__ = ["LABEL_POINTS", "Disc", "Label", "Quality", "Scene", "Stroke", "scene
 LABEL_POINTS = 7.0
 _RADIUS, _DOT_RADIUS, _COLUMN = 0.3, 0.05, 1.2
 _SCALES = (1.0, 1.12, 1.25, 1.4, 1.6, 1.9, 2.3, 2.8, 3.4, 4.2)
-_MANY, _MOST_NAMED = 200, 400  # lines and open legs: from here on labels are not moved apart, bonds not named
+# Lines, with open legs: from here on few scales are tried, labels are not moved apart, bonds are not named.
+_SEVERAL, _MANY, _MOST_NAMED = 35, 120, 400
 _MOST_POINTS, _POINTS_OF_MANY = 500, 12  # of a line, and where there are many
 _ENOUGH = 1.6  # from here on labels may stand on lines, if they must
 _POINTS_OF_CURVE = 40
@@ -35,9 +36,9 @@ _WAY = {"in": math.pi, "out": 0.0, "kernel": -math.pi / 2}  # where the open leg
 def scene_of(diagram: Diagram, places: Sequence[tuple[float, float]], with_sizes: bool) -> Scene:
     """The drawing of nodes at `places`, spread as far as its labels need."""
     if len(diagram.lines) + len(diagram.stubs) > _MANY:
-        return _at_scale(diagram, places, with_sizes, _ENOUGH)
+        return _at_scale(diagram, places, with_sizes, 1.0)
     best: Scene | None = None
-    for scale in _SCALES:
+    for scale in _SCALES if len(diagram.lines) <= _SEVERAL else _SCALES[::3]:
         scene = _at_scale(diagram, places, with_sizes, scale)
         if best is None or _badness(scene) < _badness(best):
             best = scene

@@ -85,7 +85,7 @@ def memory_problems(
             continue
         demand = demands.setdefault(device, _Demand())
         cores = width * sum(_elements(network, core) for core in network.cores)
-        known_as = (network.signature, width, mode if isinstance(mode, str) else mode[name])
+        known_as = (network.signature, width, mode[name] if isinstance(mode, Mapping) else mode)
         if known_as not in peaks:
             try:
                 peaks[known_as] = _peak(network, width, known_as[2], limit.most)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from tnpeft.spec.expression import ExpressionError, parse_expression
 from tnpeft.spec.pattern import ELLIPSIS
@@ -22,17 +24,18 @@ def parameter_formula(cores: Iterable[Sequence[str]], symbols: Mapping[str, str]
     its own size. `order` is the order of legs within a group. For TenVOO-L this is Eq. (6) of the paper.
     """
     groups: dict[Powers, Counter[tuple[str, ...]]] = defaultdict(Counter)
+    rank = {leg: place for place, leg in enumerate(order)}
     for legs in cores:
-        coefficient, powers, own = _monomial(legs, symbols, order)
+        coefficient, powers, own = _monomial(legs, symbols, rank)
         groups[powers][own] += coefficient
     if not groups:
         return "0"
     ordered = sorted(groups.items(), key=lambda item: (sum(power for _, power in item[0]), item[0]))
-    return " + ".join(_group(powers, terms, order) for powers, terms in ordered)
+    return " + ".join(_group(powers, terms, rank) for powers, terms in ordered)
 
 
 def _monomial(
-    legs: Sequence[str], symbols: Mapping[str, str], order: Sequence[str]
+    legs: Sequence[str], symbols: Mapping[str, str], rank: Mapping[str, int]
 ) -> tuple[int, Powers, tuple[str, ...]]:
     coefficient = 1
     powers: Counter[str] = Counter()
@@ -44,10 +47,10 @@ def _monomial(
             powers.update(names)
         else:
             own[ELLIPSIS if leg.startswith("k.") else leg] = None
-    rank = {leg: place for place, leg in enumerate(order)}
     return coefficient, tuple(sorted(powers.items())), tuple(sorted(own, key=lambda leg: rank.get(leg, len(rank))))
 
 
+@lru_cache(maxsize=1024)
 def _factors(text: str) -> tuple[int, Counter[str]]:
     """`2 * r * s` as a number and names; anything else stands for itself in parentheses."""
     number, names = 1, Counter[str]()
@@ -68,8 +71,7 @@ def _factors(text: str) -> tuple[int, Counter[str]]:
     return number, names
 
 
-def _group(powers: Powers, terms: Counter[tuple[str, ...]], order: Sequence[str]) -> str:
-    rank = {leg: place for place, leg in enumerate(order)}
+def _group(powers: Powers, terms: Counter[tuple[str, ...]], rank: Mapping[str, int]) -> str:
     # Constants come last, as in the paper's (i3 + o3 + kd + kh + kw + 1) r^3.
     listed = sorted(terms.items(), key=lambda item: (not item[0], [rank.get(leg, len(rank)) for leg in item[0]]))
     power = " ".join(name if exponent == 1 else f"{name}^{exponent}" for name, exponent in powers)
@@ -83,7 +85,8 @@ def _group(powers: Powers, terms: Counter[tuple[str, ...]], order: Sequence[str]
     (own, coefficient) = listed[0]
     if own:
         return f"{texts[0]} {power}"
-    return power if coefficient == 1 else f"{coefficient}{power}"
+    blank = " " if re.match(r"[eE]\d", power) else ""  # 2e3 is a number
+    return power if coefficient == 1 else f"{coefficient}{blank}{power}"
 
 
 def _term(own: tuple[str, ...], coefficient: int) -> str:

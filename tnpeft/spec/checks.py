@@ -38,9 +38,9 @@ def check(draft: Draft, problems: Problems, saved: bool = False) -> None:
         if draft.whole["sizes"] and draft.whole["params"]:
             _sized(draft, problems)
             _unused(draft, problems)
-            if not saved:
-                _unused_params(draft, problems)
     _kinds(draft, problems)
+    if not len(problems) and not saved:  # another mistake may be why nothing reads a param
+        _unused_params(draft, problems)
 
 
 def _expressions(draft: Draft) -> Iterator[tuple[str, Expression, Node | Position | None]]:
