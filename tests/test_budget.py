@@ -120,6 +120,9 @@ def test_counts_that_fall_with_the_rank():
         (1, 16), (2, 32), (3, 16), (4, 64), (5, 80), (6, 16), (7, 112)
     ]  # fmt: skip
     assert tnpeft.budget(SPECS["ragged"], layer, 70, match="0").value == 4
+    # Halving passes by rank 5, which trains all that is allowed.
+    found = tnpeft.budget(SPECS["ragged"], net(), 1045, match=LAYERS)
+    assert (found.value, found.total) == (5, 1045)
     # Not every rank need be one.
     odd = tnpeft.budget(Spec.from_yaml(ODD), layer, 100, match="0")
     assert (odd.value, [row.value for row in odd.rows]) == (5, [3, 5, 7])

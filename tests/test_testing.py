@@ -151,7 +151,7 @@ def test_the_assertion_names_the_dead_cores():
         (lambda: testing.layers("Conv4d"), "layer kind: expected one of Linear, Conv1d, Conv2d, Conv3d, "),
         (lambda: testing.layers(()), "layer kinds: expected some of Linear, "),
         (lambda: testing.verify("lora", examples=0), "`examples`: expected a positive whole number, found 0. "),
-        (lambda: testing.verify("lora", rank=2), "spec 'lora', param 'rank': expected one of r, alpha, found none of "),
+        (lambda: testing.verify("lora", rank=2), "params of spec 'lora': expected one of r, alpha, found `rank`. Did"),
         (lambda: testing.assert_adapter_ok("lora", layer=3), "`layer`: expected a torch.nn layer or a tnpeft.Layer, "),
         (lambda: testing.run_check("shape", "lora", testing.Case("Linear", 2, 2)), "check: expected one of sizes, "),
     ],

@@ -30,7 +30,7 @@ from tnpeft.surgery import model_problems, plain_modules, plain_parameters
 __all__ = ["Budget", "BudgetRow", "budget"]
 
 LARGEST = 2**20  # no rank beyond it is tried
-LOOK_AHEAD = 8  # ranks looked at beyond one that is too much: counts need not grow with the rank
+LOOK_AHEAD = 8  # ranks looked at before and beyond one that is found: counts need not grow with the rank
 SHOWN = 3  # neighbours of the answer on each side
 
 
@@ -195,7 +195,7 @@ class _Counts:
         raise error
 
     def _largest(self, smallest: int, params: int) -> int | None:
-        """Doubling, then halving; then what lies just beyond is looked at, in case counts fall again."""
+        """Doubling, then halving; then what lies around is looked at, in case counts fall again."""
         low, high = smallest, smallest + 1
         while self._total(high) <= params:
             low, high = high, high * 2
@@ -204,7 +204,7 @@ class _Counts:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self._total(middle) <= params else (low, middle)
-        tried = [*self.known, *range(low, low + LOOK_AHEAD)]
+        tried = [*self.known, *range(max(1, low - LOOK_AHEAD), low + LOOK_AHEAD)]
         fits = [value for value in dict.fromkeys(tried) if self._total(value) <= params]
         # Of equal counts the smallest value: a greater one would add nothing.
         best: int = max(fits, key=lambda value: (self._total(value), -value))
