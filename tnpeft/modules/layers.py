@@ -232,7 +232,7 @@ class AdaptedLinear(AdaptedLayer):
     """An adapted `nn.Linear`."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name, may be a keyword
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return functional.linear(input, self.weight, self.bias)
         else:
             return execute(self, input)
@@ -258,7 +258,7 @@ class AdaptedConv(AdaptedLayer):
         return [0] * axes if self.margins or isinstance(self.base.padding, str) else list(self.base.padding)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             padded = functional.pad(input, self.margins, mode) if len(self.margins) > 0 else input
             return convolution(
@@ -282,7 +282,7 @@ class AdaptedConvTranspose(AdaptedLayer):
     __constants__: ClassVar[list[str]] = ["kernel_size", "stride", "padding", "dilation", "output_padding", "groups"]
 
     def forward(self, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:  # noqa: A002, UP006, UP045
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             extra: List[int] = list(self.output_padding)  # noqa: UP006
             if output_size is not None:
                 extra = missing_padding(input, output_size, self.kernel_size, self.stride, self.padding, self.dilation)
