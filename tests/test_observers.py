@@ -30,7 +30,11 @@ from tnpeft.errors import ExecutionError
 from tnpeft.modules.calling import needs_plain_ops
 
 # torch itself would rather be compiled or exported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning"),
+]
 
 MODES = ("auto", "dense", "factored", "hybrid")
 SAMPLE = [
@@ -45,11 +49,14 @@ SAMPLE = [
     ("ConvTranspose2d", "lora"),
     ("ConvTranspose3d", "glora"),
 ]
+# Each pair in the mode that has a plain path of its own, and in one of the others; benchmarks/observers.py has all.
+CASES = [
+    (*pair, mode) for place, pair in enumerate(SAMPLE) for mode in ("factored", ("auto", "dense", "hybrid")[place % 3])
+]
 
 
 @pytest.mark.parametrize("started", [False, True], ids=["start", "later"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "spec"), SAMPLE)
+@pytest.mark.parametrize(("kind", "spec", "mode"), CASES)
 def test_a_trace_computes_what_the_model_computes(kind, spec, mode, started):
     model, x = subject(kind, spec, mode, started)
     assert traced(model, x) < 1e-5
@@ -63,8 +70,7 @@ def test_a_trace_of_an_untouched_adapter_is_the_base():
     assert torch.equal(torch.jit.trace(model, x, check_trace=False)(x), base)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "spec"), SAMPLE)
+@pytest.mark.parametrize(("kind", "spec", "mode"), CASES)
 def test_per_sample_gradients_and_jacobians_are_those_of_backward(kind, spec, mode):
     model, x = subject(kind, spec, mode)
     assert per_sample(model, x) < 1e-5
@@ -72,8 +78,7 @@ def test_per_sample_gradients_and_jacobians_are_those_of_backward(kind, spec, mo
     assert jacobian(model, x) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "spec"), SAMPLE)
+@pytest.mark.parametrize(("kind", "spec", "mode"), CASES[::5])
 def test_a_compiled_model_computes_and_trains_alike(kind, spec, mode):
     model, x = subject(kind, spec, mode)
     assert compiled(model, x) < 1e-5
@@ -83,7 +88,7 @@ def test_a_compiled_model_computes_and_trains_alike(kind, spec, mode):
 @pytest.mark.parametrize("start", ["lora", "frozen"])
 def test_a_compiled_model_starts_as_its_base_in_every_mode(kind, start):
     spec = start if start == "lora" else {"Linear": "quanta", "Conv3d": "tenvoo_l"}[kind]
-    for mode in MODES:
+    for mode in ("factored", "hybrid"):
         torch.compiler.reset()
         model, x = subject(kind, spec, mode, started=False)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -112,16 +117,15 @@ def test_a_compiled_graph_runs_factored_where_that_is_quicker():
     assert sizes[1:] == [[512 * 512]]
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("varies", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "spec", "mode"),
+    ("kind", "spec", "mode", "varies", "strict"),
     [
-        ("Linear", "lora", "factored"),
-        ("Linear", "quanta", "auto"),
-        ("Conv2d", "dora", "dense"),
-        ("Conv3d", "tenvoo_l", "factored"),
-        ("ConvTranspose2d", "lora", "hybrid"),
+        ("Linear", "lora", "factored", False, True),
+        ("Linear", "lora", "factored", True, False),
+        ("Linear", "quanta", "auto", True, True),
+        ("Conv2d", "dora", "dense", True, False),
+        ("Conv3d", "tenvoo_l", "factored", False, False),
+        ("ConvTranspose2d", "lora", "hybrid", True, True),
     ],
 )
 def test_an_exported_model_computes_what_the_model_computes(kind, spec, mode, varies, strict):
@@ -135,8 +139,7 @@ def test_an_exported_model_computes_what_the_model_computes(kind, spec, mode, va
         assert error(program.module()(more), model(more)) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "spec"), SAMPLE)
+@pytest.mark.parametrize(("kind", "spec", "mode"), CASES)
 def test_an_fx_graph_has_the_layer_as_one_node_and_trains_it(kind, spec, mode):
     model, x = subject(kind, spec, mode)
     graph = torch.fx.symbolic_trace(model)
@@ -149,9 +152,8 @@ def test_an_fx_graph_has_the_layer_as_one_node_and_trains_it(kind, spec, mode):
     assert worst(gradients(model, graph, x), eager_gradients(model, x)) == 0
 
 
-@pytest.mark.parametrize("pre_dispatch", [False, True])
-@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("tracing", "pre_dispatch"), [("real", False), ("fake", True), ("symbolic", False)])
+@pytest.mark.parametrize("mode", ["factored", "dense"])
 def test_make_fx_records_operations_that_fit_any_size(mode, tracing, pre_dispatch):
     model, x = subject("Conv2d", "lokr", mode)
     graph = make_fx(model, tracing_mode=tracing, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(x)
@@ -159,8 +161,7 @@ def test_make_fx_records_operations_that_fit_any_size(mode, tracing, pre_dispatc
         assert error(graph(inputs), model(inputs)) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "spec"), SAMPLE)
+@pytest.mark.parametrize(("kind", "spec", "mode"), CASES)
 def test_batched_backward_passes_are_those_one_by_one(kind, spec, mode):
     model, x = subject(kind, spec, mode)
     output, wanted = model(x), list(trained(model).values())
@@ -171,8 +172,7 @@ def test_batched_backward_passes_are_those_one_by_one(kind, spec, mode):
         assert max(error(many[place], one) for many, one in zip(batched, single, strict=True)) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "spec"), SAMPLE)
+@pytest.mark.parametrize(("kind", "spec", "mode"), CASES)
 def test_forward_mode_and_hessians_follow_each_operation(kind, spec, mode):
     model, x = subject(kind, spec, mode)
     values = {name: value.detach() for name, value in trained(model).items()}

@@ -224,10 +224,8 @@ class Adapter(Resident, nn.Module):
     @property
     def keeping(self) -> Keeping | None:
         """Where results of its cores are kept, if they are to be."""
-        keeping = None if self._calling is None else self._calling.keeping
-        if keeping is None or not keeping.is_open or needs_plain_ops() or torch.is_inference_mode_enabled():
-            return None
-        return keeping
+        keeping = None if self._calling is None or needs_plain_ops() else self._calling.keeping
+        return keeping if keeping is not None and keeping.is_open and not torch.is_inference_mode_enabled() else None
 
     @property
     def stored(self) -> list[Tensor]:
@@ -294,13 +292,11 @@ class Adapter(Resident, nn.Module):
     def _tensors(self, keys: tuple[str | None, ...], weight: Tensor | None) -> list[Tensor]:
         """The network's cores (or their frozen copies) in its order, the base weight among them where it is one."""
         if not self._layer:  # nothing is taken from the layer
-            tensors = [self._tensor(key) for key in keys if key is not None]
-            refuse_distributed(self.layer_name, tensors)
-            return tensors
+            return refuse_distributed(self.layer_name, [self._tensor(key) for key in keys if key is not None])
         found = [None if key is None else self._tensor(key) for key in keys]
         # Layers that share cores may live on several devices, and be wider than those that hold them.
         base = self._base(weight).detach()
-        refuse_distributed(self.layer_name, (base, *(core for core in found if core is not None)))
+        refuse_distributed(self.layer_name, [base, *(core for core in found if core is not None)])
         dtype = torch.promote_types(torch.float32, base.dtype)
         for core in found:
             dtype = dtype if core is None else torch.promote_types(dtype, core.dtype)
@@ -321,8 +317,7 @@ class Adapter(Resident, nn.Module):
         return any(tensor.device.type == "meta" for tensor in self.state_dict().values())
 
     def _fit(self, weight: Tensor) -> None:
-        # Whoever looks on takes the program that there is: building one is nothing to record.
-        if weight.stride() != self._strides and not needs_plain_ops(weight):
+        if weight.stride() != self._strides and not needs_plain_ops(weight):  # building is nothing to record
             self._lay_out(weight.stride())
 
     def _lay_out(self, strides: tuple[int, ...]) -> None:

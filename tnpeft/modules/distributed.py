@@ -43,11 +43,11 @@ def split_problem(modules: Iterable[tuple[str, nn.Module]], fix: str) -> Problem
     return None
 
 
-def refuse_distributed(name: str, tensors: Iterable[Tensor]) -> None:
-    """Raises ExecutionError where one of them is a DTensor; `name` is the layer's."""
+def refuse_distributed(name: str, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors. Raises ExecutionError where one of them is a DTensor; `name` is the layer's."""
     if torch.compiler.is_compiling() or "torch.distributed.tensor" not in sys.modules:
-        return
+        return tensors
     if not any(map(is_distributed, tensors)):
-        return
+        return tensors
     where = f"layer '{name}'" if name else None
     raise ExecutionError(Problem("an adapted layer's input and weights", EXPECTED, FOUND, SPLIT_FIX, where=where))

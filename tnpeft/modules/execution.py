@@ -52,7 +52,9 @@ def _plain(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     if isinstance(x, torch.fx.Proxy):
         node: Tensor = x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x, *rest), {})
         return node
-    refuse_distributed(_name_of(layer), (x, *layer.base._parameters.values()))
+    refuse_distributed(
+        _name_of(layer), [x, *(tensor for tensor in layer.base._parameters.values() if tensor is not None)]
+    )
     if len(layer.scales) != 1 or layer.disabled or layer.merged or records_sizes():
         return dense(layer, x, *rest)
     ((adapter, scale),) = layer.active

@@ -46,21 +46,21 @@ class Absorb:
     windows: Windows
     back: Windows
 
-    def seen(self, x: Tensor) -> Tensor:
+    def seen(self, x: Tensor, plain: bool) -> Tensor:
         """The input as the product takes it."""
-        return self.windows(x) if self.gather else x
+        return self.windows(x, plain) if self.gather else x
 
-    def made(self, product: Tensor) -> Tensor:
+    def made(self, product: Tensor, plain: bool) -> Tensor:
         """The next input from the product."""
-        return product if self.gather else self.windows(product)
+        return product if self.gather else self.windows(product, plain)
 
-    def received(self, gradient: Tensor) -> Tensor:
+    def received(self, gradient: Tensor, plain: bool) -> Tensor:
         """The product's gradient from that of the next input."""
-        return gradient if self.gather else self.back(gradient)
+        return gradient if self.gather else self.back(gradient, plain)
 
-    def passed_on(self, gradient: Tensor) -> Tensor:
+    def passed_on(self, gradient: Tensor, plain: bool) -> Tensor:
         """The input's gradient from that of what the product took."""
-        return self.back(gradient) if self.gather else gradient
+        return self.back(gradient, plain) if self.gather else gradient
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class Chain:
     def output(self, x: Tensor, clusters: Sequence[Tensor], paired: bool) -> Tensor:
         """The update of the layer's output, by the clusters' values or, with a frozen copy, by their paired forms."""
         plain = is_watched()
-        x = self.entry(x)
+        x = self.entry(x, plain)
         for link, cluster in zip(self.links, clusters, strict=True):
             products = link.paired if paired else link.plain
-            x = link.made(contract(products.forward, link.seen(x), cluster, plain))
+            x = link.made(contract(products.forward, link.seen(x, plain), cluster, plain), plain)
         return x
 
     def gradients(
@@ -99,7 +99,7 @@ class Chain:
         for place in reversed(range(len(self.links))):
             link = self.links[place]
             products = link.paired if differing else link.plain
-            received = link.received(gradient)
+            received = link.received(gradient, plain)
             if wanted[1 + place]:
                 made = contract(products.to_cluster, received, inputs[place], plain)
                 if differing and link.outer:
@@ -107,17 +107,17 @@ class Chain:
                 found[place] = made
             if place or wanted[0]:
                 cluster = (paired if differing else values)[place]
-                gradient = link.passed_on(contract(products.to_input, received, cluster, plain))
-        return self.leave(gradient) if wanted[0] else None, found
+                gradient = link.passed_on(contract(products.to_input, received, cluster, plain), plain)
+        return self.leave(gradient, plain) if wanted[0] else None, found
 
     def _inputs(self, x: Tensor, values: Sequence[Tensor], plain: bool) -> list[Tensor]:
         """What each link's product takes, of the value."""
-        x = self.entry(x)
+        x = self.entry(x, plain)
         found = []
         for link, value in zip(self.links, values, strict=True):
-            found.append(link.seen(x))
+            found.append(link.seen(x, plain))
             if link is not self.links[-1]:
-                x = link.made(contract(link.plain.forward, found[-1], value, plain))
+                x = link.made(contract(link.plain.forward, found[-1], value, plain), plain)
         return found
 
 

@@ -17,7 +17,6 @@ from torch.nn.functional import embedding_bag
 
 from tnpeft.plan import Axis
 from tnpeft.program.execute import kept
-from tnpeft.program.observers import needs_plain_ops
 
 __all__ = ["Positions", "Window", "Windows"]
 
@@ -213,11 +212,11 @@ class Windows:
             elif not collects and positions.rows(written=True) * kernel <= NUMBERED:
                 self._move = self._picked
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor with shifted copies or without them; its shape is arbitrary, its memory contiguous."""
+    def __call__(self, tensor: Tensor, plain: bool) -> Tensor:
+        """The tensor with shifted copies or without them; its shape is arbitrary, its memory contiguous unless plain."""
         if not self.axes:
             return tensor
-        return self._moved_plainly(tensor) if needs_plain_ops(tensor) else self._move(tensor)
+        return self._moved_plainly(tensor) if plain else self._move(tensor)
 
     def _multiplied(self, tensor: Tensor) -> Tensor:
         dtype, device = tensor.dtype, tensor.device
