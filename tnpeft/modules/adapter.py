@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,11 +25,13 @@ from tnpeft.program import Constants, Program, Weight, build_program, is_lasting
 __all__ = ["Adapter", "memory_order"]
 
 _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
+_CREATING = threading.Lock()
 
 
 class _Folded(NamedTuple):
     """What a program makes of the frozen copy `start` alone; never copied, moved, pickled or saved."""
 
+    program: Program
     start: tuple[Tensor, ...]
     writes: tuple[int, ...]  # of those that hold some of it
     constants: Constants
@@ -180,12 +183,12 @@ class Adapter(Resident, nn.Module):
         return self._tensors(self._core_keys, weight) + ([] if magnitude is None else [magnitude])
 
     def _delta(self, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
-        cores = inputs[: len(self.network.cores)]
+        cores, program = inputs[: len(self.network.cores)], self._program
         if self.network.start == "zero":
-            delta = self._program.delta(cores, None, ())
+            delta = program.delta(cores, None, ())
         else:
             start = tuple(self._tensors(self._start_keys, weight))
-            delta = self._program.delta(cores, start, self._constants(start))
+            delta = program.delta(cores, start, self._constants(program, start))
         if self.magnitude is None:
             return delta
         with without_autocast(delta):
@@ -209,7 +212,9 @@ class Adapter(Resident, nn.Module):
     def calling(self) -> Calling:
         """What it needs to run in another mode than dense."""
         if self._calling is None:
-            self._calling = Calling(self)
+            with _CREATING:  # of two threads that ask at once, both get the same
+                if self._calling is None:
+                    self._calling = Calling(self)
         return self._calling
 
     @property
@@ -322,22 +327,23 @@ class Adapter(Resident, nn.Module):
 
     def _lay_out(self, strides: tuple[int, ...]) -> None:
         """Take the program that writes a weight of these strides."""
-        self._strides = strides
         self._program: Program = build_program(self.plan, memory_order(strides))
         self._folded = None
+        self._strides = strides  # last, for other threads look at it first
 
-    def _constants(self, start: tuple[Tensor, ...]) -> Constants:
+    def _constants(self, program: Program, start: tuple[Tensor, ...]) -> Constants:
         if None in self._core_keys:  # they depend on the base weight, which may be written to unseen
-            return self._program.constants(start)
+            return program.constants(start)
         folded, writes = self._folded, tuple(holder._writes for holder in self._holders.values())
         # By identity, for `torch.func.functional_call` may pass other tensors.
-        if folded is not None and folded.writes == writes and same_tensors(folded.start, start):
-            return folded.constants
+        if folded is not None and folded.program is program and folded.writes == writes:
+            if same_tensors(folded.start, start):
+                return folded.constants
         with torch.inference_mode(False), torch.no_grad():
-            constants = self._program.constants(start)
+            constants = program.constants(start)
         # A graph must not leave its own tensors behind.
         if not torch.compiler.is_compiling() and is_lasting(constants):
-            self._folded = _Folded(start, writes, constants)
+            self._folded = _Folded(program, start, writes, constants)
         return constants
 
     def _written(self) -> None:

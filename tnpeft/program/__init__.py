@@ -8,14 +8,16 @@ from tnpeft.program.applied import (
     build_chain,
     build_completion,
 )
-from tnpeft.program.clusters import Cluster, ClusterProgram, LayerClusters, build_cluster, build_clusters
+from tnpeft.program.clusters import BatchedCluster, Cluster, ClusterProgram, LayerClusters, build_clusters
 from tnpeft.program.convolution import Geometry, convolve
-from tnpeft.program.deltas import Weight, build_delta, weight_of
+from tnpeft.program.deltas import BatchedDelta, Weight, weight_of
 from tnpeft.program.execute import is_lasting, writes_of
 from tnpeft.program.model import Program, build_program
 from tnpeft.program.total import Constants, autocast_dtype, without_autocast
 
 __all__ = [
+    "BatchedCluster",
+    "BatchedDelta",
     "ChainProgram",
     "Cluster",
     "ClusterGradients",
@@ -29,10 +31,8 @@ __all__ = [
     "Weight",
     "autocast_dtype",
     "build_chain",
-    "build_cluster",
     "build_clusters",
     "build_completion",
-    "build_delta",
     "build_program",
     "convolve",
     "is_lasting",

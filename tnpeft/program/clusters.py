@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.plan import Plan
-from tnpeft.program.batched import Changed, Start, Tree, build_tree
+from tnpeft.program.batched import BatchedTree, Changed, Start, Tree
 from tnpeft.program.route import Route, Stop, routes
 from tnpeft.program.total import without_autocast
 
@@ -31,7 +31,6 @@ __all__ = [
     "ClusterProgram",
     "ClusterStart",
     "LayerClusters",
-    "build_cluster",
     "build_clusters",
     "together",
 ]
@@ -69,7 +68,7 @@ class BatchedCluster:
 
     def __init__(self, cluster: Cluster, count: int) -> None:
         self.cluster, self.count = cluster, count
-        self.tree = build_tree(cluster.tree, count)
+        self.tree = BatchedTree(cluster.tree, count)
         outer, between, rest = cluster.split
         self._split = (outer * count, between, rest)
 
@@ -123,12 +122,6 @@ class BatchedCluster:
         )
 
 
-@lru_cache(maxsize=4096)
-def build_cluster(cluster: Cluster, count: int) -> BatchedCluster:
-    """The code of a cluster for so many layers, cached."""
-    return BatchedCluster(cluster, count)
-
-
 class ClusterProgram:
     """All clusters of a network, of its terms in turn: what each is, and its cores by their number in the network."""
 
@@ -143,14 +136,12 @@ class ClusterProgram:
 
     @cached_property
     def _codes(self) -> list[BatchedCluster]:
-        return [build_cluster(cluster, 1) for cluster, _ in self.clusters]
+        return [BatchedCluster(cluster, 1) for cluster, _ in self.clusters]
 
     def start(self, start: Sequence[Tensor]) -> tuple[ClusterStart | None, ...]:
         """What the changes of one layer need of its frozen copy, `start` (empty: there is none)."""
         copies = [[start[core] for core in own] if start else [] for _, own in self.clusters]
-        return tuple(
-            build_cluster(cluster, 1).start(own) for (cluster, _), own in zip(self.clusters, copies, strict=True)
-        )
+        return tuple(code.start(own) for code, own in zip(self._codes, copies, strict=True))
 
     def __call__(self, cores: Sequence[Tensor], known: Sequence[ClusterStart | None]) -> LayerClusters:
         """One layer's clusters, from its cores and what `start` made."""
