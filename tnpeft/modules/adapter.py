@@ -31,9 +31,8 @@ _CREATING = threading.Lock()
 class _Folded(NamedTuple):
     """What a program makes of the frozen copy `start` alone; never copied, moved, pickled or saved."""
 
-    program: Program
+    key: tuple[Program, tuple[int, ...]]  # the writes of those that hold some of it
     start: tuple[Tensor, ...]
-    writes: tuple[int, ...]  # of those that hold some of it
     constants: Constants
 
 
@@ -212,9 +211,8 @@ class Adapter(Resident, nn.Module):
     def calling(self) -> Calling:
         """What it needs to run in another mode than dense."""
         if self._calling is None:
-            with _CREATING:  # of two threads that ask at once, both get the same
-                if self._calling is None:
-                    self._calling = Calling(self)
+            with _CREATING:  # two threads that ask at once get the same
+                self._calling = self._calling or Calling(self)
         return self._calling
 
     @property
@@ -334,16 +332,15 @@ class Adapter(Resident, nn.Module):
     def _constants(self, program: Program, start: tuple[Tensor, ...]) -> Constants:
         if None in self._core_keys:  # they depend on the base weight, which may be written to unseen
             return program.constants(start)
-        folded, writes = self._folded, tuple(holder._writes for holder in self._holders.values())
+        folded, key = self._folded, (program, tuple(holder._writes for holder in self._holders.values()))
         # By identity, for `torch.func.functional_call` may pass other tensors.
-        if folded is not None and folded.program is program and folded.writes == writes:
-            if same_tensors(folded.start, start):
-                return folded.constants
+        if folded is not None and folded.key == key and same_tensors(folded.start, start):
+            return folded.constants
         with torch.inference_mode(False), torch.no_grad():
             constants = program.constants(start)
         # A graph must not leave its own tensors behind.
         if not torch.compiler.is_compiling() and is_lasting(constants):
-            self._folded = _Folded(program, start, writes, constants)
+            self._folded = _Folded(key, start, constants)
         return constants
 
     def _written(self) -> None:

@@ -2,10 +2,9 @@
 
 With many layers of small cores, the number of operations to start is what contracting them costs. Grouped are not
 layers but what is contracted: the clusters of factored and hybrid layers, each with those that are alike, and the whole
-delta weights of dense layers, as far as they are small. Groups say what is contracted together, and all threads use the
-same. Results belong to a pass, which is its thread's own. A layer that is called on its own, also by another thread than
-that of the pass, or within activation checkpointing, which must see the same operations when it calls a layer again,
-contracts its own.
+delta weights of dense layers, as far as they are small. Groups say what is contracted together, for all threads;
+results belong to a pass, which its thread owns. A layer that is called outside of a pass of its thread, or within
+activation checkpointing, which must see the same operations when it calls a layer again, contracts its own.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ class _Seat(NamedTuple):
     """The places of a layer in groups: in one for each of its clusters, or in that of its delta weight."""
 
     program: ClusterProgram | Weight
-    places: dict[int, tuple[_Group, int]]
+    places: tuple[tuple[_Group, int], ...]
 
 
 class Groups:
@@ -105,7 +104,7 @@ class Groups:
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
-        self.seats = {member.adapter: _Seat(member.program, {}) for member in members}
+        places: dict[Adapter, dict[int, tuple[_Group, int]]] = {member.adapter: {} for member in members}
         clusters: dict[Hashable, list[_ClusterOf]] = {}
         deltas: dict[Hashable, list[Member]] = {}
         for member in members:
@@ -113,16 +112,21 @@ class Groups:
                 deltas.setdefault((member.program, member.kind), []).append(member)
                 continue
             for number, (cluster, cores) in enumerate(member.program.clusters):
-                clusters.setdefault((cluster, member.kind), []).append(_ClusterOf(cluster, member.adapter, cores, number))
+                one = _ClusterOf(cluster, member.adapter, cores, number)
+                clusters.setdefault((cluster, member.kind), []).append(one)
         for alike in clusters.values():
             group = _Clusters(alike)
             for place, one in enumerate(alike):
-                self.seats[one.adapter].places[one.number] = group, place
+                places[one.adapter][one.number] = group, place
         for equal in deltas.values():
             if len(equal) > 1:
                 whole = _Deltas(equal)
                 for place, member in enumerate(equal):
-                    self.seats[member.adapter].places[0] = whole, place
+                    places[member.adapter][0] = whole, place
+        self.seats = {
+            member.adapter: _Seat(member.program, tuple(own for _, own in sorted(places[member.adapter].items())))
+            for member in members
+        }
 
 
 class _Cores(NamedTuple):
@@ -141,7 +145,7 @@ class ForwardPass:
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
-        self._results: dict[tuple[_Group, bool, bool], Any] = {}
+        self._results: dict[tuple[bool, bool], dict[_Group, Any]] = {}
         self._cores: dict[Adapter, _Cores] = {}
         self._outer = _THREAD.current
         _THREAD.current = weakref.ref(self)
@@ -155,8 +159,7 @@ class ForwardPass:
         if seat is None or program is not seat.program:
             return None
         found = []
-        for number in range(len(program.clusters)):
-            group, place = seat.places[number]
+        for group, place in seat.places:
             made = self.results(group)
             if made is None:
                 return None
@@ -183,10 +186,13 @@ class ForwardPass:
 
         Those of a layer may be on its device only while it is called, as when weights are offloaded.
         """
-        key = group, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        if key not in self._results:
-            self._results[key] = group.results(self.cores_of)
-        return self._results[key]
+        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        known = self._results.get(key)
+        if known is None:
+            known = self._results[key] = {}
+        if group not in known:
+            known[group] = group.results(self.cores_of)
+        return known[group]
 
     def cores_of(self, adapter: Adapter) -> list[Tensor]:
         """The cores that an adapter had when they were first asked for."""

@@ -84,7 +84,7 @@ _CHAINS: WeakValueDictionary[Plan, ChainProgram] = WeakValueDictionary()
 
 
 def build_chain(plan: Plan) -> ChainProgram:
-    """The chains of a factored plan, shared as long as anybody holds them: their tables for a call's size die with them."""
+    """The chains of a factored plan, shared as long as anybody holds them: tables for a call's size die with them."""
     known = _CHAINS.get(plan)
     return _CHAINS.setdefault(plan, ChainProgram(plan)) if known is None else known
 
