@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from tnpeft.program import Constants, Program, Weight, build_program, is_lasting
 __all__ = ["Adapter", "memory_order"]
 
 _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
-_CREATING = threading.Lock()
 
 
 class _Folded(NamedTuple):
@@ -76,7 +74,7 @@ class Adapter(Resident, nn.Module):
         self.autotune = autotune
         self.choices = dict(choices or {})
         self.plan: Plan = plan(network)
-        self._calling: Calling | None = None
+        self._calling: Calling | None = Calling(self)  # from the start, so that all threads have the same
         self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self.captured: Captured = captured or {}
@@ -211,8 +209,7 @@ class Adapter(Resident, nn.Module):
     def calling(self) -> Calling:
         """What it needs to run in another mode than dense."""
         if self._calling is None:
-            with _CREATING:  # two threads that ask at once get the same
-                self._calling = self._calling or Calling(self)
+            self._calling = Calling(self)
         return self._calling
 
     @property
@@ -376,7 +373,7 @@ class Adapter(Resident, nn.Module):
         return {**self.__dict__, "_folded": None, "_program": None, "_calling": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, "_calling": Calling(self)})  # type: ignore[no-untyped-call]
         self._lay_out(self._strides)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
