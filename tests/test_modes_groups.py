@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from towers import SHARED, Tower, X, adapters, counted, results, same, tower
 
 import tnpeft
-from tnpeft.modules import AdaptedLayer, Adapter
+from tnpeft.modules import AdaptedLayer, Adapter, ForwardPass
 from tnpeft.program.clusters import BatchedCluster, Cluster, ClusterProgram
 from tnpeft.spec import Spec
 from tnpeft.surgery import adapters_of
@@ -58,7 +59,9 @@ def test_clusters_that_are_alike_are_contracted_once_in_a_pass(mode: str, contra
     assert len(contracted) <= 6
     assert max(contracted) >= 4
     contracted.clear()
-    assert all(adapter.calling.seat is None for adapter in adapters(model))  # it would keep the graph and the layers
+    gc.collect()  # a pass that is left would keep the graph and the layers
+    passes = [one for one in gc.get_objects() if type(one) is ForwardPass]
+    assert not [one for one in passes if any(member.layer is model.convs[0] for member in one._groups.members)]
     model(X[:, :, :3, :3])  # another size, other plans, and perhaps the same clusters
     assert sum(contracted) >= clusters
     same(results(model), results(tower("dense")))

@@ -14,11 +14,12 @@ import tnpeft
 from tnpeft.io import saving
 from tnpeft.modules import AdaptedLayer, Adapter, execution, inits, layers
 from tnpeft.modules import adapter as adapter_module
-from tnpeft.modules.grouping import _Group
+from tnpeft.modules.grouping import ForwardPass
 from tnpeft.modules.sharing import Sharing
 from tnpeft.network import bind
 from tnpeft.plan import modes as planning
-from tnpeft.program import ChainProgram, applied, batched, clusters, deltas
+from tnpeft.program import ChainProgram, applied, batched, clusters
+from tnpeft.program import chain as chains
 from tnpeft.program import model as programs
 from tnpeft.program.batched import BatchedTree
 from tnpeft.program.difference import Code
@@ -158,8 +159,8 @@ def longer_chain(patch: pytest.MonkeyPatch) -> None:
 
 def uneven_groups(patch: pytest.MonkeyPatch) -> None:
     """Layers that are contracted together get each other's clusters."""
-    real = _Group.results
-    patch.setattr(_Group, "results", lambda self: [real(self)[0]] * len(self.adapters))
+    real = ForwardPass.results
+    patch.setattr(ForwardPass, "results", lambda self, group: [real(self, group)[0]] * len(group.adapters))
 
 
 def deaf_mode(patch: pytest.MonkeyPatch) -> None:
@@ -181,16 +182,15 @@ def crash(patch: pytest.MonkeyPatch) -> None:
 
 def forget_programs() -> None:
     """What was built by a broken library must not outlive it."""
-    programs.build_program.cache_clear()
     for cached in (
-        applied.build_chain,
+        programs.build_program,
         applied.build_completion,
         clusters._built,
-        batched.build_tree,
-        clusters.build_cluster,
-        deltas.build_delta,
+        batched._laid_out,
+        chains._products,
     ):
         cached.cache_clear()
+    applied._CHAINS.clear()
 
 
 MUTANTS: dict[Break, tuple[set[str], str]] = {

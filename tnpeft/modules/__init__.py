@@ -3,7 +3,7 @@
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.build import compile
 from tnpeft.modules.calling import Calling, Running
-from tnpeft.modules.grouping import Groups, Member
+from tnpeft.modules.grouping import ForwardPass, Groups, Member
 from tnpeft.modules.inits import is_drawn
 from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.layers import AdaptedConv, AdaptedConvTranspose, AdaptedLayer, AdaptedLinear, wrap
@@ -18,6 +18,7 @@ __all__ = [
     "Adapter",
     "Calling",
     "Captured",
+    "ForwardPass",
     "Groups",
     "Keeping",
     "Member",

@@ -32,8 +32,8 @@ _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
 class _Folded(NamedTuple):
     """What a program makes of the frozen copy `start` alone; never copied, moved, pickled or saved."""
 
+    key: tuple[Program, tuple[int, ...]]  # the writes of those that hold some of it
     start: tuple[Tensor, ...]
-    writes: tuple[int, ...]  # of those that hold some of it
     constants: Constants
 
 
@@ -77,7 +77,7 @@ class Adapter(Resident, nn.Module):
         self.autotune = autotune
         self.choices = dict(choices or {})
         self.plan: Plan = plan(network)
-        self._calling: Calling | None = None
+        self._calling: Calling | None = Calling(self)  # from the start, so that all threads have the same
         self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self.captured: Captured = captured or {}
@@ -183,12 +183,12 @@ class Adapter(Resident, nn.Module):
         return self._tensors(self._core_keys, weight) + ([] if magnitude is None else [magnitude])
 
     def _delta(self, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
-        cores = inputs[: len(self.network.cores)]
+        cores, program = inputs[: len(self.network.cores)], self._program
         if self.network.start == "zero":
-            delta = self._program.delta(cores, None, ())
+            delta = program.delta(cores, None, ())
         else:
             start = tuple(self._tensors(self._start_keys, weight))
-            delta = self._program.delta(cores, start, self._constants(start))
+            delta = program.delta(cores, start, self._constants(program, start))
         if self.magnitude is None:
             return delta
         with without_autocast(delta):
@@ -322,22 +322,22 @@ class Adapter(Resident, nn.Module):
 
     def _lay_out(self, strides: tuple[int, ...]) -> None:
         """Take the program that writes a weight of these strides."""
-        self._strides = strides
         self._program: Program = build_program(self.plan, memory_order(strides))
         self._folded = None
+        self._strides = strides  # last, for other threads look at it first
 
-    def _constants(self, start: tuple[Tensor, ...]) -> Constants:
+    def _constants(self, program: Program, start: tuple[Tensor, ...]) -> Constants:
         # They may depend on the base weight, which may be written to unseen; a graph holds no tensor made elsewhere.
         if None in self._core_keys or needs_plain_ops(*start):
-            return self._program.constants(start)
-        folded, writes = self._folded, tuple(holder._writes for holder in self._holders.values())
+            return program.constants(start)
+        folded, key = self._folded, (program, tuple(holder._writes for holder in self._holders.values()))
         # By identity, for `torch.func.functional_call` may pass other tensors.
-        if folded is not None and folded.writes == writes and same_tensors(folded.start, start):
+        if folded is not None and folded.key == key and same_tensors(folded.start, start):
             return folded.constants
         with torch.inference_mode(False), torch.no_grad():
-            constants = self._program.constants(start)
+            constants = program.constants(start)
         if is_lasting(constants):
-            self._folded = _Folded(start, writes, constants)
+            self._folded = _Folded(key, start, constants)
         return constants
 
     def _written(self) -> None:
@@ -373,7 +373,7 @@ class Adapter(Resident, nn.Module):
         return {**self.__dict__, "_folded": None, "_program": None, "_calling": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, "_calling": Calling(self)})  # type: ignore[no-untyped-call]
         self._lay_out(self._strides)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.modules.calls import call_of
-from tnpeft.modules.grouping import Seat, Starts
+from tnpeft.modules.grouping import Starts, open_pass
 from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.tuning import can_be_timed, quickest
 from tnpeft.plan import Call, Plan, best_plan, feasible_plans, plan
@@ -48,14 +49,14 @@ class Running(NamedTuple):
 
 
 class Calling:
-    """The calls of one adapter, and its seat among those that contract their cores together."""
+    """The calls of one adapter."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
-        self.seat: Seat | None = None
         self._last: dict[bool, Running] = {}
         self.keeping: Keeping | None = None
         self._calls: dict[Any, Running] = {}
+        self._planning = threading.Lock()
         self._starts: Starts[Any] = Starts()
 
     def running(self, layer: AdaptedLayer, x: Tensor, rest: Sequence[Any]) -> Running:
@@ -64,10 +65,11 @@ class Calling:
         training = adapter.mode != "auto" or (torch.is_grad_enabled() and _takes_gradients(adapter))
         size = tuple(rest[0]) if rest and rest[0] is not None else None
         key = (x.shape, x.device, size, base.weight.stride(), training)
-        found = self._calls.pop(key, None) or self._planned(layer, x, rest, training)
-        self._calls[key] = found
-        if len(self._calls) > CALLS:
-            self._calls.pop(next(iter(self._calls)), None)
+        with self._planning:  # once for all threads: modes that are timed twice may not agree
+            found = self._calls.pop(key, None) or self._planned(layer, x, rest, training)
+            self._calls[key] = found
+            if len(self._calls) > CALLS:
+                del self._calls[next(iter(self._calls))]
         self._last[torch.is_grad_enabled()] = found
         return found
 
@@ -119,7 +121,8 @@ class Calling:
         """The clusters of the adapter's cores as they are now."""
         program, adapter = running.clusters, self.adapter
         assert program is not None
-        found = None if self.seat is None else self.seat.clusters(program)
+        current = open_pass()
+        found = None if current is None else current.clusters(adapter, program)
         if found is not None:
             return found
 
@@ -134,7 +137,8 @@ class Calling:
 
     def summed(self, weight: Tensor) -> Tensor | None:
         """W + ΔW as its group made it; None where the layer must make its own."""
-        return None if self.seat is None else self.seat.summed(weight)
+        current = open_pass()
+        return None if current is None else current.summed(self.adapter, weight)
 
     def _planned(self, layer: AdaptedLayer, x: Tensor, rest: Sequence[Any], training: bool) -> Running:
         """Decided once: activation checkpointing, for one, must find the same when it calls again."""

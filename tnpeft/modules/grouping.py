@@ -2,13 +2,15 @@
 
 With many layers of small cores, the number of operations to start is what contracting them costs. Grouped are not
 layers but what is contracted: the clusters of factored and hybrid layers, each with those that are alike, and the whole
-delta weights of dense layers, as far as they are small. Groups know results only while a pass is open; a layer that is
-called on its own, or within activation checkpointing, which must see the same operations when it calls a layer again,
-contracts its own.
+delta weights of dense layers, as far as they are small. Groups say what is contracted together, for all threads;
+results belong to a pass, which its thread owns. A layer that is called outside of a pass of its thread, or within
+activation checkpointing, which must see the same operations when it calls a layer again, contracts its own.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -17,12 +19,12 @@ from torch import Tensor
 
 from tnpeft.modules.keeping import Make, same_tensors
 from tnpeft.program import (
+    BatchedCluster,
+    BatchedDelta,
     Cluster,
     ClusterProgram,
     LayerClusters,
     Weight,
-    build_cluster,
-    build_delta,
     is_lasting,
     needs_plain_ops,
     saved_tensors_are_hooked,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
     from tnpeft.modules.layers import AdaptedLayer
 
-__all__ = ["Groups", "Member", "Seat", "Starts", "add_weight"]
+__all__ = ["ForwardPass", "Groups", "Member", "Starts", "add_weight", "open_pass"]
 
 # Elements of the weights whose delta weights are contracted together, at most: beyond, starting operations is not what
 # they cost, and a group's weights and their gradients are alive together.
@@ -72,122 +74,161 @@ class Starts(Generic[_Made]):
     """What is made of frozen copies, kept as long as these are the same tensors, and were not written to."""
 
     def __init__(self) -> None:
-        self._key: object = None
-        self._start: list[Tensor] = []
-        self._writes: list[tuple[int, ...]] = []
-        self._made: _Made | None = None
+        # One tuple, so that no thread sees a part of what another one leaves here.
+        self._known: tuple[object, list[Tensor], list[tuple[int, ...]], _Made] | None = None
 
     def of(
         self, key: object, adapters: Iterable[Adapter], start: list[Tensor], make: Callable[[list[Tensor]], _Made]
     ) -> _Made:
         """`make(start)`, anew if it is another `key`."""
         writes = [adapter.writes for adapter in adapters]
-        # By identity, for `torch.func.functional_call` may pass other tensors.
-        known = key is self._key and writes == self._writes and same_tensors(self._start, start)
-        if not known or self._made is None:
-            with torch.inference_mode(False):
-                made = make(start)
-            if not is_lasting(made):
+        if self._known is not None:
+            known, tensors, written, made = self._known
+            # By identity, for `torch.func.functional_call` may pass other tensors.
+            if known is key and written == writes and same_tensors(tensors, start):
                 return made
-            self._key, self._start, self._writes, self._made = key, start, writes, made
-        return self._made
+        with torch.inference_mode(False):
+            made = make(start)
+        if is_lasting(made):
+            self._known = key, start, writes, made
+        return made
 
 
-class Seat:
-    """The place of a layer in the groups of an open pass: in one for each cluster, or in that of its delta weight."""
+class _Seat(NamedTuple):
+    """The places of a layer in groups: in one for each of its clusters, or in that of its delta weight."""
 
-    def __init__(self, groups: Groups, member: Member) -> None:
-        self._groups = groups
-        self._program, self._adapter = member.program, member.adapter
-        self.places: dict[int, tuple[_Group, int]] = {}
-
-    def clusters(self, program: ClusterProgram) -> LayerClusters | None:
-        """The clusters of its adapter; None where it must contract its own."""
-        if program is not self._program or not self._groups.serve:
-            return None
-        found = []
-        for number in range(len(program.clusters)):
-            group, place = self.places[number]
-            made = group.results()
-            if made is None:
-                return None
-            found.append(made[place])
-        if not self._groups.stands(self._adapter):
-            return None
-        return LayerClusters(tuple(own[0] for own in found), tuple(own[1] for own in found if len(own) > 1))
-
-    def summed(self, weight: Tensor) -> Tensor | None:
-        """W + ΔW of a layer whose base weight is `weight`; None where it must contract its own."""
-        if not isinstance(self._program, Weight) or not self.places or not self._groups.serve:
-            return None
-        group, place = self.places[0]
-        assert isinstance(group, _Deltas)
-        return group.summed(place, weight)
+    program: ClusterProgram | Weight
+    places: tuple[tuple[_Group, int], ...]
 
 
 class Groups:
-    """The groups of some layers of a model, for its forward passes."""
+    """The groups of some layers of a model. Once made they change no more, but for what is kept of frozen copies."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
-        self.is_open = False
-        self.groups: list[_Group] = []
-        self.cores: dict[Adapter, list[Tensor]] = {}
-        self._made_of: dict[Adapter, tuple[list[int], list[int]]] = {}
-        self._seats = [Seat(self, member) for member in members]
+        places: dict[Adapter, dict[int, tuple[_Group, int]]] = {member.adapter: {} for member in members}
         clusters: dict[Hashable, list[_ClusterOf]] = {}
-        deltas: dict[Hashable, list[tuple[Member, Seat]]] = {}
-        for member, seat in zip(members, self._seats, strict=True):
+        deltas: dict[Hashable, list[Member]] = {}
+        for member in members:
             if isinstance(member.program, Weight):
-                deltas.setdefault((member.program, member.kind), []).append((member, seat))
+                deltas.setdefault((member.program, member.kind), []).append(member)
                 continue
             for number, (cluster, cores) in enumerate(member.program.clusters):
-                own = _ClusterOf(cluster, member.adapter, cores, seat, number)
-                clusters.setdefault((cluster, member.kind), []).append(own)
-        self.groups += [_Clusters(self, found) for found in clusters.values()]
-        self.groups += [_Deltas(self, found) for found in deltas.values() if len(found) > 1]
+                one = _ClusterOf(cluster, member.adapter, cores, number)
+                clusters.setdefault((cluster, member.kind), []).append(one)
+        for alike in clusters.values():
+            group = _Clusters(alike)
+            for place, one in enumerate(alike):
+                places[one.adapter][one.number] = group, place
+        for equal in deltas.values():
+            if len(equal) > 1:
+                whole = _Deltas(equal)
+                for place, member in enumerate(equal):
+                    places[member.adapter][0] = whole, place
+        self.seats = {
+            member.adapter: _Seat(member.program, tuple(own for _, own in sorted(places[member.adapter].items())))
+            for member in members
+        }
 
-    @property
-    def serve(self) -> bool:
-        """Whether results may be had: not where activation checkpointing, a tracer or a compiler looks on."""
-        return self.is_open and not saved_tensors_are_hooked() and not needs_plain_ops()
 
-    def open(self) -> None:
-        self._forget()  # an interrupt may have left the last pass open
-        self.is_open = True
-        for member, seat in zip(self.members, self._seats, strict=True):
-            member.adapter.calling.seat = seat
+class _Cores(NamedTuple):
+    """The cores of an adapter as a pass contracted them, and what they were made of."""
+
+    tensors: list[Tensor]
+    sources: tuple[list[int], list[int]]
+
+
+class ForwardPass:
+    """What the layers of a model contract together while a thread runs its forward pass.
+
+    It is open in that thread alone, from when it is made until it is closed or nobody holds it. In a pass that is run
+    inside of another one's, layers of the outer model contract their own.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._results: dict[tuple[bool, bool], dict[_Group, Any]] = {}
+        self._cores: dict[Adapter, _Cores] = {}
+        self._outer = _THREAD.current
+        _THREAD.current = weakref.ref(self)
 
     def close(self) -> None:
-        self.is_open = False
-        self._forget()
-        # A seat holds all the layers: one of them may outlive the model.
-        for member, seat in zip(self.members, self._seats, strict=True):
-            if member.adapter.calling.seat is seat:
-                member.adapter.calling.seat = None
+        _THREAD.current = self._outer
+
+    def clusters(self, adapter: Adapter, program: ClusterProgram) -> LayerClusters | None:
+        """The clusters of an adapter; None where it must contract its own."""
+        seat = self._groups.seats.get(adapter)
+        if seat is None or program is not seat.program:
+            return None
+        found = []
+        for group, place in seat.places:
+            made = self.results(group)
+            if made is None:
+                return None
+            found.append(made[place])
+        if not self.stands(adapter):
+            return None
+        return LayerClusters(tuple(own[0] for own in found), tuple(own[1] for own in found if len(own) > 1))
+
+    def summed(self, adapter: Adapter, weight: Tensor) -> Tensor | None:
+        """W + ΔW of a layer whose base weight is `weight`; None where it must contract its own."""
+        seat = self._groups.seats.get(adapter)
+        if seat is None or not isinstance(seat.program, Weight) or not seat.places:
+            return None
+        group, place = seat.places[0]
+        sums: list[_Sum] | None = self.results(group)
+        if sums is None:
+            return None
+        total = sums[place].total
+        is_current = sums[place].writes == _sources((total, weight)) and self.stands(adapter)
+        return total if is_current else None
+
+    def results(self, group: _Group) -> Any:
+        """Of all members of a group, made when the first of them asks; None where their tensors do not lie together.
+
+        Those of a layer may be on its device only while it is called, as when weights are offloaded.
+        """
+        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        known = self._results.get(key)
+        if known is None:
+            known = self._results[key] = {}
+        if group not in known:
+            known[group] = group.results(self.cores_of)
+        return known[group]
 
     def cores_of(self, adapter: Adapter) -> list[Tensor]:
-        found = self.cores.get(adapter)
-        if found is None:
-            found = self.cores[adapter] = adapter.core_tensors()
-            self._made_of[adapter] = _sources(adapter.stored)
-        return found
+        """The cores that an adapter had when they were first asked for."""
+        known = self._cores.get(adapter)
+        if known is None:
+            known = self._cores[adapter] = _Cores(adapter.core_tensors(), _sources(adapter.stored))
+        return known.tensors
 
     def stands(self, adapter: Adapter) -> bool:
         """Whether its cores are what they were when they were contracted."""
-        return self._made_of.get(adapter) == _sources(adapter.stored)
+        known = self._cores.get(adapter)
+        return known is not None and known.sources == _sources(adapter.stored)
 
-    def _forget(self) -> None:
-        self.cores, self._made_of = {}, {}
-        for group in self.groups:
-            group.known = {}
+
+class _Thread(threading.local):
+    """The innermost pass that is open in a thread; its model holds it, so that it dies with the model."""
+
+    current: weakref.ref[ForwardPass] | None = None
+
+
+_THREAD = _Thread()
+
+
+def open_pass() -> ForwardPass | None:
+    """The pass that is open in this thread; None where activation checkpointing, a tracer or a compiler looks on."""
+    current = None if _THREAD.current is None else _THREAD.current()
+    return None if current is None or saved_tensors_are_hooked() or needs_plain_ops() else current
 
 
 class _Group:
-    """Results of some adapters, by whether gradients reach their cores."""
+    """Adapters that contract something together."""
 
-    def __init__(self, groups: Groups, adapters: Sequence[Adapter], cores: Sequence[Sequence[int]]) -> None:
-        self.groups, self.adapters = groups, tuple(adapters)
+    def __init__(self, adapters: Sequence[Adapter], cores: Sequence[Sequence[int]]) -> None:
+        self.adapters = tuple(adapters)
         self._each = tuple(dict.fromkeys(adapters))
         # The first core of every adapter, then the second of every adapter.
         self._cores = [
@@ -196,19 +237,12 @@ class _Group:
             for adapter, own in zip(adapters, cores, strict=True)
         ]
         self._starts: Starts[Any] = Starts()
-        self.known: dict[tuple[bool, bool], Any] = {}
 
-    def results(self) -> Any:
-        """Of all members, made when the first of them asks; None where their tensors do not lie together.
-
-        Those of a layer may be on its device only while it is called, as when weights are offloaded.
-        """
-        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        if key not in self.known:
-            own = {adapter: self.groups.cores_of(adapter) for adapter in self._each}
-            cores, others = [own[adapter][core] for adapter, core in self._cores], self._others()
-            self.known[key] = None if needs_plain_ops(*cores, *others) else self._made(cores, others)
-        return self.known[key]
+    def results(self, cores_of: Callable[[Adapter], list[Tensor]]) -> Any:
+        """Of all members; None where their tensors do not lie together, or somebody looks on."""
+        own = {adapter: cores_of(adapter) for adapter in self._each}
+        cores, others = [own[adapter][core] for adapter, core in self._cores], self._others()
+        return None if needs_plain_ops(*cores, *others) else self._made(cores, others)
 
     def _others(self) -> list[Tensor]:
         """What results are made of beside the cores."""
@@ -238,18 +272,15 @@ class _ClusterOf(NamedTuple):
     cluster: Cluster
     adapter: Adapter
     cores: tuple[int, ...]
-    seat: Seat
     number: int
 
 
 class _Clusters(_Group):
     """One cluster of each member: its values, and its paired form if it has one."""
 
-    def __init__(self, groups: Groups, members: Sequence[_ClusterOf]) -> None:
-        super().__init__(groups, [member.adapter for member in members], [member.cores for member in members])
-        self._code = build_cluster(members[0].cluster, len(members))
-        for place, member in enumerate(members):
-            member.seat.places[member.number] = (self, place)
+    def __init__(self, members: Sequence[_ClusterOf]) -> None:
+        super().__init__([member.adapter for member in members], [member.cores for member in members])
+        self._code = BatchedCluster(members[0].cluster, len(members))
 
     def _made(self, cores: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]]:
         found = self._contracted(self._code, cores, others, lambda cores: self._code(cores, self._start(self._code)))
@@ -268,24 +299,13 @@ class _Sum(NamedTuple):
 class _Deltas(_Group):
     """W + ΔW of each member."""
 
-    def __init__(self, groups: Groups, members: Sequence[tuple[Member, Seat]]) -> None:
-        first, _ = members[0]
+    def __init__(self, members: Sequence[Member]) -> None:
+        first = members[0]
         cores = range(len(first.adapter.network.cores))
-        super().__init__(groups, [member.adapter for member, _ in members], [cores] * len(members))
-        self._layers = [member.layer for member, _ in members]
+        super().__init__([member.adapter for member in members], [cores] * len(members))
+        self._layers = [member.layer for member in members]
         assert isinstance(first.program, Weight)
-        self._code = build_delta(first.program, len(members))
-        for place, (_, seat) in enumerate(members):
-            seat.places[0] = (self, place)
-
-    def summed(self, place: int, weight: Tensor) -> Tensor | None:
-        """That of one layer; None where it is not made of what the layer has now, or was written to."""
-        made: list[_Sum] | None = self.results()
-        if made is None:
-            return None
-        found = made[place]
-        stands = found.writes == _sources((found.total, weight)) and self.groups.stands(self.adapters[place])
-        return found.total if stands else None
+        self._code = BatchedDelta(first.program, len(members))
 
     def _others(self) -> list[Tensor]:
         return [layer.base.weight for layer in self._layers]

@@ -2,12 +2,14 @@
 
 Kept are results and the small graph that made them, on leaves of its own. Every forward pass gets the results as new
 tensors from a new node of autograd, whose backward pass runs that graph: each micro-step has gradients of its own,
-those that it would have without.
+those that it would have without. All threads that run the model share what is kept: backward passes on a GPU, and with
+them activation checkpointing, have threads of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +35,20 @@ class Keeping:
 
     def __init__(self) -> None:
         self.is_open = True
+        self._lock = threading.RLock()
         self.forget()
 
     def close(self) -> None:
         """Keep nothing from here on."""
-        self.is_open = False
-        self.forget()
+        with self._lock:
+            self.is_open = False
+            self.forget()
 
     def forget(self) -> None:
-        self._found: dict[Hashable, _Kept] = {}
-        self._writes: dict[Adapter, tuple[int, ...]] = {}
-        self._versions: dict[Tensor, int] = {}
+        with self._lock:
+            self._found: dict[Hashable, _Kept] = {}
+            self._writes: dict[Adapter, tuple[int, ...]] = {}
+            self._versions: dict[Tensor, int] = {}
 
     def results(
         self, key: Hashable, adapters: Sequence[Adapter], others: Sequence[Tensor], inputs: Sequence[Tensor], make: Make
@@ -54,10 +59,13 @@ class Keeping:
         or one of `others`, has been written to since.
         """
         sources = [*others, *(tensor for adapter in adapters for tensor in adapter.stored)]
-        self._require_values(adapters, sources)
-        kept = self._found.get(key)
-        if kept is None or not kept.stands(sources, inputs):
-            kept = self._found[key] = _Kept(sources, inputs, make)
+        with self._lock:  # others wait for what one of them makes
+            if not self.is_open:  # another thread has closed it since this one asked
+                return tuple(make(inputs))
+            self._require_values(adapters, sources)
+            kept = self._found.get(key)
+            if kept is None or not kept.stands(sources, inputs):
+                kept = self._found[key] = _Kept(sources, inputs, make)
         found: tuple[Tensor, ...] = _Again.apply(kept, *inputs)  # type: ignore[no-untyped-call]
         return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tnpeft.errors import ExecutionError, Problem
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.calls import convolved
 from tnpeft.modules.execution import execute, summed_weight
@@ -200,6 +201,17 @@ class AdaptedLayer(Resident, nn.Module):
             if base is None or name in _NOT_OF_BASE or name.startswith("__"):
                 raise
         return getattr(base, name)
+
+    def _replicate_for_data_parallel(self) -> AdaptedLayer:
+        # Tensors of the copy would be no parameters, and cores that are held elsewhere on another device.
+        what, found = "copies for several devices", "`torch.nn.DataParallel`"
+        fix = (
+            "Use `torch.nn.parallel.DistributedDataParallel`, started with torchrun, or show the process one device "
+            "alone (CUDA_VISIBLE_DEVICES=0)."
+        )
+        name = next((self.adapter(name).layer_name for name in self.names), "")
+        where = f"layer '{name}'" if name else None
+        raise ExecutionError(Problem(what, "a process for each device", found, fix, where=where))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         before = own_weight(self.base).dtype

@@ -9,15 +9,17 @@ from tnpeft.program.applied import (
     build_completion,
     factored_update,
 )
-from tnpeft.program.clusters import Cluster, ClusterProgram, LayerClusters, build_cluster, build_clusters
+from tnpeft.program.clusters import BatchedCluster, Cluster, ClusterProgram, LayerClusters, build_clusters
 from tnpeft.program.convolution import Geometry, convolve
-from tnpeft.program.deltas import Weight, build_delta, weight_of
+from tnpeft.program.deltas import BatchedDelta, Weight, weight_of
 from tnpeft.program.execute import is_lasting, writes_of
 from tnpeft.program.model import Program, build_program
 from tnpeft.program.observers import needs_plain_ops, records_sizes, saved_tensors_are_hooked
 from tnpeft.program.total import Constants, autocast_dtype, without_autocast
 
 __all__ = [
+    "BatchedCluster",
+    "BatchedDelta",
     "ChainProgram",
     "Cluster",
     "ClusterGradients",
@@ -31,10 +33,8 @@ __all__ = [
     "Weight",
     "autocast_dtype",
     "build_chain",
-    "build_cluster",
     "build_clusters",
     "build_completion",
-    "build_delta",
     "build_program",
     "convolve",
     "factored_update",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -93,10 +94,13 @@ class ChainProgram:
         return total, found
 
 
-@lru_cache(maxsize=4096)
+_CHAINS: WeakValueDictionary[Plan, ChainProgram] = WeakValueDictionary()
+
+
 def build_chain(plan: Plan) -> ChainProgram:
-    """The chains of a factored plan, cached."""
-    return ChainProgram(plan)
+    """The chains of a factored plan, shared as long as anybody holds them: tables for a call's size die with them."""
+    known = _CHAINS.get(plan)
+    return _CHAINS.setdefault(plan, ChainProgram(plan)) if known is None else known
 
 
 class Completions:

@@ -20,11 +20,11 @@ from torch import Tensor
 from tnpeft.network import Network
 from tnpeft.plan import Step
 from tnpeft.program.execute import kept
-from tnpeft.program.layout import lay_out_steps
+from tnpeft.program.layout import Instruction, lay_out_steps
 from tnpeft.program.route import GROUP
 from tnpeft.program.tree import run_changes, run_gradients, run_values
 
-__all__ = ["BatchedTree", "Changed", "Start", "Tree", "build_tree"]
+__all__ = ["BatchedTree", "Changed", "Start", "Tree"]
 
 # Up to so many elements of all cores, one pick by number reorders them: 10 us for 18,000 elements, where stacking and
 # permuting every core by itself takes 15 us a core (2-core EPYC). Numbers take memory.
@@ -94,7 +94,8 @@ class BatchedTree:
     """A tree for `count` layers.
 
     The cores of several are put side by side, in the order of legs that suits best. One layer's are taken as they
-    stand, unless a core is all that there is: what is kept of them for the backward pass is then no copy.
+    stand, unless a core is all that there is: what is kept of them for the backward pass is then no copy. Tables of
+    numbers die with it.
     """
 
     def __init__(self, tree: Tree, count: int) -> None:
@@ -103,12 +104,7 @@ class BatchedTree:
         self.size = len(tree.legs)
         self.number = self.size + len(tree.steps) - 1
         sizes = {**dict(tree.sizes), GROUP: count}
-        given = {self.number: tree.result}
-        if not self.copied and tree.steps:
-            given |= dict(enumerate(tree.legs))
-        batch = GROUP if count > 1 else ""
-        letters = {letter: letter for letter, _ in tree.sizes}
-        self.instructions, orders = lay_out_steps(tree.steps, given, letters, sizes, batch)
+        self.instructions, orders = _laid_out(tree, count)
         self._orders: list[Order | None] = [_permutation(legs, orders[core]) for core, legs in enumerate(tree.legs)]
         self._shapes = [(count, *(sizes[letter] for letter in legs)) for legs in tree.legs]
         self._pieces = [math.prod(shape) for shape in self._shapes]
@@ -228,9 +224,14 @@ class BatchedTree:
 
 
 @lru_cache(maxsize=4096)
-def build_tree(tree: Tree, count: int) -> BatchedTree:
-    """The tree for so many layers, cached."""
-    return BatchedTree(tree, count)
+def _laid_out(tree: Tree, count: int) -> tuple[tuple[Instruction, ...], Mapping[int, str]]:
+    """The tree's instructions for so many layers, and the order of legs of each core: what takes long, cached."""
+    given = {len(tree.legs) + len(tree.steps) - 1: tree.result}
+    if count == 1 and tree.steps:
+        given |= dict(enumerate(tree.legs))
+    letters = {letter: letter for letter, _ in tree.sizes}
+    sizes = {**dict(tree.sizes), GROUP: count}
+    return lay_out_steps(tree.steps, given, letters, sizes, GROUP if count > 1 else "")
 
 
 Order = tuple[int, ...]

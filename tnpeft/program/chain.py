@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -195,15 +196,19 @@ def _absorb(stop: Stop, route: Route, space: _Space) -> Absorb:
     space.absorb(link.axes)
     sizes = dict(route.sizes) | {BATCH: space.call.batch, VOXELS: space.voxels if link.gather else inputs}
     outer = math.prod(route.sizes[letter] for letter in stop.pieces[0])
+    plain, paired = (_products(stop, tuple(sizes.items()), paired) for paired in (False, True))
+    return Absorb(link.gather, plain, paired, 0 if stop.last else outer, forward, back)
 
-    def products(paired: bool) -> Products:
-        cluster, seen, made = stop.cluster(paired), stop.seen(paired), stop.made(paired)
-        # The clusters' gradients need the input's value alone.
-        total = stop.pieces[0] + (stop.pair_out if paired else "") + "".join(stop.pieces[1:])
-        return Products(
-            forward=lower(seen, cluster, made, sizes),
-            to_input=lower(made, cluster, seen, sizes),
-            to_cluster=lower(made, stop.seen(False), total, sizes),
-        )
 
-    return Absorb(link.gather, products(False), products(True), 0 if stop.last else outer, forward, back)
+@lru_cache(maxsize=8192)
+def _products(stop: Stop, sizes: tuple[tuple[str, int], ...], paired: bool) -> Products:
+    """The products of a link, cached: lowering them is what a chain takes."""
+    known = dict(sizes)
+    cluster, seen, made = stop.cluster(paired), stop.seen(paired), stop.made(paired)
+    # The clusters' gradients need the input's value alone.
+    total = stop.pieces[0] + (stop.pair_out if paired else "") + "".join(stop.pieces[1:])
+    return Products(
+        forward=lower(seen, cluster, made, known),
+        to_input=lower(made, cluster, seen, known),
+        to_cluster=lower(made, stop.seen(False), total, known),
+    )

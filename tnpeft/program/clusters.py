@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.plan import Plan
-from tnpeft.program.batched import Changed, Start, Tree, build_tree
+from tnpeft.program.batched import BatchedTree, Changed, Start, Tree
 from tnpeft.program.observers import needs_plain_ops, saved_tensors_are_hooked
 from tnpeft.program.route import Route, Stop, routes
 from tnpeft.program.total import without_autocast
@@ -32,7 +32,6 @@ __all__ = [
     "ClusterProgram",
     "ClusterStart",
     "LayerClusters",
-    "build_cluster",
     "build_clusters",
     "together",
 ]
@@ -70,7 +69,7 @@ class BatchedCluster:
 
     def __init__(self, cluster: Cluster, count: int) -> None:
         self.cluster, self.count = cluster, count
-        self.tree = build_tree(cluster.tree, count)
+        self.tree = BatchedTree(cluster.tree, count)
         outer, between, rest = cluster.split
         self._split = (outer * count, between, rest)
 
@@ -128,12 +127,6 @@ class BatchedCluster:
         )
 
 
-@lru_cache(maxsize=4096)
-def build_cluster(cluster: Cluster, count: int) -> BatchedCluster:
-    """The code of a cluster for so many layers, cached."""
-    return BatchedCluster(cluster, count)
-
-
 class ClusterProgram:
     """All clusters of a network, of its terms in turn: what each is, and its cores by their number in the network."""
 
@@ -150,7 +143,7 @@ class ClusterProgram:
     def lone(self) -> list[BatchedCluster]:
         """The code of each cluster for one layer."""
         if self._codes is None:
-            self._codes = [build_cluster(cluster, 1) for cluster, _ in self.clusters]
+            self._codes = [BatchedCluster(cluster, 1) for cluster, _ in self.clusters]
         return self._codes
 
     def start(self, start: Sequence[Tensor]) -> tuple[ClusterStart | None, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.plan import Plan
-from tnpeft.program.batched import Start, Tree, build_tree
+from tnpeft.program.batched import BatchedTree, Start, Tree
 from tnpeft.program.clusters import together
 from tnpeft.program.execute import writes_of
 from tnpeft.program.finish import Finish
 from tnpeft.program.total import without_autocast
 
-__all__ = ["BatchedDelta", "Weight", "build_delta", "weight_of"]
+__all__ = ["BatchedDelta", "Weight", "weight_of"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class BatchedDelta:
 
     def __init__(self, weight: Weight, count: int) -> None:
         self.weight, self.count = weight, count
-        self.tree = build_tree(weight.tree, count)
+        self.tree = BatchedTree(weight.tree, count)
 
     def start(self, cores: Sequence[Tensor]) -> Start | None:
         """What the changes need of the frozen copies of all layers."""
@@ -98,12 +97,6 @@ class BatchedDelta:
 
     def _nothing(self, like: Tensor) -> Tensor:
         return like.new_zeros(self.count, *self.weight.finish.padded)
-
-
-@lru_cache(maxsize=1024)
-def build_delta(weight: Weight, count: int) -> BatchedDelta:
-    """The code of so many layers' delta weights, cached."""
-    return BatchedDelta(weight, count)
 
 
 class Deltas(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from tnpeft.surgery.tree import adapted_layers
 __all__ = ["accumulating", "hand_out"]
 
 _OPEN: weakref.WeakKeyDictionary[nn.Module, list[Keeping]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -30,22 +32,25 @@ def accumulating(model: nn.Module) -> Iterator[None]:
     be called after each or once for several, within DistributedDataParallel too. Under activation checkpointing it
     belongs inside, as the forward pass. Kept are W + ΔW of dense and hybrid layers and the clusters of hybrid and
     factored ones; all of it is dropped at the end, and when the model is moved, loaded, attached to or switched.
-    Contexts nest. Compiled graphs keep nothing.
+    Contexts nest. Compiled graphs keep nothing. It acts on the model for all threads: others that call it meanwhile use
+    what is kept, and get what they would get without, until the last context of any thread ends.
 
     The cores must not change inside: a forward pass after an optimiser step raises ExecutionError. Writes by fused
     optimisers and to `.data` cannot be seen. Raises AttachError where nothing is attached.
     """
     root, _ = adapted(model)
-    stack = _OPEN.setdefault(root, [])
-    stack.append(stack[-1] if stack else Keeping())
-    if len(stack) == 1:
-        hand_out(root)
+    with _LOCK:
+        stack = _OPEN.setdefault(root, [])
+        stack.append(stack[-1] if stack else Keeping())
+        if len(stack) == 1:
+            hand_out(root)
     try:
         yield
     finally:
-        keeping = stack.pop()
-        if not stack:
-            keeping.close()
+        with _LOCK:
+            keeping = stack.pop()
+            if not stack:
+                keeping.close()
 
 
 def hand_out(root: nn.Module) -> None:

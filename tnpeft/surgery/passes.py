@@ -1,11 +1,13 @@
 """Forward passes of an adapted model: while one is open, its layers contract together what is alike of their cores.
 
 The root module has a hook before its forward pass and one after it. Layers are expected to run in the mode that they
-were given, or as they did when they were called last; no result outlives the pass.
+were given, or as they did when they were called last; no result outlives the pass. Each thread has passes of its own: a
+hook opens one, and closes it, for the thread that runs it.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from tnpeft.errors import ExecutionError
-from tnpeft.modules import AdaptedLayer, Groups, Member
+from tnpeft.modules import AdaptedLayer, ForwardPass, Groups, Member
 from tnpeft.modules.calling import needs_plain_ops
 from tnpeft.modules.distributed import SPLIT_FIX, split_problem
 from tnpeft.surgery.tree import adapted_layers
@@ -21,22 +23,32 @@ from tnpeft.surgery.tree import adapted_layers
 __all__ = ["forget_groups", "register_pass", "remove_pass"]
 
 
+class _Thread(threading.local):
+    """The pass of a model that a thread has open."""
+
+    current: ForwardPass | None = None
+
+
 class _Passes:
-    """The layers of a model, and their groups."""
+    """The layers of a model, their groups in its latest pass, and the passes that are open, one at most in a thread."""
 
     def __init__(self, root: nn.Module) -> None:
         self.layers = adapted_layers(root)
         self.groups = Groups(())
+        self._thread = _Thread()
 
     def open(self) -> None:
+        self.close()  # an interrupt may have left the last pass open, or the model calls itself
         members = [member for layer in self.layers if (member := _member(layer)) is not None]
-        if members != self.groups.members:
-            self.groups.close()
-            self.groups = Groups(members)
-        self.groups.open()
+        groups = self.groups
+        if members != groups.members:
+            groups = self.groups = Groups(members)
+        self._thread.current = ForwardPass(groups)
 
     def close(self) -> None:
-        self.groups.close()
+        current, self._thread.current = self._thread.current, None
+        if current is not None:
+            current.close()
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Passes] = weakref.WeakKeyDictionary()
@@ -60,28 +72,28 @@ def remove_pass(root: nn.Module) -> None:
 
 def forget_groups(root: nn.Module) -> None:
     """After a change of its layers, adapters or their scales."""
-    groups = _KNOWN.pop(root, None)
-    if groups is not None:
-        groups.close()
+    passes = _KNOWN.pop(root, None)
+    if passes is not None:
+        passes.close()
 
 
 def _open(root: nn.Module, _inputs: Any) -> None:
     if needs_plain_ops():
         return
-    groups = _KNOWN.get(root)
-    if groups is None:
-        groups = _KNOWN[root] = _Passes(root)
+    passes = _KNOWN.get(root)
+    if passes is None:
+        passes = _KNOWN.setdefault(root, _Passes(root))
     if problem := split_problem([("", root)], SPLIT_FIX):
         raise ExecutionError(problem)
-    groups.open()
+    passes.open()
 
 
 def _close(root: nn.Module, _inputs: Any, _output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    groups = _KNOWN.get(root)
-    if groups is not None:
-        groups.close()
+    passes = _KNOWN.get(root)
+    if passes is not None:
+        passes.close()
 
 
 def _member(layer: AdaptedLayer) -> Member | None:

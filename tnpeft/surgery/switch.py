@@ -43,7 +43,7 @@ def activate(model: nn.Module, scales: Mapping[str, float] | str) -> None:
     scaled. Only active adapters train: their cores do, and what else they train while one of them
     acts alone at scale 1. No parameter becomes another object, so that optimisers stay as they are;
     no base weight is copied, and nothing is planned anew. Run backward passes before the switch:
-    what does not act takes no gradients.
+    what does not act takes no gradients. It acts on the model for all threads: none may run it meanwhile.
 
     Raises AttachError for unknown names, scales that are not finite in fp32, and merged models.
     """
@@ -84,7 +84,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
 
     Merged are the active adapters or, with `name`, this one alone: at the scale at which it acts, at 1
     if it does not. A merged model does not train, and what acts in it stays until `unmerge`. Merging
-    what is merged changes nothing.
+    what is merged changes nothing. It acts on the model for all threads: none may run it meanwhile.
 
     Raises AttachError for unknown names, and where others are merged.
     """
@@ -103,7 +103,10 @@ def merge(model: nn.Module, name: str | None = None) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, to the bit: what acted before acts again. An unmerged model is left as it is."""
+    """Undo `merge`, to the bit: what acted before acts again. An unmerged model is left as it is.
+
+    It acts on the model for all threads: none may run it meanwhile.
+    """
     root, state = adapted(model)
     refuse_disabled(state)
     if not state.merged:
@@ -151,7 +154,10 @@ def acting(root: nn.Module, state: ModelState, scales: dict[str, float]) -> Iter
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` computes exactly what its base computes, merged or not; contexts nest."""
+    """Inside, `model` computes exactly what its base computes, merged or not; contexts nest.
+
+    It acts on the model for all threads: none may run it while a context begins or ends.
+    """
     root, state = adapted(model)
     _disable(root, state, 1)
     try:
