@@ -138,7 +138,7 @@ def test_checkpoints_and_what_is_none(tmp_path, monkeypatch):
         "`tnpeft show` shows a spec, `tnpeft check` checks it."
     ]
     assert mistakes("inspect", "none") == [
-        "none: adapter file: expected a file, or PEFT's folder, found no such file. Check the path."
+        "none: adapter file: expected a file, or a folder of PEFT or diffusers, found no such file. Check the path."
     ]
 
 

@@ -22,6 +22,7 @@ from terminal import mistakes, run
 import tnpeft
 from tnpeft.errors import AdapterFileError, SpecError
 from tnpeft.fitting.checkpoint import Checkpoint
+from tnpeft.spec.library import shipped_folder
 from tnpeft.spec.recognise import recognise
 
 EXPORT = "Save the weights as safetensors with the library that made it."
@@ -150,7 +151,7 @@ def test_an_adapter_file_where_a_spec_is_expected(tmp_path, monkeypatch):
     assert mistakes("show", "base.pt") == [
         "spec 'base.pt': expected a YAML file, found a torch pickle. Give the name of a shipped spec, or a YAML file."
     ]
-    Path("spec").write_text(Path(tnpeft.load_spec("lora").file).read_text())
+    Path("spec").write_text((shipped_folder() / "lora.yaml").read_text())
     assert run("show", "./spec").exit_code == 0
 
 

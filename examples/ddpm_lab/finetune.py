@@ -26,7 +26,7 @@ from ddpm_lab.method import Trained, apply_method, check_fit, check_method
 from ddpm_lab.order import Source
 from ddpm_lab.outliers import warnings_of
 from ddpm_lab.processes import together
-from ddpm_lab.resume import Kept, Saver
+from ddpm_lab.resume import Kept, Saver, check_identity, identity
 from ddpm_lab.sampling import check_sampling, draw_samples
 from ddpm_lab.training import History, Step, make_accelerator, measure, steps_of, train
 from ddpm_lab.unet import build_unet, divisor, load_base, recompute_activations
@@ -192,7 +192,9 @@ def _started(setup: Setup, screen: Screen, title: str) -> tuple[Trained, Kept]:
 
 
 def _continued(setup: Setup, found: Checkpoint) -> tuple[Trained, Kept]:
-    """A run that goes on: what trains, with the values of the checkpoint."""
+    """A run that goes on: what trains, with the values of the checkpoint. Raises LabError where it is another run."""
+    own = identity(setup.config, setup.volumes.split, setup.accelerator)
+    check_identity(setup.out, own, found.state["identity"])
     trained = _applied(setup, found.folder)
     probe(setup, setup.unet)  # as a new run does: layers plan how they run when they are first called
     return trained, Kept.of(found)

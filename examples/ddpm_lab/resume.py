@@ -194,8 +194,6 @@ class Saver:
         self.checkpoints = Checkpoints(out, config.training.keep_checkpoints)
         self.identity = identity(config, split, accelerator)
         self.volumes = len(split.train)
-        if found is not None:
-            check_identity(out, self.identity, found.state["identity"])
 
     def restore(self, loop: Loop) -> None:
         """Bring a loop, and this process's random states, to where the checkpoint has them."""
