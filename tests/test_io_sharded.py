@@ -148,7 +148,6 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="FullyShardedDataParallel sets `weight` of an adapted layer, a property, when it wraps it")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_ranks_of_fsdp_and_the_way_out(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(tnpeft.__file__).parents[1]), "OMP_NUM_THREADS": "1"}

@@ -285,9 +285,9 @@ class Adapter(Resident, nn.Module):
 
     def _tensor(self, key: str) -> Tensor:
         holder = self._holders.get(key, self) if self._holders else self
-        found = holder._parameters[key] if key in holder._parameters else holder._buffers[key]
-        assert found is not None
-        return found
+        tensor = holder._parameters.get(key, holder._buffers.get(key))
+        # FSDP takes parameters, and leaves views under their names while the module runs.
+        return holder.__dict__[key] if tensor is None else tensor
 
     def _tensors(self, keys: tuple[str | None, ...], weight: Tensor | None) -> list[Tensor]:
         """The network's cores (or their frozen copies) in its order, the base weight among them where it is one."""

@@ -18,6 +18,7 @@ from tnpeft.modules.parked import (
     ORIGINAL,
     acting,
     acting_scales,
+    bare,
     combined,
     is_parked,
     keep,
@@ -25,6 +26,7 @@ from tnpeft.modules.parked import (
     park,
     parked_key,
     remake,
+    set_own,
     show,
     take_back,
     translate,
@@ -48,7 +50,7 @@ _HOOKS = (
 
 # What a layer's tensors were called while it hung below the adapted one as a module of its own.
 _EARLIER = "base."
-_NOT_OF_BASE = ("weight", "bias", "_hf_hook", "_old_forward")
+_NOT_OF_BASE = ("_hf_hook", "_old_forward")
 
 
 class AdaptedLayer(Resident, nn.Module):
@@ -96,7 +98,7 @@ class AdaptedLayer(Resident, nn.Module):
     def weight(self) -> Tensor:
         """The effective weight: the base weight's dtype and strides, differentiable in the active cores."""
         if is_bare(self):
-            return self._parameters["weight"]  # type: ignore[return-value]
+            return bare(self.base, "weight")  # type: ignore[return-value]
         weight: Tensor = self.base.weight
         if self.disabled or self.merged or not self.scales:
             return weight
@@ -105,7 +107,7 @@ class AdaptedLayer(Resident, nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The effective bias: that of the base layer, or the copy that an adapter trains."""
-        bias: Tensor | None = self._parameters["bias"] if is_bare(self) else self.base.bias
+        bias: Tensor | None = bare(self.base, "bias") if is_bare(self) else self.base.bias
         return bias
 
     @property
@@ -192,11 +194,25 @@ class AdaptedLayer(Resident, nn.Module):
         active = f"active={{{', '.join(states)}}}" + ", merged" * self.merged + ", disabled" * self.disabled
         return f"{self.base.extra_repr()}, {active}"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            set_own(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in ("weight", "bias") and name not in self._parameters:
+            del self.base.__dict__[name]
+        else:
+            super().__delattr__(name)
+
     def __getattr__(self, name: str) -> Any:
+        # Not the properties, whose own mistakes would pass for the base weight, and nothing before unpickling.
+        if name in ("weight", "bias"):
+            raise AttributeError(f"`{name}` of {type(self).__name__} could not be made")
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Not the properties, whose own mistakes would pass for the base weight, and nothing before unpickling.
             base = self.__dict__.get("_base")
             if base is None or name in _NOT_OF_BASE or name.startswith("__"):
                 raise

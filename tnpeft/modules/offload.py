@@ -23,7 +23,18 @@ _HOOK, _FORWARD = "_hf_hook", "_old_forward"
 _AWAY = "_tnpeft_away"
 _WRAPPER = "_tnpeft_wrapper"
 _RESIDENT = "_tnpeft_of_"
-_MOVES = "set_module_tensor_to_device"
+# Files of accelerate and of FSDP that ask a module for a tensor as an attribute, and write to its table.
+_FSDP = "torch.distributed.fsdp"
+_MOVERS = frozenset(
+    {
+        "accelerate.utils.modeling",
+        f"{_FSDP}._flat_param",
+        f"{_FSDP}._init_utils",
+        f"{_FSDP}._fully_shard._fsdp_common",
+        f"{_FSDP}._fully_shard._fsdp_init",
+        f"{_FSDP}._fully_shard._fsdp_param",
+    }
+)
 _CALLS = ("pre_forward", "post_forward", "detach_hook")
 
 
@@ -45,14 +56,14 @@ class Resident:
 
 
 def is_bare(module: Any) -> bool:
-    """Whether accelerate is at work on the module, which then shows its own tensors under their names.
+    """Whether accelerate or FSDP is at work on the module, which then shows its own tensors under their names.
 
-    For the attributes of a module: it is the caller of the caller that counts. One function of accelerate reads a
-    tensor as an attribute and writes it to the module's table, also those of modules without hooks of their own.
+    For the attributes of a module: it is the caller of the caller that counts. These libraries read a tensor as an
+    attribute and write it to the module's table, also where the module has no hook of theirs.
     """
     if _AWAY in module.__dict__:
         return True
-    return not torch.compiler.is_compiling() and sys._getframe(2).f_code.co_name == _MOVES
+    return not torch.compiler.is_compiling() and sys._getframe(2).f_globals.get("__name__") in _MOVERS
 
 
 def hook_of(module: nn.Module) -> Any:

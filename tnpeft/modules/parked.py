@@ -23,6 +23,7 @@ __all__ = [
     "ORIGINAL",
     "acting",
     "acting_scales",
+    "bare",
     "combined",
     "copies_of",
     "drop_sum",
@@ -34,6 +35,7 @@ __all__ = [
     "park",
     "parked_key",
     "remake",
+    "set_own",
     "show",
     "show_sum",
     "take_back",
@@ -63,9 +65,8 @@ def copies_of(name: str) -> str:
 
 def own(module: nn.Module, table: str, key: str) -> Tensor:
     """The base's own tensor, whatever acts in its place, merged or not."""
-    tensors = module.__dict__[table]
-    parked = tensors.get(parked_key(ORIGINAL, key))
-    tensor = tensors[key] if parked is None else parked
+    parked = module.__dict__[table].get(parked_key(ORIGINAL, key))
+    tensor = _stored(module, table, key) if parked is None else parked
     assert isinstance(tensor, Tensor)
     return tensor
 
@@ -251,8 +252,10 @@ def _table_of(module: nn.Module, key: str) -> str:
 
 
 def _stored(module: nn.Module, table: str, stored: str) -> Tensor | None:
-    tensors = module.__dict__[table]
-    return tensors[stored] if stored in tensors else module.__dict__["_buffers"][stored]  # type: ignore[no-any-return]
+    for tensors in (module.__dict__[table], module.__dict__["_buffers"]):
+        if stored in tensors:
+            return tensors[stored]  # type: ignore[no-any-return]
+    return module.__dict__[stored]  # type: ignore[no-any-return] # FSDP has taken the parameter and left a view of it
 
 
 class _Showing(Resident):
@@ -262,11 +265,19 @@ class _Showing(Resident):
     _tnpeft_tables: tuple[tuple[str, str], ...]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        stored = self.__dict__.get(_SHOWN, {}).get(name)
-        if stored is None or not isinstance(value, Tensor):
+        table = dict(self._tnpeft_tables).get(name)
+        if table is None:
             super().__setattr__(name, value)
-        else:  # as a norm that puts a new tensor in place of its running mean
-            store(self, _table_of(self, stored), stored, value)  # type: ignore[arg-type]
+        elif table == "_buffers":  # as a norm that puts a new tensor in place of its running mean
+            store(self, table, self.__dict__[_SHOWN][name], value)  # type: ignore[arg-type]
+        else:
+            set_own(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in dict(self._tnpeft_tables) and name not in self.__dict__["_parameters"]:
+            del self.__dict__[name]
+        else:
+            super().__delattr__(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The subclass is made on the fly: what is unpickled is of the plain class first."""
@@ -290,8 +301,9 @@ def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> typ
     def reading(name: str, table: str) -> Callable[[Any], Tensor | None]:
         def read(module: Any) -> Tensor | None:
             shown = module.__dict__.get(_SHOWN, {})
-            stored = name if is_bare(module) else shown.get(name, name)
-            return _stored(module, table, stored)
+            if is_bare(module) and table == "_parameters":
+                return bare(module, name)
+            return _stored(module, table, name if is_bare(module) else shown.get(name, name))
 
         return read
 
@@ -301,6 +313,22 @@ def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> typ
     names |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     names |= {"_tnpeft_plain": plain, "_tnpeft_tables": tables}
     return type(plain.__name__, (_Showing, plain), names)
+
+
+def bare(module: nn.Module, name: str) -> Tensor | None:
+    """What stands under a parameter's name. Raises AttributeError where nothing does, as while FSDP exchanges it."""
+    if name not in module._parameters and name not in module.__dict__:
+        raise AttributeError(name)
+    return _stored(module, "_parameters", name)
+
+
+def set_own(module: Any, name: str, value: Tensor | None) -> None:
+    """Set a module's own parameter, or the view that FSDP puts in place of one that it has taken."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        module.__dict__[name] = value
+    else:
+        module.__dict__.pop(name, None)
+        module.__dict__["_parameters"][name] = value
 
 
 def _list_anew(module: nn.Module) -> None:
