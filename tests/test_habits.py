@@ -208,8 +208,8 @@ def test_recipes_and_specs_take_each_others_names(folder):
         (tnpeft.load_spec, "lora_ddpm", "spec 'lora_ddpm': expected a YAML file, or the name of a shipped spec, "
                                         "found a recipe. `tnpeft list` prints the names."),
         (tnpeft.load_spec, "adapter.safetensors", "spec 'adapter.safetensors': expected a YAML file, found an adapter "
-                                                  "file. `tnpeft inspect adapter.safetensors` shows it. `tnpeft.load` puts it on a "
-                                                  "model."),
+                                                  "file. `tnpeft inspect adapter.safetensors` shows it. "
+                                                  "`tnpeft.load` puts it on a model."),
     ):  # fmt: skip
         with pytest.raises(tnpeft.SpecError) as caught:
             load(name)
