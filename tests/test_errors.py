@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import time
 
@@ -112,7 +113,7 @@ def test_a_pattern_that_catches_norms_is_told_once():
                            "lora.yaml:16:8: layers '0', '3', '6', '9', '12' and 2 more: `scale`: expected a divisor "
                            "other than zero, found zero. Guard it with `max(..., 1)`."),
         ("lora", {"r": "4"}, "spec 'lora', param 'r': expected a finite number, found '4'. Write `r=4`."),
-        ("lora", {"r": 10**400}, f"spec 'lora', param 'r': expected a finite number, found 1{'0' * 55}..0. "
+        ("lora", {"r": 10**400}, "spec 'lora', param 'r': expected a number of at most 1e+12, found a larger one. "
                                  "Write `r=4`."),
     ],
 )  # fmt: skip
@@ -120,14 +121,14 @@ def test_what_no_layer_takes_is_told_once(spec, params, message):
     model = stack()
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(model, spec, match=r"^(0|3|6|9|12|15|18)$", **params)
-    assert str(caught.value) == message.replace("..0.", "...0.")
+    assert str(caught.value) == message
     assert not any("adapters" in name for name, _ in model.named_modules())
 
 
 def test_a_file_that_fits_no_layer_of_a_quantised_model_says_so_once(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plain = copy.deepcopy(model)
     tnpeft.save(tnpeft.attach(model, "lora", match=r"\d").model, tmp_path / "a.safetensors")
-    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     for layer in plain:
         layer.forward = lambda x: x
     with pytest.raises(tnpeft.AttachError) as caught:

@@ -164,7 +164,7 @@ def folder(tmp_path, monkeypatch):
     Path("sub").mkdir()
     for name in ("block_term.yaml", "other.yml", "sub/deep.yaml", "lorra.yaml"):
         Path(name).write_text(text)
-    Path("adapter.safetensors").write_bytes(b"")
+    tnpeft.save(tnpeft.attach(net(), "lora", match="0").model, "adapter.safetensors")
     return tmp_path
 
 
@@ -208,7 +208,8 @@ def test_recipes_and_specs_take_each_others_names(folder):
         (tnpeft.load_spec, "lora_ddpm", "spec 'lora_ddpm': expected a YAML file, or the name of a shipped spec, "
                                         "found a recipe. `tnpeft list` prints the names."),
         (tnpeft.load_spec, "adapter.safetensors", "spec 'adapter.safetensors': expected a YAML file, found an adapter "
-                                                  "file. `tnpeft inspect adapter.safetensors` shows it."),
+                                                  "file. `tnpeft inspect adapter.safetensors` shows it. "
+                                                  "`tnpeft.load` puts it on a model."),
     ):  # fmt: skip
         with pytest.raises(tnpeft.SpecError) as caught:
             load(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from tnpeft.network import Network
@@ -47,15 +48,19 @@ def specs(draw: st.DrawFn, *, max_cores: int = 5, kinds: Sequence[str] = tuple(K
         sizes[f"b{number}"] = draw(st.sampled_from(_BONDS))
         _place(draw, legs, f"b{number}", 2)
     pattern = " ".join([*weight, *(named or ["k..."])])
+    body = _body(draw, legs, pattern)
+    scale = draw(st.sampled_from(_SCALES))
+    read = " ".join([*sizes.values(), *body, scale])
+    params = [f"{name}: {value}" for name, value in (("r", 2), ("alpha", 3)) if re.search(rf"\b{name}\b", read)]
     lines = [
         "tnpeft: 1",
         "name: random",
         f"layers: [{', '.join(chosen)}]",
-        "params: {r: 2, alpha: 3}",
+        f"params: {{{', '.join(params)}}}",
         "sizes:",
         *(f"  {names}: {size}" for names, size in sizes.items()),
-        *_body(draw, legs, pattern),
-        f"scale: {draw(st.sampled_from(_SCALES))}",
+        *body,
+        f"scale: {scale}",
         f"seed: {draw(st.integers(0, 9))}",
     ]
     return Spec.from_yaml("\n".join(lines) + "\n", file="<random>")
