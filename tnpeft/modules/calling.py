@@ -93,7 +93,7 @@ class Calling:
         run[1].lone()  # building it is nothing to trace
         key = f"_plain_{id(run[0])}_{id(run[1])}"
         if key not in self.__dict__:
-            known = [name for name in self.__dict__ if name.startswith("_plain_")]
+            known = [name for name in list(self.__dict__) if name.startswith("_plain_")]
             for name in known[: len(known) + 1 - CALLS]:
                 self.__dict__.pop(name, None)
             self.__dict__[key] = run
