@@ -213,6 +213,12 @@ class AdaptedLayer(Resident, nn.Module):
         where = f"layer '{name}'" if name else None
         raise ExecutionError(Problem(what, "a process for each device", found, fix, where=where))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and isinstance(value, nn.Parameter):  # torch would read the effective one first
+            self._parameters[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         before = own_weight(self.base).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
