@@ -193,6 +193,8 @@ class AdaptedLayer(Resident, nn.Module):
         return f"{self.base.extra_repr()}, {active}"
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias") and "_base" in self.__dict__:
+            return getattr(AdaptedLayer, name).fget(self)  # a mistake of its own, for which the table has an answer
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -214,10 +216,13 @@ class AdaptedLayer(Resident, nn.Module):
         raise ExecutionError(Problem(what, "a process for each device", found, fix, where=where))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias") and isinstance(value, nn.Parameter):  # torch would read the effective one first
-            self._parameters[name] = value
-        else:
+        if name not in ("weight", "bias"):
             super().__setattr__(name, value)
+        elif isinstance(value, nn.Parameter):  # torch would read the effective one first
+            self.base.__dict__.pop(name, None)
+            self._parameters[name] = value
+        else:  # a piece of a larger tensor, as of FSDP
+            setattr(self.base, name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         before = own_weight(self.base).dtype
