@@ -80,10 +80,11 @@ def subject(kind: str, spec: str, mode: str, started: bool = True) -> tuple[nn.S
 
 
 def _attached(kind: str, spec: str, mode: str) -> tuple[nn.Sequential, int]:
+    scopes = dict.fromkeys(tnpeft.load_spec(spec).scopes, r"(\d)")
     for place, (inputs, outputs) in enumerate(CHANNELS):
         model = nn.Sequential(KINDS[kind].make(inputs, outputs)).eval()
         try:
-            tnpeft.attach(model, spec, match="0", mode=mode)
+            tnpeft.attach(model, spec, match="0", mode=mode, scopes=scopes)
         except tnpeft.TnpeftError:
             if place == len(CHANNELS) - 1:
                 raise

@@ -17,7 +17,6 @@ from tnpeft.io.checks import number_problem, stored, tensor_problems
 from tnpeft.io.files import file_path, in_file, refuse, shown, write
 from tnpeft.io.manifest import LayerEntry, Manifest, SpecEntry, digest_of
 from tnpeft.modules import Adapter, is_drawn
-from tnpeft.modules.distributed import split_problem
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
 from tnpeft.surgery import ModelState, adapted, adapters_of, statistics_of, trained_of
@@ -61,9 +60,6 @@ def chosen(model: nn.Module, path: Path, name: str | None) -> tuple[nn.Module, M
     if state.merged:
         fix = "Call `tnpeft.unmerge(model)` first."
         raise refuse(path, "model", "an unmerged model", "a merged one", fix)
-    fix = "Gather the model's weights in one process, and save there."
-    if problem := split_problem(root.named_modules(), fix):
-        raise refuse(path, str(problem.where or "model"), problem.expected, problem.found, problem.fix)
     adapters = adapters_of(root, name)
     for layer, adapter in adapters.items():
         if not adapter.has_values:

@@ -29,7 +29,8 @@ __all__ = ["dense", "execute", "run", "summed_weight"]
 
 def execute(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     """The layer's output in the mode that its adapter has, or chooses, for this call."""
-    if needs_plain_ops(x, layer._parameters.get("weight", x)):  # FSDP takes parameters, and leaves views
+    weight = layer.base._parameters.get("weight")  # not by its name, which `torch.fx` would record
+    if needs_plain_ops(x, layer.base.weight if weight is None else weight):
         return _plain(layer, x, *rest)
     if len(layer.scales) != 1 or layer.disabled or layer.merged:
         return dense(layer, x, *rest)

@@ -207,9 +207,10 @@ class AdaptedLayer(Resident, nn.Module):
             super().__delattr__(name)
 
     def __getattr__(self, name: str) -> Any:
-        # Not the properties, whose own mistakes would pass for the base weight, and nothing before unpickling.
-        if name in ("weight", "bias"):
-            raise AttributeError(f"`{name}` of {type(self).__name__} could not be made")
+        if name in ("weight", "bias") and "_base" in self.__dict__:
+            if is_bare(self):
+                raise AttributeError(name)
+            return getattr(AdaptedLayer, name).fget(self)  # a mistake of its own, for which the table has an answer
         try:
             return super().__getattr__(name)
         except AttributeError:

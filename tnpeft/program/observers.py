@@ -49,10 +49,12 @@ def needs_plain_ops(*tensors: Tensor) -> bool:
         or (_function_modes() and _recorded_by_function_mode())
     ):
         return True
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or tensor.is_meta:
+    device = None
+    for tensor in tensors:  # a loop, for every layer of a pass asks
+        if type(tensor) not in _PLAIN_TYPES or tensor.is_meta or (device is not None and tensor.device != device):
             return True
-    return len(tensors) > 1 and any(tensor.device != tensors[0].device for tensor in tensors[1:])
+        device = tensor.device
+    return False
 
 
 def is_watched() -> bool:

@@ -213,7 +213,7 @@ class Windows:
                 self._move = self._picked
 
     def __call__(self, tensor: Tensor, plain: bool) -> Tensor:
-        """The tensor with shifted copies or without; its shape is arbitrary, its memory contiguous unless plain."""
+        """The tensor with shifted copies or without them, in any shape; its memory is contiguous unless `plain`."""
         if not self.axes:
             return tensor
         return self._moved_plainly(tensor) if plain else self._move(tensor)

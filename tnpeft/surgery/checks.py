@@ -54,7 +54,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 def layer_problem(name: str, layer: nn.Module) -> Problem | None:
     """Why `layer` cannot carry an adapter, or None if it can."""
-    problem = _class_problem(layer) or _parameter_problem(layer) or _forward_problem(layer)
+    problem = _split_problem(layer) or _class_problem(layer) or _parameter_problem(layer) or _forward_problem(layer)
     problem = problem or weight_problem(cast(Tensor, layer.weight)) or _shape_problem(layer)
     return None if problem is None else replace(problem, layers=(name,))
 
@@ -89,12 +89,16 @@ def _parameter_problem(layer: nn.Module) -> Problem | None:
     if any(is_lazy(parameter) for parameter in layer.parameters()):
         found = f"a {type(layer).__name__} without sizes yet"
         return Problem("layer", "known sizes", found, "Run the model once, then attach.")
-    if any(map(is_distributed, layer.parameters())):
-        plain = next(supported for supported in SUPPORTED if isinstance(layer, supported))
-        found = f"a {plain.__name__} of DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
-        fix = "Attach to the whole model, and train it in DistributedDataParallel."
-        return Problem("layer", "`weight` and `bias` as plain parameters", found, fix)
     return None
+
+
+def _split_problem(layer: nn.Module) -> Problem | None:
+    plain = next((supported for supported in SUPPORTED if isinstance(layer, supported)), None)
+    if plain is None or not any(map(is_distributed, layer.parameters(recurse=False))):
+        return None
+    found = f"a {plain.__name__} of DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
+    fix = "Attach to the whole model, and train it in DistributedDataParallel."
+    return Problem("layer", "`weight` and `bias` as plain parameters", found, fix)
 
 
 def _forward_problem(layer: nn.Module) -> Problem | None:
