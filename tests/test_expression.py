@@ -70,6 +70,10 @@ def test_values(text, value):
         ("factorize(0, 2)", "expected a number from 1 to 1048576, found 0"),
         ("prod(i, i, i, i, i, i, i, i)", "expected a number of at most 1e+12, found 4.4e+12"),
         ("max", "expected a value, found the function `max`"),
+        ("((1, 2), r)[0]", "expected a tuple of numbers, found a tuple in a tuple"),
+        ("(r, kernel_size)[0]", "expected a tuple of numbers, found 3 numbers in place of one"),
+        ("(factorize(i, 2), factorize(i, 2))", "expected a tuple of numbers, found 2 numbers in place of one"),
+        ("r if r > 100 else (r, ())", "expected a tuple of numbers, found a tuple in a tuple"),
         ("é", "expected ASCII text, found '\\xe9'"),
     ],
 )

@@ -10,58 +10,15 @@ import sys
 import time
 
 import pytest
+from fuzz_inputs import KINDS, SHIPPED, TOKENS, WORDS, mutated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timing import takes_less_than
 
 import tnpeft
+from tnpeft.plan import plan
 from tnpeft.recipe import Recipe
-from tnpeft.spec.library import shipped_folder
 
-SHIPPED = [path.read_text() for path in sorted(shipped_folder().rglob("*.yaml")) if path.parent.name != "factors"]
-WORDS = sorted({word for text in SHIPPED for word in text.split()})
-TOKENS = [
-    *(": ", "- ", "{", "}", "[", "]", "&a ", "*a", '"', "'", "|\n", ">\n", "!!str ", "#", "\n", "  ", "\t", ",", "? "),
-    *(
-        "k...",
-        "k",
-        "...",
-        "---",
-        "~",
-        "null",
-        "true",
-        "1e-3",
-        ".inf",
-        ".nan",
-        "-1",
-        "0",
-        "9" * 30,
-        "<<: *a",
-        "%YAML 1.1\n",
-    ),
-    *("factorize(i, 3)", "pad=true", "at_most=0", "(o1 o2)", ")", "(", "1/0", "r//0", " if ", " else ", "last(9)"),
-    *("sqrt(-1)", "prod(kernel_size)", "i[0]", "kernel_size[7]", "uniform(bound=r)", "[i, k...]", "max()", "not r"),
-    *(
-        "terms",
-        "terms:\n  - {cores: [up, down], weight: o i, scale: -1}\n",
-        "shared",
-        "shared: model",
-        "from",
-        "from: weight",
-        "from: svd_u",
-        "compose: dora",
-        "scopes: {block: (.)}",
-        "frozen: true",
-        "svd_us",
-        "orthogonal",
-        "zeros",
-        "any",
-        "Linear",
-        "tnpeft: 1\n",
-        "adapters",
-    ),
-    *("\x00", "\x85", "\u2028", "\ufeff", "\ud800", "é", "\U0001f4a5", "\\", '"\\UFFFFFFFF"', '"\\xZZ"', "\x07"),
-]
 LAYERS = (
     tnpeft.Layer("Conv3d", 6, 4, (1, 3, 2)),
     tnpeft.Layer("ConvTranspose2d", 4, 8, (3, 3), 2),
@@ -90,34 +47,6 @@ def read_and_bind(text: str | bytes) -> None:
             str(error).encode("utf-8")
 
 
-def mutated(text: str, choose: random.Random) -> str:
-    """A few edits of the kinds that people and broken disks make."""
-    for _ in range(choose.randint(1, 6)):
-        start, end = sorted(choose.choices(range(len(text) + 1), k=2))
-        kind = choose.randrange(7)
-        if kind == 0:
-            text = text[:start] + text[min(end, start + 20) :]
-        elif kind in (1, 2):
-            text = text[:start] + choose.choice(TOKENS if kind == 1 else WORDS) + text[start:]
-        elif kind == 3:
-            text = (
-                text[:start]
-                + chr(choose.choice((choose.randrange(128), choose.randrange(0x110000))))
-                + text[start + 1 :]
-            )
-        elif kind == 4:
-            lines = text.split("\n")
-            lines.insert(choose.randrange(len(lines) + 1), choose.choice(lines))
-            text = "\n".join(lines)
-        elif kind == 5:
-            words = text.split(" ")
-            words[choose.randrange(len(words))] = choose.choice(WORDS)
-            text = " ".join(words)
-        else:
-            text = text[:end] + text[start:end] + text[end:]
-    return text
-
-
 def fuzz(examples: int) -> settings:
     return settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
@@ -143,7 +72,52 @@ def test_mutated_shipped_files(text, seed):
         assert_survives(mutated(text, choose))
 
 
+@fuzz(300)
+@given(st.sampled_from(["sizes", "tuples", "long", "recipes", "metadata"]), st.integers(0, 2**32))
+def test_what_nobody_would_write(kind, seed):
+    """Towers of tuples, long words, thousands of names and aliases, regular expressions, adapter files' metadata."""
+    assert_survives(KINDS[kind](random.Random(seed)))
+
+
+@fuzz(20)
+@given(st.integers(0, 2**32))
+def test_graphs_of_any_shape_are_planned_and_drawn(seed):
+    """Complete graphs, hyperedges, chains, stars, trees, unions, of bonds of 1 to 1,000."""
+    spec = tnpeft.Spec.from_yaml(KINDS["graphs"](random.Random(seed)))
+    if len(spec.cores) > 16:
+        return
+    network = spec.bind("Linear", in_features=7, out_features=5)
+    assert takes_less_than(5.0, lambda: str(plan(network, "auto")))
+    assert takes_less_than(10.0, lambda: tnpeft.draw_network(network).page)
+
+
+def tower(name: str, storeys: int) -> str:
+    lines = [f"  {name}0: (in_features, {', '.join(['1'] * 31)})"]
+    lines += [f"  {name}{n}: ({', '.join([f'{name}{n - 1}'] * 32)})" for n in range(1, storeys + 1)]
+    return "\n".join(lines)
+
+
 BOMBS = {
+    "two towers of tuples": "tnpeft: 1\nname: towers\nlayers: [Linear]\nstart: frozen_copy\nsizes:\n"
+    + f"{tower('b', 6)}\n{tower('c', 6)}\n  o: out_features if b6 == c6 else 1\n  i: in_features\n"
+    + "cores: {a: o i}\nweight: o i\n",
+    "an expression by thousands of aliases": "tnpeft: 1\nsizes:\n  s: &a '"
+    + "1+" * 190
+    + "1'\n"
+    + "\n".join(f"  s{n}: *a" for n in range(3_000)),
+    "hundreds of names like another": "tnpeft: 1\nname: near\nlayers: [Linear]\nstart: zero\nsizes:\n"
+    + "\n".join(f"  {'a' * 60}{n}: 1" for n in range(200))
+    + "\ncores:\n"
+    + "\n".join(f"  d{n}: {'a' * 61}{n + 1000}" for n in range(250))
+    + "\nweight: o i\n",
+    "thousands of keys": "\n".join(f"a{n}: &a{n} x" for n in range(3_900)),
+    "a core of more elements than a float holds": "tnpeft: 1\nname: big\nlayers: any\nstart: frozen_copy\n"
+    + "params: {r: 16777216}\nbond: r\nsizes: {o: out_channels, i: in_channels}\ncores:\n"
+    + f"  c: o i k... {' '.join(f'r{n}' for n in range(3_000))}\n  d: {' '.join(f'r{n}' for n in range(3_000))}\n"
+    + "weight: o i k...\n",
+    "one line of thousands of names that reads them": "tnpeft: 1\nname: many\nlayers: any\nstart: frozen_copy\n"
+    + f"sizes:\n  ? {' '.join(f'n{n}' for n in range(8_000))}\n  : max({', '.join(f'n{n}' for n in range(60))})\n"
+    + "  o: out_channels\n  i: in_channels\ncores: {a: o i k...}\nweight: o i k...\n",
     "nested brackets": "tnpeft: 1\nname: " + "[" * 50_000,
     "nested parentheses": "tnpeft: 1\nsizes: {o: " + "(" * 5_000 + ")" * 5_000 + "}",
     "an expression of minus signs": "tnpeft: 1\nsizes: {o: '" + "-" * 390 + "1'}",

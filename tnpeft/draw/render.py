@@ -22,7 +22,7 @@ __all__ = ["figure_of", "rendered"]
 _FILLS = {"in": "#b3d9f2", "out": "#f9d9a4", "kernel": "#a8dccb", "inner": "#ffffff"}
 _COLOURS = {"in": "#0072b2", "out": "#b85400", "kernel": "#007a58", None: "#404040"}
 _INK, _LINE, _FROZEN, _WEIGHT = "#1a1a1a", "#707070", "#8a8a8a", "#d9d9d9"
-_DPI, _MOST_PIXELS = 200, 10_000
+_DPI, _MOST_PIXELS = 200, 6_000
 _THICKEST = 64  # sizes from here on have one thickness
 
 
