@@ -22,6 +22,8 @@ from tnpeft.plan.walk import walk
 
 __all__ = ["Prediction", "predict"]
 
+FOREVER = 1e300  # seconds; JSON has no infinity
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -36,7 +38,14 @@ class Prediction:
 
 
 def predict(plan: Plan, call: Call) -> Prediction:
-    """What a call and its backward pass take in the plan's mode."""
+    """What a call and its backward pass take in the plan's mode; for ever, where a float holds no such number."""
+    try:
+        return _predicted(plan, call)
+    except OverflowError:
+        return Prediction(FOREVER, FOREVER)
+
+
+def _predicted(plan: Plan, call: Call) -> Prediction:
     price = _Prices(machine_of(call.device))
     forward, backward = price.base(plan, call)
     if plan.mode == "dense":
