@@ -215,7 +215,7 @@ def test_numbers_that_no_float_holds() -> None:
 
 def test_a_contraction_of_more_steps_than_a_float_holds(tmp_path: Path) -> None:
     path = tmp_path / "dense.yaml"
-    path.write_text(spec_of_graph(networkx.random_regular_graph(24, 200, seed=1)))
+    path.write_text(spec_of_graph(networkx.random_regular_graph(30, 150, seed=1)))
     for arguments in ([], ["--json"], ["--input", "3,2"]):
         result = CliRunner().invoke(app, ["show", str(path), "--layer", "Linear:2,2", *arguments])
         assert result.exit_code == 0, result.exception
