@@ -106,7 +106,7 @@ def _link_data(part: Plan, link: Link) -> dict[str, Any]:
 
 def bytes_text(count: int) -> str:
     """12345678 → "11.77 MiB"."""
-    size = float(count)
+    size = float(min(count, 10**300))  # what no float holds is not there to be read
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"

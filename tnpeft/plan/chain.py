@@ -88,7 +88,8 @@ def _links(network: Network, absorptions: tuple[Absorption, ...]) -> Iterator[Li
     for absorption in absorptions:
         after = {names[letter] for letter in absorption.legs}
         members = [(core, network.cores[core].legs) for core in absorption.cores]
-        outside = {leg for core in network.cores for leg in core.legs if core.name not in _names(network, absorption)}
+        own_names = {network.cores[core].name for core in absorption.cores}
+        outside = {leg for core in network.cores if core.name not in own_names for leg in core.legs}
         own = tuple(dict.fromkeys(leg for _, core_legs in members for leg in core_legs))
         kept = tuple(leg for leg in own if leg in outside or leg in network.open_legs)
         steps = tuple(steps_of(members, kept, _path_over(network, members, kept), network.sizes, number))
@@ -101,10 +102,6 @@ def _links(network: Network, absorptions: tuple[Absorption, ...]) -> Iterator[Li
             2 * absorption.multiplications,
         )  # fmt: skip
         legs = tuple(dict.fromkeys(new))
-
-
-def _names(network: Network, absorption: Absorption) -> set[str]:
-    return {network.cores[core].name for core in absorption.cores}
 
 
 def _path_over(network: Network, members: list[tuple[int, tuple[str, ...]]], kept: tuple[str, ...]) -> Path:

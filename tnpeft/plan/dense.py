@@ -13,9 +13,6 @@ from tnpeft.plan.path import Path, find_path
 __all__ = ["plan_dense", "steps_of", "stored_legs"]
 
 
-LARGEST = 10**300  # FLOPs of a step: predictions and texts are made of floats
-
-
 def plan_dense(network: Network) -> Plan:
     """Contract all cores to the delta weight, which one convolution then uses together with the base weight."""
     if network.parts != (network,):
@@ -29,11 +26,6 @@ def plan_dense(network: Network) -> Plan:
     path = find_path(inputs, output, sizes)
     cores = [(number, core.legs) for number, core in enumerate(network.cores)]
     steps = tuple(steps_of(cores, network.open_legs, path, network.sizes))
-    largest = max((step.flops for step in steps), default=0)
-    if largest > LARGEST:
-        what, expected = f"the contraction of '{network.spec.name}' on {network.layer}", "steps of at most 1e+300 FLOPs"
-        fix = "Use smaller bonds or another topology: no machine could contract it."
-        raise BindError(Problem(what, expected, f"one of about 2^{largest.bit_length() - 1}", fix))
     return Plan(network, "dense", path, steps)
 
 

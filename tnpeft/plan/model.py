@@ -9,6 +9,7 @@ from functools import cached_property
 
 from tnpeft.network.model import Network
 from tnpeft.plan.call import Call
+from tnpeft.plan.cost import LARGEST
 from tnpeft.plan.memory import FLOAT_BYTES, Memory, memory_of
 from tnpeft.plan.path import Path
 from tnpeft.plan.walk import walk
@@ -229,4 +230,6 @@ def _count(number: int) -> str:
     if number < 1000:
         return f"{number} "
     power = min(int(math.log10(number)) // 3, 6)
+    if number > LARGEST:
+        return f"1e+{int(math.log10(number)) - 3 * power} {' kMGTPE'[power]}"
     return f"{number / 1000**power:.3g} {' kMGTPE'[power]}"

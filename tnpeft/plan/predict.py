@@ -22,6 +22,8 @@ from tnpeft.plan.walk import walk
 
 __all__ = ["Prediction", "predict"]
 
+FOREVER = 1e300  # seconds; JSON has no infinity
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -36,7 +38,14 @@ class Prediction:
 
 
 def predict(plan: Plan, call: Call) -> Prediction:
-    """What a call and its backward pass take in the plan's mode."""
+    """What a call and its backward pass take in the plan's mode; for ever, where a float holds no such number."""
+    try:
+        return _predicted(plan, call)
+    except OverflowError:
+        return Prediction(FOREVER, FOREVER)
+
+
+def _predicted(plan: Plan, call: Call) -> Prediction:
     price = _Prices(machine_of(call.device))
     forward, backward = price.base(plan, call)
     if plan.mode == "dense":
@@ -104,7 +113,7 @@ class _Prices:
         numel, links = plan.network.layer.numel, plan.links
         double = 2 if plan.network.start == "frozen_copy" else 1
         inner = links[:-1]
-        bond = min((plan.elements(_cut(plan, place)) for place in range(len(inner))), default=1)
+        bond = min(map(plan.elements, _cuts(plan)), default=1)
         product = self.machine.start + self.machine.contract * numel * bond * double
         return len(inner) * self.machine.start + product + self.moved(numel), 0.0
 
@@ -170,12 +179,18 @@ def _links(plan: Plan, call: Call) -> Iterator[_Link]:
         yield _Link(link.flops / 2, rows, passage.before, passage.after, passage.copied, shifts, link.gather)
 
 
-def _cut(plan: Plan, place: int) -> tuple[str, ...]:
-    """The legs between the clusters up to a place and those after it."""
-    done = {leg for link in plan.links[: place + 1] for leg in link.kept}
-    later = {leg for link in plan.links[place + 1 :] for leg in link.kept}
+def _cuts(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """For each link but the last, the legs between the clusters up to it and those after it."""
     opened = set(plan.network.open_legs)
-    return tuple(leg for leg in plan.network.sizes if leg in done and leg in later and leg not in opened)
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for place, link in enumerate(plan.links):
+        for leg in link.kept:
+            first.setdefault(leg, place)
+            last[leg] = place
+    inner = [leg for leg in first if leg not in opened and first[leg] < last[leg]]
+    for place in range(len(plan.links) - 1):
+        yield tuple(leg for leg in inner if first[leg] <= place < last[leg])
 
 
 def _multiplications(plan: Plan, call: Call) -> float:
