@@ -216,13 +216,10 @@ class AdaptedLayer(Resident, nn.Module):
         raise ExecutionError(Problem(what, "a process for each device", found, fix, where=where))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("weight", "bias"):
-            super().__setattr__(name, value)
-        elif isinstance(value, nn.Parameter):  # torch would read the effective one first
-            self.base.__dict__.pop(name, None)
+        if name in ("weight", "bias") and isinstance(value, nn.Parameter):  # torch would read the effective one first
             self._parameters[name] = value
-        else:  # a piece of a larger tensor, as of FSDP
-            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         before = own_weight(self.base).dtype
