@@ -7,9 +7,9 @@ A YAML file declares the adapter's tensor network; `attach` puts it on a model:
 The rooms import only to the left:
 
     errors <- spec <- network <- plan <- program <- modules <- surgery <- recipe
-           <- io <- fitting <- verify <- draw <- cli
+           <- io <- integrations <- fitting <- verify <- draw <- cli
 
-`tnpeft.integrations` has what other libraries call; it is imported by name.
+`tnpeft.integrations` has what other libraries call; its modules are imported by name.
 """
 
 from __future__ import annotations
