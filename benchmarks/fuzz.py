@@ -103,7 +103,7 @@ def _name(text: str) -> None:
         lambda: tnpeft.attach(model, text, match="^nothing$"),
         lambda: tnpeft.load(model, text),
         lambda: tnpeft.load_foreign(model, text),
-        lambda: tnpeft.draw_network("lora", "/nowhere/" + text),
+        lambda: tnpeft.draw_network("lora", "/dev/null/" + text),
         lambda: tnpeft.compile("lora", model[0], mode=text),
     )
     for use in uses:

@@ -185,11 +185,11 @@ def _command(choose: random.Random) -> str:
                 ["show", name],
                 ["show", "lora", "--layer", layer, "--set", setting],
                 ["check", name],
-                ["draw", name, "-o", "/nowhere/" + _name(choose)],
+                ["draw", name, "-o", "/dev/null/" + _name(choose)],
                 ["verify", name + ".yaml"],
                 ["budget", name, "--model", "x:y", "--params", "10"],
-                ["convert", name, "/nowhere/" + _name(choose), "--model", "x:y"],
-                ["extract", name, name, "--model", "x:y", "--spec", name, "--match", "x", "-o", "/nowhere/" + name],
+                ["convert", name, "/dev/null/" + _name(choose), "--model", "x:y"],
+                ["extract", name, name, "--model", "x:y", "--spec", name, "--match", "x", "-o", "/dev/null/" + name],
                 [name],
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import random
@@ -208,8 +209,7 @@ def test_numbers_that_no_float_holds() -> None:
         with pytest.raises(tnpeft.BindError) as caught:
             spec.bind("Linear", in_features=4, out_features=4, alpha=value)
         assert str(caught.value) == (
-            f"{spec.file}: spec 'lora', param 'alpha': expected a number of at most 1e+12, found a larger one. "
-            "Write `alpha=4`."
+            "spec 'lora', param 'alpha': expected a number of at most 1e+12, found a larger one. Write `alpha=4`."
         )
 
 
@@ -283,6 +283,7 @@ def test_attach_says_what_a_plan_needs_before_it_is_taken(monkeypatch: pytest.Mo
 
 def test_layers_are_counted_together_and_the_bound_can_be_moved(tmp_path: Path) -> None:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    fresh = copy.deepcopy(model)
     with tnpeft.memory_limit(30_000), pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(model, "lora", match=".", r=8)  # 4 layers of 2 x 64 x 8 numbers, and one delta weight
     assert str(caught.value) == (
@@ -294,7 +295,6 @@ def test_layers_are_counted_together_and_the_bound_can_be_moved(tmp_path: Path) 
     with tnpeft.memory_limit(32_768):
         tnpeft.attach(model, "lora", match=".", r=8)
     tnpeft.save(model, tmp_path / "a.safetensors")
-    fresh = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
     with tnpeft.memory_limit(30_000), pytest.raises(tnpeft.AdapterFileError) as refused:
         tnpeft.load(fresh, tmp_path / "a.safetensors")
     assert str(refused.value) == f"{tmp_path / 'a.safetensors'}: {caught.value}"

@@ -398,7 +398,7 @@ start: zero
 
 def test_a_frozen_core_that_the_seed_gives_otherwise_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch):
     text = (
-        HEAD.format("vera", "")
+        HEAD.format("vera", "").replace("params: {r: 2}\n", "")
         + """cores: {b: {legs: o, init: zeros}, A: {legs: i k..., init: normal(1), frozen: true}}
 weight: o i k...
 start: zero

@@ -83,10 +83,15 @@ def test_what_nobody_would_write(kind, seed):
 @given(st.integers(0, 2**32))
 def test_graphs_of_any_shape_are_planned_and_drawn(seed):
     """Complete graphs, hyperedges, chains, stars, trees, unions, of bonds of 1 to 1,000."""
-    spec = tnpeft.Spec.from_yaml(KINDS["graphs"](random.Random(seed)))
+    try:
+        spec = tnpeft.Spec.from_yaml(KINDS["graphs"](random.Random(seed)))
+        network = spec.bind("Linear", in_features=7, out_features=5)
+    except tnpeft.TnpeftError as error:
+        if not str(error).endswith("Use smaller sizes."):
+            raise
+        return  # cores of many large bonds
     if len(spec.cores) > 16:
         return
-    network = spec.bind("Linear", in_features=7, out_features=5)
     assert takes_less_than(5.0, lambda: str(plan(network, "auto")))
     assert takes_less_than(10.0, lambda: tnpeft.draw_network(network).page)
 

@@ -250,6 +250,9 @@ def test_buffers_that_do_not_fit(case: str, tmp_path: Path):
     assert refused(tmp_path, base=Normed()) == f"PATH: {text}"
 
 
+ATTENTION = "MultiheadAttention, whose q, k and v weights are parameters of its own"
+
+
 class Words(nn.Module):
     """Layers that PEFT adapts and tnpeft does not."""
 
@@ -269,9 +272,9 @@ class Words(nn.Module):
     ("targets", "kinds"),
     [
         (["words", "line"], {"words": "Embedding"}),
-        (["attend"], {"attend": "MultiheadAttention"}),
-        (["attend", "line", "words"], {"attend": "MultiheadAttention", "words": "Embedding"}),
-        (["mix", "line"], {"mix": "Conv1D"}),
+        (["attend"], {"attend": ATTENTION}),
+        (["attend", "line", "words"], {"attend": ATTENTION, "words": "Embedding"}),
+        (["mix", "line"], {"mix": "transformers' Conv1D, a linear layer with a transposed weight"}),
     ],
 )
 def test_layers_that_are_not_adapted_here_are_named(targets: list[str], kinds: dict[str, str], tmp_path: Path):
@@ -279,7 +282,7 @@ def test_layers_that_are_not_adapted_here_are_named(targets: list[str], kinds: d
         tmp_path
     )
     assert refused(tmp_path, base=Words()).splitlines() == [
-        f"PATH: layer '{name}', layer type: expected {KINDS}, found {kind}. {OUTSIDE}" for name, kind in kinds.items()
+        f"PATH: layer '{name}': layer type: expected {KINDS}, found {kind}. {OUTSIDE}" for name, kind in kinds.items()
     ]
 
 

@@ -153,7 +153,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "no layer to adapt": (
         put("base_model.model.norm.lora_A.weight", torch.ones(2, 3)),
-        "PATH: layer 'norm', layer type: expected one of Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, "
+        "PATH: layer 'norm': layer type: expected one of Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, "
         "ConvTranspose2d, ConvTranspose3d, found GroupNorm. tnpeft adapts no such layer and loads no part of a file: "
         "merge the adapter in the library that made it.",
     ),

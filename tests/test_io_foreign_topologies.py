@@ -114,7 +114,6 @@ PRODUCT = """
 tnpeft: 1
 name: product
 layers: any
-params: {big: 3}
 sizes: {b: out_channels // 2, a: 2, d: in_channels // 2, c: 2}
 cores:
   large: {legs: k... d b, init: zeros}

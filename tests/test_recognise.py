@@ -143,8 +143,8 @@ def test_an_adapter_file_where_a_spec_is_expected(tmp_path, monkeypatch):
         f"recipe or spec 'adapter.safetensors': expected a YAML file, found an adapter file. {fix}"
     )
     save_file({"a": torch.ones(1)}, "sub.safetensors")
-    assert mistakes("show", tmp_path / "sub.safetensors") == [
-        f"spec {str(tmp_path / 'sub.safetensors')[:200]!r}: expected a YAML file, found a safetensors file. "
+    assert mistakes("show", "./sub.safetensors") == [
+        "spec 'sub.safetensors': expected a YAML file, found a safetensors file. "
         "`tnpeft inspect sub.safetensors` shows it."
     ]
     torch.save({}, "base.pt")

@@ -51,8 +51,7 @@ def check_layers(source: Source, names: Iterable[str], modules: Mapping[str, nn.
     for name in names:
         if problem := layer_problem(name, modules[name]):
             fix = _OUTSIDE if problem.what == "layer type" else problem.fix
-            what = f"layer '{name}', {problem.what}"
-            problems.append(replace(problem, what=what, fix=fix, where=shown(source.path)))
+            problems.append(replace(problem, fix=fix, where=shown(source.path)))
     if problems:
         raise AdapterFileError(*problems)
 
