@@ -29,8 +29,7 @@ __all__ = ["dense", "execute", "run", "summed_weight"]
 
 def execute(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     """The layer's output in the mode that its adapter has, or chooses, for this call."""
-    weight = layer.base._parameters.get("weight")  # not by its name, which `torch.fx` would record
-    if needs_plain_ops(x, layer.base.weight if weight is None else weight):
+    if needs_plain_ops(x, layer.base._parameters["weight"]):  # not by its name, which `torch.fx` would record
         return _plain(layer, x, *rest)
     if len(layer.scales) != 1 or layer.disabled or layer.merged:
         return dense(layer, x, *rest)
