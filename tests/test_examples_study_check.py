@@ -151,7 +151,7 @@ def test_params_and_patterns_are_tried_on_the_model(tmp_path: Path) -> None:
 
 
 def test_a_base_that_is_there_needs_no_source_any_more(tmp_path: Path) -> None:
-    gone = tmp_path / "nowhere"
+    gone = tmp_path / "gone"
     config = tiny_study(tmp_path, f"source={{data: {{root: {gone}}}}}")
     with pytest.raises(tnpeft.TnpeftError) as excinfo:
         check_inputs("table1", config, tmp_path)
