@@ -14,6 +14,7 @@ import networkx
 import pytest
 import torch
 from fuzz_inputs import spec_of_graph
+from networks import GRAPHS, network_of_graph
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timing import takes_less_than
@@ -22,11 +23,13 @@ from typer.testing import CliRunner
 
 import tnpeft
 from tnpeft.cli.app import app
+from tnpeft.cli.costs import bytes_text
 from tnpeft.draw import is_current
 from tnpeft.draw.files import write
 from tnpeft.io.manifest import KEY, digest
 from tnpeft.modules import room
-from tnpeft.plan import plan
+from tnpeft.plan import nominal_call, plan, predict
+from tnpeft.plan.predict import FOREVER
 
 TUPLES = """\
 tnpeft: 1
@@ -213,16 +216,12 @@ def test_numbers_that_no_float_holds() -> None:
         )
 
 
-def test_a_contraction_of_more_steps_than_a_float_holds(tmp_path: Path) -> None:
-    path = tmp_path / "dense.yaml"
-    path.write_text(spec_of_graph(networkx.random_regular_graph(30, 150, seed=1)))
-    for arguments in ([], ["--json"], ["--input", "3,2"]):
-        result = CliRunner().invoke(app, ["show", str(path), "--layer", "Linear:2,2", *arguments])
-        assert result.exit_code == 0, result.exception
-    layer = nn.Linear(2, 2)
-    with pytest.raises(tnpeft.BindError) as caught:
-        tnpeft.compile(str(path), layer)
-    assert len(str(caught.value)) < 2000
+def test_a_contraction_of_more_steps_than_a_float_holds() -> None:
+    network = network_of_graph(GRAPHS["complete"])  # 2**1025 multiplications in one step
+    assert plan(network, "auto").mode == "factored"
+    assert "1e+29" in str(plan(network))
+    assert predict(plan(network), nominal_call(network.layer)).step >= FOREVER
+    assert bytes_text(plan(network).peak_bytes) == "9.313e+290 GiB"
 
 
 SHAPES = {
