@@ -298,7 +298,7 @@ def test_a_broken_library_is_found_out(mutant: Break, monkeypatch: pytest.Monkey
     mutant(monkeypatch)
     expected, telling = MUTANTS[mutant]
     try:
-        report = report_of(examples=8)
+        report = report_of(examples=24)
         assert telling in failing(report)
         assert expected <= failing(report)
         counterexample = next(failure for failure in report.failures if failure.check == telling)
