@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import random
@@ -30,6 +31,7 @@ from tnpeft.io.manifest import KEY, digest
 from tnpeft.modules import room
 from tnpeft.plan import nominal_call, plan, predict
 from tnpeft.plan.predict import FOREVER
+from tnpeft.verify.oracle import dense_delta, entry
 
 TUPLES = """\
 tnpeft: 1
@@ -244,6 +246,52 @@ def test_hundreds_of_cores_are_planned_and_drawn_in_seconds(shape: str) -> None:
     spec = tnpeft.Spec.from_yaml(spec_of_graph(graph, hyperedges, bond))
     network = spec.bind("Linear", in_features=7, out_features=5)
     assert takes_less_than(12.0, lambda: (plan(network, "auto"), tnpeft.draw_network(network).page))
+
+
+def spec_of_chain(count: int) -> tnpeft.Spec:
+    """out - c0 - c1 - ... - in, with a frozen copy and bonds of 16, so that the input passes many links."""
+    legs = [*(f"b{place}" for place in range(count - 1)), "i"]
+    before = ["o", *legs]
+    cores = "".join(
+        f"  c{place}: {{legs: {before[place]} {legs[place]}, init: normal(0.25)}}\n" for place in range(count)
+    )
+    return tnpeft.Spec.from_yaml(
+        "tnpeft: 1\nname: chain\nlayers: [Linear]\nsizes: {o: out_features, i: in_features}\nbond: 16\n"
+        f"cores:\n{cores}weight: o i\nstart: frozen_copy\n"
+    )
+
+
+@pytest.mark.parametrize("count", [120, 200, 256])
+@pytest.mark.parametrize("mode", ["dense", "factored", "hybrid"])
+def test_long_chains_equal_the_product_of_their_matrices(count: int, mode: str) -> None:
+    """Pair legs, one a link, have letters that nothing else has."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 16, bias=False)).double(), torch.randn(3, 16, dtype=torch.float64)
+    tnpeft.attach(model, spec_of_chain(count), match="0", mode=mode)
+    adapter = model[0].adapter("default")
+    start = functools.reduce(torch.matmul, (core.detach().clone() for core in adapter.cores.values()))
+    assert torch.equal(model(x), nn.functional.linear(x, model[0].base.weight))
+    with torch.no_grad():
+        for core in adapter.cores.values():
+            core.mul_(1.01)
+    delta = functools.reduce(torch.matmul, adapter.cores.values()) - start
+    expected = nn.functional.linear(x, model[0].base.weight + adapter.network.scale * delta)
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(model(x).square().sum(), list(adapter.cores.values())),
+        torch.autograd.grad(expected.square().sum(), list(adapter.cores.values())),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+def test_verify_adds_up_hundreds_of_cores_in_seconds() -> None:
+    network = spec_of_chain(256).bind("Linear", in_features=16, out_features=16)
+    cores = {core.name: torch.randn(16, 16, dtype=torch.float64) / 4 for core in network.cores}
+    assert takes_less_than(3.0, lambda: [entry(network, cores, (place, 0)) for place in range(15)])
+    found = dense_delta(network, cores, None)
+    expected = network.scale * functools.reduce(torch.matmul, cores.values())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
 
 
 def test_sums_of_many_terms_are_drawn_as_far_as_a_page_goes() -> None:

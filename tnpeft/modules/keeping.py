@@ -2,13 +2,11 @@
 
 Kept are results and the small graph that made them, on leaves of its own. Every forward pass gets the results as new
 tensors from a new node of autograd, whose backward pass runs that graph: each micro-step has gradients of its own,
-those that it would have without. All threads that run the model share what is kept: backward passes on a GPU, and with
-them activation checkpointing, have threads of their own.
+those that it would have without. All threads that run the model share what is kept.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -55,14 +53,17 @@ class Keeping:
     ) -> tuple[Tensor, ...]:
         """`make(inputs)`, made once as long as it is made of the same tensors: those of `adapters`, and `others`.
 
-        Gradients reach `inputs`. Nobody else may write to the results. Raises ExecutionError if a tensor that trains,
-        or one of `others`, has been written to since.
+        Gradients reach `inputs`. Nobody else may write to the results. Where hooks are around saved tensors, as under
+        activation checkpointing, results are made anew and not kept: what is saved belongs to that forward pass.
+        Raises ExecutionError if a tensor that trains, or one of `others`, has been written to since.
         """
         sources = [*others, *(tensor for adapter in adapters for tensor in adapter.stored)]
         with self._lock:  # others wait for what one of them makes
             if not self.is_open:  # another thread has closed it since this one asked
                 return tuple(make(inputs))
             self._require_values(adapters, sources)
+            if saved_tensors_are_hooked():
+                return tuple(make(inputs))
             kept = self._found.get(key)
             if kept is None or not kept.stands(sources, inputs):
                 kept = self._found[key] = _Kept(sources, inputs, make)
@@ -99,7 +100,7 @@ class _Kept:
     def __init__(self, sources: Sequence[Tensor], inputs: Sequence[Tensor], make: Make) -> None:
         self.sources = tuple(sources)
         self._wanted = _wanted(inputs)
-        with torch.enable_grad(), _as_they_are():
+        with torch.enable_grad():
             self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
             self.outputs = tuple(make(self.leaves))
         self._made = writes_of(self.outputs)
@@ -125,7 +126,7 @@ class _Kept:
 
 
 class _Again(torch.autograd.Function):
-    """Kept results as tensors of a new node; it saves nothing, so that activation checkpointing sees no difference."""
+    """Kept results as tensors of a new node, which saves nothing."""
 
     @staticmethod
     def forward(ctx: Any, kept: _Kept, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -143,13 +144,6 @@ class _Again(torch.autograd.Function):
             fix = "Leave `tnpeft.accumulating` for second derivatives."
             raise ExecutionError(Problem(what, "gradients that are not differentiated", "`create_graph=True`", fix))
         return (None, *ctx.kept.gradients(gradients, ctx.needs_input_grad[1:]))
-
-
-def _as_they_are() -> contextlib.AbstractContextManager[Any]:
-    """What is kept is saved as it is: hooks around the model belong to one forward pass."""
-    if not saved_tensors_are_hooked():
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _wanted(inputs: Sequence[Tensor]) -> list[bool]:

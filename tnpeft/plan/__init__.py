@@ -2,7 +2,7 @@
 
 from tnpeft.plan.call import Axis, Call, nominal_call
 from tnpeft.plan.dense import steps_of
-from tnpeft.plan.memory import Memory
+from tnpeft.plan.memory import PAIRS, Memory
 from tnpeft.plan.model import Link, Plan, Step
 from tnpeft.plan.modes import DEFAULT_MODE, MODES, best_plan, check_choices, check_mode, feasible_plans, plan
 from tnpeft.plan.path import Path, find_path
@@ -11,6 +11,7 @@ from tnpeft.plan.predict import Prediction, predict
 __all__ = [
     "DEFAULT_MODE",
     "MODES",
+    "PAIRS",
     "Axis",
     "Call",
     "Link",

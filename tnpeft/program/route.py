@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from tnpeft.plan import Link, Plan
+from tnpeft.plan import PAIRS, Link, Plan
 
 __all__ = ["BATCH", "GROUP", "VOXELS", "Route", "Stop", "routes"]
 
 # Letters of the batch, the voxels, and the layers of a group; networks have those of `opt_einsum.get_symbol`, which
-# are none of these. Pair legs follow them.
+# are none of these, nor of the pair legs' (`PAIRS`).
 BATCH, VOXELS, GROUP = "\u0001", "\u0002", "\u0003"
-_PAIRS = 0x10
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _route(plan: Plan) -> Route:
         before, after = orders[place], orders[place + 1]
         own = "".join(letters[leg] for leg in link.kept)
         last = place == len(plan.links) - 1
-        pair_in, pair_out = (chr(_PAIRS + place) if place else "", "" if last else chr(_PAIRS + place + 1))
+        pair_in, pair_out = (chr(PAIRS + place) if place else "", "" if last else chr(PAIRS + place + 1))
         sizes |= dict.fromkeys(pair_in + pair_out, 2)
         stops.append(
             Stop(

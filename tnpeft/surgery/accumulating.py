@@ -29,11 +29,12 @@ def accumulating(model: nn.Module) -> Iterator[None]:
         optimiser.step()
 
     Each forward pass has gradients of its own, those that it would have without the context, so that `backward` may
-    be called after each or once for several, within DistributedDataParallel too. Under activation checkpointing it
-    belongs inside, as the forward pass. Kept are W + ΔW of dense and hybrid layers and the clusters of hybrid and
-    factored ones; all of it is dropped at the end, and when the model is moved, loaded, attached to or switched.
-    Contexts nest. Compiled graphs keep nothing. It acts on the model for all threads: others that call it meanwhile use
-    what is kept, and get what they would get without, until the last context of any thread ends.
+    be called after each or once for several, within DistributedDataParallel too. Kept are W + ΔW of dense and hybrid
+    layers and the clusters of hybrid and factored ones; all of it is dropped at the end, and when the model is moved,
+    loaded, attached to or switched. Contexts nest. Compiled graphs keep nothing, and calls within hooks on saved
+    tensors (`checkpoint(..., use_reentrant=False)`, `save_on_cpu`) make their own. It acts on the model for all
+    threads: others that call it meanwhile use what is kept, and get what they would get without, until the last
+    context of any thread ends.
 
     The cores must not change inside: a forward pass after an optimiser step raises ExecutionError. Writes by fused
     optimisers and to `.data` cannot be seen. Raises AttachError where nothing is attached.

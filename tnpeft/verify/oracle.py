@@ -26,14 +26,19 @@ def sum_out(operands: Iterable[Legged], kept: Sequence[str]) -> Tensor:
     """
     live = [(tensor, legs) for tensor, legs in operands]
     sizes = {leg: size for tensor, legs in live for leg, size in zip(legs, tensor.shape, strict=True)}
-    waiting = [leg for leg in sizes if leg not in kept]
-    while waiting:
-        leg = min(waiting, key=lambda one: math.prod(sizes[other] for other in _joint(live, one)))
-        waiting.remove(leg)
-        joint = _joint(live, leg)
+    joints = {leg: _joint(live, leg) for leg in sizes if leg not in kept}
+    costs = {leg: math.prod(sizes[other] for other in joint) for leg, joint in joints.items()}
+    while joints:
+        leg = min(joints, key=costs.__getitem__)
+        joint = joints.pop(leg)
         product = _product([one for one in live if leg in one[1]], joint)
+        left = tuple(other for other in joint if other != leg)
         live = [one for one in live if leg not in one[1]]
-        live.append((product.sum(joint.index(leg)), tuple(other for other in joint if other != leg)))
+        live.append((product.sum(joint.index(leg)), left))
+        for other in left:
+            if other in joints:  # the only ones whose operands changed
+                joints[other] = _joint(live, other)
+                costs[other] = math.prod(sizes[one] for one in joints[other])
     return _product(live, tuple(kept))
 
 
