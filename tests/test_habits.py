@@ -263,6 +263,8 @@ def test_shipped_files_are_told_without_the_place_of_installation():
         ("sub/nets:build", "Write `sub.nets:build`."),
         ("nets.py::build", "Write `nets:build`."),
         ("nets:build()", "Write `nets:build`."),
+        ("nets:build(pad=True)", "Write a function without arguments that returns `build(pad=True)`, and name that."),
+        ("nets.py:build(3)", "Write a function without arguments that returns `build(3)`, and name that."),
         ("/there/nets.py:build", "Run it in its folder and write `nets:build`."),
         ("../there/nets.py:build", "Run it in the folder '../there' and write `nets:build`."),
         ("nets.py", "Write `nets:NAME`, NAME being the function or class that makes the model."),

@@ -341,3 +341,79 @@ def test_the_whole_net_still_loads(tmp_path: Path):
     theirs = with_peft(peft.LoraConfig(r=2, target_modules=["line"]), Net())
     theirs.save_pretrained(tmp_path)
     assert_same(loaded(tmp_path)(X), theirs(X))
+
+
+def flat_lora(prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}0.lora_down.weight": torch.ones(2, 6), f"{prefix}0.lora_up.weight": torch.ones(8, 2)}
+
+
+@pytest.mark.parametrize("prefix", ["tower.", "vision.tower."])
+@pytest.mark.parametrize("library", ["lycoris", "peft", "diffusers"])
+def test_a_file_for_a_whole_of_which_the_model_is_a_part(library: str, prefix: str, tmp_path: Path):
+    """The advice is what then works."""
+    path = tmp_path / "adapter_model.safetensors"
+    tensors, key = flat_lora(prefix), f"{prefix}0.lora_down.weight"
+    if library != "lycoris":
+        head = "base_model.model." if library == "peft" else ""
+        tensors = {f"{head}{name}".replace("down", "A").replace("up", "B"): tensor for name, tensor in tensors.items()}
+        key = next(iter(tensors))
+        if library == "peft":
+            config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["0"]}
+            (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        else:
+            path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(tensors, path)
+    inner = Outer().model
+    whole = {"tower.": '{"tower": model}', "vision.tower.": '{"vision": torch.nn.ModuleDict({"tower": model})}'}[prefix]
+    assert refused(path, base=inner) == (
+        f"PATH: tensor '{key}': expected a layer of this model, found no such layer. "
+        f"This model has '0': load the file onto `torch.nn.ModuleDict({whole})`."
+    )
+    before = inner(SIX)
+    tnpeft.load_foreign(eval(f"torch.nn.ModuleDict({whole})", {"torch": torch, "model": inner}), path)
+    torch.testing.assert_close(inner[0](SIX), Outer().model[0](SIX) + 2 * SIX.sum(1, keepdim=True).expand(4, 8))
+    assert not torch.equal(inner(SIX), before)
+
+
+def test_a_file_for_a_part_of_the_model(tmp_path: Path):
+    path = tmp_path / "a.safetensors"
+    save_file({f"a.{key}": tensor for key, tensor in flat_lora("").items()}, path)
+    base = nn.ModuleDict({"one": nn.ModuleDict({"a": Outer().model})})
+    assert refused(path, base=base) == (
+        "PATH: tensor 'a.0.lora_down.weight': expected a layer of this model, found no such layer. "
+        "This model has 'one.a.0': load the file onto `model.one`, if it was made for that part."
+    )
+    tnpeft.load_foreign(base["one"], path)
+    base = nn.ModuleDict({"one": nn.ModuleDict({"a": Outer().model})})
+    base["two"] = nn.ModuleDict({"a": Outer().model})  # which of them is not known
+    assert refused(path, base=base) == (
+        "PATH: tensor 'a.0.lora_down.weight': expected a layer of this model, found no such layer. " + MADE_FOR
+    )
+
+
+def test_a_checkpoint_is_no_adapter(tmp_path: Path):
+    torch.save(Net().state_dict(), tmp_path / "base.pt")
+    save_file(Net().state_dict(), tmp_path / "base.safetensors")
+    for name in ("base.pt", "base.safetensors"):
+        message = refused(tmp_path / name, base=Net())
+        assert message.startswith("PATH: file: expected an adapter: LoRA, LoHa and LoKr of PEFT, ")
+        first = "'line.weight', 'line.bias', 'conv1.weight'"
+        if name != "base.pt":
+            first = "'conv1.bias', 'conv1.weight', 'conv2.bias'"  # in the alphabet's order
+        assert message.endswith(
+            f", found a model's own weights ({first}). "
+            "`tnpeft extract` makes an adapter of a fine-tuned checkpoint and its base."
+        )
+
+
+def test_numbers_that_are_none_are_warned_of(tmp_path: Path):
+    tensors = flat_lora("")
+    tensors["0.lora_up.weight"][3, 1] = torch.nan
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.warns(tnpeft.TnpeftWarning) as caught:
+        tnpeft.load_foreign(Outer().model, tmp_path / "a.safetensors")
+    assert [str(one.message) for one in caught] == [
+        f"{tmp_path / 'a.safetensors'}: values of the adapter: expected finite numbers, found NaN or infinity in '0'. "
+        "Training may have diverged: go back to an earlier file, or train with a smaller learning rate."
+    ]
+    assert caught[0].filename == __file__

@@ -417,7 +417,7 @@ def test_names_of_the_original_code(tmp_path: Path):
     key = "lora_unet_input_blocks_1_1_proj_in.lora_down.weight"
     save_file({key: torch.ones(2, 8)}, tmp_path / "a.safetensors")
     assert refused(tmp_path / "a.safetensors", base=UNet()) == (
-        f"PATH: tensor '{key}': expected a layer of this model, its `.` written as `_`, found no such layer. "
+        f"PATH: tensor '{key}': expected a layer of this model, found no such layer. "
         "It has the names of the original code: load it in diffusers, and save it with `save_lora_adapter`."
     )
 

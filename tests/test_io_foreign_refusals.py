@@ -317,7 +317,12 @@ def test_files_that_are_none(tmp_path: Path, folder: Path, file: Path):
     assert refused(folder).startswith("PATH/adapter_config.json: PEFT config: expected a JSON file, found ")
     other = tmp_path / "other.safetensors"
     save_file({"weight": torch.ones(2)}, other)
-    assert refused(other) == f"PATH: method: expected {METHODS}, found 'weight'. {ELSEWHERE}"
+    assert refused(other) == (
+        f"PATH: file: expected an adapter: {METHODS}, found a model's own weights ('weight'). "
+        "`tnpeft extract` makes an adapter of a fine-tuned checkpoint and its base."
+    )
+    save_file({"secret": torch.ones(2)}, other)
+    assert refused(other) == f"PATH: method: expected {METHODS}, found 'secret'. {ELSEWHERE}"
 
 
 def test_pickles_are_not_run(tmp_path: Path):

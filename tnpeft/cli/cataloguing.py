@@ -12,6 +12,7 @@ from tnpeft.errors import Problem
 from tnpeft.spec import Spec, list_specs, load_spec
 from tnpeft.spec.library import shipped_folder
 from tnpeft.spec.paths import is_file
+from tnpeft.spec.writing import replace_files
 
 __all__ = ["BEGIN", "END", "catalogue", "update_catalogue"]
 
@@ -50,8 +51,13 @@ def update_catalogue(output: Output, name: str) -> None:
         raise UsageError(Problem("--markdown", "a text file with the two marks", "none", fix, name))
     updated = f"{before}{BEGIN}\n{catalogue()}\n{END}{after}"
     if updated != text:
-        path.write_text(updated, encoding="utf-8")
+        replace_files({path: updated.encode()}, _unwritten)
     output.say(f"{name}: {'updated' if updated != text else 'as it was'}")
+
+
+def _unwritten(path: Path, reason: str) -> UsageError:
+    fix = "Choose a file that can be written to."
+    return UsageError(Problem("--markdown", "to be written", reason, fix, str(path)))
 
 
 def _row(cells: tuple[str, ...] | str) -> str:

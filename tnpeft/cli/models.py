@@ -77,6 +77,9 @@ def _as_module(text: str) -> str:
     """How the path of a Python file, or a call, is written as module and factory; empty for what is neither."""
     place, _, name = text.partition(":")
     name = name.strip(":").removesuffix("()")
+    called, bracket, _ = name.partition("(")
+    if bracket and called.isidentifier():
+        return f"Write a function without arguments that returns `{name[:40]}`, and name that."
     path = Path(place)
     separated = path.suffix == ".py" or "/" in place or "\\" in place
     if not separated and name == text.partition(":")[2]:

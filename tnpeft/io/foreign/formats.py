@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from itertools import islice
 from pathlib import Path
 
 from tnpeft.errors import AdapterFileError
@@ -11,7 +12,7 @@ from tnpeft.io.files import refuse
 from tnpeft.io.foreign.spelling import respelled
 from tnpeft.spec.document import clip
 
-__all__ = ["FORMATS", "SUPPORTED", "clip_key", "guess", "unsupported"]
+__all__ = ["FORMATS", "SUPPORTED", "clip_key", "guess", "unknown", "unsupported"]
 
 FORMATS = ("peft", "diffusers", "lycoris", "kohya", "comfyui", "tenvoo")
 SUPPORTED = (
@@ -34,6 +35,16 @@ _OTHERS = {
     ".a1.weight": "GLoRA",
     ".lambda_layer": "T-LoRA",
     "prompt_embeddings": "prompt tuning",
+}
+# What torch's own modules call their tensors.
+_OF_MODULES = {
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+    "in_proj_weight",
+    "in_proj_bias",
 }
 
 
@@ -69,9 +80,21 @@ def unsupported(path: Path, keys: Iterable[str]) -> AdapterFileError:
     """The error for a file whose method is none that can be read."""
     keys = list(keys)
     name = next((other for mark, other in _OTHERS.items() if any(mark in key for key in keys)), None)
-    shown = ", ".join(f"'{clip_key(key)}'" for key in keys[:3]) or "no tensors"
-    found = f"{name} ({shown})" if name else shown
+    found = f"{name} ({_first(keys)})" if name else _first(keys)
     return refuse(path, "method", SUPPORTED, found, "Convert such adapters with the library that made them.")
+
+
+def unknown(path: Path, keys: Collection[str]) -> AdapterFileError:
+    """The error for a file with these keys, of which none says a format."""
+    if keys and all(key.rpartition(".")[2] in _OF_MODULES for key in keys):
+        found = f"a model's own weights ({_first(keys)})"
+        fix = "`tnpeft extract` makes an adapter of a fine-tuned checkpoint and its base."
+        return refuse(path, "file", f"an adapter: {SUPPORTED}", found, fix)
+    return unsupported(path, keys)
+
+
+def _first(keys: Iterable[str]) -> str:
+    return ", ".join(f"'{clip_key(key)}'" for key in islice(keys, 3)) or "no tensors"
 
 
 def clip_key(key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError
-from tnpeft.io.files import file_path, refuse, shown
+from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning
+from tnpeft.io.checks import number_problem
+from tnpeft.io.files import file_path, in_file, refuse, shown
 from tnpeft.io.foreign.names import reached_twice
 from tnpeft.io.foreign.parts import Foreign, adapter_of
 from tnpeft.io.foreign.peft import read_peft
@@ -63,7 +65,8 @@ def load_foreign(
     `alpha` is for the paper's LoCon, LoHa and LoKr, whose files do not hold it (`rank // 4` there).
 
     Raises AdapterFileError for files that are damaged, incomplete, of another method or made for
-    another model, and AttachError where surgery refuses. The model is then as it was.
+    another model, and AttachError where surgery refuses. The model is then as it was. Warns (TnpeftWarning) of
+    NaN and infinity in the file.
     """
     path = file_path(path)
     if problems := [*model_problems(model)]:
@@ -76,10 +79,11 @@ def load_foreign(
     adapters = _adapters(path, foreign, modules)
     trained = _fitting(path, "parameter", foreign.trained, parameters, parameter_groups(model))
     statistics = _fitting(path, "running statistics", foreign.statistics, buffers, norm_statistics(model))
+    _warn_of_numbers(path, adapters, trained)
     try:
         install(model, name, adapters, trained, _about(source, trained, adapters))
     except AttachError as error:
-        raise AttachError(*_in_file(path, error)) from error
+        raise AttachError(*in_file(path, error.problems)) from error
     with torch.no_grad():
         for copies, values in ((trained_of(model, name), trained), (statistics_of(model, name), statistics)):
             for key, value in values.items():
@@ -142,10 +146,19 @@ def _adapters(path: Path, foreign: Foreign, modules: Mapping[str, nn.Module]) ->
         try:
             adapters[name] = adapter_of(foreign.parts[name], modules[name], name)
         except TnpeftError as error:
-            problems += _in_file(path, error, f"layer '{name}'")
+            problems += in_file(path, error.problems, f"layer '{name}'")
     if problems:
         raise AdapterFileError(*problems)
     return adapters
+
+
+def _warn_of_numbers(path: Path, adapters: Mapping[str, Adapter], trained: Mapping[str, Tensor]) -> None:
+    cores = {
+        f"layers.{layer}.{key}": core for layer, each in adapters.items() for key, core in each.state_dict().items()
+    }
+    tensors = {**cores, **{f"trained.{name}": value for name, value in trained.items()}}
+    if problem := number_problem(tensors, adapters):
+        warnings.warn(TnpeftWarning(replace(problem, where=shown(path))), stacklevel=3)
 
 
 def _fitting(
@@ -178,10 +191,3 @@ def _about(source: Source, trained: Mapping[str, Tensor], adapters: Mapping[str,
     biases = [name for name in trained if name.removesuffix(".bias") in adapters and name.endswith(".bias")]
     also = [name for name in trained if name not in biases]
     return {"recipe": source.format, "trained": {"bias": biases, "norm": [], "also": also}}
-
-
-def _in_file(path: Path, error: TnpeftError, where: str | None = None) -> list[Problem]:
-    """The problems of an error, each with the file, and the layer in it, that leads to it."""
-    places = [(shown(path), where, problem.where) for problem in error.problems]
-    texts = [": ".join(str(part) for part in parts if part is not None) for parts in places]
-    return [replace(problem, where=text) for problem, text in zip(error.problems, texts, strict=True)]

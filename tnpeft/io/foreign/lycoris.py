@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tnpeft.io.foreign.beside import with_biases
 from tnpeft.io.foreign.formats import clip_key, unsupported
-from tnpeft.io.foreign.names import check_layers, underscored
+from tnpeft.io.foreign.names import check_layers, underscored, where_to_load
 from tnpeft.io.foreign.parts import Foreign, Part
 from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, slots_of, wide
 from tnpeft.io.foreign.source import Source
@@ -46,7 +46,7 @@ def read_lycoris(source: Source, modules: Mapping[str, nn.Module], parameters: M
     trained: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
     for key, match in found.items():
-        name, tensor = _module(source, key, layers[match["module"]], modules), source.tensors[key]
+        name, tensor = _module(source, key, match["module"], layers[match["module"]], modules), source.tensors[key]
         if match["trained"]:
             parameter = f"{name}.{_TRAINED[match['trained']]}"
             trained[parameter] = _sum(source, key, tensor, parameter, parameters)
@@ -78,7 +78,7 @@ def _sum(source: Source, key: str, change: Tensor, name: str, parameters: Mappin
     return base.detach().cpu().to(torch.promote_types(base.dtype, change.dtype)) + change
 
 
-def _module(source: Source, key: str, found: str | tuple[str, ...] | None, modules: Iterable[str]) -> str:
+def _module(source: Source, key: str, written: str, found: str | tuple[str, ...] | None, modules: Iterable[str]) -> str:
     fix = "Load the file onto the model it was made for."
     what = f"tensor '{clip_key(source.called(key))}'"
     if found is None:
@@ -86,7 +86,13 @@ def _module(source: Source, key: str, found: str | tuple[str, ...] | None, modul
             name in module for name in _ORIGINAL for module in modules
         ):
             fix = "It has the names of the original code: load it in diffusers, and save it with `save_lora_adapter`."
-        raise source.refuse(what, "a layer of this model, its `.` written as `_`", "no such layer", fix)
+            raise source.refuse(what, "a layer of this model", "no such layer", fix)
+        expected = "a layer of this model"
+        if "." in written:
+            fix = where_to_load(written, [module[len(source.place) :] for module in modules])
+        else:
+            expected += ", its `.` written as `_`"
+        raise source.refuse(what, expected, "no such layer", fix)
     if isinstance(found, tuple):
         several = " and ".join(f"'{name}'" for name in found)
         fix = "Rename one of the two in the model."

@@ -14,7 +14,7 @@ from tnpeft.io.foreign.source import Source
 from tnpeft.surgery import layer_problem
 from tnpeft.surgery.tree import places
 
-__all__ = ["check_layers", "dotted", "layer_named", "reached_twice", "underscored"]
+__all__ = ["check_layers", "dotted", "layer_named", "reached_twice", "underscored", "where_to_load"]
 
 # `text_model.` stood between CLIP's text encoder and its layers before transformers 5.
 _WRAPPERS = ("base_model.model.", "base_model.", "_orig_mod.", "module.", "model.", "text_model.")
@@ -39,10 +39,30 @@ def layer_named(source: Source, key: str, written: str, modules: Mapping[str, nn
     """The module that the tensor `key` is for, whose name the file has as `written`. Raises AdapterFileError."""
     name = dotted(written, modules, source.place)
     if name is None:
-        fix = "Load the file onto the model it was made for."
         what = f"tensor '{clip_key(source.called(key))}'"
+        fix = where_to_load(written, [module[len(source.place) :] for module in modules])
         raise source.refuse(what, "a layer of this model", "no such layer", fix)
     return name
+
+
+def where_to_load(written: str, known: Collection[str]) -> str:
+    """What to do with a file whose name of a layer, with its dots, no layer of the model has."""
+    name = written
+    while prefix := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None):
+        name = name[len(prefix) :]
+    steps = name.split(".")
+    place = next((place for place in range(1, len(steps)) if ".".join(steps[place:]) in known), None)
+    if place is not None:  # this model is a part of the file's
+        whole = "model"
+        for step in reversed(steps[:place]):
+            whole = f'{{"{step}": {whole}}}' if whole == "model" else f'{{"{step}": torch.nn.ModuleDict({whole})}}'
+        return f"This model has '{'.'.join(steps[place:])}': load the file onto `torch.nn.ModuleDict({whole})`."
+    outer = [module.removesuffix(f".{name}") for module in known if name and module.endswith(f".{name}")]
+    if len(outer) == 1:  # and the other way round
+        return (
+            f"This model has '{outer[0]}.{name}': load the file onto `model.{outer[0]}`, if it was made for that part."
+        )
+    return "Load the file onto the model it was made for."
 
 
 def check_layers(source: Source, names: Iterable[str], modules: Mapping[str, nn.Module]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tnpeft.errors import AdapterFileError
 from tnpeft.io.files import not_safetensors, refuse, what_is_at
 from tnpeft.io.foreign.archive import archive_problem
-from tnpeft.io.foreign.formats import FORMATS, clip_key, guess, unsupported
+from tnpeft.io.foreign.formats import FORMATS, clip_key, guess, unknown
 from tnpeft.io.manifest import KEY
 from tnpeft.spec.document import clip
 from tnpeft.spec.recognise import recognise
@@ -93,7 +93,7 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
     headers = _headers(weights, header.get(HEADER))
     kind = format or ("diffusers" if headers else guess(tensors, pickled, has_config))
     if kind is None:
-        raise unsupported(path, tensors)
+        raise unknown(path, tensors)
     if kind == "diffusers" and format is None and not headers and weights.stem == "adapter_model":
         kind = "peft"  # whose file it is by its name, with keys that somebody has cut
     if kind == "tenvoo":
