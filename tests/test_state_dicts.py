@@ -294,7 +294,8 @@ def test_a_recurrent_layer_is_trained_as_a_whole():
     x = torch.randn(2, 5, 3)
 
     def run() -> Tensor:
-        return model["out"](model["rnn"](x)[0])
+        # torch multiplies a strided input in another way, and rounds otherwise, by a weight that is frozen.
+        return model["out"](model["rnn"](x)[0].contiguous())
 
     base = run()
     handle = tnpeft.attach(model, "lora", match=["out"], r=2, train={"also": ["rnn"]})
