@@ -22,20 +22,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import common
 import torch
+from smallest import KINDS, MODES, attached
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import tnpeft
 from tnpeft.verify.subject import fill
 
-MODES = ("auto", "dense", "factored", "hybrid")
 TOLERANCE = 1e-5
 FAILED = "failed: "
-CHANNELS = ((4, 6), (6, 4), (4, 4), (8, 8), (8, 16), (16, 16))
 PAIRS = (
     ("Linear", "lora", "factored"), ("Linear", "dora", "auto"), ("Linear", "quanta", "factored"),
     ("Linear", "tt_lora", "auto"), ("Linear", "hira", "dense"), ("Conv1d", "loha", "hybrid"),
@@ -44,31 +43,13 @@ PAIRS = (
 )  # fmt: skip
 
 
-class Kind(NamedTuple):
-    """How a layer of some channels is made, and the shape of its input after the batch."""
-
-    make: Callable[[int, int], nn.Module]
-    shape: Callable[[int], tuple[int, ...]]
-
-
-KINDS: Mapping[str, Kind] = {
-    "Linear": Kind(nn.Linear, lambda i: (i,)),
-    "Conv1d": Kind(lambda i, o: nn.Conv1d(i, o, 3, padding=1), lambda i: (i, 5)),
-    "Conv2d": Kind(lambda i, o: nn.Conv2d(i, o, 3, padding=1, stride=2), lambda i: (i, 5, 4)),
-    "Conv3d": Kind(lambda i, o: nn.Conv3d(i, o, 3, padding=1), lambda i: (i, 3, 4, 3)),
-    "ConvTranspose1d": Kind(lambda i, o: nn.ConvTranspose1d(i, o, 3, stride=2), lambda i: (i, 5)),
-    "ConvTranspose2d": Kind(lambda i, o: nn.ConvTranspose2d(i, o, 3, padding=1), lambda i: (i, 3, 4)),
-    "ConvTranspose3d": Kind(lambda i, o: nn.ConvTranspose3d(i, o, 2, stride=2), lambda i: (i, 3, 2, 3)),
-}
-
-
 def subject(kind: str, spec: str, mode: str, started: bool = True) -> tuple[nn.Sequential, Tensor]:
     """A model of one adapted layer of this kind, away from its start if `started`, and an input for it.
 
     Raises TnpeftError where the spec takes none of the sizes tried.
     """
     torch.manual_seed(0)
-    model, channels = _attached(kind, spec, mode)
+    model, shape = attached(kind, spec, mode)
     if started:
         adapter = model[0].adapter("default")
         before = {name: core.detach().clone() for name, core in adapter.trained.items()}
@@ -76,21 +57,7 @@ def subject(kind: str, spec: str, mode: str, started: bool = True) -> tuple[nn.S
         with torch.no_grad():
             for name, core in adapter.trained.items():
                 core.copy_(before[name] + 0.1 * (core - before[name]))
-    return model, torch.randn(3, *KINDS[kind].shape(channels))
-
-
-def _attached(kind: str, spec: str, mode: str) -> tuple[nn.Sequential, int]:
-    scopes = dict.fromkeys(tnpeft.load_spec(spec).scopes, r"(\d)")
-    for place, (inputs, outputs) in enumerate(CHANNELS):
-        model = nn.Sequential(KINDS[kind].make(inputs, outputs)).eval()
-        try:
-            tnpeft.attach(model, spec, match="0", mode=mode, scopes=scopes)
-        except tnpeft.TnpeftError:
-            if place == len(CHANNELS) - 1:
-                raise
-        else:
-            return model, inputs
-    raise AssertionError
+    return model, torch.randn(shape)
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from observers import KINDS, eager_gradients, error, trained
+from observers import eager_gradients, error, trained
+from smallest import KINDS
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts

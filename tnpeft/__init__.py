@@ -32,6 +32,7 @@ from tnpeft.errors import (
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.plan import Plan, plan
 from tnpeft.spec import Spec, list_specs, load_spec, register_init
+from tnpeft.version import __version__
 
 if TYPE_CHECKING:
     from tnpeft.draw import draw_network
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
         unmerge,
     )
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Adapter",

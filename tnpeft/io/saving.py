@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import tnpeft
 from tnpeft.errors import AdapterFileError, AttachError, TnpeftWarning
 from tnpeft.io.base import base_digests, fingerprint
 from tnpeft.io.checks import number_problem, stored, tensor_problems
@@ -20,6 +19,7 @@ from tnpeft.modules import Adapter, is_drawn
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
 from tnpeft.surgery import ModelState, adapted, adapters_of, statistics_of, trained_of
+from tnpeft.version import __version__
 
 __all__ = ["chosen", "save"]
 
@@ -111,7 +111,7 @@ def _manifest(
         for layer, adapter in adapters.items()
     }
     return Manifest(
-        library=tnpeft.__version__,
+        library=__version__,
         name=name,
         scale=state.scale_of(name),
         specs=tuple(

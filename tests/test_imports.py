@@ -1,0 +1,98 @@
+"""Files import in one direction: no circle anywhere, imports for types alone counted too.
+
+The walk is over `ast`, so that nothing is run, and nothing is left out for what a folder is called.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+
+import networkx
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Folders, and where the names of their modules begin.
+TREES = {"tnpeft": ROOT, "examples": ROOT / "examples", "benchmarks": ROOT / "benchmarks"}
+# Circles that are known and wait to be opened: the files of each.
+KNOWN: Mapping[str, list[set[str]]] = {
+    "tnpeft": [
+        {
+            "tnpeft.modules.adapter",
+            "tnpeft.modules.calling",
+            "tnpeft.modules.execution",
+            "tnpeft.modules.grouping",
+            "tnpeft.modules.keeping",
+            "tnpeft.modules.layers",
+            "tnpeft.modules.scripting",
+            "tnpeft.modules.sharing",
+            "tnpeft.modules.tuning",
+        },
+        {
+            "tnpeft.network",
+            "tnpeft.network.bind",
+            "tnpeft.network.model",
+            "tnpeft.spec",
+            "tnpeft.spec.library",
+            "tnpeft.spec.model",
+        },
+        {"tnpeft.plan.dense", "tnpeft.plan.memory", "tnpeft.plan.model", "tnpeft.plan.walk"},
+    ],
+}
+
+
+def import_graph(folder: Path, root: Path) -> networkx.DiGraph[str]:
+    """Each module of a folder, with an arrow to every module of it that the file names in an import."""
+    files = {module_name(path, root): path for path in sorted(folder.rglob("*.py"))}
+    graph: networkx.DiGraph[str] = networkx.DiGraph()
+    graph.add_nodes_from(files)
+    for name, path in files.items():
+        for module, attribute in imports(path):
+            target = f"{module}.{attribute}" if f"{module}.{attribute}" in files else module
+            if target in files and target != name:
+                graph.add_edge(name, target)
+    return graph
+
+
+def module_name(path: Path, root: Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[tuple[str, str]]:
+    """The modules that a file imports, each with a name in it or none; in functions and under TYPE_CHECKING too."""
+    found: set[tuple[str, str]] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {(node.module, alias.name) for alias in node.names}
+    return found
+
+
+def circles(graph: networkx.DiGraph[str]) -> list[set[str]]:
+    return [circle for circle in networkx.strongly_connected_components(graph) if len(circle) > 1]
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_no_files_import_each_other(tree: str):
+    found = circles(import_graph(ROOT / tree, TREES[tree]))
+    assert sorted(found, key=sorted) == KNOWN.get(tree, [])
+
+
+def test_the_walk_sees_every_kind_of_import(tmp_path: Path):
+    files = {
+        "a/__init__.py": "from a.b import x\n",
+        "a/b.py": "def f():\n    import a.spec.c\n",
+        "a/spec/__init__.py": "",
+        "a/spec/c.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from a import d\n",
+        "a/d.py": "from a.spec import c\nfrom a import e as f\n",
+        "a/e.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    graph = import_graph(tmp_path / "a", tmp_path)
+    assert [*graph["a.d"]] == ["a.e", "a.spec.c"] or [*graph["a.d"]] == ["a.spec.c", "a.e"]
+    assert sorted(graph) == ["a", "a.b", "a.d", "a.e", "a.spec", "a.spec.c"]
+    assert circles(graph) == [{"a.d", "a.spec.c"}]
