@@ -57,7 +57,7 @@ def attempt(kind: str, text: str) -> None:
 
 def _spec(text: str) -> None:
     import tnpeft
-    from tnpeft.plan import plan
+    from tnpeft.planning import plan
     from tnpeft.recipe import Recipe
 
     if "adapters" in text:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from training import AUTOCAST, Setting, add_options, setting_of
 
 import tnpeft
-from tnpeft.plan import predict
+from tnpeft.planning import predict
 
 MODES = ("dense", "hybrid", "factored")
 LOST = 1.05  # what `auto` may lose

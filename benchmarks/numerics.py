@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.plan import Axis, Call, Plan, plan
+from tnpeft.planning import Axis, Call, Plan, plan
 from tnpeft.program import (
     FactoredUpdate,
     LayerClusters,

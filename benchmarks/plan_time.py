@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.network import BoundCore, BoundInit, BoundTerm, Layer, Network
-from tnpeft.plan import Call, feasible_plans, find_path, plan
-from tnpeft.plan.factored import find_chain
+from tnpeft.planning import Call, feasible_plans, find_path, plan
+from tnpeft.planning.chain_search import find_chain
 
 BOND = 4
 OPEN_LEGS = 7

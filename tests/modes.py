@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.modules import AdaptedLayer, Adapter, compile, wrap
-from tnpeft.plan import Axis, Call
+from tnpeft.planning import Axis, Call
 from tnpeft.spec import Spec
 from tnpeft.verify.oracle import dense_delta
 from tnpeft.verify.subject import fill

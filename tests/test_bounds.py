@@ -29,8 +29,8 @@ from tnpeft.draw import is_current
 from tnpeft.draw.files import write
 from tnpeft.io.manifest import KEY, digest
 from tnpeft.modules import room
-from tnpeft.plan import nominal_call, plan, predict
-from tnpeft.plan.predict import FOREVER
+from tnpeft.planning import nominal_call, plan, predict
+from tnpeft.planning.predict import FOREVER
 from tnpeft.verify.oracle import dense_delta, entry
 
 TUPLES = """\

@@ -14,7 +14,7 @@ import pytest
 from terminal import data, mistakes, run, text
 
 import tnpeft
-from tnpeft.plan import nominal_call, predict
+from tnpeft.planning import nominal_call, predict
 
 ROOT = Path(__file__).parent.parent
 SPECS = ROOT / "specs"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from timing import takes_less_than
 
 import tnpeft
-from tnpeft.plan import plan
+from tnpeft.planning import plan
 from tnpeft.recipe import Recipe
 
 LAYERS = (

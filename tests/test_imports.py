@@ -37,7 +37,6 @@ KNOWN: Mapping[str, list[set[str]]] = {
             "tnpeft.spec.library",
             "tnpeft.spec.model",
         },
-        {"tnpeft.plan.dense", "tnpeft.plan.memory", "tnpeft.plan.model", "tnpeft.plan.walk"},
     ],
 }
 

@@ -12,7 +12,7 @@ from networks import make_network
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.plan import Axis, Call, Plan, plan
+from tnpeft.planning import Axis, Call, Plan, plan
 
 MODES = ("dense", "hybrid", "factored")
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {

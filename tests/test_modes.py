@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tnpeft
 from tnpeft.network import Network
-from tnpeft.plan import MODES, Call, Link, Plan, nominal_call, plan, predict
+from tnpeft.planning import MODES, Call, Link, Plan, nominal_call, plan, predict
 from tnpeft.spec import Spec
 
 TUCKER = """

@@ -20,7 +20,7 @@ import tnpeft
 from tnpeft.errors import AttachError, TnpeftError
 from tnpeft.modules import AdaptedLayer, Adapter, calling, tuning
 from tnpeft.network import Layer, Network
-from tnpeft.plan import Call, feasible_plans, nominal_call, plan, predict
+from tnpeft.planning import Call, feasible_plans, nominal_call, plan, predict
 
 DEFAULT = "default"
 TRAINING, INFERENCE = "cpu, batch 2, 5x6 -> 5x6", "cpu, batch 2, 5x6 -> 5x6, inference"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tnpeft.errors import TnpeftError
 from tnpeft.modules import AdaptedLayer, Adapter, wrap
 from tnpeft.network import Network
-from tnpeft.plan import MODES, Axis
+from tnpeft.planning import MODES, Axis
 from tnpeft.testing import inputs_for, params_of, run_check, specs
 from tnpeft.verify.strategies import cases, signatures
 

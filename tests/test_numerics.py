@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tnpeft
 from tnpeft.network import Network
-from tnpeft.plan import plan
+from tnpeft.planning import plan
 from tnpeft.program import Program, build_program
 
 # DESIGN: the plain difference has an error of 3e-3 after this step, in fp32.

@@ -15,13 +15,13 @@ from terminal import data, text
 
 import tnpeft
 from tnpeft.network import Network
-from tnpeft.plan import Axis, Call, Plan, factored, feasible_plans, find_path, nominal_call, plan
-from tnpeft.plan.candidates import CLUSTERS, candidates
-from tnpeft.plan.chain import obstacle
-from tnpeft.plan.factored import WHOLE_WEIGHT, find_chain
-from tnpeft.plan.machine import MACHINES, machine_of
-from tnpeft.plan.masks import Graph, Masks
-from tnpeft.plan.walk import walk
+from tnpeft.planning import Axis, Call, Plan, chain_search, feasible_plans, find_path, nominal_call, plan
+from tnpeft.planning.bitsets import Bitsets, Graph
+from tnpeft.planning.candidates import CLUSTERS, candidates
+from tnpeft.planning.chain_search import WHOLE_WEIGHT, find_chain
+from tnpeft.planning.chain_sizes import link_sizes
+from tnpeft.planning.device_model import DEVICE_MODELS, device_model
+from tnpeft.planning.factored import obstacle
 
 GAVE_UP = "the search for an order gave up: its 40 cores can be joined in too many ways"
 
@@ -80,7 +80,7 @@ def test_dense_graphs_of_any_size_plan_in_time(cores: int) -> None:
 def test_following_a_few_sets_finds_what_following_all_does(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = tnpeft.load_spec(spec).bind("Conv3d", in_channels=64, out_channels=128, kernel_size=3)
     best = plan(network, "factored")
-    monkeypatch.setattr(factored, "WAYS", 0)
+    monkeypatch.setattr(chain_search, "WAYS", 0)
     find_chain.cache_clear()
     assert plan(network, "factored") == best
     follow(best)
@@ -94,7 +94,7 @@ def test_any_order_absorbs_each_core_once(network: Network, ways: int) -> None:
         return
     whole = plan(network, "factored")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factored, "WAYS", ways)
+        patch.setattr(chain_search, "WAYS", ways)
         find_chain.cache_clear()
         short = plan(network, "factored")
     find_chain.cache_clear()
@@ -145,37 +145,37 @@ def test_a_search_through_everything_names_the_obstacle() -> None:
     assert plan(network, "factored").reason == WHOLE_WEIGHT
 
 
-def masks_of(graph: networkx.Graph) -> Masks:
+def sets_of(graph: networkx.Graph) -> Bitsets:
     network = network_of_graph(graph)
     outputs, inputs = network.weight
     sizes = tuple(network.sizes.items())
-    return Masks(Graph(tuple(core.legs for core in network.cores), outputs, inputs, (), sizes))
+    return Bitsets(Graph(tuple(core.legs for core in network.cores), outputs, inputs, (), sizes))
 
 
 @pytest.mark.parametrize(("cores", "complete", "largest"), [(8, True, 8), (14, False, 3), (40, False, 1)])
 def test_of_many_clusters_the_smaller_ones_are_tried(cores: int, complete: bool, largest: int) -> None:
-    found, all_of_them = candidates(masks_of(networkx.complete_graph(cores)), machine_of("cpu"))
+    found, all_of_them = candidates(sets_of(networkx.complete_graph(cores)), device_model("cpu"))
     assert len(found) == sum(math.comb(cores, size) for size in range(1, largest + 1)) <= CLUSTERS
     assert all_of_them is complete
 
 
 def test_products_of_sizes() -> None:
-    masks = masks_of(networkx.complete_graph(40))
-    assert masks.product(0) == 1
-    assert masks.product(masks.of(["o0", "o1", "b0", "b1", "b2"])) == 3**2 * 4**3
-    assert masks.product(masks.union(masks.everything)) == math.inf  # 780 legs of 4
+    sets = sets_of(networkx.complete_graph(40))
+    assert sets.product(0) == 1
+    assert sets.product(sets.of(["o0", "o1", "b0", "b1", "b2"])) == 3**2 * 4**3
+    assert sets.product(sets.union(sets.everything)) == math.inf  # 780 legs of 4
 
 
 def test_a_device_without_prices_has_those_of_a_gpu() -> None:
-    assert machine_of("cpu") is MACHINES["cpu"]
-    assert machine_of("mps") is MACHINES["cuda"]
+    assert device_model("cpu") is DEVICE_MODELS["cpu"]
+    assert device_model("mps") is DEVICE_MODELS["cuda"]
 
 
-@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize("device", DEVICE_MODELS)
 def test_copies_are_dearer_where_no_cache_holds_them(device: str) -> None:
-    machine = machine_of(device)
-    assert machine.distance(machine.cached) == 1
-    assert machine.distance(machine.cached + 1) == machine.far
+    model = device_model(device)
+    assert model.distance(model.cached) == 1
+    assert model.distance(model.cached + 1) == model.far
 
 
 @pytest.mark.parametrize("width", [16, 256])
@@ -183,17 +183,17 @@ def test_a_walk_tells_voxels_and_channels_at_each_link(width: int) -> None:
     network = tnpeft.load_spec("tenvoo_l").bind("Conv3d", in_channels=width, out_channels=32, kernel_size=3)
     strided = Call(2, tuple(Axis(side, 4, 3, stride=2, before=1) for side in (7, 8, 8)))
     found = plan(network, "factored", strided)
-    passages = [*walk(found, strided)]
-    assert [passage.link for passage in passages] == [*found.links]
+    links = [*link_sizes(found, strided)]
+    assert [sizes.link for sizes in links] == [*found.links]
     sides = [7, 8, 8]
-    for passage in passages:
-        link, read = passage.link, math.prod(sides)
+    for sizes in links:
+        link, read = sizes.link, math.prod(sides)
         for axis in link.axes:
             sides[axis] = 4
         left = math.prod(sides)
         before, after = (2 * math.prod(network.sizes[leg] for leg in legs) for legs in (link.before, link.after))
-        assert passage[1:] == (read, left, before, after, 3 ** len(link.axes))
-        assert (passage.before, passage.after) == (before * read, after * left)
-        assert passage.copied == 3 ** len(link.axes) * (before * left if link.gather else after * read)
+        assert sizes[1:] == (read, left, before, after, 3 ** len(link.axes))
+        assert (sizes.before, sizes.after) == (before * read, after * left)
+        assert sizes.copied == 3 ** len(link.axes) * (before * left if link.gather else after * read)
     assert sides == [4, 4, 4]
-    assert (passages[0].before, passages[-1].after) == (2 * width * 7 * 8 * 8, 2 * 32 * 4**3)
+    assert (links[0].before, links[-1].after) == (2 * width * 7 * 8 * 8, 2 * 32 * 4**3)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import tnpeft
 from tnpeft.network import Network
-from tnpeft.plan import plan
+from tnpeft.planning import plan
 from tnpeft.program import Program, build_program
 
 

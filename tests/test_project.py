@@ -25,7 +25,7 @@ ROOMS = (
     "errors",
     "spec",
     "network",
-    "plan",
+    "planning",
     "program",
     "modules",
     "surgery",
@@ -38,7 +38,7 @@ ROOMS = (
     "draw",
     "cli",
 )
-WITHOUT_TORCH = ("version", "errors", "spec", "network", "plan")
+WITHOUT_TORCH = ("version", "errors", "spec", "network", "planning")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 MAX_TEST_LINES = 700  # tables of cases are long
 

@@ -17,7 +17,7 @@ from tnpeft.modules import adapter as adapter_module
 from tnpeft.modules.grouping import ForwardPass
 from tnpeft.modules.sharing import Sharing
 from tnpeft.network import bind
-from tnpeft.plan import modes as planning
+from tnpeft.planning import modes as planning
 from tnpeft.program import ChainProgram, applied, batched, clusters
 from tnpeft.program import chain as chains
 from tnpeft.program import model as programs

@@ -6,7 +6,7 @@ A YAML file declares the adapter's tensor network; `attach` puts it on a model:
 
 The rooms import only to the left:
 
-    errors <- spec <- network <- plan <- program <- modules <- surgery <- recipe
+    errors <- spec <- network <- planning <- program <- modules <- surgery <- recipe
            <- io <- integrations <- fitting <- verify <- draw <- cli
 
 `tnpeft.integrations` has what other libraries call; its modules are imported by name.
@@ -30,7 +30,7 @@ from tnpeft.errors import (
     TnpeftWarning,
 )
 from tnpeft.network import Layer, Network, layer_of
-from tnpeft.plan import Plan, plan
+from tnpeft.planning import Plan, plan
 from tnpeft.spec import Spec, list_specs, load_spec, register_init
 from tnpeft.version import __version__
 

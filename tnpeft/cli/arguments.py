@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from tnpeft.cli.output import UsageError
 from tnpeft.errors import Problem, near_miss
 from tnpeft.network import Layer
-from tnpeft.plan import Call, nominal_call
+from tnpeft.planning import Call, nominal_call
 from tnpeft.spec.pattern import KINDS
 
 __all__ = ["EXAMPLE", "parse_input", "parse_layer", "parse_scopes", "parse_settings"]

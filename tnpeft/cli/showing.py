@@ -11,7 +11,7 @@ from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.cli.picture import picture
 from tnpeft.errors import Problem
 from tnpeft.network import BoundCore, Network
-from tnpeft.plan import Plan, nominal_call, plan
+from tnpeft.planning import Plan, nominal_call, plan
 from tnpeft.spec import Core, Spec, load_spec
 
 __all__ = ["show_spec"]

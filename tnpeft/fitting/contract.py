@@ -10,7 +10,7 @@ import opt_einsum
 import torch
 from torch import Tensor
 
-from tnpeft.plan.path import find_path
+from tnpeft.planning.path import find_path
 
 __all__ = ["Labels", "Operand", "contract"]
 

@@ -19,7 +19,7 @@ from tnpeft.errors import AttachError, Problem, TnpeftError, near_miss
 from tnpeft.fitting.fit import Fit, FrozenCopy, Method, check_method, fit_adapter
 from tnpeft.modules import Adapter
 from tnpeft.network import Network
-from tnpeft.plan import DEFAULT_MODE
+from tnpeft.planning import DEFAULT_MODE
 from tnpeft.recipe import Handle, Recipe, Train, attach
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip

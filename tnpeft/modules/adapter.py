@@ -20,7 +20,7 @@ from tnpeft.modules.parked import own_weight
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.modules.strides import memory_order, moved
 from tnpeft.network import BoundCore, Network
-from tnpeft.plan import DEFAULT_MODE, Plan, check_choices, check_mode, plan
+from tnpeft.planning import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast
 from tnpeft.program.observers import needs_plain_ops
 

@@ -8,7 +8,7 @@ from tnpeft.errors import BindError
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.layers import AdaptedLayer
 from tnpeft.modules.room import memory_problems
-from tnpeft.plan import DEFAULT_MODE
+from tnpeft.planning import DEFAULT_MODE
 from tnpeft.spec import Spec, load_spec
 
 __all__ = ["compile"]

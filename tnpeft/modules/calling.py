@@ -13,7 +13,7 @@ from tnpeft.modules.calls import call_of
 from tnpeft.modules.grouping import Starts, open_pass
 from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.tuning import can_be_timed, quickest
-from tnpeft.plan import Call, Plan, best_plan, feasible_plans, plan
+from tnpeft.planning import Call, Plan, best_plan, feasible_plans, plan
 from tnpeft.program import (
     ChainProgram,
     ClusterProgram,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tnpeft.network import Layer
-from tnpeft.plan import Axis, Call
+from tnpeft.planning import Axis, Call
 from tnpeft.program import Geometry, autocast_dtype, convolve, needs_plain_ops
 
 __all__ = ["as_autocast_has_it", "call_of", "chain_input", "convolved"]

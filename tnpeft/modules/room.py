@@ -20,8 +20,8 @@ from torch import nn
 from tnpeft.errors import BindError, Problem
 from tnpeft.modules.offload import hook_of
 from tnpeft.network import BoundCore, Network
-from tnpeft.plan import plan
-from tnpeft.plan.memory import FLOAT_BYTES
+from tnpeft.planning import plan
+from tnpeft.planning.memory import FLOAT_BYTES
 
 __all__ = ["VARIABLE", "memory_limit", "memory_problems"]
 

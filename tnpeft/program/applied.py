@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.errors import ExecutionError, Problem
-from tnpeft.plan import Plan
+from tnpeft.planning import Plan
 from tnpeft.program.chain import Chain, lower_chain
 from tnpeft.program.clusters import LayerClusters
 from tnpeft.program.completion import complete

@@ -18,7 +18,7 @@ from opt_einsum import get_symbol
 from torch import Tensor
 
 from tnpeft.network import Network
-from tnpeft.plan import Step
+from tnpeft.planning import Step
 from tnpeft.program.execute import kept
 from tnpeft.program.layout import Instruction, lay_out_steps
 from tnpeft.program.route import GROUP

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from tnpeft.plan import Call, Plan
+from tnpeft.planning import Call, Plan
 from tnpeft.program.contraction import Contraction, lower
 from tnpeft.program.execute import contract
 from tnpeft.program.observers import is_watched

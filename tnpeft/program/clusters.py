@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tnpeft.plan import Plan
+from tnpeft.planning import Plan
 from tnpeft.program.batched import BatchedTree, Changed, Start, Tree
 from tnpeft.program.observers import needs_plain_ops, saved_tensors_are_hooked
 from tnpeft.program.route import Route, Stop, routes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tnpeft.plan import Plan, find_path, steps_of
+from tnpeft.planning import Plan, find_path, steps_of
 from tnpeft.program.contraction import View, reordering
 from tnpeft.program.execute import contract, reorder
 from tnpeft.program.finish import Finish

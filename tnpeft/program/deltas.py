@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.errors import ExecutionError, Problem
-from tnpeft.plan import Plan
+from tnpeft.planning import Plan
 from tnpeft.program.batched import BatchedTree, Start, Tree
 from tnpeft.program.clusters import together
 from tnpeft.program.execute import writes_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnpeft.plan import Plan
+from tnpeft.planning import Plan
 from tnpeft.program.contraction import reordering
 from tnpeft.program.deltas import weight_of
 from tnpeft.program.difference import Code

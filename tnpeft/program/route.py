@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from tnpeft.plan import PAIRS, Link, Plan
+from tnpeft.planning import PAIRS, Link, Plan
 
 __all__ = ["BATCH", "GROUP", "VOXELS", "Route", "Stop", "routes"]
 

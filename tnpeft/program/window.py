@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from tnpeft.plan import Axis
+from tnpeft.planning import Axis
 from tnpeft.program.execute import kept
 
 __all__ = ["Positions", "Window", "Windows"]

@@ -12,7 +12,7 @@ from torch import nn
 from tnpeft.errors import AttachError, BindError, Problem, SpecError
 from tnpeft.modules import Adapter, Captured, Sharing, memory_problems
 from tnpeft.network import Network, param_problems
-from tnpeft.plan import DEFAULT_MODE, check_mode
+from tnpeft.planning import DEFAULT_MODE, check_mode
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from

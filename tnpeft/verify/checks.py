@@ -19,7 +19,7 @@ from tnpeft.errors import TnpeftError
 from tnpeft.io import load, save
 from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.network import BoundCore
-from tnpeft.plan import MODES
+from tnpeft.planning import MODES
 from tnpeft.recipe import Handle
 from tnpeft.spec.pattern import expand
 from tnpeft.surgery import detach, disabled, merge, unmerge

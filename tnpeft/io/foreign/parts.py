@@ -15,7 +15,7 @@ from tnpeft.io.foreign.topologies import TOPOLOGIES, Topology, found_in
 from tnpeft.modules import Adapter, memory_problems
 from tnpeft.modules.dora import magnitudes
 from tnpeft.network import Layer, Network, layer_of
-from tnpeft.plan import DEFAULT_MODE
+from tnpeft.planning import DEFAULT_MODE
 from tnpeft.spec import list_specs, load_spec
 
 __all__ = ["Foreign", "Part", "adapter_of", "silenced"]

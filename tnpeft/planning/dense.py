@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 
 from tnpeft.errors import BindError, Problem
 from tnpeft.network.model import Network
-from tnpeft.plan.model import Plan, Step
-from tnpeft.plan.path import Path, find_path
+from tnpeft.planning.model import Plan
+from tnpeft.planning.path import find_path
+from tnpeft.planning.steps import steps_of
 
-__all__ = ["plan_dense", "steps_of", "stored_legs"]
+__all__ = ["plan_dense", "stored_legs"]
 
 
 def plan_dense(network: Network) -> Plan:
@@ -50,28 +50,3 @@ def _problems(network: Network) -> Iterator[Problem]:
         if number < 2:
             expected, found = "two places or more among cores and `weight`", "one"
             yield Problem(f"index {leg!r}", expected, found, "Add it to another core, or to `weight`.", index=leg)
-
-
-def steps_of(
-    tensors: Iterable[tuple[int, tuple[str, ...]]],
-    kept: Iterable[str],
-    path: Path,
-    sizes: Mapping[str, int],
-    first: int = 0,
-) -> Iterator[Step]:
-    """The steps of a path over some cores, given by number and legs; the results count from `first` or the cores on.
-
-    Each result has the operands' legs, left before right, without those that are summed; `kept` never are.
-    """
-    live = list(tensors)
-    first = first or len(live)
-    for place, pair in enumerate(path):
-        right_number, right = live.pop(max(pair))
-        left_number, left = live.pop(min(pair))
-        wanted = set(kept).union(*(legs for _, legs in live))
-        joint = tuple(dict.fromkeys((*left, *right)))
-        output = tuple(leg for leg in joint if leg in wanted)
-        operations = math.prod(sizes[leg] for leg in joint) * (2 if len(output) < len(joint) else 1)
-        elements = math.prod(sizes[leg] for leg in output)
-        yield Step(first + place, (left_number, right_number), left, right, output, operations, elements)
-        live.append((first + place, output))

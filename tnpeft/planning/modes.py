@@ -8,12 +8,12 @@ from types import MappingProxyType
 
 from tnpeft.errors import Problem, TnpeftError, near_miss
 from tnpeft.network.model import Network
-from tnpeft.plan.call import Call, nominal_call
-from tnpeft.plan.chain import plan_factored, plan_hybrid
-from tnpeft.plan.dense import plan_dense
-from tnpeft.plan.memory import FLOAT_BYTES
-from tnpeft.plan.model import Plan
-from tnpeft.plan.predict import predict
+from tnpeft.planning.call import Call, nominal_call
+from tnpeft.planning.dense import plan_dense
+from tnpeft.planning.factored import plan_factored, plan_hybrid
+from tnpeft.planning.memory import FLOAT_BYTES
+from tnpeft.planning.model import Plan
+from tnpeft.planning.predict import predict
 from tnpeft.spec.document import clip
 
 __all__ = ["DEFAULT_MODE", "MODES", "best_plan", "check_choices", "check_mode", "feasible_plans", "plan"]

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["MACHINES", "Machine", "machine_of"]
+__all__ = ["DEVICE_MODELS", "DeviceModel", "device_model"]
 
 
 @dataclass(frozen=True)
-class Machine:
+class DeviceModel:
     """Times in ns, for fp32.
 
     Of any operation: `start` it with its views; `move` an element that is read or written, of a tensor of more than
@@ -54,10 +54,10 @@ class Machine:
         return self.far if elements > self.cached else 1.0
 
 
-MACHINES: Mapping[str, Machine] = MappingProxyType(
+DEVICE_MODELS: Mapping[str, DeviceModel] = MappingProxyType(
     {
         # Fitted to two cores of a Xeon and of an EPYC, both with AVX-512 (benchmarks/modes.py).
-        "cpu": Machine(
+        "cpu": DeviceModel(
             start=1e3,
             move=0.356,
             cached=1 << 22,
@@ -79,7 +79,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
             cluster_move=1.0,
         ),
         # Fitted to an H200 in bf16 autocast, from calls that wait for their end: starting operations is most of it.
-        "cuda": Machine(
+        "cuda": DeviceModel(
             start=44e3,
             move=6e-4,
             cached=1 << 22,
@@ -105,6 +105,6 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
 """By `torch.device.type`."""
 
 
-def machine_of(device: str) -> Machine:
+def device_model(device: str) -> DeviceModel:
     """Kinds of device that the table lacks are taken for the GPU that it has."""
-    return MACHINES.get(device, MACHINES["cuda"])
+    return DEVICE_MODELS.get(device, DEVICE_MODELS["cuda"])

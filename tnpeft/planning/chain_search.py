@@ -6,7 +6,7 @@ is either *gathered* (one shifted copy for each kernel entry, before the product
 each kernel entry, shifted and added up afterwards), whichever moves less.
 
 The best order is the shortest way from no core to all cores, where one way leads from a set of absorbed cores to that
-set and a cluster more (Dijkstra over bit masks). Where cores can be joined in too many ways to try them all, the search
+set and a cluster more (Dijkstra over bit sets). Where cores can be joined in too many ways to try them all, the search
 goes on from the best sets of each size alone.
 """
 
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from tnpeft.plan.call import Call
-from tnpeft.plan.candidates import Candidate, candidates
-from tnpeft.plan.machine import machine_of
-from tnpeft.plan.masks import Graph, Masks
+from tnpeft.planning.bitsets import Bitsets, Graph
+from tnpeft.planning.call import Call
+from tnpeft.planning.candidates import Candidate, candidates
+from tnpeft.planning.device_model import device_model
 
 __all__ = ["WHOLE_WEIGHT", "Absorption", "find_chain"]
 
@@ -81,11 +81,11 @@ class _Search:
 
     def __init__(self, graph: Graph, call: Call) -> None:
         self.call = call
-        self.masks = Masks(graph)
-        self.machine = machine_of(call.device)
+        self.sets = Bitsets(graph)
+        self.prices = device_model(call.device)
         self.sizes = dict(graph.sizes)
         # `complete`: nothing was left out so far.
-        self.clusters, self.complete = candidates(self.masks, self.machine)
+        self.clusters, self.complete = candidates(self.sets, self.prices)
         self._best: dict[int, tuple[float, Candidate | None]] = {0: (0.0, None)}
         self._tried = 0
 
@@ -96,7 +96,7 @@ class _Search:
             cost, done = heapq.heappop(queue)
             if done in closed:
                 continue
-            if done == self.masks.everything:
+            if done == self.sets.everything:
                 return self._order()
             if self._tried >= WAYS:
                 self.complete = False
@@ -109,7 +109,7 @@ class _Search:
 
     def _follow_the_best(self, closed: set[int]) -> None:
         """Go on from a few sets of each size, the smaller ones first."""
-        levels: list[set[int]] = [set() for _ in range(self.masks.everything.bit_count() + 1)]
+        levels: list[set[int]] = [set() for _ in range(self.sets.everything.bit_count() + 1)]
         for done in self._best:
             levels[done.bit_count()].add(done)
         for level in levels[:-1]:
@@ -120,7 +120,7 @@ class _Search:
                         levels[union.bit_count()].add(union)
 
     def _order(self) -> list[Candidate]:
-        order, done = [], self.masks.everything
+        order, done = [], self.sets.everything
         while done in self._best and (cluster := self._best[done][1]) is not None:
             order.append(cluster)
             done ^= cluster.cores
@@ -137,7 +137,7 @@ class _Search:
 
     def _ways(self, done: int) -> Iterator[tuple[Candidate, float]]:
         """Clusters that may come next: those that share a leg with the input, any where none does."""
-        before, everything = self._input(done), self.masks.everything
+        before, everything = self._input(done), self.sets.everything
         tensor = before.legs
         free = [cluster for cluster in self.clusters if not cluster.cores & done]
         touching = [cluster for cluster in free if cluster.legs & tensor] or free
@@ -147,56 +147,56 @@ class _Search:
                 yield cluster, cluster.time + min(self._times(before, cluster))
 
     def _input(self, done: int) -> _Input:
-        masks = self.masks
-        legs = masks.tensor(done)
-        return _Input(done, legs, *masks.awaited(legs, done), masks.product(legs), self.space(done))
+        sets = self.sets
+        legs = sets.tensor(done)
+        return _Input(done, legs, *sets.awaited(legs, done), sets.product(legs), self.space(done))
 
     def _times(self, before: _Input, cluster: Candidate) -> tuple[float, float]:
         """Of an absorption, gathered and scattered."""
         cores, _, legs, own, entries, axes = cluster
         done, tensor, awaits_one, awaits_several, elements, before_space = before
-        masks, machine, batch = self.masks, self.machine, self.call.batch
+        sets, prices, batch = self.sets, self.prices, self.call.batch
         shared = legs & tensor
         after_space = self.space(done | cores) if axes else before_space
-        joint = elements * (own / masks.product(shared))
+        joint = elements * (own / sets.product(shared))
         closed = shared & awaits_one
         if several := shared & awaits_several:
-            closed |= masks.held_by(several, done | cores)
-        summed = masks.product(closed)
+            closed |= sets.held_by(several, done | cores)
+        summed = sets.product(closed)
         after = joint / summed
         rows = max(1.0, min(own / summed, summed))
-        slow = 1 + machine.link_narrow / rows if rows < machine.link_narrow else 1.0
+        slow = 1 + prices.link_narrow / rows if rows < prices.link_narrow else 1.0
         moved = elements * before_space + after * after_space
-        gather, scatter, started = moved, moved, machine.link
+        gather, scatter, started = moved, moved, prices.link
         if entries > 1:
             gather += self._copied(batch * entries * elements * after_space)
             scatter += self._copied(batch * entries * after * before_space)
             started *= 1 + 0.5 * len(axes)
         joint *= entries
         return (
-            started + batch * (joint * after_space * machine.link_multiply * slow + machine.move * gather),
-            started + batch * (joint * before_space * machine.link_multiply * slow + machine.move * scatter),
+            started + batch * (joint * after_space * prices.link_multiply * slow + prices.move * gather),
+            started + batch * (joint * before_space * prices.link_multiply * slow + prices.move * scatter),
         )
 
     def _copied(self, elements: float) -> float:
         """What shifted copies count, written and read, for each entry of the batch."""
-        return 2 * elements * self.machine.distance(elements) / self.call.batch
+        return 2 * elements * self.prices.distance(elements) / self.call.batch
 
     def space(self, done: int) -> int:
         """Voxels of the input once the cores `done` are absorbed."""
         number = 1
-        for axis, holders in zip(self.call.axes, self.masks.axes, strict=True):
+        for axis, holders in zip(self.call.axes, self.sets.axes, strict=True):
             number *= axis.outputs if holders & done or not holders else axis.inputs
         return number
 
     def absorption(self, done: int, cluster: Candidate) -> Absorption:
-        masks = self.masks
+        sets = self.sets
         before = self._input(done)
         gathered, scattered = self._times(before, cluster)
         gather = gathered <= scattered
         space = self.space(done | cluster.cores) if gather else before.space
-        joint = masks.named(before.legs | cluster.legs | masks.opened(cluster.cores))
+        joint = sets.named(before.legs | cluster.legs | sets.opened(cluster.cores))
         multiplications = math.prod(self.sizes[leg] for leg in joint) * space * self.call.batch
-        cores = tuple(core for core in range(masks.everything.bit_length()) if cluster.cores >> core & 1)
-        legs = masks.named(masks.tensor(done | cluster.cores))
+        cores = tuple(core for core in range(sets.everything.bit_length()) if cluster.cores >> core & 1)
+        legs = sets.named(sets.tensor(done | cluster.cores))
         return Absorption(cores, cluster.axes, gather, legs, multiplications)

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from opt_einsum.paths import DynamicProgramming, linear_to_ssa, ssa_to_linear
 
-from tnpeft.plan.cost import cost_of_paths
-from tnpeft.plan.heuristic import Legs, Tree, heuristic_tree, path_of_tree, tree_of_path
+from tnpeft.planning.heuristic import Legs, Tree, heuristic_tree, path_of_tree, tree_of_path
+from tnpeft.planning.last_step_cost import cost_of_paths
 
 __all__ = ["Path", "find_path"]
 

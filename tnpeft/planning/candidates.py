@@ -7,8 +7,8 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from tnpeft.plan.machine import Machine
-from tnpeft.plan.masks import Masks
+from tnpeft.planning.bitsets import Bitsets
+from tnpeft.planning.device_model import DeviceModel
 
 __all__ = ["Candidate", "candidates"]
 
@@ -30,29 +30,29 @@ class Candidate(NamedTuple):
     axes: tuple[int, ...]
 
 
-def candidates(masks: Masks, machine: Machine) -> tuple[list[Candidate], bool]:
+def candidates(sets: Bitsets, prices: DeviceModel) -> tuple[list[Candidate], bool]:
     """The clusters, smaller ones first, and whether they are all that there are.
 
     A cluster has all cores of each kernel axis that it touches, or the axis could not be summed when it joins.
     """
-    connected, complete = _connected(masks)
-    times = _contraction_times(masks, machine, sorted(connected, key=lambda cores: (cores.bit_count(), cores)))
+    connected, complete = _connected(sets)
+    times = _contraction_times(sets, prices, sorted(connected, key=lambda cores: (cores.bit_count(), cores)))
     found = []
     for cores, time in times.items():
-        axes = tuple(axis for axis, holders in enumerate(masks.axes) if holders & cores)
-        if all(not masks.axes[axis] & ~cores for axis in axes):
-            opened = masks.opened(cores)
-            legs, kernel = opened & ~masks.kernel, opened & masks.kernel
-            found.append(Candidate(cores, time, legs, masks.product(legs), masks.product(kernel), axes))
+        axes = tuple(axis for axis, holders in enumerate(sets.axes) if holders & cores)
+        if all(not sets.axes[axis] & ~cores for axis in axes):
+            opened = sets.opened(cores)
+            legs, kernel = opened & ~sets.kernel, opened & sets.kernel
+            found.append(Candidate(cores, time, legs, sets.product(legs), sets.product(kernel), axes))
     return found, complete and len(times) == len(connected)
 
 
-def _connected(masks: Masks) -> tuple[list[int], bool]:
+def _connected(sets: Bitsets) -> tuple[list[int], bool]:
     """Connected sets up to the largest size of which there are few enough, and whether these are all."""
     found: list[int] = []
-    most = max(CLUSTERS, len(masks.legs))
-    for largest in range(1, len(masks.legs) + 1):
-        wider = list(itertools.islice(masks.connected(largest), most + 1))
+    most = max(CLUSTERS, len(sets.legs))
+    for largest in range(1, len(sets.legs) + 1):
+        wider = list(itertools.islice(sets.connected(largest), most + 1))
         if len(wider) > most:
             return found, False
         if len(wider) == len(found):  # none is larger
@@ -61,10 +61,10 @@ def _connected(masks: Masks) -> tuple[list[int], bool]:
     return found, True
 
 
-def _contraction_times(masks: Masks, machine: Machine, clusters: Sequence[int]) -> dict[int, float]:
+def _contraction_times(sets: Bitsets, prices: DeviceModel, clusters: Sequence[int]) -> dict[int, float]:
     """The least time to contract each cluster, from those of the two parts that its last step joins."""
     times: dict[int, float] = {}
-    opened = {cores: masks.opened(cores) for cores in clusters}
+    opened = {cores: sets.opened(cores) for cores in clusters}
     for cores in clusters:
         if not cores & (cores - 1):
             times[cores] = 0.0
@@ -73,9 +73,9 @@ def _contraction_times(masks: Masks, machine: Machine, clusters: Sequence[int]) 
         for part in _parts(cores, times):
             other = cores ^ part
             if part in times and other in times:
-                joint = masks.product(opened[part] | opened[other])
-                own = machine.cluster + machine.link_multiply * joint
-                own += machine.cluster_move * masks.product(opened[cores])
+                joint = sets.product(opened[part] | opened[other])
+                own = prices.cluster + prices.link_multiply * joint
+                own += prices.cluster_move * sets.product(opened[cores])
                 best = min(best, times[part] + times[other] + own)
         if best < math.inf:
             times[cores] = best

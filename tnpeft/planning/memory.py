@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from tnpeft.plan.call import Call
-from tnpeft.plan.path import find_path
-from tnpeft.plan.walk import walk
-
-if TYPE_CHECKING:
-    from tnpeft.plan.model import Plan
+from tnpeft.planning.call import Call
+from tnpeft.planning.chain_sizes import link_sizes
+from tnpeft.planning.path import find_path
+from tnpeft.planning.steps import Contraction, steps_of
 
 __all__ = ["FLOAT_BYTES", "PAIRS", "Memory", "memory_of"]
 
@@ -53,7 +51,7 @@ class Memory:
         return max(self.forward, self.backward)
 
 
-def memory_of(plan: Plan) -> Memory:
+def memory_of(plan: Contraction) -> Memory:
     """The memory of a plan's calls; those of factored and hybrid plans have the size that it was made for."""
     found = _dense(plan) if plan.mode == "dense" else _factored(plan)
     return Memory(*(FLOAT_BYTES * elements for elements in found))
@@ -67,7 +65,7 @@ class _Elements(NamedTuple):
     input: int
 
 
-def _dense(plan: Plan) -> _Elements:
+def _dense(plan: Contraction) -> _Elements:
     """The delta weight's own memory becomes that of W + ΔW."""
     parts = plan.terms or (plan,)
     numel = plan.network.layer.numel
@@ -85,7 +83,7 @@ def _dense(plan: Plan) -> _Elements:
     return _Elements(held, saved, forward, held + kept + backward, 0)
 
 
-def _making(part: Plan) -> int:
+def _making(part: Contraction) -> int:
     """The peak while one term's delta weight is made.
 
     Alive are all cores; every result so far, but for those at least half as large as the delta weight, which are made
@@ -107,7 +105,7 @@ def _making(part: Plan) -> int:
     return peak
 
 
-def _factored(plan: Plan) -> _Elements:
+def _factored(plan: Contraction) -> _Elements:
     chain, hybrid = plan.chain or plan, plan.mode == "hybrid"
     assert chain.call is not None
     parts = chain.terms or (chain,)
@@ -126,45 +124,45 @@ def _factored(plan: Plan) -> _Elements:
     return _Elements(held, saved, held + max(contracting, applying), held + backward, inputs)
 
 
-def _copies(part: Plan) -> bool:
+def _copies(part: Contraction) -> bool:
     return part.network.start == "frozen_copy"
 
 
-def _held(part: Plan) -> int:
+def _held(part: Contraction) -> int:
     """The cores and their frozen copies; a core that is the base weight takes no memory of its own."""
     own = [core for core in part.network.cores if core.origin != "weight"]
     return sum(core.numel * (2 if _copies(part) and not core.frozen else 1) for core in own)
 
 
-def _trained(part: Plan) -> int:
+def _trained(part: Contraction) -> int:
     return sum(core.numel for core in part.network.cores if not core.frozen)
 
 
-def _results(part: Plan) -> Iterator[int]:
+def _results(part: Contraction) -> Iterator[int]:
     """Of a dense plan: every result but the delta weight."""
     return (step.elements for step in part.steps[:-1])
 
 
-def _folded(part: Plan) -> Iterator[int]:
+def _folded(part: Contraction) -> Iterator[int]:
     """Of a dense plan: what is made of the frozen copy once."""
     return _results(part) if _copies(part) else iter(())
 
 
-def _kept(part: Plan) -> Iterator[int]:
+def _kept(part: Contraction) -> Iterator[int]:
     return (elements for elements in _results(part) if 2 * elements < part.network.layer.numel)
 
 
-def _remade(part: Plan) -> Iterator[int]:
+def _remade(part: Contraction) -> Iterator[int]:
     return (elements for elements in _results(part) if 2 * elements >= part.network.layer.numel)
 
 
-def _values(part: Plan) -> int:
+def _values(part: Contraction) -> int:
     """The clusters' values and what they are made by; a cluster of one core may be a copy in another order."""
     alone = sum(part.elements(link.kept) for link in part.links if not link.steps)
     return alone + sum(step.elements for step in part.steps)
 
 
-def _paired(part: Plan) -> int:
+def _paired(part: Contraction) -> int:
     """The paired forms: twice as large as a cluster at both ends of the chain, four times between."""
     if not _copies(part):
         return 0
@@ -172,10 +170,8 @@ def _paired(part: Plan) -> int:
     return sum(part.elements(link.kept) * (2 if place in ends else 4) for place, link in enumerate(part.links))
 
 
-def _completing(part: Plan) -> int:
+def _completing(part: Contraction) -> int:
     """From the clusters to the delta weight, at most: the last product may have to be copied to the weight's order."""
-    from tnpeft.plan.dense import steps_of  # it makes plans itself
-
     network, letters = part.network, part.network.symbols
     sizes = {letters[leg]: network.sizes[leg] for leg in letters}
     # With a frozen copy neighbours are joined by one leg more, of two entries.
@@ -220,17 +216,17 @@ class _Stop(NamedTuple):
         return stages[0] + sum(stages[1:3])
 
 
-def _stops(part: Plan, call: Call) -> Iterator[_Stop]:
-    for passage in walk(part, call):
-        moving = [call.axes[axis] for axis in passage.link.axes if not call.axes[axis].plain]
+def _stops(part: Contraction, call: Call) -> Iterator[_Stop]:
+    for sizes in link_sizes(part, call):
+        moving = [call.axes[axis] for axis in sizes.link.axes if not call.axes[axis].plain]
         kernels, padded = tuple(axis.kernel for axis in moving), bool(moving) and moving[-1].stride == 1
-        if passage.link.gather:
-            yield _Stop(passage.before, passage.copied if kernels else 0, passage.after, 0, kernels, padded)
+        if sizes.link.gather:
+            yield _Stop(sizes.before, sizes.copied if kernels else 0, sizes.after, 0, kernels, padded)
         else:
-            yield _Stop(passage.before, 0, passage.copied, passage.after if kernels else 0, kernels, padded)
+            yield _Stop(sizes.before, 0, sizes.copied, sizes.after if kernels else 0, kernels, padded)
 
 
-def _passes(part: Plan, call: Call, hybrid: bool) -> tuple[int, int]:
+def _passes(part: Contraction, call: Call, hybrid: bool) -> tuple[int, int]:
     """The peaks of the chain, forward and backward; with a frozen copy a factored chain carries pairs."""
     stops = [*_stops(part, call)]
     differs = _copies(part) and not hybrid

@@ -1,20 +1,18 @@
-"""The walk along a factored chain: how large the layer's input is before and after each link."""
+"""The sizes along a factored chain: how large the layer's input is before and after each link."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from tnpeft.plan.call import Call
+from tnpeft.planning.call import Call
+from tnpeft.planning.steps import Contraction, Link
 
-if TYPE_CHECKING:
-    from tnpeft.plan.model import Link, Plan
-
-__all__ = ["Passage", "walk"]
+__all__ = ["LinkSizes", "link_sizes"]
 
 
-class Passage(NamedTuple):
+class LinkSizes(NamedTuple):
     """The layer's input at one link: its voxels, and what it has for each voxel, the batch times its channels.
 
     `entries` are those of the link's kernel axes together.
@@ -45,12 +43,12 @@ class Passage(NamedTuple):
         return self.entries * self.channels_after * self.voxels_before
 
 
-def walk(plan: Plan, call: Call) -> Iterator[Passage]:
-    """Along the links of a factored plan of one term, for any call of its layer."""
+def link_sizes(plan: Contraction, call: Call) -> Iterator[LinkSizes]:
+    """Of each link of a factored plan of one term in turn, for any call of its layer."""
     sizes = [axis.inputs for axis in call.axes]
     for link in plan.links:
         inputs = math.prod(sizes)
         for axis in link.axes:
             sizes[axis] = call.axes[axis].outputs
         before, after = (call.batch * plan.elements(legs) for legs in (link.before, link.after))
-        yield Passage(link, inputs, math.prod(sizes), before, after, plan.elements(link.kernel))
+        yield LinkSizes(link, inputs, math.prod(sizes), before, after, plan.elements(link.kernel))

@@ -1,4 +1,4 @@
-"""What a plan says: pairwise steps, operations and memory."""
+"""What a plan says: the contraction, its operations and its memory."""
 
 from __future__ import annotations
 
@@ -7,66 +7,16 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tnpeft.network.model import Network
-from tnpeft.plan.call import Call
-from tnpeft.plan.cost import LARGEST
-from tnpeft.plan.memory import FLOAT_BYTES, Memory, memory_of
-from tnpeft.plan.path import Path
-from tnpeft.plan.walk import walk
+from tnpeft.planning.chain_sizes import link_sizes
+from tnpeft.planning.last_step_cost import LARGEST
+from tnpeft.planning.memory import FLOAT_BYTES, Memory, memory_of
+from tnpeft.planning.steps import Contraction, Link
 
-__all__ = ["FLOAT_BYTES", "Link", "Plan", "Step"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pairwise contraction.
-
-    `operands` and `number` are numbers of tensors: the cores come first, in file order, then the results of the steps.
-    `flops` counts multiplications and additions: 2 for each element of the operands' joint index space, 1 where no
-    index is summed. `elements` is the size of the result.
-    """
-
-    number: int
-    operands: tuple[int, int]
-    left: tuple[str, ...]
-    right: tuple[str, ...]
-    output: tuple[str, ...]
-    flops: int
-    elements: int
-
-    @property
-    def summed(self) -> tuple[str, ...]:
-        """The indices that the step sums over."""
-        return tuple(leg for leg in self.left if leg in self.right and leg not in self.output)
-
-    def __str__(self) -> str:
-        left, right, output = (" ".join(legs) or "1" for legs in (self.left, self.right, self.output))
-        return f"({left}) ({right}) -> ({output})"
-
-
-@dataclass(frozen=True)
-class Link:
-    """One link of a factored chain: a cluster of cores is contracted, and absorbed into the layer's input.
-
-    `cluster` is the number of the cluster's tensor, `steps` make it, `kept` are its legs. `axes` are the kernel axes
-    that it has, `kernel` their legs. With `gather` the input is copied once for each kernel entry before the product,
-    else the product is made for each and added up. `before` and `after` are the channels' legs of the input, `flops`
-    those of the product.
-    """
-
-    cluster: int
-    steps: tuple[Step, ...]
-    kept: tuple[str, ...]
-    axes: tuple[int, ...]
-    kernel: tuple[str, ...]
-    gather: bool
-    before: tuple[str, ...]
-    after: tuple[str, ...]
-    flops: int
+__all__ = ["FLOAT_BYTES", "Plan"]
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Contraction):
     """How a network is contracted, and in which execution mode: to its delta weight, or with the layer's input.
 
     `dense` has the steps to the delta weight. `factored` has `links`, whose clusters `steps` contract; its path counts
@@ -79,15 +29,8 @@ class Plan:
     its own: `terms` holds the plans of its terms, each a network by itself.
     """
 
-    network: Network
-    mode: str
-    path: Path
-    steps: tuple[Step, ...] = field(repr=False)
     terms: tuple[Plan, ...] = field(default=(), repr=False)
-    call: Call | None = None
-    links: tuple[Link, ...] = field(default=(), repr=False)
     chain: Plan | None = field(default=None, repr=False)
-    reason: str | None = None
 
     @cached_property
     def key(self) -> Hashable:
@@ -142,12 +85,8 @@ class Plan:
 
     def _on_the_way(self) -> Iterator[int]:
         """Elements of what the links make of the layer's input, one after the other."""
-        for passage in walk(self, self.call) if self.call is not None else ():
-            yield max(passage.copied if passage.link.kernel else 0, passage.after)
-
-    def elements(self, legs: tuple[str, ...]) -> int:
-        """The number of elements of a tensor with these legs."""
-        return math.prod(self.network.sizes[leg] for leg in legs)
+        for sizes in link_sizes(self, self.call) if self.call is not None else ():
+            yield max(sizes.copied if sizes.link.kernel else 0, sizes.after)
 
     @cached_property
     def memory(self) -> Memory:

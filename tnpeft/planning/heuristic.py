@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 from opt_einsum.paths import DynamicProgramming, linear_to_ssa
 
-from tnpeft.plan.cost import LARGEST
+from tnpeft.planning.last_step_cost import LARGEST
 
 __all__ = ["Legs", "Search", "Tree", "heuristic_tree", "path_of_tree", "tree_of_path"]
 

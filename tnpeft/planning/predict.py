@@ -1,6 +1,6 @@
 """What a training step of one layer takes in each mode, in seconds: the model by which `auto` chooses.
 
-Counted are multiplications, elements moved and operations started, at the prices of `machine.py`. The base layer's
+Counted are multiplications, elements moved and operations started, at the prices of `device_model.py`. The base layer's
 forward pass and its input's gradient cost the same in every mode; what differs is
 
 * dense: the delta weight and its gradients, the sum with the weight, and the weight's gradient of one layer call;
@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tnpeft.plan.call import Call
-from tnpeft.plan.machine import Machine, machine_of
-from tnpeft.plan.model import Plan, Step
-from tnpeft.plan.walk import walk
+from tnpeft.planning.call import Call
+from tnpeft.planning.chain_sizes import link_sizes
+from tnpeft.planning.device_model import DeviceModel, device_model
+from tnpeft.planning.model import Plan
+from tnpeft.planning.steps import Step
 
 __all__ = ["Prediction", "predict"]
 
@@ -46,7 +47,7 @@ def predict(plan: Plan, call: Call) -> Prediction:
 
 
 def _predicted(plan: Plan, call: Call) -> Prediction:
-    price = _Prices(machine_of(call.device))
+    price = _Prices(device_model(call.device))
     forward, backward = price.base(plan, call)
     if plan.mode == "dense":
         more = price.dense(plan, call)
@@ -65,23 +66,23 @@ def _predicted(plan: Plan, call: Call) -> Prediction:
 class _Prices:
     """Times in ns; pairs are those of a forward and of a backward pass."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    def __init__(self, prices: DeviceModel) -> None:
+        self.prices = prices
 
     def product(self, multiplications: float, rows: float) -> float:
-        narrow = self.machine.narrow
+        narrow = self.prices.narrow
         slow = 1 + (narrow / max(rows, 1)) if rows < narrow else 1.0
-        return self.machine.start + self.machine.multiply * multiplications * slow
+        return self.prices.start + self.prices.multiply * multiplications * slow
 
     def moved(self, elements: float) -> float:
-        return self.machine.start + self.machine.move * elements
+        return self.prices.start + self.prices.move * elements
 
     def copied(self, elements: float) -> float:
         """Of shifted copies, written and read."""
-        return 2 * self.machine.move * elements * self.machine.distance(elements)
+        return 2 * self.prices.move * elements * self.prices.distance(elements)
 
     def base(self, plan: Plan, call: Call) -> tuple[float, float]:
-        once = self.machine.start + self.machine.call * _multiplications(plan, call)
+        once = self.prices.start + self.prices.call * _multiplications(plan, call)
         once += self._weight(plan)
         return once, once
 
@@ -90,13 +91,13 @@ class _Prices:
         found = []
         for part in plan.terms or (plan,):
             pairs = 3 if part.network.start == "frozen_copy" else 1
-            starts = self.machine.shared * len(part.network.cores)
+            starts = self.prices.shared * len(part.network.cores)
             forward = sum(pairs * self._step(step) for step in part.steps) + starts
             backward = 2 * sum(self._step(step) for step in part.steps) + starts / 2
             found.append((forward, backward + self.moved(numel)))
         convolution = bool(plan.network.layer.kernel_size)
-        price = self.machine.weight_gradient if convolution else self.machine.linear_gradient
-        gradient = self.machine.start + price * _multiplications(plan, call)
+        price = self.prices.weight_gradient if convolution else self.prices.linear_gradient
+        gradient = self.prices.start + price * _multiplications(plan, call)
         found.append((self.moved(3 * numel), gradient + 2 * self._weight(plan)))
         return found
 
@@ -105,7 +106,7 @@ class _Prices:
         pairs = 3 if plan.network.start == "frozen_copy" else 1
         own = sum(self._step(step) for step in plan.steps)
         elements = sum(plan.elements(link.kept) for link in plan.links)
-        starts = self.machine.shared * len(plan.network.cores)
+        starts = self.prices.shared * len(plan.network.cores)
         return pairs * own + starts + self.moved(2 * pairs * elements), 2 * own + starts / 2 + self.moved(elements)
 
     def completion(self, plan: Plan) -> tuple[float, float]:
@@ -114,13 +115,13 @@ class _Prices:
         double = 2 if plan.network.start == "frozen_copy" else 1
         inner = links[:-1]
         bond = min(map(plan.elements, _cuts(plan)), default=1)
-        product = self.machine.start + self.machine.contract * numel * bond * double
-        return len(inner) * self.machine.start + product + self.moved(numel), 0.0
+        product = self.prices.start + self.prices.contract * numel * bond * double
+        return len(inner) * self.prices.start + product + self.moved(numel), 0.0
 
     def chain(self, plan: Plan, call: Call, factored: bool) -> tuple[float, float]:
         """The products and shifted copies of a chain; with pairs each tensor between two links is twice as large."""
         paired = factored and plan.network.start == "frozen_copy"
-        forward = backward = self.machine.functions
+        forward = backward = self.prices.functions
         links = [*_links(plan, call)]
         for place, link in enumerate(links):
             first, last = place == 0, place == len(links) - 1
@@ -142,17 +143,17 @@ class _Prices:
 
     def _weight(self, plan: Plan) -> float:
         """Of reading the weight in a layer call."""
-        price = self.machine.weight if plan.network.layer.kernel_size else self.machine.move
+        price = self.prices.weight if plan.network.layer.kernel_size else self.prices.move
         return price * plan.network.layer.numel
 
     def _step(self, step: Step) -> float:
-        return self.machine.shared + self.machine.contract * step.flops / 2 + self.machine.move * step.elements
+        return self.prices.shared + self.prices.contract * step.flops / 2 + self.prices.move * step.elements
 
     def _link(self, link: _Link, wide: int, side: int) -> float:
-        found = self.product(link.multiplications * wide, link.rows * min(wide, 2)) + self.machine.start
-        found += self.machine.move * (link.read + link.written) * min(wide, 2)
+        found = self.product(link.multiplications * wide, link.rows * min(wide, 2)) + self.prices.start
+        found += self.prices.move * (link.read + link.written) * min(wide, 2)
         if link.shifts:
-            found += link.shifts * self.machine.shift + self.copied(link.copied * side)
+            found += link.shifts * self.prices.shift + self.copied(link.copied * side)
         return found
 
 
@@ -170,13 +171,13 @@ class _Link:
 
 
 def _links(plan: Plan, call: Call) -> Iterator[_Link]:
-    for passage in walk(plan, call):
-        link, entries = passage.link, passage.entries
+    for sizes in link_sizes(plan, call):
+        link, entries = sizes.link, sizes.entries
         shifts = sum(not call.axes[axis].plain for axis in link.axes)
         new = plan.elements(tuple(leg for leg in link.after if leg not in link.before))
         summed = plan.elements(tuple(leg for leg in link.before if leg not in link.after))
         rows = min(new * (1 if link.gather else entries), summed * (entries if link.gather else 1))
-        yield _Link(link.flops / 2, rows, passage.before, passage.after, passage.copied, shifts, link.gather)
+        yield _Link(link.flops / 2, rows, sizes.before, sizes.after, sizes.copied, shifts, link.gather)
 
 
 def _cuts(plan: Plan) -> Iterator[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""A network as a search sees it: sets of cores and sets of legs are bit masks, numbers of elements are floats.
+"""A network as a search sees it: sets of cores and sets of legs are bit sets, numbers of elements are floats.
 
 Where a product of sizes exceeds 2**53 the last digits are lost, beyond what a float holds it is infinite: no order that
 makes such a tensor is worth looking at.
@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Graph", "Masks"]
+__all__ = ["Bitsets", "Graph"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Graph:
     sizes: tuple[tuple[str, int], ...]
 
 
-class Masks:
+class Bitsets:
     """What a search asks of a network, the layer's input included."""
 
     def __init__(self, graph: Graph) -> None:

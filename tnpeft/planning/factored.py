@@ -8,12 +8,13 @@ from dataclasses import replace
 from opt_einsum.paths import ssa_to_linear
 
 from tnpeft.network.model import Network
-from tnpeft.plan.call import Call
-from tnpeft.plan.dense import steps_of, stored_legs
-from tnpeft.plan.factored import Absorption, find_chain
-from tnpeft.plan.masks import Graph
-from tnpeft.plan.model import Link, Plan, Step
-from tnpeft.plan.path import Path, find_path
+from tnpeft.planning.bitsets import Graph
+from tnpeft.planning.call import Call
+from tnpeft.planning.chain_search import Absorption, find_chain
+from tnpeft.planning.dense import stored_legs
+from tnpeft.planning.model import Plan
+from tnpeft.planning.path import Path, find_path
+from tnpeft.planning.steps import Link, Step, steps_of
 
 __all__ = ["obstacle", "plan_factored", "plan_hybrid"]
 

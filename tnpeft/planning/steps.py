@@ -1,0 +1,105 @@
+"""What a plan is made of: pairwise steps, the links of a factored chain, and all that is decided of one contraction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from tnpeft.network.model import Network
+from tnpeft.planning.call import Call
+from tnpeft.planning.path import Path
+
+__all__ = ["Contraction", "Link", "Step", "steps_of"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pairwise contraction.
+
+    `operands` and `number` are numbers of tensors: the cores come first, in file order, then the results of the steps.
+    `flops` counts multiplications and additions: 2 for each element of the operands' joint index space, 1 where no
+    index is summed. `elements` is the size of the result.
+    """
+
+    number: int
+    operands: tuple[int, int]
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+    output: tuple[str, ...]
+    flops: int
+    elements: int
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """The indices that the step sums over."""
+        return tuple(leg for leg in self.left if leg in self.right and leg not in self.output)
+
+    def __str__(self) -> str:
+        left, right, output = (" ".join(legs) or "1" for legs in (self.left, self.right, self.output))
+        return f"({left}) ({right}) -> ({output})"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One link of a factored chain: a cluster of cores is contracted, and absorbed into the layer's input.
+
+    `cluster` is the number of the cluster's tensor, `steps` make it, `kept` are its legs. `axes` are the kernel axes
+    that it has, `kernel` their legs. With `gather` the input is copied once for each kernel entry before the product,
+    else the product is made for each and added up. `before` and `after` are the channels' legs of the input, `flops`
+    those of the product.
+    """
+
+    cluster: int
+    steps: tuple[Step, ...]
+    kept: tuple[str, ...]
+    axes: tuple[int, ...]
+    kernel: tuple[str, ...]
+    gather: bool
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    flops: int
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """What is decided of one contraction; `Plan` says what each field means."""
+
+    network: Network
+    mode: str
+    path: Path
+    steps: tuple[Step, ...] = field(repr=False)
+    terms: tuple[Contraction, ...] = field(default=(), repr=False)
+    call: Call | None = None
+    links: tuple[Link, ...] = field(default=(), repr=False)
+    chain: Contraction | None = field(default=None, repr=False)
+    reason: str | None = None
+
+    def elements(self, legs: tuple[str, ...]) -> int:
+        """The number of elements of a tensor with these legs."""
+        return math.prod(self.network.sizes[leg] for leg in legs)
+
+
+def steps_of(
+    tensors: Iterable[tuple[int, tuple[str, ...]]],
+    kept: Iterable[str],
+    path: Path,
+    sizes: Mapping[str, int],
+    first: int = 0,
+) -> Iterator[Step]:
+    """The steps of a path over some cores, given by number and legs; the results count from `first` or the cores on.
+
+    Each result has the operands' legs, left before right, without those that are summed; `kept` never are.
+    """
+    live = list(tensors)
+    first = first or len(live)
+    for place, pair in enumerate(path):
+        right_number, right = live.pop(max(pair))
+        left_number, left = live.pop(min(pair))
+        wanted = set(kept).union(*(legs for _, legs in live))
+        joint = tuple(dict.fromkeys((*left, *right)))
+        output = tuple(leg for leg in joint if leg in wanted)
+        operations = math.prod(sizes[leg] for leg in joint) * (2 if len(output) < len(joint) else 1)
+        elements = math.prod(sizes[leg] for leg in output)
+        yield Step(first + place, (left_number, right_number), left, right, output, operations, elements)
+        live.append((first + place, output))
