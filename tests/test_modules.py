@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small import chain, layers, move, runs, sample_input
 from torch import Tensor, nn
 
-from tnpeft.errors import BindError, ExecutionError
+from tnpeft.errors import BindError, ExecutionError, TnpeftWarning
 from tnpeft.modules import AdaptedLayer, Adapter, compile, wrap
 from tnpeft.modules.inits import canonical_weight
 from tnpeft.network import Network
@@ -300,7 +300,8 @@ def test_attributes_of_the_base_layer_are_reached_and_mistakes_are_not_hidden(mo
     assert wrapper.bias is layer.bias
     with pytest.raises(AttributeError, match=r"^'Conv2d' object has no attribute 'strides'$"):
         _ = wrapper.strides
-    wrapper.weight = nn.Parameter(torch.zeros_like(layer.weight))  # as code that ties weights does
+    with pytest.warns(TnpeftWarning, match="an assignment to `weight`"):
+        wrapper.weight = nn.Parameter(torch.zeros_like(layer.weight))  # as code that ties weights does
     assert wrapper.base.weight.count_nonzero() == 0
 
     def broken(self, weight):

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tnpeft.errors import ExecutionError, Problem
 from tnpeft.modules.calling import Calling
 from tnpeft.modules.distributed import refuse_distributed
 from tnpeft.modules.dora import composed, magnitudes
@@ -17,11 +16,12 @@ from tnpeft.modules.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.modules.keeping import Keeping, same_tensors
 from tnpeft.modules.offload import Resident, present
 from tnpeft.modules.parked import own_weight
+from tnpeft.modules.refusals import without_values
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.modules.strides import memory_order, moved
 from tnpeft.network import BoundCore, Network
 from tnpeft.planning import DEFAULT_MODE, Plan, check_choices, check_mode, plan
-from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast
+from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast, writes_of
 from tnpeft.program.observers import needs_plain_ops
 
 __all__ = ["Adapter"]
@@ -32,7 +32,7 @@ _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
 class _Folded(NamedTuple):
     """What a program makes of the frozen copy `start` alone; never copied, moved, pickled or saved."""
 
-    key: tuple[Program, tuple[int, ...]]  # the writes of those that hold some of it
+    key: tuple[Program, list[int]]  # with how often the copies were written to
     start: tuple[Tensor, ...]
     constants: Constants
 
@@ -87,6 +87,8 @@ class Adapter(Resident, nn.Module):
         self._folded: _Folded | None = None
         self._writes = 0  # how often its tensors got other values, for those that fold them
         self._initialised = False
+        # Until they have values: the tensors that have none, for `torch.func.functional_call` may pass others that do.
+        self._empty: tuple[Tensor, ...] = ()
         self._holders: dict[str, Adapter] = {}
         self._core_keys = tuple(None if core.origin == "weight" else _CORE + core.name for core in network.cores)
         self._start_keys = tuple(
@@ -98,6 +100,7 @@ class Adapter(Resident, nn.Module):
             assert isinstance(weight, Tensor)
             self._lay_out(weight.stride())
             self._register(weight, sharing or Sharing())
+            self._empty = self._held()
             if initialise:
                 self.reset_parameters(weight)
 
@@ -256,11 +259,13 @@ class Adapter(Resident, nn.Module):
     def reset_parameters(self, weight: Tensor | None = None) -> None:
         """Draw the initial cores and copy them to the frozen copy; on meta, do nothing.
 
-        `weight` is the layer's weight, which inits and cores that are taken from it need. A core that is
-        held elsewhere is drawn there.
+        `weight` is the layer's weight, which inits and cores that are taken from it need, and where cores on meta get
+        their memory. A core that is held elsewhere is drawn there.
         """
         if self._on_meta():
-            return
+            if weight is None or weight.is_meta:
+                return
+            self.to_empty(device=weight.device)
         drawn = {core.name: self.initial(core, weight) for core in self.network.cores if self._holds(core)}
         if self.magnitude is not None:
             base = self._base(weight).detach()
@@ -272,7 +277,11 @@ class Adapter(Resident, nn.Module):
                 if _START + name in self._buffers:
                     self._tensor(_START + name).copy_(own)
         self._written()
-        self._initialised = True
+        self._initialised, self._empty = True, ()
+
+    def _held(self) -> tuple[Tensor, ...]:
+        """All tensors that are its own."""
+        return tuple(tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None)
 
     def initial(self, core: BoundCore, weight: Tensor | None = None) -> Tensor:
         """A core's first value, fp32 on the CPU: the same bits on any machine, unless it is taken from the weight."""
@@ -297,6 +306,8 @@ class Adapter(Resident, nn.Module):
         # Layers that share cores may live on several devices, and be wider than those that hold them.
         base = self._base(weight).detach()
         refuse_distributed(self.layer_name, [base, *(core for core in found if core is not None)])
+        if not base.is_meta and any(core is not None and core.is_meta for core in found):
+            raise without_values(self.layer_name, True)
         dtype = torch.promote_types(torch.float32, base.dtype)
         for core in found:
             dtype = dtype if core is None else torch.promote_types(dtype, core.dtype)
@@ -330,7 +341,7 @@ class Adapter(Resident, nn.Module):
         # They may depend on the base weight, which may be written to unseen; a graph holds no tensor made elsewhere.
         if None in self._core_keys or needs_plain_ops(*start):
             return program.constants(start)
-        folded, key = self._folded, (program, tuple(holder._writes for holder in self._holders.values()))
+        folded, key = self._folded, (program, writes_of(start))
         # By identity, for `torch.func.functional_call` may pass other tensors.
         if folded is not None and folded.key == key and same_tensors(folded.start, start):
             return folded.constants
@@ -346,18 +357,21 @@ class Adapter(Resident, nn.Module):
         self._writes += 1
 
     def _require_values(self) -> None:
-        if self.has_values or any(tensor.device.type == "meta" for tensor in self.cores.values()):
+        cores = self.cores.values()
+        if self.has_values or any(tensor.is_meta for tensor in cores):
             return
-        found = "memory without values (they were made on the meta device)"
-        fix = "Call `reset_parameters` of the adapted layer, or load the adapter, before the first forward."
-        where = f"layer '{self.layer_name}'" if self.layer_name else None
-        raise ExecutionError(Problem("cores", "initial or loaded values", found, fix, where=where))
+        empty = [tensor for holder in (self, *self._holders.values()) for tensor in holder._empty]
+        if not any(core is tensor for core in cores for tensor in empty):
+            return
+        raise without_values(self.layer_name, False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         self._written()
         super()._apply(lambda tensor: moved(tensor, fn), recurse)  # type: ignore[no-untyped-call]
         if self._on_meta():
             self._initialised = False
+        if not self._initialised:
+            self._empty = self._held()
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -367,7 +381,7 @@ class Adapter(Resident, nn.Module):
             super()._apply(lambda tensor: tensor.float())  # type: ignore[no-untyped-call]
         self._written()
         if all(prefix + key in state_dict for key in (*self._parameters, *self._buffers)):
-            self._initialised = True
+            self._initialised, self._empty = True, ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": None, "_program": None, "_calling": None}

@@ -128,7 +128,7 @@ class Calling:
 
         def made(cores: Sequence[Tensor]) -> Sequence[Tensor]:
             start = [] if adapter.network.start == "zero" else adapter.start_tensors()
-            return program.flat(cores, self._starts.of(program, [adapter], start, program.start))
+            return program.flat(cores, self._starts.of(program, start, program.start))
 
         cores, keeping = adapter.core_tensors(), adapter.keeping
         return program.split(

@@ -22,7 +22,7 @@ def call_of(base: Any, layer: Layer, shape: Sequence[int], output_size: Any, dev
 
     Convolutions with a padding mode other than zeros are called unpadded, on their padded input.
     """
-    if math.prod(shape) == 0:
+    if not shape or math.prod(shape) == 0:
         return None
     if not layer.kernel_size:
         return Call(math.prod(shape[:-1]), device=device) if shape[-1] == layer.in_channels else None

@@ -17,6 +17,7 @@ from torch import Tensor
 from tnpeft.modules.calls import as_autocast_has_it, chain_input
 from tnpeft.modules.distributed import refuse_distributed
 from tnpeft.modules.grouping import add_weight
+from tnpeft.modules.refusals import taken_away, without_values
 from tnpeft.program import ClusterGradients, LayerClusters, factored_update, needs_plain_ops, records_sizes
 
 if TYPE_CHECKING:
@@ -29,9 +30,12 @@ __all__ = ["dense", "execute", "run", "summed_weight"]
 
 def execute(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     """The layer's output in the mode that its adapter has, or chooses, for this call."""
-    if needs_plain_ops(x, layer.base._parameters["weight"]):  # not by its name, which `torch.fx` would record
+    parameters = layer.base._parameters  # not by its name, which `torch.fx` would record
+    if "weight" not in parameters:
+        raise taken_away(layer.where, "weight")
+    if needs_plain_ops(x, parameters["weight"]):
         return _plain(layer, x, *rest)
-    if len(layer.scales) != 1 or layer.disabled or layer.merged:
+    if len(layer.scales) != 1 or layer.disabled or layer.merged or x.is_nested or x.layout is not torch.strided:
         return dense(layer, x, *rest)
     ((adapter, scale),) = layer.active
     if adapter.mode == "dense" or scale != 1.0:
@@ -52,9 +56,8 @@ def _plain(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     if isinstance(x, torch.fx.Proxy):
         node: Tensor = x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x, *rest), {})
         return node
-    refuse_distributed(
-        _name_of(layer), [x, *(tensor for tensor in layer.base._parameters.values() if tensor is not None)]
-    )
+    tensors = [x, *(tensor for tensor in layer.base._parameters.values() if tensor is not None)]
+    refuse_distributed(layer.layer_name, tensors)
     if len(layer.scales) != 1 or layer.disabled or layer.merged or records_sizes():
         return dense(layer, x, *rest)
     ((adapter, scale),) = layer.active
@@ -69,12 +72,9 @@ def _plain(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
     chain, clusters = getattr(calling, key)
     x = as_autocast_has_it(x)
     out = layer.call_base(x, layer.base.weight.detach(), layer.bias, *rest)
-    return factored_update(out, chain_input(layer.base, x), chain, calling.plain_clusters(clusters))
-
-
-def _name_of(layer: AdaptedLayer) -> str:
-    """The name of a layer in its model, as its adapters know it."""
-    return next((layer.adapter(name).layer_name for name in layer.names), "")
+    values = calling.plain_clusters(clusters)
+    _require_memory(adapter, values.values[0], x)
+    return factored_update(out, chain_input(layer.base, x), chain, values)
 
 
 def _is_static(size: int) -> bool:
@@ -99,7 +99,15 @@ def run(layer: AdaptedLayer, calling: Calling, running: Running, x: Tensor, *res
     """The output of a layer with one adapter, as it was decided."""
     if running.mode == "dense":
         return dense(layer, x, *rest)
-    return _RUNS[running.mode](layer, calling.clusters(running), running, x, *rest)
+    clusters = calling.clusters(running)
+    _require_memory(calling.adapter, clusters.values[0], x)
+    return _RUNS[running.mode](layer, clusters, running, x, *rest)
+
+
+def _require_memory(adapter: Adapter, made: Tensor, like: Tensor) -> None:
+    """Raises ExecutionError where what is made of the cores is on meta and what it meets is not."""
+    if made.is_meta and not like.is_meta:
+        raise without_values(adapter.layer_name, True)
 
 
 def dense(layer: AdaptedLayer, x: Tensor, *rest: Any) -> Tensor:
@@ -165,7 +173,10 @@ def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]], own: 
     origin = constant if own is weight else own.detach()
     keeping = active[0][0].keeping
     if keeping is None:
-        return _summed(constant, [(adapter.delta_for(origin), scale) for adapter, scale in active])
+        deltas = [(adapter.delta_for(origin), scale) for adapter, scale in active]
+        for (adapter, _), (delta, _) in zip(active, deltas, strict=True):
+            _require_memory(adapter, delta, constant)
+        return _summed(constant, deltas)
     adapters = [adapter for adapter, _ in active]
     inputs = [adapter.delta_inputs(origin) for adapter in adapters]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -75,13 +75,11 @@ class Starts(Generic[_Made]):
 
     def __init__(self) -> None:
         # One tuple, so that no thread sees a part of what another one leaves here.
-        self._known: tuple[object, list[Tensor], list[tuple[int, ...]], _Made] | None = None
+        self._known: tuple[object, list[Tensor], list[int], _Made] | None = None
 
-    def of(
-        self, key: object, adapters: Iterable[Adapter], start: list[Tensor], make: Callable[[list[Tensor]], _Made]
-    ) -> _Made:
+    def of(self, key: object, start: list[Tensor], make: Callable[[list[Tensor]], _Made]) -> _Made:
         """`make(start)`, anew if it is another `key`."""
-        writes = [adapter.writes for adapter in adapters]
+        writes = writes_of(start)
         if self._known is not None:
             known, tensors, written, made = self._known
             # By identity, for `torch.func.functional_call` may pass other tensors.
@@ -263,7 +261,7 @@ class _Group:
         if self.adapters[0].network.start == "zero":
             return None
         start = {adapter: adapter.start_tensors() for adapter in self._each}
-        return self._starts.of(code, self._each, [start[adapter][core] for adapter, core in self._cores], code.start)
+        return self._starts.of(code, [start[adapter][core] for adapter, core in self._cores], code.start)
 
 
 class _ClusterOf(NamedTuple):

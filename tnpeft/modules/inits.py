@@ -33,11 +33,16 @@ def stream(seed: int, layer: str, core: str, shape: _Shape) -> torch.Generator:
 
 
 def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None) -> Tensor:
-    """Draw one core: fp32, on the CPU. `weight` is the base weight, which singular vectors are
-    taken from.
+    """Draw one core: fp32, on the CPU, whatever the default device is. `weight` is the base weight, which singular
+    vectors are taken from.
 
     Raises BindError where the distribution does not fit the core.
     """
+    with torch.device("cpu"):
+        return _initial_core(network, core, seed, layer, weight)
+
+
+def _initial_core(network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None) -> Tensor:
     name, arguments = core.init.name, core.init.arguments
     if name in _PARTS:
         return _svd(network, core, weight)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tnpeft.errors import ExecutionError, Problem
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.calls import convolved
 from tnpeft.modules.execution import execute, summed_weight
@@ -29,8 +28,9 @@ from tnpeft.modules.parked import (
     set_own,
     show,
     take_back,
-    translate,
 )
+from tnpeft.modules.parked_states import forget_hook, make_again, set_to_base, translate
+from tnpeft.modules.refusals import replace_own, replicated, taken_away
 from tnpeft.modules.scripting import convolution, hidden_attributes, margins, missing_padding, refuse_unmerged
 
 __all__ = ["AdaptedConv", "AdaptedConvTranspose", "AdaptedLayer", "AdaptedLinear", "wrap"]
@@ -45,12 +45,17 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
 # What a layer's tensors were called while it hung below the adapted one as a module of its own.
 _EARLIER = "base."
 _NOT_OF_BASE = ("_hf_hook", "_old_forward")
+_LOADING = "_tnpeft_loading"
 
 
 class AdaptedLayer(Resident, nn.Module):
@@ -64,7 +69,8 @@ class AdaptedLayer(Resident, nn.Module):
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = [
-        "__jit_ignored_attributes__", "active", "base", "bias", "margins", "names", "weight", "zeros",
+        "__jit_ignored_attributes__", "active", "base", "bias", "layer_name", "margins", "names", "weight", "where",
+        "zeros",
     ]  # fmt: skip
 
     def __init__(self, base: nn.Module) -> None:
@@ -73,7 +79,6 @@ class AdaptedLayer(Resident, nn.Module):
         self.scales: dict[str, float] = {}
         self.disabled = False
         self.merged = False
-        self.register_load_state_dict_post_hook(_make_again)  # type: ignore[no-untyped-call]
         self.training = base.training
         self._take(base)
 
@@ -87,6 +92,7 @@ class AdaptedLayer(Resident, nn.Module):
         # Shared, not copied: hooks of the base layer run, can be removed, and outlive the adapter.
         for name in _HOOKS:
             setattr(self, name, getattr(base, name))
+        self.register_load_state_dict_post_hook(_make_again)  # type: ignore[no-untyped-call]
         move_hook(base, self)
 
     @property
@@ -144,6 +150,7 @@ class AdaptedLayer(Resident, nn.Module):
             if self.scales or scales:
                 park(base, "_parameters", "weight", scales, weight)
         self.merged = True
+        self.disable(self.disabled)  # parking shows what is merged
 
     def unmerge(self) -> None:
         take_back(self.base, "_parameters", "weight")
@@ -157,6 +164,7 @@ class AdaptedLayer(Resident, nn.Module):
 
     def keep_merged(self) -> None:
         """Leave the merged weight to the base layer as its own; the old one is not written."""
+        self.disable(False)
         keep(self.base, "_parameters", "weight", acting(self.base, "_parameters", "weight"))
         self.merged = False
 
@@ -166,6 +174,8 @@ class AdaptedLayer(Resident, nn.Module):
         base._is_full_backward_hook = self._is_full_backward_hook
         base.training = self.training
         base.__dict__.pop("_tnpeft_wrapper", None)  # a layer with several names comes here once for each
+        forget_hook(base._load_state_dict_post_hooks, _make_again)
+        make_again(base, False)
         move_hook(self, base)
         return base
 
@@ -173,6 +183,7 @@ class AdaptedLayer(Resident, nn.Module):
         """Draw the initial cores of every adapter; the base layer keeps its values."""
         for name in self.names:
             self.adapter(name).reset_parameters(own_weight(self.base))
+        set_to_base(self.base)
         if self.merged:
             self.merge()
 
@@ -195,16 +206,37 @@ class AdaptedLayer(Resident, nn.Module):
         return f"{self.base.extra_repr()}, {active}"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias"):
+        if name not in ("weight", "bias"):
+            super().__setattr__(name, value)
+        elif is_bare(self) or _LOADING in self.__dict__:
             set_own(self.base, name, value)
         else:
-            super().__setattr__(name, value)
+            replace_own(self, name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name in ("weight", "bias") and name not in self._parameters:
-            del self.base.__dict__[name]
-        else:
+        if name not in ("weight", "bias"):
             super().__delattr__(name)
+        elif name not in self._parameters:
+            del self.base.__dict__[name]
+        elif is_bare(self):
+            super().__delattr__(name)
+        else:
+            raise taken_away(self.where, name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.startswith(("weight_", "bias_")):  # as weight normalisation and pruning do
+            raise taken_away(self.where, name.partition("_")[0])
+        super().register_parameter(name, param)
+
+    @property
+    def layer_name(self) -> str:
+        """The name of the layer in its model, as its adapters know it."""
+        return next((self.adapter(name).layer_name for name in self.names), "")
+
+    @property
+    def where(self) -> str | None:
+        """The layer for a message."""
+        return f"layer '{self.layer_name}'" if self.layer_name else None
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "bias") and "_base" in self.__dict__:
@@ -221,14 +253,7 @@ class AdaptedLayer(Resident, nn.Module):
 
     def _replicate_for_data_parallel(self) -> AdaptedLayer:
         # Tensors of the copy would be no parameters, and cores that are held elsewhere on another device.
-        what, found = "copies for several devices", "`torch.nn.DataParallel`"
-        fix = (
-            "Use `torch.nn.parallel.DistributedDataParallel`, started with torchrun, or show the process one device "
-            "alone (CUDA_VISIBLE_DEVICES=0)."
-        )
-        name = next((self.adapter(name).layer_name for name in self.names), "")
-        where = f"layer '{name}'" if name else None
-        raise ExecutionError(Problem(what, "a process for each device", found, fix, where=where))
+        raise replicated(self.where)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         before = own_weight(self.base).dtype
@@ -241,7 +266,11 @@ class AdaptedLayer(Resident, nn.Module):
         for key in [key for key in state_dict if key.startswith(prefix + _EARLIER)]:
             state_dict.setdefault(prefix + key.removeprefix(prefix + _EARLIER), state_dict.pop(key))
         translate(self.base, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.__dict__[_LOADING] = True  # `assign=True` puts what it is given in place of the base's own
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        finally:
+            del self.__dict__[_LOADING]
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -9,18 +9,21 @@ ones are parked as `ORIGINAL`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tnpeft.errors import ExecutionError, Problem
 from tnpeft.modules.offload import Resident, is_bare, store
 
 __all__ = [
     "MANGLED",
     "ORIGINAL",
+    "TABLES",
+    "UNSET",
     "acting",
     "acting_scales",
     "bare",
@@ -29,7 +32,7 @@ __all__ = [
     "drop_sum",
     "is_parked",
     "keep",
-    "make_again",
+    "key_of",
     "own",
     "own_weight",
     "park",
@@ -38,8 +41,8 @@ __all__ = [
     "set_own",
     "show",
     "show_sum",
+    "table_of",
     "take_back",
-    "translate",
 ]
 
 MANGLED = "_tnpeft_"
@@ -50,7 +53,10 @@ _SHOWN = "_tnpeft_shown"
 _MADE = "_tnpeft_made"
 """On a module: for each tensor that is made of several copies, or merged, the adapters and scales that make it."""
 
-_TABLES = ("_parameters", "_buffers")
+UNSET = "_tnpeft_unset"
+"""On a module: the keys of copies that were made of tensors without memory, and were not loaded since."""
+
+TABLES = ("_parameters", "_buffers")
 
 
 def parked_key(who: str, key: str) -> str:
@@ -92,7 +98,7 @@ def show(module: nn.Module, table: str, key: str, stored: str | None) -> None:
     plain = _plain_class(module)
     if shown:
         module.__dict__[_SHOWN] = shown
-        tables = tuple(sorted((name, _table_of(module, name)) for name in shown))
+        tables = tuple(sorted((name, table_of(module, name)) for name in shown))
         module.__class__ = _showing(plain, tables)  # type: ignore[arg-type]
     else:
         module.__dict__.pop(_SHOWN, None)
@@ -112,6 +118,8 @@ def acting_scales(module: nn.Module, key: str) -> dict[str, float]:
 def combined(module: nn.Module, table: str, key: str, scales: Mapping[str, float]) -> Tensor:
     """b0 + sum of s (b - b0) over the copies of some adapters, rounded once; an integer stays what it is."""
     original = own(module, table, key).detach()
+    for stored in (parked_key(copies_of(name), key) for name in scales):
+        _require_values(module, stored, module.__dict__[table][stored])
     if list(scales.values()) == [1.0]:
         (name,) = scales
         return module.__dict__[table][parked_key(copies_of(name), key)].detach().clone()  # type: ignore[no-any-return]
@@ -191,33 +199,10 @@ def drop_sum(module: nn.Module, key: str) -> None:
         module.__dict__.get(_MADE, {}).pop(key, None)
 
 
-def translate(module: nn.Module, state: MutableMapping[str, Any], prefix: str) -> None:
-    """A state dict that is about to be loaded, in the names that the module has now.
-
-    A base's checkpoint, one of an adapted model, of a merged one, and those that were written when acting copies had
-    the plain names: each gives the base's values to the base's own tensors.
-    """
-    for table in _TABLES:
-        tensors: dict[str, Tensor | None] = module.__dict__[table]
-        for key in [key for key in tensors if not key.startswith(MANGLED)]:
-            parked = prefix + parked_key(ORIGINAL, key)
-            plain = prefix + key
-            if parked in state:
-                copies = [other for other in tensors if other.endswith(f":{key}") and other.startswith(f"{MANGLED}of_")]
-                absent = [copy for copy in copies if prefix + copy not in state]
-                if len(absent) == 1 and plain in state:
-                    state[prefix + absent[0]] = state[plain]
-                if parked_key(ORIGINAL, key) not in tensors:
-                    state[plain] = state.pop(parked)
-            elif parked_key(ORIGINAL, key) in tensors and plain in state:
-                state[parked] = state[plain]
-                state[plain] = tensors[key]
-
-
 def remake(module: nn.Module) -> None:
     """Make sums and merged tensors anew, after their parts got other values."""
     for key, scales in module.__dict__.get(_MADE, {}).items():
-        table = _table_of(module, key)
+        table = table_of(module, key)
         stored = parked_key(_SUM, key) if parked_key(_SUM, key) in module._buffers else key
         target = _stored(module, table, stored)
         assert target is not None
@@ -225,29 +210,20 @@ def remake(module: nn.Module) -> None:
             target.copy_(combined(module, table, key, scales))
 
 
-def make_again(module: nn.Module, listening: bool) -> None:
-    """Let loading a state dict give each tensor of a module its own values, as long as copies stand beside some."""
-    copies = any(key.startswith(MANGLED) for table in _TABLES for key in module.__dict__[table])
-    hooks = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
-    known = [number for number, hook in hooks[1].items() if hook is _loaded]
-    if listening and not known:
-        module.register_load_state_dict_pre_hook(_loading)  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
-    elif not copies:
-        for table, own_hook in zip(hooks, (_loading, _loaded), strict=True):
-            for number in [number for number, hook in table.items() if getattr(hook, "hook", hook) is own_hook]:
-                del table[number]
+def _require_values(module: nn.Module, stored: str, copy: Tensor | None) -> None:
+    """Raises ExecutionError for a copy that was made on meta, has memory now, and no values."""
+    if copy is None or copy.is_meta or stored not in module.__dict__.get(UNSET, ()):
+        return
+    found = "memory without values (it was made on the meta device)"
+    fix = "Load the adapter, or the base's state dict, before the first forward; or attach once the model has values."
+    raise ExecutionError(Problem(f"the trained `{key_of(stored)}` of a {type(module).__name__}", "values", found, fix))
 
 
-def _loading(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_rest: Any) -> None:
-    translate(module, state, prefix)
+def key_of(stored: str) -> str:
+    return stored.rpartition(":")[2]
 
 
-def _loaded(module: nn.Module, _incompatible: object) -> None:
-    remake(module)
-
-
-def _table_of(module: nn.Module, key: str) -> str:
+def table_of(module: nn.Module, key: str) -> str:
     return "_parameters" if key in module._parameters else "_buffers"
 
 
@@ -301,9 +277,12 @@ def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> typ
     def reading(name: str, table: str) -> Callable[[Any], Tensor | None]:
         def read(module: Any) -> Tensor | None:
             shown = module.__dict__.get(_SHOWN, {})
-            if is_bare(module) and table == "_parameters":
-                return bare(module, name)
-            return _stored(module, table, name if is_bare(module) else shown.get(name, name))
+            if is_bare(module):
+                return bare(module, name) if table == "_parameters" else _stored(module, table, name)
+            acts = _stored(module, table, shown.get(name, name))
+            if UNSET in module.__dict__:
+                _require_values(module, shown.get(name, name), acts)
+            return acts
 
         return read
 

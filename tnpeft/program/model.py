@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -49,7 +50,8 @@ class Program:
         """What `delta` needs of the frozen copy and may be kept as long as that does not change; () without one."""
         if start is None or self.plan.network.start == "zero":
             return ()
-        with torch.no_grad(), without_autocast(start[0]):
+        # No copy requires a gradient. An exported graph keeps a block for `no_grad`, and cannot be read if it is empty.
+        with contextlib.nullcontext() if needs_plain_ops(*start) else torch.no_grad(), without_autocast(start[0]):
             return self._total.constants(start)
 
     def delta(self, cores: Sequence[Tensor], start: Sequence[Tensor] | None, constants: Constants) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from tnpeft.errors import Problem, near_miss
+from tnpeft.errors import Problem, listed, near_miss
 from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.modules.distributed import is_distributed
 from tnpeft.modules.offload import is_own_forward
@@ -30,6 +30,7 @@ __all__ = [
     "layer_problem",
     "model_problems",
     "name_problems",
+    "other_roads",
     "target_problems",
     "trained_problems",
     "weight_problem",
@@ -46,6 +47,9 @@ SUPPORTED = (
 )
 _KINDS = ", ".join(supported.__name__ for supported in SUPPORTED)
 _METHODS = ("forward", "_conv_forward", "_output_padding")
+_STATE_METHODS = ("get_extra_state", "set_extra_state", "_save_to_state_dict", "_load_from_state_dict")
+# Tables of a module that hold no other road to a layer.
+_OF_MODULES = {"_modules", "_parameters", "_buffers"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATS = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
 _TAKE_OFF = "An adapter would bypass it: take it off first, or match other layers."
@@ -103,10 +107,11 @@ def _split_problem(layer: nn.Module) -> Problem | None:
 
 def _forward_problem(layer: nn.Module) -> Problem | None:
     plain = next(supported for supported in SUPPORTED if isinstance(layer, supported))
-    for method in _METHODS:
+    for method in (*_METHODS, *_STATE_METHODS):
         replaced = method in layer.__dict__ and not is_own_forward(layer, method)
         if replaced or getattr(type(layer), method, None) is not getattr(plain, method, None):
-            expected, kind = f"the forward of {plain.__name__}", kind_name(type(layer))
+            what = "state dict" if method in _STATE_METHODS else "forward"
+            expected, kind = f"the {what} of {plain.__name__}", kind_name(type(layer))
             owner = type(getattr(layer.__dict__.get(method), "__self__", layer))
             if replaced and owner is not type(layer):  # somebody has put a method of another module here
                 known = look_alike(owner) or (f", with the `{method}` of {owner.__name__}", _TAKE_OFF)
@@ -274,3 +279,21 @@ def trained_problems(
             dtype = str(found[name].tensor.dtype).removeprefix("torch.")
             fix = "Leave it out."
             yield Problem("training", "a floating-point parameter", dtype, fix, where=where)
+
+
+def other_roads(root: nn.Module, layers: Mapping[str, nn.Module]) -> Problem | None:
+    """What to warn of where a module holds a layer outside its submodules: calls on that road meet no adapter."""
+    names = {id(layer): name for name, layer in layers.items()}
+    for place, module in root.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in _OF_MODULES or attribute.startswith("_tnpeft") or isinstance(module, AdaptedLayer):
+                continue
+            several = value.values() if isinstance(value, dict) else value
+            held = several if isinstance(value, (dict, list, tuple, set)) else [value]
+            found = [names[id(item)] for item in held if id(item) in names]
+            if found:
+                where = f"`{place}.{attribute}`" if place else f"`{attribute}`"
+                fix = "Call the layers as submodules there, for example through an `nn.ModuleList` or by their names."
+                held_there = f"{listed(found)} in {where} too, where calls meet no adapter"
+                return Problem("adapted layers", "ones that are submodules alone", held_there, fix)
+    return None

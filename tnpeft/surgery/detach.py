@@ -6,10 +6,11 @@ from torch import nn
 
 from tnpeft.errors import AttachError, Problem
 from tnpeft.modules import AdaptedLayer
+from tnpeft.modules.parked_states import note_tie
 from tnpeft.surgery.folding import fold, folding_problems
 from tnpeft.surgery.passes import remove_pass
 from tnpeft.surgery.state import ModelState, adapted, known_adapter
-from tnpeft.surgery.switch import acting, apply_state, merge_layers, refuse_disabled, refuse_merged
+from tnpeft.surgery.switch import acting, apply_state, merge_layers, refuse_disabled, refuse_merged, warn_of_ties
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers, places, slots
 
@@ -29,7 +30,7 @@ def detach(model: nn.Module, merge: bool = False, name: str | None = None) -> No
 
     Raises AttachError where nothing, or no adapter of that name, is attached, and with `merge` where
     the update of another adapter depends on a weight that would change, or the model is merged already
-    and others are attached.
+    and others are attached. Warns (TnpeftWarning) where a merged weight was tied to another layer's.
     """
     root, state = adapted(model)
     if name is None:
@@ -74,6 +75,7 @@ def _restore(root: nn.Module, state: ModelState, kept: dict[str, float]) -> None
         tied.settle()
     _unwrap(root, layers)
     for name, slot in slots(root).items():
+        note_tie(slot.owner, None)
         if name in state.requires_grad:
             slot.tensor.requires_grad_(state.requires_grad[name])
     remove_pass(root)
@@ -94,6 +96,8 @@ def _keep(root: nn.Module, state: ModelState, layers: list[AdaptedLayer], kept: 
         state.disabled = disabled
         apply_state(root, state)
         raise
+    if kept:
+        warn_of_ties(root, 5)
     for layer in layers:
         if kept:
             layer.keep_merged()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from tnpeft.errors import AttachError
+from tnpeft.errors import AttachError, TnpeftWarning
 from tnpeft.modules import AdaptedLayer, Adapter, wrap
-from tnpeft.surgery.checks import model_problems, name_problems, target_problems, trained_problems
+from tnpeft.modules.parked_states import note_tie
+from tnpeft.surgery.checks import model_problems, name_problems, other_roads, target_problems, trained_problems
 from tnpeft.surgery.state import AdapterRecord, ModelState, find
 from tnpeft.surgery.switch import apply_state
 from tnpeft.surgery.trained import Tied, all_tied, norm_statistics
@@ -37,6 +39,8 @@ def install(
     state, found = _checked(model, name, targets, trained := tuple(dict.fromkeys(trained)))
     record = _record(model, found, name, targets, trained, about or {})
     wrappers = _wrappers(model, targets)
+    if problem := other_roads(model, {target: plain_modules(model)[target] for target in targets}):
+        warnings.warn(TnpeftWarning(problem), stacklevel=3)
     copies = _copies(model, found, state, record)
 
     for tied, copy in copies:
@@ -48,6 +52,9 @@ def install(
         layer.add_adapter(name, target)
     for slot in found.values():
         slot.tensor.requires_grad_(False)
+    for names in ties(found).values():
+        for key in names if len(names) > 1 else ():
+            note_tie(found[key].owner, found[key].key)
     state.adapters[name] = record
     state.active = {name: 1.0}
     state.keep_on(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
@@ -11,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnpeft.errors import AttachError, Problem
+from tnpeft.errors import AttachError, Problem, TnpeftWarning, listed
 from tnpeft.modules import AdaptedLayer
 from tnpeft.modules.distributed import split_problem
+from tnpeft.modules.parked import is_parked
 from tnpeft.spec.document import clip
 from tnpeft.surgery.accumulating import hand_out
 from tnpeft.surgery.passes import forget_groups, register_pass, remove_pass
 from tnpeft.surgery.state import ModelState, adapted, find, known_adapter
 from tnpeft.surgery.trained import all_tied
-from tnpeft.surgery.tree import adapted_layers
+from tnpeft.surgery.tree import adapted_layers, slots, ties
 
 __all__ = [
     "acting",
@@ -33,6 +35,7 @@ __all__ = [
     "refuse_merged",
     "scale_problem",
     "unmerge",
+    "warn_of_ties",
 ]
 
 
@@ -84,7 +87,8 @@ def merge(model: nn.Module, name: str | None = None) -> None:
 
     Merged are the active adapters or, with `name`, this one alone: at the scale at which it acts, at 1
     if it does not. A merged model does not train, and what acts in it stays until `unmerge`. Merging
-    what is merged changes nothing. It acts on the model for all threads: none may run it meanwhile.
+    what is merged changes nothing. It acts on the model for all threads: none may run it meanwhile. Warns
+    (TnpeftWarning) where a merged weight was tied to another layer's.
 
     Raises AttachError for unknown names, and where others are merged.
     """
@@ -100,6 +104,26 @@ def merge(model: nn.Module, name: str | None = None) -> None:
         merge_layers(adapted_layers(root))
     state.merged, state.before = True, before
     apply_state(root, state)
+    warn_of_ties(root, 3)
+
+
+def warn_of_ties(root: nn.Module, level: int) -> None:
+    """Warns (TnpeftWarning) of merged weights that are no longer those of the layers that they are tied to."""
+    found = slots(root)
+    for names in set(ties(found).values()):
+        changed = [key for key in names if is_parked(found[key].owner, found[key].table, found[key].key)]
+        if changed and len({id(found[key].owner) for key in names}) > 1:
+            others = [key for key in names if key not in changed]
+            first = found[changed[0]].acting
+            if not others and all(torch.equal(found[key].acting, first) for key in changed):
+                continue  # one copy that trains stands at all of them
+            what = f"the merged weight {listed(changed)}"
+            tied = f"one tied to {listed(others)}, with the base's values" if others else "several of one base weight"
+            fix = (
+                "Saved weights of the merged model belong into a model that does not tie them "
+                "(`tie_word_embeddings=False` in transformers)."
+            )
+            warnings.warn(TnpeftWarning(Problem(what, "a tensor of its own", tied, fix)), stacklevel=level)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -24,13 +24,13 @@ from tnpeft.modules.parked import (
     drop_sum,
     is_parked,
     keep,
-    make_again,
     park,
     parked_key,
     show,
     show_sum,
     take_back,
 )
+from tnpeft.modules.parked_states import make_again
 from tnpeft.surgery.state import ModelState
 from tnpeft.surgery.tree import Slot, slots, ties
 

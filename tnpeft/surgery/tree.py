@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from tnpeft.modules import AdaptedLayer
 from tnpeft.modules.offload import store
-from tnpeft.modules.parked import MANGLED, acting, own, parked_key
+from tnpeft.modules.parked import (
+    MANGLED,
+    acting,
+    own,
+    parked_key,
+)
+from tnpeft.modules.parked_states import note_values
 
 __all__ = [
     "Place",
@@ -75,6 +81,7 @@ class Slot(NamedTuple):
     def put_beside(self, who: str, tensor: Tensor | None) -> None:
         """Let a tensor stand beside it; None: no more."""
         store(self.owner, self.table, parked_key(who, self.key), tensor)
+        note_values(self.owner, self.table, parked_key(who, self.key))
 
 
 def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
