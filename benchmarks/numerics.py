@@ -29,8 +29,8 @@ from tnpeft.program import (
     LayerClusters,
     Program,
     build_chain,
+    build_cluster_merge,
     build_clusters,
-    build_completion,
     build_program,
 )
 
@@ -125,8 +125,8 @@ def difference(case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def completed(case: Case, dtype: torch.dtype) -> Tensor:
-    completion = build_completion(case.factored, tuple(range(case.weight.dim())))
-    return completion(case.clusters()).to(dtype)
+    merge = build_cluster_merge(case.factored, tuple(range(case.weight.dim())))
+    return merge(case.clusters()).to(dtype)
 
 
 def plain(case: Case, dtype: torch.dtype) -> Tensor:
@@ -144,7 +144,7 @@ def factored(case: Case, x: Tensor) -> Tensor:
     clusters = case.clusters()
     nothing = torch.zeros_like(case.output(x, case.weight.to(x.dtype)))
     chain = build_chain(case.factored)
-    found: Tensor = FactoredUpdate.apply(nothing, x, chain, clusters.paired, *clusters.values)  # type: ignore[no-untyped-call]
+    found: Tensor = FactoredUpdate.apply(nothing, x, chain, clusters.dual, *clusters.values)  # type: ignore[no-untyped-call]
     return found
 
 

@@ -25,7 +25,7 @@ import tnpeft.modules.grouping
 import tnpeft.program.clusters
 import tnpeft.program.deltas
 import tnpeft.program.total
-from tnpeft.program import ClusterGradients, Completions, FactoredUpdate
+from tnpeft.program import ClusterGradients, ClusterMerge, FactoredUpdate
 
 __all__ = ["profile"]
 
@@ -34,7 +34,7 @@ WARMUP = 2
 CLOCKED = (
     (tnpeft.program.clusters.Contracted, "forward", "forward", "clusters"),
     (FactoredUpdate, "forward", "forward", "chain, forward"),
-    (Completions, "__call__", "forward", "delta weight"),
+    (ClusterMerge, "__call__", "forward", "delta weight"),
     (tnpeft.program.total.Delta, "forward", "forward", "delta weight"),
     (tnpeft.program.deltas.Deltas, "forward", "forward", "delta weight"),
     (tnpeft.modules.execution, "add_weight", "forward", "sum with the weight"),

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tnpeft
 from tnpeft import AttachError, ExecutionError
-from tnpeft.program import Completions
+from tnpeft.program import ClusterMerge
 from tnpeft.program.clusters import BatchedCluster
 from tnpeft.program.deltas import BatchedDelta
 from tnpeft.program.total import Total
@@ -69,7 +69,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     spy(Total, "forward", "deltas")
     spy(BatchedDelta, "contracted", "deltas")
     spy(BatchedCluster, "contracted", "clusters")
-    spy(Completions, "__call__", "completions")
+    spy(ClusterMerge, "__call__", "completions")
     return counts
 
 

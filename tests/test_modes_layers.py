@@ -224,7 +224,7 @@ def test_factored_keeps_its_input_and_hybrid_the_summed_weight_too(spec: str):
         assert not any(one.data_ptr() == output.data_ptr() for one in kept[mode])
     plan = adapter_of(wrappers["factored"]).calling.last.plan
     clusters = {_numel(plan, link.kept) for part in plan.terms or (plan,) for link in part.links}
-    # The clusters, and their paired forms of two to four times their size.
+    # The clusters, and their dual forms of two to four times their size.
     allowed = {times * size for size in clusters for times in (1, 2, 4)}
     assert {one.numel() for one in kept["factored"]} <= allowed
     assert sum(one.numel() for one in kept["factored"]) < weight.numel()

@@ -165,7 +165,7 @@ def made(monkeypatch) -> Counter[str]:
 
         monkeypatch.setattr(calling, name, counted)
 
-    for name in ("plan", "feasible_plans", "best_plan", "build_chain", "build_clusters", "build_completion"):
+    for name in ("plan", "feasible_plans", "best_plan", "build_chain", "build_clusters", "build_cluster_merge"):
         spy(name)
     return counts
 

@@ -18,13 +18,13 @@ from tnpeft.modules.grouping import ForwardPass
 from tnpeft.modules.sharing import Sharing
 from tnpeft.network import bind
 from tnpeft.planning import modes as planning
-from tnpeft.program import ChainProgram, applied, batched, clusters
+from tnpeft.program import ChainProgram, batched, clusters, factored
 from tnpeft.program import chain as chains
 from tnpeft.program import model as programs
 from tnpeft.program.batched import BatchedTree
 from tnpeft.program.difference import Code
-from tnpeft.program.finish import Finish
 from tnpeft.program.total import Total
+from tnpeft.program.weight_layout import Finish
 from tnpeft.verify import VerifyReport, checks, engine, run_check, verify
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -184,13 +184,13 @@ def forget_programs() -> None:
     """What was built by a broken library must not outlive it."""
     for cached in (
         programs.build_program,
-        applied.build_completion,
+        factored.build_cluster_merge,
         clusters._built,
         batched._laid_out,
         chains._products,
     ):
         cached.cache_clear()
-    applied._CHAINS.clear()
+    factored._CHAINS.clear()
 
 
 MUTANTS: dict[Break, tuple[set[str], str]] = {

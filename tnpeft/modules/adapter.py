@@ -21,7 +21,7 @@ from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.modules.strides import memory_order, moved
 from tnpeft.network import BoundCore, Network
 from tnpeft.planning import DEFAULT_MODE, Plan, check_choices, check_mode, plan
-from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, without_autocast, writes_of
+from tnpeft.program import Constants, Program, Weight, build_program, is_lasting, versions, without_autocast
 from tnpeft.program.observers import needs_plain_ops
 
 __all__ = ["Adapter"]
@@ -341,7 +341,7 @@ class Adapter(Resident, nn.Module):
         # They may depend on the base weight, which may be written to unseen; a graph holds no tensor made elsewhere.
         if None in self._core_keys or needs_plain_ops(*start):
             return program.constants(start)
-        folded, key = self._folded, (program, writes_of(start))
+        folded, key = self._folded, (program, versions(start))
         # By identity, for `torch.func.functional_call` may pass other tensors.
         if folded is not None and folded.key == key and same_tensors(folded.start, start):
             return folded.constants

@@ -16,12 +16,12 @@ from tnpeft.modules.tuning import can_be_timed, quickest
 from tnpeft.planning import Call, Plan, best_plan, feasible_plans, plan
 from tnpeft.program import (
     ChainProgram,
+    ClusterMerge,
     ClusterProgram,
-    Completions,
     LayerClusters,
     build_chain,
+    build_cluster_merge,
     build_clusters,
-    build_completion,
     needs_plain_ops,
     saved_tensors_are_hooked,
 )
@@ -45,7 +45,7 @@ class Running(NamedTuple):
     call: Call | None = None
     chain: ChainProgram | None = None
     clusters: ClusterProgram | None = None
-    completion: Completions | None = None
+    merge: ClusterMerge | None = None
 
 
 class Calling:
@@ -163,8 +163,8 @@ class Calling:
         if found.mode == "dense":
             return Running("dense", found, call)
         factored = found.chain or found
-        completion = build_completion(factored, self.adapter.memory_order) if found.mode == "hybrid" else None
-        return Running(found.mode, found, call, build_chain(factored), build_clusters(factored), completion)
+        merge = build_cluster_merge(factored, self.adapter.memory_order) if found.mode == "hybrid" else None
+        return Running(found.mode, found, call, build_chain(factored), build_clusters(factored), merge)
 
 
 def _name_of(call: Call, training: bool) -> str:

@@ -142,17 +142,17 @@ def _hybrid(layer: AdaptedLayer, clusters: LayerClusters, running: Running, x: T
 
 def _completed(layer: AdaptedLayer, clusters: LayerClusters, running: Running) -> Tensor:
     """A hybrid layer's W + ΔW, without gradients."""
-    completion, weight = running.completion, layer.base.weight
-    assert completion is not None
+    merge, weight = running.merge, layer.base.weight
+    assert merge is not None
 
     def made(_cores: Sequence[Tensor]) -> tuple[Tensor]:
-        return (add_weight(completion(clusters), weight.detach()),)
+        return (add_weight(merge(clusters), weight.detach()),)
 
     ((adapter, _),) = layer.active
     keeping = adapter.keeping
     if keeping is None:
         return made(())[0]
-    return keeping.results((completion, adapter), (adapter,), (weight,), (), made)[0]
+    return keeping.results((merge, adapter), (adapter,), (weight,), (), made)[0]
 
 
 _RUNS: Mapping[str, Callable[..., Tensor]] = {"factored": _factored, "hybrid": _hybrid}

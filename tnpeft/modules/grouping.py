@@ -28,7 +28,7 @@ from tnpeft.program import (
     is_lasting,
     needs_plain_ops,
     saved_tensors_are_hooked,
-    writes_of,
+    versions,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Starts(Generic[_Made]):
 
     def of(self, key: object, start: list[Tensor], make: Callable[[list[Tensor]], _Made]) -> _Made:
         """`make(start)`, anew if it is another `key`."""
-        writes = writes_of(start)
+        writes = versions(start)
         if self._known is not None:
             known, tensors, written, made = self._known
             # By identity, for `torch.func.functional_call` may pass other tensors.
@@ -274,7 +274,7 @@ class _ClusterOf(NamedTuple):
 
 
 class _Clusters(_Group):
-    """One cluster of each member: its values, and its paired form if it has one."""
+    """One cluster of each member: its values, and its dual form if it has one."""
 
     def __init__(self, members: Sequence[_ClusterOf]) -> None:
         super().__init__([member.adapter for member in members], [member.cores for member in members])
@@ -321,7 +321,7 @@ class _Deltas(_Group):
 
 def _sources(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """Which tensors something is made of, and how often they were written to."""
-    return [*map(id, tensors)], writes_of(tensors)
+    return [*map(id, tensors)], versions(tensors)
 
 
 def add_weight(total: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import ExecutionError, Problem
-from tnpeft.program import saved_tensors_are_hooked, writes_of
+from tnpeft.program import saved_tensors_are_hooked, versions
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
@@ -79,7 +79,7 @@ class Keeping:
             self.forget()
         self._writes.update((adapter, adapter.writes) for adapter in adapters)
         trained = [tensor for tensor in sources if isinstance(tensor, nn.Parameter) or tensor.requires_grad]
-        pairs = zip(trained, writes_of(trained), strict=True)
+        pairs = zip(trained, versions(trained), strict=True)
         if all(self._versions.setdefault(tensor, writes) == writes for tensor, writes in pairs):
             return
         name = adapters[0].layer_name
@@ -103,14 +103,14 @@ class _Kept:
         with torch.enable_grad():
             self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
             self.outputs = tuple(make(self.leaves))
-        self._made = writes_of(self.outputs)
+        self._made = versions(self.outputs)
 
     def stands(self, sources: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
         """Whether it may be used with these tensors; also not if somebody wrote to a result, `layer.weight` say."""
         return (
             same_tensors(self.sources, sources)
             and self._wanted == _wanted(inputs)
-            and self._made == writes_of(self.outputs)
+            and self._made == versions(self.outputs)
         )
 
     def gradients(self, gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:

@@ -111,13 +111,13 @@ def _factored(plan: Contraction) -> _Elements:
     parts = chain.terms or (chain,)
     numel = plan.network.layer.numel
     held = sum(_held(part) + (sum(step.elements for step in part.steps) if _copies(part) else 0) for part in parts)
-    values, paired = sum(map(_values, parts)), sum(map(_paired, parts))
+    values, dual = sum(map(_values, parts)), sum(map(_dual, parts))
     changes = max(_trained(part) + sum(step.elements for step in part.steps) if _copies(part) else 0 for part in parts)
     gradients = max(_trained(part) + _values(part) for part in parts)
     passes = [_passes(part, chain.call, hybrid) for part in parts]
-    saved = values + (numel if hybrid else paired)
-    contracting = values + paired + changes
-    applying = values + paired + (max(map(_completing, parts)) if hybrid else max(forward for forward, _ in passes))
+    saved = values + (numel if hybrid else dual)
+    contracting = values + dual + changes
+    applying = values + dual + (max(map(_completing, parts)) if hybrid else max(forward for forward, _ in passes))
     backward = saved + max(gradients, *(backward for _, backward in passes))
     call = chain.call
     inputs = call.batch * call.inputs * plan.network.layer.in_channels
@@ -162,8 +162,8 @@ def _values(part: Contraction) -> int:
     return alone + sum(step.elements for step in part.steps)
 
 
-def _paired(part: Contraction) -> int:
-    """The paired forms: twice as large as a cluster at both ends of the chain, four times between."""
+def _dual(part: Contraction) -> int:
+    """The dual forms: twice as large as a cluster at both ends of the chain, four times between."""
     if not _copies(part):
         return 0
     ends = (0, len(part.links) - 1)

@@ -120,13 +120,13 @@ class _Prices:
 
     def chain(self, plan: Plan, call: Call, factored: bool) -> tuple[float, float]:
         """The products and shifted copies of a chain; with pairs each tensor between two links is twice as large."""
-        paired = factored and plan.network.start == "frozen_copy"
+        dual = factored and plan.network.start == "frozen_copy"
         forward = backward = self.prices.functions
         links = [*_links(plan, call)]
         for place, link in enumerate(links):
             first, last = place == 0, place == len(links) - 1
-            wide = (1 if first else 2) * (1 if last else 2) if paired else 1
-            side = (1 if (first if link.gather else last) else 2) if paired else 1
+            wide = (1 if first else 2) * (1 if last else 2) if dual else 1
+            side = (1 if (first if link.gather else last) else 2) if dual else 1
             if factored:
                 forward += self._link(link, wide, side)
                 backward += self._link(link, wide, side)
@@ -134,7 +134,7 @@ class _Prices:
                 backward += self._link(link, 1, 1)  # the input's gradient
             if not last:
                 backward += self._link(link, 1, 1)  # the value, made again
-            half = 2 if paired and not last else 1
+            half = 2 if dual and not last else 1
             backward += self._link(link, half, half if not link.gather else 1)  # the cluster's gradient
         if factored:
             forward += self.moved(2 * call.batch * call.outputs * plan.network.layer.out_channels)

@@ -1,18 +1,18 @@
 """Plan to program: straight-line torch code of pairwise contractions."""
 
-from tnpeft.program.applied import (
-    ChainProgram,
-    ClusterGradients,
-    Completions,
-    FactoredUpdate,
-    build_chain,
-    build_completion,
-    factored_update,
-)
 from tnpeft.program.clusters import BatchedCluster, Cluster, ClusterProgram, LayerClusters, build_clusters
 from tnpeft.program.convolution import Geometry, convolve
 from tnpeft.program.deltas import BatchedDelta, Weight, weight_of
-from tnpeft.program.execute import is_lasting, writes_of
+from tnpeft.program.factored import (
+    ChainProgram,
+    ClusterGradients,
+    ClusterMerge,
+    FactoredUpdate,
+    build_chain,
+    build_cluster_merge,
+    factored_update,
+)
+from tnpeft.program.kernels import is_lasting, versions
 from tnpeft.program.model import Program, build_program
 from tnpeft.program.observers import needs_plain_ops, records_sizes, saved_tensors_are_hooked
 from tnpeft.program.total import Constants, autocast_dtype, without_autocast
@@ -23,8 +23,8 @@ __all__ = [
     "ChainProgram",
     "Cluster",
     "ClusterGradients",
+    "ClusterMerge",
     "ClusterProgram",
-    "Completions",
     "Constants",
     "FactoredUpdate",
     "Geometry",
@@ -33,8 +33,8 @@ __all__ = [
     "Weight",
     "autocast_dtype",
     "build_chain",
+    "build_cluster_merge",
     "build_clusters",
-    "build_completion",
     "build_program",
     "convolve",
     "factored_update",
@@ -42,7 +42,7 @@ __all__ = [
     "needs_plain_ops",
     "records_sizes",
     "saved_tensors_are_hooked",
+    "versions",
     "weight_of",
     "without_autocast",
-    "writes_of",
 ]

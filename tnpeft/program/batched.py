@@ -19,9 +19,9 @@ from torch import Tensor
 
 from tnpeft.network import Network
 from tnpeft.planning import Step
-from tnpeft.program.execute import kept
-from tnpeft.program.layout import Instruction, lay_out_steps
-from tnpeft.program.route import GROUP
+from tnpeft.program.chain_legs import GROUP
+from tnpeft.program.kernels import kept
+from tnpeft.program.leg_order import Instruction, lay_out_steps
 from tnpeft.program.tree import run_changes, run_gradients, run_values
 
 __all__ = ["BatchedTree", "Changed", "Start", "Tree"]

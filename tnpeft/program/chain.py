@@ -1,6 +1,6 @@
 """The factored chain as code: the products with which a layer's input absorbs the clusters, one after the other.
 
-Everything is stored contiguously, in the orders of its route. A product is `mm` or `bmm` on views of that.
+Everything is stored contiguously, in the orders of its layout. A product is `mm` or `bmm` on views of that.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from functools import lru_cache
 from torch import Tensor
 
 from tnpeft.planning import Call, Plan
-from tnpeft.program.contraction import Contraction, lower
-from tnpeft.program.execute import contract
-from tnpeft.program.observers import is_watched
-from tnpeft.program.route import BATCH, VOXELS, Route, Stop
-from tnpeft.program.window import Positions, Window, Windows
+from tnpeft.program.chain_legs import BATCH, VOXELS, ChainLayout, LinkLayout
+from tnpeft.program.im2col import AxisIm2col, Im2col, Positions
+from tnpeft.program.kernels import contract
+from tnpeft.program.observers import is_recorded
+from tnpeft.program.pairwise import Contraction, lower
 
 __all__ = ["Chain", "lower_chain"]
 
@@ -33,27 +33,25 @@ class Products:
 
 @dataclass(frozen=True)
 class Absorb:
-    """One link, with the cluster's values (`plain`) and with its paired form (`paired`).
+    """One link, Y = C X for each voxel, with im2col of the input before the product or col2im of the product after it.
 
-    With `gather` the windows spread the input before the product, else they collect the product; `back` are the same
-    windows for gradients. `paired.to_cluster` takes the pair's gradient and the input's value, and leaves the pair leg
-    to be summed, after `outer` entries (0: there is none).
+    With a frozen copy X is a pair of the value and its change, and C the cluster's dual form.
     """
 
-    gather: bool
-    plain: Products
-    paired: Products
-    outer: int
-    windows: Windows
-    back: Windows
+    gather: bool  # im2col before the product; else col2im after it
+    plain: Products  # with the cluster's values
+    dual: Products  # with its dual form; `to_cluster` takes the pair's gradient and the value of the input
+    outer: int  # elements before the pair leg that `dual.to_cluster` leaves to be summed; 0: it leaves none
+    forward: Im2col
+    back: Im2col  # its adjoint, for gradients
 
-    def seen(self, x: Tensor, plain: bool) -> Tensor:
+    def read(self, x: Tensor, plain: bool) -> Tensor:
         """The input as the product takes it."""
-        return self.windows(x, plain) if self.gather else x
+        return self.forward(x, plain) if self.gather else x
 
-    def made(self, product: Tensor, plain: bool) -> Tensor:
+    def written(self, product: Tensor, plain: bool) -> Tensor:
         """The next input from the product."""
-        return product if self.gather else self.windows(product, plain)
+        return product if self.gather else self.forward(product, plain)
 
     def received(self, gradient: Tensor, plain: bool) -> Tensor:
         """The product's gradient from that of the next input."""
@@ -66,40 +64,36 @@ class Absorb:
 
 @dataclass(frozen=True)
 class Chain:
-    """One term's links; input, gradients and clusters are of one type.
-
-    `entry` are windows of kernel axes without legs, which move the input before anything else, `leave` the same for its
-    gradient.
-    """
+    """One term's links; input, gradients and clusters are of one dtype."""
 
     links: tuple[Absorb, ...]
-    entry: Windows
-    leave: Windows
+    entry: Im2col  # along kernel axes that have no legs: it moves the input before the first link
+    leave: Im2col  # its adjoint
 
-    def output(self, x: Tensor, clusters: Sequence[Tensor], paired: bool) -> Tensor:
-        """The update of the layer's output, by the clusters' values or, with a frozen copy, by their paired forms."""
-        plain = is_watched()
+    def output(self, x: Tensor, clusters: Sequence[Tensor], dual: bool) -> Tensor:
+        """The update of the layer's output, by the clusters' values or, with a frozen copy, by their dual forms."""
+        plain = is_recorded()
         x = self.entry(x, plain)
         for link, cluster in zip(self.links, clusters, strict=True):
-            products = link.paired if paired else link.plain
-            x = link.made(contract(products.forward, link.seen(x, plain), cluster, plain), plain)
+            products = link.dual if dual else link.plain
+            x = link.written(contract(products.forward, link.read(x, plain), cluster, plain), plain)
         return x
 
     def gradients(
-        self, x: Tensor, values: Sequence[Tensor], paired: Sequence[Tensor], gradient: Tensor, wanted: Sequence[bool]
+        self, x: Tensor, values: Sequence[Tensor], dual: Sequence[Tensor], gradient: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The input's gradient, then those of the clusters' values; `wanted` says which, in the same order.
 
-        With `paired` forms the input's is made of differences. The sum of a pair's two gradients is that of the plain
+        With `dual` forms the input's is made of differences. The sum of a pair's two gradients is that of the plain
         value, so that the clusters' need no other chain.
         """
-        plain = is_watched()
+        plain = is_recorded()
         inputs = self._inputs(x, values, plain)
         found: list[Tensor | None] = [None] * len(values)
-        differing = bool(paired) and wanted[0]
+        differing = bool(dual) and wanted[0]
         for place in reversed(range(len(self.links))):
             link = self.links[place]
-            products = link.paired if differing else link.plain
+            products = link.dual if differing else link.plain
             received = link.received(gradient, plain)
             if wanted[1 + place]:
                 made = contract(products.to_cluster, received, inputs[place], plain)
@@ -107,7 +101,7 @@ class Chain:
                     made = made.reshape(link.outer, 2, -1).sum(1)
                 found[place] = made
             if place or wanted[0]:
-                cluster = (paired if differing else values)[place]
+                cluster = (dual if differing else values)[place]
                 gradient = link.passed_on(contract(products.to_input, received, cluster, plain), plain)
         return self.leave(gradient, plain) if wanted[0] else None, found
 
@@ -116,21 +110,21 @@ class Chain:
         x = self.entry(x, plain)
         found = []
         for link, value in zip(self.links, values, strict=True):
-            found.append(link.seen(x, plain))
+            found.append(link.read(x, plain))
             if link is not self.links[-1]:
-                x = link.made(contract(link.plain.forward, found[-1], value, plain), plain)
+                x = link.written(contract(link.plain.forward, found[-1], value, plain), plain)
         return found
 
 
-def lower_chain(plan: Plan, route: Route) -> Chain:
+def lower_chain(plan: Plan, layout: ChainLayout) -> Chain:
     """The chain of a factored plan of one term."""
     assert plan.call is not None
     space = _Space(plan.call)
     # Axes without legs move the input first.
     legless = [axis for axis, legs in enumerate(plan.network.weight[2:]) if not legs]
-    entry, leave = space.windows(legless, False, False, None), space.windows(legless, True, True, None)
+    entry, leave = space.im2col(legless, False, False, None), space.im2col(legless, True, True, None)
     space.absorb(legless)
-    links = tuple(_absorb(stop, route, space) for stop in route.stops)
+    links = tuple(_absorb(link, layout, space) for link in layout.links)
     return Chain(links, entry, leave)
 
 
@@ -150,65 +144,64 @@ class _Space:
         for axis in axes:
             self.sizes[axis] = self.call.axes[axis].outputs
 
-    def windows(self, axes: Sequence[int], backward: bool, collects: bool, before: int | None) -> Windows:
-        """Of some axes, to spread them or to collect them.
+    def im2col(self, axes: Sequence[int], backward: bool, adjoint: bool, before: int | None) -> Im2col:
+        """Of some kernel axes; with `adjoint` it is col2im.
 
-        Forward they lead from the input's side to the output's, backward the other way. Axes along which nothing moves
-        need none. Kernel legs stand after so many elements of the channels' legs, which follow the voxels, or (None)
-        before the voxels, and the channels' legs before them.
+        Forward it leads from the input's side to the output's, backward the other way. Axes along which nothing moves
+        are left out. With `before` a tensor is (batch, voxels, `before` elements of channels, kernel, channels), with
+        None it is (batch, channels, kernel, voxels).
         """
         sizes = list(self.sizes)
         for axis in axes:
             known = self.call.axes[axis]
             sizes[axis] = known.outputs if backward else known.inputs
-        found: dict[int, Window] = {}
-        for axis in reversed(axes) if collects else axes:
+        found: dict[int, AxisIm2col] = {}
+        for axis in reversed(axes) if adjoint else axes:
             known = self.call.axes[axis]
             if not known.plain:
                 around = sizes[:axis], sizes[axis + 1 :]
                 # Kernel axes before this one stand before it.
                 others = math.prod(self.call.axes[other].kernel for other in axes[: axes.index(axis)])
                 place = None if before is None else (self.call.batch, before * others)
-                found[axis] = Window.of(known, self.call.transposed, *around, backward, place)
+                found[axis] = AxisIm2col.of(known, self.call.transposed, *around, backward, place)
             sizes[axis] = known.inputs if backward else known.outputs
         positions = None if before is None else self._positions(found, backward, before)
-        return Windows([found[axis] for axis in axes if axis in found], collects, positions)
+        return Im2col([found[axis] for axis in axes if axis in found], adjoint, positions)
 
-    def _positions(self, found: Mapping[int, Window], backward: bool, before: int) -> Positions:
+    def _positions(self, found: Mapping[int, AxisIm2col], backward: bool, before: int) -> Positions:
         axes = []
         for axis, size in enumerate(self.sizes):
-            window = found.get(axis)
-            known = (size, size, None) if window is None else (window.read, window.written, window.pairs)
-            axes.append(known)
+            moved = found.get(axis)
+            axes.append((size, size, None) if moved is None else (moved.read, moved.written, moved.pairs))
         return Positions(self.call.batch, tuple(axes), before)
 
 
-def _absorb(stop: Stop, route: Route, space: _Space) -> Absorb:
-    link = stop.link
+def _absorb(legs: LinkLayout, layout: ChainLayout, space: _Space) -> Absorb:
+    link = legs.link
     if link.gather:
-        staying = stop.before[: -len(stop.passing) or None]
-        before = None if stop.first else math.prod(route.sizes[letter] for letter in staying)
+        staying = legs.before[: -len(legs.passing) or None]
+        before = None if legs.first else math.prod(layout.sizes[letter] for letter in staying)
     else:
-        before = None if stop.last else 1
-    forward = space.windows(link.axes, False, not link.gather, before)
-    back = space.windows(link.axes, True, link.gather, before)
+        before = None if legs.last else 1
+    forward = space.im2col(link.axes, False, not link.gather, before)
+    back = space.im2col(link.axes, True, link.gather, before)
     inputs = space.voxels
     space.absorb(link.axes)
-    sizes = dict(route.sizes) | {BATCH: space.call.batch, VOXELS: space.voxels if link.gather else inputs}
-    outer = math.prod(route.sizes[letter] for letter in stop.pieces[0])
-    plain, paired = (_products(stop, tuple(sizes.items()), paired) for paired in (False, True))
-    return Absorb(link.gather, plain, paired, 0 if stop.last else outer, forward, back)
+    sizes = dict(layout.sizes) | {BATCH: space.call.batch, VOXELS: space.voxels if link.gather else inputs}
+    outer = math.prod(layout.sizes[letter] for letter in legs.pieces[0])
+    plain, dual = (_products(legs, tuple(sizes.items()), dual) for dual in (False, True))
+    return Absorb(link.gather, plain, dual, 0 if legs.last else outer, forward, back)
 
 
 @lru_cache(maxsize=8192)
-def _products(stop: Stop, sizes: tuple[tuple[str, int], ...], paired: bool) -> Products:
+def _products(legs: LinkLayout, sizes: tuple[tuple[str, int], ...], dual: bool) -> Products:
     """The products of a link, cached: lowering them is what a chain takes."""
     known = dict(sizes)
-    cluster, seen, made = stop.cluster(paired), stop.seen(paired), stop.made(paired)
+    cluster, reads, writes = legs.cluster(dual), legs.reads(dual), legs.writes(dual)
     # The clusters' gradients need the input's value alone.
-    total = stop.pieces[0] + (stop.pair_out if paired else "") + "".join(stop.pieces[1:])
+    gradient = legs.pieces[0] + (legs.pair_out if dual else "") + "".join(legs.pieces[1:])
     return Products(
-        forward=lower(seen, cluster, made, known),
-        to_input=lower(made, cluster, seen, known),
-        to_cluster=lower(made, stop.seen(False), total, known),
+        forward=lower(reads, cluster, writes, known),
+        to_input=lower(writes, cluster, reads, known),
+        to_cluster=lower(writes, legs.reads(False), gradient, known),
     )

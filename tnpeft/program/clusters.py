@@ -1,6 +1,6 @@
 """The clusters of a factored chain, each contracted for one layer, or for all layers that have such a cluster at once.
 
-With a frozen copy each cluster has, beside its value C, its change dC = C - C0, made of differences, and a *paired*
+With a frozen copy each cluster has, beside its value C, its change dC = C - C0, made of differences, and a *dual*
 form with which a chain carries values and changes together: the pair (v, d) goes to (C v, dC v + C0 d). The first
 link's form makes a pair of one tensor, the last one's leaves the change alone:
 
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from tnpeft.planning import Plan
 from tnpeft.program.batched import BatchedTree, Changed, Start, Tree
+from tnpeft.program.chain_legs import ChainLayout, LinkLayout, chain_layouts
 from tnpeft.program.observers import needs_plain_ops, saved_tensors_are_hooked
-from tnpeft.program.route import Route, Stop, routes
 from tnpeft.program.total import without_autocast
 
 __all__ = [
@@ -38,17 +38,17 @@ __all__ = [
 
 
 class LayerClusters(NamedTuple):
-    """One layer's clusters, of all terms in turn: values, which carry gradients, and paired forms (empty: no copy)."""
+    """One layer's clusters, of all terms in turn: values, which carry gradients, and dual forms (empty: no copy)."""
 
     values: tuple[Tensor, ...]
-    paired: tuple[Tensor, ...]
+    dual: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Cluster:
     """What decides how a cluster is contracted: layers of other sizes may have the same.
 
-    `form` says which paired form it has, if any: `first`, `middle` or `last`. `split` are the elements before, between
+    `form` says which dual form it has, if any: `first`, `middle` or `last`. `split` are the elements before, between
     and after the places of the pair legs; the last two are one where one of the legs is missing.
     """
 
@@ -58,7 +58,7 @@ class Cluster:
 
 
 class ClusterStart(NamedTuple):
-    """What the changes of a cluster need of frozen copies, and what its paired forms have of them."""
+    """What the changes of a cluster need of frozen copies, and what its dual forms have of them."""
 
     start: Start
     half: Tensor
@@ -85,22 +85,22 @@ class BatchedCluster:
             return ClusterStart(start, half)
 
     def __call__(self, cores: Sequence[Tensor], known: ClusterStart | None) -> tuple[Tensor, ...]:
-        """The values for each layer, then its paired forms; `cores` as in `batched`."""
+        """The values for each layer, then its dual forms; `cores` as in `batched`."""
         if not needs_plain_ops(*cores):
             found: tuple[Tensor, ...] = Contracted.apply(self, known, *cores)  # type: ignore[no-untyped-call]
             return found
         with without_autocast(cores[0]):
-            tensors, paired = self.contracted(cores, known)
-        return (tensors[-1],) if paired is None else (tensors[-1], paired)
+            tensors, dual = self.contracted(cores, known)
+        return (tensors[-1],) if dual is None else (tensors[-1], dual)
 
     def contracted(self, cores: Sequence[Tensor], known: ClusterStart | None) -> tuple[list[Tensor], Tensor | None]:
-        """Every tensor of the tree, and the paired form, for all layers."""
+        """Every tensor of the tree, and the dual form, for all layers."""
         if known is None:
             return self.tree.values(cores), None
         made = self.tree.changed(cores, known.start, True)
-        return made.tensors, self._paired(made, known.half)
+        return made.tensors, self._dual(made, known.half)
 
-    def _paired(self, made: Changed, half: Tensor) -> Tensor:
+    def _dual(self, made: Changed, half: Tensor) -> Tensor:
         value = made.tensors[-1].reshape(self._split)
         found = made.changes[-1]
         change = torch.zeros_like(value) if found is None else found.reshape(self._split)
@@ -134,11 +134,11 @@ class ClusterProgram:
         self.clusters: list[tuple[Cluster, tuple[int, ...]]] = []
         self._codes: list[BatchedCluster] | None = None
         numbers = {core.name: number for number, core in enumerate(plan.network.cores)}
-        for part, route in routes(plan):
-            for stop in route.stops:
-                own = _cores_of(part, stop)
+        for part, layout in chain_layouts(plan):
+            for link in layout.links:
+                own = _cores_of(part, link)
                 places = tuple(numbers[part.network.cores[core].name] for core in own)
-                self.clusters.append((_cluster(part, route, stop, own), places))
+                self.clusters.append((_cluster(part, layout, link, own), places))
 
     def lone(self) -> list[BatchedCluster]:
         """The code of each cluster for one layer."""
@@ -156,7 +156,7 @@ class ClusterProgram:
         return self.split(self.flat(cores, known))
 
     def flat(self, cores: Sequence[Tensor], known: Sequence[ClusterStart | None]) -> tuple[Tensor, ...]:
-        """The values and paired forms of one cluster after the other."""
+        """The values and dual forms of one cluster after the other."""
         found: list[Tensor] = []
         for code, (_, own), start in zip(self.lone(), self.clusters, known, strict=True):
             found += code([cores[core] for core in own], start)
@@ -191,28 +191,28 @@ def build_clusters(plan: Plan) -> ClusterProgram:
     return _built(plan.cluster_key, _Hidden(plan))
 
 
-def _cores_of(plan: Plan, stop: Stop) -> tuple[int, ...]:
+def _cores_of(plan: Plan, link: LinkLayout) -> tuple[int, ...]:
     """The cores of a cluster, by their number in the term, in file order."""
-    steps, cores = stop.link.steps, len(plan.network.cores)
+    steps, cores = link.link.steps, len(plan.network.cores)
     found = {number for step in steps for number in step.operands if number < cores}
-    return tuple(sorted(found)) if steps else (stop.link.cluster,)
+    return tuple(sorted(found)) if steps else (link.link.cluster,)
 
 
-def _cluster(plan: Plan, route: Route, stop: Stop, cores: Sequence[int]) -> Cluster:
-    outer, between, rest = (math.prod(route.sizes[letter] for letter in piece) for piece in stop.pieces)
+def _cluster(plan: Plan, layout: ChainLayout, link: LinkLayout, cores: Sequence[int]) -> Cluster:
+    outer, between, rest = (math.prod(layout.sizes[letter] for letter in piece) for piece in link.pieces)
     copies = plan.network.start == "frozen_copy"
-    form = "first" if stop.first else "last" if stop.last else "middle"
-    tree = Tree.of(plan.network, cores, stop.link.steps, stop.cluster(False), route.sizes)
+    form = "first" if link.first else "last" if link.last else "middle"
+    tree = Tree.of(plan.network, cores, link.link.steps, link.cluster(False), layout.sizes)
     return Cluster(tree, form if copies else None, (outer, between, rest))
 
 
 class Contracted(torch.autograd.Function):
-    """A cluster of some layers: values, then paired forms, which carry no gradient."""
+    """A cluster of some layers: values, then dual forms, which carry no gradient."""
 
     @staticmethod
     def forward(ctx: Any, code: BatchedCluster, known: ClusterStart | None, *cores: Tensor) -> tuple[Tensor, ...]:
         with without_autocast(cores[0]):
-            tensors, paired = code.contracted(cores, known)
+            tensors, dual = code.contracted(cores, known)
         ctx.set_materialize_grads(False)
         # Of a group nothing is freed with the graph of one layer: others may have a backward pass of their own. Where
         # cores are not copied, it is checked that nothing wrote to them.
@@ -222,7 +222,7 @@ class Contracted(torch.autograd.Function):
         # Hooks see all that is kept: results are made anew from what they give back.
         ctx.tensors = None if saved_tensors_are_hooked() else tensors
         values = _layers(tensors[-1], code.count)
-        forms = [] if paired is None else _layers(paired, code.count)
+        forms = [] if dual is None else _layers(dual, code.count)
         ctx.mark_non_differentiable(*forms)
         return (*values, *forms)
 

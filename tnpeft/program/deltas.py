@@ -13,9 +13,9 @@ from tnpeft.errors import ExecutionError, Problem
 from tnpeft.planning import Plan
 from tnpeft.program.batched import BatchedTree, Start, Tree
 from tnpeft.program.clusters import together
-from tnpeft.program.execute import writes_of
-from tnpeft.program.finish import Finish
+from tnpeft.program.kernels import versions
 from tnpeft.program.total import without_autocast
+from tnpeft.program.weight_layout import WeightLayout
 
 __all__ = ["BatchedDelta", "Weight", "weight_of"]
 
@@ -29,7 +29,7 @@ class Weight:
     """
 
     tree: Tree
-    finish: Finish
+    layout: WeightLayout
     kept: tuple[bool, ...]
     copies: bool
 
@@ -39,11 +39,11 @@ def weight_of(plan: Plan, memory_order: tuple[int, ...]) -> Weight | None:
     network = plan.network
     if plan.terms or len(network.terms) > 1 or network.terms[0].scale != 1.0:
         return None
-    finish = Finish.of(network, memory_order)
+    layout = WeightLayout.of(network, memory_order)
     sizes = {letter: network.sizes[leg] for leg, letter in network.symbols.items()}
-    tree = Tree.of(network, range(len(network.cores)), plan.steps, finish.legs, sizes)
+    tree = Tree.of(network, range(len(network.cores)), plan.steps, layout.legs, sizes)
     kept = tuple(2 * step.elements < network.layer.numel for step in plan.steps[:-1])
-    return Weight(tree, finish, kept, network.start == "frozen_copy")
+    return Weight(tree, layout, kept, network.start == "frozen_copy")
 
 
 class BatchedDelta:
@@ -76,7 +76,7 @@ class BatchedDelta:
             found = self._nothing(cores[0]) if change is None else change
         known = [True] * self.tree.size + list(self.weight.kept)
         kept = [one if keep else None for one, keep in zip(tensors, known, strict=True)]
-        made = self.weight.finish.apply_all(found, self.count)
+        made = self.weight.layout.apply_all(found, self.count)
         # Tensors that know nothing of each other: writing to one is no change of the others.
         return [one.data for one in made], kept
 
@@ -91,12 +91,12 @@ class BatchedDelta:
         called = [one is not None for one in gradients]
         # Where the gradient is to be differentiated, the results must hang on the cores: none that was kept does.
         tensors = self.tree.values(cores) if torch.is_grad_enabled() else self.tree.again(kept)
-        own = together([None if one is None else self.weight.finish.undo(one).reshape(-1) for one in gradients])
+        own = together([None if one is None else self.weight.layout.undo(one).reshape(-1) for one in gradients])
         found = self.tree.gradients(tensors, own, cores, needed)
         return [one if called[place % self.count] else None for place, one in enumerate(found)]
 
     def _nothing(self, like: Tensor) -> Tensor:
-        return like.new_zeros(self.count, *self.weight.finish.padded)
+        return like.new_zeros(self.count, *self.weight.layout.padded)
 
 
 class Deltas(torch.autograd.Function):
@@ -109,7 +109,7 @@ class Deltas(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Nothing is freed with the graph of one layer: others may have a backward pass of their own.
         ctx.code, ctx.kept, ctx.cores = code, kept, cores
-        ctx.writes = writes_of(cores)
+        ctx.writes = versions(cores)
         return tuple(found)
 
     @staticmethod
@@ -117,7 +117,7 @@ class Deltas(torch.autograd.Function):
         code: BatchedDelta = ctx.code
         if all(one is None for one in gradients):
             return (None, None, *(None for _ in ctx.cores))
-        if torch.is_grad_enabled() and ctx.writes != writes_of(ctx.cores):
+        if torch.is_grad_enabled() and ctx.writes != versions(ctx.cores):
             what, wrong = "double backward through delta weights", "values that were written since"
             fix = "Step the optimiser after the last backward pass."
             raise ExecutionError(Problem(what, "the cores of the forward pass", wrong, fix))

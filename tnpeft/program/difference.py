@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnpeft.program.contraction import View
-from tnpeft.program.execute import contract, reorder
-from tnpeft.program.finish import Finish
-from tnpeft.program.layout import Instruction
-from tnpeft.program.observers import is_watched
+from tnpeft.program.kernels import contract, reorder
+from tnpeft.program.leg_order import Instruction
+from tnpeft.program.observers import is_recorded
+from tnpeft.program.pairwise import View
 from tnpeft.program.tree import core_changes, core_gradients, run_changes, run_gradients, run_values, scaled_cores
+from tnpeft.program.weight_layout import WeightLayout
 
 __all__ = ["Code"]
 
@@ -34,7 +34,7 @@ class Code:
     frozen: tuple[bool, ...]
     kept: tuple[bool, ...]
     instructions: tuple[Instruction, ...]
-    finish: Finish
+    layout: WeightLayout
     scale: float
     scaled: int
     only: View
@@ -48,7 +48,7 @@ class Code:
         if not self.instructions:
             return reorder(tensors[0], self.only, True).clone()  # never the core itself
         step = self.instructions[-1]
-        return contract(step.forward, tensors[step.left], tensors[step.right], is_watched())
+        return contract(step.forward, tensors[step.left], tensors[step.right], is_recorded())
 
     def scale_one(self, cores: Sequence[Tensor]) -> list[Tensor]:
         """The cores with the scale in one of them."""
@@ -57,7 +57,7 @@ class Code:
     def value(self, cores: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """scale * T(cores) as the stored weight, and every tensor on the way."""
         tensors = self.values(self.scale_one(cores))
-        return self.finish.apply(self.last(tensors)), tensors
+        return self.layout.apply(self.last(tensors)), tensors
 
     def constants(self, start: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the difference needs of the frozen copy: its cores, scaled, and its results but the last."""
@@ -75,13 +75,13 @@ class Code:
             change = torch.zeros_like(self.last(tensors))
         elif not self.instructions:
             change = reorder(change, self.only, True)
-        return self.finish.apply(change), tensors
+        return self.layout.apply(change), tensors
 
     def gradients(self, tensors: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
         """Those of the cores that need one; plain operations, and so differentiable again."""
         found: list[Tensor | None] = [None] * (self.cores + len(self.instructions))
-        found[-1] = self.finish.undo(gradient)
+        found[-1] = self.layout.undo(gradient)
         run_gradients(self.instructions, tensors, found, list(needed))
         if not self.instructions:
-            found = [reorder(self.finish.undo(gradient), self.only_back, True)]
+            found = [reorder(self.layout.undo(gradient), self.only_back, True)]
         return core_gradients(found, tensors[: self.cores], self.scaled, self.scale)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tnpeft.planning import Plan
-from tnpeft.program.contraction import reordering
 from tnpeft.program.deltas import weight_of
 from tnpeft.program.difference import Code
-from tnpeft.program.finish import Finish
-from tnpeft.program.layout import lay_out
+from tnpeft.program.leg_order import lay_out
 from tnpeft.program.observers import needs_plain_ops
+from tnpeft.program.pairwise import reordering
 from tnpeft.program.total import Constants, Delta, Term, Total, without_autocast
+from tnpeft.program.weight_layout import WeightLayout
 
 __all__ = ["Program", "build_program"]
 
@@ -84,18 +84,18 @@ def _total(plan: Plan, memory_order: tuple[int, ...]) -> Total:
 
 def _compile(plan: Plan, memory_order: tuple[int, ...]) -> Code:
     network = plan.network
-    finish = Finish.of(network, memory_order)
+    layout = WeightLayout.of(network, memory_order)
     sizes = {letter: network.sizes[leg] for leg, letter in network.symbols.items()}
     elements = [core.numel for core in network.cores]
     # A network of one core has no steps, but may have to be reordered.
     core = network.symbols_of(network.cores[0])
-    weight = core if plan.steps else finish.legs
+    weight = core if plan.steps else layout.legs
     return Code(
         cores=len(network.cores),
         frozen=tuple(core.frozen for core in network.cores),
         kept=tuple(2 * step.elements < network.layer.numel for step in plan.steps[:-1]),
-        instructions=lay_out(plan, finish.legs),
-        finish=finish,
+        instructions=lay_out(plan, layout.legs),
+        layout=layout,
         scale=network.scale,
         scaled=elements.index(min(elements)),
         only=reordering(core, weight, sizes),

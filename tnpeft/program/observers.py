@@ -18,7 +18,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["is_watched", "needs_plain_ops", "records_sizes", "saved_tensors_are_hooked"]
+__all__ = ["is_recorded", "needs_plain_ops", "records_sizes", "saved_tensors_are_hooked"]
 
 _tracing_state = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -57,7 +57,7 @@ def needs_plain_ops(*tensors: Tensor) -> bool:
     return False
 
 
-def is_watched() -> bool:
+def is_recorded() -> bool:
     """Whether operations must be plain: autograd records them one by one, or somebody looks on."""
     return torch.is_grad_enabled() or needs_plain_ops()
 

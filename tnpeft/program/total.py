@@ -49,7 +49,7 @@ class Total:
         """The sum of the terms' own scales times T(cores): the network without its scale."""
         weights = []
         for term in self.terms:
-            weight = term.code.finish.apply(term.code.last(term.code.values(term.own(cores))))
+            weight = term.code.layout.apply(term.code.last(term.code.values(term.own(cores))))
             weights.append(weight if term.scale == 1.0 else weight * term.scale)
         return _sum(weights)
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tnpeft.program.execute import contract, contract_difference, reorder
-from tnpeft.program.layout import Instruction
-from tnpeft.program.observers import is_watched
+from tnpeft.program.kernels import contract, contract_difference, reorder
+from tnpeft.program.leg_order import Instruction
+from tnpeft.program.observers import is_recorded
 
 __all__ = ["core_changes", "core_gradients", "run_changes", "run_gradients", "run_values", "scaled_cores"]
 
@@ -23,7 +23,7 @@ Instructions = Sequence[Instruction]
 def run_values(instructions: Instructions, cores: Sequence[Tensor], known: Sequence[Tensor | None]) -> list[Tensor]:
     """The cores and every result; results that are `known` are not made again."""
     tensors = [core.contiguous() for core in cores]
-    plain = is_watched()
+    plain = is_recorded()
     for place, step in enumerate(instructions):
         found = known[place] if known else None
         if found is None:
@@ -41,7 +41,7 @@ def run_changes(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Values and changes of cores and results; the last result's value only if it is wanted."""
     tensors, found = list(cores), list(changes)
-    plain = is_watched()
+    plain = is_recorded()
     for place, step in enumerate(instructions):
         left, right = step.left, step.right
         change = contract_difference(
@@ -63,7 +63,7 @@ def run_gradients(
     """
     for step in instructions:
         wanted.append(wanted[step.left] or wanted[step.right])
-    plain = is_watched()
+    plain = is_recorded()
     for step in reversed(instructions):
         own = found[step.number]
         if own is not None and step.back is not None:

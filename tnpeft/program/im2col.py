@@ -1,7 +1,7 @@
 """Kernel axes as shifted copies: one copy of the input for each kernel entry, or the sum of such copies.
 
 A kernel entry joins positions of the input to positions of the output (`Axis.slices`), for plain and transposed
-convolutions alike. `spread` makes a copy for each entry, `collect` adds them up; each is the other's adjoint with the
+convolutions alike. `im2col` makes a copy for each entry, `col2im` adds them up; each is the other's adjoint with the
 two sides exchanged.
 """
 
@@ -16,42 +16,34 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tnpeft.planning import Axis
-from tnpeft.program.execute import kept
+from tnpeft.program.kernels import kept
 
-__all__ = ["Positions", "Window", "Windows"]
+__all__ = ["AxisIm2col", "Im2col", "Positions"]
 
 Pair = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
-class Window:
-    """One kernel axis of a tensor (rows, outer voxels, the axis, inner voxels, more rows, columns).
+class AxisIm2col:
+    """One kernel axis of a tensor (rows, outer voxels, the axis, inner voxels, more rows, columns)."""
 
-    The kernel's place is after the rows before the voxels (`first`), or after those that follow them. `pairs` joins
-    positions of the side that `spread` reads to those that it writes, entry by entry (None: nothing). `padding` are the
-    zeros before and after with which every entry is a plain run of positions from one of the `starts` on; None where
-    there is no such padding. `whole` is the entry that writes every position, if there is one. `picked` is, for every
-    entry and position written, the position read, `read` where there is none; `summed` the same of all entries in a
-    row, each with one position more.
-    """
-
-    kernel: int
-    read: int
-    written: int
+    kernel: int  # entries
+    read: int  # positions of the side that `im2col` reads
+    written: int  # and of the side that it writes
     outer: int
     inner: int
-    rows: tuple[int, int]
-    first: bool
-    pairs: tuple[Pair | None, ...]
-    padding: tuple[int, int] | None
-    starts: tuple[int, ...]
-    whole: int | None
-    picked: tuple[int, ...]
-    summed: tuple[int, ...]
+    rows: tuple[int, int]  # those before the voxels, and those between them and the kernel
+    first: bool  # the kernel stands before the voxels; else after the rows that follow them
+    pairs: tuple[Pair | None, ...]  # for each entry the positions read and written; None: it reads nothing
+    padding: tuple[int, int] | None  # zeros before and after, with which every entry reads a run; None: none would do
+    starts: tuple[int, ...]  # where these runs begin
+    whole: int | None  # the entry that writes every position
+    picked: tuple[int, ...]  # for every entry and position written the position read; `read`: none
+    summed: tuple[int, ...]  # the same of all entries in a row, each with one position more
 
     @property
     def numel(self) -> tuple[int, int]:
-        """Voxels that `spread` reads, and those that it writes for one kernel entry."""
+        """Voxels that `im2col` reads, and those that it writes for one kernel entry."""
         around = self.outer * self.inner
         return around * self.read, around * self.written
 
@@ -64,11 +56,12 @@ class Window:
         inner: Sequence[int],
         backward: bool,
         place: tuple[int, int] | None,
-    ) -> Window:
-        """`outer` and `inner` are the sizes of the axes around; `backward`: from the output's side to the input's.
+    ) -> AxisIm2col:
+        """One axis between others.
 
-        `place` has the rows before the voxels and those between voxels and kernel; None if all stand before the kernel,
-        and that before the voxels.
+        `outer` and `inner` are the sizes of the voxels' axes around it. `backward` leads from the output's side to the
+        input's. `place` has the rows before the voxels and those between voxels and kernel; with None the tensor is
+        (rows, kernel, voxels).
         """
         found = [axis.slices(entry, transposed) for entry in range(axis.kernel)]
         pairs = tuple(None if pair is None else (pair[::-1] if backward else pair) for pair in found)
@@ -97,7 +90,7 @@ class Window:
             summed=_places(pairs, read, written, read + 1),
         )
 
-    def spread(self, tensor: Tensor) -> Tensor:
+    def im2col(self, tensor: Tensor) -> Tensor:
         """One copy for each kernel entry, at the kernel's place; zero where an entry reads nothing."""
         rows, more = self.rows
         seen = tensor.reshape(rows, self.outer, self.read, self.inner * more, 1 if self.first else -1)
@@ -116,8 +109,8 @@ class Window:
                 found.select(place, entry)[:, :, pair[1]] = seen[:, :, pair[0]]
         return found
 
-    def collect(self, tensor: Tensor) -> Tensor:
-        """What `spread` would read is added to what it would write, and the kernel's place is gone."""
+    def col2im(self, tensor: Tensor) -> Tensor:
+        """What `im2col` would read is added to what it would write, and the kernel's place is gone."""
         rows, more = self.rows
         if self.first:
             entries = tensor.reshape(-1, self.kernel, self.outer, self.read, self.inner).unbind(1)
@@ -135,16 +128,16 @@ class Window:
                 found[:, :, pair[1]] += entries[entry][:, :, pair[0]]
         return found
 
-    def spread_plainly(self, tensor: Tensor) -> Tensor:
-        """`spread` by operations that whoever looks on can follow; its shape is arbitrary."""
+    def im2col_plainly(self, tensor: Tensor) -> Tensor:
+        """`im2col` by operations that whoever looks on can follow; its shape is arbitrary."""
         rows, more = self.rows
         seen = tensor.reshape(rows, self.outer, self.read, self.inner * more, 1 if self.first else -1)
         places = torch.tensor(self.picked, device=tensor.device)
         copies = self._by_entry(_with_zero(seen, 2).index_select(2, places))
         return copies.movedim(2, 1 if self.first else 4)
 
-    def collect_plainly(self, tensor: Tensor) -> Tensor:
-        """`collect` by operations that whoever looks on can follow."""
+    def col2im_plainly(self, tensor: Tensor) -> Tensor:
+        """`col2im` by operations that whoever looks on can follow."""
         rows, more = self.rows
         if self.first:
             copies = tensor.reshape(-1, self.kernel, self.outer, self.read, self.inner, 1).movedim(1, 2)
@@ -185,31 +178,31 @@ NUMBERED = 1 << 19
 ADDED = 1 << 12
 
 
-class Windows:
-    """Some kernel axes, one after the other: `spread`, or `collect`, which takes the last axis first.
+class Im2col:
+    """Some kernel axes, one after the other: `im2col`, or `col2im`, which takes the last axis first.
 
     Where channels stand before the voxels and these are few, that is a product with a matrix of zeros and ones, which
     is exact. Where channels stand last, rows of them are picked, or added up, by number.
     """
 
-    def __init__(self, axes: Sequence[Window], collects: bool, positions: Positions | None = None) -> None:
-        self.axes, self.collects = tuple(axes), collects
+    def __init__(self, axes: Sequence[AxisIm2col], adjoint: bool, positions: Positions | None = None) -> None:
+        self.axes, self.adjoint = tuple(axes), adjoint
         self._tables: dict[Hashable, Tensor] = {}
         self._move: Callable[[Tensor], Tensor] = self._moved
         if not axes:
             return
-        kernel = math.prod(window.kernel for window in axes)
-        first, last = (axes[-1], axes[0]) if collects else (axes[0], axes[-1])
-        self._read = first.numel[0] * (kernel if collects else 1)
-        written = last.numel[1] * (1 if collects else kernel)
+        kernel = math.prod(axis.kernel for axis in axes)
+        first, last = (axes[-1], axes[0]) if adjoint else (axes[0], axes[-1])
+        self._read = first.numel[0] * (kernel if adjoint else 1)
+        written = last.numel[1] * (1 if adjoint else kernel)
         if axes[0].first:
             if self._read * written <= MATRIX:
                 self._move = self._multiplied
         elif positions is not None:
             self._positions = positions
-            if collects and positions.rows(written=True) <= ADDED:
+            if adjoint and positions.rows(written=True) <= ADDED:
                 self._move = self._added
-            elif not collects and positions.rows(written=True) * kernel <= NUMBERED:
+            elif not adjoint and positions.rows(written=True) * kernel <= NUMBERED:
                 self._move = self._picked
 
     def __call__(self, tensor: Tensor, plain: bool) -> Tensor:
@@ -236,16 +229,16 @@ class Windows:
         return embedding_bag(numbers, _with_zeros(tensor.reshape(rows, -1)), mode="sum")
 
     def _moved_plainly(self, tensor: Tensor) -> Tensor:
-        for window in reversed(self.axes) if self.collects else self.axes:
-            tensor = window.collect_plainly(tensor) if self.collects else window.spread_plainly(tensor)
+        for axis in reversed(self.axes) if self.adjoint else self.axes:
+            tensor = axis.col2im_plainly(tensor) if self.adjoint else axis.im2col_plainly(tensor)
         return tensor
 
     def _numbers(self, device: torch.device) -> Tensor:
-        return kept(self._tables, device, lambda: self._positions.numbers(self.collects).to(device))
+        return kept(self._tables, device, lambda: self._positions.numbers(self.adjoint).to(device))
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        for window in reversed(self.axes) if self.collects else self.axes:
-            tensor = window.collect(tensor) if self.collects else window.spread(tensor)
+        for axis in reversed(self.axes) if self.adjoint else self.axes:
+            tensor = axis.col2im(tensor) if self.adjoint else axis.im2col(tensor)
         return tensor
 
 
@@ -258,7 +251,7 @@ def _with_zeros(rows: Tensor) -> Tensor:
 class Positions:
     """Where the rows of channels stand: (batch, voxels along each axis, more rows); kernel axes in their order.
 
-    For each axis its size on the side read and on the side written, and if it is a kernel axis its `Window.pairs`.
+    For each axis its size on the side read and on the side written, and if it is a kernel axis its `AxisIm2col.pairs`.
     """
 
     batch: int
@@ -273,10 +266,10 @@ class Positions:
         """Rows of the side written or read, without kernel entries."""
         return self.batch * math.prod(after if written else before for before, after, _ in self.axes) * self.more
 
-    def numbers(self, collects: bool) -> Tensor:
+    def numbers(self, adjoint: bool) -> Tensor:
         """For every row written, and every kernel entry, the row read; one past the last where there is none.
 
-        To `collect`, the rows read have kernel entries themselves, and the result has one line for each row written.
+        To `col2im`, the rows read have kernel entries themselves, and the result has one line for each row written.
         """
         found, entries = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool)
         for read, written, pairs in self.axes:
@@ -288,10 +281,10 @@ class Positions:
         batch, more = torch.arange(self.batch), torch.arange(self.more)
         rows = (batch[:, None, None, None] * voxels + found[None, :, None, :]) * self.more + more[None, None, :, None]
         past = self.rows(written=False)
-        if collects:
+        if adjoint:
             rows, past = rows * kernel + torch.arange(kernel), past * kernel
         rows = rows.masked_fill(entries[None, :, None, :], past)
-        return rows.reshape(-1, kernel) if collects else rows.reshape(-1)
+        return rows.reshape(-1, kernel) if adjoint else rows.reshape(-1)
 
 
 def _along(read: int, written: int, pairs: tuple[Pair | None, ...] | None) -> tuple[Tensor, Tensor]:

@@ -13,19 +13,19 @@ from torch import Tensor
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.planning import Plan
 from tnpeft.program.chain import Chain, lower_chain
+from tnpeft.program.chain_legs import chain_layouts
 from tnpeft.program.clusters import LayerClusters
-from tnpeft.program.completion import complete
+from tnpeft.program.merge_clusters import merge_clusters
 from tnpeft.program.observers import needs_plain_ops
-from tnpeft.program.route import routes
 from tnpeft.program.total import autocast_dtype, without_autocast
 
 __all__ = [
     "ChainProgram",
     "ClusterGradients",
-    "Completions",
+    "ClusterMerge",
     "FactoredUpdate",
     "build_chain",
-    "build_completion",
+    "build_cluster_merge",
     "factored_update",
 ]
 
@@ -52,28 +52,28 @@ class ChainProgram:
         self.output_space = tuple(axis.outputs for axis in call.axes)
         self.terms: list[_Term] = []
         self.clusters = 0
-        for part, route in routes(plan):
-            own = slice(self.clusters, self.clusters + len(route.stops))
-            self.clusters = own.stop
+        for part, layout in chain_layouts(plan):
+            place = slice(self.clusters, self.clusters + len(layout.links))
+            self.clusters = place.stop
             outputs, inputs, *_ = part.network.padded_shape
             channels = (network.layer.in_channels, inputs), (network.layer.out_channels, outputs)
-            self.terms.append(_Term(lower_chain(part, route), own, *channels))
+            self.terms.append(_Term(lower_chain(part, layout), place, *channels))
 
-    def updates(self, x: Tensor, clusters: Sequence[Tensor], paired: bool) -> Iterator[Tensor]:
+    def updates(self, x: Tensor, clusters: Sequence[Tensor], dual: bool) -> Iterator[Tensor]:
         """Every term's update of the layer's output, (batch, out_channels, voxels...)."""
         for term in self.terms:
-            made = term.chain.output(_padded(x, term.inputs), clusters[term.clusters], paired)
+            made = term.chain.output(_padded(x, term.inputs), clusters[term.clusters], dual)
             narrow, wide = term.outputs
             shaped = made.reshape(-1, wide, *self.output_space)
             yield shaped[:, :narrow] if narrow < wide else shaped
 
-    def add_output(self, out: Tensor, x: Tensor, clusters: Sequence[Tensor], paired: bool) -> None:
+    def add_output(self, out: Tensor, x: Tensor, clusters: Sequence[Tensor], dual: bool) -> None:
         """Add every term's update to `out`, (batch, out_channels, voxels...) in any memory order."""
-        for update in self.updates(x, clusters, paired):
+        for update in self.updates(x, clusters, dual):
             out.add_(update)
 
     def gradients(
-        self, x: Tensor, values: Sequence[Tensor], paired: Sequence[Tensor], gradient: Tensor, wanted: Sequence[bool]
+        self, x: Tensor, values: Sequence[Tensor], dual: Sequence[Tensor], gradient: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Those of the update: the input's, (batch, in_channels, voxels...), and the clusters'; `wanted` says which."""
         found: list[Tensor | None] = []
@@ -82,7 +82,7 @@ class ChainProgram:
             made, own = term.chain.gradients(
                 _padded(x, term.inputs),
                 values[term.clusters],
-                paired[term.clusters],
+                dual[term.clusters],
                 _padded(gradient, term.outputs),
                 (wanted[0], *wanted[1:][term.clusters]),
             )
@@ -103,32 +103,32 @@ def build_chain(plan: Plan) -> ChainProgram:
     return _CHAINS.setdefault(plan, ChainProgram(plan)) if known is None else known
 
 
-class Completions:
+class ClusterMerge:
     """From the clusters of all terms to the delta weight."""
 
     def __init__(self, plan: Plan, memory_order: tuple[int, ...]) -> None:
         self.terms = []
         done = 0
-        for part, route in routes(plan):
-            self.terms.append((slice(done, done + len(route.stops)), complete(part, route, memory_order)))
-            done += len(route.stops)
+        for part, layout in chain_layouts(plan):
+            self.terms.append((slice(done, done + len(layout.links)), merge_clusters(part, layout, memory_order)))
+            done += len(layout.links)
 
     def __call__(self, clusters: LayerClusters) -> Tensor:
         """ΔW in its memory order, a tensor that nothing else holds; it carries no gradient."""
-        known = clusters.paired or clusters.values
+        known = clusters.dual or clusters.values
         with torch.no_grad(), without_autocast(known[0]):
             total: Tensor | None = None
-            for own, term in self.terms:
-                weight = term(known[own])
+            for place, term in self.terms:
+                weight = term(known[place])
                 total = weight if total is None else total.add_(weight)
         assert total is not None
         return total
 
 
 @lru_cache(maxsize=1024)
-def build_completion(plan: Plan, memory_order: tuple[int, ...]) -> Completions:
-    """The completion of a factored plan, cached."""
-    return Completions(plan, memory_order)
+def build_cluster_merge(plan: Plan, memory_order: tuple[int, ...]) -> ClusterMerge:
+    """How the clusters of a factored plan become its delta weight, cached."""
+    return ClusterMerge(plan, memory_order)
 
 
 def _padded(tensor: Tensor, channels: tuple[int, int]) -> Tensor:
@@ -149,16 +149,16 @@ def _chain_dtype(x: Tensor) -> torch.dtype:
 def factored_update(out: Tensor, x: Tensor, program: ChainProgram, clusters: LayerClusters) -> Tensor:
     """A factored layer's output, from that of its base layer: `out`, which no backward pass reads, is used up.
 
-    Whoever looks on sees plain operations, and gradients flow through paired forms.
+    Whoever looks on sees plain operations, and gradients flow through dual forms.
     """
-    values, paired = clusters
+    values, dual = clusters
     if not needs_plain_ops(x, out, *values):
-        updated: Tensor = FactoredUpdate.apply(out, x, program, paired, *values)  # type: ignore[no-untyped-call]
+        updated: Tensor = FactoredUpdate.apply(out, x, program, dual, *values)  # type: ignore[no-untyped-call]
         return updated
     dtype = _chain_dtype(x)
     with without_autocast(out):
         flat, total = _flat(x, program.space).to(dtype), _flat(out, program.output_space)
-        for update in program.updates(flat, _cast(paired or values, dtype), bool(paired)):
+        for update in program.updates(flat, _cast(dual or values, dtype), bool(dual)):
             total = total + update.to(total.dtype)
     return total.reshape(out.shape)
 
@@ -168,15 +168,15 @@ class FactoredUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, x: Tensor, program: ChainProgram, paired: tuple[Tensor, ...], *values: Tensor
+        ctx: Any, out: Tensor, x: Tensor, program: ChainProgram, dual: tuple[Tensor, ...], *values: Tensor
     ) -> Tensor:
         """`out` is the base layer's, a tensor that no backward pass reads; it is written to."""
         ctx.dtype = _chain_dtype(x)
         out = out.detach()
         with without_autocast(out):
             flat = _flat(x, program.space).to(ctx.dtype)
-            program.add_output(_flat(out, program.output_space), flat, _cast(paired or values, ctx.dtype), bool(paired))
-        ctx.save_for_backward(x, *values, *paired)
+            program.add_output(_flat(out, program.output_space), flat, _cast(dual or values, ctx.dtype), bool(dual))
+        ctx.save_for_backward(x, *values, *dual)
         ctx.program = program
         return out
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tnpeft.planning import Plan, Step
-from tnpeft.program.contraction import Contraction, Sizes, View, copy_time, lower, lowering_time, reordering
+from tnpeft.program.pairwise import Contraction, Sizes, View, copy_time, lower, lowering_time, reordering
 
 __all__ = ["Instruction", "lay_out", "lay_out_steps"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tnpeft.planning import PAIRS, Link, Plan
 
-__all__ = ["BATCH", "GROUP", "VOXELS", "Route", "Stop", "routes"]
+__all__ = ["BATCH", "GROUP", "VOXELS", "ChainLayout", "LinkLayout", "chain_layouts"]
 
 # Letters of the batch, the voxels, and the layers of a group; networks have those of `opt_einsum.get_symbol`, which
 # are none of these, nor of the pair legs' (`PAIRS`).
@@ -22,20 +22,20 @@ BATCH, VOXELS, GROUP = "\u0001", "\u0002", "\u0003"
 
 
 @dataclass(frozen=True)
-class Stop:
-    """The legs at one link, as strings of letters.
+class LinkLayout:
+    """The order of the legs at one link, in the network's letters.
 
-    `before` and `after` are the channels' legs of the input; the cluster has `shared` legs, which stay, `new` ones,
-    which it brings, `summed` ones, and those of its `kernel` axes. `pair_in` and `pair_out` are pair legs, empty at the
-    first and last link.
+    einsum: Y[batch, voxels, shared + new] = X[batch, voxels, shared + summed + kernel] C[shared, new, summed, kernel],
+    or with the kernel's legs on Y where the link scatters. `pair_in` and `pair_out` have two entries, the value and its
+    change, and are empty at the first and at the last link.
     """
 
     link: Link
-    before: str
-    after: str
-    shared: str
-    new: str
-    summed: str
+    before: str  # of X, without the kernel's
+    after: str  # of Y, without the kernel's
+    shared: str  # of X, C and Y
+    new: str  # of C and Y
+    summed: str  # of X and C
     kernel: str
     pair_in: str
     pair_out: str
@@ -61,64 +61,64 @@ class Stop:
             return (shared, new, summed + kernel) if self.first else (shared, new + kernel, summed)
         return (shared, new + kernel, summed) if self.last else (shared + kernel, new, summed)
 
-    def cluster(self, paired: bool) -> str:
+    def cluster(self, dual: bool) -> str:
         """The order of the cluster's legs."""
         before, between, after = self.pieces
-        pair_in, pair_out = (self.pair_in, self.pair_out) if paired else ("", "")
+        pair_in, pair_out = (self.pair_in, self.pair_out) if dual else ("", "")
         return before + pair_out + between + pair_in + after
 
-    def seen(self, paired: bool) -> str:
-        """The order of what the product takes: the input, spread along the kernel axes if the link gathers."""
+    def reads(self, dual: bool) -> str:
+        """The order of what the product takes: the input, after im2col if the link gathers."""
         staying, going = self.before[: -len(self.passing) or None], self.passing
         kernel = self.kernel if self.link.gather else ""
         if self.first:
             return BATCH + self.before + kernel + VOXELS
-        return BATCH + VOXELS + staying + kernel + (self.pair_in if paired else "") + going
+        return BATCH + VOXELS + staying + kernel + (self.pair_in if dual else "") + going
 
-    def made(self, paired: bool) -> str:
-        """The order of what the product makes: the next input, or what is collected to it if the link scatters."""
+    def writes(self, dual: bool) -> str:
+        """The order of what the product makes: the next input, or what col2im adds up to it if the link scatters."""
         kernel = "" if self.link.gather else self.kernel
         if self.last:
             return BATCH + self.after + kernel + VOXELS
         staying, going = self.after[: -len(self.leaving) or None], self.leaving
-        return BATCH + VOXELS + kernel + staying + (self.pair_out if paired else "") + going
+        return BATCH + VOXELS + kernel + staying + (self.pair_out if dual else "") + going
 
 
 @dataclass(frozen=True)
-class Route:
+class ChainLayout:
     """All links of one term, and the sizes of every letter but the voxels'."""
 
-    stops: tuple[Stop, ...]
+    links: tuple[LinkLayout, ...]
     sizes: Mapping[str, int]
 
 
-def routes(plan: Plan) -> Iterator[tuple[Plan, Route]]:
-    """The terms of a factored plan with their routes."""
+def chain_layouts(plan: Plan) -> Iterator[tuple[Plan, ChainLayout]]:
+    """The terms of a factored plan, each with the order of its legs."""
     for part in plan.terms or (plan,):
-        yield part, _route(part)
+        yield part, _layout(part)
 
 
-def _route(plan: Plan) -> Route:
+def _layout(plan: Plan) -> ChainLayout:
     letters = plan.network.symbols
     sizes = {letter: plan.network.sizes[leg] for leg, letter in letters.items()}
     orders = ["".join(letters[leg] for leg in plan.network.weight[1])]
     for place in range(len(plan.links)):
         orders.append(_order_after(plan, place))
-    stops = []
+    links = []
     for place, link in enumerate(plan.links):
         before, after = orders[place], orders[place + 1]
-        own = "".join(letters[leg] for leg in link.kept)
+        cluster = "".join(letters[leg] for leg in link.kept)
         last = place == len(plan.links) - 1
         pair_in, pair_out = (chr(PAIRS + place) if place else "", "" if last else chr(PAIRS + place + 1))
         sizes |= dict.fromkeys(pair_in + pair_out, 2)
-        stops.append(
-            Stop(
+        links.append(
+            LinkLayout(
                 link=link,
                 before=before,
                 after=after,
-                shared="".join(letter for letter in after if letter in before and letter in own),
-                new="".join(letter for letter in after if letter in own and letter not in before),
-                summed="".join(letter for letter in before if letter in own and letter not in after),
+                shared="".join(letter for letter in after if letter in before and letter in cluster),
+                new="".join(letter for letter in after if letter in cluster and letter not in before),
+                summed="".join(letter for letter in before if letter in cluster and letter not in after),
                 kernel="".join(letters[leg] for leg in link.kernel),
                 pair_in=pair_in,
                 pair_out=pair_out,
@@ -126,7 +126,7 @@ def _route(plan: Plan) -> Route:
                 leaving="" if last else "".join(letter for letter in after if letter not in _left_by_next(plan, place)),
             )
         )
-    return Route(tuple(stops), sizes)
+    return ChainLayout(tuple(links), sizes)
 
 
 def _left_by_next(plan: Plan, place: int) -> str:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tnpeft.network.model import Network
 
-__all__ = ["Finish"]
+__all__ = ["WeightLayout"]
 
 
 @dataclass(frozen=True)
-class Finish:
+class WeightLayout:
     """The way from the last result to the delta weight, and back for its gradient.
 
     `legs`, in the network's index letters, is the order in which the last step stores its result. `direct`: that is
@@ -35,7 +35,7 @@ class Finish:
     order: tuple[int, ...]
 
     @classmethod
-    def of(cls, network: Network, memory_order: tuple[int, ...]) -> Finish:
+    def of(cls, network: Network, memory_order: tuple[int, ...]) -> WeightLayout:
         layer = network.layer
         direct = network.padded_shape == layer.weight_shape and (not layer.transposed or layer.groups == 1)
         axes = list(network.weight)

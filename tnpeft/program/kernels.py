@@ -13,9 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tnpeft.program.contraction import Contraction, View
+from tnpeft.program.pairwise import Contraction, View
 
-__all__ = ["contract", "contract_difference", "is_lasting", "kept", "reorder", "writes_of"]
+__all__ = ["contract", "contract_difference", "is_lasting", "kept", "reorder", "versions"]
 
 Seen: TypeAlias = "Callable[[Tensor], Tensor]"
 Product: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
@@ -28,7 +28,7 @@ def is_lasting(found: object) -> bool:
     return all(map(is_lasting, found)) if isinstance(found, (tuple, list)) else True
 
 
-def writes_of(tensors: Sequence[Tensor]) -> list[int]:
+def versions(tensors: Sequence[Tensor]) -> list[int]:
     """How often each was written to, as far as autograd counts."""
     try:
         return [tensor._version for tensor in tensors]  # every layer of a pass asks: no call for each tensor
@@ -79,7 +79,7 @@ def contract_difference(
 
 def reorder(tensor: Tensor, view: View, plain: bool) -> Tensor:
     """The tensor as `view` has it, made contiguous."""
-    return _see(tensor, view, 0, plain).contiguous()
+    return _view_of(tensor, view, 0, plain).contiguous()
 
 
 def _quick(product: Contraction) -> Product:
@@ -93,7 +93,7 @@ def _quick(product: Contraction) -> Product:
 
 def _specialised(product: Contraction) -> Product:
     multiply, result = _multiplication(product), product.result
-    one, other = _seer(product.first, product.expand[0]), _seer(product.second, product.expand[1])
+    one, other = _viewer(product.first, product.expand[0]), _viewer(product.second, product.expand[1])
     if product.swapped:
 
         def made(left: Tensor, right: Tensor) -> Tensor:
@@ -106,15 +106,15 @@ def _specialised(product: Contraction) -> Product:
 
     if result is None:
         return made
-    ordered = _seer(result, 0)
+    ordered = _viewer(result, 0)
     return lambda left, right: ordered(made(left, right)).contiguous()
 
 
-def _seer(view: View, expand: int) -> Seen:
-    """`_see` for this view alone, not plain."""
+def _viewer(view: View, expand: int) -> Seen:
+    """`_view_of` for this view alone, not plain."""
     final, strides = view.final, view.strides
     if view.sizes != final:
-        return lambda tensor: _see(tensor, view, expand, False)
+        return lambda tensor: _view_of(tensor, view, expand, False)
     if expand:
         final, strides = (expand, *final), (0, *strides)
     return lambda tensor: tensor.as_strided(final, strides)
@@ -132,8 +132,8 @@ def _multiply_plainly(product: Contraction, left: Tensor, right: Tensor) -> Tens
     if product.swapped:
         left, right = right, left
     first, second = (
-        _see(left, product.first, product.expand[0], True),
-        _see(right, product.second, product.expand[1], True),
+        _view_of(left, product.first, product.expand[0], True),
+        _view_of(right, product.second, product.expand[1], True),
     )
     if product.product in ("mm", "bmm", "mul"):
         return _multiply(product, first, second)
@@ -142,7 +142,7 @@ def _multiply_plainly(product: Contraction, left: Tensor, right: Tensor) -> Tens
     return torch.mm(first.permute(1, 0, 2).reshape(rows, batch * inner), second.reshape(batch * inner, -1))
 
 
-def _see(tensor: Tensor, view: View, expand: int, plain: bool) -> Tensor:
+def _view_of(tensor: Tensor, view: View, expand: int, plain: bool) -> Tensor:
     """A contiguous tensor as `view` has it, repeated `expand` times along a new first axis (0: as it is)."""
     if not plain:
         if view.sizes != view.final:
@@ -176,11 +176,11 @@ def _added(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, 
         one, two = one[::-1], two[::-1]
     expand = product.expand
     made = _multiply(
-        product, _see(one[0], product.first, expand[0], False), _see(one[1], product.second, expand[1], False)
+        product, _view_of(one[0], product.first, expand[0], False), _view_of(one[1], product.second, expand[1], False)
     )
     first, second = (
-        _see(two[0], product.first, expand[0], False),
-        _see(two[1], product.second, expand[1], False),
+        _view_of(two[0], product.first, expand[0], False),
+        _view_of(two[1], product.second, expand[1], False),
     )
     if product.product == "mm":
         return made.addmm_(first, second)
@@ -195,8 +195,8 @@ def _doubled(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor
     """The sum of two products of stored tensors as one product over a doubled bond."""
     if product.swapped:
         one, two = one[::-1], two[::-1]
-    first = torch.cat([_see(part[0], product.first, 0, plain) for part in (one, two)], -1)
-    second = torch.cat([_see(part[1], product.second, 0, plain) for part in (one, two)], -2)
+    first = torch.cat([_view_of(part[0], product.first, 0, plain) for part in (one, two)], -1)
+    second = torch.cat([_view_of(part[1], product.second, 0, plain) for part in (one, two)], -2)
     if product.product == "mm":
         return torch.mm(first, second)
     first, second = (

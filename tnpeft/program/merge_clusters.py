@@ -1,0 +1,54 @@
+"""From the clusters of a factored chain to the delta weight: what a hybrid layer's forward pass convolves with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tnpeft.planning import Plan, find_path, steps_of
+from tnpeft.program.chain_legs import ChainLayout
+from tnpeft.program.kernels import contract, reorder
+from tnpeft.program.leg_order import Instruction, lay_out_steps
+from tnpeft.program.observers import is_recorded
+from tnpeft.program.pairwise import View, reordering
+from tnpeft.program.weight_layout import WeightLayout
+
+__all__ = ["TermMerge", "merge_clusters"]
+
+
+@dataclass(frozen=True)
+class TermMerge:
+    """One term: the contraction of its clusters, dual forms where there are some, to the stored weight."""
+
+    instructions: tuple[Instruction, ...]
+    only: View
+    weight_layout: WeightLayout
+
+    def __call__(self, clusters: Sequence[Tensor]) -> Tensor:
+        """The delta weight in its memory order, a tensor of its own."""
+        tensors = list(clusters)
+        plain = is_recorded()
+        for step in self.instructions:
+            tensors.append(contract(step.forward, tensors[step.left], tensors[step.right], plain))
+        if not self.instructions:
+            tensors.append(reorder(tensors[0], self.only, True).clone())
+        return self.weight_layout.apply(tensors[-1])
+
+
+def merge_clusters(plan: Plan, layout: ChainLayout, memory_order: tuple[int, ...]) -> TermMerge:
+    """How the clusters of one term become its delta weight; `memory_order` as in `build_program`."""
+    network = plan.network
+    dual = network.start == "frozen_copy"
+    weight_layout = WeightLayout.of(network, memory_order)
+    orders = dict(enumerate(link.cluster(dual) for link in layout.links))
+    letters = {letter: letter for order in orders.values() for letter in order}
+    sizes = {letter: layout.sizes[letter] for letter in letters}
+    tensors = [(number, tuple(order)) for number, order in orders.items()]
+    path = find_path(tuple(orders.values()), weight_layout.legs, tuple(sizes.items()))
+    steps = tuple(steps_of(tensors, weight_layout.legs, path, sizes))
+    if steps:
+        orders[steps[-1].number] = weight_layout.legs
+    only = reordering(orders[0], weight_layout.legs if not steps else orders[0], sizes)
+    return TermMerge(lay_out_steps(steps, orders, letters, sizes)[0], only, weight_layout)
