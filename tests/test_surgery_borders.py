@@ -336,7 +336,8 @@ def test_layers_that_are_reached_outside_the_tree_are_warned_of(match: str, laye
         tnpeft.attach(model, "lora", match=match)
     assert [str(one.message) for one in caught] == [
         f"adapted layers: expected ones that are submodules alone, found {layers} in `{attribute}` too, where calls "
-        "meet no adapter. Call the layers as submodules there, for example through an `nn.ModuleList` or by their names."
+        "meet no adapter. Call the layers as submodules there, for example through an `nn.ModuleList` or by their "
+        "names."
     ]
 
 
