@@ -21,7 +21,7 @@ from torch import nn
 from training import Setting, optimiser_of
 
 import tnpeft.modules.execution
-import tnpeft.modules.grouping
+import tnpeft.modules.forward_pass
 import tnpeft.program.clusters
 import tnpeft.program.deltas
 import tnpeft.program.total
@@ -38,7 +38,7 @@ CLOCKED = (
     (tnpeft.program.total.Delta, "forward", "forward", "delta weight"),
     (tnpeft.program.deltas.Deltas, "forward", "forward", "delta weight"),
     (tnpeft.modules.execution, "add_weight", "forward", "sum with the weight"),
-    (tnpeft.modules.grouping, "add_weight", "forward", "sum with the weight"),
+    (tnpeft.modules.forward_pass, "add_weight", "forward", "sum with the weight"),
     (tnpeft.program.clusters.Contracted, "backward", "backward", "clusters, gradients"),
     (FactoredUpdate, "backward", "backward", "chain, backward"),
     (ClusterGradients, "backward", "backward", "chain, backward"),

@@ -260,7 +260,7 @@ def test_nothing_is_kept_within_hooks_on_saved_tensors(mode: str, hooks: Any, ma
             made.clear()
             assert same_bits(outside, micro_steps(model, xs))
             assert made == counts
-            assert not model.head.adapter("default").keeping._found
+            assert not model.head.adapter("default").cache._found
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -338,17 +338,17 @@ def test_everything_is_dropped_at_the_end(mode: str):
     calling = model.convs[0].adapter("default").calling
     with tnpeft.accumulating(model):
         loss = model(x).sum()
-        keeping = calling.keeping
-        assert keeping.is_open
-        assert keeping._found
-    assert not keeping.is_open
-    assert not keeping._found
+        cache = calling.cache
+        assert cache.is_open
+        assert cache._found
+    assert not cache.is_open
+    assert not cache._found
     loss.backward()  # it holds what it needs
     with pytest.raises(IndexError), tnpeft.accumulating(model):
         fails(model, x)
-    assert calling.keeping is not keeping
-    assert not calling.keeping.is_open
-    assert not calling.keeping._found
+    assert calling.cache is not cache
+    assert not calling.cache.is_open
+    assert not calling.cache._found
     move = trained(model)["convs.0.adapters.default.core_left"]
     before = model(x)
     with torch.no_grad():

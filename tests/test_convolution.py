@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tnpeft
-from tnpeft.modules.calls import convolved
+from tnpeft.modules.torch_call import convolved
 from tnpeft.program import Geometry, convolve
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")

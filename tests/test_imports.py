@@ -20,14 +20,14 @@ KNOWN: Mapping[str, list[set[str]]] = {
     "tnpeft": [
         {
             "tnpeft.modules.adapter",
-            "tnpeft.modules.calling",
+            "tnpeft.modules.autotune",
+            "tnpeft.modules.dispatch",
             "tnpeft.modules.execution",
-            "tnpeft.modules.grouping",
-            "tnpeft.modules.keeping",
+            "tnpeft.modules.forward_pass",
             "tnpeft.modules.layers",
+            "tnpeft.modules.results",
             "tnpeft.modules.scripting",
             "tnpeft.modules.sharing",
-            "tnpeft.modules.tuning",
         },
         {
             "tnpeft.network",

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tnpeft
 from tnpeft.errors import AttachError, TnpeftError
-from tnpeft.modules import AdaptedLayer, Adapter, calling, tuning
+from tnpeft.modules import AdaptedLayer, Adapter, autotune, dispatch
 from tnpeft.network import Layer, Network
 from tnpeft.planning import Call, feasible_plans, nominal_call, plan, predict
 
@@ -53,7 +53,7 @@ class Clock:
             self.asked.append(running.mode)
             return seconds[running.mode]
 
-        monkeypatch.setattr(tuning._Trial, "__call__", trial)
+        monkeypatch.setattr(autotune._Trial, "__call__", trial)
 
 
 @pytest.fixture
@@ -114,14 +114,14 @@ def test_the_quickest_mode_is_taken_and_remembered(hybrid_wins: Clock) -> None:
 
 def test_close_modes_take_turns_and_their_medians_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, dense=1.1, hybrid=1.0, factored=1.2)
-    monkeypatch.setattr(tuning, "SECONDS", math.inf)
+    monkeypatch.setattr(autotune, "SECONDS", math.inf)
     model = adapted()
     model(image())
-    assert clock.asked == ["dense", "hybrid", "factored"] * (1 + tuning.ROUNDS)
+    assert clock.asked == ["dense", "hybrid", "factored"] * (1 + autotune.ROUNDS)
     assert adapter_of(model).choices == {TRAINING: "hybrid"}
-    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+    monkeypatch.setattr(autotune, "SECONDS", 0.0)
     model(image()[:1])
-    assert len(clock.asked) == 3 * (1 + tuning.ROUNDS) + 3 * (1 + tuning.ENOUGH)
+    assert len(clock.asked) == 3 * (1 + autotune.ROUNDS) + 3 * (1 + autotune.ENOUGH)
 
 
 def test_calls_of_many_sizes_are_forgotten_but_not_what_was_chosen(hybrid_wins: Clock) -> None:
@@ -130,13 +130,13 @@ def test_calls_of_many_sizes_are_forgotten_but_not_what_was_chosen(hybrid_wins: 
     adapter = adapter_of(model)
     model(torch.randn(1, 6))
     first = adapter.calling.last
-    for rows in range(2, calling.CALLS + 3):
+    for rows in range(2, dispatch.CALLS + 3):
         model(torch.randn(rows, 6))
         model(torch.randn(2, 6))  # used all the time
-    assert len(adapter.calling._calls) == calling.CALLS
-    assert [shape[0] for shape, *_ in adapter.calling._calls] == [*range(4, calling.CALLS + 3), 2]
+    assert len(adapter.calling._calls) == dispatch.CALLS
+    assert [shape[0] for shape, *_ in adapter.calling._calls] == [*range(4, dispatch.CALLS + 3), 2]
     asked, choices = list(hybrid_wins.asked), dict(adapter.choices)
-    assert choices == {f"cpu, {rows} rows": "hybrid" for rows in range(1, calling.CALLS + 3)}
+    assert choices == {f"cpu, {rows} rows": "hybrid" for rows in range(1, dispatch.CALLS + 3)}
     model(torch.randn(1, 6))
     # Planned anew, not timed, and by the same programs, which is how groups know their calls.
     assert adapter.calling.last == first
@@ -164,7 +164,7 @@ def test_modes_for_which_there_is_no_memory_are_not_taken(monkeypatch: pytest.Mo
             return layer.call_base(x, layer.weight, layer.bias)
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(tuning, "run", run)
+    monkeypatch.setattr(autotune, "run", run)
     model = adapted()
     model(image())
     assert adapter_of(model).choices == {TRAINING: "hybrid"}
@@ -271,14 +271,14 @@ def test_checkpointed_layers_take_what_is_known_or_the_cost_model(reentrant: boo
 
 
 def test_nothing_is_timed_where_it_would_be_recorded(hybrid_wins: Clock) -> None:
-    assert tuning.can_be_timed(image())
-    assert not tuning.can_be_timed(image().to("meta"))
+    assert autotune.can_be_timed(image())
+    assert not autotune.can_be_timed(image().to("meta"))
     with torch._subclasses.FakeTensorMode() as mode:
-        assert not tuning.can_be_timed(image())
-    assert not tuning.can_be_timed(mode.from_tensor(image()))
+        assert not autotune.can_be_timed(image())
+    assert not autotune.can_be_timed(mode.from_tensor(image()))
     with FlopCounterMode(display=False):
-        assert not tuning.can_be_timed(image())
-    assert not torch.func.vmap(lambda row: torch.tensor(tuning.can_be_timed(row)))(image()).any()
+        assert not autotune.can_be_timed(image())
+    assert not torch.func.vmap(lambda row: torch.tensor(autotune.can_be_timed(row)))(image()).any()
     model = adapted()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(image()), model(image()))

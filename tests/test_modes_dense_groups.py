@@ -15,7 +15,7 @@ from towers import SHARED, Tower, X, adapters, counted, results, same, tower
 
 import tnpeft
 from tnpeft import ExecutionError
-from tnpeft.modules import grouping
+from tnpeft.modules import forward_pass
 from tnpeft.program.deltas import BatchedDelta
 from tnpeft.spec import Spec
 
@@ -69,7 +69,7 @@ def test_what_cannot_be_grouped_is_not(spec: str, contracted: list[int]):
 
 
 def test_large_weights_are_contracted_alone(monkeypatch: pytest.MonkeyPatch, contracted: list[int]):
-    monkeypatch.setattr(grouping, "SMALL", 64)
+    monkeypatch.setattr(forward_pass, "SMALL", 64)
     model, alone = pair()
     exact(results(model, X.double()), results(alone, X.double()))
     assert contracted == [2]

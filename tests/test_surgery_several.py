@@ -154,16 +154,16 @@ def test_a_second_adapter_takes_what_it_trains_and_no_more():
 def made(monkeypatch) -> Counter[str]:
     """How often calls are planned, and programs built for them."""
     counts: Counter[str] = Counter()
-    from tnpeft.modules import calling
+    from tnpeft.modules import dispatch
 
     def spy(name: str) -> None:
-        original = getattr(calling, name)
+        original = getattr(dispatch, name)
 
         def counted(*arguments):
             counts[name] += 1
             return original(*arguments)
 
-        monkeypatch.setattr(calling, name, counted)
+        monkeypatch.setattr(dispatch, name, counted)
 
     for name in ("plan", "feasible_plans", "best_plan", "build_chain", "build_clusters", "build_cluster_merge"):
         spy(name)

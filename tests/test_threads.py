@@ -20,8 +20,8 @@ from towers import Tower, X, adapters, counted, results, tower
 
 import tnpeft
 from tnpeft import ExecutionError
-from tnpeft.modules import AdaptedLayer, calling
-from tnpeft.modules.grouping import open_pass
+from tnpeft.modules import AdaptedLayer, dispatch
+from tnpeft.modules.forward_pass import open_pass
 from tnpeft.program.clusters import BatchedCluster
 from tnpeft.surgery.accumulating import _OPEN
 
@@ -109,7 +109,7 @@ def test_threads_get_the_bits_that_one_gets(mode: str, keeps: bool, hurried: Non
 @pytest.mark.parametrize("mode", MODES)
 def test_inputs_of_many_sizes(mode: str, hurried: None, monkeypatch: pytest.MonkeyPatch):
     """More than are remembered, so that calls are planned and forgotten all the time."""
-    monkeypatch.setattr(calling, "CALLS", 2)
+    monkeypatch.setattr(dispatch, "CALLS", 2)
     model = tower(mode)
     inputs = [X[..., : 3 + number % 4] for number in range(THREADS)]
     expected = [called(tower("dense"), x, "gradients") for x in inputs]
@@ -245,12 +245,12 @@ def test_a_context_that_another_thread_closes(mode: str):
         beside(lambda: context.__exit__(None, None, None))
 
     handle = model.convs[3].register_forward_pre_hook(close)
-    keeping = adapters(model)[0].calling.keeping
-    assert keeping is not None
+    cache = adapters(model)[0].calling.cache
+    assert cache is not None
     out = model(X)
     handle.remove()
     assert torch.equal(out, expected["output"])
-    assert not keeping._found
+    assert not cache._found
     found = results(model)
     assert all(torch.equal(found[name], one) for name, one in expected.items())
 
@@ -258,11 +258,11 @@ def test_a_context_that_another_thread_closes(mode: str):
 def test_a_context_that_closes_while_a_thread_makes_something_keeps_nothing():
     model = tower("dense")
     with tnpeft.accumulating(model):
-        keeping = adapters(model)[0].calling.keeping
-        assert keeping is not None
-    kept = keeping.results("key", adapters(model)[:1], (), (X,), lambda tensors: (2 * tensors[0],))
+        cache = adapters(model)[0].calling.cache
+        assert cache is not None
+    kept = cache.get("key", adapters(model)[:1], (), (X,), lambda tensors: (2 * tensors[0],))
     assert torch.equal(kept[0], 2 * X)
-    assert not keeping._found
+    assert not cache._found
 
 
 def test_contexts_of_two_threads_end_with_the_last(hurried: None):
@@ -270,17 +270,17 @@ def test_contexts_of_two_threads_end_with_the_last(hurried: None):
     first, last = tnpeft.accumulating(model), tnpeft.accumulating(model)
     first.__enter__()
     beside(last.__enter__)
-    keeping = adapters(model)[0].calling.keeping
-    assert keeping is not None
+    cache = adapters(model)[0].calling.cache
+    assert cache is not None
     first.__exit__(None, None, None)
-    assert keeping.is_open
+    assert cache.is_open
     beside(lambda: last.__exit__(None, None, None))
-    assert not keeping.is_open
+    assert not cache.is_open
 
     def work() -> None:
         for _ in range(30):
             with tnpeft.accumulating(model):
-                assert adapters(model)[0].keeping is not None
+                assert adapters(model)[0].cache is not None
 
     at_once([work] * THREADS)
     assert not any(_OPEN.get(model, []))
@@ -295,7 +295,7 @@ def test_a_call_is_timed_once(hurried: None, monkeypatch: pytest.MonkeyPatch):
         threading.Event().wait(0.01)  # others come meanwhile
         return str(options[timed[-1] % len(options)].mode)
 
-    monkeypatch.setattr(calling, "quickest", quickest)
+    monkeypatch.setattr(dispatch, "quickest", quickest)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
     tnpeft.attach(model, chain(), match="0", mode="auto", autotune=True)
     found: set[Any] = set()

@@ -14,7 +14,7 @@ import tnpeft
 from tnpeft.io import saving
 from tnpeft.modules import AdaptedLayer, Adapter, execution, inits, layers
 from tnpeft.modules import adapter as adapter_module
-from tnpeft.modules.grouping import ForwardPass
+from tnpeft.modules.forward_pass import ForwardPass
 from tnpeft.modules.sharing import Sharing
 from tnpeft.network import bind
 from tnpeft.planning import modes as planning

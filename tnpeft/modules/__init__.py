@@ -2,11 +2,11 @@
 
 from tnpeft.modules.adapter import Adapter
 from tnpeft.modules.build import compile
-from tnpeft.modules.calling import Calling, Running
-from tnpeft.modules.grouping import ForwardPass, Groups, Member
+from tnpeft.modules.dispatch import Calling, Running
+from tnpeft.modules.forward_pass import Batches, ForwardPass, Member
 from tnpeft.modules.inits import is_drawn
-from tnpeft.modules.keeping import Keeping
 from tnpeft.modules.layers import AdaptedConv, AdaptedConvTranspose, AdaptedLayer, AdaptedLinear, wrap
+from tnpeft.modules.results import ResultCache
 from tnpeft.modules.room import memory_limit, memory_problems
 from tnpeft.modules.sharing import Captured, Sharing
 
@@ -16,12 +16,12 @@ __all__ = [
     "AdaptedLayer",
     "AdaptedLinear",
     "Adapter",
+    "Batches",
     "Calling",
     "Captured",
     "ForwardPass",
-    "Groups",
-    "Keeping",
     "Member",
+    "ResultCache",
     "Running",
     "Sharing",
     "compile",

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tnpeft.modules.calling import Calling
+from tnpeft.modules.dispatch import Calling
 from tnpeft.modules.distributed import refuse_distributed
 from tnpeft.modules.dora import composed, magnitudes
 from tnpeft.modules.inits import canonical_weight, initial_core, whole_seed
-from tnpeft.modules.keeping import Keeping, same_tensors
 from tnpeft.modules.offload import Resident, present
 from tnpeft.modules.parked import own_weight
 from tnpeft.modules.refusals import without_values
+from tnpeft.modules.results import ResultCache, same_tensors
 from tnpeft.modules.sharing import Captured, Sharing, sharing_label
 from tnpeft.modules.strides import memory_order, moved
 from tnpeft.network import BoundCore, Network
@@ -225,10 +225,10 @@ class Adapter(Resident, nn.Module):
         return None if mode == self.mode else mode
 
     @property
-    def keeping(self) -> Keeping | None:
+    def cache(self) -> ResultCache | None:
         """Where results of its cores are kept, if they are to be."""
-        keeping = None if self._calling is None or needs_plain_ops() else self._calling.keeping
-        return keeping if keeping is not None and keeping.is_open and not torch.is_inference_mode_enabled() else None
+        cache = None if self._calling is None or needs_plain_ops() else self._calling.cache
+        return cache if cache is not None and cache.is_open and not torch.is_inference_mode_enabled() else None
 
     @property
     def stored(self) -> list[Tensor]:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tnpeft.modules.calls import as_autocast_has_it, chain_input
 from tnpeft.modules.distributed import refuse_distributed
-from tnpeft.modules.grouping import add_weight
+from tnpeft.modules.forward_pass import add_weight
 from tnpeft.modules.refusals import taken_away, without_values
+from tnpeft.modules.torch_call import as_autocast_has_it, chain_input
 from tnpeft.program import ClusterGradients, LayerClusters, factored_update, needs_plain_ops, records_sizes
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
-    from tnpeft.modules.calling import Calling, Running
+    from tnpeft.modules.dispatch import Calling, Running
     from tnpeft.modules.layers import AdaptedLayer
 
 __all__ = ["dense", "execute", "run", "summed_weight"]
@@ -149,10 +149,10 @@ def _completed(layer: AdaptedLayer, clusters: LayerClusters, running: Running) -
         return (add_weight(merge(clusters), weight.detach()),)
 
     ((adapter, _),) = layer.active
-    keeping = adapter.keeping
-    if keeping is None:
+    cache = adapter.cache
+    if cache is None:
         return made(())[0]
-    return keeping.results((merge, adapter), (adapter,), (weight,), (), made)[0]
+    return cache.get((merge, adapter), (adapter,), (weight,), (), made)[0]
 
 
 _RUNS: Mapping[str, Callable[..., Tensor]] = {"factored": _factored, "hybrid": _hybrid}
@@ -171,8 +171,8 @@ def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]], own: 
             return found
     constant = weight.detach() if weight.requires_grad else weight
     origin = constant if own is weight else own.detach()
-    keeping = active[0][0].keeping
-    if keeping is None:
+    cache = active[0][0].cache
+    if cache is None:
         deltas = [(adapter.delta_for(origin), scale) for adapter, scale in active]
         for (adapter, _), (delta, _) in zip(active, deltas, strict=True):
             _require_memory(adapter, delta, constant)
@@ -187,7 +187,7 @@ def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]], own: 
         return (_summed(constant, [(delta, scale) for delta, (_, scale) in zip(deltas, active, strict=True)]),)
 
     flat = [tensor for one in inputs for tensor in one]
-    return keeping.results(("dense", *active), adapters, (weight, own), flat, made)[0]
+    return cache.get(("dense", *active), adapters, (weight, own), flat, made)[0]
 
 
 def _summed(weight: Tensor, updates: Sequence[tuple[Tensor, float]]) -> Tensor:

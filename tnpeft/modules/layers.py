@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tnpeft.modules.adapter import Adapter
-from tnpeft.modules.calls import convolved
 from tnpeft.modules.execution import execute, summed_weight
 from tnpeft.modules.offload import Resident, is_bare, move_hook, present
 from tnpeft.modules.parked import (
@@ -32,6 +31,7 @@ from tnpeft.modules.parked import (
 from tnpeft.modules.parked_states import forget_hook, make_again, set_to_base, translate
 from tnpeft.modules.refusals import replace_own, replicated, taken_away
 from tnpeft.modules.scripting import convolution, hidden_attributes, margins, missing_padding, refuse_unmerged
+from tnpeft.modules.torch_call import convolved
 
 __all__ = ["AdaptedConv", "AdaptedConvTranspose", "AdaptedLayer", "AdaptedLinear", "wrap"]
 

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from tnpeft.modules import Keeping
+from tnpeft.modules import ResultCache
 from tnpeft.surgery.state import adapted
 from tnpeft.surgery.tree import adapted_layers
 
 __all__ = ["accumulating", "hand_out"]
 
-_OPEN: weakref.WeakKeyDictionary[nn.Module, list[Keeping]] = weakref.WeakKeyDictionary()
+_OPEN: weakref.WeakKeyDictionary[nn.Module, list[ResultCache]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -42,16 +42,16 @@ def accumulating(model: nn.Module) -> Iterator[None]:
     root, _ = adapted(model)
     with _LOCK:
         stack = _OPEN.setdefault(root, [])
-        stack.append(stack[-1] if stack else Keeping())
+        stack.append(stack[-1] if stack else ResultCache())
         if len(stack) == 1:
             hand_out(root)
     try:
         yield
     finally:
         with _LOCK:
-            keeping = stack.pop()
+            cache = stack.pop()
             if not stack:
-                keeping.close()
+                cache.close()
 
 
 def hand_out(root: nn.Module) -> None:
@@ -62,4 +62,4 @@ def hand_out(root: nn.Module) -> None:
     stack[-1].forget()
     for layer in adapted_layers(root):
         for name in layer.names:
-            layer.adapter(name).calling.keeping = stack[-1]
+            layer.adapter(name).calling.cache = stack[-1]

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from tnpeft.errors import ExecutionError
-from tnpeft.modules import AdaptedLayer, ForwardPass, Groups, Member
-from tnpeft.modules.calling import needs_plain_ops
+from tnpeft.modules import AdaptedLayer, Batches, ForwardPass, Member
+from tnpeft.modules.dispatch import needs_plain_ops
 from tnpeft.modules.distributed import SPLIT_FIX, split_problem
 from tnpeft.surgery.tree import adapted_layers
 
-__all__ = ["forget_groups", "register_pass", "remove_pass"]
+__all__ = ["forget_batches", "register_pass", "remove_pass"]
 
 
 class _Thread(threading.local):
@@ -30,20 +30,20 @@ class _Thread(threading.local):
 
 
 class _Passes:
-    """The layers of a model, their groups in its latest pass, and the passes that are open, one at most in a thread."""
+    """The layers of a model, their batches in its latest pass, and the open passes, one at most in a thread."""
 
     def __init__(self, root: nn.Module) -> None:
         self.layers = adapted_layers(root)
-        self.groups = Groups(())
+        self.batches = Batches(())
         self._thread = _Thread()
 
     def open(self) -> None:
         self.close()  # an interrupt may have left the last pass open, or the model calls itself
         members = [member for layer in self.layers if (member := _member(layer)) is not None]
-        groups = self.groups
-        if members != groups.members:
-            groups = self.groups = Groups(members)
-        self._thread.current = ForwardPass(groups)
+        batches = self.batches
+        if members != batches.members:
+            batches = self.batches = Batches(members)
+        self._thread.current = ForwardPass(batches)
 
     def close(self) -> None:
         current, self._thread.current = self._thread.current, None
@@ -55,7 +55,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Passes] = weakref.WeakKeyDictionar
 
 
 def register_pass(root: nn.Module) -> None:
-    """Let forward passes of `root` group its layers."""
+    """Let forward passes of `root` batch its layers."""
     if _open not in root._forward_pre_hooks.values():
         root.register_forward_pre_hook(_open)
         root.register_forward_hook(_close, always_call=True)
@@ -63,14 +63,14 @@ def register_pass(root: nn.Module) -> None:
 
 def remove_pass(root: nn.Module) -> None:
     """Undo `register_pass`."""
-    forget_groups(root)
+    forget_batches(root)
     for table, hook in ((root._forward_pre_hooks, _open), (root._forward_hooks, _close)):
         for number in [number for number, known in table.items() if known is hook]:
             del table[number]
             root._forward_hooks_always_called.pop(number, None)
 
 
-def forget_groups(root: nn.Module) -> None:
+def forget_batches(root: nn.Module) -> None:
     """After a change of its layers, adapters or their scales."""
     passes = _KNOWN.pop(root, None)
     if passes is not None:

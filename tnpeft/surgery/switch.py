@@ -18,7 +18,7 @@ from tnpeft.modules.distributed import split_problem
 from tnpeft.modules.parked import is_parked
 from tnpeft.spec.document import clip
 from tnpeft.surgery.accumulating import hand_out
-from tnpeft.surgery.passes import forget_groups, register_pass, remove_pass
+from tnpeft.surgery.passes import forget_batches, register_pass, remove_pass
 from tnpeft.surgery.state import ModelState, adapted, find, known_adapter
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers, slots, ties
@@ -199,7 +199,7 @@ def base_shown(model: nn.Module) -> AbstractContextManager[None]:
 def apply_state(root: nn.Module, state: ModelState) -> None:
     """Bring layers and trained tensors to what the state says. Nothing in here can be refused."""
     (remove_pass if state.merged else register_pass)(root)  # TorchScript would compile the hooks of a merged model too
-    forget_groups(root)
+    forget_batches(root)
     hand_out(root)
     for layer in adapted_layers(root):
         layer.scales = {name: scale for name, scale in state.active.items() if name in layer.names}

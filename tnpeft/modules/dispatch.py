@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tnpeft.modules.calls import call_of
-from tnpeft.modules.grouping import Starts, open_pass
-from tnpeft.modules.keeping import Keeping
-from tnpeft.modules.tuning import can_be_timed, quickest
+from tnpeft.modules.autotune import can_be_timed, quickest
+from tnpeft.modules.forward_pass import Starts, open_pass
+from tnpeft.modules.results import ResultCache
+from tnpeft.modules.torch_call import call_of
 from tnpeft.planning import Call, Plan, best_plan, feasible_plans, plan
 from tnpeft.program import (
     ChainProgram,
@@ -54,7 +54,7 @@ class Calling:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self._last: dict[bool, Running] = {}
-        self.keeping: Keeping | None = None
+        self.cache: ResultCache | None = None
         self._calls: dict[Any, Running] = {}
         self._planning = threading.Lock()
         self._starts: Starts[Any] = Starts()
@@ -130,9 +130,9 @@ class Calling:
             start = [] if adapter.network.start == "zero" else adapter.start_tensors()
             return program.flat(cores, self._starts.of(program, start, program.start))
 
-        cores, keeping = adapter.core_tensors(), adapter.keeping
+        cores, cache = adapter.core_tensors(), adapter.cache
         return program.split(
-            made(cores) if keeping is None else keeping.results((program, adapter), [adapter], (), cores, made)
+            made(cores) if cache is None else cache.get((program, adapter), [adapter], (), cores, made)
         )
 
     def summed(self, weight: Tensor) -> Tensor | None:

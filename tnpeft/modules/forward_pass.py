@@ -2,7 +2,7 @@
 
 With many layers of small cores, the number of operations to start is what contracting them costs. Grouped are not
 layers but what is contracted: the clusters of factored and hybrid layers, each with those that are alike, and the whole
-delta weights of dense layers, as far as they are small. Groups say what is contracted together, for all threads;
+delta weights of dense layers, as far as they are small. Batches say what is contracted together, for all threads;
 results belong to a pass, which its thread owns. A layer that is called outside of a pass of its thread, or within
 activation checkpointing, which must see the same operations when it calls a layer again, contracts its own.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tnpeft.modules.keeping import Make, same_tensors
+from tnpeft.modules.results import Make, same_tensors
 from tnpeft.program import (
     BatchedCluster,
     BatchedDelta,
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
     from tnpeft.modules.layers import AdaptedLayer
 
-__all__ = ["ForwardPass", "Groups", "Member", "Starts", "add_weight", "open_pass"]
+__all__ = ["Batches", "ForwardPass", "Member", "Starts", "add_weight", "open_pass"]
 
 # Elements of the weights whose delta weights are contracted together, at most: beyond, starting operations is not what
-# they cost, and a group's weights and their gradients are alive together.
+# they cost, and a batch's weights and their gradients are alive together.
 SMALL = 1 << 17
 # On other devices starting operations is nearly all that it costs.
 SMALL_ELSEWHERE = 1 << 24
@@ -92,19 +92,19 @@ class Starts(Generic[_Made]):
         return made
 
 
-class _Seat(NamedTuple):
-    """The places of a layer in groups: in one for each of its clusters, or in that of its delta weight."""
+class _Places(NamedTuple):
+    """The places of a layer in batches: in one for each of its clusters, or in that of its delta weight."""
 
     program: ClusterProgram | Weight
-    places: tuple[tuple[_Group, int], ...]
+    places: tuple[tuple[_Batch, int], ...]
 
 
-class Groups:
-    """The groups of some layers of a model. Once made they change no more, but for what is kept of frozen copies."""
+class Batches:
+    """The batches of some layers of a model. Once made they change no more, but for what is kept of frozen copies."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
-        places: dict[Adapter, dict[int, tuple[_Group, int]]] = {member.adapter: {} for member in members}
+        places: dict[Adapter, dict[int, tuple[_Batch, int]]] = {member.adapter: {} for member in members}
         clusters: dict[Hashable, list[_ClusterOf]] = {}
         deltas: dict[Hashable, list[Member]] = {}
         for member in members:
@@ -115,16 +115,16 @@ class Groups:
                 one = _ClusterOf(cluster, member.adapter, cores, number)
                 clusters.setdefault((cluster, member.kind), []).append(one)
         for alike in clusters.values():
-            group = _Clusters(alike)
+            batch = _Clusters(alike)
             for place, one in enumerate(alike):
-                places[one.adapter][one.number] = group, place
+                places[one.adapter][one.number] = batch, place
         for equal in deltas.values():
             if len(equal) > 1:
                 whole = _Deltas(equal)
                 for place, member in enumerate(equal):
                     places[member.adapter][0] = whole, place
-        self.seats = {
-            member.adapter: _Seat(member.program, tuple(own for _, own in sorted(places[member.adapter].items())))
+        self.places_of = {
+            member.adapter: _Places(member.program, tuple(own for _, own in sorted(places[member.adapter].items())))
             for member in members
         }
 
@@ -143,9 +143,9 @@ class ForwardPass:
     inside of another one's, layers of the outer model contract their own.
     """
 
-    def __init__(self, groups: Groups) -> None:
-        self._groups = groups
-        self._results: dict[tuple[bool, bool], dict[_Group, Any]] = {}
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._results: dict[tuple[bool, bool], dict[_Batch, Any]] = {}
         self._cores: dict[Adapter, _Cores] = {}
         self._outer = _THREAD.current
         _THREAD.current = weakref.ref(self)
@@ -155,34 +155,34 @@ class ForwardPass:
 
     def clusters(self, adapter: Adapter, program: ClusterProgram) -> LayerClusters | None:
         """The clusters of an adapter; None where it must contract its own."""
-        seat = self._groups.seats.get(adapter)
-        if seat is None or program is not seat.program:
+        member = self._batches.places_of.get(adapter)
+        if member is None or program is not member.program:
             return None
         found = []
-        for group, place in seat.places:
-            made = self.results(group)
+        for batch, place in member.places:
+            made = self.results(batch)
             if made is None:
                 return None
             found.append(made[place])
-        if not self.stands(adapter):
+        if not self.is_current(adapter):
             return None
         return LayerClusters(tuple(own[0] for own in found), tuple(own[1] for own in found if len(own) > 1))
 
     def summed(self, adapter: Adapter, weight: Tensor) -> Tensor | None:
         """W + ΔW of a layer whose base weight is `weight`; None where it must contract its own."""
-        seat = self._groups.seats.get(adapter)
-        if seat is None or not isinstance(seat.program, Weight) or not seat.places:
+        member = self._batches.places_of.get(adapter)
+        if member is None or not isinstance(member.program, Weight) or not member.places:
             return None
-        group, place = seat.places[0]
-        sums: list[_Sum] | None = self.results(group)
+        batch, place = member.places[0]
+        sums: list[_Sum] | None = self.results(batch)
         if sums is None:
             return None
         total = sums[place].total
-        is_current = sums[place].writes == _sources((total, weight)) and self.stands(adapter)
-        return total if is_current else None
+        current = sums[place].writes == _sources((total, weight)) and self.is_current(adapter)
+        return total if current else None
 
-    def results(self, group: _Group) -> Any:
-        """Of all members of a group, made when the first of them asks; None where their tensors do not lie together.
+    def results(self, batch: _Batch) -> Any:
+        """Of all members of a batch, made when the first of them asks; None where their tensors do not lie together.
 
         Those of a layer may be on its device only while it is called, as when weights are offloaded.
         """
@@ -190,9 +190,9 @@ class ForwardPass:
         known = self._results.get(key)
         if known is None:
             known = self._results[key] = {}
-        if group not in known:
-            known[group] = group.results(self.cores_of)
-        return known[group]
+        if batch not in known:
+            known[batch] = batch.results(self.cores_of)
+        return known[batch]
 
     def cores_of(self, adapter: Adapter) -> list[Tensor]:
         """The cores that an adapter had when they were first asked for."""
@@ -201,7 +201,7 @@ class ForwardPass:
             known = self._cores[adapter] = _Cores(adapter.core_tensors(), _sources(adapter.stored))
         return known.tensors
 
-    def stands(self, adapter: Adapter) -> bool:
+    def is_current(self, adapter: Adapter) -> bool:
         """Whether its cores are what they were when they were contracted."""
         known = self._cores.get(adapter)
         return known is not None and known.sources == _sources(adapter.stored)
@@ -222,7 +222,7 @@ def open_pass() -> ForwardPass | None:
     return None if current is None or saved_tensors_are_hooked() or needs_plain_ops() else current
 
 
-class _Group:
+class _Batch:
     """Adapters that contract something together."""
 
     def __init__(self, adapters: Sequence[Adapter], cores: Sequence[Sequence[int]]) -> None:
@@ -251,10 +251,8 @@ class _Group:
 
     def _contracted(self, code: Any, cores: Sequence[Tensor], others: Sequence[Tensor], made: Make) -> Sequence[Tensor]:
         """`made` of the cores, kept from pass to pass where that is wanted; it is made of `others` too."""
-        keeping = self.adapters[0].keeping
-        return (
-            made(cores) if keeping is None else keeping.results((code, *self._cores), self._each, others, cores, made)
-        )
+        cache = self.adapters[0].cache
+        return made(cores) if cache is None else cache.get((code, *self._cores), self._each, others, cores, made)
 
     def _start(self, code: Any) -> Any:
         """What the code needs of the frozen copies."""
@@ -273,7 +271,7 @@ class _ClusterOf(NamedTuple):
     number: int
 
 
-class _Clusters(_Group):
+class _Clusters(_Batch):
     """One cluster of each member: its values, and its dual form if it has one."""
 
     def __init__(self, members: Sequence[_ClusterOf]) -> None:
@@ -294,7 +292,7 @@ class _Sum(NamedTuple):
     writes: tuple[list[int], list[int]]
 
 
-class _Deltas(_Group):
+class _Deltas(_Batch):
     """W + ΔW of each member."""
 
     def __init__(self, members: Sequence[Member]) -> None:

@@ -22,7 +22,7 @@ from tnpeft.program import needs_plain_ops, without_autocast
 
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
-    from tnpeft.modules.calling import Running
+    from tnpeft.modules.dispatch import Running
     from tnpeft.modules.layers import AdaptedLayer
 
 __all__ = ["can_be_timed", "quickest"]

@@ -20,12 +20,12 @@ from tnpeft.program import saved_tensors_are_hooked, versions
 if TYPE_CHECKING:
     from tnpeft.modules.adapter import Adapter
 
-__all__ = ["Keeping", "Make", "same_tensors"]
+__all__ = ["Make", "ResultCache", "same_tensors"]
 
 Make = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
-class Keeping:
+class ResultCache:
     """The results of one model's layers, by a key that says what each is.
 
     Results of adapters that got other values than by training, as when they are loaded, are forgotten.
@@ -48,7 +48,7 @@ class Keeping:
             self._writes: dict[Adapter, tuple[int, ...]] = {}
             self._versions: dict[Tensor, int] = {}
 
-    def results(
+    def get(
         self, key: Hashable, adapters: Sequence[Adapter], others: Sequence[Tensor], inputs: Sequence[Tensor], make: Make
     ) -> tuple[Tensor, ...]:
         """`make(inputs)`, made once as long as it is made of the same tensors: those of `adapters`, and `others`.
@@ -65,7 +65,7 @@ class Keeping:
             if saved_tensors_are_hooked():
                 return tuple(make(inputs))
             kept = self._found.get(key)
-            if kept is None or not kept.stands(sources, inputs):
+            if kept is None or not kept.is_current(sources, inputs):
                 kept = self._found[key] = _Kept(sources, inputs, make)
         found: tuple[Tensor, ...] = _Again.apply(kept, *inputs)  # type: ignore[no-untyped-call]
         return found
@@ -105,7 +105,7 @@ class _Kept:
             self.outputs = tuple(make(self.leaves))
         self._made = versions(self.outputs)
 
-    def stands(self, sources: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    def is_current(self, sources: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
         """Whether it may be used with these tensors; also not if somebody wrote to a result, `layer.weight` say."""
         return (
             same_tensors(self.sources, sources)
