@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import tnpeft
-from tnpeft.verify.subject import fill
+from tnpeft.verify.model_under_test import fill
 
 TOLERANCE = 1e-5
 FAILED = "failed: "

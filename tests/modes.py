@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tnpeft.modules import AdaptedLayer, Adapter, compile, wrap
 from tnpeft.planning import Axis, Call
 from tnpeft.spec import Spec
+from tnpeft.verify.model_under_test import fill
 from tnpeft.verify.oracle import dense_delta
-from tnpeft.verify.subject import fill
 
 # The modes that do not build the gradient of the weight.
 FAST = ("factored", "hybrid")

@@ -25,8 +25,8 @@ from tnpeft.spec.pattern import expand
 from tnpeft.surgery import detach, disabled, merge, unmerge
 from tnpeft.verify.exact import Exact
 from tnpeft.verify.formula import formula_value
+from tnpeft.verify.model_under_test import Mismatch, Skip, Stack, Subject, adapted_layers, require_close, require_equal
 from tnpeft.verify.oracle import canonical, entry
-from tnpeft.verify.subject import Mismatch, Skip, Stack, Subject, adapted_layers, require_close, require_equal
 
 __all__ = ["CHECKS", "Check"]
 

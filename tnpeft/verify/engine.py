@@ -18,16 +18,16 @@ from tnpeft.errors import Problem, TnpeftError, near_miss
 from tnpeft.network import Layer
 from tnpeft.spec import Spec, load_spec
 from tnpeft.spec.habits import unknown_params
-from tnpeft.verify.alive import reached
 from tnpeft.verify.case import DTYPES, Case
 from tnpeft.verify.checks import CHECKS, Check
 from tnpeft.verify.conditioning import conditioning_of
+from tnpeft.verify.dead_cores import reached
 from tnpeft.verify.gauge import gauge_of
+from tnpeft.verify.model_under_test import Mismatch, Skip, Subject
 from tnpeft.verify.properties import Flaky, HealthCheck, NoSuchExample, Phase, Unsatisfiable, find, settings, st
-from tnpeft.verify.reach import gauge_cases, reachable
 from tnpeft.verify.report import CheckResult, Counterexample, VerifyReport
 from tnpeft.verify.strategies import cases, params_of
-from tnpeft.verify.subject import Mismatch, Skip, Subject
+from tnpeft.verify.supported_layers import gauge_cases, reachable
 
 __all__ = ["failure_of", "run_check", "verify"]
 

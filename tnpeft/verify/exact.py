@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.modules import AdaptedLayer
+from tnpeft.verify.model_under_test import adapted_layers
 from tnpeft.verify.oracle import canonical, composed, dense_delta, dense_weight
-from tnpeft.verify.subject import adapted_layers
 
 __all__ = ["Exact"]
 

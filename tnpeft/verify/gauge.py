@@ -22,8 +22,8 @@ from tnpeft.network import Network
 from tnpeft.spec import Spec
 from tnpeft.verify.case import Case
 from tnpeft.verify.exact import Exact
+from tnpeft.verify.model_under_test import Subject, adapted_layers
 from tnpeft.verify.oracle import sum_out
-from tnpeft.verify.subject import Subject, adapted_layers
 
 __all__ = ["Gauge", "gauge_of"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tnpeft.verify.subject import Subject, adapted_layers
+from tnpeft.verify.model_under_test import Subject, adapted_layers
 
 __all__ = ["reached"]
 
