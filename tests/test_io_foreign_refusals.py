@@ -545,6 +545,15 @@ def test_models_formats_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert cannot(model, tmp_path / "file", "peft") == (
         "PATH: adapter folder: expected a new or an existing folder, found a file. Choose another path."
     )
+    for ending in (".safetensors", ".pt"):
+        assert cannot(model, path.with_suffix(ending), "peft") == (
+            f"PATH: adapter folder: expected the name of a folder, found that of a {ending} file. "
+            f"Pass a folder's name, for example '{path}'; PEFT reads two files in it."
+        )
+    assert cannot(model, path.with_suffix(".bin"), "diffusers") == (
+        "PATH: adapter: expected the name of a folder or a .safetensors file, found that of a .bin file. "
+        f"Pass a folder's name, for example '{path}', or '{path}.safetensors'."
+    )
     tnpeft.merge(model)
     assert cannot(model, path, "peft") == (
         "PATH: model: expected an unmerged model, found a merged one. Call `tnpeft.unmerge(model)` first."
