@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from tnpeft.errors import AttachError, Problem, TnpeftWarning
 from tnpeft.io import save
+from tnpeft.io.manifest import KEY
+from tnpeft.io.saving import chosen
 from tnpeft.surgery import adapted, plain_state_dict
 
 __all__ = ["AdapterCallback"]
