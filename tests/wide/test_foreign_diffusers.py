@@ -178,6 +178,30 @@ def test_what_we_write_computes_the_same_in_diffusers(model: str, spec: str, tmp
     assert_same(out_of(again), expected)
 
 
+def test_what_readme_says_of_load_lora_adapter(tmp_path: Path):
+    """Its own prefix is `transformer`, its own ending `.bin`; kohya's names are for pipelines."""
+    ours = adapted("unet", "lora")
+    expected, base = out_of(ours), out_of(unet())
+    tnpeft.save_foreign(ours, tmp_path / "folder", "diffusers")
+    tnpeft.save_foreign(ours, tmp_path / "a.safetensors", "kohya")
+
+    def loaded(path: str, **options: Any) -> Tensor:
+        theirs = unet()
+        theirs.load_lora_adapter(str(tmp_path / path), **options)
+        return out_of(theirs)
+
+    assert_same(loaded("folder", prefix="unet", use_safetensors=True), expected)
+    assert_same(loaded("folder", prefix="unet", weight_name="pytorch_lora_weights.safetensors"), expected)
+    with pytest.raises(OSError, match="no file named pytorch_lora_weights.bin"):
+        loaded("folder", prefix="unet")
+    assert torch.equal(loaded("folder", use_safetensors=True), base)  # in silence but for a line of its log
+    for prefix in ("unet", "lora_unet", "transformer"):
+        assert torch.equal(loaded("a.safetensors", prefix=prefix), base)
+    pipeline = pipeline_of(unet())
+    pipeline.load_lora_weights(str(tmp_path / "a.safetensors"))
+    assert_same(out_of(pipeline.unet), expected)
+
+
 def test_ranks_and_scales_of_their_own(tmp_path: Path):
     """Through every loader, in both of diffusers' formats, and without the prefix."""
     text = (

@@ -92,7 +92,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """A line for each tensor that layers share, for layers skipped for one reason, and for what else is left out."""
+        """A line for each tensor that layers share, for layers skipped for one reason, for what else is left out."""
         reasons: dict[str, list[str]] = {}
         for layer, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(layer)

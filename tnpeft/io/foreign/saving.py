@@ -50,11 +50,13 @@ def save_foreign(
     """Write one adapter of `model` as another library's loader reads it.
 
     * `"peft"`: a folder for `PeftModel.from_pretrained`.
-    * `"diffusers"`: a folder (or, where the path ends in `.safetensors`, a file) for `load_lora_weights` and
-      `load_lora_adapter`, LoRA alone; names begin with `unet.` for a class with UNet in its name, else with
-      `transformer.`.
+    * `"diffusers"`: a folder (or, where the path ends in `.safetensors`, a file) for a pipeline's
+      `load_lora_weights` and a model's `load_lora_adapter(path, prefix="unet", use_safetensors=True)`, whose own prefix
+      is "transformer" and own file a pickle; LoRA alone. Names begin with `unet.` for a class with UNet in its name,
+      else with `transformer.`.
     * `"lycoris"`: a safetensors file for `create_lycoris_from_weights`; names begin with `lycoris_`.
-    * `"kohya"`: the same with `lora_unet_`, which sd-scripts, LyCORIS's kohya network, ComfyUI and diffusers read.
+    * `"kohya"`: the same with `lora_unet_`, which sd-scripts, LyCORIS's kohya network, ComfyUI and diffusers' pipelines
+      read, not its `load_lora_adapter`.
     * `"comfyui"`: the same with `diffusion_model.` and the dots of the names.
 
     `prefix` is another beginning of the names, "" for none. An `nn.ModuleDict` of a pipeline's parts (`unet` or
