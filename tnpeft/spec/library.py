@@ -78,8 +78,8 @@ def find_shipped(name: str | Path, what: str, *folders: str, beside: Path = Path
     found = next(
         (f"a {kinds[folder]}" for folder in kinds if folder not in folders and _ships(folder, path)), "neither"
     )
-    missing = found == "neither" and _is_path(name) and not os.path.lexists(path)
-    found, names = ("no such file", "Check the path; ") if missing else (found, "")
+    is_gone = found == "neither" and _is_path(name) and not os.path.lexists(path)
+    found, names = ("no such file", "Check the path; ") if is_gone else (found, "")
     fix = fix if fix and found in ("neither", "no such file") else f"{names}`tnpeft list` prints the names."
     expected = f"a YAML file, or the name of a shipped {what}"
     raise SpecError(Problem(f"{what} {clip(str(name), 82)}", expected, found, fix))
