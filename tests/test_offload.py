@@ -298,6 +298,7 @@ def test_a_preloaded_ancestor_reaches_no_core_and_no_copy(
     tnpeft.load(again, tmp_path / "a.safetensors")
     close(again(X), trained)
     tnpeft.detach(model, merge=True)
+    assert not any("_tnpeft_below" in module.__dict__ for module in model.modules())
     close(model(X), trained)
     remove_hook_from_submodules(model)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
