@@ -191,7 +191,10 @@ def test_wrong_options():
     assert refused("--recipe", "lora_ddpm", "--spec", "lora") == (
         f"what to extract: expected --recipe, or --spec with --match, found both. {example}"
     )
-    assert refused("--recipe", "lora") == "--recipe: expected a recipe, found a spec, 'lora'. Pass it with --spec."
+    assert refused("--recipe", "lora") == "--recipe: expected a recipe, found a spec, 'lora'. Write `--spec lora`."
+    assert refused("--spec", "lora_ddpm") == (
+        "--spec: expected a spec, found a recipe, 'lora_ddpm'. Write `--recipe lora_ddpm`."
+    )
     assert refused("--spec", "lora").startswith("spec 'lora': expected --match, which layers it goes on, found none.")
     assert refused(*LORA, "--method", "sgd") == (
         "--method: expected one of auto, als, adam, found 'sgd'. Leave it out, or choose one of them."

@@ -173,6 +173,40 @@ def said(*arguments: object) -> str:
     return done.stderr
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ("population.target=8", "training.batch_size=8"),
+            ["population.target: files to train on: expected at least 8, one batch, found 7 of 8 after holding 1 out. "
+             "Lower `training.batch_size` or raise `population.target`."],
+        ),
+        (
+            ("population.target=4", "bias_norm.batch_size=4"),
+            ["population.target: files to train on: expected at least 4, one batch, found 3 of 4 after holding 1 out. "
+             "Lower `bias_norm.batch_size` or raise `population.target`."],
+        ),
+        (
+            ("population.source=12", "training.batch_size=11", "pretraining.batch_size=12"),
+            ["population.source: files to train on: expected at least 12, one batch, found 11 of 12 after holding 1 "
+             "out. Lower `pretraining.batch_size` or raise `population.source`.",
+             "population.target: files to train on: expected at least 11, one batch, found 7 of 8 after holding 1 out. "
+             "Lower `training.batch_size` or raise `population.target`."],
+        ),
+    ],
+)  # fmt: skip
+def test_a_population_that_is_too_small_is_told_before_anything_is_made(
+    settings: tuple[str, ...], said: list[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY + DEMO, encoding="utf-8")
+    out = tmp_path / "run"
+    done = driver("demo", "--config", config, "--out", out, *(part for each in settings for part in ("--set", each)))
+    assert done.exit_code == 1, done.output
+    assert done.stderr.splitlines() == [f"error: {line}" for line in said]
+    assert not (out / "data").exists()
+
+
 @pytest.mark.slow
 def test_mistakes_end_before_training_with_one_line(tmp_path: Path) -> None:
     config, out = tmp_path / "tiny.yaml", tmp_path / "out"

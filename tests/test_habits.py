@@ -169,6 +169,7 @@ def folder(tmp_path, monkeypatch):
 
 
 NEITHER = "recipe or spec '{}': expected a YAML file, or the name of a shipped recipe or spec, found neither. {}"
+NO_FILE = NEITHER.replace("found neither", "found no such file")
 MISSING = "{}: cannot read this recipe or spec: expected a readable file, found No such file or directory. {}"
 
 
@@ -178,17 +179,20 @@ MISSING = "{}: cannot read this recipe or spec: expected a readable file, found 
         ("block_term", NEITHER, "Did you mean `block_term.yaml`?"),
         ("blok_term", NEITHER, "Did you mean `block_term.yaml`?"),
         ("Block_Term", NEITHER, "Did you mean `block_term.yaml`?"),
-        ("block_term.json", NEITHER, "Did you mean `block_term.yaml`?"),
+        ("block_term.json", NO_FILE, "Did you mean `block_term.yaml`?"),
         ("block_term.yml", MISSING, "Did you mean `block_term.yaml`?"),
         ("other", NEITHER, "Did you mean `other.yml`?"),
         ("other.yaml", MISSING, "Did you mean `other.yml`?"),
-        ("sub/deep", NEITHER, "Did you mean `sub/deep.yaml`?"),
+        ("sub/deep", NO_FILE, "Did you mean `sub/deep.yaml`?"),
         ("sub/deeep.yaml", MISSING, "Did you mean `sub/deep.yaml`?"),
         ("lorra", NEITHER, "Did you mean `lorra.yaml`?"),
         ("tenvo_l", NEITHER, "Did you mean `tenvoo_l`?"),
         ("tenvoo_l.yaml", MISSING, "Did you mean `tenvoo_l`?"),
         ("lora_ddpm.yml", MISSING, "Did you mean `lora_ddpm`?"),
         ("zzz", NEITHER, "`tnpeft list` prints the names."),
+        ("README.md", NO_FILE, "Check the path; `tnpeft list` prints the names."),
+        ("none/at/all", NO_FILE, "Check the path; `tnpeft list` prints the names."),
+        ("weights.pth", NO_FILE, "Check the path; `tnpeft list` prints the names."),
     ],
 )
 def test_files_in_the_folder_come_before_shipped_names(folder, name, text, advice):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from foreign import adapted
+from foreign import Net, adapted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from saved import rewritten, trained
 from terminal import data, mistakes, run, text
 from torch import nn
@@ -19,6 +22,7 @@ from torch import nn
 import tnpeft
 from tnpeft.surgery import activate, adapters_of, base_tensors
 
+OTHER = "Pass the file with the tensors, for example `adapter.safetensors`."
 DATA = Path(__file__).parent / "data"
 
 
@@ -139,6 +143,125 @@ def test_checkpoints_and_what_is_none(tmp_path, monkeypatch):
     ]
     assert mistakes("inspect", "none") == [
         "none: adapter file: expected a file, or a folder of PEFT or diffusers, found no such file. Check the path."
+    ]
+
+
+NO_STATE_DICT = {
+    "optimizer": (
+        torch.optim.Adam([nn.Parameter(torch.ones(2))]).state_dict(),
+        "a dict with values that are no tensors: 'state' (dict), 'param_groups' (list)",
+    ),
+    "keys": ({1: torch.ones(2)}, "a dict with keys that are no texts: 1"),
+    "mixed": ({"w": torch.ones(2), "epoch": 3}, "a dict with values that are no tensors: 'epoch' (int)"),
+    "many": (
+        dict.fromkeys("abcdef", 1),
+        "a dict with values that are no tensors: 'a' (int), 'b' (int), 'c' (int), 'd' (int) and more",
+    ),
+    "tensor": (torch.ones(2), "a Tensor"),
+}
+RUN = {
+    "arguments": (Namespace(lr=1e-3), "argparse.Namespace"),
+    "module": (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+    "numpy": ({"numpy": np.random.default_rng(0).random(2)}, "numpy._core.multiarray._reconstruct"),
+    "command": ({"a": os.system}, "posix.system"),
+}
+
+
+@pytest.mark.parametrize("name", NO_STATE_DICT)
+def test_a_torch_file_that_is_no_state_dict_is_told_by_what_is_in_it(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, found = NO_STATE_DICT[name]
+    torch.save(content, "x.pt")
+    assert mistakes("inspect", "x.pt") == [
+        f"x.pt: adapter file: expected a mapping of names to tensors, found {found}. Save the model's state dict alone."
+    ]
+
+
+@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("file", ["training_args.bin", "x.safetensors"])
+def test_nobody_is_advised_to_run_a_pickle(name, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, code = RUN[name]
+    torch.save(content, file)
+    assert mistakes("inspect", file) == [
+        f"{file}: adapter file: expected a state dict that `weights_only` can load, found a pickle with `{code}`, "
+        "which would run code. Save the model's state dict alone; nothing else is loaded from a pickle."
+    ]
+
+
+@pytest.mark.parametrize("file", ["x.safetensors", "x.ckpt", "x.txt", "x"])
+def test_a_torch_file_is_read_by_what_it_holds(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+    torch.save({"a.weight": torch.ones(2, 3)}, file)
+    assert tnpeft.inspect(file).others == {"a.weight": (2, 3)}
+    model = adapted("lora", "line", r=2)
+    tnpeft.save_foreign(model, "theirs.safetensors", "lycoris")
+    torch.save(load_file("theirs.safetensors"), file)
+    assert tnpeft.inspect(file).format == "lycoris"
+    again = Net()
+    tnpeft.load_foreign(again, file)
+    torch.testing.assert_close(*(adapters_of(each, "default")["line"].delta_weight() for each in (again, model)))
+    text("convert", file, "ours.safetensors", "-m", "foreign:Net")
+    assert tnpeft.inspect("ours.safetensors").format == "tnpeft"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "found", "fix"),
+    [
+        ("model.py", "x = 1", "a text file", OTHER),
+        ("README.md", "# Title", "a text file", OTHER),
+        ("config.json", "{}", "a JSON file", OTHER),
+        ("adapter_config.json", "{}", "a JSON file", "Pass the folder that it stands in."),
+        ("x.safetensors", "Entry not found", "a text file", "Copy or download the file again."),
+    ],
+)
+def test_texts(file, content, found, fix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(file).write_text(content)
+    assert mistakes("inspect", file) == [
+        f"{file}: adapter file: expected a complete safetensors or torch file, found {found}. {fix}"
+    ]
+
+
+def test_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    expected = "d: folder: expected `adapter_model.safetensors` or `pytorch_lora_weights.safetensors` in it, "
+    assert mistakes("inspect", "d") == [
+        f"{expected}found no such file. Pass the folder that PEFT or diffusers saved to, or a file."
+    ]
+    save_file({"a.weight": torch.ones(2, 3)}, "d/model.safetensors")
+    assert mistakes("inspect", "d") == [
+        f"{expected}found no such file. Name a file in it, for example `model.safetensors`."
+    ]
+    model = nn.Sequential(nn.Linear(3, 4))
+    tnpeft.attach(model, "lora", match="0", r=2)
+    tnpeft.save_foreign(model, "theirs", "diffusers")
+    size = Path("theirs/pytorch_lora_weights.safetensors").stat().st_size
+    assert text("inspect", "theirs").splitlines()[0] == f"theirs: an adapter of diffusers, {size:,} bytes"
+
+
+def test_state_dicts_of_adapted_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = small()
+    whole, base = dict(model.state_dict()), tnpeft.plain_state_dict(model)
+    save_file(whole, "whole.safetensors")
+    save_file({key: tensor for key, tensor in whole.items() if key not in base}, "cores.safetensors")
+    sizes = {name: Path(name).stat().st_size for name in ("whole.safetensors", "cores.safetensors")}
+    lines = text("inspect", "cores.safetensors").splitlines()
+    assert lines[:4] == [
+        "cores.safetensors: what adapters of tnpeft add to a model's state dict, without the base, "
+        f"{sizes['cores.safetensors']:,} bytes",
+        "",
+        "adapters          adni",
+        "to load it        on a model with the same adapters attached, `load_state_dict(..., strict=False)`",
+    ]
+    assert text("inspect", "whole.safetensors").splitlines()[:4] == [
+        f"whole.safetensors: a checkpoint, not an adapter, {sizes['whole.safetensors']:,} bytes",
+        "",
+        "adapters          adni",
+        "to load it        on a model with the same adapters attached, `load_state_dict`",
     ]
 
 

@@ -331,19 +331,19 @@ def test_pickles_are_not_run(tmp_path: Path):
             return (Path.touch, (tmp_path / "run",))
 
     torch.save({"a": Evil()}, tmp_path / "evil.pth")
-    text = refused(tmp_path / "evil.pth")
-    assert text.startswith("PATH: adapter file: expected a state dict that `weights_only` can load, found ")
-    assert "unsupported global" in text.lower()
-    assert "False" not in text  # torch's advice to load it with weights_only=False
+    assert refused(tmp_path / "evil.pth") == (
+        "PATH: adapter file: expected a state dict that `weights_only` can load, found a pickle with `getattr`, which "
+        "would run code. Save the model's state dict alone; nothing else is loaded from a pickle."
+    )
     torch.save({"a": Evil()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert refused(tmp_path / "old.pth") == (
         "PATH: adapter file: expected a zip, as torch writes since 1.6, found a bare pickle, which is not run. "
-        "Write it anew: `torch.save(torch.load('old.pth', weights_only=True), 'old.pth')`."
+        "Write it anew: `torch.save(torch.load(open('old.pth', 'rb'), weights_only=True), 'old.pth')`."
     )
     assert not (tmp_path / "run").exists()
     torch.save([1, 2], tmp_path / "list.pth")
     assert refused(tmp_path / "list.pth") == (
-        "PATH: adapter file: expected a mapping of names to tensors, found a list. Save the state dict alone."
+        "PATH: adapter file: expected a mapping of names to tensors, found a list. Save the model's state dict alone."
     )
 
 
@@ -544,6 +544,15 @@ def test_models_formats_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").write_text("")
     assert cannot(model, tmp_path / "file", "peft") == (
         "PATH: adapter folder: expected a new or an existing folder, found a file. Choose another path."
+    )
+    for ending in (".safetensors", ".pt"):
+        assert cannot(model, path.with_suffix(ending), "peft") == (
+            f"PATH: adapter folder: expected the name of a folder, found that of a {ending} file. "
+            f"Pass a folder's name, for example '{path}'; PEFT reads two files in it."
+        )
+    assert cannot(model, path.with_suffix(".bin"), "diffusers") == (
+        "PATH: adapter: expected the name of a folder or a .safetensors file, found that of a .bin file. "
+        f"Pass a folder's name, for example '{path}', or '{path}.safetensors'."
     )
     tnpeft.merge(model)
     assert cannot(model, path, "peft") == (

@@ -89,14 +89,54 @@ def test_what_cannot_be_adapted_is_skipped_and_reported(model, tmp_path):
         "small": "Linear with a `forward` of its own",
         "again": "Linear with a `forward` of its own",
     }
-    assert str(report).splitlines()[-3:] == [
+    assert str(report).splitlines()[-4:] == [
         "cores 26",
         "skipped: 'attn.out_proj', 'conv' (ones that are computed)",
         "skipped: 'small', 'again' (Linear with a `forward` of its own)",
+        "passed over, of kinds that the spec does not take: 1 Embedding",
     ]
     assert json.loads(json.dumps(report.as_dict()))["skipped"] == report.skipped
     tnpeft.save(model, tmp_path / "a.safetensors")
     assert tnpeft.load(odd(base), tmp_path / "a.safetensors").report().skipped == report.skipped
+
+
+def test_kinds_that_are_passed_over_and_fused_attention_are_told(model, tmp_path):
+    model.lstm = nn.LSTM(3, 3)
+    report = tnpeft.attach(model, "quanta", match="all").report()
+    assert report.passed == {"Embedding": 1, "Conv1d": 1, "LSTM": 1}
+    assert report.notes[-2:] == [
+        "passed over, of kinds that the spec does not take: 1 Embedding, 1 Conv1d, 1 LSTM",
+        "left out: q, k and v of 'attn' (MultiheadAttention: out_proj alone is adapted)",
+    ]
+    assert json.loads(json.dumps(report.as_dict()))["passed"] == report.passed
+    tnpeft.save(model, tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    again = Model()
+    again.lstm = nn.LSTM(3, 3)
+    assert tnpeft.load(again, tmp_path / "a.safetensors").report().notes == report.notes
+    second = tnpeft.attach(model, "lora", match="out_proj", name="second").report()
+    assert second.notes == ["left out: q, k and v of 'attn' (MultiheadAttention: out_proj alone is adapted)"]
+    whole = tnpeft.attach(model, "lora", match="out_proj", name="whole", train={"also": ["attn.in_proj_weight"]})
+    assert whole.report().notes == []
+    assert tnpeft.attach(model, "lora", match="small", name="last").report().notes == []
+
+
+def test_layers_of_other_libraries_are_told_once():
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2, 2))
+
+    model = nn.Sequential(nn.Linear(2, 2), Conv1D(), Conv1D(), nn.LayerNorm(2), nn.Bilinear(2, 2, 2))
+    report = tnpeft.attach(model, "lora", match="all").report()
+    assert report.notes == [f"passed over, of kinds that the spec does not take: 2 Conv1D of {__name__}, 1 Bilinear"]
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    Conv1D.__qualname__ = "Conv1D"
+    report = tnpeft.attach(model, "lora", match="all", name="second").report()
+    assert report.notes == [
+        "skipped: '1', '2' (transformers' Conv1D, a linear layer with a transposed weight)",
+        "passed over, of kinds that the spec does not take: 1 Bilinear",
+    ]
 
 
 def test_a_spec_that_refuses_a_layer_says_which(model):

@@ -220,6 +220,91 @@ def test_the_optimiser_keeps_its_parameters_when_the_model_is_offloaded_afterwar
     assert torch.equal(copied.eval()(X), model.eval()(X))
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.norm, self.y = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        return self.y(self.norm(self.x(input)).relu())
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), nn.Linear(6, 6), Block())
+
+
+def preload_cpu(model: nn.Module, _folder: Path, classes: list[str]) -> None:
+    accelerate.cpu_offload(model, execution_device="cpu", preload_module_classes=classes)
+
+
+def preload_disk(model: nn.Module, folder: Path, classes: list[str]) -> None:
+    accelerate.disk_offload(model, folder, execution_device="cpu", preload_module_classes=classes)
+
+
+def preload_dispatched(model: nn.Module, folder: Path, classes: list[str]) -> None:
+    places = {"0": "cpu", "1": "disk", "2": "disk"}
+    accelerate.dispatch_model(
+        model, places, main_device="cpu", offload_dir=folder, force_hooks=True, preload_module_classes=classes
+    )
+
+
+def on_blocks(model: nn.Module, spec: str, train: dict[str, Any] | None, name: str = "default") -> tnpeft.Handle:
+    return tnpeft.attach(model, spec, match=r"^(0[.][xy]|1|2[.]x)$", train=train, name=name, r=2)
+
+
+@pytest.mark.parametrize("first", ["attach", "offload"])
+@pytest.mark.parametrize("offload", [preload_cpu, preload_disk, preload_dispatched])
+@pytest.mark.parametrize("classes", [["Block"], ["Linear"], ["Sequential"]])
+@pytest.mark.parametrize(("spec", "train"), [("lora", None), ("dora", TRAIN), ("lora", {"also": ["norm", "2[.]y"]})])
+def test_a_preloaded_ancestor_reaches_no_core_and_no_copy(
+    offload: Callable[..., None], first: str, classes: list[str], spec: str, train: dict[str, Any] | None,
+    tmp_path: Path,
+):  # fmt: skip
+    reference, model = blocks(), blocks()
+    plain = reference(X)
+    expected = losses(reference, on_blocks(reference, spec, train))
+    if first == "attach":
+        handle = on_blocks(model, spec, train)
+        offload(model, tmp_path, classes)
+    else:
+        offload(model, tmp_path, classes)
+        handle = on_blocks(model, spec, train)
+    before = dict(handle.named_parameters())
+    assert not any(parameter.is_meta for parameter in before.values())
+    torch.testing.assert_close(model(X), plain, rtol=0, atol=1e-6)
+    assert losses(model, handle) == pytest.approx(expected, abs=1e-6)
+    assert all(parameter is before[name] for name, parameter in handle.named_parameters())
+
+    def close(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+    trained = reference(X)
+    close(model(X), trained)
+    for _ in range(2):
+        tnpeft.merge(model)
+        close(model(X), trained)
+        with tnpeft.disabled(model):
+            close(model(X), plain)
+        tnpeft.unmerge(model)
+        close(model(X), trained)
+    on_blocks(model, "lora", {"norm": True}, name="other")  # the copies of the first stand by
+    close(model(X), plain)
+    tnpeft.activate(model, "default")
+    close(model(X), trained)
+    tnpeft.save(model, tmp_path / "a.safetensors", name="default")
+    tnpeft.detach(model, name="other")
+    again = blocks()
+    tnpeft.load(again, tmp_path / "a.safetensors")
+    close(again(X), trained)
+    tnpeft.detach(model, merge=True)
+    assert not any("_tnpeft_below" in module.__dict__ for module in model.modules())
+    close(model(X), trained)
+    remove_hook_from_submodules(model)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    close(model(X), trained)
+
+
 def test_a_forward_of_ones_own_is_still_refused_within_a_hook(tmp_path: Path):
     class Twice(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name

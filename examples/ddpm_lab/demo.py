@@ -14,7 +14,8 @@ from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import noise_schedule
 from ddpm_lab.driver import finish
 from ddpm_lab.estimate import expected_time
-from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.faults import raise_all
+from ddpm_lab.files import held_out_count, make_folder, write_json
 from ddpm_lab.finetune import Run, Setup, prepare, prepare_volumes, run_training
 from ddpm_lab.locks import alone_in_out
 from ddpm_lab.order import Source
@@ -23,6 +24,7 @@ from ddpm_lab.population import template_tissues, write_population
 from ddpm_lab.summary import describe_run, error_table, sample_table, time_line
 from ddpm_lab.training import History, Step, make_accelerator, steps_of, train
 from ddpm_lab.unet import build_unet, save_weights
+from tnpeft.errors import Problem
 
 __all__ = ["demo"]
 
@@ -37,6 +39,7 @@ CAVEAT = (
 def demo(config: DemoConfig, out: Path, screen: Screen) -> dict[str, Any]:
     """Run the demonstration in `out`; what an earlier run made there from the same settings is used again."""
     started = time.perf_counter()
+    _check_population(config)
     make_folder(out)
     screen.line(expected_time(config, _says(*_people(config, out)), _has_base(config, out)))
     _population(config, out, screen)
@@ -69,6 +72,27 @@ def _checks(run: Run, baseline: Run, control: Run) -> dict[str, bool]:
         "the control gains 2 % at most": control.change >= -2,
         "the adapted model started exactly as the base": run.start_difference == 0,
     }
+
+
+def _check_population(config: DemoConfig) -> None:
+    """Enough subjects for a batch of each run: the last of them begins after minutes."""
+    people = config.population
+    runs = (
+        ("source", people.source, "pretraining", config.pretraining),
+        ("target", people.target, "training", config.training),
+        ("target", people.target, "bias_norm", config.bias_norm),
+        ("source", people.source, "training", config.training),  # the control
+    )
+    problems: dict[str, Problem] = {}
+    for domain, subjects, section, training in runs:
+        held_out = held_out_count(subjects, config.data)
+        if subjects - held_out < training.batch_size:
+            expected = f"at least {training.batch_size}, one batch"
+            found = f"{subjects - held_out} of {subjects} after holding {held_out} out"
+            where = f"population.{domain}"
+            fix = f"Lower `{section}.batch_size` or raise `{where}`."
+            problems.setdefault(where, Problem("files to train on", expected, found, fix, where))
+    raise_all(problems.values(), "population")
 
 
 def _population(config: DemoConfig, out: Path, screen: Screen) -> None:

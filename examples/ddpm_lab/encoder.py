@@ -107,7 +107,8 @@ def _read(weights: Path) -> dict[str, torch.Tensor]:
     if not weights.is_file():
         raise fault(weights, "`metrics.medicalnet`", "a file", "nothing there", "Check the path, or leave it out.")
     try:
-        content: Any = torch.load(weights, map_location="cpu", weights_only=True)
+        with weights.open("rb") as file:  # torch would read a path by its ending
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         # torch's own words advise to run whatever the file holds, or are the byte where reading ended
         found = reason(error) if isinstance(error, OSError) else "other objects than tensors, or another kind of file"

@@ -178,6 +178,23 @@ def test_what_we_write_computes_the_same_in_diffusers(model: str, spec: str, tmp
     assert_same(out_of(again), expected)
 
 
+def test_what_readme_says_of_load_lora_adapter(tmp_path: Path):
+    ours, base = adapted("unet", "lora"), out_of(unet())
+    tnpeft.save_foreign(ours, tmp_path / "folder", "diffusers")
+    tnpeft.save_foreign(ours, tmp_path / "a.safetensors", "kohya")
+
+    def loaded(path: str, **options: Any) -> Tensor:
+        theirs = unet()
+        theirs.load_lora_adapter(str(tmp_path / path), **options)
+        return out_of(theirs)
+
+    assert_same(loaded("folder", prefix="unet", weight_name="pytorch_lora_weights.safetensors"), out_of(ours))
+    with pytest.raises(OSError, match=r"no file named pytorch_lora_weights\.bin"):
+        loaded("folder", prefix="unet")
+    assert torch.equal(loaded("folder", use_safetensors=True), base)  # in silence but for a line of its log
+    assert torch.equal(loaded("a.safetensors", prefix="lora_unet"), base)
+
+
 def test_ranks_and_scales_of_their_own(tmp_path: Path):
     """Through every loader, in both of diffusers' formats, and without the prefix."""
     text = (

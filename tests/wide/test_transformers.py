@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,61 @@ def test_a_trainers_checkpoint_holds_the_adapters_file(base: bool, train: dict[s
     trainer = Trainer(again, arguments(tmp_path), train_dataset=DATA, callbacks=[AdapterCallback(base=base)])
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert torch.equal(logits(again.eval()), expected)
+
+
+@pytest.mark.parametrize("names", [(), ("a", "b")])
+def test_training_does_not_begin_where_its_adapter_could_not_be_saved(names: tuple[str, ...], tmp_path: Path):
+    model = llama()
+    for name in names:
+        tnpeft.attach(model, "lora", match="q_proj", r=2, name=name)
+    if not names:
+        model.requires_grad_(True)
+    steps: list[int] = []
+    model.register_forward_pre_hook(lambda *_: steps.append(1))
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[AdapterCallback()])
+    with pytest.raises(tnpeft.errors.AdapterFileError) as excinfo:
+        trainer.train()
+    assert str(excinfo.value) == (
+        f"{tmp_path / 'adapter.safetensors'}: adapter name: expected one of 'a', 'b', found none. "
+        "Pass `name=`: a file holds one adapter."
+        if names
+        else "model: expected an attached adapter, found none. "
+        "Attach one with `tnpeft.attach`, or pass the whole model that it was attached to."
+    )
+    assert not steps
+    assert not [*tmp_path.glob("checkpoint-*")]
+
+
+def test_one_of_several_adapters_is_saved(tmp_path: Path):
+    model = llama()
+    for name in ("a", "b"):
+        tnpeft.attach(model, "lora", match="q_proj", r=2, name=name)
+    Trainer(model, arguments(tmp_path, 2), train_dataset=DATA, callbacks=[AdapterCallback(name="b")]).train()
+    assert tnpeft.inspect(tmp_path / "checkpoint-2" / "adapter.safetensors").settings["name"] == "b"
+
+
+def test_another_base_is_warned_of_where_the_checkpoint_holds_none(tmp_path: Path):
+    def trainer(steps: int, shift: float = 0.0) -> Trainer:
+        model = llama()
+        with torch.no_grad():
+            model.model.layers[1].self_attn.q_proj.weight.add_(shift)
+        attach(model)
+        return Trainer(model, arguments(tmp_path, steps), train_dataset=DATA, callbacks=[AdapterCallback(base=False)])
+
+    trainer(2).train()
+    folder = tmp_path / "checkpoint-2"
+    found = tnpeft.inspect(folder / "model.safetensors")
+    assert (found.format, found.settings["adapters"]) == ("cores", ["default"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tnpeft.TnpeftWarning)
+        trainer(4).train(resume_from_checkpoint=str(folder))
+    with pytest.warns(tnpeft.TnpeftWarning) as caught:
+        trainer(4, 0.1).train(resume_from_checkpoint=str(folder))
+    (said,) = [str(each.message) for each in caught if each.category is tnpeft.TnpeftWarning]
+    assert said == (
+        f"{folder / 'adapter.safetensors'}: base model: expected the values that the adapter was trained on, found "
+        "others in 'model.layers.1.self_attn.q_proj'. Resume on that base: the checkpoint itself holds none."
+    )
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path):

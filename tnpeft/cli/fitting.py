@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
 
 from tnpeft.cli.arguments import parse_scopes, parse_settings
@@ -89,11 +90,12 @@ def _recipe_or_spec(recipe: str | None, spec: str | None) -> Spec | Recipe:
         found = "neither" if recipe is None else "both"
         fix = r"For example --recipe lora_ddpm, or --spec lora --match 'attn\.to_[qv]$'."
         raise UsageError(Problem("what to extract", "--recipe, or --spec with --match", found, fix))
-    what = load_what(cast(str, recipe if spec is None else spec))
+    text = cast(str, recipe if spec is None else spec)
+    what = load_what(text)
     if isinstance(what, Spec) != (spec is not None):
         given, other = ("--spec", "--recipe") if spec is not None else ("--recipe", "--spec")
         kind = "a spec" if isinstance(what, Spec) else "a recipe"
-        raise UsageError(Problem(given, f"a {given[2:]}", f"{kind}, '{what.name}'", f"Pass it with {other}."))
+        raise UsageError(Problem(given, f"a {given[2:]}", f"{kind}, '{what.name}'", f"Write `{other} {quote(text)}`."))
     return what
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,11 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from tnpeft.errors import AdapterFileError, TnpeftWarning
 from tnpeft.io import save
+from tnpeft.io.files import read, shown
+from tnpeft.io.loading import other_base
+from tnpeft.io.saving import chosen
 from tnpeft.surgery import adapted, plain_state_dict
 
 __all__ = ["AdapterCallback"]
@@ -23,8 +29,11 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[AdapterCallback()])
 
     Each checkpoint gets the file `file`, which `tnpeft.load` puts on the base model. `name` says which adapter, and may
-    be left out where one is attached. With `base=False` the Trainer's own file of weights holds what adapters add and
-    not the base: `resume_from_checkpoint` and `load_best_model_at_end` read it as they read the whole one.
+    be left out where one is attached; training does not begin where that cannot be saved. With `base=False` the
+    Trainer's own file of weights holds what adapters add and not the base: `resume_from_checkpoint` and
+    `load_best_model_at_end` read it as they read the whole one, on the same base. It is no model for
+    `from_pretrained`, which would draw the missing weights. Resuming `output_dir`'s own checkpoint warns
+    (TnpeftWarning) where the base has other values.
     """
 
     def __init__(self, file: str = "adapter.safetensors", *, name: str | None = None, base: bool = True) -> None:
@@ -32,14 +41,35 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         self.name = name
         self.base = base
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_others: Any) -> None:
+        """Called by the Trainer before the first step. Raises AdapterFileError for what could not be saved later."""
+        chosen(model, Path(args.output_dir) / self.file, self.name)
+        if state.global_step and not self.base:
+            self._compare(_folder(args, state) / self.file, adapted(model)[0])
+
+    def _compare(self, file: Path, root: nn.Module) -> None:
+        """Warn where a checkpoint without its base is resumed on another one."""
+        try:
+            manifest, _ = read(file)
+        except AdapterFileError:
+            return  # saved by another callback, or elsewhere
+        if problem := other_base(manifest, root):
+            fix = "Resume on that base: the checkpoint itself holds none."
+            warnings.warn(TnpeftWarning(replace(problem, fix=fix, where=shown(file))), stacklevel=2)
+
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_others: Any) -> None:
         """Called by the Trainer after it wrote a checkpoint. Raises AdapterFileError as `tnpeft.save` does."""
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = _folder(args, state)
         save(model, folder / self.file, self.name)
         if not self.base:
             _leave_base_out(model, folder)
+
+
+def _folder(args: Any, state: Any) -> Path:
+    """The checkpoint of the step that the Trainer is at."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _leave_base_out(model: nn.Module, folder: Path) -> None:

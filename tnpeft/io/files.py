@@ -37,6 +37,9 @@ __all__ = [
 FOREIGN = "Pass a file written by `tnpeft.save`."
 _LONGEST_SHOWN = 200  # characters of a path in a message
 _PICKLED = f"{FOREIGN[:-1]}; `tnpeft.load_foreign` reads those of other libraries."
+_OF_TENSORS = ("", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_OTHER = "Pass the file with the tensors, for example `adapter.safetensors`."
+_BESIDE = "Pass the folder that it stands in."
 _DAMAGED = "Copy or download the file again, or save the adapter once more."
 
 
@@ -110,6 +113,8 @@ def not_safetensors(
     else:
         found, fix = kind.text, kind.fix or damaged
         fix = pickled if pickled and kind.name in ("torch", "pickle") else fix
+        if kind.name in ("text", "json") and path.suffix not in _OF_TENSORS:  # no download that went wrong
+            fix = _BESIDE if path.name == "adapter_config.json" else _OTHER
     expected = "a complete safetensors or torch file" if or_torch else "a complete safetensors file"
     return refuse(path, what, expected, found, fix)
 

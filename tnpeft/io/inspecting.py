@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tnpeft.errors import AdapterFileError, TnpeftError
 from tnpeft.io.checks import number_problem
-from tnpeft.io.files import FOREIGN, file_path, in_file, not_safetensors, read, refuse, what_is_at
-from tnpeft.io.foreign.source import Source, open_source, tensors_of
+from tnpeft.io.files import FOREIGN, file_path, in_file, not_safetensors, read, refuse
+from tnpeft.io.foreign.source import Source, open_source, tensors_of, weights_of
 from tnpeft.io.manifest import FORMAT, LayerEntry, Manifest
 from tnpeft.recipe.report import reasons_of
 from tnpeft.spec import Spec
@@ -41,11 +41,16 @@ _FORMATS = {
     "kohya": "an adapter with kohya's names",
     "comfyui": "an adapter with ComfyUI's names",
     "tenvoo": "an adapter of the TenVOO paper's code",
+    "cores": "what adapters of tnpeft add to a model's state dict, without the base",
     "checkpoint": "a checkpoint, not an adapter",
 }
 _METHODS = {"lora": "LoRA", "hada": "LoHa", "loha": "LoHa", "lokr": "LoKr", "tenvoo": "TenVOO", "quanta": "QuanTA"}
 _SLOT = re.compile(
     r"(?P<layer>.+?)\.(?P<slot>(?P<method>lora|hada|loha|lokr|tenvoo|quanta)_.*|alpha|dora_scale|w_norm|diff|diff_b)"
+)
+# What an adapted model's state dict has beside the base's tensors, and whose it is.
+_CORE = re.compile(
+    r"(?:.+\.)?(?:adapters\._?(?P<name>[^.]+)\.(?:core|start|dora)_[^.]+|_tnpeft_of_(?P<of>[^.:]+):[^.]+)"
 )
 _CONFIG = ("peft_type", "r", "lora_alpha", "alpha", "target_modules", "modules_to_save", "base_model_name_or_path")
 _SHOWN = 6  # names in one line
@@ -82,7 +87,7 @@ class InspectedLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file holds: its format ("tnpeft", "peft", "lycoris", "tenvoo" or "checkpoint"), layers and tensors.
+    """What a file holds: its format (a key of `load_foreign`'s, "tnpeft", "cores" or "checkpoint"), layers and tensors.
 
     `elements` are all of its numbers, `parameters` those that trained. `trained` has the parameters that trained beside
     the cores, by the reason why; `others` are the tensors of other libraries' files outside the layers' updates. `base`
@@ -161,7 +166,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     if kind is not None and kind.name == "safetensors":
         shapes = _shapes(path)
         if not any(_SLOT.fullmatch(key) for key in shapes):
-            return _of_source(path, "checkpoint", shapes, {})
+            return _of_checkpoint(path, shapes)
     try:
         source = open_source(path, None)
     except AdapterFileError as error:
@@ -171,7 +176,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         adapts = any(_SLOT.fullmatch(key) for key in shapes)
         problems = tuple(map(str, error.problems)) if adapts else ()
-        return _of_source(path, "checkpoint", shapes, {}, problems)
+        return _of_checkpoint(path, shapes, problems)
     return _of_foreign(path, source)
 
 
@@ -251,6 +256,18 @@ def _of_foreign(path: Path, source: Source) -> Inspection:
     return _of_source(path, source.format, shapes, {key: config[key] for key in _CONFIG if _says(config.get(key))})
 
 
+def _of_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]], problems: tuple[str, ...] = ()) -> Inspection:
+    """A state dict: of a base, of an adapted model, or of what adapters add to it (a Trainer's without the base)."""
+    found = [match for key in shapes if (match := _CORE.fullmatch(key))]
+    names = list(dict.fromkeys(match["name"] or match["of"] for match in found))
+    whole = len(found) < len(shapes)
+    if names:
+        how = "on a model with the same adapters attached, `load_state_dict`"
+        how = how if whole else how.replace("`load_state_dict`", "`load_state_dict(..., strict=False)`")
+        return _of_source(path, "checkpoint" if whole else "cores", shapes, {"adapters": names, "to_load_it": how})
+    return _of_source(path, "checkpoint", shapes, {}, problems)
+
+
 def _says(value: object) -> bool:
     return value is not None and value != [] and not (isinstance(value, float) and not math.isfinite(value))
 
@@ -279,8 +296,7 @@ def _of_source(
         method = methods.get(layer, "a full update") + " with DoRA" * dora
         frozen = _elements({slot: shape for slot, shape in tensors.items() if "weights2" in slot or slot == "alpha"})
         layers.append(InspectedLayer(layer, method, {}, None, _elements(tensors) - frozen, frozen, tensors))
-    weights = path / "adapter_model.safetensors" if what_is_at(path) == "a folder" else path
-    size = weights.stat().st_size if weights.is_file() else 0
+    size = weights_of(path).stat().st_size
     elements, parameters = _elements(shapes), sum(layer.trained for layer in layers)
     return Inspection(
         str(path), kind, size, elements, parameters, tuple(layers), settings, {}, others, problems=problems

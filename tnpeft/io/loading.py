@@ -35,7 +35,7 @@ from tnpeft.surgery import (
     trained_of,
 )
 
-__all__ = ["load"]
+__all__ = ["load", "other_base"]
 
 _SHOWN = 3  # differences named in an error
 
@@ -89,14 +89,21 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 
 def _doubts(manifest: Manifest, model: nn.Module, numbers: Problem | None) -> Iterator[Problem]:
     """What is not refused, and probably is a mistake: another base of the same shapes, numbers that are none."""
-    here = base_digests(model, manifest.layers, (names[0] for names in manifest.trained))
-    others = [name for name, digest in manifest.digests.items() if here.get(name, digest) != digest]
-    if others:
-        found = f"others in {listed(dict.fromkeys(name.rpartition('.')[0] or name for name in others))}"
-        fix = "Load it onto that base; here it computes something else than it was trained to."
-        yield Problem("base model", "the values that the adapter was trained on", found, fix)
+    if problem := other_base(manifest, model):
+        yield problem
     if numbers is not None:
         yield numbers
+
+
+def other_base(manifest: Manifest, model: nn.Module) -> Problem | None:
+    """What to warn of where the base has other values than the one that a file's adapter was trained on."""
+    here = base_digests(model, manifest.layers, (names[0] for names in manifest.trained))
+    others = [name for name, digest in manifest.digests.items() if here.get(name, digest) != digest]
+    if not others:
+        return None
+    found = f"others in {listed(dict.fromkeys(name.rpartition('.')[0] or name for name in others))}"
+    fix = "Load it onto that base; here it computes something else than it was trained to."
+    return Problem("base model", "the values that the adapter was trained on", found, fix)
 
 
 def _check_base(path: Path, saved: Mapping[str, BaseTensor], here: Mapping[str, BaseTensor]) -> None:

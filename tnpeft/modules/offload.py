@@ -2,6 +2,7 @@
 
 accelerate replaces `forward` of each module that has tensors of its own and, between two calls, each tensor by one on
 the meta device. What an adapter adds is small and trains: it stays where it is, the same object for the optimiser.
+A module of `preload_module_classes` has one hook for all tensors below it, which a module below is told by `mark`.
 Nothing here imports accelerate: its hooks are known by what they leave on a module (`_hf_hook`, `_old_forward`).
 """
 
@@ -12,22 +13,27 @@ import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Resident", "hook_of", "is_bare", "is_own_forward", "move_hook", "present", "store"]
+__all__ = ["Resident", "hook_of", "is_bare", "is_own_forward", "mark", "move_hook", "present", "store", "unmark"]
 
 _HOOK, _FORWARD = "_hf_hook", "_old_forward"
 _AWAY = "_tnpeft_away"
 _WRAPPER = "_tnpeft_wrapper"
 _RESIDENT = "_tnpeft_of_"
+_BELOW = "_tnpeft_below"
+"""On a module: the one above it whose hook brings its tensors, and its name below that."""
+_TORCH = "torch.nn.modules.module"
+_LISTS, _HOOKS = "accelerate.utils.modeling", "accelerate.hooks"
 # Files of accelerate and of FSDP that ask a module for a tensor as an attribute, and write to its table.
 _FSDP = "torch.distributed.fsdp"
 _MOVERS = frozenset(
     {
-        "accelerate.utils.modeling",
+        _LISTS,
         f"{_FSDP}._flat_param",
         f"{_FSDP}._init_utils",
         f"{_FSDP}._fully_shard._fsdp_common",
@@ -54,6 +60,11 @@ class Resident:
             _guard(value)
         super().__setattr__(name, value)
 
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
+        """Those below and itself, but for a hook that offloads: it is shown what is its own."""
+        found: Iterator[Any] = super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
+        return _as_offloaded(self, found) if _is_for_offloading() else found
+
 
 def is_bare(module: Any) -> bool:
     """Whether accelerate or FSDP is at work on the module, which then shows its own tensors under their names.
@@ -66,11 +77,83 @@ def is_bare(module: Any) -> bool:
     return not torch.compiler.is_compiling() and sys._getframe(2).f_globals.get("__name__") in _MOVERS
 
 
+def mark(root: nn.Module) -> None:
+    """Tell each module that is below one with a hook for all that is below it; to be called after hooks were added."""
+    for above in [*root.modules()]:
+        if _is_wide(above.__dict__.get(_HOOK)):
+            for name, module in [*above.named_modules()]:
+                for one in (module, module.__dict__.get("_base")):  # an adapted layer, and what it wraps
+                    if one is not None and one is not above:
+                        one.__dict__[_BELOW] = above, name
+            _guard(above.__dict__[_HOOK])
+
+
+def unmark(root: nn.Module) -> None:
+    """Forget what `mark` told."""
+    for module in root.modules():
+        module.__dict__.pop(_BELOW, None)
+
+
 def hook_of(module: nn.Module) -> Any:
-    """accelerate's hook of a module or of the adapted layer around it; None where there is none."""
-    hook = module.__dict__.get(_HOOK)
-    wrapper = module.__dict__.get(_WRAPPER)
-    return wrapper.__dict__.get(_HOOK) if hook is None and wrapper is not None else hook
+    """accelerate's hook that brings a module's tensors; None where there is none."""
+    around, _ = _hooked_at(module)
+    return around.__dict__.get(_HOOK)
+
+
+def _hooked_at(module: nn.Module) -> tuple[nn.Module, str]:
+    """The module whose hook brings another's tensors, and what their names begin with there.
+
+    It is the module itself, the adapted layer around it, or one above that is preloaded as a whole.
+    """
+    around = module.__dict__.get(_WRAPPER, module)
+    for one in (module, around):
+        if _HOOK in one.__dict__:
+            return one, ""
+    for one in (module, around):
+        above, name = one.__dict__.get(_BELOW, (None, ""))
+        if above is not None and _is_wide(above.__dict__.get(_HOOK)):
+            return above, f"{name}."
+    return around, ""
+
+
+def _is_wide(hook: Any) -> bool:
+    """Whether a hook takes away all tensors below its module: that of one in `preload_module_classes`."""
+    return any(getattr(one, "place_submodules", False) and getattr(one, "offload", False) for one in _each(hook))
+
+
+def _each(hook: Any) -> tuple[Any, ...]:
+    """A hook, or those in a row."""
+    return tuple(getattr(hook, "hooks", (hook,)))
+
+
+def _is_for_offloading() -> bool:
+    """Whether the caller of the caller lists modules for a hook of accelerate that takes tensors away."""
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(2)
+    for files in ((_TORCH, __name__), (_LISTS,)):
+        passed = False
+        while frame is not None and frame.f_globals.get("__name__") in files:
+            frame, passed = frame.f_back, True  # type: ignore[assignment]
+    while passed and frame is not None and frame.f_globals.get("__name__") == _HOOKS:
+        if "self" in frame.f_locals:  # not so in a comprehension
+            return bool(getattr(frame.f_locals["self"], "offload", False))
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _as_offloaded(module: Resident, found: Iterator[Any]) -> Iterator[Any]:
+    """Modules with their names, this one without what stays where it is."""
+    for name, other in found:
+        if other is not module:
+            yield name, other
+            continue
+        stays = set(module.resident_keys())
+        tables: dict[str, Any] = {"_non_persistent_buffers_set": module.__dict__["_non_persistent_buffers_set"]}
+        for table in ("_parameters", "_buffers"):
+            tensors = module.__dict__[table]
+            tables[table] = {key: tensor for key, tensor in tensors.items() if key not in stays}
+        yield name, SimpleNamespace(**tables)
 
 
 def is_own_forward(layer: nn.Module, method: str) -> bool:
@@ -108,8 +191,8 @@ def _hooked(module: Any, *args: Any, **kwargs: Any) -> Any:
 @contextmanager
 def present(module: nn.Module) -> Iterator[None]:
     """Inside, the tensors of a module are where it computes, as during its forward pass."""
+    around, _ = _hooked_at(module)
     hook = hook_of(module)
-    around = module.__dict__.get(_WRAPPER, module)
     if hook is None or not any(tensor.is_meta for tensor in module._parameters.values() if tensor is not None):
         yield
         return
@@ -126,12 +209,13 @@ def store(module: nn.Module, table: str, key: str, tensor: Tensor | None, of: st
     `of` is the key under which it stood until now.
     """
     tensors: dict[str, Tensor | None] = module.__dict__[table]
+    _, prefix = _hooked_at(module)
     if key.startswith(_RESIDENT) and hook_of(module) is not None:
         _guard(hook_of(module))
     hook = _offloading(hook_of(module))
     if hook is not None and not key.startswith(_RESIDENT):
         away = table == "_parameters" or hook.offload_buffers
-        tensor = _restocked(hook, key, tensor, of, away)
+        tensor = _restocked(hook, prefix + key, tensor, None if of is None else prefix + of, away)
     if tensor is None:
         tensors.pop(key, None)
     else:
@@ -165,8 +249,7 @@ def _restocked(hook: Any, key: str, tensor: Tensor | None, of: str | None, away:
 
 def _offloading(hook: Any) -> Any:
     """The hook, of those in a row, that takes tensors away; None if none does."""
-    hooks = getattr(hook, "hooks", (hook,))
-    return next((one for one in hooks if getattr(one, "offload", False) and one.weights_map is not None), None)
+    return next((one for one in _each(hook) if getattr(one, "offload", False) and one.weights_map is not None), None)
 
 
 def _guard(hook: Any) -> None:
@@ -184,13 +267,15 @@ class _Guarded:
         self.call = call
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _AWAY in module.__dict__:
-            return self.call(module, *args, **kwargs)
-        _take_away(module)
+        wide = _is_wide(getattr(self.call, "__self__", None))
+        modules = [one for one in (module.modules() if wide else (module,)) if _AWAY not in one.__dict__]
+        for one in modules:
+            _take_away(one)
         try:
             return self.call(module, *args, **kwargs)
         finally:
-            _put_back(module)
+            for one in modules:
+                _put_back(one)
 
 
 def _copies(module: Any) -> list[str]:

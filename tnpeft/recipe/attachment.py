@@ -16,7 +16,7 @@ from tnpeft.planning import DEFAULT_MODE, check_mode
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
-from tnpeft.recipe.targets import skipped, targets, trained
+from tnpeft.recipe.targets import passed_over, skipped, targets, trained
 from tnpeft.spec import Spec, find_shipped, load_spec
 from tnpeft.spec.document import clip, read_file
 from tnpeft.spec.habits import ATTACH, unknown_params
@@ -115,6 +115,8 @@ def attach(
     about: dict[str, Any] = {"recipe": recipe.name, "trained": asdict(also)}
     if left_out := skipped(model, recipe):
         about["skipped"] = left_out
+    if others := passed_over(model, recipe, claimed):
+        about["passed"] = others
     install(model, name, adapters, also.names, _json_like(about))
     return Handle(model, name)
 

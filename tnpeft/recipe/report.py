@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tnpeft.errors import listed
 from tnpeft.modules import Adapter
+from tnpeft.recipe.targets import fused_attention
 from tnpeft.surgery import AdapterRecord, adapters_of, base_tensors, plain_parameters, record_of
 
 __all__ = ["REASONS", "LayerReport", "Report", "SharedReport", "reasons_of", "report_of"]
@@ -67,7 +68,9 @@ class SharedReport:
 class Report:
     """The trainable parameters of one adapter; counts are elements, `share` is of the base model's.
 
-    `skipped` are the layers of the spec's kinds that `match="all"` left out, with what each of them is.
+    `skipped` are the layers of the spec's kinds that `match="all"` left out, with what each of them is,
+    `passed` the other kinds of modules that have weights, with their numbers. `fused` are the modules of which the
+    output projection alone is adapted, for their q, k and v weights are none of a layer.
     """
 
     name: str
@@ -80,6 +83,8 @@ class Report:
     trained: int
     base: int
     skipped: Mapping[str, str] = field(default_factory=dict)
+    passed: Mapping[str, int] = field(default_factory=dict)
+    fused: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -87,17 +92,24 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """A line for each tensor that layers share, and for the layers that were skipped for one reason."""
+        """A line for each tensor that layers share, for layers skipped for one reason, for what else is left out."""
         reasons: dict[str, list[str]] = {}
         for layer, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(layer)
         lines = [f"skipped: {listed(layers)} ({reason})" for reason, layers in reasons.items()]
+        if self.passed:
+            counts = ", ".join(f"{number:,} {kind}" for kind, number in self.passed.items())
+            lines.append(f"passed over, of kinds that the spec does not take: {counts}")
+        if self.fused:
+            lines.append(
+                f"left out: q, k and v of {listed(self.fused)} (MultiheadAttention: out_proj alone is adapted)"
+            )
         return [*map(str, self.shared), *lines]
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
         data = {**asdict(self), "share": self.share}
-        return data if self.skipped else {key: value for key, value in data.items() if key != "skipped"}
+        return {key: value for key, value in data.items() if value or key not in ("skipped", "passed", "fused")}
 
     def __rich__(self) -> Table:
         title = f"Adapter '{self.name}': {self.trained:,} of {self.base:,} parameters train ({self.share:.3%})"
@@ -158,7 +170,21 @@ def report_of(model: nn.Module, name: str) -> Report:
     bias_count, norm, also = (counts[reason] for reason in REASONS)
     trained = cores + bias_count + norm + also
     skipped = record.about.get("skipped", {})
-    return Report(name, tuple(rows), _shared(adapters), cores, bias_count, norm, also, trained, base, skipped)
+    fused = tuple(each for each in fused_attention(model, adapters) if not _trains_whole(each, reasons["also"]))
+    passed = _counts(record.about.get("passed"))
+    shared = _shared(adapters)
+    return Report(name, tuple(rows), shared, cores, bias_count, norm, also, trained, base, skipped, passed, fused)
+
+
+def _trains_whole(attention: str, names: Iterable[str]) -> bool:
+    """Whether the q, k and v weights of an attention train beside the cores."""
+    return any(name.rpartition(".")[0] == attention and name.endswith("_weight") for name in names)
+
+
+def _counts(told: object) -> dict[str, int]:
+    """What a record tells, which may come from a file and be anything."""
+    found = told if isinstance(told, Mapping) else {}
+    return {key: value for key, value in found.items() if isinstance(key, str) and type(value) is int}
 
 
 def reasons_of(record: AdapterRecord) -> dict[str, list[str]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from tnpeft.errors import AttachError, Problem, near_miss
 from tnpeft.network.look_alikes import kind_name
@@ -16,8 +18,9 @@ from tnpeft.recipe.model import ALL, Entry, Recipe, Train, compiled
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
 from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, layer_problem, plain_modules, plain_name, plain_parameters
+from tnpeft.surgery.tree import slots
 
-__all__ = ["Trained", "skipped", "targets", "trained"]
+__all__ = ["Trained", "fused_attention", "passed_over", "skipped", "targets", "trained"]
 
 
 def targets(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
@@ -128,6 +131,30 @@ def skipped(model: nn.Module, recipe: Recipe) -> dict[str, str]:
     entries = [entry for entry in recipe.entries if entry.match == ALL]
     kinds = (_of_kinds(entry.spec, modules) for entry in entries)
     return {name: problem.found for layers in kinds for name, problem in layers.items() if problem is not None}
+
+
+def passed_over(model: nn.Module, recipe: Recipe, claimed: Iterable[str]) -> dict[str, int]:
+    """With an entry for all: the other kinds of modules that have weights of their own, and how many there are."""
+    if all(entry.match != ALL for entry in recipe.entries):
+        return {}
+    modules, counts = plain_modules(model), Counter[str]()
+    known = {*claimed, *skipped(model, recipe)}
+    told = {id(modules[name]) for name in known} | {id(modules[name]) for name in fused_attention(model, known)}
+    for slot in slots(model).values():
+        name = slot.name.rpartition(".")[0]
+        if id(slot.owner) in told or not known.isdisjoint(itertools.accumulate(_parents(f"{name}."))):
+            continue
+        if "weight" in slot.key and not is_lazy(slot.tensor) and slot.tensor.dim() > 1:
+            told.add(id(slot.owner))
+            counts[kind_name(type(slot.owner))] += 1
+    return dict(counts)
+
+
+def fused_attention(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The `MultiheadAttention`s of which `layers` hold the output projection: q, k and v are parameters of theirs."""
+    modules = plain_modules(model)
+    parents = (name.rpartition(".")[0] for name in layers if name.rpartition(".")[2] == "out_proj")
+    return [name for name in dict.fromkeys(parents) if isinstance(modules.get(name), nn.MultiheadAttention)]
 
 
 def _none_of_all(entry: Entry, refused: Iterable[Problem]) -> Problem:

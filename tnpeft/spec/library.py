@@ -78,14 +78,21 @@ def find_shipped(name: str | Path, what: str, *folders: str, beside: Path = Path
     found = next(
         (f"a {kinds[folder]}" for folder in kinds if folder not in folders and _ships(folder, path)), "neither"
     )
-    fix = fix if fix and found == "neither" else "`tnpeft list` prints the names."
+    is_gone = found == "neither" and _is_path(name) and not os.path.lexists(path)
+    found, names = ("no such file", "Check the path; ") if is_gone else (found, "")
+    fix = fix if fix and found in ("neither", "no such file") else f"{names}`tnpeft list` prints the names."
     expected = f"a YAML file, or the name of a shipped {what}"
     raise SpecError(Problem(f"{what} {clip(str(name), 82)}", expected, found, fix))
 
 
 _ENDINGS = (".yaml", ".yml")
-_OTHER_ENDINGS = (".json", ".py", ".safetensors", ".toml", ".txt")
+_OTHER_ENDINGS = (".json", ".md", ".pt", ".pth", ".py", ".safetensors", ".toml", ".txt")
 _MOST_FILES = 2_000  # looked at in a folder
+
+
+def _is_path(name: str | Path) -> bool:
+    """Whether a file is meant and no shipped name."""
+    return isinstance(name, Path) or Path(name).name != name or Path(name).suffix in _OTHER_ENDINGS
 
 
 def _meant(path: Path, beside: Path, shipped: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from torch import nn
 
 from tnpeft.errors import AttachError, Problem
 from tnpeft.modules import AdaptedLayer
+from tnpeft.modules.offload import unmark
 from tnpeft.modules.parked_states import note_tie
 from tnpeft.surgery.folding import fold, folding_problems
 from tnpeft.surgery.passes import remove_pass
@@ -79,6 +80,7 @@ def _restore(root: nn.Module, state: ModelState, kept: dict[str, float]) -> None
         if name in state.requires_grad:
             slot.tensor.requires_grad_(state.requires_grad[name])
     remove_pass(root)
+    unmark(root)
     state.drop_from(root)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from tnpeft.errors import AttachError, Problem, near_miss
+from tnpeft.modules.offload import mark
 from tnpeft.spec.document import clip
 
 __all__ = ["AdapterRecord", "ModelState", "adapted", "find", "kind_problem", "known_adapter"]
@@ -82,6 +83,7 @@ def find(model: nn.Module) -> tuple[nn.Module, ModelState] | None:
     """
     if problem := kind_problem(model):
         raise AttachError(problem)
+    mark(model)
     found = {name: (module, module.__dict__[_KEY]) for name, module in model.named_modules() if _KEY in module.__dict__}
     if len(found) > 1:
         parts = ", ".join(f"'{name}'" for name in found)

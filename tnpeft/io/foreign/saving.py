@@ -50,11 +50,13 @@ def save_foreign(
     """Write one adapter of `model` as another library's loader reads it.
 
     * `"peft"`: a folder for `PeftModel.from_pretrained`.
-    * `"diffusers"`: a folder (or, where the path ends in `.safetensors`, a file) for `load_lora_weights` and
-      `load_lora_adapter`, LoRA alone; names begin with `unet.` for a class with UNet in its name, else with
-      `transformer.`.
+    * `"diffusers"`: a folder (or, where the path ends in `.safetensors`, a file) for a pipeline's
+      `load_lora_weights` and a model's `load_lora_adapter(path, prefix="unet", use_safetensors=True)`, whose own prefix
+      is "transformer" and own file a pickle; LoRA alone. Names begin with `unet.` for a class with UNet in its name,
+      else with `transformer.`.
     * `"lycoris"`: a safetensors file for `create_lycoris_from_weights`; names begin with `lycoris_`.
-    * `"kohya"`: the same with `lora_unet_`, which sd-scripts, LyCORIS's kohya network, ComfyUI and diffusers read.
+    * `"kohya"`: the same with `lora_unet_`, which sd-scripts, LyCORIS's kohya network, ComfyUI and diffusers' pipelines
+      read, not its `load_lora_adapter`.
     * `"comfyui"`: the same with `diffusion_model.` and the dots of the names.
 
     `prefix` is another beginning of the names, "" for none. An `nn.ModuleDict` of a pipeline's parts (`unet` or
@@ -70,6 +72,7 @@ def save_foreign(
     path = file_path(path)
     if format not in WRITTEN:
         raise refuse(path, "`format`", f"one of {', '.join(WRITTEN)}", clip(format), "Pass one of these.")
+    _check_folder_name(path, format)
     prefix = _checked_prefix(path, format, prefix)
     root, state, name, adapters = chosen(model, path, name)
     gain = state.active.get(name, 1.0)
@@ -231,6 +234,20 @@ def _check_place(path: Path) -> None:
     if found not in ("a file", "no such file"):
         fix = "Add a name, for example `adapter.safetensors`."
         raise refuse(path, "adapter file", "a file name", found, fix)
+
+
+def _check_folder_name(path: Path, format: str) -> None:  # noqa: A002 - as above
+    """A folder that would be called as a file is, which nobody reads as one."""
+    of_file = path.suffix in (".bin", ".ckpt", ".pt", ".pth") or (format == "peft" and path.suffix == _FILE)
+    if format not in ("peft", "diffusers") or not of_file or what_is_at(path) == "a folder":
+        return
+    plain, found = shown(path.with_suffix("")), f"that of a {path.suffix} file"
+    fix = f"Pass a folder's name, for example '{plain}'"
+    if format == "peft":
+        fix = f"{fix}; PEFT reads two files in it."
+        raise refuse(path, "adapter folder", "the name of a folder", found, fix)
+    fix = f"{fix}, or '{plain}{_FILE}'."
+    raise refuse(path, "adapter", f"the name of a folder or a {_FILE} file", found, fix)
 
 
 def _write_folder(path: Path, contents: dict[Path, bytes]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,17 @@ from tnpeft.io.manifest import KEY
 from tnpeft.spec.document import clip
 from tnpeft.spec.recognise import recognise
 
-__all__ = ["CONFIG", "DIFFUSERS_WEIGHTS", "HEADER", "WEIGHTS", "Source", "format_of", "open_source", "tensors_of"]
+__all__ = [
+    "CONFIG",
+    "DIFFUSERS_WEIGHTS",
+    "HEADER",
+    "WEIGHTS",
+    "Source",
+    "format_of",
+    "open_source",
+    "tensors_of",
+    "weights_of",
+]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -33,6 +45,9 @@ HEADER = "lora_adapter_metadata"  # under which diffusers puts PEFT's config int
 _DAMAGED = "Copy or download the file again."
 _MAX_CONFIG = 1 << 20
 _MAX_REPEATED = 1 << 20  # bytes of a tensor that repeats fewer
+_SHOWN = 4  # of what a file holds
+_CODE = re.compile(r"GLOBAL (\S+)")
+_ADVICE = re.compile(r"\s*(?:Please|In order to|You can|If you)\b")
 # What `torch.load(weights_only=True)` raises for files that are damaged or hold more than tensors.
 _LOAD_ERRORS = (
     pickle.UnpicklingError,
@@ -86,7 +101,7 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
     if format is not None and format not in FORMATS:
         fix = "Leave `format` out to let the file's keys decide."
         raise refuse(path, "`format`", f"one of {', '.join(FORMATS)}", clip(format), fix)
-    weights = _weights(path)
+    weights = weights_of(path)
     tensors, header, pickled = tensors_of(weights)
     beside = weights.parent / CONFIG
     has_config = what_is_at(beside) == "a file"
@@ -108,7 +123,7 @@ def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the p
     return Source(path, "peft", tensors, headers[""], config_name=HEADER)
 
 
-def _weights(path: Path) -> Path:
+def weights_of(path: Path) -> Path:
     """The file with the tensors: `path`, or that of PEFT or diffusers in it. Raises AdapterFileError."""
     found = what_is_at(path)
     if found == "a file":
@@ -118,7 +133,9 @@ def _weights(path: Path) -> Path:
     weights = next((path / name for name in IN_FOLDERS if what_is_at(path / name) == "a file"), None)
     if weights is None:
         expected = f"`{WEIGHTS}` or `{DIFFUSERS_WEIGHTS}` in it"
-        fix = "Pass the folder that PEFT or diffusers saved to, or a file."
+        kind = recognise(path)
+        fix = kind.fix if kind is not None and kind.name == "folder" else ""  # which files there are in it
+        fix = fix or "Pass the folder that PEFT or diffusers saved to, or a file."
         raise refuse(path, "folder", expected, "no such file", fix)
     return weights
 
@@ -141,7 +158,8 @@ def tensors_of(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str], bool]:
     if kind is not None and kind.name == "torch":
         return _pickled(path), {}, True
     if kind is not None and kind.name == "pickle":
-        fix = f"Write it anew: `torch.save(torch.load({path.name!a}, weights_only=True), {path.name!a})`."
+        loaded = f"torch.load(open({path.name!a}, 'rb'), weights_only=True)"
+        fix = f"Write it anew: `torch.save({loaded}, {path.with_suffix('.pth').name!a})`."
         raise refuse(path, "adapter file", "a zip, as torch writes since 1.6", "a bare pickle, which is not run", fix)
     try:
         with safe_open(path, framework="pt") as opened:
@@ -166,26 +184,54 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that are not torch's own, which fail or hold tensors alone
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # torch would read a path by its ending
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:
-        # torch wraps what its unpickler said in advice to run the pickle all the same, which nobody should follow.
-        said = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
-        found = " ".join(str(said).split())[:200] or type(said).__name__
-        fix = "Copy or download it again, or save its state dict alone; nothing else is loaded from a pickle."
-        raise refuse(path, "adapter file", "a state dict that `weights_only` can load", found, fix) from error
+        raise _not_loaded(path, error) from error
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        fix = "Save the state dict alone."
-        raise refuse(path, "adapter file", "a mapping of names to tensors", f"a {type(content).__name__}", fix)
+    if found := _content_problem(content):
+        fix = "Save the model's state dict alone."
+        raise refuse(path, "adapter file", "a mapping of names to tensors", found, fix)
     for key, tensor in content.items():
         if problem := _tensor_problem(tensor):
             fix = "Save the state dict of an ordinary model on the CPU."
             raise refuse(path, f"tensor '{clip_key(key)}'", "its values, one by one", problem, fix)
     return {key: value.detach() for key, value in content.items()}
+
+
+def _not_loaded(path: Path, error: Exception) -> AdapterFileError:
+    """torch wraps what its unpickler said in advice to run the pickle all the same, which nobody should follow."""
+    said = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
+    text = " ".join(str(said).split())
+    code = _CODE.search(text)
+    if code is not None:
+        found = f"a pickle with `{clip_key(code[1])}`, which would run code"
+        fix = "Save the model's state dict alone; nothing else is loaded from a pickle."
+    else:
+        found = _ADVICE.split(text)[0][:200] or type(said).__name__
+        fix = "Copy or download it again, or save its state dict alone; nothing else is loaded from a pickle."
+    return refuse(path, "adapter file", "a state dict that `weights_only` can load", found, fix)
+
+
+def _content_problem(content: object) -> str | None:
+    """What a torch file holds that is no state dict, in words; None for one."""
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    keys = [key for key in content if not isinstance(key, str)]
+    if keys:
+        return f"a {type(content).__name__} with keys that are no texts: {_some(clip(key, 40) for key in keys)}"
+    values = {key: type(value).__name__ for key, value in content.items() if not isinstance(value, Tensor)}
+    if not values:
+        return None
+    named = (f"'{clip_key(key)}' ({kind})" for key, kind in values.items())
+    return f"a {type(content).__name__} with values that are no tensors: {_some(named)}"
+
+
+def _some(texts: Iterable[str]) -> str:
+    first = list(islice(texts, _SHOWN + 1))
+    return ", ".join(first[:_SHOWN]) + " and more" * (len(first) > _SHOWN)
 
 
 def _tensor_problem(tensor: Tensor) -> str | None:
