@@ -87,7 +87,8 @@ def _opened(file: Path) -> Any:
     except SafetensorError as error:
         raise not_safetensors(file, "checkpoint", error, _MEND) from error
     except OSError as error:
-        raise refuse(file, "checkpoint", "a file that can be read", error.strerror or str(error), _MEND) from error
+        found = error.strerror or str(error).removesuffix(f": {file}")  # which is the place already
+        raise refuse(file, "checkpoint", "a file that can be read", found, _MEND) from error
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tnpeft.spec.paths import is_file, is_folder
+
 __all__ = ["FileKind", "recognise"]
 
 _HEAD = 4096
@@ -41,9 +43,9 @@ class FileKind:
 
 def recognise(path: Path) -> FileKind | None:
     """What is at `path`, of the files that are mistaken for others; None for anything else and what cannot be read."""
-    if path.is_dir():
-        return _folder(path)
     try:
+        if is_folder(path):
+            return _folder(path)
         with path.open("rb") as file:
             head = file.read(_HEAD)
             size = file.seek(0, 2)
@@ -55,7 +57,7 @@ def recognise(path: Path) -> FileKind | None:
 
 
 def _folder(path: Path) -> FileKind:
-    if (path / "adapter_config.json").is_file():
+    if is_file(path / "adapter_config.json"):
         return FileKind("peft", "a folder with PEFT's adapter", "Put it on a model with `tnpeft.load_foreign`.")
     files = sorted(file.name for file in path.glob("*.safetensors"))
     return FileKind("folder", "a folder", f"Name a file in it, for example `{files[0]}`." if files else "")
