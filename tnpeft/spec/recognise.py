@@ -69,7 +69,7 @@ def _of_bytes(path: Path, head: bytes, tail: bytes, size: int) -> FileKind | Non
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _MAX_HEADER:
         return _safetensors(path, int.from_bytes(head[:8], "little"), size)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return _zip(path, head, tail)
+        return _zip(head, tail)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         fix = "Pass safetensors: a pickle can run anything when it is loaded."
         return FileKind("pickle", "a pickle", fix)
@@ -103,13 +103,11 @@ def _safetensors(path: Path, length: int, size: int) -> FileKind:
     return FileKind("safetensors", "a safetensors file", fix)
 
 
-def _zip(path: Path, head: bytes, tail: bytes) -> FileKind:
+def _zip(head: bytes, tail: bytes) -> FileKind:
     if b"/constants.pkl" in tail:
         return FileKind("torchscript", "a TorchScript archive", "Pass the weights of the model that it was made from.")
     if b"/data.pkl" in head or b"/data.pkl" in tail:
-        target = path.with_suffix(".safetensors").name
-        tensors = f"{{k: v.clone().contiguous() for k, v in torch.load('{path.name}', weights_only=True).items()}}"
-        return FileKind("torch", "a torch pickle", f"Write `safetensors.torch.save_file({tensors}, '{target}')` once.")
+        return FileKind("torch", "a torch pickle")
     return FileKind("zip", "a zip archive", _UNPACK)
 
 

@@ -24,7 +24,17 @@ from tnpeft.io.manifest import KEY
 from tnpeft.spec.document import clip
 from tnpeft.spec.recognise import recognise
 
-__all__ = ["CONFIG", "DIFFUSERS_WEIGHTS", "HEADER", "WEIGHTS", "Source", "format_of", "open_source", "tensors_of"]
+__all__ = [
+    "CONFIG",
+    "DIFFUSERS_WEIGHTS",
+    "HEADER",
+    "LOAD_ERRORS",
+    "WEIGHTS",
+    "Source",
+    "format_of",
+    "open_source",
+    "tensors_of",
+]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -34,7 +44,7 @@ _DAMAGED = "Copy or download the file again."
 _MAX_CONFIG = 1 << 20
 _MAX_REPEATED = 1 << 20  # bytes of a tensor that repeats fewer
 # What `torch.load(weights_only=True)` raises for files that are damaged or hold more than tensors.
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     struct.error,
@@ -167,7 +177,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that are not torch's own, which fail or hold tensors alone
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         # torch wraps what its unpickler said in advice to run the pickle all the same, which nobody should follow.
         said = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
         found = " ".join(str(said).split())[:200] or type(said).__name__
