@@ -273,7 +273,7 @@ def _scopes(root: Node, broken: set[Any], entries: Sequence[Entry], problems: Pr
         if key.value not in known and not len(problems):
             expected = f"one of {', '.join(known)}" if known else "none: no spec here has one"
             fix = near_miss(key.value, known) or "Remove it."
-            problems.add(key.position, f"scope '{key.value}'", expected, "none of them", fix)
+            problems.add(key.position, f"scope '{key.value}'", expected, f"`{key.value}`", fix)
     return {key.value: value.value for key, value in node.items()}
 
 
