@@ -40,6 +40,7 @@ __all__ = [
     "check_volumes",
     "damaged_volumes",
     "each",
+    "files_in",
     "find_volumes",
     "held_out_count",
     "inspect",
@@ -269,6 +270,11 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         found = reason(error)
     raise fault(path, "`--out`", "a folder to write to", found, "Choose another.")
+
+
+def files_in(folder: Path) -> list[str]:
+    """The names of what a command leaves in a folder: hidden files, such as its lock, are none of it."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
