@@ -80,15 +80,15 @@ def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Prob
         # A pattern may catch the containers around a layer, and what has no parameters of its own.
         layers = _outermost([name for name in found if is_layer(modules[name])], modules)
         unknown = []
-    kinds = _kinds(entry.spec)
+    classes = _kinds(entry.spec)
     refused = {
         name: problem
         for name in layers
         if (problem := layer_problem(name, modules[name], entry.spec.layers)) is not None
     }
     if isinstance(entry.match, str):
-        fits = any(isinstance(modules[name], kinds) for name in layers if name not in refused)
-        elsewhere = fits or any(isinstance(module, kinds) for module in modules.values())
+        fits = any(isinstance(modules[name], classes) for name in layers if name not in refused)
+        elsewhere = fits or any(isinstance(module, classes) for module in modules.values())
         refused = {name: _too_wide(problem, fits, elsewhere) for name, problem in refused.items()}
     problems += refused.values()
     if not layers and not unknown:
