@@ -18,6 +18,7 @@ from fuzz_inputs import spec_of_graph
 from networks import GRAPHS, network_of_graph
 from safetensors import safe_open
 from safetensors.torch import save_file
+from terminal import mistakes
 from timing import takes_less_than
 from torch import nn
 from typer.testing import CliRunner
@@ -27,10 +28,13 @@ from tnpeft.cli.app import app
 from tnpeft.cli.costs import bytes_text
 from tnpeft.draw import is_current
 from tnpeft.draw.files import write
+from tnpeft.fitting.checkpoint import Checkpoint
 from tnpeft.io.manifest import KEY, digest
 from tnpeft.modules import room
 from tnpeft.planning import nominal_call, plan, predict
 from tnpeft.planning.predict import FOREVER
+from tnpeft.spec.paths import is_file, is_folder, is_there, resolved
+from tnpeft.spec.recognise import recognise
 from tnpeft.verify.oracle import dense_delta, entry
 
 TUPLES = """\
@@ -160,12 +164,47 @@ def test_names_that_no_file_can_have_are_unknown_names(name: str) -> None:
         lambda: tnpeft.draw_network(name),
         lambda: write(Path(name), b""),
         lambda: tnpeft.load(model, name),
+        lambda: tnpeft.load_foreign(model, name),
+        lambda: tnpeft.inspect(name),
+        lambda: Checkpoint(name),
     )
     for use in uses:
         with pytest.raises(tnpeft.TnpeftError) as caught:
             use()
         assert len(str(caught.value)) < 2000
     assert not is_current(name, tnpeft.load_spec("lora"))
+    assert recognise(Path(name)) is None
+    assert (is_file(name), is_folder(name), is_there(name)) == (False, False, False)
+    assert not is_there(resolved(name))
+
+
+@pytest.mark.parametrize("name", ["y" * 400, "y/" * 3000])
+def test_inspect_says_that_no_file_can_have_a_name(name: str) -> None:
+    text = (
+        f"{ascii(name.removesuffix('/'))[:196]}...': adapter file: expected a path that can be used, "
+        "found File name too long. Choose another path."
+    )
+    with pytest.raises(tnpeft.AdapterFileError) as caught:
+        tnpeft.inspect(name)
+    assert str(caught.value) == text
+    assert mistakes("inspect", name) == [text]
+
+
+def test_a_circle_of_links_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    assert resolved("circle") == tmp_path.resolve() / "circle"
+    files = ("extract", "base.safetensors", "tuned.safetensors", "--spec", "lora", "--match", "all", "-m", "m:net")
+    assert mistakes(*files, "-o", "circle/a.safetensors", status=2) == [
+        "--output: expected a file name in a folder that exists, found no folder 'circle'. "
+        "For example -o adapter.safetensors."
+    ]
+    with pytest.raises(tnpeft.AdapterFileError) as caught:
+        tnpeft.inspect("circle")
+    assert str(caught.value) == (
+        "circle: adapter file: expected a path that can be used, found Too many levels of symbolic links. "
+        "Choose another path."
+    )
 
 
 def test_the_text_about_such_names() -> None:
@@ -407,3 +446,13 @@ def test_parts_of_a_container_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room._memory_of("cpu", None).most == 1 << 20
     room._memory_of.cache_clear()
     assert list(itertools.islice(room._host_memory(), 1))
+
+
+def test_a_checkpoint_that_is_not_there_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(tnpeft.AdapterFileError) as caught:
+        Checkpoint("none.safetensors")
+    assert str(caught.value) == (
+        "none.safetensors: checkpoint: expected a file that can be read, found No such file or directory. "
+        "Pass a .safetensors file, or a folder that holds one or shards with an index."
+    )

@@ -155,17 +155,16 @@ def test_budgets_that_cannot_be_met():
         "param 'alpha': expected one that changes the count, found 448 at every alpha. Name another param."
     )
     assert refused("lora", model, 1000, match="wide", param="q") == (
-        "recipe 'lora', param 'q': expected one of alpha, r, found none of them. "
-        "Name the param that sets the adapter's size."
+        "recipe 'lora', param 'q': expected one of alpha, r, found `q`. Name the param that sets the adapter's size."
     )
     assert refused("lora", model, 1000, match="wide", r=2) == (
         "budget: expected `r` to be solved for, found a value for it. Leave `r=` out."
     )
     assert refused("lora", model, 1000, match="wide", fixed=["lor"]) == (
-        "fixed spec 'lor': expected one of lora, found none of them. Did you mean `lora`?"
+        "fixed spec 'lor': expected one of lora, found `lor`. Did you mean `lora`?"
     )
     assert refused("lora", model, 1000, match="wide", fixed=["lora"]) == (
-        "recipe 'lora', param 'r': expected a spec with params that is not fixed, found none of them. "
+        "recipe 'lora', param 'r': expected a spec with params that is not fixed, found none. "
         "Name the param that sets the adapter's size."
     )
     assert refused("lora", 3, 1000, match="wide") == (
@@ -247,5 +246,5 @@ def test_mistakes_on_the_command_line():
         "Allow 112, adapt fewer layers, or train fewer biases and norms."
     ]
     assert mistakes("budget", "mine.yaml", *where, "--fixed", "lorra") == [
-        "fixed spec 'lorra': expected one of lora, lokr, found none of them. Did you mean `lora`?"
+        "fixed spec 'lorra': expected one of lora, lokr, found `lorra`. Did you mean `lora`?"
     ]

@@ -330,7 +330,7 @@ def test_shared_cores_of_a_model_that_gets_its_values_later():
         ),
         (
             {"block": r"(\d)", "blok": r"(\d)"},
-            "scope 'blok': expected one of block, found none of them. Did you mean `block`?",
+            "scope 'blok': expected one of block, found `blok`. Did you mean `block`?",
         ),
         (
             {"block": 3},
@@ -357,6 +357,14 @@ def test_scopes_are_checked_before_anything_changes(scopes, message: str):
     assert same_bits(dict(model.state_dict()), before)
 
 
+@pytest.mark.parametrize(("name", "found"), [("x", "scope 'x'"), (3, "scope 3")])
+def test_a_scope_where_no_core_is_shared_is_named(name, found: str):
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.attach(blocks(), "lora", match=r"^0\.0$", scopes={name: r"(\d)"})
+    what = "`x`" if name == "x" else "3"
+    assert str(caught.value) == (f"{found}: expected none: no core here is shared within one, found {what}. Remove it.")
+
+
 def test_a_recipe_binds_scopes(tmp_path):
     (tmp_path / "shared.yaml").write_text(SHARED)
     recipe = tmp_path / "recipe.yaml"
@@ -369,7 +377,7 @@ def test_a_recipe_binds_scopes(tmp_path):
     with pytest.raises(tnpeft.SpecError) as caught:
         tnpeft.load_recipe(recipe)
     assert str(caught.value) == (
-        f"{recipe}:4:10: scope 'blok': expected one of block, found none of them. Did you mean `block`?"
+        f"{recipe}:4:10: scope 'blok': expected one of block, found `blok`. Did you mean `block`?"
     )
 
 

@@ -94,6 +94,21 @@ def stack() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def test_a_pattern_that_catches_norms_names_the_kinds_of_the_spec():
+    def refused(model: nn.Module, match: str) -> str:
+        with pytest.raises(tnpeft.AttachError) as caught:
+            tnpeft.attach(model, "tenvoo_l", match=match, r=2)
+        return str(caught.value)
+
+    plain = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    start = "layer '1': layer type: expected one of Conv3d, found LayerNorm. "
+    assert refused(plain, ".*") == f"{start}Choose another spec: the model has no layer of its kinds."
+    volumes = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv3d(4, 4, 3))
+    assert refused(volumes, "[01]") == f"{start}Match other layers."
+    assert refused(volumes, ".*") == f"{start}Narrow the pattern, or match `all`: every layer of the spec's kinds."
+    assert [row.name for row in tnpeft.attach(volumes, "tenvoo_l", match="all", r=2).report().layers] == ["2"]
+
+
 def test_a_pattern_that_catches_norms_is_told_once():
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(stack(), "lora", match=".*")

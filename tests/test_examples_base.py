@@ -212,6 +212,42 @@ def test_old_models_of_other_sizes_get_both_advices(tmp_path: Path) -> None:
     )
 
 
+FIVE = {
+    "time_embed.0.weight": STATE["time_embed.0.weight"],
+    "conv_in.conv.weight": STATE["conv_in.conv.weight"],
+    "down_blocks.1.attentions.0.attn.to_q.weight": torch.zeros(8, 8),
+    "down_blocks.1.attentions.0.attn.to_k.weight": torch.zeros(8, 8),
+    "down_blocks.1.attentions.0.attn.to_v.weight": torch.zeros(8, 8),
+}
+
+
+@pytest.mark.parametrize("attends", [False, True])
+def test_few_tensors_of_another_network_are_no_old_model(tmp_path: Path, attends: bool) -> None:
+    state = {name: value for name, value in FIVE.items() if attends or ".attn." not in name}
+    said = refusal(under("controlnet_state_dict.", state), tmp_path)
+    assert said.startswith(
+        f"FILE: the base's tensors: expected the 142 of this model, found {142 - len(state)} missing "
+    )
+    assert said.endswith(f"). {FIX}")
+    said = refusal(under("controlnet_state_dict.", state), tmp_path, old_generative=True)
+    assert said == (
+        f"FILE: the base's tensors: expected the 134 of this model without `attn.out_proj`, found {134 - len(state)} "
+        "missing (`conv_in.conv.bias`, `time_embed.0.bias`, `time_embed.2.weight` and "
+        f"{131 - len(state)} more). {FIX}"
+    )
+
+
+def test_a_wrong_checkpoint_is_told_in_our_words_whatever_is_set(tmp_path: Path) -> None:
+    said = refusal(other_model(channels=(8, 16), head_channels=(0, 16)), tmp_path, old_generative=True)
+    assert said.startswith(
+        "FILE: the base's tensors: expected the 134 of this model without `attn.out_proj`, found 90 of other sizes ("
+    )
+    assert said.endswith("It was written with MONAI itself: pass `--set base.old_generative=false`.")
+    assert refusal({**bare(), "more": torch.zeros(2)}, tmp_path, old_generative=True) == (
+        f"FILE: tensor `more`: expected no such tensor, found 2. {FIX}"
+    )
+
+
 def test_what_is_no_file_of_tensors_is_named(tmp_path: Path) -> None:
     script, zipped, pickled = tmp_path / "model.ts", tmp_path / "cut.pt", tmp_path / "bytes.pt"
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(script))

@@ -23,6 +23,7 @@ from ddpm_lab.demo import demo
 from ddpm_lab.driver import finetune, pretrain
 from ddpm_lab.evaluate import evaluate_samples
 from ddpm_lab.faults import LabError
+from ddpm_lab.files import files_in
 from ddpm_lab.locks import alone, at_work
 from ddpm_lab.prepare import prepare_data
 from ddpm_lab.report import report
@@ -128,6 +129,13 @@ def test_new_folders_go_where_nothing_was_written(tmp_path: Path) -> None:
     with at_work("finetune", tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "result").touch()
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["result"]
+
+
+def test_a_lock_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").touch()
+    with at_work("finetune", tmp_path):
+        assert [path.name for path in sorted(tmp_path.iterdir())] == [".lock", "summary.json"]
+        assert files_in(tmp_path) == ["summary.json"]
 
 
 def test_of_several_processes_the_first_holds_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,8 +172,17 @@ def test_an_old_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     state = as_old(build_unet(TINY, base))
     torch.save({name: value for name, value in state.items() if "to_q" not in name}, base.checkpoint)
     (line,) = refused(build_unet(TINY, base), base)
-    assert line.startswith(
-        f"{base.checkpoint}: `base.checkpoint`: expected the tensors of this model in monai-generative"
+    assert line == (
+        f"{base.checkpoint}: the base's tensors: expected the 134 of this model without `attn.out_proj`, found 8 "
+        "missing (`down_blocks.1.attentions.0.to_q.weight`, `down_blocks.1.attentions.0.to_q.bias`, "
+        "`middle_block.attention.to_q.weight` and 5 more). "
+        "Give the checkpoint of this model, or set `model` to the checkpoint's."
+    )
+    torch.save({name: value for name, value in state.items() if name != "conv_in.conv.weight"}, base.checkpoint)
+    (line,) = refused(build_unet(TINY, base), base)
+    assert line == (
+        f"{base.checkpoint}: tensor `conv_in.conv.weight`: expected 8x1x3x3x3, found no such tensor. "
+        "Give the checkpoint of this model, or set `model` to the checkpoint's."
     )
     torch.save(tiny().state_dict(), base.checkpoint)
     (line,) = refused(build_unet(TINY, base), base)
@@ -181,7 +190,7 @@ def test_an_old_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     torch.save({**state, "extra": torch.zeros(1)}, base.checkpoint)
     (line,) = refused(build_unet(TINY, base), base)
     assert line == (
-        f"{base.checkpoint}: `base.checkpoint`: expected no other tensors, found `extra`. "
+        f"{base.checkpoint}: tensor `extra`: expected no such tensor, found 1. "
         "Give the checkpoint of this model, or set `model` to the checkpoint's."
     )
 

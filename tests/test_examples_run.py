@@ -149,6 +149,8 @@ def test_every_method_runs_on_a_folder(tiny: tuple[Path, list[str]], tmp_path: P
     out = tmp_path / "out"
     done = driver("finetune", "--config", config, "--out", out, *given, *(x for o in overrides for x in ("--set", o)))
     assert done.exit_code == 0, done.stderr
+    left = sorted(path.name for path in out.iterdir() if path.is_file())
+    assert " ".join(done.stdout.split()).endswith(f"Results in {out}: {', '.join(left)}")
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert summary["data"] == {
         "root": given[1].partition("=")[2],

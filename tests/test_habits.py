@@ -99,7 +99,7 @@ def test_settings_of_commands_by_other_names(monkeypatch, tmp_path):
     ]
     budget = ("budget", "lora", "--model", "nets:build", "--match", "0", "--params", "99", "--param", "rank")
     assert mistakes(*budget) == [
-        "recipe 'lora', param 'rank': expected one of alpha, r, found none of them. Did you mean `r`?"
+        "recipe 'lora', param 'rank': expected one of alpha, r, found `rank`. Did you mean `r`?"
     ]
     assert mistakes("show", "lora", "--layer", "Linear:8,8", "--set", "rank=4") == [
         "params of spec 'lora': expected one of r, alpha, found `rank`. Did you mean `r`?"

@@ -74,7 +74,9 @@ def test_quantised_layers_are_said_to_be(layer, found):
         (
             kind("transformers.pytorch_utils.Conv1D"),
             "transformers' Conv1D, a linear layer with a transposed weight",
-            "Put an `nn.Linear` with its bias and `nn.Parameter(weight.T.contiguous())` in its place, then attach.",
+            "Put an `nn.Linear` with its bias and `nn.Parameter(weight.T.contiguous())` in its place, then attach; "
+            "save such a model with `tnpeft.save`, or turn the weights back first: "
+            "what `save_pretrained` writes of it loads as another model, or not at all.",
         ),
         (
             kind("transformer_engine.pytorch.module.linear.Linear"),

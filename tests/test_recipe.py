@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,5 +309,44 @@ def test_mistakes_in_a_recipe_are_collected_with_those_in_its_specs(folder):
         f"{recipe}:6:43: pattern '(^head\\\\.': expected a regular expression, found missing ), "
         r"unterminated subpattern at position 0. A dot of a module's name is written `\.`.",
         f"{spec}:6:31: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "
-        "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, found none of them. Did you mean `zeros`?",
+        "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, found `zeroes`. Did you mean `zeros`?",
     ]
+
+
+ENTRIES = (
+    ", which an entry of a recipe has. It looks like a recipe, whose entries stand under `adapters`: write "
+    "`tnpeft: 1`, `name: my_recipe` and `adapters: [{spec: lora, match: all, params: {r: 4}}]`, say."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "found"),
+    [
+        ("spec: lora\nmatch: all\nrank: 4\n", "1:1", "`spec` and `match`"),
+        ("tnpeft: 1\nname: mine\nspec: lora\n", "3:1", "`spec`"),
+        ("- {spec: lora, match: conv, params: {r: 2}}\n- {spec: loha, match: to_q}\n", "1:4",
+         "`spec` and `match` and `params`"),
+    ],
+)  # fmt: skip
+def test_entries_without_a_recipe_are_said_to_be(model, text, place, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rec.yaml").write_text(text)
+    start = f"rec.yaml:{place}: the file: expected a"
+    spec = f"{start} spec, with `layers`, `cores`, `weight` and `start`, found {found}{ENTRIES}"
+    recipe = f"{start} recipe, with `tnpeft`, `name` and `adapters`, found {found}{ENTRIES}"
+    for use, message in (
+        (lambda: tnpeft.attach(model, "rec.yaml"), spec),
+        (lambda: tnpeft.load_spec("rec.yaml"), spec),
+        (lambda: tnpeft.load_recipe("rec.yaml"), recipe),
+    ):
+        with pytest.raises(tnpeft.SpecError) as caught:
+            use()
+        assert str(caught.value) == message
+    Path("rec.yaml").write_text(f"tnpeft: 1\nname: my_recipe\n{ENTRIES.split('`')[-2]}\n")  # the advice, followed
+    assert len(tnpeft.attach(model, "rec.yaml").report().layers) > 1
+    with pytest.raises(tnpeft.SpecError) as caught:
+        tnpeft.load_spec("rec.yaml")
+    assert str(caught.value) == (
+        "rec.yaml:3:1: the file: expected a spec, found a recipe, by its `adapters`. Name a spec here, such as one of "
+        "its entries'; `tnpeft.attach`, `tnpeft count` and `tnpeft extract` take recipes."
+    )

@@ -114,6 +114,62 @@ def test_a_torch_pickle_says_how_to_convert_it_and_that_works(tmp_path, monkeypa
     assert set(load_file("base.safetensors")) == set(state)
 
 
+W, A = torch.ones(2, 3), torch.arange(6.0).reshape(2, 3)
+STATES = {
+    "a state dict": ({"w": W, "b": A.T}, "", "", {"w": W, "b": A.T}),
+    "numbers beside tensors": ({"w": W, "epoch": 3}, "", " if isinstance(v, torch.Tensor)", {"w": W}),
+    "one entry": ({"unet_state_dict": {"w": W, "b": A.T}, "scale_factor": 1.0}, "['unet_state_dict']", "", None),
+    "a tensor beside it": ({"state": {"w": W, "b": A.T}, "scale": torch.ones(())}, "['state']", "", None),
+    "an entry of an entry": ({"a": {"model": {"w": W, "b": A.T}}, "n": {}}, "['a']['model']", "", None),
+    "beside an optimiser": (
+        {"model": {"w": W, "b": A.T}, "opt": {"state": {0: {"m": W}}, "m": {"x": W}}},
+        *("['model']", "", None),
+    ),
+}
+
+
+@pytest.mark.parametrize("file", ["base.pt", "base.safetensors"])
+@pytest.mark.parametrize("kind", STATES)
+def test_the_advice_on_a_torch_pickle_takes_the_entry_with_the_tensors(kind, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, place, only, expected = STATES[kind]
+    start = "Write" if file == "base.pt" else "Rename it to `base.pt`, then write"
+    torch.save(content, file)
+    (line,) = mistakes("extract", file, file, "--spec", "lora", "--match", "all", "-m", "torch.nn:Flatten",
+                       "-o", "x.safetensors")  # fmt: skip
+    assert line == (
+        f"{file}: checkpoint: expected a complete safetensors file, found a torch pickle. {start} "
+        "`safetensors.torch.save_file({k: v.clone().contiguous() for k, v in "
+        f"torch.load('base.pt', weights_only=True){place}.items(){only}}}, 'base.safetensors')` once."
+    )
+    import safetensors.torch
+
+    Path(file).rename("base.pt")
+    exec(line.split("`")[-2], {"safetensors": safetensors, "torch": torch})
+    found, expected = load_file("base.safetensors"), expected or {"w": W, "b": A.T}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_advice_on_torch_pickles_of_several_models_and_of_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"w": W}, "ema": {"w": A}}, "both.pt")
+    with pytest.raises(AdapterFileError) as excinfo:
+        Checkpoint("both.pt")
+    assert str(excinfo.value).endswith(
+        "for k, v in torch.load('both.pt', weights_only=True)['model'].items()}, 'both.safetensors')` once. "
+        "It takes `['model']`: write `['ema']` there for the other tensors."
+    )
+    for content in ({"epoch": 3}, 5, {"model": torch.nn.Linear(1, 1)}):
+        torch.save(content, "none.pt")
+        with pytest.raises(AdapterFileError) as excinfo:
+            Checkpoint("none.pt")
+        assert str(excinfo.value) == (
+            "none.pt: checkpoint: expected a complete safetensors file, found a torch pickle. Load its state dict and "
+            "write it with `safetensors.torch.save_file(state_dict, 'none.safetensors')`."
+        )
+
+
 def test_folders(tmp_path):
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")

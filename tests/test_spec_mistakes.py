@@ -168,7 +168,7 @@ MISTAKES = [
         [
             (
                 "11:27: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "
-                "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, found none of them. Did you mean `zeros`?"
+                "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, found `zeroes`. Did you mean `zeros`?"
             ),
         ],
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file, load_model, save_model
 from small import bits, net, net_input, same_bits, train
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import tnpeft
+from tnpeft.surgery import base_tensors
 
 X = net_input()
 ADAPTED = ["first", "wide", "up", "head.0"]
@@ -313,3 +316,58 @@ def test_a_recurrent_layer_is_trained_as_a_whole():
     tnpeft.unmerge(model)
     tnpeft.detach(model, merge=True)
     torch.testing.assert_close(run(), trained)
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 4))
+
+
+def part(wrap: Callable[[nn.Module], nn.Module], place: str) -> nn.Module:
+    model = blocks()
+    parent, _, key = place.rpartition(".")
+    setattr(model.get_submodule(parent), key, wrap(model.get_submodule(place)))
+    return model
+
+
+compile_ = functools.partial(torch.compile, backend="eager")
+
+
+def twice(module: nn.Module) -> nn.Module:
+    return compile_(checkpoint_wrapper(module))
+
+
+@pytest.mark.parametrize("wrap", [compile_, checkpoint_wrapper, twice])
+@pytest.mark.parametrize("place", ["0", "1", "0.0"])
+def test_wrapped_parts_have_plain_names(wrap: Callable[[nn.Module], nn.Module], place: str):
+    model = part(wrap, place)
+    assert same_bits(tnpeft.plain_state_dict(model), dict(blocks().state_dict()))
+    tnpeft.attach(model, "lora", match="all", r=1, train={"bias": "adapted", "norm": True})
+    state = tnpeft.plain_state_dict(model)
+    assert list(state) == list(blocks().state_dict())
+    assert set(state) == set(base_tensors(model))  # as adapter files have them
+    fresh = blocks()
+    fresh.load_state_dict(state, strict=True)
+    assert same_bits(dict(fresh.state_dict()), dict(blocks().state_dict()))
+    tnpeft.merge(model)
+    assert list(tnpeft.plain_state_dict(model)) == list(blocks().state_dict())
+
+
+@pytest.mark.parametrize("wrap", [compile_, nn.DataParallel, lambda model: nn.DataParallel(compile_(model))])
+def test_wrapped_models_have_plain_names(wrap: Callable[[nn.Module], nn.Module]):
+    model = blocks()
+    for whole in (model, model[1]):
+        plain = dict(whole.state_dict())
+        assert same_bits(tnpeft.plain_state_dict(wrap(whole)), plain)
+    tnpeft.attach(model, "lora", match="all", r=1)
+    assert list(tnpeft.plain_state_dict(wrap(model))) == list(blocks().state_dict())
+
+
+def test_a_layer_that_is_called_as_a_wrapper_s_keeps_its_name():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._orig_mod, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    model = nn.Sequential(Both())
+    assert list(tnpeft.plain_state_dict(model)) == list(model.state_dict())

@@ -20,6 +20,8 @@ from pydantic import (
     model_serializer,
 )
 
+from tnpeft.spec.paths import is_file
+
 __all__ = [
     "Base",
     "Config",
@@ -136,10 +138,10 @@ class Method(Section):
     @classmethod
     def _beside_the_configuration(cls, name: str | None, info: ValidationInfo) -> str | None:
         folder = (info.context or {}).get("folder")
-        if name is None or folder is None or Path(name).is_file():
+        if name is None or folder is None or is_file(name):
             return name
         beside = Path(os.path.normpath(folder / name))
-        return str(beside) if beside.is_file() else name
+        return str(beside) if is_file(beside) else name
 
 
 class Training(Section):

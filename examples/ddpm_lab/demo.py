@@ -25,6 +25,7 @@ from ddpm_lab.summary import describe_run, error_table, sample_table, time_line
 from ddpm_lab.training import History, Step, make_accelerator, steps_of, train
 from ddpm_lab.unet import build_unet, save_weights
 from tnpeft.errors import Problem
+from tnpeft.spec.paths import is_file
 
 __all__ = ["demo"]
 
@@ -154,7 +155,7 @@ def _on_source(config: DemoConfig, out: Path) -> Config:
 def _has_base(config: DemoConfig, out: Path) -> bool:
     """Whether an earlier run pretrained the base with these settings."""
     wanted = {"key": _key(_on_source(config, out), config)}
-    return (out / "base.safetensors").is_file() and _says(out / "base.json", wanted)
+    return is_file(out / "base.safetensors") and _says(out / "base.json", wanted)
 
 
 def _key(source: Config, config: DemoConfig) -> str:

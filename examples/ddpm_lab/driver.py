@@ -17,7 +17,7 @@ from ddpm_lab.config import Config, Method
 from ddpm_lab.console import Screen
 from ddpm_lab.durable import writing
 from ddpm_lab.faults import fault
-from ddpm_lab.files import rooted, write_json
+from ddpm_lab.files import files_in, rooted, write_json
 from ddpm_lab.finetune import Run, Setup, prepare, probe, run_training, sample
 from ddpm_lab.grid import grid_of
 from ddpm_lab.locks import alone_in_out
@@ -110,7 +110,7 @@ def _show(summary: dict[str, Any], out: Path, screen: Screen) -> None:
     if "samples" in summary:
         screen.console.print(sample_table(summary["samples"]))
     screen.line(time_line(screen.seconds, summary["seconds_total"]))
-    screen.line(f"Results in {out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
+    screen.line(f"Results in {out}: {', '.join(files_in(out))}")
 
 
 def finish(setup: Setup, run: Run, screen: Screen, held_out: str = "real (held out)") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ddpm_lab.record import machine, versions
 from ddpm_lab.study_config import StudyConfig
 from ddpm_lab.training import make_accelerator
 from ddpm_lab.unet import divisor
+from tnpeft.spec.paths import is_file
 
 __all__ = ["dry_run"]
 
@@ -77,7 +78,7 @@ def _described(built: Subject, name: str, shape: tuple[int, ...]) -> dict[str, A
 def _files(data: Data) -> dict[str, Any]:
     """How many files a data set has, where its folder is given."""
     if data.manifest is not None:
-        return {"manifest": str(data.manifest), "there": data.manifest.is_file()}
+        return {"manifest": str(data.manifest), "there": is_file(data.manifest)}
     if data.root is None:
         return {"root": None}
     return {"root": str(data.root), "files": len(find_volumes(data))}

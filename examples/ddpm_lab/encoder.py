@@ -15,6 +15,7 @@ from torch import nn
 from ddpm_lab.durable import digest_of_file
 from ddpm_lab.faults import fault, raise_all, reason
 from tnpeft.errors import Problem
+from tnpeft.spec.paths import is_file
 
 __all__ = ["Encoder", "load_encoder", "medicalnet_resnet50"]
 
@@ -104,7 +105,7 @@ def _dilate(network: nn.Module) -> None:
 
 def _read(weights: Path) -> dict[str, torch.Tensor]:
     """The tensors of a MedicalNet checkpoint without its segmentation head."""
-    if not weights.is_file():
+    if not is_file(weights):
         raise fault(weights, "`metrics.medicalnet`", "a file", "nothing there", "Check the path, or leave it out.")
     try:
         with weights.open("rb") as file:  # torch would read a path by its ending

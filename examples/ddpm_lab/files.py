@@ -29,6 +29,7 @@ from ddpm_lab.manifest import Entry, compare, read_manifest, root_of
 from ddpm_lab.outliers import Outliers, find_outliers
 from ddpm_lab.reading import SLACK, announced, not_a_file, skip_rest
 from tnpeft.errors import Problem
+from tnpeft.spec.paths import is_folder, is_there
 
 __all__ = [
     "LAYOUTS",
@@ -39,6 +40,7 @@ __all__ = [
     "check_volumes",
     "damaged_volumes",
     "each",
+    "files_in",
     "find_volumes",
     "held_out_count",
     "inspect",
@@ -95,8 +97,8 @@ def find_volumes(data: Data, changed_too: bool = False) -> list[Path]:
         return _listed(data, changed_too)
     data = rooted(data)
     assert data.root is not None
-    if not data.root.is_dir():
-        found = "a file" if data.root.exists() else "nothing there"
+    if not is_folder(data.root):
+        found = "a file" if is_there(data.root) else "nothing there"
         raise fault(data.root, "`data.root`", "a folder of NIfTI files", found, "Check the path.")
     patterns = LAYOUTS[data.layout]
     paths = sorted({path for pattern in patterns for path in data.root.glob(pattern) if _is_file(path)})
@@ -111,7 +113,7 @@ def find_volumes(data: Data, changed_too: bool = False) -> list[Path]:
 
 def _is_file(path: Path) -> bool:
     """Also links that lead nowhere, pipes and devices: `inspect` says so, which a missing scan would not."""
-    return not path.is_dir()
+    return not is_folder(path)
 
 
 def _listed(data: Data, changed_too: bool) -> list[Path]:
@@ -268,6 +270,11 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         found = reason(error)
     raise fault(path, "`--out`", "a folder to write to", found, "Choose another.")
+
+
+def files_in(folder: Path) -> list[str]:
+    """The names of what a command leaves in a folder: hidden files, such as its lock, are none of it."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import ParamSpec, TypeVar
 
 from ddpm_lab.faults import fault, reason
 from ddpm_lab.files import make_folder
+from tnpeft.spec.paths import is_there
 
 try:
     import fcntl
@@ -113,7 +114,7 @@ def at_work(command: str, out: Path, shared: bool = False) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    new = [folder for folder in (out, *out.parents) if not is_there(folder)]
     make_folder(out)
     about = f"`{command}` (process {os.getpid()} on {socket.gethostname()})"
     try:

@@ -14,6 +14,7 @@ from ddpm_lab.config import Data
 from ddpm_lab.faults import MOST, LabError, fault, raise_all, reason
 from ddpm_lab.reading import not_a_file
 from tnpeft.errors import Position, Problem
+from tnpeft.spec.paths import is_folder
 
 __all__ = ["VERSION", "Entry", "Manifest", "Rejected", "checksum", "compare", "read_manifest", "root_of"]
 
@@ -147,7 +148,7 @@ def _conflicts(data: Data, manifest: Manifest) -> Iterator[Problem]:
 def root_of(data: Data, manifest: Manifest) -> Path:
     """The folder that the manifest's paths start from: `data.root` where the data moved."""
     root = data.root or Path(manifest.root)
-    if not root.is_dir():
+    if not is_folder(root):
         where = "data.root" if data.root is not None else data.manifest
         fix = "Pass `--set data.root=FOLDER` where the data moved."
         raise fault(where, "the manifest's root", "a folder", f"none at {root}", fix)

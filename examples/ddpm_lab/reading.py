@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import math
+import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +34,10 @@ KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 def not_a_file(path: Path) -> str | None:
     """What stands where a file should, links followed: reading it may never end. Raises OSError for nothing there."""
-    mode = path.stat().st_mode
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:  # no file can have such a name
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
     return None if stat.S_ISREG(mode) else next((name for is_one, name in KINDS if is_one(mode)), "no regular file")
 
 

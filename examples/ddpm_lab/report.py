@@ -16,7 +16,7 @@ from nibabel.filebasedimages import ImageFileError
 from ddpm_lab.console import Screen
 from ddpm_lab.durable import writing
 from ddpm_lab.faults import fault, reason
-from ddpm_lab.files import make_folder
+from ddpm_lab.files import files_in, make_folder
 from ddpm_lab.locks import alone_in_out
 from ddpm_lab.page import Picture, Section, write_page
 from ddpm_lab.slices import CONVENTION
@@ -61,8 +61,7 @@ def report(out: Path, screen: Screen) -> Results:
     make_folder(folder)
     with writing(folder, "the report"):
         _write_all(results, folder, screen)
-    names = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
-    screen.line(f"Report in {folder}: {names}")
+    screen.line(f"Report in {folder}: {', '.join(files_in(folder))}")
     return results
 
 

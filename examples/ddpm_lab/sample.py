@@ -24,6 +24,7 @@ from ddpm_lab.sampling import check_sampling, draw_batches
 from ddpm_lab.training import make_accelerator
 from ddpm_lab.unet import build_unet, divisor, load_base
 from ddpm_lab.variants import Variant, find_variants
+from tnpeft.spec.paths import resolved
 
 __all__ = ["sample_volumes"]
 
@@ -82,7 +83,7 @@ def _check_apart(data: Data, out: Path) -> None:
     """Raise LabError where `plain` would find the samples among the data, and later runs take them for real."""
     if data.root is None or data.manifest is not None or data.layout != "plain":
         return
-    if out.resolve().is_relative_to(data.root.resolve()):
+    if resolved(out).is_relative_to(resolved(data.root)):
         fix = "Choose another `--out`, or list the data with `prepare`."
         raise fault(out, "the folder of samples", "one outside of `data.root`", f"one inside of {data.root}", fix)
 

@@ -20,6 +20,7 @@ from ddpm_lab.unet import build_unet, divisor, load_base
 from ddpm_lab.volumes import check_sizes
 from tnpeft import TnpeftError
 from tnpeft.errors import Problem
+from tnpeft.spec.paths import is_file
 
 __all__ = ["check_inputs", "inside"]
 
@@ -57,7 +58,7 @@ def check_inputs(name: str, config: StudyConfig, out: Path) -> None:
     for each, about in config.datasets.items():
         with inside(f"datasets.{each}"):
             _check_data(about, trainings, config)
-    _check_base(config, pretrained=(out / "base" / "model.safetensors").is_file())
+    _check_base(config, pretrained=is_file(out / "base" / "model.safetensors"))
 
 
 def _check_base(config: StudyConfig, pretrained: bool) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +77,19 @@ def load_base(unet: DiffusionModelUNet, base: Base, note: Callable[[str], None] 
     if base.old_generative:
         _load_old(unet, state, base.checkpoint)
         return
-    raise_all(_differences(own, state, base.checkpoint), str(base.checkpoint))
+    raise_all(_differences(own, state, base.checkpoint, old=False), str(base.checkpoint))
     unet.load_state_dict(state)
 
 
-def _differences(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: Path) -> list[Problem]:
+def _differences(
+    own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: Path, old: bool
+) -> list[Problem]:
     """What differs: one or two tensors by name, more of them as counts with a few names."""
     missing = [name for name in own if name not in state]
     foreign = [name for name in state if name not in own]
     other = [name for name in own if name in state and own[name].shape != state[name].shape]
-    fix = _advice(own, state, missing, [*other, *foreign])
+    fix = _advice_on_old(own, state) if old else _advice_on_new(own, state, missing, [*other, *foreign])
+    fix = fix or _advice(state, [*other, *foreign])
     if len(missing) + len(foreign) + len(other) <= FEW:
         names = [*(name for name in own if name in missing or name in other), *foreign]
         return [Problem(f"tensor `{name}`", _shape(own, name), _shape(state, name), fix, str(path)) for name in names]
@@ -100,23 +101,50 @@ def _differences(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tens
         parts.append(f"{len(other)} of other sizes ({name_some(other)}; the first {first})")
     if foreign:
         parts.append(f"{len(foreign)} that it has not ({name_some(foreign)})")
-    return [Problem("the base's tensors", f"the {len(own)} of this model", ", ".join(parts), fix, str(path))]
+    expected = f"the {len(own)} of this model{' without `attn.out_proj`' * old}"
+    return [Problem("the base's tensors", expected, ", ".join(parts), fix, str(path))]
 
 
 def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> str:
     return "x".join(map(str, tensors[name].shape)) if name in tensors else "no such tensor"
 
 
-def _advice(
+def _advice_on_new(
     own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], missing: Sequence[str], wrong: Sequence[str]
 ) -> str:
-    """What to set, by what the checkpoint looks like."""
-    if any(name.endswith(".proj_attn.weight") for name in state):
-        return f"It was written with monai-generative: pass `{OLD}`."
+    """To say that a checkpoint has no projections, where it has the attention around them and most of a model."""
     projections = {name for name in own if ".attn.out_proj." in name}
-    if projections and projections.isdisjoint(state):
+    others = [name for name in own if name not in projections]
+    if _has_blocks(state, ".to_q", ".to_k", ".to_v", ".proj_attn") and _has_most(map(_old_name, others), state):
+        return f"It was written with monai-generative: pass `{OLD}`."
+    attends = _has_blocks(state, ".attn.to_q", ".attn.to_k", ".attn.to_v")
+    if projections and projections.isdisjoint(state) and attends and _has_most(others, state):
         more = "" if projections.issuperset(missing) and not wrong else ", and set `model` to the checkpoint's"
         return f"It has no `attn.out_proj`, as models of monai-generative: pass `{OLD}`{more}."
+    return ""
+
+
+def _advice_on_old(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> str:
+    """To say that a checkpoint has projections, as MONAI's own have."""
+    if _has_blocks(state, ".attn.to_q", ".attn.to_k", ".attn.to_v", ".attn.out_proj") and _has_most(own, state):
+        return f"It was written with MONAI itself: pass `{OLD.replace('true', 'false')}`."
+    return ""
+
+
+def _has_blocks(state: Mapping[str, torch.Tensor], *parts: str) -> bool:
+    """Whether a checkpoint has attention of these parts."""
+    first = f"{parts[0]}.weight"
+    blocks = [name.removesuffix(first) for name in state if name.endswith(first)]
+    return any(all(f"{block}{part}.weight" in state for part in parts) for block in blocks)
+
+
+def _has_most(names: Iterable[str], state: Mapping[str, torch.Tensor]) -> bool:
+    found = [name in state for name in names]
+    return 2 * sum(found) > len(found)
+
+
+def _advice(state: Mapping[str, torch.Tensor], wrong: Sequence[str]) -> str:
+    """What to set or to give, by what the checkpoint looks like."""
     first = state.get("conv_in.conv.weight")
     if first is not None and first.dim() == 5 and first.shape[1] != 1:
         return f"Give a model of volumes with one channel: this one takes {first.shape[1]}, and no setting does that."
@@ -125,23 +153,20 @@ def _advice(
     return FIX
 
 
-def _load_old(unet: DiffusionModelUNet, state: dict[str, torch.Tensor], path: Path) -> None:
-    """A monai-generative checkpoint: MONAI renames its tensors, and takes them out of the dict it is given."""
-    left = dict(state)
-    before = {name: value.clone() for name, value in unet.state_dict().items()}
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            unet.load_old_state_dict(left)
-    except (KeyError, RuntimeError) as error:
-        unet.load_state_dict(before)
-        found = " ".join(str(error).split())[:160]
-        new = any(".attn.to_q." in name for name in state)
-        fix = "It was written with MONAI itself: pass `--set base.old_generative=false`." if new else FIX
-        raise fault(path, "`base.checkpoint`", "the tensors of this model in monai-generative", found, fix) from None
-    unused = [name for name in left if ".proj_attn." not in name and name not in before]
-    if unused:
-        unet.load_state_dict(before)
-        raise fault(path, "`base.checkpoint`", "no other tensors", f"`{unused[0]}`", FIX)
+def _old_name(name: str) -> str:
+    """What monai-generative calls a tensor of MONAI's model."""
+    return name.replace(".attn.out_proj.", ".proj_attn.").replace(".attn.to_", ".to_").replace("postconv", "conv")
+
+
+def _load_old(unet: DiffusionModelUNet, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A checkpoint with MONAI's names or monai-generative's, whose projections are never applied."""
+    own = unet.state_dict()
+    state = {name: value for name, value in state.items() if ".proj_attn." not in name}
+    renamed = not any(".attn.to_q." in name for name in state)
+    names = {_old_name(name) if renamed else name: name for name in own}
+    expected = {old: own[name] for old, name in names.items()}
+    raise_all(_differences(expected, state, path, old=True), str(path))
+    unet.load_state_dict({names[old]: value for old, value in state.items()})
 
 
 def save_weights(module: nn.Module, path: Path) -> None:

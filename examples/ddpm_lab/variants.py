@@ -16,6 +16,7 @@ import tnpeft
 from ddpm_lab.config import Config
 from ddpm_lab.faults import fault, raise_all, reason
 from tnpeft.errors import Problem
+from tnpeft.spec.paths import is_file, is_folder, resolved
 
 __all__ = ["BASE", "RESULTS", "Variant", "find_variants", "name_of"]
 
@@ -109,12 +110,12 @@ def _own_result(out: Path) -> tuple[Path, ...]:
     except (OSError, ValueError, KeyError, TypeError):
         named = None
     names = sorted(RESULTS, key=lambda name: name != named)
-    return tuple(out / name for name in names if (out / name).is_file())[:1]
+    return tuple(out / name for name in names if is_file(out / name))[:1]
 
 
 def name_of(path: Path) -> str:
     """What a file's samples are called: as the file or, where every run has a file of that name, as its folder."""
-    return path.resolve().parent.name if path.name in RESULTS else path.name.removesuffix(".safetensors")
+    return resolved(path).parent.name if path.name in RESULTS else path.name.removesuffix(".safetensors")
 
 
 def _variant(path: Path) -> Variant:
@@ -123,8 +124,8 @@ def _variant(path: Path) -> Variant:
     if not name.strip("."):
         fix = "Rename the file."
         raise fault(path, "the name of samples", "a file name with letters or digits", f"`{name}`", fix)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing there"
+    if not is_file(path):
+        found = "a folder" if is_folder(path) else "nothing there"
         raise fault(path, "`sampling.adapters`", "a file", found, "Check the path.")
     try:
         with safe_open(path, framework="pt") as file:

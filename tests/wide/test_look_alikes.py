@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -33,25 +35,50 @@ def test_weights_that_torchao_has_quantised(config, match):
     )
 
 
-def test_gpt2s_layers_are_no_convolutions():
+def turn(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The model with the blocks' layers of a kind, Conv1D or Linear, as layers of the other, their weights turned."""
+    for name, module in [*model.transformer.h.named_modules()]:
+        if isinstance(module, kind):
+            rows, columns = module.weight.shape
+            other = nn.Linear(rows, columns) if kind is Conv1D else Conv1D(rows, columns)
+            other.weight, other.bias = nn.Parameter(module.weight.T.contiguous()), module.bias
+            model.transformer.h.set_submodule(name, other)
+    return model
+
+
+def test_gpt2s_layers_are_no_convolutions(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16, n_positions=8)).eval()
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(model, "lora", match=r"c_attn$")
     assert str(caught.value) == (
         f"layers 'transformer.h.0.attn.c_attn', 'transformer.h.1.attn.c_attn': layer type: expected one of {KINDS}, "
         "found transformers' Conv1D, a linear layer with a transposed weight. Put an `nn.Linear` with its bias and "
-        "`nn.Parameter(weight.T.contiguous())` in its place, then attach."
+        "`nn.Parameter(weight.T.contiguous())` in its place, then attach; save such a model with `tnpeft.save`, or "
+        "turn the weights back first: what `save_pretrained` writes of it loads as another model, or not at all."
     )
     tokens = torch.tensor([[1, 2, 3]])
     expected = model(tokens).logits
-    for name, module in [*model.named_modules()]:  # the advice, followed
-        if isinstance(module, Conv1D):
-            linear = nn.Linear(*module.weight.shape)
-            linear.weight, linear.bias = nn.Parameter(module.weight.T.contiguous()), module.bias
-            model.set_submodule(name, linear)
+    plain = copy.deepcopy(model)
+    turn(model, Conv1D)  # the advice, followed
     report = tnpeft.attach(model, "lora", match=r"c_attn$").report()
     assert len(report.layers) == 2
     torch.testing.assert_close(model(tokens).logits, expected)
+    with torch.no_grad():
+        for name, core in model.named_parameters():
+            if name.endswith("core_up"):
+                core.fill_(0.3)
+    tuned = model(tokens).logits
+    assert not torch.allclose(tuned, expected, atol=1e-3)
+    tnpeft.save(model, tmp_path / "a.safetensors")
+    fresh = turn(copy.deepcopy(plain), Conv1D)
+    tnpeft.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(fresh(tokens).logits, tuned)
+    tnpeft.detach(model, merge=True)
+    turn(model, nn.Linear).save_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(GPT2LMHeadModel.from_pretrained(tmp_path / "whole")(tokens).logits, tuned)
+    turn(model, Conv1D).save_pretrained(tmp_path / "turned")
+    with pytest.raises(RuntimeError, match="mismatch"):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "turned")
 
 
 def test_all_of_a_model_with_such_layers():

@@ -15,7 +15,7 @@ from tnpeft.cli.output import Output, UsageError, table
 from tnpeft.errors import Problem
 from tnpeft.spec import Spec
 from tnpeft.spec.document import shown_path
-from tnpeft.spec.paths import is_file, is_folder
+from tnpeft.spec.paths import is_file, is_folder, resolved
 
 if TYPE_CHECKING:
     from tnpeft.fitting import Budget, ExtractedLayer, Extraction
@@ -113,11 +113,12 @@ def _check_target(target: str, *sources: str) -> None:
     from tnpeft.io.files import file_path
 
     path = file_path(target)
+    real = resolved(path)
     fix = "For example -o adapter.safetensors."
     for source in map(file_path, sources):
-        if path.resolve() == source.resolve() or (path.resolve().parent == source.resolve() and is_file(path)):
+        if real == resolved(source) or (real.parent == resolved(source) and is_file(path)):
             raise UsageError(Problem("--output", "a file of its own", f"a checkpoint, {shown_path(source)}", fix))
-    if is_folder(path) or not is_folder(path.resolve().parent):
+    if is_folder(path) or not is_folder(real.parent):
         found = "a folder" if is_folder(path) else f"no folder '{shown_path(path.parent)}'"
         raise UsageError(Problem("--output", "a file name in a folder that exists", found, fix))
 

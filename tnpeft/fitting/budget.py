@@ -130,13 +130,15 @@ def _check_names(recipe: Recipe, param: str, fixed: Sequence[str]) -> None:
     for name in fixed:
         if name not in names:
             fix = near_miss(name, names) or "Name a spec of the recipe."
-            raise AttachError(Problem(f"fixed spec {clip(name)}", f"one of {', '.join(names)}", "none of them", fix))
+            found = f"`{clip(name)[1:-1]}`" if isinstance(name, str) else clip(name)
+            raise AttachError(Problem(f"fixed spec {clip(name)}", f"one of {', '.join(names)}", found, fix))
     free = [entry.spec for entry in recipe.entries if entry.spec.name not in fixed]
     known = sorted({known for spec in free for known in spec.params})
     if param not in known:
         expected = f"one of {', '.join(known)}" if known else "a spec with params that is not fixed"
         fix = advice_on(param, known) or "Name the param that sets the adapter's size."
-        raise AttachError(Problem(f"recipe '{recipe.name}', param {clip(param)}", expected, "none of them", fix))
+        found = f"`{clip(param)[1:-1]}`" if known else "none"
+        raise AttachError(Problem(f"recipe '{recipe.name}', param {clip(param)}", expected, found, fix))
 
 
 class _Place(NamedTuple):

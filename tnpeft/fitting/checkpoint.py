@@ -11,9 +11,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tnpeft.fitting.conversion import how_to_convert
 from tnpeft.fitting.extract import check_tensors
 from tnpeft.io.files import file_path, not_safetensors, refuse
 from tnpeft.spec.paths import is_folder
+from tnpeft.spec.recognise import recognise
 from tnpeft.surgery import base_tensors, parameter_groups
 from tnpeft.surgery.tree import slots, ties
 
@@ -85,9 +87,12 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise not_safetensors(file, "checkpoint", error, _MEND) from error
+        kind = recognise(file)
+        mend = how_to_convert(file) if kind is not None and kind.name == "torch" else _MEND
+        raise not_safetensors(file, "checkpoint", error, mend) from error
     except OSError as error:
-        raise refuse(file, "checkpoint", "a file that can be read", error.strerror or str(error), _MEND) from error
+        found = error.strerror or str(error).removesuffix(f": {file}")  # which is the place already
+        raise refuse(file, "checkpoint", "a file that can be read", found, _MEND) from error
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from tnpeft.io import save
 from tnpeft.io.files import read, shown
 from tnpeft.io.loading import other_base
 from tnpeft.io.saving import chosen
-from tnpeft.surgery import adapted, plain_state_dict
+from tnpeft.surgery import adapted, plain_keys
 
 __all__ = ["AdapterCallback"]
 
@@ -75,9 +75,10 @@ def _folder(args: Any, state: Any) -> Path:
 def _leave_base_out(model: nn.Module, folder: Path) -> None:
     """Write the weights of a checkpoint anew, with those of adapters alone; then remove what held all of them."""
     root, _ = adapted(model)
-    plain = plain_state_dict(root)
+    state = root.state_dict()
+    plain = plain_keys(root, state)
     tensors: dict[str, Tensor] = {}
-    for key, tensor in root.state_dict().items():
+    for key, tensor in state.items():
         # A tensor with several names stands once: loading it under one of them reaches all.
         if key not in plain and not any(tensor.is_set_to(other) for other in tensors.values()):
             tensors[key] = tensor

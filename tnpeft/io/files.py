@@ -104,7 +104,7 @@ def not_safetensors(
 ) -> AdapterFileError:
     """What is said of a file that the safetensors library does not read: what it is, where its first bytes tell.
 
-    `damaged` is the advice for one that is broken, `pickled` that for torch's own files, if it is not to convert them;
+    `damaged` is the advice for one that is broken, `pickled` that for torch's own files, if it is another;
     with `or_torch` one of them would have done.
     """
     kind = recognise(path)

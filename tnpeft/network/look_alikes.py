@@ -68,7 +68,9 @@ def look_alike(kind: type) -> tuple[str, str] | None:
     for full in full_names(kind):
         if _CONV1D.fullmatch(full):
             fix = (
-                "Put an `nn.Linear` with its bias and `nn.Parameter(weight.T.contiguous())` in its place, then attach."
+                "Put an `nn.Linear` with its bias and `nn.Parameter(weight.T.contiguous())` in its place, then attach; "
+                "save such a model with `tnpeft.save`, or turn the weights back first: "
+                "what `save_pretrained` writes of it loads as another model, or not at all."
             )
             return "transformers' Conv1D, a linear layer with a transposed weight", fix
         library = next((library for start, library in _QUANTISED.items() if full.startswith(start)), None)

@@ -17,7 +17,7 @@ from tnpeft.spec import Spec, find_shipped, load_spec
 from tnpeft.spec.document import Node, Problems, clip, read_bytes, read_document
 from tnpeft.spec.habits import advice_on, unknown_params, value_of_param
 from tnpeft.spec.library import label_of, shipped_folder
-from tnpeft.spec.shape import FilePart, Schema, check_shape, with_text_keys
+from tnpeft.spec.shape import FilePart, Schema, check_shape, entries_problem, with_text_keys
 
 __all__ = ["ALL", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "train_from"]
 
@@ -191,6 +191,8 @@ def _node(value: Any) -> Node:
 
 
 def _read(root: Node, file: str, folder: Path) -> Recipe:
+    if problem := entries_problem(root, "a recipe, with `tnpeft`, `name` and `adapters`"):
+        raise SpecError(problem)
     problems = Problems()
     root = with_text_keys(root, problems)
     broken = check_shape(root, problems, RECIPE)
@@ -273,7 +275,7 @@ def _scopes(root: Node, broken: set[Any], entries: Sequence[Entry], problems: Pr
         if key.value not in known and not len(problems):
             expected = f"one of {', '.join(known)}" if known else "none: no spec here has one"
             fix = near_miss(key.value, known) or "Remove it."
-            problems.add(key.position, f"scope '{key.value}'", expected, "none of them", fix)
+            problems.add(key.position, f"scope '{key.value}'", expected, f"`{key.value}`", fix)
     return {key.value: value.value for key, value in node.items()}
 
 

@@ -30,9 +30,9 @@ def scopes_from(given: object, recipe: Recipe) -> dict[str, str]:
     for name, pattern in scopes.items():
         if name not in known:
             expected = f"one of {', '.join(known)}" if known else "none: no core here is shared within one"
-            problems.append(
-                Problem(f"scope {clip(name)}", expected, "none of them", near_miss(str(name), known) or "Remove it.")
-            )
+            found = f"`{clip(name)[1:-1]}`" if isinstance(name, str) else clip(name)
+            fix = near_miss(str(name), known) or "Remove it."
+            problems.append(Problem(f"scope {clip(name)}", expected, found, fix))
         elif not isinstance(pattern, str):
             fix = r"For example `r'layers\.(\d+)\.'`."
             problems.append(Problem(f"scope '{name}'", "a regular expression", clip(pattern), fix))

@@ -83,19 +83,31 @@ def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Prob
         # A pattern may catch the containers around a layer, and what has no parameters of its own.
         layers = _outermost([name for name in found if is_layer(modules[name])], modules)
         unknown = []
-    refused = {name: problem for name in layers if (problem := layer_problem(name, modules[name])) is not None}
-    if isinstance(entry.match, str) and len(refused) < len(layers):
-        refused = {name: _too_wide(problem) for name, problem in refused.items()}
+    classes = _kinds(entry.spec)
+    refused = {
+        name: problem
+        for name in layers
+        if (problem := layer_problem(name, modules[name], entry.spec.layers)) is not None
+    }
+    if isinstance(entry.match, str):
+        fits = any(isinstance(modules[name], classes) for name in layers if name not in refused)
+        elsewhere = fits or any(isinstance(module, classes) for module in modules.values())
+        refused = {name: _too_wide(problem, fits, elsewhere) for name, problem in refused.items()}
     problems += refused.values()
     if not layers and not unknown:
         problems.append(_nothing(entry, modules, found))
     return layers
 
 
-def _too_wide(problem: Problem) -> Problem:
-    """A pattern that catches layers of both sorts is to be narrowed, unless all that can be adapted are meant."""
-    if problem.fix != "Match other layers.":
+def _too_wide(problem: Problem, fits: bool, elsewhere: bool) -> Problem:
+    """A pattern that catches layers of both sorts is to be narrowed, unless all that the spec takes are meant.
+
+    `fits` says whether it catches one of the spec's kinds, `elsewhere` whether the model has any.
+    """
+    if problem.fix != "Match other layers." or (elsewhere and not fits):
         return problem
+    if not fits:
+        return replace(problem, fix="Choose another spec: the model has no layer of its kinds.")
     return replace(problem, fix=f"Narrow the pattern, or match `{ALL}`: every layer of the spec's kinds.")
 
 
@@ -104,13 +116,18 @@ def _of_kinds(spec: Spec, modules: Mapping[str, nn.Module]) -> dict[str, Problem
 
     What lies inside layers that another library has adapted or quantised belongs to those.
     """
-    kinds = tuple(getattr(nn, kind) for kind in spec.layers)
+    kinds = _kinds(spec)
     layers = [
         name
         for name, module in modules.items()
         if name and (isinstance(module, kinds) or (not isinstance(module, SUPPORTED) and is_opaque(module)))
     ]
-    return {name: layer_problem(name, modules[name]) for name in _outermost(layers, modules)}
+    return {name: layer_problem(name, modules[name], spec.layers) for name in _outermost(layers, modules)}
+
+
+def _kinds(spec: Spec) -> tuple[type[nn.Module], ...]:
+    """The classes of the layers that a spec takes."""
+    return tuple(getattr(nn, kind) for kind in spec.layers)
 
 
 def _outermost(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:

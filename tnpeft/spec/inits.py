@@ -166,7 +166,7 @@ def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | Non
             node.position,
             f"unknown init '{clip(name)[1:-1]}'",
             f"one of {', '.join(init_names())}",
-            "none of them",
+            f"`{clip(name)[1:-1]}`",
             fix,
         )
         return None

@@ -1,6 +1,7 @@
 """Where a user's text becomes a path: whatever the text is, there is a file of that name or there is none.
 
-`Path.is_file` raises for names that no file can have: too long ones, those with NUL, half a surrogate pair.
+`Path.is_file` and its kin raise for names that no file can have: too long ones, those with NUL, half a surrogate pair.
+`Path.resolve` does for links in a circle.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["is_file", "is_folder"]
+__all__ = ["is_file", "is_folder", "is_there", "resolved"]
 
 
 def is_file(path: str | Path) -> bool:
@@ -20,6 +21,19 @@ def is_file(path: str | Path) -> bool:
 def is_folder(path: str | Path) -> bool:
     """Whether a path leads to a folder, through links."""
     return stat.S_ISDIR(_mode(path))
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether a path leads to anything, through links."""
+    return _mode(path) != 0
+
+
+def resolved(path: str | Path) -> Path:
+    """The absolute path behind links, as far as they lead anywhere."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):
+        return Path(path)
 
 
 def _mode(path: str | Path) -> int:

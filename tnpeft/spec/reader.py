@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tnpeft.errors import Position, near_miss
+from tnpeft.errors import Position, Problem, SpecError, near_miss
 from tnpeft.spec.document import Node, Problems, clip, read_document
 from tnpeft.spec.draft import Draft, DraftCore, DraftRule, DraftTerm
 from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
@@ -13,7 +13,7 @@ from tnpeft.spec.factorize import MAX_NUMBER, Table
 from tnpeft.spec.inits import DEFAULT_INIT, Init, parse_init
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, parse_axes, parse_legs
 from tnpeft.spec.schema import SPEC
-from tnpeft.spec.shape import check_shape, is_remnant, with_text_keys
+from tnpeft.spec.shape import check_shape, entries_problem, is_remnant, with_text_keys
 
 __all__ = ["SHORT_KINDS", "parse_draft", "parse_table"]
 
@@ -30,7 +30,11 @@ def parse_draft(
     text: str | bytes, file: str, tables: Mapping[str, Table], problems: Problems, known_inits: bool = True
 ) -> Draft:
     """Parse every part of the file; what is wrong is reported and left out."""
-    root = with_text_keys(read_document(text, file), problems)
+    root = read_document(text, file)
+    expected = "a spec, with `layers`, `cores`, `weight` and `start`"
+    if problem := _recipe_problem(root) or entries_problem(root, expected):
+        raise SpecError(problem)
+    root = with_text_keys(root, problems)
     broken = check_shape(root, problems, SPEC)
     draft = Draft(file, text if isinstance(text, str) else text.decode("utf-8"), root)
     # A misspelt key is reported once, not again through all that its value would have said.
@@ -50,6 +54,16 @@ def parse_draft(
     parse.cores()
     parse.terms()
     return draft
+
+
+def _recipe_problem(root: Node) -> Problem | None:
+    """What is said of a whole recipe where a spec is expected."""
+    key = next((key for key, _ in root.items() if key.value == "adapters"), None)
+    if key is None or root.get("cores") is not None:
+        return None
+    takers = "`tnpeft.attach`, `tnpeft count` and `tnpeft extract` take recipes."
+    fix = f"Name a spec here, such as one of its entries'; {takers}"
+    return Problem("the file", "a spec", "a recipe, by its `adapters`", fix, key.position)
 
 
 class _Parser:

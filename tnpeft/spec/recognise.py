@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tnpeft.spec.paths import is_file, is_folder
+
 __all__ = ["FileKind", "recognise"]
 
 _HEAD = 4096
@@ -41,9 +43,9 @@ class FileKind:
 
 def recognise(path: Path) -> FileKind | None:
     """What is at `path`, of the files that are mistaken for others; None for anything else and what cannot be read."""
-    if path.is_dir():
-        return _folder(path)
     try:
+        if is_folder(path):
+            return _folder(path)
         with path.open("rb") as file:
             head = file.read(_HEAD)
             size = file.seek(0, 2)
@@ -55,7 +57,7 @@ def recognise(path: Path) -> FileKind | None:
 
 
 def _folder(path: Path) -> FileKind:
-    if (path / "adapter_config.json").is_file():
+    if is_file(path / "adapter_config.json"):
         return FileKind("peft", "a folder with PEFT's adapter", "Put it on a model with `tnpeft.load_foreign`.")
     files = sorted(file.name for file in path.glob("*.safetensors"))
     return FileKind("folder", "a folder", f"Name a file in it, for example `{files[0]}`." if files else "")
@@ -67,7 +69,7 @@ def _of_bytes(path: Path, head: bytes, tail: bytes, size: int) -> FileKind | Non
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _MAX_HEADER:
         return _safetensors(path, int.from_bytes(head[:8], "little"), size)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return _zip(path, head, tail)
+        return _zip(head, tail)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         fix = "Pass safetensors: a pickle can run anything when it is loaded."
         return FileKind("pickle", "a pickle", fix)
@@ -101,13 +103,11 @@ def _safetensors(path: Path, length: int, size: int) -> FileKind:
     return FileKind("safetensors", "a safetensors file", fix)
 
 
-def _zip(path: Path, head: bytes, tail: bytes) -> FileKind:
+def _zip(head: bytes, tail: bytes) -> FileKind:
     if b"/constants.pkl" in tail:
         return FileKind("torchscript", "a TorchScript archive", "Pass the weights of the model that it was made from.")
     if b"/data.pkl" in head or b"/data.pkl" in tail:
-        target = path.with_suffix(".safetensors").name
-        tensors = f"{{k: v.clone().contiguous() for k, v in torch.load('{path.name}', weights_only=True).items()}}"
-        return FileKind("torch", "a torch pickle", f"Write `safetensors.torch.save_file({tensors}, '{target}')` once.")
+        return FileKind("torch", "a torch pickle")
     return FileKind("zip", "a zip archive", _UNPACK)
 
 

@@ -12,10 +12,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tnpeft.errors import Position, near_miss
+from tnpeft.errors import Position, Problem, near_miss
 from tnpeft.spec.document import MAX_PROBLEMS, Node, Problems, clip
 
-__all__ = ["FilePart", "Path", "Schema", "check_shape", "is_remnant", "keys_of", "with_text_keys"]
+__all__ = ["FilePart", "Path", "Schema", "check_shape", "entries_problem", "is_remnant", "keys_of", "with_text_keys"]
 
 Path = tuple[str | int, ...]
 
@@ -97,6 +97,20 @@ def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
 def is_remnant(key: Node, value: Node) -> bool:
     """Whether a comma split this pair off an unquoted value: `{init: normal(1, 2)}` has a key `2)` without value."""
     return value.value is None and key.text.rstrip().endswith(")")
+
+
+def entries_problem(root: Node, expected: str) -> Problem | None:
+    """What is said of the entries of a recipe that stand by themselves, one or a list; None for anything else."""
+    entry = next((item for item in root.value if item.get("spec")), root) if root.kind == "list" else root
+    keys = [key for key, _ in entry.items() if key.value in ("spec", "match", "params")]
+    if entry.get("spec") is None or any(entry.get(key) for key in ("adapters", "layers", "cores", "weight", "start")):
+        return None
+    found = " and ".join(f"`{key.value}`" for key in keys)
+    fix = (
+        "It looks like a recipe, whose entries stand under `adapters`: write `tnpeft: 1`, `name: my_recipe` and "
+        "`adapters: [{spec: lora, match: all, params: {r: 4}}]`, say."
+    )
+    return Problem("the file", expected, f"{found}, which an entry of a recipe has", fix, keys[0].position)
 
 
 def _meant(path: Path, schema: Schema) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -45,7 +45,7 @@ SUPPORTED = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-_KINDS = ", ".join(supported.__name__ for supported in SUPPORTED)
+_KINDS = tuple(supported.__name__ for supported in SUPPORTED)
 _METHODS = ("forward", "_conv_forward", "_output_padding")
 _STATE_METHODS = ("get_extra_state", "set_extra_state", "_save_to_state_dict", "_load_from_state_dict")
 # Tables of a module that hold no other road to a layer.
@@ -56,9 +56,14 @@ _TAKE_OFF = "An adapter would bypass it: take it off first, or match other layer
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-def layer_problem(name: str, layer: nn.Module) -> Problem | None:
-    """Why `layer` cannot carry an adapter, or None if it can."""
-    problem = _split_problem(layer) or _class_problem(layer) or _parameter_problem(layer) or _forward_problem(layer)
+def layer_problem(name: str, layer: nn.Module, kinds: Sequence[str] = _KINDS) -> Problem | None:
+    """Why `layer` cannot carry an adapter, or None if it can; `kinds` are those that the adapter's spec takes.
+
+    One of another kind that a different spec takes has none: binding says so.
+    """
+    problem = (
+        _split_problem(layer) or _class_problem(layer, kinds) or _parameter_problem(layer) or _forward_problem(layer)
+    )
     problem = problem or weight_problem(cast(Tensor, layer.weight)) or _shape_problem(layer)
     return None if problem is None else replace(problem, layers=(name,))
 
@@ -75,7 +80,7 @@ def is_opaque(module: nn.Module) -> bool:
     return opaque(type(module)) is not None
 
 
-def _class_problem(layer: nn.Module) -> Problem | None:
+def _class_problem(layer: nn.Module, kinds: Sequence[str]) -> Problem | None:
     supported = isinstance(layer, SUPPORTED)
     known = look_alike(type(layer)) if supported else opaque(type(layer))
     if known is None and isinstance(layer, nn.MultiheadAttention):
@@ -83,7 +88,7 @@ def _class_problem(layer: nn.Module) -> Problem | None:
         known = found, "Adapt its `out_proj`; `train`'s `also` trains the others as they are."
     if known is None and not supported:
         known = kind_name(type(layer)), "Match other layers."
-    return None if known is None else Problem("layer type", f"one of {_KINDS}", *known)
+    return None if known is None else Problem("layer type", f"one of {', '.join(kinds)}", *known)
 
 
 def _parameter_problem(layer: nn.Module) -> Problem | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,13 +11,14 @@ from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.modules.parked import MANGLED
 from tnpeft.surgery.state import AdapterRecord, adapted, find, known_adapter
 from tnpeft.surgery.trained import all_tied
-from tnpeft.surgery.tree import places, slots, ties
+from tnpeft.surgery.tree import places, slots, ties, unwrapped
 
 __all__ = [
     "adapters_of",
     "base_tensors",
     "names_of",
     "parameter_groups",
+    "plain_keys",
     "plain_state_dict",
     "record_of",
     "scales_of",
@@ -79,15 +81,31 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     The values are the base's own or, of a merged model, the effective ones. Raises AttachError where two parts of
     `model` are adapted on their own.
     """
-    root = (find(model) or (model, None))[0]
-    layers = [name for name, module in root.named_modules(remove_duplicate=False) if isinstance(module, AdaptedLayer)]
-    below = tuple(f"{name}.adapters." for name in layers)
+    root = (find(model) or (unwrapped(model), None))[0]
     state: dict[str, Any] = root.state_dict()
+    return {name: state[key] for key, name in plain_keys(root, state).items()}
+
+
+def plain_keys(root: nn.Module, state: Iterable[str]) -> dict[str, str]:
+    """The keys of a state dict of `root` that are the plain model's → the names they have there."""
+    hung = [*places(root)]
+    names = {"": ""} | {place.path: place.name for place in hung}
+    below = tuple(f"{place.name}.adapters." for place in hung if isinstance(place.module, AdaptedLayer))
+    plain = {key: _plain_key(key, names) for key in state}
     return {
-        key: value
-        for key, value in state.items()
-        if not key.rpartition(".")[2].startswith(MANGLED) and not key.startswith(below)
+        key: name
+        for key, name in plain.items()
+        if not key.rpartition(".")[2].startswith(MANGLED) and not name.startswith(below)
     }
+
+
+def _plain_key(key: str, names: Mapping[str, str]) -> str:
+    """A key of a state dict by the plain name of the innermost module that it leads through."""
+    path = key
+    while path not in names:
+        path = path.rpartition(".")[0]
+    rest = key.removeprefix(path).removeprefix(".")
+    return f"{names[path]}.{rest}" if names[path] else rest
 
 
 def _copies(model: nn.Module, name: str, parameters: bool) -> dict[str, Tensor]:

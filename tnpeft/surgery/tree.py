@@ -27,6 +27,7 @@ __all__ = [
     "plain_parameters",
     "slots",
     "ties",
+    "unwrapped",
 ]
 
 
@@ -37,12 +38,13 @@ _SKIPPED = (_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Place(NamedTuple):
-    """Where a module hangs: `parent._modules[key]`, reached as `name`."""
+    """Where a module hangs: `parent._modules[key]`, reached as `name`; as `path` in `named_modules`."""
 
     name: str
     parent: nn.Module
     key: str
     module: nn.Module
+    path: str
 
     def put(self, module: nn.Module) -> None:
         """Hang another module there."""
@@ -84,7 +86,7 @@ class Slot(NamedTuple):
         note_values(self.owner, self.table, parked_key(who, self.key))
 
 
-def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
+def places(root: nn.Module, prefix: str = "", path: str = "") -> Iterator[Place]:
     """Every place below `root`, a module reached by two names at both; adapted layers are leaves.
 
     A module that only runs another one shares its name with it, and comes first.
@@ -92,13 +94,29 @@ def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
     for key, module in root._modules.items():
         if module is None:
             continue
-        skipped = key in _SKIPPED and len(root._modules) == 1 and not root._parameters and not root._buffers
+        skipped = _only_runs(root, key)
         if skipped and not prefix and not module._modules:
             skipped = False  # a layer needs a name
         name = prefix.removesuffix(".") if skipped else prefix + key
-        yield Place(name, root, key, module)
+        yield Place(name, root, key, module, path + key)
         if not isinstance(module, AdaptedLayer):
-            yield from places(module, f"{name}." if name else "")
+            yield from places(module, f"{name}." if name else "", f"{path}{key}.")
+
+
+def _only_runs(module: nn.Module, key: str) -> bool:
+    """Whether all that a module has is another one, under a key that says so."""
+    return key in _SKIPPED and len(module._modules) == 1 and not module._parameters and not module._buffers
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in `torch.compile`'s, DistributedDataParallel's and DataParallel's wrappers, if it is in any."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif _COMPILED in model._modules and _only_runs(model, _COMPILED):
+            model = model.get_submodule(_COMPILED)
+        else:
+            return model
 
 
 def plain_name(name: str) -> str:

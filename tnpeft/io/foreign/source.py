@@ -30,6 +30,7 @@ __all__ = [
     "CONFIG",
     "DIFFUSERS_WEIGHTS",
     "HEADER",
+    "LOAD_ERRORS",
     "WEIGHTS",
     "Source",
     "format_of",
@@ -49,7 +50,7 @@ _SHOWN = 4  # of what a file holds
 _CODE = re.compile(r"GLOBAL (\S+)")
 _ADVICE = re.compile(r"\s*(?:Please|In order to|You can|If you)\b")
 # What `torch.load(weights_only=True)` raises for files that are damaged or hold more than tensors.
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     struct.error,
@@ -186,7 +187,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # of pickles that are not torch's own, which fail or hold tensors alone
             with path.open("rb") as file:  # torch would read a path by its ending
                 content = torch.load(file, map_location="cpu", weights_only=True)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise _not_loaded(path, error) from error
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
