@@ -17,7 +17,7 @@ from test_io_foreign_refusals import cannot, refused
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.io.foreign.names import dotted, underscored
+from tnpeft.io.foreign.key_names import dotted, underscored
 
 peft = pytest.importorskip("peft")
 with_warnings = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -11,7 +11,7 @@ from foreign import X, adapted, assert_same, loaded, lycoris_of, peft_of, specs_
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.io.foreign.parts import Part, adapter_of
+from tnpeft.io.foreign.layer_update import LayerUpdate, adapter_of
 from tnpeft.io.foreign.topologies import TOPOLOGIES, WRITABLE, found_in
 from tnpeft.network import layer_of
 
@@ -42,7 +42,7 @@ def test_shipped_specs_are_found(name: str):
     assert others == [name]
 
 
-def random_part(name: str, layer: nn.Module, sizes: dict[str, int], **options: Any) -> Part:
+def random_part(name: str, layer: nn.Module, sizes: dict[str, int], **options: Any) -> LayerUpdate:
     topology, axes = TOPOLOGIES[name], len(layer_of(layer).kernel_size)
     sizes = sizes | {f"k{axis}": size for axis, size in enumerate(layer_of(layer).kernel_size)}
     generator = torch.Generator().manual_seed(4)
@@ -52,10 +52,10 @@ def random_part(name: str, layer: nn.Module, sizes: dict[str, int], **options: A
         return {core: torch.randn(shape, generator=generator).double() for core, shape in shapes.items()}
 
     start = draw() if topology.start == "frozen_copy" else {}
-    return Part(name, draw(), 0.7 if topology.start == "zero" else 1.0, start=start, **options)
+    return LayerUpdate(name, draw(), 0.7 if topology.start == "zero" else 1.0, start=start, **options)
 
 
-def dense(part: Part, tensors: Any, layer: nn.Module) -> Tensor:
+def dense(part: LayerUpdate, tensors: Any, layer: nn.Module) -> Tensor:
     """One einsum over all cores, the definition."""
     axes = len(layer_of(layer).kernel_size)
     legs = [part.shape.legs(core, axes) for core in part.tensors]
@@ -93,7 +93,7 @@ def test_a_spec_for_any_sizes(name: str):
 
 def test_a_part_whose_scale_is_zero_does_nothing():
     layer = nn.Linear(12, 18)
-    part = Part("lora", {"up": torch.randn(18, 3), "down": torch.randn(3, 12)}, 0.0)
+    part = LayerUpdate("lora", {"up": torch.randn(18, 3), "down": torch.randn(3, 12)}, 0.0)
     assert torch.count_nonzero(adapter_of(part, layer, "x").delta_weight()) == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import tnpeft
 from tnpeft.cli.arguments import parse_layer
-from tnpeft.cli.cataloguing import BEGIN, END, catalogue
+from tnpeft.cli.catalogue import BEGIN, END, catalogue
 
 README = Path(__file__).parent.parent / "specs" / "README.md"
 TEXT = README.read_text()

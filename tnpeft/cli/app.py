@@ -47,11 +47,11 @@ def list_(
 ) -> None:
     """List the shipped specs and recipes."""
     if markdown is not None:
-        from tnpeft.cli.cataloguing import update_catalogue
+        from tnpeft.cli.catalogue import update_catalogue
 
         update_catalogue(Output(), markdown)
         return
-    from tnpeft.cli.listing import print_list
+    from tnpeft.cli.list_specs import print_list
 
     print_list(Output(), as_json)
 
@@ -63,7 +63,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check specs and recipes; print every mistake of every file. Exit status 1 if there is any."""
-    from tnpeft.cli.checking import check_files
+    from tnpeft.cli.check import check_files
 
     if not check_files(Output(), files, as_json):
         raise typer.Exit(1)
@@ -85,7 +85,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a spec; with --layer its cores, network and contraction there, with --input also what the modes take."""
-    from tnpeft.cli.showing import show_spec
+    from tnpeft.cli.show import show_spec
 
     show_spec(Output(), spec, layer, input_, settings or [], as_json)
 
@@ -105,7 +105,7 @@ def draw(
     as_json: Json = False,
 ) -> None:
     """Draw the network of a spec as papers do: cores as circles, bonds as lines, open legs by their side."""
-    from tnpeft.cli.drawing import draw_specs
+    from tnpeft.cli.draw import draw_specs
 
     draw_specs(Output(), specs, output, layer, settings or [], as_json)
 
@@ -125,7 +125,7 @@ def count(
     as_json: Json = False,
 ) -> None:
     """Count what a recipe or spec trains on a model, layer by layer. Nothing is computed or allocated."""
-    from tnpeft.cli.counting import count_parameters
+    from tnpeft.cli.count import count_parameters
 
     count_parameters(Output(), what, model, match, settings or [], as_json, scopes or [])
 
@@ -136,7 +136,7 @@ def schema(
     what: Annotated[str, typer.Argument(metavar="[spec|recipe]", help="Which files the schema is for.")] = "spec",
 ) -> None:
     """Print a JSON Schema, with which editors complete and check specs or recipes."""
-    from tnpeft.cli.schemas import print_schema
+    from tnpeft.cli.schema import print_schema
 
     print_schema(Output(), what)
 
@@ -156,7 +156,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Verify an adapter on random layers: values, gradients, start, merge, files. Exit status 1 if a check fails."""
-    from tnpeft.cli.verifying import verify_spec
+    from tnpeft.cli.verify import verify_spec
 
     if not verify_spec(Output(), spec, layer, settings or [], examples, seed, seconds, as_json):
         raise typer.Exit(1)
@@ -192,7 +192,7 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Turn a full fine-tune into an adapter file: fit every layer of a recipe to the change of its weight."""
-    from tnpeft.cli.fitting import extract_adapter
+    from tnpeft.cli.fit import extract_adapter
 
     good = extract_adapter(
         Output(), base, tuned, model, recipe, spec, match, target, settings or [], scopes or [],
@@ -244,7 +244,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert an adapter file between libraries. The model says the layers' names and sizes (for DoRA also weights)."""
-    from tnpeft.cli.converting import convert_file
+    from tnpeft.cli.convert import convert_file
 
     convert_file(
         Output(),
@@ -267,7 +267,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what an adapter file holds, and which model it would need to load."""
-    from tnpeft.cli.inspecting import inspect_file
+    from tnpeft.cli.inspect_file import inspect_file
 
     inspect_file(Output(), file, as_json)
 
@@ -292,7 +292,7 @@ def budget(
     as_json: Json = False,
 ) -> None:
     """Find the largest rank that trains no more than so many parameters. Nothing is computed or allocated."""
-    from tnpeft.cli.fitting import find_budget
+    from tnpeft.cli.fit import find_budget
 
     find_budget(Output(), what, model, params, match, param, fixed or [], settings or [], scopes or [], as_json)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tnpeft.io.foreign.formats import clip_key
-from tnpeft.io.foreign.names import dotted
-from tnpeft.io.foreign.parts import Part
-from tnpeft.io.foreign.slots import wide
+from tnpeft.io.foreign.key_names import dotted
+from tnpeft.io.foreign.layer_tensors import wide
+from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.source import Source
 
 __all__ = ["beside", "with_biases"]
@@ -58,7 +58,7 @@ def _named(key: str, known: Mapping[str, Tensor], place: str) -> str | None:
 
 def with_biases(
     source: Source,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, LayerUpdate],
     biases: Mapping[str, Tensor],
     trained: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],

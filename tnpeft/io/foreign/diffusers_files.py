@@ -13,9 +13,9 @@ import safetensors.torch
 from torch import Tensor
 
 from tnpeft.errors import Problem
-from tnpeft.io.foreign.parts import Part
+from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.peft_files import method_of, peft_problems, targets
-from tnpeft.io.foreign.reduce import untuckered
+from tnpeft.io.foreign.rewrites import untuckered
 from tnpeft.io.foreign.source import HEADER
 from tnpeft.network import Layer
 
@@ -25,7 +25,7 @@ _ELSEWHERE = 'Write it as "lycoris", "kohya" or "comfyui", or merge it into the 
 
 
 def diffusers_problems(
-    parts: Mapping[str, Part], layers: Mapping[str, Layer], trained: Mapping[str, Tensor]
+    parts: Mapping[str, LayerUpdate], layers: Mapping[str, Layer], trained: Mapping[str, Tensor]
 ) -> Iterator[Problem]:
     """Why diffusers cannot hold these parts, all of them."""
     others = {name: method_of(part) for name, part in parts.items() if method_of(part) != "LORA"}
@@ -40,7 +40,7 @@ def diffusers_problems(
 
 
 def diffusers_contents(
-    path: Path, parts: Mapping[str, Part], names: Mapping[str, tuple[str, str]], modules: Collection[str]
+    path: Path, parts: Mapping[str, LayerUpdate], names: Mapping[str, tuple[str, str]], modules: Collection[str]
 ) -> dict[Path, bytes]:
     """The file; `names` has for each layer the prefix of its part and its name in it, `modules` all names of modules.
 
@@ -63,7 +63,7 @@ def diffusers_contents(
     return {path: safetensors.torch.save(tensors, metadata)}
 
 
-def _tensors(part: Part) -> dict[str, Tensor]:
+def _tensors(part: LayerUpdate) -> dict[str, Tensor]:
     up, down = (untuckered(part).tensors[core] for core in ("up", "down"))
     units = (1,) * (down.ndim - 2)
     tensors = {"lora_A.weight": down, "lora_B.weight": (up * part.scale).reshape(*up.shape, *units)}

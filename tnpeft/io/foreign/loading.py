@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning
 from tnpeft.io.checks import number_problem
 from tnpeft.io.files import file_path, in_file, refuse, shown
-from tnpeft.io.foreign.names import reached_twice
-from tnpeft.io.foreign.parts import Foreign, adapter_of
+from tnpeft.io.foreign.key_names import reached_twice
+from tnpeft.io.foreign.layer_update import Foreign, adapter_of
 from tnpeft.io.foreign.peft import read_peft
 from tnpeft.io.foreign.pipeline import read_parts
 from tnpeft.io.foreign.source import Source, open_source

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tnpeft.io.foreign.beside import with_biases
 from tnpeft.io.foreign.formats import clip_key, unsupported
-from tnpeft.io.foreign.names import check_layers, underscored, where_to_load
-from tnpeft.io.foreign.parts import Foreign, Part
-from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, slots_of, wide
+from tnpeft.io.foreign.key_names import check_layers, underscored, where_to_load
+from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, lora_part, tensors_of_layer, wide
+from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.source import Source
 from tnpeft.network import layer_of
 
@@ -41,7 +41,7 @@ def read_lycoris(source: Source, modules: Mapping[str, nn.Module], parameters: M
         (name for name, module in modules.items() if _has_layer(module)),
         source.place,
     )
-    slots: dict[str, Slots] = {}
+    slots: dict[str, LayerTensors] = {}
     methods: dict[str, set[str]] = {}
     trained: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
@@ -55,7 +55,7 @@ def read_lycoris(source: Source, modules: Mapping[str, nn.Module], parameters: M
             biases[name] = wide(source.path, source.called(key), tensor)
             continue
         slot = _PEFT_SLOTS[match["peft"]] if match["peft"] else match["slot"] or match["beside"]
-        slots_of(slots, source.path, name, match["module"]).add(slot, source.called(key), tensor)
+        tensors_of_layer(slots, source.path, name, match["module"]).add(slot, source.called(key), tensor)
         methods.setdefault(name, set()).update({"lora" if match["peft"] else match["method"]} - {None})
     check_layers(source, slots, modules)
     parts = {name: _part(slots[name], methods[name], modules[name]) for name in slots}
@@ -100,7 +100,7 @@ def _module(source: Source, key: str, written: str, found: str | tuple[str, ...]
     return found
 
 
-def _part(slots: Slots, methods: set[str], module: nn.Module) -> Part:
+def _part(slots: LayerTensors, methods: set[str], module: nn.Module) -> LayerUpdate:
     fix = "The file is incomplete: copy it again, or save the adapter once more."
     if len(methods) != 1:
         found = " and ".join(sorted(methods)) or f"`{next(iter(slots.tensors))}` alone"
@@ -122,7 +122,7 @@ def _part(slots: Slots, methods: set[str], module: nn.Module) -> Part:
     return replace(part, magnitude=magnitude.flatten())
 
 
-def _scale(slots: Slots) -> Callable[[int | None], float]:
+def _scale(slots: LayerTensors) -> Callable[[int | None], float]:
     """alpha / rank; an alpha of 0, or none, means the rank. LoKr's two whole factors are not scaled."""
     alpha = slots.get("alpha")
     if alpha is not None and (alpha.numel() != 1 or not bool(alpha.isfinite())):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tnpeft.errors import Problem
 from tnpeft.io.foreign.kron import Sizes, lycoris_rebuilds
-from tnpeft.io.foreign.parts import Part, silenced
-from tnpeft.io.foreign.reduce import factors_of, half_ranks_equal, padded, untuckered, whole_large, whole_small
+from tnpeft.io.foreign.layer_update import LayerUpdate, silenced
+from tnpeft.io.foreign.rewrites import factors_of, half_ranks_equal, padded, untuckered, whole_large, whole_small
 from tnpeft.io.foreign.topologies import KRONS
 from tnpeft.network import Layer
 
@@ -25,7 +25,10 @@ _OTHER = "Merge it into the model instead, or keep it in tnpeft's own file."
 
 
 def lycoris_problems(
-    parts: Mapping[str, Part], layers: Mapping[str, Layer], trained: Mapping[str, Tensor], names: Mapping[str, str]
+    parts: Mapping[str, LayerUpdate],
+    layers: Mapping[str, Layer],
+    trained: Mapping[str, Tensor],
+    names: Mapping[str, str],
 ) -> Iterator[Problem]:
     """Why LyCORIS cannot hold these parts, all of them; `names` are the layers' names in the file."""
     written: dict[str, str] = {}
@@ -48,7 +51,7 @@ def lycoris_problems(
         yield Problem("parameters trained beside the cores", "none: LyCORIS has no place for them", shown, fix)
 
 
-def lycoris_contents(path: Path, parts: Mapping[str, Part], names: Mapping[str, str]) -> dict[Path, bytes]:
+def lycoris_contents(path: Path, parts: Mapping[str, LayerUpdate], names: Mapping[str, str]) -> dict[Path, bytes]:
     tensors = {
         f"{names[name]}.{key}": tensor.contiguous()
         for name, part in parts.items()
@@ -57,7 +60,7 @@ def lycoris_contents(path: Path, parts: Mapping[str, Part], names: Mapping[str, 
     return {path: safetensors.torch.save(tensors, {"format": "pt"})}
 
 
-def one_alpha(parts: Mapping[str, Part]) -> dict[str, Part]:
+def one_alpha(parts: Mapping[str, LayerUpdate]) -> dict[str, LayerUpdate]:
     """LoRAs of one alpha, the most frequent; what the others' is more or less goes into their cores.
 
     diffusers loses the alpha of an attention's layer in a file of kohya's where it is not that of most layers.
@@ -65,7 +68,7 @@ def one_alpha(parts: Mapping[str, Part]) -> dict[str, Part]:
     loras = {name: part for name, part in parts.items() if part.topology == "lora" and part.scale}
     alphas = {name: part.scale * part.tensors["down"].shape[0] for name, part in loras.items()}
     usual = Counter(alphas.values()).most_common(1)[0][0] if alphas else 1.0
-    changed: dict[str, Part] = {}
+    changed: dict[str, LayerUpdate] = {}
     for name, part in loras.items():
         more = alphas[name] / usual
         if more != 1.0:
@@ -74,14 +77,14 @@ def one_alpha(parts: Mapping[str, Part]) -> dict[str, Part]:
     return {**parts, **changed}
 
 
-def comfyui_problems(parts: Mapping[str, Part], layers: Mapping[str, Layer]) -> Iterator[Problem]:
+def comfyui_problems(parts: Mapping[str, LayerUpdate], layers: Mapping[str, Layer]) -> Iterator[Problem]:
     """What ComfyUI would compute otherwise: its Kronecker product is of matrices and of two kernel axes alone."""
     for name, layer in layers.items():
         if parts[name].topology in KRONS and layer.kind in ("Conv1d", "Conv3d"):
             yield Problem("ComfyUI's LoKr", "one of Linear, Conv2d", str(layer), _OTHER, f"layer '{name}'")
 
 
-def comfyui_parts(parts: Mapping[str, Part]) -> dict[str, Part]:
+def comfyui_parts(parts: Mapping[str, LayerUpdate]) -> dict[str, LayerUpdate]:
     """The same without cores for kernels but those of two axes, which are all that ComfyUI takes."""
     return {
         name: untuckered(part) if any(tensor.ndim in (3, 5) for tensor in part.tensors.values()) else part
@@ -89,7 +92,7 @@ def comfyui_parts(parts: Mapping[str, Part]) -> dict[str, Part]:
     }
 
 
-def _tensors(part: Part) -> dict[str, Tensor]:
+def _tensors(part: LayerUpdate) -> dict[str, Tensor]:
     if part.scale == 0:  # an alpha of 0 would mean the rank
         part = silenced(part)
     write = _lokr if part.topology in KRONS else _loha if part.topology.startswith("loha") else _locon
@@ -110,7 +113,7 @@ def _has_window(kernel: torch.Size) -> bool:
     return any(size > 1 for size in kernel)
 
 
-def _locon(part: Part) -> dict[str, Tensor]:
+def _locon(part: LayerUpdate) -> dict[str, Tensor]:
     tensors = part.tensors
     if "mid" in tensors:
         mid = tensors["mid"]
@@ -125,7 +128,7 @@ def _locon(part: Part) -> dict[str, Tensor]:
     return {**written, "lora_down.weight": down}
 
 
-def _loha(part: Part) -> dict[str, Tensor]:
+def _loha(part: LayerUpdate) -> dict[str, Tensor]:
     mids = [part.tensors[core] for core in ("mid_1", "mid_2") if core in part.tensors]
     if mids and (len({size for mid in mids for size in mid.shape[:2]}) > 1 or not _has_window(mids[0].shape[2:])):
         return _loha(untuckered(part))
@@ -140,7 +143,7 @@ def _loha(part: Part) -> dict[str, Tensor]:
     return written
 
 
-def _lokr(part: Part) -> dict[str, Tensor] | None:
+def _lokr(part: LayerUpdate) -> dict[str, Tensor] | None:
     """The first way of storing the factors that LyCORIS's loader makes the same product of, or None.
 
     It reads no core for the kernel, a low-rank small factor only beside a low-rank large one, and a

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tnpeft.io.foreign.beside import beside, with_biases
 from tnpeft.io.foreign.formats import SUPPORTED, unsupported
-from tnpeft.io.foreign.names import check_layers, dotted, layer_named
-from tnpeft.io.foreign.parts import Foreign, Part
-from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, slots_of, wide
+from tnpeft.io.foreign.key_names import check_layers, dotted, layer_named
+from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, lora_part, tensors_of_layer, wide
+from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.source import Source
 from tnpeft.network import layer_of
 from tnpeft.spec.document import clip
@@ -48,7 +48,7 @@ def read_peft(
     keys |= alphas
     layers = {key: layer_named(source, key, _around(source, keys[key]["module"], modules), modules) for key in keys}
     check_layers(source, dict.fromkeys(layers.values()), modules)
-    slots: dict[str, Slots] = {}
+    slots: dict[str, LayerTensors] = {}
     biases: dict[str, Tensor] = {}
     for key, match in keys.items():
         name, tensor = layers[key], source.tensors[key]
@@ -57,7 +57,7 @@ def read_peft(
         else:
             slot = _SLOTS.get(match["slot"], match["slot"].removeprefix("hada_").removeprefix("lokr_"))
             written = match["module"].removeprefix("base_model.model.")
-            slots_of(slots, source.path, name, written).add(slot, source.called(key), tensor)
+            tensors_of_layer(slots, source.path, name, written).add(slot, source.called(key), tensor)
     others = {key: tensor for key, tensor in source.tensors.items() if key not in keys}
     trained, statistics, unknown = beside(source, others, parameters, buffers)
     if unknown or not slots:
@@ -88,7 +88,7 @@ def _check_config(source: Source, config: Mapping[str, Any]) -> None:
         raise source.refuse("`init_lora_weights`", "an init that leaves the base weights alone", clip(init), fix)
 
 
-def _part(source: Source, config: Mapping[str, Any], slots: Slots, module: nn.Module) -> Part:
+def _part(source: Source, config: Mapping[str, Any], slots: LayerTensors, module: nn.Module) -> LayerUpdate:
     layer = layer_of(module)
     scale = _scale(source, config, slots)
     if config["peft_type"] == "LORA":
@@ -106,7 +106,7 @@ def _part(source: Source, config: Mapping[str, Any], slots: Slots, module: nn.Mo
     return lokr_part(slots, layer, scale, inner=layer.kind == "Conv1d" and slots.get("w2") is not None)
 
 
-def _scale(source: Source, config: Mapping[str, Any], slots: Slots) -> Callable[[int | None], float]:
+def _scale(source: Source, config: Mapping[str, Any], slots: LayerTensors) -> Callable[[int | None], float]:
     """alpha / r, or alpha / sqrt(r), with the layer's own alpha and r where patterns name it."""
     lora = config["peft_type"] == "LORA"
     default = config.get("lora_alpha" if lora else "alpha", 8)

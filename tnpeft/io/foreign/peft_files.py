@@ -16,8 +16,8 @@ from torch import Tensor
 from tnpeft.errors import Problem
 from tnpeft.io.files import refuse
 from tnpeft.io.foreign.kron import Sizes, common_factor
-from tnpeft.io.foreign.parts import Part
-from tnpeft.io.foreign.reduce import factors_of, half_ranks_equal, padded, untuckered, whole_large, whole_small
+from tnpeft.io.foreign.layer_update import LayerUpdate
+from tnpeft.io.foreign.rewrites import factors_of, half_ranks_equal, padded, untuckered, whole_large, whole_small
 from tnpeft.io.foreign.source import CONFIG, WEIGHTS
 from tnpeft.io.foreign.topologies import KRONS
 from tnpeft.network import Layer
@@ -33,7 +33,7 @@ _OTHER = "Merge it into the model instead, or keep it in tnpeft's own file."
 _APART = "Attach, and save, each as an adapter of its own."
 
 
-def method_of(part: Part) -> str:
+def method_of(part: LayerUpdate) -> str:
     """PEFT's name of a part's method."""
     if part.topology in KRONS:
         return "LOKR"
@@ -41,7 +41,7 @@ def method_of(part: Part) -> str:
 
 
 def peft_problems(
-    parts: Mapping[str, Part], layers: Mapping[str, Layer], trained: Mapping[str, Tensor]
+    parts: Mapping[str, LayerUpdate], layers: Mapping[str, Layer], trained: Mapping[str, Tensor]
 ) -> Iterator[Problem]:
     """Why PEFT cannot hold these parts, all of them."""
     methods = {name: method_of(part) for name, part in parts.items()}
@@ -72,7 +72,7 @@ def peft_problems(
 
 
 def peft_contents(
-    path: Path, parts: Mapping[str, Part], trained: Mapping[str, Tensor], modules: Collection[str]
+    path: Path, parts: Mapping[str, LayerUpdate], trained: Mapping[str, Tensor], modules: Collection[str]
 ) -> dict[Path, bytes]:
     """The folder's files, the config last. Raises AdapterFileError for LoKr of sizes that one config cannot say.
 
@@ -94,7 +94,7 @@ def peft_contents(
     return {path / WEIGHTS: data, path / CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 
 
-def _bias_key(name: str, parts: Mapping[str, Part]) -> str:
+def _bias_key(name: str, parts: Mapping[str, LayerUpdate]) -> str:
     layer = name.removesuffix(".bias")
     return f"base_model.model.{layer}.base_layer.bias" if layer in parts else f"base_model.model.{name}"
 
@@ -102,7 +102,7 @@ def _bias_key(name: str, parts: Mapping[str, Part]) -> str:
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def _lora(parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
+def _lora(parts: Mapping[str, LayerUpdate]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
     tensors: Tensors = {}
     for name, part in parts.items():
         up, down = (untuckered(part).tensors[core] for core in ("up", "down"))
@@ -116,7 +116,7 @@ def _lora(parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int], dict[str,
     return tensors, ranks, {"init_lora_weights": True, "lora_dropout": 0.0, "use_dora": dora}
 
 
-def _loha(parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
+def _loha(parts: Mapping[str, LayerUpdate]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
     """With a core for the kernel only where every convolution (of a kernel larger than 1) has one."""
     halves = {name: _one_rank(part) for name, part in parts.items()}
     windows = {name for name, part in halves.items() if any(size > 1 for size in _kernel(part))}
@@ -141,7 +141,7 @@ def _loha(parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int], dict[str,
     return tensors, ranks, {"use_effective_conv2d": effective, "init_weights": True}
 
 
-def _one_rank(part: Part) -> Part:
+def _one_rank(part: LayerUpdate) -> LayerUpdate:
     """LoHa-Tucker of one rank everywhere, else plain LoHa."""
     if part.topology == "loha_tucker":
         ranks = {size for half in "12" for size in part.tensors[f"mid_{half}"].shape[:2]}
@@ -149,7 +149,7 @@ def _one_rank(part: Part) -> Part:
     return part
 
 
-def _kernel(part: Part) -> tuple[int, ...]:
+def _kernel(part: LayerUpdate) -> tuple[int, ...]:
     core = next(core for core in ("mid_1", "down_1") if core in part.tensors)
     return tuple(part.tensors[core].shape[2:])
 
@@ -159,7 +159,7 @@ def _four_axes(mid: Tensor) -> Tensor:
     return mid.unsqueeze(-1) if mid.ndim == 3 else mid
 
 
-def _lokr(path: Path, parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
+def _lokr(path: Path, parts: Mapping[str, LayerUpdate]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
     sizes: dict[str, Sizes] = {}
     for name, part in parts.items():
         small, large = factors_of(part)
@@ -190,23 +190,23 @@ def _lokr(path: Path, parts: Mapping[str, Part]) -> tuple[Tensors, dict[str, int
     return tensors, ranks, options
 
 
-def _low_where_smaller(part: Part, size: Sizes) -> Part:
+def _low_where_smaller(part: LayerUpdate, size: Sizes) -> LayerUpdate:
     """PEFT builds the large factor whole once the rank is half its larger side."""
     rank = _low_rank(part)
     return part if rank is not None and 2 * rank < max(size.b, size.d) else whole_large(part)
 
 
-def _low_rank(part: Part) -> int | None:
+def _low_rank(part: LayerUpdate) -> int | None:
     """The rank of the factors that are products, the larger one of two."""
     ranks = [part.tensors[core].shape[0] for core in ("small_down", "down") if core in part.tensors]
     return max(ranks) if "down" in part.tensors else None
 
 
-def _lokr_rank(part: Part, size: Sizes) -> int:
+def _lokr_rank(part: LayerUpdate, size: Sizes) -> int:
     return _low_rank(part) or max(size)
 
 
-def _lokr_keys(part: Part, rank: int) -> dict[str, Tensor]:
+def _lokr_keys(part: LayerUpdate, rank: int) -> dict[str, Tensor]:
     names = {"small": "w1", "small_up": "w1_a", "small_down": "w1_b", "large": "w2", "up": "w2_a", "down": "w2_b"}
     tensors = {}
     for core, tensor in part.tensors.items():

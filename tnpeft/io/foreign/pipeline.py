@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnpeft.io.foreign.components import components
+from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.lycoris import read_lycoris
-from tnpeft.io.foreign.parts import Foreign, Part
 from tnpeft.io.foreign.peft import read_peft
 from tnpeft.io.foreign.source import Source
 from tnpeft.io.foreign.spelling import respelled
@@ -26,7 +26,7 @@ def read_parts(
     Where diffusers' header has PEFT's config of a part, it says the scales; elsewhere the `alpha` of each layer
     does, and without one the scale is 1.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, LayerUpdate] = {}
     trained: dict[str, Tensor] = {}
     statistics: dict[str, Tensor] = {}
     for component in components(_respelled(source), modules):

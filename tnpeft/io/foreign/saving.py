@@ -14,6 +14,8 @@ from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.files import file_path, refuse, replace_files, shown, what_is_at
 from tnpeft.io.foreign.components import named_parts
 from tnpeft.io.foreign.diffusers_files import diffusers_contents, diffusers_problems
+from tnpeft.io.foreign.key_names import reached_twice
+from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.lycoris_files import (
     comfyui_parts,
     comfyui_problems,
@@ -21,10 +23,8 @@ from tnpeft.io.foreign.lycoris_files import (
     lycoris_problems,
     one_alpha,
 )
-from tnpeft.io.foreign.names import reached_twice
-from tnpeft.io.foreign.parts import Part
 from tnpeft.io.foreign.peft_files import method_of, peft_contents, peft_problems
-from tnpeft.io.foreign.reduce import part_of, untuckered
+from tnpeft.io.foreign.rewrites import part_of, untuckered
 from tnpeft.io.foreign.source import DIFFUSERS_WEIGHTS
 from tnpeft.io.saving import chosen
 from tnpeft.modules import Adapter
@@ -85,11 +85,13 @@ def save_foreign(
         replace_files(contents)
 
 
-def _parts(path: Path, adapters: Mapping[str, Adapter], gain: float, problems: Iterable[Problem]) -> dict[str, Part]:
+def _parts(
+    path: Path, adapters: Mapping[str, Adapter], gain: float, problems: Iterable[Problem]
+) -> dict[str, LayerUpdate]:
     """What each layer's adapter is; raises where some are nothing that others have, and for other problems."""
     found = {layer: part_of(adapter, layer, gain) for layer, adapter in adapters.items()}
     _raise(path, [*(part for part in found.values() if isinstance(part, Problem)), *problems])
-    return {layer: part for layer, part in found.items() if isinstance(part, Part)}
+    return {layer: part for layer, part in found.items() if isinstance(part, LayerUpdate)}
 
 
 def _contents(
@@ -97,7 +99,7 @@ def _contents(
     root: nn.Module,
     format: str,  # noqa: A002 - as above
     prefix: str | None,
-    parts: dict[str, Part],
+    parts: dict[str, LayerUpdate],
     trained: Mapping[str, Tensor],
 ) -> dict[Path, bytes]:
     """The files to write. Raises AdapterFileError for what the other library cannot hold."""
@@ -172,7 +174,7 @@ def _clip_name(prefix: str, name: str) -> str:
     return f"text_model.{name}" if text and name.startswith(("encoder.layers.", "embeddings.")) else name
 
 
-def _for_readers(parts: Mapping[str, Part], format: str) -> dict[str, Part]:  # noqa: A002 - as above
+def _for_readers(parts: Mapping[str, LayerUpdate], format: str) -> dict[str, LayerUpdate]:  # noqa: A002 - as above
     """The same updates in forms that every reader of such a file takes alike."""
     if format == "kohya":
         return one_alpha({name: untuckered(part) if "mid" in part.tensors else part for name, part in parts.items()})
@@ -206,7 +208,9 @@ def _statistics_problems(root: nn.Module, state: ModelState, name: str) -> list[
     return []
 
 
-def _option_problems(modules: Mapping[str, nn.Module], parts: Mapping[str, Part], peft: bool) -> Iterator[Problem]:
+def _option_problems(
+    modules: Mapping[str, nn.Module], parts: Mapping[str, LayerUpdate], peft: bool
+) -> Iterator[Problem]:
     """Options of a layer that the other library's forward drops, so that it would compute something else."""
     fix = "Merge it into the model instead, or keep it in tnpeft's own file."
     for name, part in parts.items():

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tnpeft.io.foreign.beside import beside
 from tnpeft.io.foreign.formats import unsupported
-from tnpeft.io.foreign.names import check_layers, layer_named
-from tnpeft.io.foreign.parts import Foreign, Part
-from tnpeft.io.foreign.slots import Slots, loha_part, lokr_part, lora_part, slots_of
+from tnpeft.io.foreign.key_names import check_layers, layer_named
+from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, lora_part, tensors_of_layer
+from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.source import Source
 from tnpeft.io.foreign.topologies import TOPOLOGIES
 from tnpeft.network import layer_of
@@ -45,8 +45,8 @@ def read_tenvoo(
     alpha: float | None = None,
 ) -> Foreign:
     """The parts by layer and, from a whole model's state dict, what else was trained. Raises AdapterFileError."""
-    slots: dict[str, Slots] = {}
-    starts: dict[str, Slots] = {}
+    slots: dict[str, LayerTensors] = {}
+    starts: dict[str, LayerTensors] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in source.tensors.items():
         match = _SLOT.fullmatch(key)
@@ -55,7 +55,7 @@ def read_tenvoo(
             continue
         name = layer_named(source, key, match["module"], modules)
         where = starts if match["frozen"] else slots
-        slots_of(where, source.path, name, match["module"]).add(match["slot"], key, tensor)
+        tensors_of_layer(where, source.path, name, match["module"]).add(match["slot"], key, tensor)
     if not slots:
         raise unsupported(source.path, source.tensors)
     check_layers(source, {**slots, **starts}, modules)
@@ -77,7 +77,7 @@ def _changed(values: Mapping[str, Tensor], parts: Iterable[str], parameters: Map
     return changed
 
 
-def _part(slots: Slots, start: Slots | None, module: nn.Module, alpha: float | None) -> Part:
+def _part(slots: LayerTensors, start: LayerTensors | None, module: nn.Module, alpha: float | None) -> LayerUpdate:
     layer = layer_of(module)
     scale = partial(_scale, slots, alpha)
     if "up" in slots.tensors or "down" in slots.tensors:
@@ -91,7 +91,7 @@ def _part(slots: Slots, start: Slots | None, module: nn.Module, alpha: float | N
     return _network_part(slots, start)
 
 
-def _scale(slots: Slots, alpha: float | None, rank: int | None) -> float:
+def _scale(slots: LayerTensors, alpha: float | None, rank: int | None) -> float:
     if not rank:
         return 1.0  # no axis may be empty, which is said where the tensors meet the layer
     if alpha is None and rank < 4:
@@ -101,7 +101,7 @@ def _scale(slots: Slots, alpha: float | None, rank: int | None) -> float:
     return (rank // 4 if alpha is None else alpha) / rank
 
 
-def _viewed(slots: Slots, part: Part, ins: int, outs: int) -> Part:
+def _viewed(slots: LayerTensors, part: LayerUpdate, ins: int, outs: int) -> LayerUpdate:
     """LoHa on a Linear: the code makes an (in, out) matrix and views it, without transposing, as (out, in)."""
     cores = dict(part.tensors)
     rows, columns = cores["up_1"].shape[0], cores["down_1"].shape[1]
@@ -122,10 +122,10 @@ def _viewed(slots: Slots, part: Part, ins: int, outs: int) -> Part:
         else:
             up = cores[f"up_{half}"]
             cores[f"up_{half}"] = up.reshape(outs, ins // outs, up.shape[1])
-    return Part("loha_viewed_wide" if wide_ else "loha_viewed_tall", cores, part.scale, keys=part.keys)
+    return LayerUpdate("loha_viewed_wide" if wide_ else "loha_viewed_tall", cores, part.scale, keys=part.keys)
 
 
-def _network_part(slots: Slots, start: Slots | None) -> Part:
+def _network_part(slots: LayerTensors, start: LayerTensors | None) -> LayerUpdate:
     """TenVOO and QuanTA: the cores as they are, but for TenVOO-Q's broadcast leg, and their frozen copies."""
     last = slots.get("9")
     name = "quanta" if "-1 -2" in slots.tensors else _CORES[10, last is not None and last.ndim == 3]
@@ -139,15 +139,15 @@ def _network_part(slots: Slots, start: Slots | None) -> Part:
         expected = f"the frozen copies, `..._weights2`, beside '{beside}'"
         fix = "The update is T(now) - T(start): save the adapter with its frozen copies, as `save_peft` does."
         raise slots.refuse("start", expected, "none", fix)
-    convert: Callable[[Slots], dict[str, Tensor]] = _clean if name == "tenvoo_q" else _as_stored
-    return Part(name, convert(slots), 1.0, start=convert(start), keys=slots.keys)
+    convert: Callable[[LayerTensors], dict[str, Tensor]] = _clean if name == "tenvoo_q" else _as_stored
+    return LayerUpdate(name, convert(slots), 1.0, start=convert(start), keys=slots.keys)
 
 
-def _as_stored(slots: Slots) -> dict[str, Tensor]:
+def _as_stored(slots: LayerTensors) -> dict[str, Tensor]:
     return dict(slots.tensors)
 
 
-def _clean(slots: Slots) -> dict[str, Tensor]:
+def _clean(slots: LayerTensors) -> dict[str, Tensor]:
     """The published TenVOO-Q on the graph of Fig. 2(d).
 
     There `kernel_h` is (kh, 1, r, r): its second axis is broadcast against the bond with `kernel_d`, its

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.cli.arguments import parse_layer, parse_settings
-from tnpeft.cli.checking import expand, kind_of
+from tnpeft.cli.check import expand, kind_of
 from tnpeft.cli.output import Output, UsageError
 from tnpeft.draw import Picture, draw_network
 from tnpeft.draw.files import SUFFIXES

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import BindError, Problem, SpecError
-from tnpeft.io.foreign.texts import spec_of_sizes
+from tnpeft.io.foreign.generated_specs import spec_of_sizes
 from tnpeft.io.foreign.topologies import TOPOLOGIES, Topology, found_in
 from tnpeft.modules import Adapter, memory_problems
 from tnpeft.modules.dora import magnitudes
@@ -18,11 +18,11 @@ from tnpeft.network import Layer, Network, layer_of
 from tnpeft.planning import DEFAULT_MODE
 from tnpeft.spec import list_specs, load_spec
 
-__all__ = ["Foreign", "Part", "adapter_of", "silenced"]
+__all__ = ["Foreign", "LayerUpdate", "adapter_of", "silenced"]
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerUpdate:
     """The update of one layer: `scale` times a topology's network.
 
     `tensors` and `start` (the frozen copies) hold the topology's cores with their legs in its order,
@@ -46,12 +46,12 @@ class Part:
 class Foreign:
     """A whole file: the parts by layer, and the values of parameters and running statistics that trained beside."""
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, LayerUpdate]
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def adapter_of(part: Part, module: nn.Module, name: str) -> Adapter:
+def adapter_of(part: LayerUpdate, module: nn.Module, name: str) -> Adapter:
     """The adapter of one layer with the part's values, of a shipped spec where one has its sizes.
 
     Raises BindError for tensors that do not fit together, or not the layer.
@@ -79,7 +79,7 @@ def adapter_of(part: Part, module: nn.Module, name: str) -> Adapter:
     raise BindError(Problem("cores", f"those of {part.topology}", f"sizes {sizes} and scale {part.scale:g}", fix))
 
 
-def _values(part: Part, network: Network) -> dict[str, Tensor] | None:
+def _values(part: LayerUpdate, network: Network) -> dict[str, Tensor] | None:
     """The part's tensors as an adapter of `network` keeps them, or None where its sizes or scale are others."""
     found = found_in(network, part.shape)
     same_scale = math.isclose(network.scale * network.terms[0].scale, part.scale, rel_tol=1e-12, abs_tol=0.0)
@@ -97,13 +97,13 @@ def _values(part: Part, network: Network) -> dict[str, Tensor] | None:
     return values
 
 
-def silenced(part: Part) -> Part:
+def silenced(part: LayerUpdate) -> LayerUpdate:
     """A part without effect as one that no scale of 0 turns off, which neither a spec nor LyCORIS knows."""
     first = next(iter(part.tensors))
     return replace(part, tensors={**part.tensors, first: torch.zeros_like(part.tensors[first])}, scale=1.0)
 
 
-def _sizes(part: Part, layer: Layer) -> dict[str, int]:
+def _sizes(part: LayerUpdate, layer: Layer) -> dict[str, int]:
     """Every leg's size, as the tensors have it. Raises BindError where they or the layer disagree."""
     axes = len(layer.kernel_size)
     sizes: dict[str, int] = {}
@@ -132,7 +132,7 @@ def _misfit(what: str, expected: str, found: str) -> Problem:
     return Problem(what, expected, found, "Load the file onto the model it was made for.")
 
 
-def _networks(part: Part, layer: Layer, sizes: Mapping[str, int]) -> Iterator[Network]:
+def _networks(part: LayerUpdate, layer: Layer, sizes: Mapping[str, int]) -> Iterator[Network]:
     """Networks to try: the shipped spec's, then that of a spec written for the purpose."""
     rank = sizes[part.shape.rank] if part.shape.rank else 1
     alpha = float(f"{part.scale * rank:.15g}")  # what the file said, where the product lost a bit

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tnpeft.cli.arguments import parse_layer, parse_settings
-from tnpeft.cli.counting import check_params
+from tnpeft.cli.count import check_params
 from tnpeft.cli.output import Output, UsageError, table
 from tnpeft.errors import Problem
 from tnpeft.spec import Spec, load_spec

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from tnpeft.cli.arguments import parse_layer
-from tnpeft.cli.listing import short_layers
+from tnpeft.cli.list_specs import short_layers
 from tnpeft.cli.output import Output, UsageError
 from tnpeft.errors import Problem
 from tnpeft.spec import Spec, list_specs, load_spec

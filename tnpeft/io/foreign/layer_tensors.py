@@ -18,17 +18,17 @@ from torch import Tensor
 
 from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.files import refuse, shown
-from tnpeft.io.foreign.parts import Part
+from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.topologies import kron_name
 from tnpeft.network import Layer
 
-__all__ = ["Slots", "loha_part", "lokr_part", "lora_part", "slots_of", "wide"]
+__all__ = ["LayerTensors", "loha_part", "lokr_part", "lora_part", "tensors_of_layer", "wide"]
 
 Scale = Callable[[int | None], float]  # of the rank, None where no tensor has one
 
 
 @dataclass
-class Slots:
+class LayerTensors:
     """One layer's tensors by slot, each with its key in the file, which calls the layer `written`."""
 
     path: Path
@@ -77,7 +77,7 @@ class Slots:
             raise self.refuse(f"tensor '{key}'", f"{axes} axes", f"the shape {tuple(tensor.shape)}", _MADE_FOR)
         return tensor.reshape(tensor.shape[:axes])
 
-    def part(self, topology: str, scale: float, cores: Mapping[str, tuple[str, Tensor]]) -> Part:
+    def part(self, topology: str, scale: float, cores: Mapping[str, tuple[str, Tensor]]) -> LayerUpdate:
         """A part whose cores are given with the slot each comes from. Refuses slots that are left over."""
         over = self.tensors.keys() - {slot for slot, _ in cores.values()} - {"alpha", "magnitude", "dora_scale"}
         if over:
@@ -85,12 +85,12 @@ class Slots:
             raise self.refuse("tensors", f"those of {topology} alone", found, "Save one adapter in a file.")
         tensors = {core: tensor for core, (_, tensor) in cores.items()}
         keys = {core: self.keys.get(slot, slot) for core, (slot, _) in cores.items()}
-        return Part(topology, tensors, scale, keys=keys)
+        return LayerUpdate(topology, tensors, scale, keys=keys)
 
 
-def slots_of(slots: dict[str, Slots], path: Path, layer: str, written: str) -> Slots:
+def tensors_of_layer(slots: dict[str, LayerTensors], path: Path, layer: str, written: str) -> LayerTensors:
     """The slots of a layer, new ones at its first tensor; two names in a file are never one layer."""
-    those = slots.setdefault(layer, Slots(path, layer, written))
+    those = slots.setdefault(layer, LayerTensors(path, layer, written))
     if those.written != written:
         both = f"tensors of '{those.written}' and of '{written}'"
         raise those.refuse("tensors", "those of one layer of the file", both, _MADE_FOR)
@@ -123,7 +123,7 @@ def wide(path: Path, key: str, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def lora_part(slots: Slots, layer: Layer, scale: Scale) -> Part:
+def lora_part(slots: LayerTensors, layer: Layer, scale: Scale) -> LayerUpdate:
     up, kernel = slots.matrix("up", "down"), layer.kernel_size
     if slots.get("mid") is not None:
         down = slots.matrix("down", "up")
@@ -134,7 +134,7 @@ def lora_part(slots: Slots, layer: Layer, scale: Scale) -> Part:
     return slots.part("lora", scale(down.shape[0]), {"up": ("up", up), "down": ("down", down)})
 
 
-def loha_part(slots: Slots, layer: Layer, scale: Scale) -> Part:
+def loha_part(slots: LayerTensors, layer: Layer, scale: Scale) -> LayerUpdate:
     cores: dict[str, tuple[str, Tensor]] = {}
     kernel = layer.kernel_size
     tucker = slots.get("t1") is not None or slots.get("t2") is not None
@@ -150,7 +150,7 @@ def loha_part(slots: Slots, layer: Layer, scale: Scale) -> Part:
     return slots.part("loha_tucker" if tucker else "loha", scale(rank), cores)
 
 
-def lokr_part(slots: Slots, layer: Layer, scale: Scale, inner: bool = False) -> Part:
+def lokr_part(slots: LayerTensors, layer: Layer, scale: Scale, inner: bool = False) -> LayerUpdate:
     """`inner` says where a whole second factor is the outer one of the product."""
     kernel = layer.kernel_size
     cores: dict[str, tuple[str, Tensor]] = {}

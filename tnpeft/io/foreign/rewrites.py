@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tnpeft.errors import Problem
-from tnpeft.io.foreign.parts import Part
+from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.topologies import KRONS, WRITABLE, arranged, found_in, kron_name
 from tnpeft.modules import Adapter
 
 __all__ = ["factors_of", "half_ranks_equal", "padded", "part_of", "untuckered", "whole_large", "whole_small"]
 
 
-def part_of(adapter: Adapter, name: str, gain: float) -> Part | Problem:
+def part_of(adapter: Adapter, name: str, gain: float) -> LayerUpdate | Problem:
     """The part that an adapter is, its scale times `gain`; or why no other library has it."""
     network = adapter.network
     cores = {core: tensor.detach().cpu() for core, tensor in adapter.cores.items()}
@@ -33,7 +33,7 @@ def part_of(adapter: Adapter, name: str, gain: float) -> Part | Problem:
             continue
         tensors = {core: arranged(cores[ours], order) for core, (ours, order) in found.items()}
         scale = network.scale * network.terms[0].scale * gain
-        part = Part(topology.name, tensors, scale, magnitude=magnitude)
+        part = LayerUpdate(topology.name, tensors, scale, magnitude=magnitude)
         if not any(bool(copy.any()) for copy in start.values()):  # none, or one of zeros, as `fit` leaves it
             return part
         frozen = {core: arranged(start.get(ours, cores[ours]), order) for core, (ours, order) in found.items()}
@@ -45,14 +45,14 @@ def part_of(adapter: Adapter, name: str, gain: float) -> Part | Problem:
     return Problem(what, "the network of LoRA, LoCon, LoHa or LoKr", f"`{network.einsum}`", fix, where)
 
 
-def _doubled(part: Part, start: Mapping[str, Tensor]) -> Part:
+def _doubled(part: LayerUpdate, start: Mapping[str, Tensor]) -> LayerUpdate:
     """up down - up0 down0 as one product over a bond of twice the rank."""
     up = torch.cat([part.tensors["up"], start["up"]], 1)
     down = torch.cat([part.tensors["down"], -start["down"]])
     return replace(part, tensors={"up": up, "down": down})
 
 
-def untuckered(part: Part) -> Part:
+def untuckered(part: LayerUpdate) -> LayerUpdate:
     """The same without a core for the kernel: it goes into `down`, and the rank stays."""
     tensors, name = dict(part.tensors), part.topology
     if name == "locon_tucker":
@@ -72,7 +72,7 @@ def untuckered(part: Part) -> Part:
     return part
 
 
-def half_ranks_equal(part: Part) -> Part:
+def half_ranks_equal(part: LayerUpdate) -> LayerUpdate:
     """LoHa's two halves with one rank: the smaller one gets terms that are zero."""
     tensors = dict(part.tensors)
     ranks = {half: tensors[f"down_{half}"].shape[0] for half in "12"}
@@ -84,12 +84,12 @@ def half_ranks_equal(part: Part) -> Part:
     return replace(part, tensors=tensors)
 
 
-def factors_of(part: Part) -> tuple[Tensor, Tensor]:
+def factors_of(part: LayerUpdate) -> tuple[Tensor, Tensor]:
     """A Kronecker product's two factors, whole: (a, c) and (b, d, k...)."""
     return whole_small(part).tensors["small"], whole_large(part).tensors["large"]
 
 
-def whole_small(part: Part) -> Part:
+def whole_small(part: LayerUpdate) -> LayerUpdate:
     """The same with the small factor as one matrix."""
     small, large, inner = KRONS[part.topology]
     if small == "whole":
@@ -99,7 +99,7 @@ def whole_small(part: Part) -> Part:
     return replace(part, topology=kron_name("whole", large, inner), tensors={"small": matrix, **tensors})
 
 
-def whole_large(part: Part) -> Part:
+def whole_large(part: LayerUpdate) -> LayerUpdate:
     """The same with the large factor as one tensor."""
     part = untuckered(part)
     small, large, inner = KRONS[part.topology]

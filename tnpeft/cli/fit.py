@@ -9,7 +9,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
 
 from tnpeft.cli.arguments import parse_scopes, parse_settings
-from tnpeft.cli.counting import check_match, check_params, load_what
+from tnpeft.cli.count import check_match, check_params, load_what
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, table
 from tnpeft.errors import Problem

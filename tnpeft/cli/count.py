@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tnpeft.cli.arguments import parse_scopes, parse_settings
-from tnpeft.cli.checking import kind_of
+from tnpeft.cli.check import kind_of
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.errors import Problem
