@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import BindError, Problem
-from tnpeft.fitting import problem as posed
+from tnpeft.fitting import problem as fitting_problem
 from tnpeft.fitting.descent import Descent, adam, alternate, balanced, quasi_newton
 from tnpeft.fitting.problem import Cores
-from tnpeft.fitting.setup import FACTOR, pose, pose_with_factor, vector_of_channels
+from tnpeft.fitting.setup import FACTOR, build_problem, build_problem_with_factor, vector_of_channels
 from tnpeft.fitting.start import random_start, tree_start
 from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.modules.dora import magnitudes
@@ -161,7 +161,7 @@ class _Trial(NamedTuple):
     """A frozen copy that the update may be counted from (none with `start: zero`), and the way down that it gives."""
 
     start: Cores
-    problem: posed.Problem
+    problem: fitting_problem.Problem
     descent: Descent
 
 
@@ -188,7 +188,7 @@ def _best_trial(adapter: Adapter, weight: Tensor, delta: Tensor, method: Method,
     copies = [zeros, drawn] if any(bool(core.any()) for core in drawn.values()) else [drawn]
     trials: list[tuple[float, _Trial]] = []
     for copy in copies:
-        problem = pose(adapter, weight, delta, copy)
+        problem = build_problem(adapter, weight, delta, copy)
         descent = _tried(problem, _starts(problem, _held(adapter, problem), copy is zeros), method, steps)
         trials.append((problem.error(_stored(adapter, descent.cores)), _Trial(copy, problem, descent)))
         if trials[-1][0] < GOOD:
@@ -201,7 +201,7 @@ def _with_factor(
 ) -> tuple[Descent, str, float]:
     """`compose: dora`: first the network alone, then with a factor for each channel, which makes the magnitude."""
     network, magnitude, plain = adapter.network, adapter.magnitude, trial.problem
-    problem = pose_with_factor(adapter, weight, delta, trial.start)
+    problem = build_problem_with_factor(adapter, weight, delta, trial.start)
     assert magnitude is not None
     ones = problem.target.new_ones(problem.shapes[FACTOR])
     first = _finished(plain, trial.descent, "als", steps)[0]
@@ -235,7 +235,7 @@ def _keep(adapter: Adapter, cores: Cores, start: Cores) -> None:
         holders.get(name, adapter).load_state_dict({f"start_{name}": value}, strict=False)
 
 
-def _held(adapter: Adapter, problem: posed.Problem) -> Cores:
+def _held(adapter: Adapter, problem: fitting_problem.Problem) -> Cores:
     """The adapter's cores as they are."""
     device = problem.target.device
     return {name: adapter.cores[name].detach().to(device, torch.float64) for name in problem.shapes if name != FACTOR}
@@ -246,7 +246,7 @@ def _stored(adapter: Adapter, cores: Cores) -> Cores:
     return {name: core.to(adapter.cores[name].dtype).to(core.dtype) for name, core in cores.items()}
 
 
-def _starts(problem: posed.Problem, own: Cores, both_ends: bool) -> Iterator[Cores]:
+def _starts(problem: fitting_problem.Problem, own: Cores, both_ends: bool) -> Iterator[Cores]:
     """Singular vectors, or the adapter's own start and random ones; one will do for a core that is alone.
 
     Cores are solved for in their order, one of zeros first. `both_ends`: the own start is also tried from the last on.
@@ -261,7 +261,7 @@ def _starts(problem: posed.Problem, own: Cores, both_ends: bool) -> Iterator[Cor
             yield {**own, last: torch.zeros_like(own[last])}
 
 
-def _tried(problem: posed.Problem, starts: Iterable[Cores], method: Method, steps: int) -> Descent:
+def _tried(problem: fitting_problem.Problem, starts: Iterable[Cores], method: Method, steps: int) -> Descent:
     """The start that leads furthest down in a few sweeps, and these sweeps; all steps of Adam, which has one start."""
     if not problem.shapes:  # `compose: dora` may train its magnitude alone
         return Descent({}, [problem.error({})], done=True)
@@ -279,7 +279,7 @@ def _tried(problem: posed.Problem, starts: Iterable[Cores], method: Method, step
     return best
 
 
-def _finished(problem: posed.Problem, best: Descent, method: Method, steps: int) -> tuple[Descent, str]:
+def _finished(problem: fitting_problem.Problem, best: Descent, method: Method, steps: int) -> tuple[Descent, str]:
     """The rest of the way down, and by what."""
     if method == "adam":
         return best, "adam"
@@ -291,7 +291,7 @@ def _finished(problem: posed.Problem, best: Descent, method: Method, steps: int)
     return (polished, "als, l-bfgs") if polished.error < best.error else (best, "als")
 
 
-def _begun(problem: posed.Problem, cores: Cores) -> Descent:
+def _begun(problem: fitting_problem.Problem, cores: Cores) -> Descent:
     cores = balanced(problem, cores)
     return Descent(cores, [problem.error(cores)])
 

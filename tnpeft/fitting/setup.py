@@ -14,12 +14,12 @@ from tnpeft.modules import Adapter
 from tnpeft.modules.inits import canonical_weight
 from tnpeft.network import BoundTerm, Network
 
-__all__ = ["FACTOR", "pose", "pose_with_factor", "vector_of_channels"]
+__all__ = ["FACTOR", "build_problem", "build_problem_with_factor", "vector_of_channels"]
 
 FACTOR = "the factor of each output channel"  # no core can be called so
 
 
-def pose(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores) -> Problem:
+def build_problem(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores) -> Problem:
     """The problem of the adapter's trainable cores for `delta`, on the base `weight`, both as the layer stores them.
 
     `start` is the frozen copy, where the spec has one: the network itself must make the update and what the copy makes.
@@ -41,14 +41,14 @@ def pose(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores) -> Probl
     return problem
 
 
-def pose_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores) -> Problem:
+def build_problem_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores) -> Problem:
     """The problem of `compose: dora`: W + delta is a factor of each output channel times (W + the network's update).
 
     The factor is one more core, and all stays linear in each: it stands in every term, and in one more with the base
     weight (less what a frozen copy makes).
     """
     network = adapter.network
-    plain = pose(adapter, weight, delta, start)
+    plain = build_problem(adapter, weight, delta, start)
     axes = _Axes(network, delta.device)
     base = axes.rows_of(canonical_weight(network.layer, weight.detach()).to(delta.device, torch.float64))
     change = axes.rows_of(canonical_weight(network.layer, delta))

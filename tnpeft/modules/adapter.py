@@ -29,7 +29,7 @@ __all__ = ["Adapter"]
 _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
 
 
-class _Folded(NamedTuple):
+class _StartConstants(NamedTuple):
     """What a program makes of the frozen copy `start` alone; never copied, moved, pickled or saved."""
 
     key: tuple[Program, list[int]]  # with how often the copies were written to
@@ -84,8 +84,8 @@ class Adapter(Resident, nn.Module):
         # In a tuple, for it is no module of this one; kept only where it is asked for its weight.
         asked = network.reads_weight or any(core.shared for core in network.cores)
         self._layer: tuple[nn.Module, ...] = (layer,) if asked else ()
-        self._folded: _Folded | None = None
-        self._writes = 0  # how often its tensors got other values, for those that fold them
+        self._kept: _StartConstants | None = None
+        self._writes = 0  # how often its tensors got other values, for those that keep what they make of them
         self._initialised = False
         # Until they have values: the tensors that have none, for `torch.func.functional_call` may pass others that do.
         self._empty: tuple[Tensor, ...] = ()
@@ -334,26 +334,26 @@ class Adapter(Resident, nn.Module):
     def _lay_out(self, strides: tuple[int, ...]) -> None:
         """Take the program that writes a weight of these strides."""
         self._program: Program = build_program(self.plan, memory_order(strides))
-        self._folded = None
+        self._kept = None
         self._strides = strides  # last, for other threads look at it first
 
     def _constants(self, program: Program, start: tuple[Tensor, ...]) -> Constants:
         # They may depend on the base weight, which may be written to unseen; a graph holds no tensor made elsewhere.
         if None in self._core_keys or needs_plain_ops(*start):
             return program.constants(start)
-        folded, key = self._folded, (program, versions(start))
+        kept, key = self._kept, (program, versions(start))
         # By identity, for `torch.func.functional_call` may pass other tensors.
-        if folded is not None and folded.key == key and same_tensors(folded.start, start):
-            return folded.constants
+        if kept is not None and kept.key == key and same_tensors(kept.start, start):
+            return kept.constants
         with torch.inference_mode(False), torch.no_grad():
             constants = program.constants(start)
         if is_lasting(constants):
-            self._folded = _Folded(key, start, constants)
+            self._kept = _StartConstants(key, start, constants)
         return constants
 
     def _written(self) -> None:
         """Forget what was made of its tensors' earlier values, here and where they are shared."""
-        self._folded = None
+        self._kept = None
         self._writes += 1
 
     def _require_values(self) -> None:
@@ -384,7 +384,7 @@ class Adapter(Resident, nn.Module):
             self._initialised, self._empty = True, ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None, "_program": None, "_calling": None}
+        return {**self.__dict__, "_kept": None, "_program": None, "_calling": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_calling": Calling(self)})  # type: ignore[no-untyped-call]

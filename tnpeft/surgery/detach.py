@@ -8,7 +8,7 @@ from tnpeft.errors import AttachError, Problem
 from tnpeft.modules import AdaptedLayer
 from tnpeft.modules.offload import unmark
 from tnpeft.modules.parked_states import note_tie
-from tnpeft.surgery.folding import fold, folding_problems
+from tnpeft.surgery.merge_into_base import merge_into_base, merging_problems
 from tnpeft.surgery.passes import remove_pass
 from tnpeft.surgery.state import ModelState, adapted, known_adapter
 from tnpeft.surgery.switch import acting, apply_state, merge_layers, refuse_disabled, refuse_merged, warn_of_ties
@@ -41,9 +41,9 @@ def detach(model: nn.Module, merge: bool = False, name: str | None = None) -> No
     elif merge:
         refuse_disabled(state)
         refuse_merged(state)
-        if problems := [*folding_problems(root, state, name)]:
+        if problems := [*merging_problems(root, state, name)]:
             raise AttachError(*problems)
-        fold(root, state, name)
+        merge_into_base(root, state, name)
         _remove(root, state, name)
     else:
         refuse_disabled(state)

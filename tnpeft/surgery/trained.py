@@ -133,7 +133,7 @@ class Tied:
         """A sum of differences, which may be no variance any more; written to in place."""
         return total.clamp_(min=0) if self.slots[0].key == "running_var" else total
 
-    def fold(self, name: str) -> None:
+    def merge_into_base(self, name: str) -> None:
         """Make what acts the original; `name`, the adapter whose it is, has no copy any more."""
         self._keep()
         self._forget([name])

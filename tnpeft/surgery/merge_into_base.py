@@ -15,10 +15,10 @@ from tnpeft.surgery.switch import acting, merge_layers
 from tnpeft.surgery.trained import Tied, all_tied
 from tnpeft.surgery.tree import adapted_layers, places
 
-__all__ = ["fold", "folding_problems"]
+__all__ = ["merge_into_base", "merging_problems"]
 
 
-def folding_problems(root: nn.Module, state: ModelState, name: str) -> Iterator[Problem]:
+def merging_problems(root: nn.Module, state: ModelState, name: str) -> Iterator[Problem]:
     """Why other adapters would not be what they are on the base that has the update of `name`; one for each of them."""
     ties = all_tied(root, state)
     changed = {id(slot.owner) for tied in ties if name in tied.trainers for slot in tied.slots if slot.key == "weight"}
@@ -49,7 +49,7 @@ def _dependent(layer: AdaptedLayer, ties: list[Tied]) -> Iterator[tuple[str, str
                 yield name, "which trains it as a whole"
 
 
-def fold(root: nn.Module, state: ModelState, name: str) -> None:
+def merge_into_base(root: nn.Module, state: ModelState, name: str) -> None:
     """Give the base the update of an adapter, at the scale of its own; what is left is to take it off.
 
     All is computed first: what follows cannot fail, and where it fails nothing has changed.
@@ -65,7 +65,7 @@ def fold(root: nn.Module, state: ModelState, name: str) -> None:
         for copy, values in moves:
             copy.copy_(values)
     for tied in ties:
-        tied.fold(name)
+        tied.merge_into_base(name)
     for layer in layers:
         layer.keep_merged()
     state.adapters[name] = replace(state.adapters[name], trained=(), statistics=())
