@@ -341,6 +341,11 @@ def test_layers_that_are_reached_outside_the_tree_are_warned_of(match: str, laye
     ]
 
 
+def test_what_adapters_hold_is_no_other_road():
+    model = adapted("pissa", name="a")  # reads the base weight
+    attached(model, "pissa", name="b")
+
+
 # hooks and methods of state dicts
 
 

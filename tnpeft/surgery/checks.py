@@ -290,8 +290,10 @@ def other_roads(root: nn.Module, layers: Mapping[str, nn.Module]) -> Problem | N
     """What to warn of where a module holds a layer outside its submodules: calls on that road meet no adapter."""
     names = {id(layer): name for name, layer in layers.items()}
     for place, module in root.named_modules():
+        if isinstance(module, (AdaptedLayer, Adapter)):  # what they hold is theirs to call
+            continue
         for attribute, value in vars(module).items():
-            if attribute in _OF_MODULES or attribute.startswith("_tnpeft") or isinstance(module, AdaptedLayer):
+            if attribute in _OF_MODULES or attribute.startswith("_tnpeft"):
                 continue
             several = value.values() if isinstance(value, dict) else value
             held = several if isinstance(value, (dict, list, tuple, set)) else [value]
