@@ -22,6 +22,7 @@ SCRIPTS = sorted((*ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/**/*.py"), *
 # Each room imports only what stands to its left; the last ones stand side by side.
 ROOMS = (
     "version",
+    "earlier",
     "errors",
     "spec",
     "network",
@@ -38,7 +39,7 @@ ROOMS = (
     "draw",
     "cli",
 )
-WITHOUT_TORCH = ("version", "errors", "spec", "network", "planning")
+WITHOUT_TORCH = ("version", "earlier", "errors", "spec", "network", "planning")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 MAX_TEST_LINES = 700  # tables of cases are long
 

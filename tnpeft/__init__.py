@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tnpeft import earlier
 from tnpeft.errors import (
     AdapterFileError,
     AttachError,
@@ -33,6 +34,8 @@ from tnpeft.network import Layer, Network, layer_of
 from tnpeft.planning import Plan, plan
 from tnpeft.spec import Spec, list_specs, load_spec, register_init
 from tnpeft.version import __version__
+
+earlier.register()
 
 if TYPE_CHECKING:
     from tnpeft.draw import draw_network

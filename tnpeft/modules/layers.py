@@ -377,3 +377,6 @@ def _make_again(layer: nn.Module, _incompatible: object) -> None:
         remake(layer.base)
         if layer.merged:
             layer.merge()
+
+
+_merge_again = _make_again  # as pickled models of the first version know it

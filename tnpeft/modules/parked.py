@@ -9,7 +9,7 @@ ones are parked as `ORIGINAL`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "copies_of",
     "drop_sum",
     "is_parked",
+    "is_parked_unmade",
     "keep",
     "key_of",
     "own",
@@ -153,6 +154,18 @@ def park(module: nn.Module, table: str, key: str, scales: Mapping[str, float], t
 def is_parked(module: nn.Module, table: str, key: str) -> bool:
     """Whether an effective tensor stands in place of the module's own."""
     return parked_key(ORIGINAL, key) in module.__dict__[table]
+
+
+def is_parked_unmade(module: nn.Module, keys: Collection[str]) -> bool:
+    """Whether a copy acts under the plain name of one of some tensors, as in pickles of the first version."""
+    made = module.__dict__.get(_MADE, {})
+    wrapped = "_base" in module.__dict__ or "_tnpeft_wrapper" in module.__dict__
+    return any(
+        is_parked(module, table, key) and key not in made
+        for table in TABLES
+        for key in keys
+        if not (wrapped and key == "weight")
+    )
 
 
 def take_back(module: nn.Module, table: str, key: str) -> None:

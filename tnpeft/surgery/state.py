@@ -14,6 +14,7 @@ from torch import nn
 
 from tnpeft.errors import AttachError, Problem, near_miss
 from tnpeft.modules.offload import mark
+from tnpeft.modules.parked import is_parked_unmade
 from tnpeft.spec.document import clip
 
 __all__ = ["AdapterRecord", "ModelState", "adapted", "find", "kind_problem", "known_adapter"]
@@ -43,7 +44,8 @@ class ModelState:
 
     `requires_grad` holds the flags from before the first attach, `active` the scales of the
     adapters that act, `before` those that acted before they were merged, `disabled` how many
-    `disabled` contexts are open.
+    `disabled` contexts are open. `places` is a number for where copies stand; pickles of the time
+    when those that act had the plain names have none.
     """
 
     requires_grad: dict[str, bool]
@@ -52,6 +54,7 @@ class ModelState:
     merged: bool = False
     before: dict[str, float] = field(default_factory=dict)
     disabled: int = 0
+    places: int = 2
 
     def scale_of(self, name: str) -> float:
         """The scale of an adapter named by itself, to save or merge it: that at which it acts, 1 if it does not."""
@@ -88,7 +91,21 @@ def find(model: nn.Module) -> tuple[nn.Module, ModelState] | None:
     if len(found) > 1:
         parts = ", ".join(f"'{name}'" for name in found)
         raise AttachError(Problem("model", "one adapted model", f"several, at {parts}", "Pass the part that is meant."))
+    for root, state in found.values():
+        if "places" not in vars(state):
+            _check_places(root, state)
     return next(iter(found.values()), None)
+
+
+def _check_places(root: nn.Module, state: ModelState) -> None:
+    """Raises AttachError for a model that was pickled when copies that act had the plain names."""
+    tied = [names for record in state.adapters.values() for names in (*record.trained, *record.statistics)]
+    keys = {name.rpartition(".")[2] for names in tied for name in names}
+    if any(is_parked_unmade(module, keys) for module in root.modules()):
+        fix = "Write the adapter with `tnpeft.save` in the version that pickled it, and load it onto the base here."
+        found = "biases, norms or statistics in the places of an earlier version"
+        raise AttachError(Problem("the pickled model", "one of this version, or cores alone", found, fix))
+    state.places = 2
 
 
 def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:

@@ -1,0 +1,34 @@
+"""Where pickles of whole models that earlier versions wrote look for classes.
+
+A pickle names a class by its module. Rooms have moved since; each module that pickles know is here under its earlier
+name, and looks up what it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+__all__ = ["register"]
+
+_MOVED: Mapping[str, str] = MappingProxyType(
+    {"tnpeft.plan.call": "tnpeft.planning.call", "tnpeft.plan.model": "tnpeft.planning"}
+)
+
+
+class _Moved(ModuleType):
+    """A module under the name that it had."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(importlib.import_module(_MOVED[self.__name__]), name)
+
+
+def register() -> None:
+    """Make the earlier names known to `import`, which loads nothing yet."""
+    for name in _MOVED:
+        sys.modules.setdefault(name, _Moved(name))
