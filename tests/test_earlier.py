@@ -45,8 +45,8 @@ def test_copies_in_their_earlier_places_are_refused_with_the_way_out(found: dict
         tnpeft.merge(model)
     assert str(caught.value) == (
         "the pickled model: expected one of this version, or cores alone, found biases, norms or statistics in the "
-        "places of an earlier version. Write the adapter with `tnpeft.save` in the version that pickled it, and load it "
-        "onto the base here."
+        "places of an earlier version. Write the adapter with `tnpeft.save` in the version that pickled it, and load "
+        "it onto the base here."
     )
 
 
