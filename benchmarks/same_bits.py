@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -272,11 +273,11 @@ def write_values(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("commit", nargs="?", help="what this working tree is compared with")
-    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--write", type=Path, help="write the committed values there")
-    arguments = parser.parse_args()
+    options = common.parser(__doc__, "same_bits.json")
+    options.add_argument("commit", nargs="?", help="what this working tree is compared with")
+    options.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--write", type=Path, help="write the committed values there")
+    arguments = options.parse_args()
     if arguments.record is not None:
         record_all(arguments.record)
         return
@@ -284,10 +285,11 @@ def main() -> None:
         write_values(arguments.write)
         return
     if arguments.commit is None:
-        parser.error("name a commit, for example 7a8f007")
+        options.error("name a commit, for example 7a8f007")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        archive = subprocess.run(["git", "archive", arguments.commit], check=True, capture_output=True, cwd=ROOT).stdout
+        command = ["git", "archive", arguments.commit]
+        archive = subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(folder / "old", filter="data")
         run_at(folder / "old", folder / "old.safetensors")
@@ -297,6 +299,7 @@ def main() -> None:
     sys.stdout.write("".join(f"{line}\n" for line in found))
     sys.stdout.write(f"{count} tensors of {len(pairs())} layers compared with {arguments.commit}: ")
     sys.stdout.write(f"{len(found)} differ\n" if found else "all as they were\n")
+    common.write(arguments.out, {"commit": arguments.commit, "tensors": count, "differ": found})
     sys.exit(1 if found else 0)
 
 
