@@ -9,7 +9,7 @@ from typing import Any
 import nibabel
 import numpy as np
 from ddpm_lab.config_file import read_config
-from ddpm_lab.files import write_json
+from ddpm_lab.folders import write_json
 from ddpm_lab.study_config import STUDIES, StudyConfig
 from ddpm_lab.study_run import BASE, Outcome
 

@@ -24,7 +24,8 @@ from ddpm_lab.console import Screen
 from ddpm_lab.encoder import load_encoder
 from ddpm_lab.evaluate import REAL, evaluate_samples
 from ddpm_lab.faults import LabError
-from ddpm_lab.files import find_volumes, split_volumes, write_json
+from ddpm_lab.files import find_volumes, split_volumes
+from ddpm_lab.folders import write_json
 from ddpm_lab.grid import Grid, write_volume
 from ddpm_lab.metrics import frechet_distance, mmd_gaussian, mmd_linear, mmd_rbf, ms_ssim
 from ddpm_lab.prepare import prepare_data

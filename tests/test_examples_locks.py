@@ -23,7 +23,7 @@ from ddpm_lab.demo import demo
 from ddpm_lab.driver import finetune, pretrain
 from ddpm_lab.evaluate import evaluate_samples
 from ddpm_lab.faults import LabError
-from ddpm_lab.files import files_in
+from ddpm_lab.folders import files_in
 from ddpm_lab.locks import alone, at_work
 from ddpm_lab.prepare import prepare_data
 from ddpm_lab.report import report

@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
+from ddpm_lab.accelerator import make_accelerator
 from ddpm_lab.config import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
 from ddpm_lab.diffusion import HeldOut, noise_schedule, predict
 from ddpm_lab.faults import LabError
 from ddpm_lab.method import apply_method, check_method
 from ddpm_lab.order import Source
 from ddpm_lab.sampling import check_sampling, draw_samples
-from ddpm_lab.training import make_accelerator, steps_of, train
+from ddpm_lab.training import steps_of, train
 from ddpm_lab.unet import build_unet, load_base, recompute_activations, save_weights
 
 from tnpeft.program.deltas import BatchedDelta

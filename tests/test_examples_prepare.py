@@ -23,7 +23,8 @@ from ddpm_lab import files
 from ddpm_lab.config import Config, Data
 from ddpm_lab.console import Screen
 from ddpm_lab.faults import LabError
-from ddpm_lab.files import check_data, find_volumes, make_folder, rooted, split_volumes, write_json
+from ddpm_lab.files import check_data, find_volumes, rooted, split_volumes
+from ddpm_lab.folders import make_folder, write_json
 from ddpm_lab.prepare import prepare_data
 from rich.console import Console
 from typer.testing import CliRunner

@@ -17,7 +17,7 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 from ddpm_lab.console import Screen
 from ddpm_lab.faults import LabError
-from ddpm_lab.files import write_json
+from ddpm_lab.folders import write_json
 from ddpm_lab.report import report
 from ddpm_lab.study_plots import spread
 from ddpm_lab.study_results import METRICS, Cell, Value, read_results

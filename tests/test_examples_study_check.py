@@ -14,8 +14,8 @@ import nibabel
 import torch
 from ddpm_lab.config import Base, Config, Data, Method, Model, Training
 from ddpm_lab.console import Screen
-from ddpm_lab.files import write_json
 from ddpm_lab.finetune import prepare
+from ddpm_lab.folders import write_json
 from ddpm_lab.study import study
 from ddpm_lab.study_check import check_inputs
 from ddpm_lab.unet import build_unet, save_weights

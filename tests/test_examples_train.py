@@ -23,6 +23,7 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 import nibabel
 from accelerate.state import AcceleratorState
+from ddpm_lab.accelerator import make_accelerator
 from ddpm_lab.average import Average
 from ddpm_lab.checkpoint import Checkpoints
 from ddpm_lab.config import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
@@ -33,7 +34,7 @@ from ddpm_lab.faults import LabError
 from ddpm_lab.method import PAPER_JOINT, Trained, apply_method, check_method
 from ddpm_lab.order import Batches, Key, Noised, Source, collate, epoch_order, stream
 from ddpm_lab.progress import Loop
-from ddpm_lab.training import Step, make_accelerator, train
+from ddpm_lab.training import Step, train
 from ddpm_lab.unet import build_unet, save_weights
 from rich.console import Console
 from safetensors.torch import load_file, save_file

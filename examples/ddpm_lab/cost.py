@@ -24,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tnpeft
+from ddpm_lab.accelerator import make_accelerator
 from ddpm_lab.config import Method, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import noise_schedule, predict
-from ddpm_lab.files import write_json
+from ddpm_lab.folders import write_json
 from ddpm_lab.method import Trained, apply_method
 from ddpm_lab.record import machine, revision, versions
 from ddpm_lab.study_config import StudyConfig
-from ddpm_lab.training import make_accelerator
 from ddpm_lab.unet import build_unet, recompute_activations
 
 __all__ = ["FULL", "Allocations", "Subject", "measure_costs", "subject"]

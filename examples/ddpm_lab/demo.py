@@ -9,20 +9,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ddpm_lab.accelerator import make_accelerator
 from ddpm_lab.config import Base, Config, DemoConfig, Method, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.diffusion import noise_schedule
 from ddpm_lab.driver import finish
 from ddpm_lab.estimate import expected_time
 from ddpm_lab.faults import raise_all
-from ddpm_lab.files import held_out_count, make_folder, write_json
+from ddpm_lab.files import held_out_count
 from ddpm_lab.finetune import Run, Setup, prepare, prepare_volumes, run_training
+from ddpm_lab.folders import make_folder, write_json
 from ddpm_lab.locks import alone_in_out
 from ddpm_lab.order import Source
 from ddpm_lab.plots import Curve, plot_curves
 from ddpm_lab.population import template_tissues, write_population
 from ddpm_lab.summary import describe_run, error_table, sample_table, time_line
-from ddpm_lab.training import History, Step, make_accelerator, steps_of, train
+from ddpm_lab.training import History, Step, steps_of, train
 from ddpm_lab.unet import build_unet, save_weights
 from tnpeft.errors import Problem
 from tnpeft.spec.paths import is_file

@@ -17,8 +17,9 @@ from ddpm_lab.config import Config, Method
 from ddpm_lab.console import Screen
 from ddpm_lab.durable import writing
 from ddpm_lab.faults import fault
-from ddpm_lab.files import files_in, rooted, write_json
+from ddpm_lab.files import rooted
 from ddpm_lab.finetune import Run, Setup, prepare, probe, run_training, sample
+from ddpm_lab.folders import files_in, write_json
 from ddpm_lab.grid import grid_of
 from ddpm_lab.locks import alone_in_out
 from ddpm_lab.plots import Curve, plot_curves, plot_montage

@@ -10,15 +10,16 @@ from typing import Any
 
 from rich.table import Table
 
+from ddpm_lab.accelerator import make_accelerator
 from ddpm_lab.base_file import name_some
 from ddpm_lab.config import Data
 from ddpm_lab.console import Screen
 from ddpm_lab.cost import Subject, subject
 from ddpm_lab.faults import fault
-from ddpm_lab.files import find_volumes, write_json
+from ddpm_lab.files import find_volumes
+from ddpm_lab.folders import write_json
 from ddpm_lab.record import machine, versions
 from ddpm_lab.study_config import StudyConfig
-from ddpm_lab.training import make_accelerator
 from ddpm_lab.unet import divisor
 from tnpeft.spec.paths import is_file
 

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ddpm_lab.accelerator import make_accelerator
 from ddpm_lab.config import DemoConfig, Training
 from ddpm_lab.console import clock
 from ddpm_lab.diffusion import noise_schedule, predict
 from ddpm_lab.files import held_out_count
 from ddpm_lab.population import paint_subject, template_tissues
-from ddpm_lab.training import make_accelerator, steps_of
+from ddpm_lab.training import steps_of
 from ddpm_lab.unet import build_unet
 
 __all__ = ["expected_time"]

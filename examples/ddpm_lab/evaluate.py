@@ -10,19 +10,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ddpm_lab.accelerator import make_accelerator
 from ddpm_lab.config import Config
 from ddpm_lab.console import Screen
 from ddpm_lab.distances import KERNELS, TITLES, Measured, distances
 from ddpm_lab.encoder import load_encoder
 from ddpm_lab.faults import fault
-from ddpm_lab.files import find_volumes, make_folder, write_json
+from ddpm_lab.files import find_volumes
+from ddpm_lab.folders import make_folder, write_json
 from ddpm_lab.grid import read_volume
 from ddpm_lab.locks import alone_in_out
 from ddpm_lab.metrics import ssim_scales
 from ddpm_lab.real_volumes import Files, RealVolumes, times
 from ddpm_lab.record import write_record
 from ddpm_lab.sample_sets import find_sample_sets
-from ddpm_lab.training import make_accelerator
 from ddpm_lab.variants import BASE, name_of
 from tnpeft.errors import Problem
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import json
@@ -10,7 +9,7 @@ import math
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -40,15 +39,12 @@ __all__ = [
     "check_volumes",
     "damaged_volumes",
     "each",
-    "files_in",
     "find_volumes",
     "held_out_count",
     "inspect",
-    "make_folder",
     "rooted",
     "split_volumes",
     "subject_of",
-    "write_json",
 ]
 
 A = TypeVar("A")
@@ -258,36 +254,6 @@ def _read(path: Path, most: int) -> tuple[Any, np.ndarray]:
         voxels = np.asanyarray(image.dataobj)
         skip_rest(cast(IO[bytes], file), most)
     return image, voxels
-
-
-def make_folder(path: Path) -> None:
-    """Make the folder of results; raises LabError where that cannot be, or nothing can be written to it."""
-    found = "one that is read-only"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if os.access(path, os.W_OK):
-            return
-    except OSError as error:
-        found = reason(error)
-    raise fault(path, "`--out`", "a folder to write to", found, "Choose another.")
-
-
-def files_in(folder: Path) -> list[str]:
-    """The names of what a command leaves in a folder: hidden files, such as its lock, are none of it."""
-    return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write data whole or not at all; raises LabError where the disk is full or the place cannot be written."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        fix = "Free space, or choose another `--out`."
-        raise fault(path, "a file of results", "a place to write it", reason(error), fix) from None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 
+from ddpm_lab.accelerator import make_accelerator
 from ddpm_lab.checkpoint import Checkpoint
 from ddpm_lab.config import Config, Training
 from ddpm_lab.console import Screen
@@ -21,14 +22,15 @@ from ddpm_lab.durable import writing
 from ddpm_lab.encoder import Encoder, load_encoder
 from ddpm_lab.engine import smaller_steps
 from ddpm_lab.faults import fault
-from ddpm_lab.files import Split, check_data, find_volumes, make_folder, rooted, split_volumes
+from ddpm_lab.files import Split, check_data, find_volumes, rooted, split_volumes
+from ddpm_lab.folders import make_folder
 from ddpm_lab.method import Trained, apply_method, check_fit, check_method
 from ddpm_lab.order import Source
 from ddpm_lab.outliers import warnings_of
 from ddpm_lab.processes import together
 from ddpm_lab.resume import Kept, Saver, check_identity, identity
 from ddpm_lab.sampling import check_sampling, draw_samples
-from ddpm_lab.training import History, Step, make_accelerator, measure, steps_of, train
+from ddpm_lab.training import History, Step, measure, steps_of, train
 from ddpm_lab.unet import build_unet, divisor, load_base, recompute_activations
 from ddpm_lab.volumes import check_sizes, dataset
 

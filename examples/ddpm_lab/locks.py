@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ddpm_lab.faults import fault, reason
-from ddpm_lab.files import make_folder
+from ddpm_lab.folders import make_folder
 from tnpeft.spec.paths import is_there
 
 try:

@@ -14,17 +14,8 @@ from rich.text import Text
 from ddpm_lab.config import Config, Data
 from ddpm_lab.console import Screen
 from ddpm_lab.faults import MOST, LabError, fault, reason
-from ddpm_lab.files import (
-    FEWEST,
-    Volume,
-    each,
-    find_volumes,
-    inspect,
-    make_folder,
-    split_volumes,
-    subject_of,
-    write_json,
-)
+from ddpm_lab.files import FEWEST, Volume, each, find_volumes, inspect, split_volumes, subject_of
+from ddpm_lab.folders import make_folder, write_json
 from ddpm_lab.locks import at_work
 from ddpm_lab.manifest import VERSION, checksum
 from ddpm_lab.outliers import Outliers, warnings_of

@@ -19,7 +19,8 @@ from ddpm_lab.distances import Measured
 from ddpm_lab.durable import write_tensors, writing
 from ddpm_lab.encoder import Encoder
 from ddpm_lab.faults import MOST, LabError, fault, known_cause, reason
-from ddpm_lab.files import check_data, check_volumes, damaged_volumes, make_folder, split_volumes
+from ddpm_lab.files import check_data, check_volumes, damaged_volumes, split_volumes
+from ddpm_lab.folders import make_folder
 from ddpm_lab.volumes import transforms
 from tnpeft.errors import Problem
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 
 import tnpeft
-from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.folders import make_folder, write_json
 
 __all__ = ["machine", "revision", "seeds_of", "versions", "write_record"]
 

@@ -16,20 +16,11 @@ from nibabel.filebasedimages import ImageFileError
 from ddpm_lab.console import Screen
 from ddpm_lab.durable import writing
 from ddpm_lab.faults import fault, reason
-from ddpm_lab.files import files_in, make_folder
+from ddpm_lab.folders import files_in, make_folder
 from ddpm_lab.locks import alone_in_out
 from ddpm_lab.page import Picture, Section, write_page
 from ddpm_lab.slices import CONVENTION
-from ddpm_lab.study_plots import (
-    DARK_THEME,
-    LIGHT_THEME,
-    Line,
-    Panel,
-    Theme,
-    plot_montage_page,
-    plot_panels,
-    smoothed,
-)
+from ddpm_lab.study_plots import DARK_THEME, LIGHT_THEME, Line, Panel, Theme, plot_montage_page, plot_panels, smoothed
 from ddpm_lab.study_results import BASE, METRICS, Results, read_results
 from ddpm_lab.study_tables import as_csv, as_markdown, change_table, cost_table, detail_table, method_table, millions
 

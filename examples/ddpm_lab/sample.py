@@ -11,17 +11,17 @@ from accelerate import Accelerator
 from torch import nn
 
 import tnpeft
+from ddpm_lab.accelerator import make_accelerator
 from ddpm_lab.config import Config, Data
 from ddpm_lab.console import Screen
 from ddpm_lab.durable import digest_of_file
 from ddpm_lab.faults import fault
-from ddpm_lab.files import make_folder
+from ddpm_lab.folders import make_folder
 from ddpm_lab.grid import Grid, grid_of, write_volume
 from ddpm_lab.locks import alone_in_out
 from ddpm_lab.record import write_record
 from ddpm_lab.sample_sets import SampleSet
 from ddpm_lab.sampling import check_sampling, draw_batches
-from ddpm_lab.training import make_accelerator
 from ddpm_lab.unet import build_unet, divisor, load_base
 from ddpm_lab.variants import Variant, find_variants
 from tnpeft.spec.paths import resolved

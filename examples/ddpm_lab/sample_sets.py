@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lab.faults import fault
-from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.folders import make_folder, write_json
 
 __all__ = ["SampleSet", "find_sample_sets"]
 

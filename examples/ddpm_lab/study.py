@@ -18,7 +18,7 @@ from ddpm_lab.cost import measure_costs
 from ddpm_lab.dry_run import dry_run
 from ddpm_lab.durable import writing
 from ddpm_lab.faults import fault
-from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.folders import make_folder, write_json
 from ddpm_lab.locks import alone, alone_in_out
 from ddpm_lab.method import check_method
 from ddpm_lab.record import write_record

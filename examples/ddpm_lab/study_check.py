@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
+from ddpm_lab.accelerator import make_accelerator
 from ddpm_lab.config import Data, Training
 from ddpm_lab.encoder import load_encoder
 from ddpm_lab.faults import LabError, fault
 from ddpm_lab.files import find_volumes, held_out_count, rooted, split_volumes
 from ddpm_lab.method import check_fit
 from ddpm_lab.study_config import DataSet, StudyConfig
-from ddpm_lab.training import make_accelerator, steps_of
+from ddpm_lab.training import steps_of
 from ddpm_lab.unet import build_unet, divisor, load_base
 from ddpm_lab.volumes import check_sizes
 from tnpeft import TnpeftError

@@ -14,7 +14,7 @@ from ddpm_lab.config import Base, Config, Method, Sampling, Training
 from ddpm_lab.console import Screen
 from ddpm_lab.driver import pretrain
 from ddpm_lab.durable import writing
-from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.folders import make_folder, write_json
 from ddpm_lab.locks import alone
 from ddpm_lab.manifest import read_manifest, root_of
 from ddpm_lab.population import template_tissues, write_population

@@ -21,7 +21,7 @@ from ddpm_lab.driver import finetune
 from ddpm_lab.durable import writing
 from ddpm_lab.evaluate import evaluate_samples
 from ddpm_lab.faults import fault, raise_all
-from ddpm_lab.files import make_folder, write_json
+from ddpm_lab.folders import make_folder, write_json
 from ddpm_lab.locks import alone
 from ddpm_lab.resume import differences, flat
 from ddpm_lab.sample import sample_volumes
