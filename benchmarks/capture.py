@@ -88,7 +88,7 @@ def convolutions(training: int, tuning: int) -> Iterator[tuple[str, nn.Module, T
 def painted(domain: Any, generator: torch.Generator) -> Tensor:
     """Subjects of the demonstration's population, (subjects, 1, side, side, side)."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    from ddpm_lab.population import paint_subject, template_tissues
+    from ddpm_lab.data.population import paint_subject, template_tissues
 
     tissues = template_tissues(SIDE)
     return torch.stack([paint_subject(tissues, domain, generator)[None] for _ in range(SUBJECTS)]) * 2 - 1

@@ -8,7 +8,7 @@
     python examples/ddpm.py study table1 --config examples/configs/study_cpu.yaml --out runs/study
     python examples/ddpm.py report --out runs/study
 
-Every setting is in `ddpm_lab/config.py`; `--set key=value` overrides one.
+Every setting is in `ddpm_lab/config/settings.py`; `--set key=value` overrides one.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ Override = Annotated[
 @app.command("demo")
 def demo(config: Settings = CONFIGS / "demo.yaml", out: Folder = Path("runs/demo"), overrides: Override = []) -> None:  # noqa: B006
     """Make a population from the MNI152 template, pretrain on its source, fine-tune on its target."""
-    _run("demo:demo", "config:DemoConfig", config, overrides, out)
+    _run("training.demo:demo", "config.settings:DemoConfig", config, overrides, out)
 
 
 @app.command("prepare")
 def prepare(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
     """Index a data set: find its volumes, read each, split them; writes manifest.json and what was rejected."""
-    _run("prepare:prepare_data", "config:Config", config, overrides, out)
+    _run("data.prepare:prepare_data", "config.settings:Config", config, overrides, out)
 
 
 @app.command("pretrain")
 def pretrain(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
     """Train every weight of a model from nothing; model.safetensors is the base of later runs."""
-    _run("driver:pretrain", "config:Config", config, overrides, out)
+    _run("training.driver:pretrain", "config.settings:Config", config, overrides, out)
 
 
 @app.command("finetune")
 def finetune(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
     """Fine-tune a base checkpoint; the same command goes on where a run was cut short."""
-    _run("driver:finetune", "config:Config", config, overrides, out)
+    _run("training.driver:finetune", "config.settings:Config", config, overrides, out)
 
 
 @app.command("sample")
 def sample(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
     """Draw volumes from a base and any number of adapters as NIfTI files, in OUT/samples; resumable."""
-    _run("sample:sample_volumes", "config:Config", config, overrides, out)
+    _run("sampling.sample:sample_volumes", "config.settings:Config", config, overrides, out)
 
 
 @app.command("evaluate")
 def evaluate(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
     """Measure the samples in OUT/samples against real volumes: FID, MMD, MS-SSIM with intervals."""
-    _run("evaluate:evaluate_samples", "config:Config", config, overrides, out)
+    _run("evaluation.evaluate:evaluate_samples", "config.settings:Config", config, overrides, out)
 
 
 @app.command("study")
@@ -77,7 +77,7 @@ def study(
     overrides: Override = [],  # noqa: B006
 ) -> None:
     """Run methods x data sets x seeds as one of the paper's tables or figures has them; resumable."""
-    _run("study:study", "study_config:StudyConfig", config, overrides, out, name)
+    _run("study.study:study", "study.settings:StudyConfig", config, overrides, out, name)
 
 
 @app.command("report")
@@ -85,7 +85,7 @@ def report(out: Folder) -> None:
     """Tables, pictures and one HTML page of everything that `study` left in OUT."""
 
     def run() -> None:
-        from ddpm_lab.report import check_filled, report
+        from ddpm_lab.study.report import check_filled, report
 
         check_filled(report(out, _screen()))
 
@@ -93,10 +93,10 @@ def report(out: Folder) -> None:
 
 
 def _run(function: str, kind: str, config: Path, overrides: list[str], out: Path, *more: Any) -> None:
-    """Read the settings, then run `module:function` of ddpm_lab on them."""
+    """Read the settings, then run `wing.module:function` of ddpm_lab on them."""
 
     def run() -> None:
-        from ddpm_lab.config_file import read_config
+        from ddpm_lab.config.reader import read_config
 
         settings = read_config(config, overrides, _of_lab(kind))
         _of_lab(function)(*more, settings, out, _screen())
@@ -112,7 +112,7 @@ def _of_lab(name: str) -> Any:
 
 def _screen() -> Any:
     """Progress for people, from the first process of several only."""
-    from ddpm_lab.console import Screen
+    from ddpm_lab.support.console import Screen
 
     return Screen(quiet=os.environ.get("RANK", "0") != "0")
 

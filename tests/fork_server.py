@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import ddpm
-import ddpm_lab.driver
+import ddpm_lab.training.driver
 import torch
-from ddpm_lab.checkpoint import Checkpoints
-from ddpm_lab.durable import write_tensors
+from ddpm_lab.support.durable import write_tensors
+from ddpm_lab.training.checkpoint import Checkpoints
 
 
 def main() -> None:
@@ -117,5 +117,5 @@ def stop_at(number: int, counted: Path) -> None:
 
 
 if __name__ == "__main__":
-    assert ddpm_lab.driver
+    assert ddpm_lab.training.driver
     main()

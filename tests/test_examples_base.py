@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from ddpm_lab.config import Base, Model
-from ddpm_lab.faults import LabError
-from ddpm_lab.unet import build_unet, load_base
+from ddpm_lab.config.settings import Base, Model
+from ddpm_lab.model.unet import build_unet, load_base
+from ddpm_lab.support.faults import LabError
 from torch import Tensor
 
 TINY = Model(channels=(8, 8), attention_levels=(False, True), head_channels=(0, 8), res_blocks=1, norm_groups=4)

@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from ddpm_lab.config import Config, DemoConfig
-from ddpm_lab.config_file import read_config
-from ddpm_lab.faults import LabError
-from ddpm_lab.study_config import StudyConfig
+from ddpm_lab.config.reader import read_config
+from ddpm_lab.config.settings import Config, DemoConfig
+from ddpm_lab.study.settings import StudyConfig
+from ddpm_lab.support.faults import LabError
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 

@@ -29,12 +29,12 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 import ddpm
 import nibabel
 from accelerate.state import AcceleratorState
-from ddpm_lab.checkpoint import Checkpoints
-from ddpm_lab.config import Model
-from ddpm_lab.durable import write_tensors
-from ddpm_lab.faults import LabError
-from ddpm_lab.resume import check_identity
-from ddpm_lab.unet import build_unet, save_weights
+from ddpm_lab.config.settings import Model
+from ddpm_lab.model.unet import build_unet, save_weights
+from ddpm_lab.support.durable import write_tensors
+from ddpm_lab.support.faults import LabError
+from ddpm_lab.training.checkpoint import Checkpoints
+from ddpm_lab.training.resume import check_identity
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
@@ -427,7 +427,7 @@ def test_another_machine_is_refused_where_it_changes_the_result(
     copied: Path, lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm_lab.resume.gather_object", lambda steps: [*steps, 0])
+        patch.setattr("ddpm_lab.training.resume.gather_object", lambda steps: [*steps, 0])
         done = command(lab, copied)
     assert done.stderr == (
         f"error: {copied}: the last checkpoint: expected the same for every process, found those of the steps 3, 0. "
@@ -573,7 +573,7 @@ def test_tensorboard_that_cannot_write_stops_a_run_in_order(
 
 def test_a_full_disk_at_the_end_of_a_run_is_said_too(copied: Path, lab: Path, whole: Path, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm_lab.driver.write_json", full)
+        patch.setattr("ddpm_lab.training.driver.write_json", full)
         done = command(lab, copied)
     assert done.exit_code == 1
     assert (

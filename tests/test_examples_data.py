@@ -14,11 +14,11 @@ import torch
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 import nibabel
-from ddpm_lab.config import Data
-from ddpm_lab.faults import LabError
-from ddpm_lab.files import check_volumes, find_volumes, split_volumes
-from ddpm_lab.population import Tissues, paint_subject, template_tissues, write_population
-from ddpm_lab.volumes import check_sizes, dataset
+from ddpm_lab.config.settings import Data
+from ddpm_lab.data.files import check_volumes, find_volumes, split_volumes
+from ddpm_lab.data.population import Tissues, paint_subject, template_tissues, write_population
+from ddpm_lab.data.volumes import check_sizes, dataset
+from ddpm_lab.support.faults import LabError
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 

@@ -19,18 +19,19 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 import ddpm
 import nibabel
 from accelerate.state import AcceleratorState
-from ddpm_lab.config import Base, Config, Data, Metrics, Model, Sampling, Training
-from ddpm_lab.console import Screen
-from ddpm_lab.encoder import load_encoder
-from ddpm_lab.evaluate import REAL, evaluate_samples
-from ddpm_lab.faults import LabError
-from ddpm_lab.files import find_volumes, split_volumes, write_json
-from ddpm_lab.grid import Grid, write_volume
-from ddpm_lab.metrics import frechet_distance, mmd_gaussian, mmd_linear, mmd_rbf, ms_ssim
-from ddpm_lab.prepare import prepare_data
-from ddpm_lab.real_volumes import RealVolumes
-from ddpm_lab.unet import build_unet, save_weights
-from ddpm_lab.volumes import transforms
+from ddpm_lab.config.settings import Base, Config, Data, Metrics, Model, Sampling, Training
+from ddpm_lab.data.files import find_volumes, split_volumes
+from ddpm_lab.data.grid import Grid, write_volume
+from ddpm_lab.data.prepare import prepare_data
+from ddpm_lab.data.volumes import transforms
+from ddpm_lab.evaluation.encoder import load_encoder
+from ddpm_lab.evaluation.evaluate import REAL, evaluate_samples
+from ddpm_lab.evaluation.metrics import frechet_distance, mmd_gaussian, mmd_linear, mmd_rbf, ms_ssim
+from ddpm_lab.evaluation.real_volumes import RealVolumes
+from ddpm_lab.model.unet import build_unet, save_weights
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.faults import LabError
+from ddpm_lab.support.folders import write_json
 from rich.console import Console
 from typer.testing import CliRunner
 

@@ -15,16 +15,16 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 import nibabel
 from accelerate import Accelerator
-from ddpm_lab.config import Config, Data, Model
-from ddpm_lab.config_file import read_config
-from ddpm_lab.console import Screen
-from ddpm_lab.faults import LabError
-from ddpm_lab.finetune import prepare_volumes
-from ddpm_lab.outliers import find_outliers
-from ddpm_lab.prepare import prepare_data
-from ddpm_lab.resume import check_settings
-from ddpm_lab.study_run import made_of
-from ddpm_lab.volumes import _key, check_sizes, dataset, transforms
+from ddpm_lab.config.reader import read_config
+from ddpm_lab.config.settings import Config, Data, Model
+from ddpm_lab.data.outliers import find_outliers
+from ddpm_lab.data.prepare import prepare_data
+from ddpm_lab.data.volumes import _key, check_sizes, dataset, transforms
+from ddpm_lab.study.run import made_of
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.faults import LabError
+from ddpm_lab.training.finetune import prepare_volumes
+from ddpm_lab.training.resume import check_settings
 from monai.transforms import ScaleIntensityRangePercentiles
 from rich.console import Console
 

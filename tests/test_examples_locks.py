@@ -17,25 +17,25 @@ import pytest
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from ddpm_lab.config import Base, Config, Data, DemoConfig, Method, Sampling, Training
-from ddpm_lab.console import Screen
-from ddpm_lab.demo import demo
-from ddpm_lab.driver import finetune, pretrain
-from ddpm_lab.evaluate import evaluate_samples
-from ddpm_lab.faults import LabError
-from ddpm_lab.files import files_in
-from ddpm_lab.locks import alone, at_work
-from ddpm_lab.prepare import prepare_data
-from ddpm_lab.report import report
-from ddpm_lab.sample import sample_volumes
-from ddpm_lab.study import study
+from ddpm_lab.config.settings import Base, Config, Data, DemoConfig, Method, Sampling, Training
+from ddpm_lab.data.prepare import prepare_data
+from ddpm_lab.evaluation.evaluate import evaluate_samples
+from ddpm_lab.sampling.sample import sample_volumes
+from ddpm_lab.study.report import report
+from ddpm_lab.study.study import study
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.faults import LabError
+from ddpm_lab.support.folders import files_in
+from ddpm_lab.support.locks import alone, at_work
+from ddpm_lab.training.demo import demo
+from ddpm_lab.training.driver import finetune, pretrain
 from studies import tiny_study
 
 ROOT = Path(__file__).parent.parent
 HOLDER = """\
 import os, sys, time
 from pathlib import Path
-from ddpm_lab.locks import at_work
+from ddpm_lab.support.locks import at_work
 with at_work("finetune", Path(sys.argv[1])):
     child = os.fork()  # as a process that loads volumes
     if child == 0:
@@ -148,7 +148,7 @@ def test_of_several_processes_the_first_holds_the_lock(tmp_path: Path, monkeypat
 def test_many_take_turns(tmp_path: Path) -> None:
     """Locks are files that come and go: nobody may hold one that has no name any more."""
     code = (
-        "import sys, os\nfrom pathlib import Path\nfrom ddpm_lab.locks import alone\n"
+        "import sys, os\nfrom pathlib import Path\nfrom ddpm_lab.support.locks import alone\n"
         "place = Path(sys.argv[1])\n"
         "for _ in range(100):\n"
         "    with alone(place / 'lock', wait=True) as mine:\n"
@@ -166,7 +166,7 @@ def test_many_take_turns(tmp_path: Path) -> None:
 
 def test_waiting_ends_with_the_other(tmp_path: Path) -> None:
     place = tmp_path / "lock"
-    code = "import sys, time\nfrom pathlib import Path\nfrom ddpm_lab.locks import alone\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom ddpm_lab.support.locks import alone\n"
     code += "with alone(Path(sys.argv[1])):\n    print(1, flush=True)\n    time.sleep(0.5)\n"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
     command = [sys.executable, "-c", code, str(place)]

@@ -14,10 +14,9 @@ from torch import nn
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from ddpm_lab.bootstrap import Estimate, estimate
-from ddpm_lab.encoder import load_encoder, medicalnet_resnet50
-from ddpm_lab.faults import LabError
-from ddpm_lab.metrics import (
+from ddpm_lab.evaluation.bootstrap import Estimate, estimate
+from ddpm_lab.evaluation.encoder import load_encoder, medicalnet_resnet50
+from ddpm_lab.evaluation.metrics import (
     Products,
     frechet_distance,
     linear_kernels,
@@ -28,6 +27,7 @@ from ddpm_lab.metrics import (
     similar_pairs,
     ssim_scales,
 )
+from ddpm_lab.support.faults import LabError
 from monai.metrics import MMDMetric
 from scipy.linalg import sqrtm
 from scipy.ndimage import correlate1d

@@ -11,14 +11,15 @@ from safetensors.torch import save_file
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from ddpm_lab.config import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
-from ddpm_lab.diffusion import HeldOut, noise_schedule, predict
-from ddpm_lab.faults import LabError
-from ddpm_lab.method import apply_method, check_method
-from ddpm_lab.order import Source
-from ddpm_lab.sampling import check_sampling, draw_samples
-from ddpm_lab.training import make_accelerator, steps_of, train
-from ddpm_lab.unet import build_unet, load_base, recompute_activations, save_weights
+from ddpm_lab.config.settings import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
+from ddpm_lab.data.order import Source
+from ddpm_lab.model.accelerator import make_accelerator
+from ddpm_lab.model.diffusion import HeldOut, noise_schedule, predict
+from ddpm_lab.model.method import apply_method, check_method
+from ddpm_lab.model.unet import build_unet, load_base, recompute_activations, save_weights
+from ddpm_lab.sampling.draw import check_sampling, draw_samples
+from ddpm_lab.support.faults import LabError
+from ddpm_lab.training.train import steps_of, train
 
 from tnpeft.program.deltas import BatchedDelta
 from tnpeft.program.total import Total

@@ -8,16 +8,16 @@ import pytest
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from ddpm_lab.base_file import model_tensors
-from ddpm_lab.config import Config, Data, Method
-from ddpm_lab.dry_run import _files
-from ddpm_lab.encoder import _read
-from ddpm_lab.faults import LabError
-from ddpm_lab.files import find_volumes
-from ddpm_lab.locks import at_work
-from ddpm_lab.manifest import root_of
-from ddpm_lab.sample import _check_apart
-from ddpm_lab.variants import find_variants
+from ddpm_lab.config.settings import Config, Data, Method
+from ddpm_lab.data.files import find_volumes
+from ddpm_lab.data.manifest import root_of
+from ddpm_lab.evaluation.encoder import _read
+from ddpm_lab.model.base_file import model_tensors
+from ddpm_lab.sampling.sample import _check_apart
+from ddpm_lab.sampling.variants import find_variants
+from ddpm_lab.study.dry_run import _files
+from ddpm_lab.support.faults import LabError
+from ddpm_lab.support.locks import at_work
 
 NAMES = ["y" * 400, "y/" * 3000 + "y", "a\0b", "circle"]
 LINKS = "Too many levels of symbolic links"

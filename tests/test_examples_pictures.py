@@ -14,16 +14,18 @@ import torch
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 import matplotlib.pyplot as plt
-from ddpm_lab import console, plots, study_plots
-from ddpm_lab.config import DemoConfig, Model, Population, Sampling, Training, Validation
-from ddpm_lab.config_file import read_config
-from ddpm_lab.console import Screen
-from ddpm_lab.dry_run import _explain
-from ddpm_lab.estimate import expected_time
-from ddpm_lab.slices import CONVENTION, draw_slice, middle_slices
-from ddpm_lab.study import _Inner
-from ddpm_lab.study_config import StudyConfig
-from ddpm_lab.study_results import Results
+from ddpm_lab.config.reader import read_config
+from ddpm_lab.config.settings import DemoConfig, Model, Population, Sampling, Training, Validation
+from ddpm_lab.data.slices import CONVENTION, draw_slice, middle_slices
+from ddpm_lab.study import plots as study_plots
+from ddpm_lab.study.dry_run import _explain
+from ddpm_lab.study.results import Results
+from ddpm_lab.study.settings import StudyConfig
+from ddpm_lab.study.study import _Inner
+from ddpm_lab.support import console
+from ddpm_lab.support.console import Screen
+from ddpm_lab.training import plots
+from ddpm_lab.training.estimate import expected_time
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from rich.console import Console
@@ -206,9 +208,9 @@ def test_the_demonstration_says_how_long_it_takes_and_changes_no_random_state() 
 
 def test_the_estimate_counts_what_the_demonstration_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 0.1 s, a pass of 0.03 s, a subject of 0.05 s."""
-    monkeypatch.setattr("ddpm_lab.estimate._network_times", lambda _: (0.1, 0.03))
-    monkeypatch.setattr("ddpm_lab.estimate._painting", lambda _: None)
-    monkeypatch.setattr("ddpm_lab.estimate._timed", lambda *_: 0.05)
+    monkeypatch.setattr("ddpm_lab.training.estimate._network_times", lambda _: (0.1, 0.03))
+    monkeypatch.setattr("ddpm_lab.training.estimate._painting", lambda _: None)
+    monkeypatch.setattr("ddpm_lab.training.estimate._timed", lambda *_: 0.05)
     config = read_config(CONFIGS / "demo.yaml", [], DemoConfig)
     line = expected_time(config, populated=False, pretrained=False)
     # 180 subjects; 1100 steps; three times 120 steps and five errors of 6 x 10 x 4 samples in batches of 8.

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from ddpm_lab.population import Domain, Tissues, paint_subject, template_tissues, write_population
+from ddpm_lab.data.population import Domain, Tissues, paint_subject, template_tissues, write_population
 
 SIDE = 32
 

@@ -19,12 +19,13 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 import ddpm
 import nibabel
 from accelerate.state import AcceleratorState
-from ddpm_lab import files
-from ddpm_lab.config import Config, Data
-from ddpm_lab.console import Screen
-from ddpm_lab.faults import LabError
-from ddpm_lab.files import check_data, find_volumes, make_folder, rooted, split_volumes, write_json
-from ddpm_lab.prepare import prepare_data
+from ddpm_lab.config.settings import Config, Data
+from ddpm_lab.data import files
+from ddpm_lab.data.files import check_data, find_volumes, rooted, split_volumes
+from ddpm_lab.data.prepare import prepare_data
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.faults import LabError
+from ddpm_lab.support.folders import make_folder, write_json
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -174,7 +175,7 @@ def test_files_that_vanish_or_have_odd_names_are_rejected(tmp_path: Path, monkey
     paths[0].rename(odd)
     write_nifti(paths[0], 5)
     gone = tmp_path / "gone.nii"
-    monkeypatch.setattr("ddpm_lab.prepare.find_volumes", lambda _: sorted([*paths, odd, gone]))
+    monkeypatch.setattr("ddpm_lab.data.prepare.find_volumes", lambda _: sorted([*paths, odd, gone]))
     manifest, _ = prepared(Data(root=tmp_path), tmp_path / "out")
     assert manifest["rejected"] == [
         {"path": "gone.nii", "reason": "expected a NIfTI file, found No such file or directory"},
@@ -201,7 +202,7 @@ def test_a_zipped_copy_is_a_copy_and_a_link_to_nothing_is_rejected(tmp_path: Pat
 def test_an_unwritable_folder_is_found_before_files_are_read(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ddpm_lab.prepare.inspect", lambda _: pytest.fail("a file was read"))
+    monkeypatch.setattr("ddpm_lab.data.prepare.inspect", lambda _: pytest.fail("a file was read"))
     out = tmp_path / "file"
     out.write_text("", encoding="utf-8")
     expected = "{}: `--out`: expected a folder to write to, found {}. Choose another."

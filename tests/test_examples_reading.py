@@ -15,12 +15,12 @@ import pytest
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 import nibabel
-from ddpm_lab.config import Config, Data
-from ddpm_lab.console import Screen
-from ddpm_lab.faults import LabError
-from ddpm_lab.files import check_volumes, find_volumes, inspect
-from ddpm_lab.manifest import read_manifest
-from ddpm_lab.prepare import prepare_data
+from ddpm_lab.config.settings import Config, Data
+from ddpm_lab.data.files import check_volumes, find_volumes, inspect
+from ddpm_lab.data.manifest import read_manifest
+from ddpm_lab.data.prepare import prepare_data
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.faults import LabError
 
 SECONDS = 20.0  # on a busy machine; what was read before took minutes or never ended
 

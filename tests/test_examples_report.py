@@ -15,14 +15,14 @@ import pytest
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from ddpm_lab.console import Screen
-from ddpm_lab.faults import LabError
-from ddpm_lab.files import write_json
-from ddpm_lab.report import report
-from ddpm_lab.study_plots import spread
-from ddpm_lab.study_results import METRICS, Cell, Value, read_results
-from ddpm_lab.study_run import Outcome
-from ddpm_lab.study_tables import Row, Table, as_html, as_markdown, method_table
+from ddpm_lab.study.plots import spread
+from ddpm_lab.study.report import report
+from ddpm_lab.study.results import METRICS, Cell, Value, read_results
+from ddpm_lab.study.run import Outcome
+from ddpm_lab.study.tables import Row, Table, as_html, as_markdown, method_table
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.faults import LabError
+from ddpm_lab.support.folders import write_json
 from studies import tiny_study, written_study
 
 PNG = b"\x89PNG\r\n\x1a\n"

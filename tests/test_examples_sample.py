@@ -20,15 +20,15 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 import nibabel
 from accelerate.state import AcceleratorState
-from ddpm_lab.config import Base, Config, Data, Diffusion, Method, Metrics, Model, Sampling, Training
-from ddpm_lab.console import Screen
-from ddpm_lab.faults import LabError
-from ddpm_lab.grid import Grid, grid_of, read_volume, write_volume
-from ddpm_lab.method import apply_method
-from ddpm_lab.sample import sample_volumes
-from ddpm_lab.sampling import draw_samples
-from ddpm_lab.unet import build_unet, load_base, save_weights
-from ddpm_lab.variants import Variant, find_variants
+from ddpm_lab.config.settings import Base, Config, Data, Diffusion, Method, Metrics, Model, Sampling, Training
+from ddpm_lab.data.grid import Grid, grid_of, read_volume, write_volume
+from ddpm_lab.model.method import apply_method
+from ddpm_lab.model.unet import build_unet, load_base, save_weights
+from ddpm_lab.sampling.draw import draw_samples
+from ddpm_lab.sampling.sample import sample_volumes
+from ddpm_lab.sampling.variants import Variant, find_variants
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.faults import LabError
 from nibabel.orientations import aff2axcodes
 from rich.console import Console
 from safetensors.torch import load_file, save_file

@@ -16,16 +16,16 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 import ddpm
 from accelerate.state import AcceleratorState
-from ddpm_lab import study_run
-from ddpm_lab.config import Config, Data, Method
-from ddpm_lab.config_file import read_config
-from ddpm_lab.console import Screen
-from ddpm_lab.cost import Allocations
-from ddpm_lab.faults import LabError, fault
-from ddpm_lab.study import check_study, clock, study
-from ddpm_lab.study_config import StudyConfig
-from ddpm_lab.study_run import Outcome, alone
-from ddpm_lab.unet import build_unet
+from ddpm_lab.config.reader import read_config
+from ddpm_lab.config.settings import Config, Data, Method
+from ddpm_lab.model.unet import build_unet
+from ddpm_lab.study import run as study_run
+from ddpm_lab.study.cost import Allocations
+from ddpm_lab.study.run import Outcome, alone
+from ddpm_lab.study.settings import StudyConfig
+from ddpm_lab.study.study import check_study, clock, study
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.faults import LabError, fault
 from rich.console import Console
 from studies import TINY_STUDY, read, tiny_study
 from typer.testing import CliRunner

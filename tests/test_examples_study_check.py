@@ -12,13 +12,13 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 import ddpm
 import nibabel
 import torch
-from ddpm_lab.config import Base, Config, Data, Method, Model, Training
-from ddpm_lab.console import Screen
-from ddpm_lab.files import write_json
-from ddpm_lab.finetune import prepare
-from ddpm_lab.study import study
-from ddpm_lab.study_check import check_inputs
-from ddpm_lab.unet import build_unet, save_weights
+from ddpm_lab.config.settings import Base, Config, Data, Method, Model, Training
+from ddpm_lab.model.unet import build_unet, save_weights
+from ddpm_lab.study.check import check_inputs
+from ddpm_lab.study.study import study
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.folders import write_json
+from ddpm_lab.training.finetune import prepare
 from safetensors.torch import save_file
 from studies import tiny_study
 from typer.testing import CliRunner

@@ -23,18 +23,19 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 import nibabel
 from accelerate.state import AcceleratorState
-from ddpm_lab.average import Average
-from ddpm_lab.checkpoint import Checkpoints
-from ddpm_lab.config import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
-from ddpm_lab.console import Screen
-from ddpm_lab.diffusion import HeldOut, noise_schedule
-from ddpm_lab.driver import finetune, pretrain
-from ddpm_lab.faults import LabError
-from ddpm_lab.method import PAPER_JOINT, Trained, apply_method, check_method
-from ddpm_lab.order import Batches, Key, Noised, Source, collate, epoch_order, stream
-from ddpm_lab.progress import Loop
-from ddpm_lab.training import Step, make_accelerator, train
-from ddpm_lab.unet import build_unet, save_weights
+from ddpm_lab.config.settings import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
+from ddpm_lab.data.order import Batches, Key, Noised, Source, collate, epoch_order, stream
+from ddpm_lab.model.accelerator import make_accelerator
+from ddpm_lab.model.diffusion import HeldOut, noise_schedule
+from ddpm_lab.model.method import PAPER_JOINT, Trained, apply_method, check_method
+from ddpm_lab.model.unet import build_unet, save_weights
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.faults import LabError
+from ddpm_lab.training.average import Average
+from ddpm_lab.training.checkpoint import Checkpoints
+from ddpm_lab.training.driver import finetune, pretrain
+from ddpm_lab.training.progress import Loop
+from ddpm_lab.training.train import Step, train
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -529,7 +530,7 @@ def test_a_file_that_is_damaged_after_the_check_is_named(
             made[0].write_bytes(made[0].read_bytes()[:200])
         return apply_method(*arguments)
 
-    monkeypatch.setattr("ddpm_lab.finetune.apply_method", damaged)
+    monkeypatch.setattr("ddpm_lab.training.finetune.apply_method", damaged)
     config = config_of(lab, data=Data(root=scans, cache=cache))  # type: ignore[arg-type]
     with pytest.raises(LabError) as excinfo:
         finetune(config, tmp_path / "run", quiet())
@@ -551,7 +552,7 @@ def test_a_damaged_held_out_volume_is_never_left_out(
     scans.mkdir()
     for path in (lab / "scans").iterdir():
         (scans / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr("ddpm_lab.finetune.apply_method", damaged)
+    monkeypatch.setattr("ddpm_lab.training.finetune.apply_method", damaged)
     with pytest.raises(LabError) as excinfo:
         finetune(config_of(lab, data=Data(root=scans, cache="none", skip_damaged=True)), tmp_path / "run", quiet())
     assert str(excinfo.value).endswith(

@@ -6,6 +6,7 @@ The walk is over `ast`, so that nothing is run, and nothing is left out for what
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Folders, and where the names of their modules begin.
 TREES = {"tnpeft": ROOT, "examples": ROOT / "examples", "benchmarks": ROOT / "benchmarks"}
+# The driver: each file imports its own wing and those to the left. The package itself imports none.
+WINGS = ("support", "config", "data", "model", "sampling", "evaluation", "training", "study")
 # Circles that are known and wait to be opened: the files of each.
 KNOWN: Mapping[str, list[set[str]]] = {
     "tnpeft": [
@@ -77,6 +80,51 @@ def circles(graph: networkx.DiGraph[str]) -> list[set[str]]:
 def test_no_files_import_each_other(tree: str):
     found = circles(import_graph(ROOT / tree, TREES[tree]))
     assert sorted(found, key=sorted) == KNOWN.get(tree, [])
+
+
+def test_the_wings_of_the_driver_have_one_order():
+    graph = import_graph(ROOT / "examples", TREES["examples"])
+    assert {wing_of(name) for name in graph} - {None} == {"", *WINGS}
+    upward = [f"{file} -> {other}" for file, other in graph.edges if not may_import(wing_of(file), wing_of(other))]
+    assert upward == []
+
+
+def test_the_texts_have_the_wings_in_their_order():
+    table = (ROOT / "examples" / "README.md").read_text(encoding="utf-8").partition("## The code")[2]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `(\w+\.py)` \|$", table, re.MULTILINE)
+    assert [wing for wing, _ in rows] == [*WINGS]
+    assert all((ROOT / "examples" / "ddpm_lab" / wing / file).is_file() for wing, file in rows)
+    for text in ("CONTRIBUTING.md", "examples/ddpm_lab/__init__.py"):
+        assert " <- ".join(WINGS) in (ROOT / text).read_text(encoding="utf-8")
+
+
+def wing_of(module: str) -> str | None:
+    """`support` for `ddpm_lab.support.faults`, nothing for `ddpm_lab` itself; None outside the driver."""
+    package, _, inner = module.partition(".")
+    return inner.partition(".")[0] if package == "ddpm_lab" else None
+
+
+def may_import(wing: str | None, other: str | None) -> bool:
+    if wing is None:  # a script imports what it needs
+        return True
+    return other in WINGS and wing in WINGS and WINGS.index(other) <= WINGS.index(wing)
+
+
+@pytest.mark.parametrize(
+    ("file", "other", "allowed"),
+    [
+        ("ddpm", "ddpm_lab.study.study", True),
+        ("ddpm_lab.study.run", "ddpm_lab.training.driver", True),
+        ("ddpm_lab.model.unet", "ddpm_lab.model.base_file", True),
+        ("ddpm_lab.model.unet", "ddpm_lab.model", True),
+        ("ddpm_lab.model.unet", "ddpm_lab.sampling.draw", False),
+        ("ddpm_lab.model.unet", "ddpm_lab", False),
+        ("ddpm_lab.model.unet", "ddpm", False),
+        ("ddpm_lab", "ddpm_lab.support.faults", False),
+    ],
+)
+def test_wings_import_downwards_alone(file: str, other: str, allowed: bool):
+    assert may_import(wing_of(file), wing_of(other)) is allowed
 
 
 def test_the_walk_sees_every_kind_of_import(tmp_path: Path):

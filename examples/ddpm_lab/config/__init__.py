@@ -1,0 +1,1 @@
+"""What one run does, as data, and how it is read from YAML."""

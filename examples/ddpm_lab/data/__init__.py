@@ -1,0 +1,1 @@
+"""Volumes: which files, what is in them, in which order they come, and a population of made-up ones."""

@@ -1,0 +1,316 @@
+"""Which files a run reads: the paper's folder layouts or a manifest, a check of every volume, and the split."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+import nibabel
+import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+
+from ddpm_lab.config.settings import Data
+from ddpm_lab.data.manifest import Entry, compare, read_manifest, root_of
+from ddpm_lab.data.outliers import Outliers, find_outliers
+from ddpm_lab.data.reading import SLACK, announced, not_a_file, skip_rest
+from ddpm_lab.support.faults import fault, raise_all, reason
+from tnpeft.errors import Problem
+from tnpeft.spec.paths import is_folder, is_there
+
+__all__ = [
+    "LAYOUTS",
+    "UNREADABLE",
+    "Split",
+    "Volume",
+    "check_data",
+    "check_volumes",
+    "damaged_volumes",
+    "each",
+    "find_volumes",
+    "held_out_count",
+    "inspect",
+    "rooted",
+    "split_volumes",
+    "subject_of",
+]
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+# Patterns below the root, as the paper's data sets are unpacked; gzipped or not where that may differ.
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "plain": ("**/*.nii", "**/*.nii.gz"),
+    "ukb": ("*/*/*/T1_brain_to_MNI.nii.gz",),
+    "adni": ("*/*/*/*/*.nii", "*/*/*/*/*.nii.gz"),
+    "ppmi": ("*/*/*.nii", "*/*/*.nii.gz"),
+    "brats": ("*/*t1.nii.gz",),
+}
+FEWEST = 2  # one to train on, one to hold out
+THREADS = 8  # each holds one volume in memory
+# What nibabel raises for a damaged file; OverflowError: a header whose sizes multiply to nothing or too much.
+UNREADABLE = (
+    ImageFileError,
+    HeaderDataError,
+    HeaderTypeError,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    zlib.error,
+)
+
+
+def rooted(data: Data) -> Data:
+    """The same settings with `root` set, by the manifest where they name none; raises LabError where neither does."""
+    if data.manifest is not None:
+        return data.model_copy(update={"root": root_of(data, read_manifest(data))})
+    if data.root is None:
+        fix = "Pass `--set data.root=FOLDER`."
+        raise fault("data.root", "the data", "a folder of NIfTI files", "nothing", fix)
+    return data
+
+
+def find_volumes(data: Data, changed_too: bool = False) -> list[Path]:
+    """The files of the manifest or of the layout, sorted by path so that every machine sees one order.
+
+    Raises LabError, also for files of the manifest that are missing or have another size, unless those are wanted too.
+    """
+    if data.manifest is not None:
+        return _listed(data, changed_too)
+    data = rooted(data)
+    assert data.root is not None
+    if not is_folder(data.root):
+        found = "a file" if is_there(data.root) else "nothing there"
+        raise fault(data.root, "`data.root`", "a folder of NIfTI files", found, "Check the path.")
+    patterns = LAYOUTS[data.layout]
+    paths = sorted({path for pattern in patterns for path in data.root.glob(pattern) if _is_file(path)})
+    if data.keep is not None:
+        paths = _kept(paths, data)
+    if len(paths) < FEWEST:
+        expected = f"at least {FEWEST} files matching {' or '.join(patterns)}"
+        fix = f"Check the folder and `data.layout` ({', '.join(LAYOUTS)})."
+        raise fault(data.root, f"layout `{data.layout}`", expected, str(len(paths)), fix)
+    return paths
+
+
+def _is_file(path: Path) -> bool:
+    """Also links that lead nowhere, pipes and devices: `inspect` says so, which a missing scan would not."""
+    return not is_folder(path)
+
+
+def _listed(data: Data, changed_too: bool) -> list[Path]:
+    """The manifest's files."""
+    manifest = read_manifest(data)
+    root = root_of(data, manifest)
+    if not changed_too:
+        raise_all(filter(None, (compare(root, entry) for entry in manifest.entries)), str(root))
+    return sorted(root / entry.path for entry in manifest.entries)
+
+
+def _kept(paths: Sequence[Path], data: Data) -> list[Path]:
+    """The files whose names stand in the keep-list, one name a line."""
+    assert data.keep is not None
+    if data.layout != "brats":
+        raise fault("data.keep", "a list of files", "layout brats", f"layout {data.layout}", "Remove `data.keep`.")
+    try:
+        if (kind := not_a_file(data.keep)) is not None:
+            raise fault(data.keep, "`data.keep`", "a readable text file", kind, "Check the path.")
+        lines = data.keep.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise fault(data.keep, "`data.keep`", "a readable text file", reason(error), "Check the path.") from None
+    names = {line.strip() for line in lines if line.strip()}
+    kept = [path for path in paths if path.name in names]
+    if not kept:
+        found = f"none of {len(names)} names among {len(paths)} files"
+        raise fault(data.keep, "the keep-list", "names of files to keep", found, "Write one file name a line.")
+    return kept
+
+
+def check_data(
+    data: Data, paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None
+) -> dict[Path, Outliers]:
+    """Raise LabError that names the files of `find_volumes` which cannot be used; returns those with outliers.
+
+    `prepare` has read the files of a manifest: their sizes suffice, unless `data.checksums` asks for more.
+    """
+    if data.manifest is None:
+        return check_volumes(paths, progress)
+    if data.checksums:
+        manifest = read_manifest(data)
+        root = root_of(data, manifest)
+        raise_all(filter(None, each(partial(compare, root, contents=True), manifest.entries, progress)), str(root))
+    return {}
+
+
+def damaged_volumes(
+    data: Data, paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None
+) -> dict[Path, Problem]:
+    """Those of the files that cannot be used, read to their end, or that are not as the manifest has them."""
+    entries: dict[Path, Entry] = {}
+    if data.manifest is not None:
+        manifest = read_manifest(data)
+        root = root_of(data, manifest)
+        entries = {root / entry.path: entry for entry in manifest.entries}
+
+    def wrong(path: Path) -> Problem | None:
+        changed = compare(root, entries[path], data.checksums) if path in entries else None
+        found = changed or inspect(path)
+        return found if isinstance(found, Problem) else None
+
+    return {path: found for path, found in zip(paths, each(wrong, paths, progress), strict=True) if found is not None}
+
+
+def check_volumes(paths: Sequence[Path], progress: Callable[[int], None] = lambda _: None) -> dict[Path, Outliers]:
+    """Read every file to its end; raises LabError that names those that are no finite 3D volume.
+
+    Returns those with outliers.
+    """
+    inspected = list(each(inspect, paths, progress))
+    raise_all((item for item in inspected if isinstance(item, Problem)), str(paths[0].parent) if paths else "")
+    volumes = {path: item for path, item in zip(paths, inspected, strict=True) if isinstance(item, Volume)}
+    return {path: volume.outliers for path, volume in volumes.items() if volume.outliers is not None}
+
+
+def each(work: Callable[[A], B], items: Iterable[A], progress: Callable[[int], None] = lambda _: None) -> Iterator[B]:
+    """`work` on every item in threads, in order: reading, unzipping and hashing leave Python's lock."""
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        try:
+            for done, result in enumerate(pool.map(work, items), 1):
+                progress(done)
+                yield result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for thousands of files
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What a sound file holds: voxels and their size in mm, along the stored axes."""
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    digest: str  # of the voxels: the same for a file and its zipped copy
+    outliers: Outliers | None = None
+
+
+def inspect(path: Path) -> Volume | Problem:
+    """Read one file to its end: the volume it holds, or what is wrong with it."""
+
+    def wrong(expected: str, found: str) -> Problem:
+        return Problem("an unreadable volume", expected, found, "Replace or remove the file.", str(path))
+
+    try:
+        if (kind := not_a_file(path)) is not None:
+            return wrong("a NIfTI file", kind)
+        sizes = announced(path)
+        if sizes is not None and (fault_of_size := sizes.fault(0 if path.suffix == ".gz" else path.stat().st_size)):
+            return wrong(*fault_of_size)
+        image, voxels = _read(path, SLACK if sizes is None else sizes.most)
+    except UNREADABLE as error:
+        return wrong("a NIfTI file", reason(error))
+    shape = tuple(size for axis, size in enumerate(voxels.shape) if axis < 3 or size > 1)
+    if voxels.ndim > 4 or len(shape) != 3 or min(shape) < 2:  # MONAI takes one axis more for channels
+        return wrong("one 3D volume", "shape " + "x".join(str(size) for size in voxels.shape))
+    if not np.issubdtype(voxels.dtype, np.number) or np.iscomplexobj(voxels):
+        return wrong("real numbers", f"voxels of type {voxels.dtype}")
+    low, high = float(voxels.min()), float(voxels.max())  # not a number where any voxel is none
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return wrong("finite numbers", "voxels that are infinite or not a number")
+    if max(-low, high, high - low) > float(np.finfo(np.float32).max):  # runs read in this precision
+        return wrong("numbers that float32 can hold", f"voxels from {low:g} to {high:g}")
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-12:
+        return wrong("an affine that places the voxels", "one that is singular")
+    if np.float32(low) == np.float32(high):
+        return wrong("an image", f"the same value everywhere, {low:g}")
+    first, second, third = (round(float(size), 4) for size in voxel_sizes(image.affine))  # the header has 7 digits
+    digest = hashlib.sha256(np.ascontiguousarray(voxels.T).data).hexdigest()  # along the file's order
+    return Volume((shape[0], shape[1], shape[2]), (first, second, third), digest, find_outliers(voxels))
+
+
+def _read(path: Path, most: int) -> tuple[Any, np.ndarray]:
+    """An image and its voxels; of a zipped file all that is in it, unzipped once.
+
+    nibabel stops at the last voxel, before the checksum that says whether all of them are as they were. At most
+    `most` bytes may follow.
+    """
+    image = nibabel.load(path)
+    if path.suffix != ".gz":
+        return image, np.asanyarray(image.dataobj)
+    with gzip.open(path) as file:
+        image = type(image).from_stream(file)
+        voxels = np.asanyarray(image.dataobj)
+        skip_rest(cast(IO[bytes], file), most)
+    return image, voxels
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which files train and which are held out."""
+
+    train: tuple[Path, ...]
+    validation: tuple[Path, ...]
+    seed: int
+
+    def write(self, path: Path, root: Path) -> None:
+        """Write the split down as JSON, with paths below `root`."""
+        lists = {name: [str(file.relative_to(root)) for file in files] for name, files in self._named()}
+        path.write_text(json.dumps({"root": str(root), "seed": self.seed, **lists}, indent=1) + "\n", encoding="utf-8")
+
+    def _named(self) -> tuple[tuple[str, tuple[Path, ...]], ...]:
+        return ("train", self.train), ("validation", self.validation)
+
+
+def split_volumes(paths: Sequence[Path], data: Data) -> Split:
+    """Hold out a share of the subjects, at least one and not all; the same seed gives the same split.
+
+    A manifest has the split already. In layout `plain` each file is a subject of its own.
+    """
+    if data.manifest is not None:
+        manifest = read_manifest(data)
+        root = root_of(data, manifest)
+        train, validation = (
+            tuple(sorted(root / entry.path for entry in entries)) for entries in (manifest.train, manifest.validation)
+        )
+        return Split(train, validation, manifest.seed)
+    subjects = list(dict.fromkeys(subject_of(path, data) for path in sorted(paths)))
+    if len(subjects) < FEWEST:
+        found = f"{len(subjects)}, {', '.join(subjects)}"
+        fix = "Add subjects, or split by file with `--set data.layout=plain`."
+        raise fault(data.root, "subjects to split", f"at least {FEWEST}", found, fix)
+    count = held_out_count(len(subjects), data)
+    random.Random(data.split_seed).shuffle(subjects)
+    held_out = set(subjects[:count])
+    train, validation = (
+        tuple(sorted(path for path in paths if (subject_of(path, data) in held_out) == wanted))
+        for wanted in (False, True)
+    )
+    return Split(train, validation, data.split_seed)
+
+
+def held_out_count(subjects: int, data: Data) -> int:
+    """How many subjects are held out: at least one and not all."""
+    return min(max(1, round(subjects * data.validation_share)), subjects - 1)
+
+
+def subject_of(path: Path, data: Data) -> str:
+    """Whose scan a file is: the first folder below the root in the paper's layouts, in `plain` the file itself.
+
+    A subject's scans must not stand on both sides of the split: the held-out error would be that of known brains.
+    """
+    if data.layout == "plain":
+        return str(path)
+    assert data.root is not None
+    return path.relative_to(data.root).parts[0]

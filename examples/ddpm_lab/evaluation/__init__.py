@@ -1,0 +1,1 @@
+"""`evaluate`: how far samples are from real volumes, with intervals."""

@@ -1,0 +1,123 @@
+"""Volumes → features for FID and MMD: MedicalNet's ResNet-50, or a random network where it is not at hand."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.networks.nets import resnet10, resnet50
+from torch import nn
+
+from ddpm_lab.support.durable import digest_of_file
+from ddpm_lab.support.faults import fault, raise_all, reason
+from tnpeft.errors import Problem
+from tnpeft.spec.paths import is_file
+
+__all__ = ["Encoder", "load_encoder", "medicalnet_resnet50"]
+
+SEED = 2025  # of the random encoder: the same features on every machine
+SHAPE = {"spatial_dims": 3, "n_input_channels": 1, "feed_forward": False, "conv1_t_stride": 2, "shortcut_type": "B"}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A network from (N, 1, D, H, W) to (N, features), and how its distances must be labelled."""
+
+    network: nn.Module
+    comparable: bool
+    digest: str  # of what its features depend on
+
+    @property
+    def mark(self) -> str:
+        return "" if self.comparable else "*"
+
+    @property
+    def note(self) -> str:
+        if self.comparable:
+            return "MedicalNet ResNet-50 features"
+        return "* random features, not comparable"
+
+    @torch.no_grad()
+    def features(
+        self,
+        volumes: Sequence[torch.Tensor] | torch.Tensor,
+        device: torch.device | str = "cpu",
+        batch: int = 4,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> torch.Tensor:
+        """(N, features) in float64 on the CPU; volumes are read one batch at a time."""
+        network = self.network.to(device).eval()
+        features = []
+        for start in range(0, len(volumes), batch):
+            part = torch.stack([volumes[index] for index in range(start, min(start + batch, len(volumes)))])
+            features.append(network(part.to(device)).double().cpu())
+            progress(start + len(part))
+        return torch.cat(features)
+
+
+def load_encoder(weights: Path | None) -> Encoder:
+    """MedicalNet's ResNet-50 from its weights, or a ResNet-10 with random weights from a fixed seed."""
+    if weights is not None:
+        network = medicalnet_resnet50(weights)
+        return Encoder(network, comparable=True, digest=digest_of_file(weights))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return Encoder(resnet10(**SHAPE), comparable=False, digest=f"random ResNet-10, seed {SEED}")
+
+
+def medicalnet_resnet50(weights: Path) -> nn.Module:
+    """MONAI's ResNet-50 with MedicalNet's weights (Chen et al. 2019, Med3D) and its dilations; raises LabError."""
+    network: nn.Module = resnet50(bias_downsample=False, **SHAPE)
+    _dilate(network)
+    state = _read(weights)
+    own = network.state_dict()
+    problems = []
+    fix = "Give MedicalNet's resnet_50.pth or resnet_50_23dataset.pth."
+    for name in sorted(own.keys() | state.keys()):
+        expected = "x".join(map(str, own[name].shape)) or "a number" if name in own else "no such tensor"
+        found = "x".join(map(str, state[name].shape)) or "a number" if name in state else "no such tensor"
+        if expected != found and not name.endswith("num_batches_tracked"):  # absent from old checkpoints
+            problems.append(Problem(f"tensor `{name}`", expected, found, fix, str(weights)))
+        elif name in state and not torch.isfinite(state[name]).all():
+            found = "some that are infinite or not a number"
+            problems.append(Problem(f"tensor `{name}`", "finite numbers", found, fix, str(weights)))
+    raise_all(problems, str(weights))
+    network.load_state_dict(state, strict=False)
+    return network
+
+
+def _dilate(network: nn.Module) -> None:
+    """MedicalNet keeps the resolution of layer2: layer3 and layer4 are dilated by 2 and 4 where MONAI strides.
+
+    The tensors have the same shapes either way, so that forgetting this gives wrong features without an error.
+    """
+    for layer, dilation in (("layer3", 2), ("layer4", 4)):
+        for module in network.get_submodule(layer).modules():
+            if isinstance(module, nn.Conv3d):
+                module.stride = (1, 1, 1)
+                if module.kernel_size == (3, 3, 3):
+                    module.dilation = module.padding = (dilation,) * 3
+
+
+def _read(weights: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a MedicalNet checkpoint without its segmentation head."""
+    if not is_file(weights):
+        raise fault(weights, "`metrics.medicalnet`", "a file", "nothing there", "Check the path, or leave it out.")
+    try:
+        with weights.open("rb") as file:  # torch would read a path by its ending
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        # torch's own words advise to run whatever the file holds, or are the byte where reading ended
+        found = reason(error) if isinstance(error, OSError) else "other objects than tensors, or another kind of file"
+        raise fault(weights, "`metrics.medicalnet`", "a state dict", found, "Check the file.") from None
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise fault(weights, "`metrics.medicalnet`", "a state dict", type(content).__name__, "Check the file.")
+    if not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise fault(weights, "`metrics.medicalnet`", "a state dict", "values that are no tensors", "Check the file.")
+    names = {str(name).removeprefix("module."): value for name, value in content.items()}
+    return {name: value for name, value in names.items() if not name.startswith("conv_seg.")}

@@ -1,0 +1,1 @@
+"""`sample`: volumes drawn from a base and the adapters over it."""

@@ -1,0 +1,1 @@
+"""`study` and `report`: methods x data sets x seeds, and their tables and pictures."""

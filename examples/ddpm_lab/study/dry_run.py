@@ -1,0 +1,117 @@
+"""A study without its data: build every method on the full model, count, and take one step at reduced size."""
+
+from __future__ import annotations
+
+import gc
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ddpm_lab.config.settings import Data
+from ddpm_lab.data.files import find_volumes
+from ddpm_lab.model.accelerator import make_accelerator
+from ddpm_lab.model.base_file import name_some
+from ddpm_lab.model.unet import divisor
+from ddpm_lab.study.cost import Subject, subject
+from ddpm_lab.study.settings import StudyConfig
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.faults import fault
+from ddpm_lab.support.folders import write_json
+from ddpm_lab.support.record import machine, versions
+from tnpeft.spec.paths import is_file
+
+__all__ = ["dry_run"]
+
+QUERY_OR_KEY = re.compile(r"\.attn\.to_[qk]\.")
+
+
+def dry_run(name: str, config: StudyConfig, out: Path, screen: Screen) -> dict[str, Any]:
+    """Check a study as far as that goes without training, and write `dry-run-NAME.json`."""
+    side = divisor(config.model)  # the smallest volume that the model can take
+    shape = (side, side, side)
+    accelerator = make_accelerator(config.training)
+    methods: dict[str, dict[str, Any]] = {}
+    members = config.members(name)
+    with screen.bar(f"build and step, {side}x{side}x{side}", len(members)) as bar:
+        for number, each in enumerate(members, 1):
+            training = config.training_of(each, config.seeds[0])
+            built = subject(config, config.methods[each].method, training, accelerator)
+            methods[each] = _described(built, each, shape)
+            del built
+            gc.collect()
+            bar(number, each)
+    found = {
+        "study": name,
+        "shape": list(shape),
+        "methods": methods,
+        "datasets": {each: _files(config.data_of(about)) for each, about in config.datasets.items() if not about.made},
+        "runs": len(members) * max(1, len(config.datasets)) * len(config.seeds),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json(out / f"dry-run-{name}.json", found)
+    _show(found, screen)
+    return found
+
+
+def _described(built: Subject, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The size of a method and two real steps of it: a core beside one of zeros has no gradient in the first."""
+    before = {each: value.detach().clone() for each, value in built.unet.named_parameters() if value.requires_grad}
+    loss = built.step(*built.inputs(shape, 1))
+    if not math.isfinite(loss):
+        raise fault(f"methods.{name}", "the loss of the first step", "a finite number", str(loss), "Check the model.")
+    built.step(*built.inputs(shape, 1))
+    after = dict(built.unet.named_parameters())
+    at_rest = [each for each, value in before.items() if after[each].equal(value)]
+    return {
+        "trainable_parameters": built.trained.parameters,
+        "base_parameters": built.trained.total,
+        "loss": loss,
+        "tensors": len(before),
+        "tensors_moved": len(before) - len(at_rest),  # in two steps
+        "at_rest": at_rest,
+    }
+
+
+def _files(data: Data) -> dict[str, Any]:
+    """How many files a data set has, where its folder is given."""
+    if data.manifest is not None:
+        return {"manifest": str(data.manifest), "there": is_file(data.manifest)}
+    if data.root is None:
+        return {"root": None}
+    return {"root": str(data.root), "files": len(find_volumes(data))}
+
+
+def _show(found: dict[str, Any], screen: Screen) -> None:
+    table = Table(title=f"Dry run of {found['study']}: {found['runs']} runs", title_justify="left", title_style="bold")
+    table.add_column("method", no_wrap=True)
+    for name in ("trains", "of base", "loss of a step", "moved in 2 steps"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, about in found["methods"].items():
+        table.add_row(
+            name,
+            f"{about['trainable_parameters']:,}",
+            f"{about['trainable_parameters'] / about['base_parameters']:.2%}",
+            f"{about['loss']:.4f}",
+            f"{about['tensors_moved']} of {about['tensors']}",
+        )
+    screen.console.print(table)
+    _explain(found["methods"], screen)
+    for name, about in found["datasets"].items():
+        screen.line(f"{name}: " + ", ".join(f"{key} {value}" for key, value in about.items()))
+
+
+def _explain(methods: dict[str, dict[str, Any]], screen: Screen) -> None:
+    """Why some tensors stay where they are, which is mostly as it should be."""
+    if any(QUERY_OR_KEY.search(each) for about in methods.values() for each in about["at_rest"]):
+        screen.line(
+            "Queries and keys that did not move belong to an attention that sees a single voxel at this size: its "
+            "weight is 1 whatever they are. They move on larger volumes."
+        )
+    for name, about in methods.items():
+        others = [each for each in about["at_rest"] if not QUERY_OR_KEY.search(each)]
+        if others:
+            screen.line(f"{name}: no gradient moved {name_some(others)}")

@@ -1,0 +1,219 @@
+"""What the runs of a study left in their folders, as numbers: one cell for each method, data set and metric."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from scipy.stats import t as student
+
+from ddpm_lab.study.run import BASE, Outcome, read_json
+from ddpm_lab.study.settings import STUDIES, StudyConfig
+from ddpm_lab.support.faults import fault
+
+__all__ = ["BASE", "METRICS", "REAL", "Cell", "Metric", "Result", "Results", "read_results"]
+
+MADE = "made from MNI152"
+REAL = "real, held out"  # the set of an evaluation that compares real volumes with each other
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column: its key in the files, its heading, and whether less is better."""
+
+    key: str
+    title: str
+    less: bool
+    marked: bool = False  # with the encoder's mark
+    unit: str = ""
+
+
+METRICS = (
+    Metric("fid", "FID", less=True, marked=True),
+    Metric("mmd_gaussian", "MMD", less=True, marked=True),
+    Metric("ms_ssim", "MS-SSIM", less=False),
+    Metric("mmd_rbf", "MMD, standard", less=True, marked=True),
+    Metric("mmd_linear", "MMD, linear", less=True, marked=True),
+    Metric("change_percent", "Error change", less=True, unit="%"),
+)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One seed's number, with the bootstrap's interval where there is one."""
+
+    seed: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric of one method on one data set, over the seeds."""
+
+    values: tuple[Value, ...]
+    confidence: float = 0.95
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(each.value for each in self.values)
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval, or None: Student's for three seeds and more, half the range of two, and the
+        bootstrap's for one (or for seeds that all say the same, as those of real volumes do)."""
+        numbers = [each.value for each in self.values]
+        if len(set(numbers)) == 1:
+            numbers = numbers[:1]
+        if len(numbers) > 2:
+            width = float(student.ppf((1 + self.confidence) / 2, len(numbers) - 1))
+            return width * statistics.stdev(numbers) / math.sqrt(len(numbers))
+        if len(numbers) == 2:
+            return abs(numbers[0] - numbers[1]) / 2
+        only = self.values[0]
+        return (only.high - only.low) / 2 if only.low is not None and only.high is not None else None
+
+
+@dataclass
+class Result:
+    """One method on one data set: the folders of its seeds, and what they say."""
+
+    method: str
+    dataset: str
+    folders: dict[int, Path] = field(default_factory=dict)
+    summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def cell(self, metric: Metric, confidence: float, real: bool = False) -> Cell | None:
+        """The numbers of one metric, of the samples or of real volumes; None where no seed has one."""
+        values = []
+        for seed in self.folders:
+            found = self._value(metric, seed, real)
+            if found is not None:
+                values.append(found)
+        return Cell(tuple(values), confidence) if values else None
+
+    def _value(self, metric: Metric, seed: int, real: bool) -> Value | None:
+        if metric.key == "change_percent":
+            run = self.summaries.get(seed, {}).get("run")
+            return Value(seed, float(run["change_percent"])) if run and not real else None
+        sets = self.evaluations.get(seed, {}).get("sets", {})
+        own = [name for name in sets if (name == REAL) == real]
+        found = sets[own[0]].get(metric.key) if own else None
+        if isinstance(found, dict):
+            number = found.get("value")
+            return None if number is None else Value(seed, float(number), found.get("low"), found.get("high"))
+        return None if found is None else Value(seed, float(found))
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything in OUT."""
+
+    out: Path
+    config: StudyConfig
+    studies: tuple[str, ...]
+    found: dict[tuple[str, str], Result]
+    seconds: dict[Path, float]  # of each finished run
+    costs: dict[str, Any] | None
+    record: dict[str, Any]  # of the last study: versions, machine, revision
+
+    @property
+    def confidence(self) -> float:
+        return self.config.metrics.confidence
+
+    @property
+    def source(self) -> str:
+        """Where the volumes come from that samples are compared with."""
+        made = [about.made is not None for about in self.config.datasets.values()]
+        return MADE if all(made) else f"real or {MADE}" if any(made) else "real"
+
+    @property
+    def empty(self) -> bool:
+        """Whether no run is done and no cost is measured."""
+        return self.costs is None and not any(result.folders for result in self.found.values())
+
+    def result(self, method: str, dataset: str) -> Result:
+        return self.found.get((method, dataset)) or Result(method, dataset)
+
+    def parameters(self, method: str) -> tuple[int, int] | None:
+        """How many parameters of a method train, and how many its base has."""
+        for dataset in self.config.datasets:
+            for summary in self.result(method, dataset).summaries.values():
+                return int(summary["run"]["trainable_parameters"]), int(summary["run"]["base_parameters"])
+        return None
+
+    def title(self, method: str, ranked: bool = False) -> str:
+        """A method's name for people; with its rank where that is what a table is about."""
+        if method == BASE:
+            return "Base, not fine-tuned"
+        about = self.config.methods.get(method)
+        title = (about.title if about is not None else None) or method
+        rank = about.method.params.get("r") if about is not None and ranked else None
+        return title if rank is None or "rank" in title else f"{title}, rank {rank}"
+
+    def dataset_title(self, dataset: str) -> str:
+        return self.config.datasets[dataset].title or dataset
+
+    def failures(self, methods: Sequence[str]) -> list[str]:
+        """Every run of these methods that is not done, in words."""
+        lines = []
+        for method in methods:
+            for dataset in self.config.datasets:
+                result = self.result(method, dataset)
+                for seed in self.config.seeds:
+                    if seed in result.failures:
+                        what = result.failures[seed]
+                    elif seed not in result.evaluations:
+                        what = "not run yet"
+                    else:
+                        continue
+                    lines.append(f"{self.title(method)}, {self.dataset_title(dataset)}, seed {seed}: {what}")
+        return lines
+
+
+def read_results(out: Path) -> Results:
+    """Read what studies left in `out`; raises LabError where there is none."""
+    known = read_json(out / "study.json")
+    if known is None or known.get("version") != 1:
+        fix = "Run `study` first, with the same `--out`."
+        raise fault(out, "the results of a study", "study.json", "none that can be read", fix)
+    try:
+        config = StudyConfig.model_validate_json(json.dumps(known["config"]))
+        studies = tuple(study for study in STUDIES if study in known["studies"])
+    except (ValidationError, KeyError, TypeError):
+        fix = "Run `study` again with the same `--out`."
+        raise fault(out / "study.json", "the settings of a study", "those of this version", "others", fix) from None
+    found: dict[tuple[str, str], Result] = {}
+    seconds = {}
+    for folder in sorted((out / "runs").glob("*/*/seed-*")):
+        seed = folder.name.removeprefix("seed-")
+        method, dataset = folder.parent.parent.name, folder.parent.name
+        if dataset in config.datasets and seed.lstrip("-").isdigit() and int(seed) in config.seeds:
+            result = found.setdefault((method, dataset), Result(method, dataset))
+            seconds[folder] = _add(result, int(seed), folder)
+    record = read_json(out / f"record-study-{studies[-1]}.json") or {} if studies else {}
+    return Results(out, config, studies, found, seconds, read_json(out / "costs.json"), record)
+
+
+def _add(result: Result, seed: int, folder: Path) -> float:
+    """Read one run; the seconds that it took, 0 where it is not done."""
+    outcome = Outcome.read(folder)
+    if outcome is not None and outcome.status == "failed":
+        result.failures[seed] = outcome.reason
+    if outcome is None or outcome.status != "done":
+        return 0.0
+    result.folders[seed] = folder
+    for name, kept in (("summary.json", result.summaries), ("evaluation.json", result.evaluations)):
+        content = read_json(folder / name)
+        if content is not None:
+            kept[seed] = content
+    return outcome.seconds

@@ -1,0 +1,174 @@
+"""What a study is, as data: data sets, methods and seeds, and which of them make which table.
+
+A section of a method or a data set replaces those settings of the common section that it names and no others.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
+
+from ddpm_lab.config.settings import (
+    Base,
+    Config,
+    Data,
+    Diffusion,
+    Method,
+    Metrics,
+    Model,
+    Positive,
+    Sampling,
+    Section,
+    Size,
+    Training,
+    Validation,
+)
+from ddpm_lab.support.faults import fault
+
+__all__ = ["STUDIES", "Cost", "DataSet", "Made", "Ranks", "StudyConfig", "StudyMethod", "overlaid"]
+
+STUDIES = ("table1", "table2", "table3", "table4", "figure4")
+
+# Names become folders, on any file system.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
+S = TypeVar("S", bound=Section)
+
+
+class Made(Section):
+    """Subjects made from the MNI152 template, for machines that have no MRI data."""
+
+    domain: Literal["t1", "t2", "atrophy", "lesion"]
+    count: Annotated[int, Field(ge=4)] = 60
+    side: Annotated[int, Field(ge=8)] = 32  # voxels
+    seed: int = 0
+
+
+class DataSet(Section):
+    """One data set: `made` subjects, or the folder or manifest that `data` names."""
+
+    title: str | None = None
+    made: Made | None = None
+    data: Data = Data()  # replaces these settings of the study's `data`
+
+
+class StudyMethod(Section):
+    """One method: what trains, and how its training differs from the common one."""
+
+    title: str | None = None
+    note: str | None = None  # printed under the tables that the method stands in
+    method: Method = Method()
+    training: Training = Training()  # replaces these settings of the study's `training`
+
+
+class Ranks(Section):
+    """Figure 4: these methods at each of these ranks, the parameter `r`."""
+
+    methods: tuple[Name, ...] = ()
+    ranks: tuple[Positive, ...] = (1, 2, 4, 6)
+
+
+class Cost(Section):
+    """Table 4: what is timed. Methods take turns, so that a slow minute slows them all."""
+
+    shapes: dict[Name, Size] = Field(default_factory=dict)  # a name for each size of volume
+    batch_size: Positive = 1
+    rounds: Annotated[int, Field(ge=3)] = 9
+    warmup: Positive = 2  # the first passes plan and group layers
+
+
+class StudyConfig(Section):
+    """Everything that `study` runs; `seeds` are those of training, and are added to the seed of sampling."""
+
+    title: str = "Study"
+    caveat: str = ""  # printed with every result
+    source: DataSet = DataSet()  # the base is pretrained on it, unless `base` names a checkpoint
+    datasets: dict[Name, DataSet] = Field(default_factory=dict)
+    data: Data = Data()
+    model: Model = Model()
+    base: Base = Base()
+    pretraining: Training | None = None
+    diffusion: Diffusion = Diffusion()
+    training: Training = Training()
+    validation: Validation = Validation()
+    sampling: Sampling = Sampling()
+    metrics: Metrics = Metrics()
+    methods: dict[Name, StudyMethod]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    table1: tuple[Name, ...] = ()  # methods side by side
+    table2: tuple[Name, ...] = ()  # the same, with whole layers that train along (`method.also`)
+    table3: tuple[Name, ...] = ()  # frozen copy against zero start
+    table4: tuple[Name, ...] = ()  # time and memory
+    figure4: Ranks = Ranks()
+    cost: Cost = Cost()
+    dry_run: bool = False  # build everything, count, and take one step at reduced size
+
+    def members(self, study: str) -> tuple[str, ...]:
+        """The names of a study's methods; for Figure 4 those that `with_ranks` makes."""
+        if study == "figure4":
+            return tuple(self.ranked(name, rank) for name in self.figure4.methods for rank in self.figure4.ranks)
+        return tuple(getattr(self, study))
+
+    def ranked(self, name: str, rank: int) -> str:
+        """The name of a method at a rank: its own name at its own rank, so that tables share the run."""
+        return name if self.methods[name].method.params.get("r") == rank else f"{name}-r{rank}"
+
+    def with_ranks(self) -> StudyConfig:
+        """The same study, with a method of its own for each rank of Figure 4."""
+        methods = dict(self.methods)
+        for name in self.figure4.methods:
+            for rank in self.figure4.ranks:
+                own = self.methods[name]
+                method = own.method.model_copy(update={"params": {**own.method.params, "r": rank}})
+                change: dict[str, Any] = {"method": method, "title": f"{own.title or name}, rank {rank}", "note": None}
+                methods.setdefault(self.ranked(name, rank), own.model_copy(update=change))
+        return self.model_copy(update={"methods": methods})
+
+    def settled(self) -> StudyConfig:
+        """The same study with nothing left to replace: every method and data set has all of its settings."""
+        methods = {
+            name: each.model_copy(update={"training": overlaid(self.training, each.training)})
+            for name, each in self.methods.items()
+        }
+        datasets = {name: each.model_copy(update={"data": self.data_of(each)}) for name, each in self.datasets.items()}
+        return self.model_copy(update={"methods": methods, "datasets": datasets})
+
+    def training_of(self, method: str, seed: int) -> Training:
+        """The common training with what the method replaces, and the seed."""
+        found = overlaid(self.training, self.methods[method].training)
+        return found.model_copy(update={"seed": seed})
+
+    def data_of(self, dataset: DataSet) -> Data:
+        return overlaid(self.data, dataset.data)
+
+    def run(self, method: str | None, dataset: DataSet, seed: int, checkpoint: Base) -> Config:
+        """The configuration of one run; of the base itself where there is no method."""
+        common = self.training
+        plain = Training(precision=common.precision, device=common.device, threads=common.threads)
+        return Config(
+            data=self.data_of(dataset),
+            model=self.model,
+            base=checkpoint,
+            diffusion=self.diffusion,
+            method=self.methods[method].method if method is not None else Method(),
+            training=self.training_of(method, seed) if method is not None else plain,
+            validation=self.validation,
+            sampling=self.sampling.model_copy(update={"seed": self.sampling.seed + seed}),
+            metrics=self.metrics,
+        )
+
+    def check_names(self) -> None:
+        """Raise LabError where a table names a method that is not there, or a seed stands twice."""
+        for study in STUDIES:
+            own = self.figure4.methods if study == "figure4" else getattr(self, study)
+            for name in own:
+                if name not in self.methods:
+                    expected = f"one of {', '.join(self.methods)}"
+                    raise fault(study, "a method", expected, f"`{name}`", "Add it to `methods`, or correct the name.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise fault("seeds", "the seeds", "each once", str(list(self.seeds)), "Remove one of the two.")
+
+
+def overlaid(common: S, own: S) -> S:
+    """`common` with every setting that was written down in `own`."""
+    return common.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})

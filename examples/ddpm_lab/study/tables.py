@@ -1,0 +1,344 @@
+"""The paper's tables from the results, and how a table is written as Markdown, CSV and HTML."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from ddpm_lab.study.results import BASE, METRICS, Cell, Metric, Results
+
+__all__ = [
+    "Row",
+    "Table",
+    "as_csv",
+    "as_html",
+    "as_markdown",
+    "change_table",
+    "cost_table",
+    "detail_table",
+    "method_table",
+]
+
+PAPER = METRICS[:3]  # what the paper's tables have
+CHANGE = next(metric for metric in METRICS if metric.key == "change_percent")
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: its name, its cells, and which of them are the best of their column."""
+
+    title: str
+    cells: tuple[str, ...]
+    best: frozenset[int] = frozenset()
+    reference: bool = False  # no competitor: real volumes, the base
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, groups of columns with the number of columns in each, headings, rows and notes."""
+
+    name: str
+    title: str
+    groups: tuple[tuple[str, int], ...]
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Column:
+    """The cells of one metric on one data set, by row."""
+
+    metric: Metric
+    cells: list[Cell | None] = field(default_factory=list)
+    power: int = 0  # numbers are printed in units of ten to this power
+
+    @property
+    def sizes(self) -> list[float]:
+        return [abs(cell.mean) for cell in self.cells if cell is not None and cell.mean]
+
+    @property
+    def decimals(self) -> int:
+        if self.metric.unit == "%":
+            return 1
+        return 2 if self.power else 3
+
+    def text(self, row: int) -> str:
+        cell = self.cells[row]
+        if cell is None:
+            return NOTHING
+        scale, sign = 10.0**self.power, "+" if self.metric.unit == "%" else ""
+        text = f"{cell.mean / scale:{sign}.{self.decimals}f}"
+        return text if cell.half is None else f"{text} ± {cell.half / scale:.{self.decimals}f}"
+
+    def best(self, competitors: Sequence[int]) -> set[int]:
+        """The rows with the best number as it is printed."""
+        means = {row: cell.mean for row in competitors if (cell := self.cells[row]) is not None}
+        if len(means) < 2:
+            return set()
+        rounded = {row: round(mean / 10.0**self.power, self.decimals) for row, mean in means.items()}
+        first = min(rounded.values()) if self.metric.less else max(rounded.values())
+        return {row for row, mean in rounded.items() if mean == first}
+
+
+def _set_powers(columns: Sequence[_Column]) -> None:
+    """One unit for each metric: a middle number of all its columns has one digit before the point."""
+    for metric in METRICS:
+        own = [column for column in columns if column.metric == metric]
+        sizes = sorted(size for column in own for size in column.sizes)
+        if not sizes or not metric.marked:
+            continue
+        # The middle one, so that a method which diverged does not cost the others their digits.
+        power = math.floor(math.log10(sizes[len(sizes) // 2]))
+        for column in own:
+            column.power = power if power < -1 else 0
+
+
+def method_table(results: Results, name: str, title: str, methods: Sequence[str]) -> Table:
+    """Methods by metrics on each data set, as the paper's Tables 1 and 2 have them."""
+    datasets = tuple(results.config.datasets)
+    groups = [("", 2), *((results.dataset_title(each), len(PAPER)) for each in datasets)]
+    columns = [_Column(metric) for _ in datasets for metric in PAPER]
+    keys = [(dataset, metric) for dataset in datasets for metric in PAPER]
+    return _table(results, name, title, methods, groups, columns, keys)
+
+
+def change_table(results: Results, name: str, methods: Sequence[str]) -> Table:
+    """How the error on held-out volumes changed, on each data set."""
+    datasets = tuple(results.config.datasets)
+    groups = [("", 2), *((results.dataset_title(each), 1) for each in datasets)]
+    columns = [_Column(CHANGE) for _ in datasets]
+    table = _table(results, name, "Error", methods, groups, columns, [(dataset, CHANGE) for dataset in datasets])
+    rows = tuple(row for row in table.rows if not row.reference)
+    note = "Change of the denoising error on held-out volumes from the first step to the last, in percent."
+    return replace(table, rows=rows, notes=(note,))
+
+
+def detail_table(results: Results, name: str, dataset: str, methods: Sequence[str]) -> Table:
+    """Every metric on one data set."""
+    columns = [_Column(metric) for metric in METRICS]
+    keys = [(dataset, metric) for metric in METRICS]
+    groups = [("", 2), ("", len(METRICS))]
+    return _table(results, name, results.dataset_title(dataset), methods, groups, columns, keys)
+
+
+def _table(
+    results: Results,
+    name: str,
+    title: str,
+    methods: Sequence[str],
+    groups: Sequence[tuple[str, int]],
+    columns: Sequence[_Column],
+    keys: Sequence[tuple[str, Metric]],
+) -> Table:
+    confidence = results.config.metrics.confidence
+    rows = [
+        ("Real, held out", None),
+        (results.title(BASE), BASE),
+        *((_title(results, name, each), each) for each in methods),
+    ]
+    for column, (dataset, metric) in zip(columns, keys, strict=True):
+        for _, method in rows:
+            result = results.result(method or BASE, dataset)
+            column.cells.append(result.cell(metric, confidence, real=method is None))
+    _set_powers(columns)
+    competitors = range(2, len(rows))
+    best = [column.best(competitors) for column in columns]
+    made = [
+        Row(
+            row_title,
+            (*_sizes(results, method), *(column.text(number) for column in columns)),
+            frozenset(place + 2 for place, winners in enumerate(best) if number in winners),
+            reference=number < 2,
+        )
+        for number, (row_title, method) in enumerate(rows)
+    ]
+    mark = encoder_mark(results)
+    headings = ["#P", "of base", *(_heading(column, mark) for column in columns)]
+    return Table(name, title, tuple(groups), tuple(headings), tuple(made), tuple(_notes(results, methods)))
+
+
+def _title(results: Results, table: str, method: str) -> str:
+    return results.title(method, ranked=table == "figure4")
+
+
+def _sizes(results: Results, method: str | None) -> tuple[str, str]:
+    known = results.parameters(method) if method not in (None, BASE) else None
+    if known is None:
+        return NOTHING, NOTHING
+    trained, total = known
+    return millions(trained), f"{trained / total:.2%}"
+
+
+def millions(number: int) -> str:
+    """A number of parameters: 0.60 M, 73.8 k."""
+    return f"{number / 1e6:.2f} M" if number >= 5e5 else f"{number / 1e3:.1f} k"
+
+
+def encoder_mark(results: Results) -> str:
+    return str(_evaluation(results).get("encoder_mark", ""))
+
+
+def _evaluation(results: Results) -> dict[str, object]:
+    for result in results.found.values():
+        for evaluation in result.evaluations.values():
+            return evaluation
+    return {}
+
+
+def _heading(column: _Column, mark: str) -> str:
+    metric = column.metric
+    unit = f" (1e{column.power})" if column.power else f" ({metric.unit})" if metric.unit else ""
+    return f"{metric.title}{mark if metric.marked else ''} {'↓' if metric.less else '↑'}{unit}"
+
+
+def _notes(results: Results, methods: Sequence[str]) -> list[str]:
+    """What a reader must know to read a table right."""
+    seeds = len(results.config.seeds)
+    about = _evaluation(results)
+    percent = f"{results.config.metrics.confidence:.0%}"
+    if seeds > 2:
+        interval = f"mean over {seeds} seeds ± half of Student's {percent} interval"
+    elif seeds == 2:
+        interval = "mean of two seeds ± half their difference"
+    else:
+        interval = f"one seed ± half of the bootstrap's {percent} interval"
+    notes = [
+        f"Each number: {interval}. #P: parameters that train. Bold: the best method of a "
+        "column. (1e-3): in units of 0.001."
+    ]
+    if about:
+        notes.append(
+            f"FID and MMD: {about.get('encoder', '')}; MMD is the paper's (kernel scaled by the median distance). "
+            f"MS-SSIM: {about.get('ms_ssim', '')}. Samples are compared with {about.get('reference', 'real volumes')}."
+        )
+    if "MNI152" in results.source:
+        notes.append("Volumes that are called real are made from the MNI152 template, where the data set is.")
+    for method in methods:
+        note = results.config.methods[method].note if method in results.config.methods else None
+        if note:
+            notes.append(f"{results.title(method)}: {note}")
+    return notes + [f"Missing: {line}" for line in results.failures(methods)]
+
+
+def cost_table(results: Results) -> Table:
+    """Inference, training time and memory as percentages of full fine-tuning."""
+    costs = results.costs
+    assert costs is not None
+    sizes = costs["sizes"]
+    first = next(iter(sizes.values()))["methods"]
+    rows = []
+    for name, about in first.items():
+        share = about["trainable_parameters"] / about["base_parameters"]
+        cells = [millions(about["trainable_parameters"]), f"{share:.2%}"]
+        for size in sizes.values():
+            own = size["methods"][name]
+            cells += [_percent(own["inference"]["value"]), _percent(own["training"]["value"]), _percent(own["memory"])]
+        title = results.title(name) if name in results.config.methods else name.capitalize()
+        rows.append(Row(title, tuple(cells), reference=name not in results.config.methods))
+    groups = (("", 2), *(("x".join(map(str, size["shape"])), 3) for size in sizes.values()))
+    columns = ("#P", "of base", *("Inference", "Training", "Memory") * len(sizes))
+    full = [
+        f"{'x'.join(map(str, size['shape']))}: full fine-tuning takes {seconds(size['methods'], 'training')} a step "
+        f"and {seconds(size['methods'], 'inference')} a call"
+        for size in sizes.values()
+    ]
+    machine = costs["machine"]
+    hardware = f"{machine['device']} ({machine['processor']}, {machine['threads']} threads)"
+    precision = {"no": "fp32"}.get(costs["precision"], costs["precision"])
+    notes = (
+        f"Measured: medians over {costs['rounds']} rounds in which the methods take turns, batch "
+        f"{costs['batch_size']}, {precision}, {hardware}. {'; '.join(full)}.",
+        f"Inference is with merged weights. Memory is the peak of a training step, by {costs['counted']}.",
+    )
+    return Table("table4", "Cost in percent of full fine-tuning", groups, columns, tuple(rows), notes)
+
+
+def seconds(methods: dict[str, dict[str, float]], what: str) -> str:
+    value = next(iter(methods.values()))[f"{what}_seconds"]
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.1f} %"
+
+
+def as_markdown(table: Table) -> str:
+    """A table of GitHub's kind; the groups of columns stand in the headings."""
+    headings: list[str] = []
+    for group, number in table.groups:
+        for _ in range(number):
+            heading = table.columns[len(headings)]
+            headings.append(f"{group}: {heading}" if group else heading)
+    lines = ["| Method | " + " | ".join(headings) + " |", "|-|" + "-:|" * len(headings)]
+    for row in table.rows:
+        cells = [f"**{cell}**" if place in row.best else cell for place, cell in enumerate(row.cells)]
+        lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
+    notes = "".join(f"\n- {note}" for note in table.notes)
+    return "\n".join(lines) + "\n" + (notes + "\n" if notes else "")
+
+
+def as_html(table: Table) -> str:
+    """A table with groups of columns; numbers are aligned to the right."""
+    top = "".join(
+        f'<th colspan="{number}" scope="colgroup"{" class=group" if title else ""}>{html.escape(title)}</th>'
+        for title, number in table.groups
+    )
+    starts = _starts(table.groups)
+    headings = "".join(
+        f"<th scope=col{' class=first' if place in starts else ''}>{html.escape(each).replace(' (1e', '<br>(1e')}</th>"
+        for place, each in enumerate(table.columns)
+    )
+    body = "".join(_html_row(row, starts) for row in table.rows)
+    head = f"<tr><td></td>{top}</tr>" if any(title for title, _ in table.groups) else ""
+    return (
+        f'<div class="scroll"><table><thead>{head}<tr><th scope="col">Method</th>{headings}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _starts(groups: Sequence[tuple[str, int]]) -> set[int]:
+    """The places of the first column of each group after the first."""
+    places, at = set(), 0
+    for _, number in groups:
+        places.add(at)
+        at += number
+    return places - {0}
+
+
+def _html_row(row: Row, starts: set[int]) -> str:
+    cells = ""
+    for place, cell in enumerate(row.cells):
+        kind = " ".join(word for word, on in (("first", place in starts), ("best", place in row.best)) if on)
+        cells += f"<td{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{_html_cell(cell)}</td>"
+    kind = " class=reference" if row.reference else ""
+    return f'<tr{kind}><th scope="row">{html.escape(row.title)}</th>{cells}</tr>'
+
+
+def _html_cell(cell: str) -> str:
+    """The interval in a lighter hand than the number."""
+    number, sign, half = cell.partition(" ± ")
+    minus = "&minus;" if number.startswith("-") and len(number) > 1 else ""
+    shown = minus + html.escape(number[1:] if minus else number)
+    return shown + (f'<span class="pm"> ± {html.escape(half)}</span>' if sign else "")
+
+
+def as_csv(results: Results, methods: Sequence[str]) -> str:
+    """Every number behind a table: a line for each method, data set, metric and seed."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "title", "parameters", "dataset", "metric", "seed", "value", "low", "high"])
+    for method in (BASE, *methods):
+        known = results.parameters(method)
+        for dataset in results.config.datasets:
+            for metric in METRICS:
+                cell = results.result(method, dataset).cell(metric, results.config.metrics.confidence)
+                for each in cell.values if cell is not None else ():
+                    row = [method, results.title(method), known[0] if known else "", dataset, metric.key]
+                    writer.writerow([*row, each.seed, each.value, each.low, each.high])
+    return text.getvalue()

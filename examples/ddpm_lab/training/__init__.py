@@ -1,0 +1,1 @@
+"""`pretrain`, `finetune` and `demo`: the loop, its checkpoints, and what a run leaves in its folder."""

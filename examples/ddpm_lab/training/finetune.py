@@ -1,0 +1,272 @@
+"""One run: check everything, adapt, train, sample, measure, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from monai.networks.schedulers import DDPMScheduler
+from torch import nn
+
+from ddpm_lab.config.settings import Config, Training
+from ddpm_lab.data.files import Split, check_data, find_volumes, rooted, split_volumes
+from ddpm_lab.data.order import Source
+from ddpm_lab.data.outliers import warnings_of
+from ddpm_lab.data.volumes import check_sizes, dataset
+from ddpm_lab.evaluation.encoder import Encoder, load_encoder
+from ddpm_lab.model.accelerator import make_accelerator
+from ddpm_lab.model.diffusion import HeldOut, HeldOutError, noise_schedule
+from ddpm_lab.model.method import Trained, apply_method, check_fit, check_method
+from ddpm_lab.model.unet import build_unet, divisor, load_base, recompute_activations
+from ddpm_lab.sampling.draw import check_sampling, draw_samples
+from ddpm_lab.support.console import Screen
+from ddpm_lab.support.durable import writing
+from ddpm_lab.support.faults import fault
+from ddpm_lab.support.folders import make_folder
+from ddpm_lab.support.processes import together
+from ddpm_lab.training.checkpoint import Checkpoint
+from ddpm_lab.training.engine import smaller_steps
+from ddpm_lab.training.resume import Kept, Saver, check_identity, identity
+from ddpm_lab.training.train import History, Step, measure, steps_of, train
+
+__all__ = ["Run", "Setup", "Volumes", "prepare", "prepare_volumes", "probe", "run_training", "sample"]
+
+
+NEVER_LEFT_OUT = "Mend the file: held-out volumes are never left out, for errors before and after would not compare."
+BROKEN_BASE = "Mend `base.checkpoint`, or set `training.precision=fp32`."
+EVENTS = "TensorBoard's events"
+FLUSH = 10  # seconds of events that a killed run may lose
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """The data of a run: two datasets of (1, D, H, W) tensors."""
+
+    split: Split
+    train: Any
+    validation: Any
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, checked; nothing has trained yet."""
+
+    config: Config
+    out: Path
+    volumes: Volumes
+    unet: nn.Module
+    scheduler: DDPMScheduler
+    held_out: HeldOut
+    encoder: Encoder
+    accelerator: Accelerator
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained method and its errors on the same held-out volumes, before and after."""
+
+    trained: Trained
+    history: History
+    before: HeldOutError
+    after: HeldOutError
+    start_difference: float  # largest difference between the base and the adapted model before the first step
+
+    @property
+    def change(self) -> float:
+        return self.after.change(self.before)
+
+
+def prepare(config: Config, out: Path, screen: Screen) -> Setup:
+    """Check everything a user can get wrong, cheapest first; raises TnpeftError, and writes only the split."""
+    config = config.model_copy(update={"data": rooted(config.data)})
+    check_method(config.method, config.base)
+    check_sampling(config.diffusion, config.sampling)
+    steps_of(config.training, 1)
+    unet = build_unet(config.model, config.base, config.training.seed)
+    if config.base.checkpoint is not None:
+        load_base(unet, config.base, screen.line)
+    check_fit(config.model, config.base, config.method)
+    encoder = load_encoder(config.metrics.medicalnet)
+    accelerator = make_accelerator(config.training)
+    with together():
+        volumes = prepare_volumes(config, out, screen, accelerator)
+    if config.model.checkpointing:
+        recompute_activations(unet)
+    scheduler = noise_schedule(config.diffusion)
+    held_out = HeldOut(
+        Source(volumes.validation, volumes.split.validation, volumes.shape, NEVER_LEFT_OUT),
+        scheduler,
+        config.validation,
+        config.training.batch_size,
+    )
+    unet.to(accelerator.device)
+    return Setup(config, out, volumes, unet, scheduler, held_out, encoder, accelerator)
+
+
+def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Accelerator) -> Volumes:
+    """Find, read and split the files; raises LabError for whatever is wrong with one of them."""
+    data = config.data
+    paths = find_volumes(data)
+    split = split_volumes(paths, data)
+    needed = config.training.batch_size * accelerator.num_processes
+    if len(split.train) < needed:
+        found = f"{len(split.train)} of {len(paths)} after holding {len(split.validation)} out"
+        fix = "Lower `training.batch_size` or add files."
+        raise fault(str(data.root), "files to train on", f"at least {needed}, one batch", found, fix)
+    with screen.bar(f"check {len(paths)} files", len(paths)) as bar:
+        outliers = check_data(data, paths, bar)
+    for line in warnings_of(outliers, data.percentiles):
+        screen.line(line)
+    assert data.root is not None
+    if accelerator.is_main_process:
+        make_folder(out)
+        with writing(out, "the split"):
+            split.write(out / "split.json", data.root)
+    with screen.phase("load volumes"):
+        train_set, validation_set = (dataset(files, data, out / "cache") for files in (split.train, split.validation))
+    shape = None
+    for volumes, files in ((train_set, split.train), (validation_set, split.validation)):
+        if data.cache != "none":
+            with screen.bar("prepare volumes", len(files)) as bar:
+                shape = check_sizes(volumes, files, divisor(config.model), bar, shape)
+    if shape is None:
+        shape = check_sizes(train_set[:1], split.train[:1], divisor(config.model))
+    return Volumes(split, train_set, validation_set, shape)
+
+
+def run_training(
+    setup: Setup,
+    screen: Screen,
+    title: str,
+    training: Training | None = None,
+    found: Checkpoint | None = None,
+    safe: bool = False,
+) -> Run:
+    """Measure the base, apply the method, train, measure again.
+
+    A `safe` run writes checkpoints, and goes on from the one that was `found`.
+    """
+    config, accelerator = setup.config, setup.accelerator
+    training = training or config.training
+    trained, kept = _started(setup, screen, title) if found is None else _continued(setup, found)
+    share = f"{trained.parameters:,} of {trained.total:,} parameters train ({trained.parameters / trained.total:.2%})"
+    screen.line(f"{trained.title}: {share}")
+    split, start = setup.volumes.split, 0 if found is None else found.step
+    saver = Saver(config, setup.out, split, accelerator, trained, kept, found) if safe else None
+    total = steps_of(training, len(split.train), accelerator.num_processes)
+    with screen.bar(title, total, start) as bar, _events(setup, training, start) as write:
+
+        def show(step: Step) -> None:
+            held_out = f"  held-out {step.held_out.mean:.4f}" if step.held_out is not None else ""
+            bar(step.number, f"loss {step.loss:.4f}{held_out}")
+            for name, reason in step.damaged:
+                screen.line(f"Step {step.number} left out {name}: {reason}")
+            write(step)
+
+        history = train(
+            setup.unet,
+            Source(setup.volumes.train, split.train, setup.volumes.shape),
+            setup.scheduler,
+            training,
+            accelerator,
+            setup.held_out,
+            config.validation.every,
+            show,
+            saver,
+            config.data.skip_damaged,
+        )
+    after = _measured(setup, screen, f"{title}, after", smaller_steps(training))
+    return Run(trained, history, kept.before, after, kept.start_difference)
+
+
+def _started(setup: Setup, screen: Screen, title: str) -> tuple[Trained, Kept]:
+    """A new run: what trains, and how the model did without it."""
+    before = _measured(setup, screen, f"{title}, before", BROKEN_BASE)
+    start = probe(setup, setup.unet)
+    trained = _applied(setup)
+    return trained, Kept(before, (probe(setup, setup.unet) - start).abs().max().item())
+
+
+def _continued(setup: Setup, found: Checkpoint) -> tuple[Trained, Kept]:
+    """A run that goes on: what trains, with the values of the checkpoint. Raises LabError where it is another run."""
+    own = identity(setup.config, setup.volumes.split, setup.accelerator)
+    check_identity(setup.out, own, found.state["identity"])
+    trained = _applied(setup, found.folder)
+    probe(setup, setup.unet)  # as a new run does: layers plan how they run when they are first called
+    return trained, Kept.of(found)
+
+
+def _applied(setup: Setup, saved: Path | None = None) -> Trained:
+    config = setup.config
+    trained = apply_method(setup.unet, config.method, saved)
+    setup.unet.to(setup.accelerator.device)
+    from_nothing = config.method.kind == "full" and config.base.checkpoint is None
+    return replace(trained, title="pretraining") if from_nothing else trained
+
+
+@contextmanager
+def _events(setup: Setup, training: Training, start: int) -> Iterator[Callable[[Step], None]]:
+    """A function that writes the steps after `start` to TensorBoard, where asked for."""
+    folder, writer = setup.out / "tensorboard", None
+    with together(), writing(folder, EVENTS):
+        if training.tensorboard and setup.accelerator.is_main_process:
+            writer = _writer(folder, start)
+    if writer is None:
+        yield lambda _: None
+        return
+
+    def write(step: Step) -> None:
+        with writing(folder, EVENTS):
+            writer.add_scalar("loss", step.loss, step.number)
+            writer.add_scalar("learning rate", step.learning_rate, step.number)
+            if step.held_out is not None:
+                writer.add_scalar("held-out error", step.held_out.mean, step.number)
+
+    try:
+        yield write
+    finally:  # what led to an error is worth seeing too
+        with writing(folder, EVENTS):
+            writer.close()
+
+
+def _writer(folder: Path, start: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=start + 1, flush_secs=FLUSH)
+
+
+def _measured(setup: Setup, screen: Screen, title: str, fix: str) -> HeldOutError:
+    with screen.bar(title, setup.held_out.evaluations) as bar:
+        return measure(setup.held_out, setup.unet, setup.accelerator, title, fix, bar)
+
+
+@torch.no_grad()
+def probe(setup: Setup, unet: nn.Module) -> torch.Tensor:
+    """The network's output for one fixed input: an adapter must not change it before its first step."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((1, 1, *setup.volumes.shape), generator=generator).to(setup.accelerator.device)
+    timesteps = torch.tensor([setup.scheduler.num_train_timesteps // 2], device=setup.accelerator.device)
+    unet.eval()
+    with setup.accelerator.autocast():
+        return torch.as_tensor(unet(noise, timesteps=timesteps)).float()
+
+
+def sample(setup: Setup, screen: Screen, title: str, unet: nn.Module | None = None) -> torch.Tensor:
+    """Samples of a network, of the setup's own as it is now when none is given."""
+    sampling = setup.config.sampling
+    with screen.bar(title, sampling.count * sampling.steps) as bar, setup.accelerator.autocast():
+        return draw_samples(
+            unet or setup.unet,
+            setup.volumes.shape,
+            setup.config.diffusion,
+            sampling,
+            setup.config.data,
+            setup.accelerator.device,
+            bar,
+        )
