@@ -274,9 +274,9 @@ def test_copies_and_pickles_carry_no_cache_and_share_the_plan():
     delta = adapter.delta_weight()
     copied = copy.deepcopy(adapter)
     assert copied.plan is adapter.plan
-    assert copied._folded is None
+    assert copied._kept is None
     loaded = pickle.loads(pickle.dumps(adapter))
-    assert loaded._folded is None
+    assert loaded._kept is None
     for other in (copied, loaded):
         assert torch.equal(other.delta_weight(), delta)
         assert other.network.signature == adapter.network.signature
