@@ -24,7 +24,7 @@ from tnpeft.program import model as programs
 from tnpeft.program.batched import BatchedTree
 from tnpeft.program.difference import Code
 from tnpeft.program.total import Total
-from tnpeft.program.weight_layout import Finish
+from tnpeft.program.weight_layout import WeightLayout
 from tnpeft.verify import VerifyReport, checks, engine, run_check, verify
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -56,9 +56,9 @@ def failing(report: VerifyReport) -> set[str]:
 
 def reversed_legs(patch: pytest.MonkeyPatch) -> None:
     """The last step stores the weight's legs in another order."""
-    real = Finish.of.__func__
+    real = WeightLayout.of.__func__
     wrong = lambda cls, *args: dataclasses.replace(made := real(cls, *args), legs=made.legs[::-1])  # noqa: E731
-    patch.setattr(Finish, "of", classmethod(wrong))
+    patch.setattr(WeightLayout, "of", classmethod(wrong))
 
 
 def forgotten_scale(patch: pytest.MonkeyPatch) -> None:
@@ -68,9 +68,11 @@ def forgotten_scale(patch: pytest.MonkeyPatch) -> None:
 
 def mixed_groups(patch: pytest.MonkeyPatch) -> None:
     """Blocks of a grouped transposed convolution side by side, as a plain transposed one has them."""
-    patch.setattr(Finish, "_stored", lambda self, padded: padded.transpose(0, 1).reshape(self.stored))
+    patch.setattr(WeightLayout, "_stored", lambda self, padded: padded.transpose(0, 1).reshape(self.stored))
     patch.setattr(
-        Finish, "_canonical", lambda self, stored: stored.reshape(self.padded[1], self.padded[0], -1).transpose(0, 1)
+        WeightLayout,
+        "_canonical",
+        lambda self, stored: stored.reshape(self.padded[1], self.padded[0], -1).transpose(0, 1),
     )
 
 
