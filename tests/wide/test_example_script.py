@@ -1,4 +1,4 @@
-"""`examples/with_transformers.py` beside transformers itself; tests/test_examples_scripts.py has the others."""
+"""`examples/with_transformers.py` beside transformers itself; tests/examples has those that need no framework."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers and weights as transformers and torchao make them; tests/test_look_alikes.py has those of other libraries."""
+"""Layers and weights as transformers and torchao make them; tests/network has those of other libraries."""
 
 from __future__ import annotations
 

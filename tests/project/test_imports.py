@@ -1,0 +1,145 @@
+"""Files import in one direction: no circle anywhere, imports for types alone counted too.
+
+The walk is over `ast`, so that nothing is run, and nothing is left out for what a folder is called.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import networkx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Folders, and where the names of their modules begin.
+TREES = {"tnpeft": ROOT, "examples": ROOT / "examples", "benchmarks": ROOT / "benchmarks"}
+# The driver: each file imports its own wing and those to the left. The package itself imports none.
+WINGS = ("support", "config", "data", "model", "sampling", "evaluation", "training", "study")
+# Circles that are known and wait to be opened: the files of each.
+KNOWN: Mapping[str, list[set[str]]] = {
+    "tnpeft": [
+        {
+            "tnpeft.modules.adapter",
+            "tnpeft.modules.autotune",
+            "tnpeft.modules.dispatch",
+            "tnpeft.modules.execution",
+            "tnpeft.modules.forward_pass",
+            "tnpeft.modules.layers",
+            "tnpeft.modules.results",
+            "tnpeft.modules.scripting",
+            "tnpeft.modules.sharing",
+        },
+        {
+            "tnpeft.network",
+            "tnpeft.network.bind",
+            "tnpeft.network.model",
+            "tnpeft.spec",
+            "tnpeft.spec.library",
+            "tnpeft.spec.model",
+        },
+    ],
+}
+
+
+def import_graph(folder: Path, root: Path) -> networkx.DiGraph[str]:
+    """Each module of a folder, with an arrow to every module of it that the file names in an import."""
+    files = {module_name(path, root): path for path in sorted(folder.rglob("*.py"))}
+    graph: networkx.DiGraph[str] = networkx.DiGraph()
+    graph.add_nodes_from(files)
+    for name, path in files.items():
+        for module, attribute in imports(path):
+            target = f"{module}.{attribute}" if f"{module}.{attribute}" in files else module
+            if target in files and target != name:
+                graph.add_edge(name, target)
+    return graph
+
+
+def module_name(path: Path, root: Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[tuple[str, str]]:
+    """The modules that a file imports, each with a name in it or none; in functions and under TYPE_CHECKING too."""
+    found: set[tuple[str, str]] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {(node.module, alias.name) for alias in node.names}
+    return found
+
+
+def circles(graph: networkx.DiGraph[str]) -> list[set[str]]:
+    return [circle for circle in networkx.strongly_connected_components(graph) if len(circle) > 1]
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_no_files_import_each_other(tree: str):
+    found = circles(import_graph(ROOT / tree, TREES[tree]))
+    assert sorted(found, key=sorted) == KNOWN.get(tree, [])
+
+
+def test_the_wings_of_the_driver_have_one_order():
+    graph = import_graph(ROOT / "examples", TREES["examples"])
+    assert {wing_of(name) for name in graph} - {None} == {"", *WINGS}
+    upward = [f"{file} -> {other}" for file, other in graph.edges if not may_import(wing_of(file), wing_of(other))]
+    assert upward == []
+
+
+def test_the_texts_have_the_wings_in_their_order():
+    table = (ROOT / "examples" / "README.md").read_text(encoding="utf-8").partition("## The code")[2]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `(\w+\.py)` \|$", table, re.MULTILINE)
+    assert [wing for wing, _ in rows] == [*WINGS]
+    assert all((ROOT / "examples" / "ddpm_lab" / wing / file).is_file() for wing, file in rows)
+    for text in ("CONTRIBUTING.md", "examples/ddpm_lab/__init__.py"):
+        assert " <- ".join(WINGS) in (ROOT / text).read_text(encoding="utf-8")
+
+
+def wing_of(module: str) -> str | None:
+    """`support` for `ddpm_lab.support.faults`, nothing for `ddpm_lab` itself; None outside the driver."""
+    package, _, inner = module.partition(".")
+    return inner.partition(".")[0] if package == "ddpm_lab" else None
+
+
+def may_import(wing: str | None, other: str | None) -> bool:
+    if wing is None:  # a script imports what it needs
+        return True
+    return other in WINGS and wing in WINGS and WINGS.index(other) <= WINGS.index(wing)
+
+
+@pytest.mark.parametrize(
+    ("file", "other", "allowed"),
+    [
+        ("ddpm", "ddpm_lab.study.study", True),
+        ("ddpm_lab.study.run", "ddpm_lab.training.driver", True),
+        ("ddpm_lab.model.unet", "ddpm_lab.model.base_file", True),
+        ("ddpm_lab.model.unet", "ddpm_lab.model", True),
+        ("ddpm_lab.model.unet", "ddpm_lab.sampling.draw", False),
+        ("ddpm_lab.model.unet", "ddpm_lab", False),
+        ("ddpm_lab.model.unet", "ddpm", False),
+        ("ddpm_lab", "ddpm_lab.support.faults", False),
+    ],
+)
+def test_wings_import_downwards_alone(file: str, other: str, allowed: bool):
+    assert may_import(wing_of(file), wing_of(other)) is allowed
+
+
+def test_the_walk_sees_every_kind_of_import(tmp_path: Path):
+    files = {
+        "a/__init__.py": "from a.b import x\n",
+        "a/b.py": "def f():\n    import a.spec.c\n",
+        "a/spec/__init__.py": "",
+        "a/spec/c.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from a import d\n",
+        "a/d.py": "from a.spec import c\nfrom a import e as f\n",
+        "a/e.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    graph = import_graph(tmp_path / "a", tmp_path)
+    assert [*graph["a.d"]] == ["a.e", "a.spec.c"] or [*graph["a.d"]] == ["a.spec.c", "a.e"]
+    assert sorted(graph) == ["a", "a.b", "a.d", "a.e", "a.spec", "a.spec.c"]
+    assert circles(graph) == [{"a.d", "a.spec.c"}]
