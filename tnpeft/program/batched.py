@@ -1,8 +1,8 @@
-"""Trees of cores contracted for several layers at once: with small cores, what counts is how many operations start.
+"""Contraction trees, evaluated for several layers at once: small cores cost what their operations take to start.
 
-The cores of all layers come as one flat list: the first core of every layer, then the second of every layer. One copy
-puts them side by side, one more into the order of legs in which they are contracted; their changes from a frozen copy
-are one subtraction, and their gradients are made as one tensor, of which each core gets its piece.
+Cores come as one flat list, the first core of every layer, then the second of every layer. `_stacked` concatenates them
+to one vector and brings each core to (layers, legs in the order of contraction). The changes since the frozen copies
+are one subtraction of two such vectors, the gradients of all cores one vector that is split.
 """
 
 from __future__ import annotations
@@ -33,33 +33,32 @@ NUMBERED = 1 << 17
 
 @dataclass(frozen=True)
 class Tree:
-    """Cores that are contracted to one tensor: all that decides how, whatever the legs are called.
+    """The contraction of some cores to one tensor: result[legs] = scale * einsum(cores).
 
-    `legs` are those of each core as it is stored, `result` those of what is made of them, one letter each. Cores come
-    before results in the numbers of the steps. `scale` is multiplied into the core `scaled`.
+    Letters are counted anew, so that trees of equal shape are equal, whatever their legs are called.
     """
 
-    legs: tuple[str, ...]
-    sizes: tuple[tuple[str, int], ...]
-    frozen: tuple[bool, ...]
-    steps: tuple[Step, ...]
-    result: str
+    legs: tuple[str, ...]  # of each core, as it is stored
+    sizes: tuple[tuple[str, int], ...]  # by letter
+    frozen: tuple[bool, ...]  # for each core
+    steps: tuple[Step, ...]  # tensors by number: cores first, then results
+    result: str  # its legs
     scale: float
-    scaled: int
+    scaled: int  # the core into which the scale is multiplied
 
     @classmethod
     def of(
         cls, network: Network, cores: Sequence[int], steps: Sequence[Step], result: str, sizes: Mapping[str, int]
     ) -> Tree:
         """Some cores of a network of one term, by number, and the steps that contract them; `result` in its letters."""
-        own = [network.symbols_of(network.cores[core]) for core in cores]
-        letters = {letter: get_symbol(place) for place, letter in enumerate(dict.fromkeys("".join(own)))}
+        core_legs = [network.symbols_of(network.cores[core]) for core in cores]
+        letters = {letter: get_symbol(place) for place, letter in enumerate(dict.fromkeys("".join(core_legs)))}
         legs = {leg: letters[letter] for leg, letter in network.symbols.items() if letter in letters}
         numbers = {core: place for place, core in enumerate(cores)}
         numbers |= {step.number: len(cores) + place for place, step in enumerate(steps)}
         smallest = min(range(len(network.cores)), key=lambda core: network.cores[core].numel)
         return cls(
-            legs=tuple("".join(letters[letter] for letter in one) for one in own),
+            legs=tuple("".join(letters[letter] for letter in legs_of_core) for legs_of_core in core_legs),
             sizes=tuple((new, sizes[letter]) for letter, new in letters.items()),
             frozen=tuple(network.cores[core].frozen for core in cores),
             steps=tuple(_renamed(step, numbers, legs) for step in steps),
@@ -71,31 +70,30 @@ class Tree:
 
 def _renamed(step: Step, numbers: Mapping[int, int], legs: Mapping[str, str]) -> Step:
     left, right = (numbers[number] for number in step.operands)
-    first, second, made = (tuple(legs[leg] for leg in side) for side in (step.left, step.right, step.output))
-    return Step(numbers[step.number], (left, right), first, second, made, step.flops, step.elements)
+    first, second, output = (tuple(legs[leg] for leg in side) for side in (step.left, step.right, step.output))
+    return Step(numbers[step.number], (left, right), first, second, output, step.flops, step.elements)
 
 
 class Start(NamedTuple):
-    """What the changes need of the frozen copies: the stacked cores, as one where they are, and all tensors, scaled."""
+    """What the changes need of the frozen copies."""
 
-    flat: Tensor | None
-    cores: tuple[Tensor, ...]
-    constants: tuple[Tensor, ...]
+    flat: Tensor | None  # all stacked copies as one vector; None where they are not one
+    cores: tuple[Tensor, ...]  # each (layers, legs)
+    constants: tuple[Tensor, ...]  # every tensor of the tree, scaled
 
 
 class Changed(NamedTuple):
-    """Every tensor of a tree, cores first, and its change since the frozen copy (None: no change)."""
+    """A tree's value and its change since the frozen copy, as a JVP carries both."""
 
-    tensors: list[Tensor]
-    changes: list[Tensor | None]
+    tensors: list[Tensor]  # cores first, then results
+    changes: list[Tensor | None]  # of each; None: zero
 
 
 class BatchedTree:
     """A tree for `count` layers.
 
-    The cores of several are put side by side, in the order of legs that suits best. One layer's are taken as they
-    stand, unless a core is all that there is: what is kept of them for the backward pass is then no copy. Tables of
-    numbers die with it.
+    The cores of several layers are copied, to the order of legs that suits best. Those of one layer are used as they
+    are stored, so that nothing is copied for the backward pass, unless the tree is one core. Index tables die with it.
     """
 
     def __init__(self, tree: Tree, count: int) -> None:
@@ -124,7 +122,7 @@ class BatchedTree:
         return run_values(self.instructions, self._scaled(self._stacked(cores)[1]), ())
 
     def changed(self, cores: Sequence[Tensor], start: Start, last: bool) -> Changed:
-        """Every tensor and its change; the last one's value only if it is wanted."""
+        """The JVP of the tree along cores - start; the value of the result only with `last`."""
         flat, stacked = self._stacked(cores)
         changes: list[Tensor | None]
         if flat is not None and start.flat is not None:
@@ -140,29 +138,29 @@ class BatchedTree:
         return Changed(*run_changes(self.instructions, self._scaled(stacked), changes, start.constants, last))
 
     def again(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Every tensor but the last; those that are None are made anew. Cores are there."""
+        """Every tensor but the result; those that are None are recomputed. Cores are given."""
         cores = [tensor for tensor in tensors[: self.size] if tensor is not None]
         return run_values(self.instructions[:-1], cores, tensors[self.size :])
 
     def gradients(
         self, tensors: Sequence[Tensor], gradient: Tensor, cores: Sequence[Tensor], needed: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Those of the cores that need one, in the same order, from that of the result of all layers."""
-        found: list[Tensor | None] = [None] * (self.number + 1)
-        found[self.number] = gradient
-        own = [not fixed and any(self._of(needed, core)) for core, fixed in enumerate(self.tree.frozen)]
-        run_gradients(self.instructions, tensors, found, list(own))
-        scaled = found[self.tree.scaled]
+        """The VJP: gradients of the cores that need one, from `gradient` of the result (layers, legs); else None."""
+        grads: list[Tensor | None] = [None] * (self.number + 1)
+        grads[self.number] = gradient
+        trained = [not fixed and any(self._of(needed, core)) for core, fixed in enumerate(self.tree.frozen)]
+        run_gradients(self.instructions, tensors, grads, list(trained))
+        scaled = grads[self.tree.scaled]
         if self.tree.scale != 1.0 and scaled is not None:
-            found[self.tree.scaled] = scaled * self.tree.scale
-        made = iter(self._pieces_of(found, cores, own))
-        return [next(made) if own[place // self.count] else None for place in range(len(cores))]
+            grads[self.tree.scaled] = scaled * self.tree.scale
+        pieces = iter(self._split(grads, cores, trained))
+        return [next(pieces) if trained[place // self.count] else None for place in range(len(cores))]
 
     def _of(self, values: Sequence[bool], core: int) -> Sequence[bool]:
         return values[core * self.count : (core + 1) * self.count]
 
     def _stacked(self, cores: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-        """Each core for all layers, in the order in which it is contracted; as one tensor, if they are made as one."""
+        """Each core as (layers, legs in the order of contraction); before that all as one vector, if they are one."""
         if not self.copied:
             ordered = zip(cores, self._orders, strict=True)
             return None, [(core if order is None else core.permute(order)).contiguous() for core, order in ordered]
@@ -184,43 +182,43 @@ class BatchedTree:
         scaled[self.tree.scaled] = stacked[self.tree.scaled] * self.tree.scale
         return scaled
 
-    def _pieces_of(
-        self, found: Sequence[Tensor | None], cores: Sequence[Tensor], own: Sequence[bool]
+    def _split(
+        self, grads: Sequence[Tensor | None], cores: Sequence[Tensor], trained: Sequence[bool]
     ) -> Sequence[Tensor]:
-        """Each layer's own, in the cores' orders of legs, of the gradients of stacked cores that there are."""
-        wanted = [core for core in range(self.size) if own[core]]
-        made = []
+        """The gradients of stacked cores (layers, legs) as one tensor for each core of each layer, in stored order."""
+        wanted = [core for core in range(self.size) if trained[core]]
+        stacked = []
         for core in wanted:
-            one, order = found[core], self._orders[core]
-            assert one is not None
+            grad, order = grads[core], self._orders[core]
+            assert grad is not None
             if order is not None and not self._numbered:
-                one = _moved(one.reshape(_permuted(self._shapes[core], order)), _inverse(order))
-            made.append(one)
+                grad = _moved(grad.reshape(_permuted(self._shapes[core], order)), _inverse(order))
+            stacked.append(grad)
         if not self.copied:
-            return [one.reshape(cores[core].shape) for one, core in zip(made, wanted, strict=True)]
-        flat = torch.cat([one.reshape(-1) for one in made]) if len(made) > 1 else made[0].reshape(-1)
+            return [grad.reshape(cores[core].shape) for grad, core in zip(stacked, wanted, strict=True)]
+        flat = torch.cat([grad.reshape(-1) for grad in stacked]) if len(stacked) > 1 else stacked[0].reshape(-1)
         if self._numbered:
             flat = flat.index_select(0, self._numbers_on(flat.device, wanted, back=True))
-        like = [core for place, core in enumerate(cores) if own[place // self.count]]
+        like = [core for place, core in enumerate(cores) if trained[place // self.count]]
         pieces: Sequence[Tensor] = torch._C._nn.unflatten_dense_tensors(flat, like)
         return pieces
 
     def _numbers_on(self, device: torch.device, cores: Sequence[int], back: bool) -> Tensor:
-        """For every element of some cores in a row, the place that it is taken from; `back`: to the stored order."""
+        """(elements,): where each element of some concatenated cores comes from; `back`: to the stored order."""
         key = (device, tuple(cores), back)
-        return kept(self._numbers, key, lambda: self._found_numbers(cores, back).to(device))
+        return kept(self._numbers, key, lambda: self._positions(cores, back).to(device))
 
-    def _found_numbers(self, cores: Sequence[int], back: bool) -> Tensor:
-        found, first = [], 0
+    def _positions(self, cores: Sequence[int], back: bool) -> Tensor:
+        positions, first = [], 0
         for core in cores:
             shape, order = self._shapes[core], self._orders[core]
-            own = torch.arange(first, first + self._pieces[core], dtype=torch.int32)
+            of_core = torch.arange(first, first + self._pieces[core], dtype=torch.int32)
             if order is not None:
-                seen = own.view(_permuted(shape, order) if back else shape)
-                own = _moved(seen, _inverse(order) if back else order).reshape(-1)
-            found.append(own)
+                stored = of_core.view(_permuted(shape, order) if back else shape)
+                of_core = _moved(stored, _inverse(order) if back else order).reshape(-1)
+            positions.append(of_core)
             first += self._pieces[core]
-        return torch.cat(found)
+        return torch.cat(positions)
 
 
 @lru_cache(maxsize=4096)

@@ -46,22 +46,18 @@ class LayerClusters(NamedTuple):
 
 @dataclass(frozen=True)
 class Cluster:
-    """What decides how a cluster is contracted: layers of other sizes may have the same.
-
-    `form` says which dual form it has, if any: `first`, `middle` or `last`. `split` are the elements before, between
-    and after the places of the pair legs; the last two are one where one of the legs is missing.
-    """
+    """All that decides how a cluster is contracted; layers of other sizes may have an equal one."""
 
     tree: Tree
-    form: str | None
-    split: tuple[int, int, int]
+    form: str | None  # which dual form it has: `first`, `middle` or `last`; None: it has no frozen copy
+    split: tuple[int, int, int]  # elements before, between and after the pair legs
 
 
 class ClusterStart(NamedTuple):
-    """What the changes of a cluster need of frozen copies, and what its dual forms have of them."""
+    """What a cluster needs of the frozen copies."""
 
-    start: Start
-    half: Tensor
+    start: Start  # for its change
+    half: Tensor  # what its dual form has of C0: C0 itself, or with form `middle` [0, C0]
 
 
 class BatchedCluster:
@@ -74,7 +70,7 @@ class BatchedCluster:
         self._split = (outer * count, between, rest)
 
     def start(self, cores: Sequence[Tensor]) -> ClusterStart | None:
-        """Made of the frozen copies of all layers; None where there are none."""
+        """What is made of the frozen copies of all layers; None where there are none."""
         if self.cluster.form is None:
             return None
         with torch.no_grad(), without_autocast(cores[0]):
@@ -97,13 +93,12 @@ class BatchedCluster:
         """Every tensor of the tree, and the dual form, for all layers."""
         if known is None:
             return self.tree.values(cores), None
-        made = self.tree.changed(cores, known.start, True)
-        return made.tensors, self._dual(made, known.half)
+        changed = self.tree.changed(cores, known.start, True)
+        return changed.tensors, self._dual(changed, known.half)
 
-    def _dual(self, made: Changed, half: Tensor) -> Tensor:
-        value = made.tensors[-1].reshape(self._split)
-        found = made.changes[-1]
-        change = torch.zeros_like(value) if found is None else found.reshape(self._split)
+    def _dual(self, changed: Changed, half: Tensor) -> Tensor:
+        value, change = changed.tensors[-1].reshape(self._split), changed.changes[-1]
+        change = torch.zeros_like(value) if change is None else change.reshape(self._split)
         if self.cluster.form == "last":
             return torch.stack((change, half), 2)
         pair = torch.stack((value, change), 1)
@@ -120,11 +115,11 @@ class BatchedCluster:
 
         A layer whose values have none was not called, and its cores have none.
         """
-        called = [one is not None for one in gradients]
-        found = self.tree.gradients(tensors, together(gradients), cores, needed)
-        return (
-            found if all(called) else [one if called[place % self.count] else None for place, one in enumerate(found)]
-        )
+        called = [gradient is not None for gradient in gradients]
+        grads = self.tree.gradients(tensors, together(gradients), cores, needed)
+        if all(called):
+            return grads
+        return [grad if called[place % self.count] else None for place, grad in enumerate(grads)]
 
 
 class ClusterProgram:
@@ -136,9 +131,9 @@ class ClusterProgram:
         numbers = {core.name: number for number, core in enumerate(plan.network.cores)}
         for part, layout in chain_layouts(plan):
             for link in layout.links:
-                own = _cores_of(part, link)
-                places = tuple(numbers[part.network.cores[core].name] for core in own)
-                self.clusters.append((_cluster(part, layout, link, own), places))
+                cores = _cores_of(part, link)
+                places = tuple(numbers[part.network.cores[core].name] for core in cores)
+                self.clusters.append((_cluster(part, layout, link, cores), places))
 
     def lone(self) -> list[BatchedCluster]:
         """The code of each cluster for one layer."""
@@ -148,8 +143,8 @@ class ClusterProgram:
 
     def start(self, start: Sequence[Tensor]) -> tuple[ClusterStart | None, ...]:
         """What the changes of one layer need of its frozen copy, `start` (empty: there is none)."""
-        copies = [[start[core] for core in own] if start else [] for _, own in self.clusters]
-        return tuple(code.start(own) for code, own in zip(self.lone(), copies, strict=True))
+        copies = [[start[core] for core in cores] if start else [] for _, cores in self.clusters]
+        return tuple(code.start(of_cluster) for code, of_cluster in zip(self.lone(), copies, strict=True))
 
     def __call__(self, cores: Sequence[Tensor], known: Sequence[ClusterStart | None]) -> LayerClusters:
         """One layer's clusters, from its cores and what `start` made."""
@@ -157,16 +152,16 @@ class ClusterProgram:
 
     def flat(self, cores: Sequence[Tensor], known: Sequence[ClusterStart | None]) -> tuple[Tensor, ...]:
         """The values and dual forms of one cluster after the other."""
-        found: list[Tensor] = []
-        for code, (_, own), start in zip(self.lone(), self.clusters, known, strict=True):
-            found += code([cores[core] for core in own], start)
-        return tuple(found)
+        flat: list[Tensor] = []
+        for code, (_, places), start in zip(self.lone(), self.clusters, known, strict=True):
+            flat += code([cores[place] for place in places], start)
+        return tuple(flat)
 
-    def split(self, found: Sequence[Tensor]) -> LayerClusters:
-        """The clusters from those in a row."""
-        if len(found) == len(self.clusters):
-            return LayerClusters(tuple(found), ())
-        return LayerClusters(tuple(found[::2]), tuple(found[1::2]))
+    def split(self, flat: Sequence[Tensor]) -> LayerClusters:
+        """The clusters from values and dual forms in a row."""
+        if len(flat) == len(self.clusters):
+            return LayerClusters(tuple(flat), ())
+        return LayerClusters(tuple(flat[::2]), tuple(flat[1::2]))
 
 
 @lru_cache(maxsize=1024)
@@ -194,8 +189,8 @@ def build_clusters(plan: Plan) -> ClusterProgram:
 def _cores_of(plan: Plan, link: LinkLayout) -> tuple[int, ...]:
     """The cores of a cluster, by their number in the term, in file order."""
     steps, cores = link.link.steps, len(plan.network.cores)
-    found = {number for step in steps for number in step.operands if number < cores}
-    return tuple(sorted(found)) if steps else (link.link.cluster,)
+    numbers = {number for step in steps for number in step.operands if number < cores}
+    return tuple(sorted(numbers)) if steps else (link.link.cluster,)
 
 
 def _cluster(plan: Plan, layout: ChainLayout, link: LinkLayout, cores: Sequence[int]) -> Cluster:
@@ -230,13 +225,13 @@ class Contracted(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         code: BatchedCluster = ctx.code
         cores = ctx.cores if code.tree.copied else ctx.saved_tensors
-        own = gradients[: code.count]
-        if all(one is None for one in own):
+        of_values = gradients[: code.count]  # dual forms have none
+        if all(gradient is None for gradient in of_values):
             return (None, None, *(None for _ in cores))
         with without_autocast(cores[0]):
             tensors = code.tree.values(cores) if ctx.tensors is None else ctx.tensors
-            found = code.gradients(tensors, own, cores, ctx.needs_input_grad[2:])
-        return (None, None, *found)
+            grads = code.gradients(tensors, of_values, cores, ctx.needs_input_grad[2:])
+        return (None, None, *grads)
 
 
 def _layers(stacked: Tensor, count: int) -> Sequence[Tensor]:
@@ -249,8 +244,8 @@ def _layers(stacked: Tensor, count: int) -> Sequence[Tensor]:
 
 def together(gradients: Sequence[Tensor | None]) -> Tensor:
     """Those of all layers as one; zero where there is none."""
-    known = [one for one in gradients if one is not None]
+    known = [gradient for gradient in gradients if gradient is not None]
     if len(gradients) == 1:
         return known[0].contiguous()
-    nothing = torch.zeros_like(known[0]) if len(known) < len(gradients) else known[0]
-    return torch.stack([nothing if one is None else one for one in gradients])
+    zero = torch.zeros_like(known[0]) if len(known) < len(gradients) else known[0]
+    return torch.stack([zero if gradient is None else gradient for gradient in gradients])

@@ -37,14 +37,17 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def kept(tables: dict[Hashable, Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """`make()`, made once for each key: a table of the process, whatever modes and default device are on for now."""
-    found = tables.get(key)
-    if found is None:
+    """The index table `tables[key]`, computed by `make()` where it is missing.
+
+    It outlives the call: inference mode, autograd and the default device of the moment have no part in it.
+    """
+    table = tables.get(key)
+    if table is None:
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            found = make()
-        if is_lasting(found):
-            tables[key] = found
-    return found
+            table = make()
+        if is_lasting(table):
+            tables[key] = table
+    return table
 
 
 def contract(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> Tensor:
