@@ -82,38 +82,38 @@ class Chain:
     def gradients(
         self, x: Tensor, values: Sequence[Tensor], dual: Sequence[Tensor], gradient: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The input's gradient, then those of the clusters' values; `wanted` says which, in the same order.
+        """The VJP: of the input, then of the clusters' values; `wanted` says which, in the same order.
 
         With `dual` forms the input's is made of differences. The sum of a pair's two gradients is that of the plain
         value, so that the clusters' need no other chain.
         """
         plain = is_recorded()
         inputs = self._inputs(x, values, plain)
-        found: list[Tensor | None] = [None] * len(values)
+        grads: list[Tensor | None] = [None] * len(values)
         differing = bool(dual) and wanted[0]
         for place in reversed(range(len(self.links))):
             link = self.links[place]
             products = link.dual if differing else link.plain
             received = link.received(gradient, plain)
             if wanted[1 + place]:
-                made = contract(products.to_cluster, received, inputs[place], plain)
+                grad = contract(products.to_cluster, received, inputs[place], plain)
                 if differing and link.outer:
-                    made = made.reshape(link.outer, 2, -1).sum(1)
-                found[place] = made
+                    grad = grad.reshape(link.outer, 2, -1).sum(1)
+                grads[place] = grad
             if place or wanted[0]:
                 cluster = (dual if differing else values)[place]
                 gradient = link.passed_on(contract(products.to_input, received, cluster, plain), plain)
-        return self.leave(gradient, plain) if wanted[0] else None, found
+        return self.leave(gradient, plain) if wanted[0] else None, grads
 
     def _inputs(self, x: Tensor, values: Sequence[Tensor], plain: bool) -> list[Tensor]:
         """What each link's product takes, of the value."""
         x = self.entry(x, plain)
-        found = []
+        inputs = []
         for link, value in zip(self.links, values, strict=True):
-            found.append(link.read(x, plain))
+            inputs.append(link.read(x, plain))
             if link is not self.links[-1]:
-                x = link.written(contract(link.plain.forward, found[-1], value, plain), plain)
-        return found
+                x = link.written(contract(link.plain.forward, inputs[-1], value, plain), plain)
+        return inputs
 
 
 def lower_chain(plan: Plan, layout: ChainLayout) -> Chain:

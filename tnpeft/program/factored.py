@@ -62,9 +62,9 @@ class ChainProgram:
     def updates(self, x: Tensor, clusters: Sequence[Tensor], dual: bool) -> Iterator[Tensor]:
         """Every term's update of the layer's output, (batch, out_channels, voxels...)."""
         for term in self.terms:
-            made = term.chain.output(_padded(x, term.inputs), clusters[term.clusters], dual)
+            update = term.chain.output(_padded(x, term.inputs), clusters[term.clusters], dual)
             narrow, wide = term.outputs
-            shaped = made.reshape(-1, wide, *self.output_space)
+            shaped = update.reshape(-1, wide, *self.output_space)
             yield shaped[:, :narrow] if narrow < wide else shaped
 
     def add_output(self, out: Tensor, x: Tensor, clusters: Sequence[Tensor], dual: bool) -> None:
@@ -140,10 +140,12 @@ def _padded(tensor: Tensor, channels: tuple[int, int]) -> Tensor:
 
 
 def _chain_dtype(x: Tensor) -> torch.dtype:
-    """The type in which the input meets the clusters: that of autocast or the input, but never fp16, where values
-    overflow of which the difference is still zero."""
-    found = autocast_dtype(x)
-    return torch.float32 if found == torch.float16 else found
+    """The dtype in which the input meets the clusters: autocast's or the input's.
+
+    Never fp16: values would overflow whose difference is still zero.
+    """
+    dtype = autocast_dtype(x)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def factored_update(out: Tensor, x: Tensor, program: ChainProgram, clusters: LayerClusters) -> Tensor:
@@ -184,8 +186,8 @@ class FactoredUpdate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         _refuse_double_backward("factored")
         needs = ctx.needs_input_grad
-        own, found = _gradients(ctx, gradient, (needs[1], *needs[4:]))
-        return (gradient if needs[0] else None, own, None, None, *found)
+        input_grad, grads = _gradients(ctx, gradient, (needs[1], *needs[4:]))
+        return (gradient if needs[0] else None, input_grad, None, None, *grads)
 
 
 class ClusterGradients(torch.autograd.Function):
@@ -201,36 +203,36 @@ class ClusterGradients(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         _refuse_double_backward("hybrid")
         needs = ctx.needs_input_grad
-        _, found = _gradients(ctx, gradient, (False, *needs[3:]))
-        return (gradient if needs[0] else None, None, None, *found)
+        _, grads = _gradients(ctx, gradient, (False, *needs[3:]))
+        return (gradient if needs[0] else None, None, None, *grads)
 
 
 def _gradients(ctx: Any, gradient: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Of what a function saved: the input's gradient, then those of the clusters' values; `wanted` says which."""
+    """The VJP of a chain on what a function saved: of the input, then of the clusters' values; `wanted` says which."""
     program: ChainProgram = ctx.program
     x, *clusters = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
     with without_autocast(gradient):
-        own, found = program.gradients(
+        input_grad, grads = program.gradients(
             _flat(x, program.space).to(ctx.dtype),
             _cast(clusters[: program.clusters], ctx.dtype),
             _cast(clusters[program.clusters :], ctx.dtype),
             _flat(gradient, program.output_space).to(ctx.dtype),
             wanted,
         )
-    return None if own is None else own.to(x.dtype).reshape(x.shape), _like(found, clusters)
+    return None if input_grad is None else input_grad.to(x.dtype).reshape(x.shape), _like(grads, clusters)
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """Tensors of one type in another one."""
+    """Tensors of one dtype in another one."""
     if not tensors or tensors[0].dtype == dtype:
         return tensors
     return [tensor.to(dtype) for tensor in tensors]
 
 
-def _like(found: Sequence[Tensor | None], clusters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The clusters' gradients in their own shape and type."""
-    pairs = zip(found, clusters, strict=False)
-    return [None if one is None else one.to(like.dtype).view(like.shape) for one, like in pairs]
+def _like(grads: Sequence[Tensor | None], clusters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The clusters' gradients in the clusters' shapes and dtypes."""
+    pairs = zip(grads, clusters, strict=False)
+    return [None if grad is None else grad.to(cluster.dtype).view(cluster.shape) for grad, cluster in pairs]
 
 
 def _flat(tensor: Tensor, space: tuple[int, ...]) -> Tensor:
