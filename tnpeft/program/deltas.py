@@ -22,16 +22,12 @@ __all__ = ["BatchedDelta", "Weight", "weight_of"]
 
 @dataclass(frozen=True)
 class Weight:
-    """What decides how a delta weight is contracted: its tree, and how the result becomes the stored weight.
-
-    `kept` says of each result but the last if the backward pass reads it again, instead of making it anew. `copies`:
-    there is a frozen copy.
-    """
+    """All that decides how a delta weight is contracted."""
 
     tree: Tree
-    layout: WeightLayout
-    kept: tuple[bool, ...]
-    copies: bool
+    layout: WeightLayout  # how the tree's result becomes the stored weight
+    kept: tuple[bool, ...]  # for each result but the last: the backward pass reads it, instead of computing it anew
+    copies: bool  # there is a frozen copy
 
 
 def weight_of(plan: Plan, memory_order: tuple[int, ...]) -> Weight | None:
@@ -61,24 +57,24 @@ class BatchedDelta:
             return self.tree.start(cores)
 
     def __call__(self, cores: Sequence[Tensor], start: Start | None) -> tuple[Tensor, ...]:
-        """Each layer's, a tensor that nothing else writes to; `cores` as in `batched`."""
-        found: tuple[Tensor, ...] = Deltas.apply(self, start, *cores)  # type: ignore[no-untyped-call]
-        return found
+        """ΔW of each layer, a tensor that nothing else writes to; `cores` as in `batched`."""
+        deltas: tuple[Tensor, ...] = Deltas.apply(self, start, *cores)  # type: ignore[no-untyped-call]
+        return deltas
 
     def contracted(self, cores: Sequence[Tensor], start: Start | None) -> tuple[Sequence[Tensor], list[Tensor | None]]:
-        """The delta weights, and what the backward pass reads again (None: made anew)."""
+        """The delta weights, and the tensors that the backward pass reads (None: it computes them anew)."""
         if start is None:
-            *tensors, found = self.tree.values(cores)
-            tensors = tensors or [found]
+            *tensors, result = self.tree.values(cores)
+            tensors = tensors or [result]
         else:
             tensors, changes = self.tree.changed(cores, start, False)
             change = changes[-1]
-            found = self._nothing(cores[0]) if change is None else change
+            result = self._zero(cores[0]) if change is None else change
         known = [True] * self.tree.size + list(self.weight.kept)
-        kept = [one if keep else None for one, keep in zip(tensors, known, strict=True)]
-        made = self.weight.layout.apply_all(found, self.count)
+        kept = [tensor if keep else None for tensor, keep in zip(tensors, known, strict=True)]
+        deltas = self.weight.layout.apply_all(result, self.count)
         # Tensors that know nothing of each other: writing to one is no change of the others.
-        return [one.data for one in made], kept
+        return [delta.data for delta in deltas], kept
 
     def gradients(
         self,
@@ -88,14 +84,15 @@ class BatchedDelta:
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """Those of the cores, from those of the delta weights (None: the layer was not called)."""
-        called = [one is not None for one in gradients]
+        called = [gradient is not None for gradient in gradients]
         # Where the gradient is to be differentiated, the results must hang on the cores: none that was kept does.
         tensors = self.tree.values(cores) if torch.is_grad_enabled() else self.tree.again(kept)
-        own = together([None if one is None else self.weight.layout.undo(one).reshape(-1) for one in gradients])
-        found = self.tree.gradients(tensors, own, cores, needed)
-        return [one if called[place % self.count] else None for place, one in enumerate(found)]
+        undo = self.weight.layout.undo
+        of_results = together([None if gradient is None else undo(gradient).reshape(-1) for gradient in gradients])
+        grads = self.tree.gradients(tensors, of_results, cores, needed)
+        return [grad if called[place % self.count] else None for place, grad in enumerate(grads)]
 
-    def _nothing(self, like: Tensor) -> Tensor:
+    def _zero(self, like: Tensor) -> Tensor:
         return like.new_zeros(self.count, *self.weight.layout.padded)
 
 
@@ -105,22 +102,22 @@ class Deltas(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, code: BatchedDelta, start: Start | None, *cores: Tensor) -> tuple[Tensor, ...]:
         with without_autocast(cores[0]):
-            found, kept = code.contracted(cores, start)
+            deltas, kept = code.contracted(cores, start)
         ctx.set_materialize_grads(False)
         # Nothing is freed with the graph of one layer: others may have a backward pass of their own.
         ctx.code, ctx.kept, ctx.cores = code, kept, cores
         ctx.writes = versions(cores)
-        return tuple(found)
+        return tuple(deltas)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         code: BatchedDelta = ctx.code
-        if all(one is None for one in gradients):
+        if all(gradient is None for gradient in gradients):
             return (None, None, *(None for _ in ctx.cores))
         if torch.is_grad_enabled() and ctx.writes != versions(ctx.cores):
             what, wrong = "double backward through delta weights", "values that were written since"
             fix = "Step the optimiser after the last backward pass."
             raise ExecutionError(Problem(what, "the cores of the forward pass", wrong, fix))
         with without_autocast(ctx.cores[0]):
-            found = code.gradients(ctx.kept, gradients, ctx.cores, ctx.needs_input_grad[2:])
-        return (None, None, *found)
+            grads = code.gradients(ctx.kept, gradients, ctx.cores, ctx.needs_input_grad[2:])
+        return (None, None, *grads)

@@ -78,10 +78,10 @@ class Code:
         return self.layout.apply(change), tensors
 
     def gradients(self, tensors: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-        """Those of the cores that need one; plain operations, and so differentiable again."""
-        found: list[Tensor | None] = [None] * (self.cores + len(self.instructions))
-        found[-1] = self.layout.undo(gradient)
-        run_gradients(self.instructions, tensors, found, list(needed))
+        """The VJP: of the cores that need one; plain operations, and so differentiable again."""
+        grads: list[Tensor | None] = [None] * (self.cores + len(self.instructions))
+        grads[-1] = self.layout.undo(gradient)
+        run_gradients(self.instructions, tensors, grads, list(needed))
         if not self.instructions:
-            found = [reorder(self.layout.undo(gradient), self.only_back, True)]
-        return core_gradients(found, tensors[: self.cores], self.scaled, self.scale)
+            grads = [reorder(self.layout.undo(gradient), self.only_back, True)]
+        return core_gradients(grads, tensors[: self.cores], self.scaled, self.scale)

@@ -25,8 +25,8 @@ class Term(NamedTuple):
     cores: tuple[int, ...]
     scale: float
 
-    def own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors that belong to its cores, of one for each core of the network."""
+    def of_term(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of its cores, from one tensor for each core of the network."""
         return [tensors[core] for core in self.cores]
 
     def update(
@@ -34,8 +34,8 @@ class Term(NamedTuple):
     ) -> tuple[Tensor, list[Tensor]]:
         """The term's delta weight, scaled, and every tensor of T(cores) on the way."""
         if start is None:
-            return self.code.value(self.own(cores))
-        return self.code.difference(self.own(cores), self.own(start), constants)
+            return self.code.value(self.of_term(cores))
+        return self.code.difference(self.of_term(cores), self.of_term(start), constants)
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Total:
         """The sum of the terms' own scales times T(cores): the network without its scale."""
         weights = []
         for term in self.terms:
-            weight = term.code.layout.apply(term.code.last(term.code.values(term.own(cores))))
+            weight = term.code.layout.apply(term.code.last(term.code.values(term.of_term(cores))))
             weights.append(weight if term.scale == 1.0 else weight * term.scale)
         return _sum(weights)
 
     def constants(self, start: Sequence[Tensor]) -> Constants:
-        return tuple(term.code.constants(term.own(start)) for term in self.terms)
+        return tuple(term.code.constants(term.of_term(start)) for term in self.terms)
 
     def delta(self, cores: Sequence[Tensor], start: Sequence[Tensor] | None, constants: Constants) -> Tensor:
         """The delta weight by plain operations, for whoever looks on."""
@@ -69,7 +69,7 @@ class Total:
         for term, known in self._with(constants):
             weight, tensors = term.update(cores, start, known)
             results = tensors[len(term.cores) :]
-            kept += [one if keep else None for one, keep in zip(results, term.code.kept, strict=True)]
+            kept += [result if keep else None for result, keep in zip(results, term.code.kept, strict=True)]
             total = weight if total is None else total.add_(weight)  # nobody else holds it
         assert total is not None
         return total, kept
@@ -86,11 +86,11 @@ class Total:
             place += len(code.kept)
             # Where the gradient is to be differentiated, the results must hang on the cores: none that was kept does.
             known = () if torch.is_grad_enabled() else results
-            tensors = code.values(code.scale_one(term.own(cores)), known)
-            found = code.gradients(tensors, gradient, [needed[core] for core in term.cores])
-            for core, own in zip(term.cores, found, strict=True):
-                before = totals[core]
-                totals[core] = own if before is None or own is None else before + own
+            tensors = code.values(code.scale_one(term.of_term(cores)), known)
+            grads = code.gradients(tensors, gradient, [needed[core] for core in term.cores])
+            for core, grad in zip(term.cores, grads, strict=True):
+                total = totals[core]
+                totals[core] = grad if total is None or grad is None else total + grad
         return totals
 
     def _with(self, constants: Constants) -> list[tuple[Term, tuple[Tensor, ...]]]:
@@ -121,8 +121,8 @@ class Delta(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
         cores, kept = saved[: total.cores], saved[total.cores :]
         with without_autocast(cores[0]):
-            found = total.backward(cores, kept, gradient, ctx.needs_input_grad[3:])
-        return (None, None, None, *found)
+            grads = total.backward(cores, kept, gradient, ctx.needs_input_grad[3:])
+        return (None, None, None, *grads)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

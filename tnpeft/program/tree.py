@@ -1,8 +1,8 @@
-"""Instructions run over numbered tensors, cores first: values, changes from a frozen copy, and gradients.
+"""A contraction tree run on tensors by number, cores first: its value, its change from a frozen copy, and its VJP.
 
 With A = A0 + dA for every tensor, d(A B) = dA B0 + A dB: the difference of two networks close to each other is made
-of differences all the way, never by subtraction of large values. The A0 are constants. The gradient needs no pairs, for
-d(T - T0)/d(cores) = dT/d(cores): the backward pass is that of the plain network.
+of differences all the way, never by subtraction of large values. The A0 are constants. The VJP is that of the plain
+network, for d(T - T0)/d(cores) = dT/d(cores).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Instructions = Sequence[Instruction]
 
 
 def run_values(instructions: Instructions, cores: Sequence[Tensor], known: Sequence[Tensor | None]) -> list[Tensor]:
-    """The cores and every result; results that are `known` are not made again."""
+    """The cores and every result; results that are `known` are not computed again."""
     tensors = [core.contiguous() for core in cores]
     plain = is_recorded()
     for place, step in enumerate(instructions):
-        found = known[place] if known else None
-        if found is None:
-            found = contract(step.forward, tensors[step.left], tensors[step.right], plain)
-        tensors.append(found)
+        result = known[place] if known else None
+        if result is None:
+            result = contract(step.forward, tensors[step.left], tensors[step.right], plain)
+        tensors.append(result)
     return tensors
 
 
@@ -40,24 +40,24 @@ def run_changes(
     last: bool,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Values and changes of cores and results; the last result's value only if it is wanted."""
-    tensors, found = list(cores), list(changes)
+    tensors, changes = list(cores), list(changes)
     plain = is_recorded()
     for place, step in enumerate(instructions):
         left, right = step.left, step.right
         change = contract_difference(
-            step.forward, (tensors[left], found[left]), (constants[right], found[right]), plain
+            step.forward, (tensors[left], changes[left]), (constants[right], changes[right]), plain
         )
-        found.append(change)
+        changes.append(change)
         if last or place + 1 < len(instructions):
             constant = constants[step.number]
             tensors.append(constant if change is None else constant + change)
-    return tensors, found
+    return tensors, changes
 
 
 def run_gradients(
-    instructions: Instructions, tensors: Sequence[Tensor], found: list[Tensor | None], wanted: list[bool]
+    instructions: Instructions, tensors: Sequence[Tensor], grads: list[Tensor | None], wanted: list[bool]
 ) -> None:
-    """Fill in the gradients of operands, from those of results in `found`; `wanted` says of each core if it needs one.
+    """Fill in `grads` of operands, from that of the result; `wanted` says of each core if it needs one.
 
     Plain operations where autograd looks on, and so differentiable again.
     """
@@ -65,21 +65,21 @@ def run_gradients(
         wanted.append(wanted[step.left] or wanted[step.right])
     plain = is_recorded()
     for step in reversed(instructions):
-        own = found[step.number]
-        if own is not None and step.back is not None:
-            own = reorder(own, step.back, plain)
-        if own is not None and wanted[step.left]:
-            found[step.left] = contract(step.to_left, own, tensors[step.right], plain)
-        if own is not None and wanted[step.right]:
-            found[step.right] = contract(step.to_right, own, tensors[step.left], plain)
+        grad = grads[step.number]
+        if grad is not None and step.back is not None:
+            grad = reorder(grad, step.back, plain)
+        if grad is not None and wanted[step.left]:
+            grads[step.left] = contract(step.to_left, grad, tensors[step.right], plain)
+        if grad is not None and wanted[step.right]:
+            grads[step.right] = contract(step.to_right, grad, tensors[step.left], plain)
 
 
 def scaled_cores(cores: Sequence[Tensor], scaled: int, scale: float) -> list[Tensor]:
     """The cores, contiguous, with the network's scale in the core `scaled`."""
-    found = [core.contiguous() for core in cores]
+    contiguous = [core.contiguous() for core in cores]
     if scale != 1.0:
-        found[scaled] = found[scaled] * scale
-    return found
+        contiguous[scaled] = contiguous[scaled] * scale
+    return contiguous
 
 
 def core_changes(
@@ -96,11 +96,11 @@ def core_changes(
 
 
 def core_gradients(
-    found: Sequence[Tensor | None], cores: Sequence[Tensor], scaled: int, scale: float
+    grads: Sequence[Tensor | None], cores: Sequence[Tensor], scaled: int, scale: float
 ) -> list[Tensor | None]:
-    """The gradients of the cores in their own shapes, from those of the scaled ones."""
-    shaped = [None if one is None else one.reshape(core.shape) for one, core in zip(found, cores, strict=False)]
-    change = shaped[scaled]
-    if scale != 1.0 and change is not None:
-        shaped[scaled] = change * scale
+    """The gradients of the cores in the cores' shapes, from those of the scaled cores."""
+    shaped = [None if grad is None else grad.reshape(core.shape) for grad, core in zip(grads, cores, strict=False)]
+    grad = shaped[scaled]
+    if scale != 1.0 and grad is not None:
+        shaped[scaled] = grad * scale
     return shaped
