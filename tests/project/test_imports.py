@@ -12,6 +12,7 @@ from pathlib import Path
 
 import networkx
 import pytest
+import rooms
 
 ROOT = Path(__file__).parents[2]
 # Folders, and where the names of their modules begin.
@@ -143,3 +144,17 @@ def test_the_walk_sees_every_kind_of_import(tmp_path: Path):
     assert [*graph["a.d"]] == ["a.e", "a.spec.c"] or [*graph["a.d"]] == ["a.spec.c", "a.e"]
     assert sorted(graph) == ["a", "a.b", "a.d", "a.e", "a.spec", "a.spec.c"]
     assert circles(graph) == [{"a.d", "a.spec.c"}]
+
+
+def test_the_picture_of_the_rooms_is_current():
+    counts = rooms.imports_between_rooms()
+    drawn = rooms.drawn(counts, rooms.order(counts))
+    assert rooms.PICTURE.read_text(encoding="utf-8") == drawn, "run `python benchmarks/rooms.py`"
+
+
+def test_a_room_stands_after_those_that_it_imports():
+    counts = Counter({("c", "a"): 1, ("b", "c"): 2, ("d", "b"): 1})
+    assert rooms.order(counts) == ["a", "c", "b", "d"]
+    assert 'class="up"' not in rooms.drawn(counts, ["a", "c", "b", "d"])
+    assert "1 file of c imports a" in rooms.drawn(counts, ["a", "c", "b", "d"])
+    assert rooms.drawn(counts, ["c", "a", "b", "d"]).count('class="up"') == 1
