@@ -11,43 +11,33 @@ __all__ = ["DEVICE_MODELS", "DeviceModel", "device_model"]
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """Times in ns, for fp32.
+    """Prices on one kind of device: ns, for fp32.
 
-    Of any operation: `start` it with its views; `move` an element that is read or written, of a tensor of more than
-    `cached` elements, which no cache holds, `far` times as long.
-
-    Predicting a mode: `shared`, to start an operation that contracts cores, which layers alike share; `contract`, to
-    multiply and add there, over short bonds; `shift` along one axis to make a copy; `multiply` and add in a product, in
-    a layer call (`call`), in the gradient of its weight (`weight_gradient` of a convolution's, `linear_gradient` of a
-    linear layer's); `weight`: an element of a convolution's weight, which is put in another order; `functions`: the
-    autograd functions of a chain. Products of fewer than `narrow` rows or columns take longer.
-
-    Searching a chain, where only ratios matter, and a link stands for all that it does in both passes: `link` to start
-    one, `link_multiply` and `link_narrow` for its product, `cluster` to start a step that contracts a cluster, and
-    `cluster_move` for an element of its result.
+    The first block holds for any operation, the second predicts the time of a mode, the third searches a chain, where
+    only ratios matter and a link stands for all that it does in both passes.
     """
 
-    start: float
-    move: float
-    cached: float
-    far: float
+    start: float  # of an operation, with its views
+    move: float  # of an element that is read or written
+    cached: float  # elements of a tensor that a cache holds
+    far: float  # how many times as long an element of a larger tensor takes
 
-    shared: float
-    contract: float
-    shift: float
-    multiply: float
-    call: float
-    weight_gradient: float
-    linear_gradient: float
-    weight: float
-    functions: float
-    narrow: float
+    shared: float  # start of an operation that contracts cores, which layers alike share
+    contract: float  # of a multiplication there, over short bonds
+    shift: float  # start of a copy shifted along one axis
+    multiply: float  # of a multiplication in a product
+    call: float  # of one in a layer call
+    weight_gradient: float  # of one in the gradient of a convolution's weight
+    linear_gradient: float  # of one in the gradient of a linear layer's weight
+    weight: float  # of an element of a convolution's weight, which is put in another order
+    functions: float  # of the autograd functions of a chain
+    narrow: float  # rows or columns below which a product takes longer
 
-    link: float
-    link_multiply: float
-    link_narrow: float
-    cluster: float
-    cluster_move: float
+    link: float  # start of a link
+    link_multiply: float  # of a multiplication in its product
+    link_narrow: float  # as `narrow`, there
+    cluster: float  # start of a step that contracts a cluster
+    cluster_move: float  # of an element of its result
 
     def distance(self, elements: float) -> float:
         """How many times as long an element of so large a tensor takes to read or write."""

@@ -34,21 +34,16 @@ PRECISION = 1e-9  # of singular values, relative to the largest
 
 @dataclass(frozen=True)
 class Gauge:
-    """The rank of d(T)/d(cores) at a random point of one layer, and what explains the parameters beyond it.
-
-    `gauge` directions come from bonds and shared indices, `scalings` from factors that disconnected parts or other
-    cores exchange, `redundant` ones from neither. `causes` names numbers, legs and bonds that are not needed: the gauge
-    of an oversized bond is gauge, and wasted all the same.
-    """
+    """The rank of d(T)/d(cores) at a random point of one layer, and what explains the parameters beyond it."""
 
     layer: str
     params: Mapping[str, float]
-    parameters: int
-    entries: int
+    parameters: int  # trained numbers
+    entries: int  # of the weight
     rank: int
-    gauge: int
-    scalings: int
-    causes: tuple[str, ...] = ()
+    gauge: int  # directions that bonds and shared indices leave free
+    scalings: int  # directions that disconnected parts, or a core and others, exchange as a factor
+    causes: tuple[str, ...] = ()  # numbers, legs and bonds that are not needed, oversized bonds among them
 
     @property
     def redundant(self) -> int:
