@@ -146,6 +146,8 @@ def test_checkpoints_and_what_is_none(tmp_path, monkeypatch):
     ]
 
 
+CORE = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"  # as pickles name it
+
 NO_STATE_DICT = {
     "optimizer": (
         torch.optim.Adam([nn.Parameter(torch.ones(2))]).state_dict(),
@@ -162,7 +164,7 @@ NO_STATE_DICT = {
 RUN = {
     "arguments": (Namespace(lr=1e-3), "argparse.Namespace"),
     "module": (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-    "numpy": ({"numpy": np.random.default_rng(0).random(2)}, "numpy._core.multiarray._reconstruct"),
+    "numpy": ({"numpy": np.random.default_rng(0).random(2)}, f"{CORE}.multiarray._reconstruct"),
     "command": ({"a": os.system}, "posix.system"),
 }
 

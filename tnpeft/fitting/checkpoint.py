@@ -91,7 +91,8 @@ def _opened(file: Path) -> Any:
         mend = how_to_convert(file) if kind is not None and kind.name == "torch" else _MEND
         raise not_safetensors(file, "checkpoint", error, mend) from error
     except OSError as error:
-        found = error.strerror or str(error).removesuffix(f": {file}")  # which is the place already
+        # The path, which some versions quote, is the place already.
+        found = error.strerror or str(error).removesuffix(f": {file}").removesuffix(f': "{file}"')
         raise refuse(file, "checkpoint", "a file that can be read", found, _MEND) from error
 
 
