@@ -14,8 +14,9 @@ from smallest import MODES
 VALUES = json.loads((Path(__file__).parents[1] / "data" / "values.json").read_text())
 PAIRS = pairs()
 SPECS = list(dict.fromkeys(spec for _, spec in PAIRS))
-# Of the largest value; most are below 4e-7, VeRA's gradients, sums of which little is left, at 1.2e-6.
-TOLERANCE = 2e-6
+# Of the largest value. On a Xeon most are below 4e-7 and VeRA's gradients, sums of which little is left, at 1.2e-6;
+# other processors round otherwise.
+TOLERANCE = 5e-6
 
 
 def test_every_shipped_spec_has_values():
