@@ -164,6 +164,8 @@ def test_a_base_that_is_assigned_to_a_model_on_meta(spec: str, mode: str):
         "layer '0': cores: expected initial or loaded values, found none (they are on the meta device, and the layer "
         "is not). Call `reset_parameters` of the adapted layer, or load the adapter, before the first forward."
     )
+    with tnpeft.accumulating(model):
+        assert "layer '0': cores: expected initial or loaded values" in refused(lambda: model(X))
     for layer in (model[0], model[3]):
         layer.reset_parameters()
     assert torch.equal(model(X), net()(X))

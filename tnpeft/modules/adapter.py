@@ -199,12 +199,12 @@ class Adapter(Resident, nn.Module):
             return composed(self.network.layer, self._base(weight), delta, inputs[-1], first)
 
     def delta_for(self, weight: Tensor, inputs: Sequence[Tensor] | None = None) -> Tensor:
-        """The delta weight on the base `weight` in its memory order, a tensor that nothing else holds.
-
-        `inputs` stand in for its own `delta_inputs`.
-        """
+        """ΔW on the base `weight` in its memory order, a tensor of its own; `inputs` stand in for `delta_inputs`."""
         self._fit(weight)
-        return self._delta(weight, self.delta_inputs(weight) if inputs is None else inputs)
+        delta = self._delta(weight, self.delta_inputs(weight) if inputs is None else inputs)
+        if delta.is_meta and not weight.is_meta:
+            raise without_values(self.layer_name, True)
+        return delta
 
     def batched_for(self, weight: Tensor) -> Weight | None:
         """How adapters like it make their delta weights at once, on base weights like this; None if they cannot."""

@@ -104,9 +104,9 @@ def run(layer: AdaptedLayer, calling: Calling, running: Running, x: Tensor, *res
     return _RUNS[running.mode](layer, clusters, running, x, *rest)
 
 
-def _require_memory(adapter: Adapter, made: Tensor, like: Tensor) -> None:
-    """Raises ExecutionError where what is made of the cores is on meta and what it meets is not."""
-    if made.is_meta and not like.is_meta:
+def _require_memory(adapter: Adapter, cluster: Tensor, x: Tensor) -> None:
+    """Raises ExecutionError where the clusters are on meta and the input is not."""
+    if cluster.is_meta and not x.is_meta:
         raise without_values(adapter.layer_name, True)
 
 
@@ -173,10 +173,7 @@ def summed_weight(weight: Tensor, active: Sequence[tuple[Adapter, float]], own: 
     origin = constant if own is weight else own.detach()
     cache = active[0][0].cache
     if cache is None:
-        deltas = [(adapter.delta_for(origin), scale) for adapter, scale in active]
-        for (adapter, _), (delta, _) in zip(active, deltas, strict=True):
-            _require_memory(adapter, delta, constant)
-        return _summed(constant, deltas)
+        return _summed(constant, [(adapter.delta_for(origin), scale) for adapter, scale in active])
     adapters = [adapter for adapter, _ in active]
     inputs = [adapter.delta_inputs(origin) for adapter in adapters]
 

@@ -80,12 +80,13 @@ def is_bare(module: Any) -> bool:
 def mark(root: nn.Module) -> None:
     """Tell each module that is below one with a hook for all that is below it; to be called after hooks were added."""
     for above in [*root.modules()]:
-        if _is_wide(above.__dict__.get(_HOOK)):
+        hook = above.__dict__.get(_HOOK)
+        if hook is not None and _is_wide(hook):  # few have one, and every act on the model asks
             for name, module in [*above.named_modules()]:
                 for one in (module, module.__dict__.get("_base")):  # an adapted layer, and what it wraps
                     if one is not None and one is not above:
                         one.__dict__[_BELOW] = above, name
-            _guard(above.__dict__[_HOOK])
+            _guard(hook)
 
 
 def unmark(root: nn.Module) -> None:
@@ -192,7 +193,7 @@ def _hooked(module: Any, *args: Any, **kwargs: Any) -> Any:
 def present(module: nn.Module) -> Iterator[None]:
     """Inside, the tensors of a module are where it computes, as during its forward pass."""
     around, _ = _hooked_at(module)
-    hook = hook_of(module)
+    hook = around.__dict__.get(_HOOK)
     if hook is None or not any(tensor.is_meta for tensor in module._parameters.values() if tensor is not None):
         yield
         return
@@ -209,10 +210,11 @@ def store(module: nn.Module, table: str, key: str, tensor: Tensor | None, of: st
     `of` is the key under which it stood until now.
     """
     tensors: dict[str, Tensor | None] = module.__dict__[table]
-    _, prefix = _hooked_at(module)
-    if key.startswith(_RESIDENT) and hook_of(module) is not None:
-        _guard(hook_of(module))
-    hook = _offloading(hook_of(module))
+    around, prefix = _hooked_at(module)
+    any_hook = around.__dict__.get(_HOOK)
+    if key.startswith(_RESIDENT) and any_hook is not None:
+        _guard(any_hook)
+    hook = _offloading(any_hook)
     if hook is not None and not key.startswith(_RESIDENT):
         away = table == "_parameters" or hook.offload_buffers
         tensor = _restocked(hook, prefix + key, tensor, None if of is None else prefix + of, away)

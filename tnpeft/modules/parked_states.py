@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -34,14 +34,17 @@ def translate(module: nn.Module, state: MutableMapping[str, Any], prefix: str) -
             if parked in state:
                 copies = [other for other in tensors if other.endswith(f":{key}") and other.startswith(f"{MANGLED}of_")]
                 # Without copies it is of the time when the acting one had the plain name, and the only one here is it.
-                named = any(name.startswith(f"{prefix}{MANGLED}of_") and name.endswith(f":{key}") for name in state)
-                if len(copies) == 1 and not named and plain in state:
+                if len(copies) == 1 and plain in state and not _has_copy(state, prefix, key):
                     state[prefix + copies[0]] = state[plain]
                 if parked_key(ORIGINAL, key) not in tensors:
                     state[plain] = state.pop(parked)
             elif parked_key(ORIGINAL, key) in tensors and plain in state:
                 state[parked] = state[plain]
                 state[plain] = tensors[key]
+
+
+def _has_copy(state: Mapping[str, Any], prefix: str, key: str) -> bool:
+    return any(name.startswith(f"{prefix}{MANGLED}of_") and name.endswith(f":{key}") for name in state)
 
 
 def _give_values(module: nn.Module, state: MutableMapping[str, Any], prefix: str) -> None:
@@ -112,18 +115,14 @@ def note_tie(module: nn.Module, key: str | None) -> None:
 
 
 def _unshare(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _metadata: object) -> None:
+    base = module.__dict__.get("_base", module)  # an adapted layer shows its base's tensors
+    keys: frozenset[str] = base.__dict__.get(_TIED, frozenset())
     for table in TABLES:
         for stored, tensor in module.__dict__[table].items():
-            tied = stored.startswith(MANGLED) and key_of(stored) in _tied_keys(module)
+            tied = stored.startswith(MANGLED) and key_of(stored) in keys
             # With `keep_vars=True` a state dict has the tensors themselves.
             if tied and prefix + stored in state and state[prefix + stored] is not tensor:
                 state[prefix + stored] = state[prefix + stored].clone()
-
-
-def _tied_keys(module: nn.Module) -> frozenset[str]:
-    base = module.__dict__.get("_base", module)  # an adapted layer shows its base's tensors
-    keys: frozenset[str] = base.__dict__.get(_TIED, frozenset())
-    return keys
 
 
 def forget_hook(table: MutableMapping[int, Any], hook: object) -> None:

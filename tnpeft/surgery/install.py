@@ -38,8 +38,10 @@ def install(
     """
     state, found = _checked(model, name, targets, trained := tuple(dict.fromkeys(trained)))
     record = _record(model, found, name, targets, trained, about or {})
-    wrappers = _wrappers(model, targets)
-    if problem := other_roads(model, {target: plain_modules(model)[target] for target in targets}):
+    modules = plain_modules(model)
+    layers = {target: modules[target] for target in targets}
+    wrappers = _wrappers(model, layers.values())
+    if problem := other_roads(model, layers):
         warnings.warn(TnpeftWarning(problem), stacklevel=3)
     copies = _copies(model, found, state, record)
 
@@ -93,13 +95,11 @@ def _record(
     return AdapterRecord(name, tuple(targets), tuple(tied), norm_statistics(model), dict(about))
 
 
-def _wrappers(model: nn.Module, targets: Iterable[str]) -> dict[int, AdaptedLayer]:
-    """For each target, in order: its wrapper by the `id` of what hangs in the tree now."""
-    modules = plain_modules(model)
+def _wrappers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, AdaptedLayer]:
+    """For each target layer, in order: its wrapper by the `id` of what hangs in the tree now."""
     adapted = {id(place.module.base): place.module for place in places(model) if isinstance(place.module, AdaptedLayer)}
     wrappers: dict[int, AdaptedLayer] = {}
-    for name in targets:
-        layer = modules[name]
+    for layer in layers:
         wrapper = adapted.get(id(layer))
         wrappers[id(layer if wrapper is None else wrapper)] = wrap(layer) if wrapper is None else wrapper
     return wrappers
