@@ -23,7 +23,7 @@ from tnpeft.recipe.model import train_from
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec import Spec
-from tnpeft.spec.document import clip
+from tnpeft.spec.document import clip, ticked
 from tnpeft.spec.habits import advice_on
 from tnpeft.surgery import model_problems, plain_modules, plain_parameters
 
@@ -130,14 +130,13 @@ def _check_names(recipe: Recipe, param: str, fixed: Sequence[str]) -> None:
     for name in fixed:
         if name not in names:
             fix = near_miss(name, names) or "Name a spec of the recipe."
-            found = f"`{clip(name)[1:-1]}`" if isinstance(name, str) else clip(name)
-            raise AttachError(Problem(f"fixed spec {clip(name)}", f"one of {', '.join(names)}", found, fix))
+            raise AttachError(Problem(f"fixed spec {clip(name)}", f"one of {', '.join(names)}", ticked(name), fix))
     free = [entry.spec for entry in recipe.entries if entry.spec.name not in fixed]
     known = sorted({known for spec in free for known in spec.params})
     if param not in known:
         expected = f"one of {', '.join(known)}" if known else "a spec with params that is not fixed"
         fix = advice_on(param, known) or "Name the param that sets the adapter's size."
-        found = f"`{clip(param)[1:-1]}`" if known else "none"
+        found = ticked(param) if known else "none"
         raise AttachError(Problem(f"recipe '{recipe.name}', param {clip(param)}", expected, found, fix))
 
 

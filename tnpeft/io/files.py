@@ -19,6 +19,7 @@ from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.manifest import FORMAT, KEY, Manifest, digest, encode
 from tnpeft.spec import writing
 from tnpeft.spec.document import clip
+from tnpeft.spec.document import shown_path as shown
 from tnpeft.spec.recognise import recognise
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 FOREIGN = "Pass a file written by `tnpeft.save`."
-_LONGEST_SHOWN = 200  # characters of a path in a message
+_LONGEST_SHOWN = 200  # characters of a library's message
 _PICKLED = f"{FOREIGN[:-1]}; `tnpeft.load_foreign` reads those of other libraries."
 _OF_TENSORS = ("", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _OTHER = "Pass the file with the tensors, for example `adapter.safetensors`."
@@ -53,12 +54,6 @@ def in_file(path: Path, problems: Iterable[Problem], where: str | None = None) -
     places = [(shown(path), where, problem.where) for problem in problems]
     texts = [": ".join(str(part) for part in parts if part is not None) for parts in places]
     return [replace(problem, where=text) for problem, text in zip(problems, texts, strict=True)]
-
-
-def shown(path: Path) -> str:
-    """A path for a message of one line."""
-    text = str(path)
-    return text if text.isprintable() and len(text) <= _LONGEST_SHOWN else clip(text, _LONGEST_SHOWN)
 
 
 def file_path(path: object) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from tnpeft.errors import AttachError, Problem, SpecError, near_miss
 from tnpeft.modules import Captured
 from tnpeft.recipe.model import Entry, Recipe, compiled
-from tnpeft.spec.document import clip
+from tnpeft.spec.document import clip, ticked
 
 __all__ = ["captures", "scopes_from"]
 
@@ -30,9 +30,8 @@ def scopes_from(given: object, recipe: Recipe) -> dict[str, str]:
     for name, pattern in scopes.items():
         if name not in known:
             expected = f"one of {', '.join(known)}" if known else "none: no core here is shared within one"
-            found = f"`{clip(name)[1:-1]}`" if isinstance(name, str) else clip(name)
             fix = near_miss(str(name), known) or "Remove it."
-            problems.append(Problem(f"scope {clip(name)}", expected, found, fix))
+            problems.append(Problem(f"scope {clip(name)}", expected, ticked(name), fix))
         elif not isinstance(pattern, str):
             fix = r"For example `r'layers\.(\d+)\.'`."
             problems.append(Problem(f"scope '{name}'", "a regular expression", clip(pattern), fix))

@@ -17,7 +17,7 @@ import yaml
 
 from tnpeft.errors import Position, Problem, SpecError
 
-__all__ = ["MAX_BYTES", "Node", "Problems", "clip", "read_bytes", "read_document", "read_file", "shown_path"]
+__all__ = ["MAX_BYTES", "Node", "Problems", "clip", "read_bytes", "read_document", "read_file", "shown_path", "ticked"]
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -37,6 +37,11 @@ def clip(value: object, limit: int = 60) -> str:
     """`value` as one short line of plain ASCII, fit for an error message."""
     text = ascii(value)
     return text if len(text) <= limit else text[: limit - 4] + "..." + text[-1]
+
+
+def ticked(value: object) -> str:
+    """`clip`, a text in backticks instead of quotes."""
+    return f"`{clip(value)[1:-1]}`" if isinstance(value, str) else clip(value)
 
 
 def shown_path(path: str | Path) -> str:

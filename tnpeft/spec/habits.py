@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from tnpeft.errors import Problem, near_miss
-from tnpeft.spec.document import clip
+from tnpeft.spec.document import ticked
 
 __all__ = ["advice_on", "unknown_params"]
 
@@ -84,7 +84,7 @@ def unknown_params(
         if name not in known:
             expected = f"one of {', '.join(known)}" if known else "none"
             fix = advice_on(name, known, also) or "Remove it."
-            yield Problem(what, expected, f"`{clip(name)[1:-1]}`", fix)
+            yield Problem(what, expected, ticked(name), fix)
 
 
 def value_of_param(name: str, value: object) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tnpeft.errors import Position, Problem, SpecError, near_miss
-from tnpeft.spec.document import Node, Problems, clip
+from tnpeft.spec.document import Node, Problems, clip, ticked
 from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
 from tnpeft.spec.pattern import ELLIPSIS, expand
 
@@ -166,7 +166,7 @@ def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | Non
             node.position,
             f"unknown init '{clip(name)[1:-1]}'",
             f"one of {', '.join(init_names())}",
-            f"`{clip(name)[1:-1]}`",
+            ticked(name),
             fix,
         )
         return None

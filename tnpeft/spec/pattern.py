@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from tnpeft.errors import Position
-from tnpeft.spec.document import Node, Problems, clip
+from tnpeft.spec.document import Node, Problems, clip, ticked
 from tnpeft.spec.expression import FUNCTIONS, is_name
 
 __all__ = [
@@ -75,7 +75,7 @@ def parse_legs(node: Node, core: str, problems: Problems) -> tuple[tuple[str, Po
 def check_index(word: str, where: Position, owner: str, problems: Problems) -> bool:
     if word.endswith("..."):
         fix = f"Write `{ELLIPSIS}`, one index per kernel axis."
-        problems.add(where, owner, f"`{ELLIPSIS}` as the only open-ended name", f"`{clip(word)[1:-1]}`", fix)
+        problems.add(where, owner, f"`{ELLIPSIS}` as the only open-ended name", ticked(word), fix)
         return False
     return check_name(word, where, f"{owner}, index {clip(word)}", problems)
 

@@ -110,7 +110,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
 def warn_of_ties(root: nn.Module, level: int) -> None:
     """Warns (TnpeftWarning) of merged weights that are no longer those of the layers that they are tied to."""
     found = slots(root)
-    for names in set(ties(found).values()):
+    for names in ties(found).values():
         changed = [key for key in names if is_parked(found[key].owner, found[key].table, found[key].key)]
         if changed and len({id(found[key].owner) for key in names}) > 1:
             others = [key for key in names if key not in changed]

@@ -9,12 +9,7 @@ from torch import Tensor, nn
 
 from tnpeft.modules import AdaptedLayer
 from tnpeft.modules.offload import store
-from tnpeft.modules.parked import (
-    MANGLED,
-    acting,
-    own,
-    parked_key,
-)
+from tnpeft.modules.parked import MANGLED, acting, own, parked_key
 from tnpeft.modules.parked_states import note_values
 
 __all__ = [

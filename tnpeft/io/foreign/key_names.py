@@ -28,11 +28,16 @@ def dotted(name: str, known: Collection[str], place: str = "") -> str | None:
     `place` is where in the model the names of the file belong.
     """
     while place + name not in known:
-        rest = next((name[len(prefix) :] for prefix in _WRAPPERS if name.startswith(prefix)), None)
+        rest = _in_wrapper(name)
         if rest is None:
             return None
         name = rest
     return place + name
+
+
+def _in_wrapper(name: str) -> str | None:
+    """A name without the prefix of the outermost wrapper; None where it has none."""
+    return next((name[len(prefix) :] for prefix in _WRAPPERS if name.startswith(prefix)), None)
 
 
 def layer_named(source: Source, key: str, written: str, modules: Mapping[str, nn.Module]) -> str:
@@ -48,8 +53,8 @@ def layer_named(source: Source, key: str, written: str, modules: Mapping[str, nn
 def where_to_load(written: str, known: Collection[str]) -> str:
     """What to do with a file whose name of a layer, with its dots, no layer of the model has."""
     name = written
-    while prefix := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None):
-        name = name[len(prefix) :]
+    while (rest := _in_wrapper(name)) is not None:
+        name = rest
     steps = name.split(".")
     place = next((place for place in range(1, len(steps)) if ".".join(steps[place:]) in known), None)
     if place is not None:  # this model is a part of the file's
