@@ -15,6 +15,7 @@ from models import lycoris_model, matched, peft_model, train_biases_and_norms
 from torch import nn
 
 import tnpeft
+from tnpeft.execution import AdaptedLayer
 from tnpeft.surgery import adapters_of
 
 __all__ = [
@@ -138,7 +139,7 @@ def layers_of(model: nn.Module) -> Counter[str]:
 
 def modes_of(model: nn.Module) -> Counter[str]:
     """In which modes they ran when they were called last."""
-    lasts = [adapter.calling.last for adapter in _adapters(model)]
+    lasts = [module.calls("default").last for module in model.modules() if isinstance(module, AdaptedLayer)]
     return Counter("dense" if last is None else last.mode for last in lasts)
 
 

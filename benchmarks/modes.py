@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from training import AUTOCAST, Setting, add_options, setting_of
 
 import tnpeft
+from tnpeft.execution.dispatch import running_of
 from tnpeft.planning import predict
 
 MODES = ("dense", "hybrid", "factored")
@@ -167,10 +168,11 @@ def measure(
             model, name, match=r"layers\.\d+", mode="auto" if tuned else mode, autotune=tuned, **SPECS.get(name, {})
         )
         adapter = model.layers[0].adapter("default")
-        plans[mode] = adapter.calling.running(model.layers[0], x, ()).plan
+        site = model.layers[0].site
+        plans[mode] = running_of(site, site.acting[0], x, ()).plan
         if mode in MODES:
             calls[mode] = timed(model)
-    call = adapter.calling.last.call
+    call = model.layers[0].calls("default").last.call
     predicted = {mode: predict(plans[mode], call).step for mode in MODES}
     planned = {mode: found.mode for mode, found in plans.items()}
     found = timings(alternating(calls, rounds, synchronise=setting.on_gpu), "frozen")

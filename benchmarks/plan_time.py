@@ -205,7 +205,7 @@ def steps(model: nn.Module, x: Tensor) -> tuple[float, float]:
 
 def modes(model: nn.Sequential) -> dict[str, int]:
     """In which modes the layers ran."""
-    lasts = [layer.adapter("default").calling.last for layer in cast(Any, model)]
+    lasts = [layer.calls("default").last for layer in cast(Any, model)]
     names = ["dense" if last is None else last.mode for last in lasts]
     return {name: names.count(name) for name in dict.fromkeys(names)}
 

@@ -20,8 +20,8 @@ from models import unet
 from torch import nn
 from training import Setting, optimiser_of
 
-import tnpeft.modules.execution
-import tnpeft.modules.forward_pass
+import tnpeft.execution.batches
+import tnpeft.execution.modes
 import tnpeft.program.clusters
 import tnpeft.program.deltas
 import tnpeft.program.total
@@ -37,8 +37,8 @@ CLOCKED = (
     (ClusterMerge, "__call__", "forward", "delta weight"),
     (tnpeft.program.total.Delta, "forward", "forward", "delta weight"),
     (tnpeft.program.deltas.Deltas, "forward", "forward", "delta weight"),
-    (tnpeft.modules.execution, "add_weight", "forward", "sum with the weight"),
-    (tnpeft.modules.forward_pass, "add_weight", "forward", "sum with the weight"),
+    (tnpeft.execution.modes, "add_weight", "forward", "sum with the weight"),
+    (tnpeft.execution.batches, "add_weight", "forward", "sum with the weight"),
     (tnpeft.program.clusters.Contracted, "backward", "backward", "clusters, gradients"),
     (FactoredUpdate, "backward", "backward", "chain, backward"),
     (ClusterGradients, "backward", "backward", "chain, backward"),

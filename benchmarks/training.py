@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import tnpeft.modules.layers
+import tnpeft.execution.layers
 
 __all__ = ["AUTOCAST", "OPTIMISERS", "Setting", "add_options", "inference", "optimiser_of", "setting_of", "step"]
 
@@ -118,7 +118,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 def setting_of(arguments: argparse.Namespace) -> Setting:
     if arguments.torch_convolutions:
-        tnpeft.modules.layers.convolved = lambda *_: None
+        tnpeft.execution.layers.convolved = lambda *_: None
     return Setting(
         model=arguments.model,
         shape=arguments.shape or (arguments.size,) * 3,

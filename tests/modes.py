@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.modules import AdaptedLayer, Adapter, compile, wrap
+from tnpeft.adapters import Adapter
+from tnpeft.execution import AdaptedLayer, compile, wrap
+from tnpeft.execution.calls import Calls
 from tnpeft.planning import Axis, Call
 from tnpeft.spec import Spec
 from tnpeft.verify.model_under_test import fill
@@ -30,8 +32,13 @@ def adapted(layer: nn.Module, spec: Spec | str, mode: str, **params: Any) -> Ada
     base = copy.deepcopy(layer).requires_grad_(False)
     wrapper = wrap(base)
     wrapper.add_adapter("a", compile(spec, base, mode=mode, **params))
-    wrapper.scales = {"a": 1.0}
+    wrapper.act({"a": 1.0})
     return wrapper
+
+
+def calls_of(wrapper: AdaptedLayer) -> Calls:
+    """How its calls ran."""
+    return wrapper.calls("a")
 
 
 def adapter_of(wrapper: AdaptedLayer) -> Adapter:

@@ -10,8 +10,9 @@ import torch
 from hypothesis import assume
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter
 from tnpeft.errors import AttachError
-from tnpeft.modules import Adapter, compile
+from tnpeft.execution import compile
 from tnpeft.spec import Spec
 from tnpeft.surgery import AdapterRecord, install, plain_modules
 

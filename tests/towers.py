@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tnpeft
-from tnpeft.modules import Adapter
+from tnpeft.adapters import Adapter
 from tnpeft.spec import Spec
 from tnpeft.surgery import adapters_of
 from tnpeft.surgery.passes import remove_pass

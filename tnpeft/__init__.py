@@ -38,10 +38,11 @@ from tnpeft.version import __version__
 earlier.register()
 
 if TYPE_CHECKING:
+    from tnpeft.adapters import Adapter, memory_limit
     from tnpeft.draw import draw_network
+    from tnpeft.execution import compile
     from tnpeft.fitting import Budget, Extraction, Fit, budget, extract, fit
     from tnpeft.io import Inspection, inspect, load, load_foreign, save, save_foreign
-    from tnpeft.modules import Adapter, compile, memory_limit
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
     from tnpeft.surgery import (
         accumulating,

@@ -15,7 +15,17 @@ from typing import Any
 __all__ = ["register"]
 
 _MOVED: Mapping[str, str] = MappingProxyType(
-    {"tnpeft.plan.call": "tnpeft.planning.call", "tnpeft.plan.model": "tnpeft.planning"}
+    {
+        "tnpeft.modules": "tnpeft.execution",
+        "tnpeft.modules.adapter": "tnpeft.adapters.adapter",
+        "tnpeft.modules.layers": "tnpeft.execution.layers",
+        "tnpeft.modules.parked": "tnpeft.adapters.parked",
+        "tnpeft.modules.parked_states": "tnpeft.adapters.parked_states",
+        "tnpeft.plan": "tnpeft.planning",
+        "tnpeft.plan.call": "tnpeft.planning.call",
+        "tnpeft.plan.model": "tnpeft.planning",
+        "tnpeft.surgery.state": "tnpeft.surgery.adapted_model",
+    }
 )
 
 

@@ -14,7 +14,7 @@ import pytest
 from terminal import data, mistakes, run, text
 
 import tnpeft
-from tnpeft.modules import AdaptedLayer
+from tnpeft.execution import AdaptedLayer
 
 SMALL = ("--examples", "4")
 

@@ -353,7 +353,7 @@ def test_a_scale_of_zero_trains_biases_and_norms_alone(lab: Path, tmp_path: Path
     tnpeft.load(unet, tmp_path / "run" / "adapter.safetensors")
     base, changed = dict(tiny().named_modules()), 0
     for name, module in unet.named_modules():
-        if isinstance(module, tnpeft.modules.AdaptedLayer):
+        if isinstance(module, tnpeft.execution.AdaptedLayer):
             assert torch.equal(module.weight, base[name].get_parameter("weight"))
             changed += not torch.equal(module.bias, base[name].get_parameter("bias"))
     assert changed

@@ -40,7 +40,7 @@ class Use(NamedTuple):
 @pytest.fixture(autouse=True)
 def no_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The workspace of convolutions is not counted: both sides take torch's own, which is unseen."""
-    monkeypatch.setattr("tnpeft.modules.layers.convolved", lambda *_: None)
+    monkeypatch.setattr("tnpeft.execution.layers.convolved", lambda *_: None)
 
 
 def used(model: nn.Module, x: Tensor) -> Use:
@@ -71,7 +71,7 @@ def compared(layer: str, spec: str, mode: str) -> tuple[Use, Use, Plan] | None:
     model = nn.Sequential(base)
     tnpeft.attach(model, spec, match=["0"], mode=mode, **SPECS[spec])
     adapted = used(model, x)
-    running = model[0].adapter("default").calling.last
+    running = model[0].calls("default").last
     return frozen, adapted, running.plan if running else model[0].adapter("default").plan
 
 

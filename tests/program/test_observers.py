@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tnpeft
 from tnpeft.errors import ExecutionError
-from tnpeft.modules.dispatch import needs_plain_ops
+from tnpeft.execution.dispatch import needs_plain_ops
 
 # torch itself would rather be compiled or exported.
 pytestmark = [

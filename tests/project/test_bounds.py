@@ -24,13 +24,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tnpeft
+from tnpeft.adapters import memory_need
 from tnpeft.cli.app import app
 from tnpeft.cli.costs import bytes_text
 from tnpeft.draw import is_current
 from tnpeft.draw.files import write
 from tnpeft.fitting.checkpoint import Checkpoint
 from tnpeft.io.manifest import KEY, digest
-from tnpeft.modules import room
 from tnpeft.planning import nominal_call, plan, predict
 from tnpeft.planning.predict import FOREVER
 from tnpeft.spec.paths import is_file, is_folder, is_there, resolved
@@ -345,7 +345,9 @@ K6 = spec_of_graph(networkx.complete_graph(6), (), 20)
 
 
 def test_attach_says_what_a_plan_needs_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_memory_of", lambda kind, index: room._Limit(64 << 30, "the memory of this machine"))
+    monkeypatch.setattr(
+        memory_need, "_memory_of", lambda kind, index: memory_need._Limit(64 << 30, "the memory of this machine")
+    )
     model = nn.Sequential(nn.Linear(1, 1))
     spec = tnpeft.Spec.from_yaml(K6)
     text = (
@@ -432,20 +434,20 @@ def test_the_environment_moves_the_bound_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_gpu_has_its_own_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    room._memory_of.cache_clear()
+    memory_need._memory_of.cache_clear()
     properties = SimpleNamespace(total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert room._memory_of("cuda", 1) == room._Limit(80 << 30, "the memory of cuda:1")
-    room._memory_of.cache_clear()
-    assert room._memory_of("cpu", None).most is not None
+    assert memory_need._memory_of("cuda", 1) == memory_need._Limit(80 << 30, "the memory of cuda:1")
+    memory_need._memory_of.cache_clear()
+    assert memory_need._memory_of("cpu", None).most is not None
 
 
 def test_parts_of_a_container_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_container_memory", lambda: iter([1 << 20, 1 << 62]))
-    room._memory_of.cache_clear()
-    assert room._memory_of("cpu", None).most == 1 << 20
-    room._memory_of.cache_clear()
-    assert list(itertools.islice(room._host_memory(), 1))
+    monkeypatch.setattr(memory_need, "_container_memory", lambda: iter([1 << 20, 1 << 62]))
+    memory_need._memory_of.cache_clear()
+    assert memory_need._memory_of("cpu", None).most == 1 << 20
+    memory_need._memory_of.cache_clear()
+    assert list(itertools.islice(memory_need._host_memory(), 1))
 
 
 def test_a_checkpoint_that_is_not_there_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

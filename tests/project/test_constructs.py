@@ -14,7 +14,7 @@ from small import layers, move, net, net_input, runs, same_bits, sample_input, t
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.modules import wrap
+from tnpeft.execution import wrap
 
 # What torch says of some layers the strategy draws.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -111,7 +111,7 @@ def test_every_construct_is_its_formula_on_every_layer(name: str, layer: nn.Modu
     adapter = tnpeft.compile(tnpeft.Spec.from_yaml(SPECS[name]), layer, seed=3)
     wrapper = wrap(layer)
     wrapper.add_adapter("default", adapter)
-    wrapper.scales = {"default": 1.0}
+    wrapper.act({"default": 1.0})
     assert adapter.delta_weight().count_nonzero() == 0
     assert torch.equal(wrapper(x), before)
     move(adapter)

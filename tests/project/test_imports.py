@@ -24,15 +24,15 @@ WINGS = ("support", "config", "data", "model", "sampling", "evaluation", "traini
 KNOWN: Mapping[str, list[set[str]]] = {
     "tnpeft": [
         {
-            "tnpeft.modules.adapter",
-            "tnpeft.modules.autotune",
-            "tnpeft.modules.dispatch",
-            "tnpeft.modules.execution",
-            "tnpeft.modules.forward_pass",
-            "tnpeft.modules.layers",
-            "tnpeft.modules.results",
-            "tnpeft.modules.scripting",
-            "tnpeft.modules.sharing",
+            "tnpeft.adapters.adapter",
+            "tnpeft.execution.autotune",
+            "tnpeft.execution.dispatch",
+            "tnpeft.execution.modes",
+            "tnpeft.execution.forward_pass",
+            "tnpeft.execution.layers",
+            "tnpeft.execution.results",
+            "tnpeft.execution.scripting",
+            "tnpeft.adapters.sharing",
         },
         {
             "tnpeft.network",

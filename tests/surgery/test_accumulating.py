@@ -21,6 +21,7 @@ from tnpeft.program import ClusterMerge
 from tnpeft.program.clusters import BatchedCluster
 from tnpeft.program.deltas import BatchedDelta
 from tnpeft.program.total import Total
+from tnpeft.surgery.adapted_model import record_on
 
 MODES = ("dense", "hybrid", "factored")
 WRITTEN = (
@@ -260,7 +261,7 @@ def test_nothing_is_kept_within_hooks_on_saved_tensors(mode: str, hooks: Any, ma
             made.clear()
             assert same_bits(outside, micro_steps(model, xs))
             assert made == counts
-            assert not model.head.adapter("default").cache._found
+            assert not model.head.adapter("default").cache._results
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -335,20 +336,18 @@ def test_a_change_of_the_model_is_seen(name: str, change: Callable[[nn.Module], 
 @pytest.mark.parametrize("mode", MODES)
 def test_everything_is_dropped_at_the_end(mode: str):
     model, (x, *_) = twins(mode), inputs()
-    calling = model.convs[0].adapter("default").calling
+    cache = record_on(model).results.cache
     with tnpeft.accumulating(model):
         loss = model(x).sum()
-        cache = calling.cache
         assert cache.is_open
-        assert cache._found
+        assert cache._results
     assert not cache.is_open
-    assert not cache._found
+    assert not cache._results
     loss.backward()  # it holds what it needs
     with pytest.raises(IndexError), tnpeft.accumulating(model):
         fails(model, x)
-    assert calling.cache is not cache
-    assert not calling.cache.is_open
-    assert not calling.cache._found
+    assert not cache.is_open
+    assert not cache._results
     move = trained(model)["convs.0.adapters.default.core_left"]
     before = model(x)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from small import TARGETS, TRAINED, attach, bits, chain, copies, net, net_input, same_bits, train
 from torch import nn
 
-from tnpeft.modules import AdaptedLayer, compile
+from tnpeft.execution import AdaptedLayer, compile
 from tnpeft.spec import load_spec
 from tnpeft.surgery import (
     activate,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft import AttachError, Spec
-from tnpeft.modules.parked import own_weight
+from tnpeft.adapters.parked import own_weight
 from tnpeft.surgery import adapters_of, plain_modules, plain_parameters, statistics_of, trained_of
 from tnpeft.surgery.tree import slots
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tnpeft.errors import AttachError
-from tnpeft.modules import compile
+from tnpeft.execution import compile
 from tnpeft.surgery import (
     activate,
     detach,

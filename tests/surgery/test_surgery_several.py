@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft import Spec
-from tnpeft.modules import AdaptedLayer
+from tnpeft.execution import AdaptedLayer
 from tnpeft.surgery import (
     activate,
     adapters_of,
@@ -154,7 +154,7 @@ def test_a_second_adapter_takes_what_it_trains_and_no_more():
 def made(monkeypatch) -> Counter[str]:
     """How often calls are planned, and programs built for them."""
     counts: Counter[str] = Counter()
-    from tnpeft.modules import dispatch
+    from tnpeft.execution import dispatch
 
     def spy(name: str) -> None:
         original = getattr(dispatch, name)

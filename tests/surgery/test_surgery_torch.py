@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import tnpeft
-from tnpeft.modules import AdaptedLayer, compile
+from tnpeft.execution import AdaptedLayer, compile
 from tnpeft.spec import load_spec
 from tnpeft.surgery import (
     activate,

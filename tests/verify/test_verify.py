@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 import tnpeft
+from tnpeft.adapters import Adapter, inits
+from tnpeft.adapters import adapter as adapter_module
+from tnpeft.adapters.sharing import Sharing
+from tnpeft.execution import AdaptedLayer, layers
+from tnpeft.execution.forward_pass import ForwardPass
 from tnpeft.io import saving
-from tnpeft.modules import AdaptedLayer, Adapter, execution, inits, layers
-from tnpeft.modules import adapter as adapter_module
-from tnpeft.modules.forward_pass import ForwardPass
-from tnpeft.modules.sharing import Sharing
 from tnpeft.network import bind
 from tnpeft.planning import modes as planning
 from tnpeft.program import ChainProgram, batched, clusters, factored
@@ -124,8 +125,8 @@ def inexact_start(patch: pytest.MonkeyPatch) -> None:
 
 def narrow_start(patch: pytest.MonkeyPatch) -> None:
     """The sum goes through bf16, which a layer of fp32 notices."""
-    real = execution.summed_weight
-    wrong = lambda weight, *rest: real(weight, *rest).bfloat16().to(weight.dtype)  # noqa: E731
+    real = layers.summed_weight
+    wrong = lambda site: real(site).bfloat16().to(site.base.weight.dtype)  # noqa: E731
     patch.setattr(layers, "summed_weight", wrong)
 
 

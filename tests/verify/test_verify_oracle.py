@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from torch import nn
 
 import tnpeft
-from tnpeft.modules import compile
+from tnpeft.execution import compile
 from tnpeft.network import Layer, Network
 from tnpeft.testing import networks
 from tnpeft.verify import Case, Gauge, verify

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from tnpeft.adapters import Captured
+from tnpeft.adapters.sharing import sharing_label
 from tnpeft.errors import AttachError, BindError, Problem, near_miss
-from tnpeft.modules import Captured
-from tnpeft.modules.sharing import sharing_label
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.recipe import Entry, Recipe, Train
 from tnpeft.recipe.attachment import recipe_of

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter
 from tnpeft.errors import AttachError, Problem, TnpeftError, near_miss
 from tnpeft.fitting.fit import Fit, FrozenCopy, Method, check_method, fit_adapter
-from tnpeft.modules import Adapter
 from tnpeft.network import Network
 from tnpeft.planning import DEFAULT_MODE
 from tnpeft.recipe import Handle, Recipe, Train, attach

@@ -10,14 +10,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter
+from tnpeft.adapters.dora import magnitudes
 from tnpeft.errors import BindError, Problem
+from tnpeft.execution import AdaptedLayer
 from tnpeft.fitting import problem as fitting_problem
 from tnpeft.fitting.descent import Descent, adam, alternate, balanced, quasi_newton
 from tnpeft.fitting.problem import Cores
 from tnpeft.fitting.setup import FACTOR, build_problem, build_problem_with_factor, vector_of_channels
 from tnpeft.fitting.start import random_start, tree_start
-from tnpeft.modules import AdaptedLayer, Adapter
-from tnpeft.modules.dora import magnitudes
 from tnpeft.network import Network
 from tnpeft.spec import Spec, load_spec
 from tnpeft.spec.document import clip

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tnpeft.adapters import Adapter
+from tnpeft.adapters.inits import canonical_weight
 from tnpeft.fitting.contract import Labels, Operand
 from tnpeft.fitting.problem import Cores, Problem, Term
-from tnpeft.modules import Adapter
-from tnpeft.modules.inits import canonical_weight
 from tnpeft.network import BoundTerm, Network
 
 __all__ = ["FACTOR", "build_problem", "build_problem_with_factor", "vector_of_channels"]

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter
 from tnpeft.errors import Problem
 from tnpeft.io.manifest import dtype_name
-from tnpeft.modules import Adapter
 from tnpeft.surgery import base_tensors, statistics_of, trained_of
 
 __all__ = ["core_shapes", "listed", "number_problem", "stored", "tensor_problems"]

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
+from tnpeft.adapters.offload import hook_of
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning
 from tnpeft.io.base import base_digests, fingerprint
 from tnpeft.io.checks import listed, number_problem
 from tnpeft.io.files import FOREIGN, file_path, in_file, read, refuse, shown
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.renaming import with_plain_names
-from tnpeft.modules import Adapter, Sharing, is_drawn, memory_problems
-from tnpeft.modules.offload import hook_of
 from tnpeft.network import Network
 from tnpeft.recipe import Handle
 from tnpeft.spec import Spec

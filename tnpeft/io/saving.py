@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter, is_drawn
 from tnpeft.errors import AdapterFileError, AttachError, TnpeftWarning
 from tnpeft.io.base import base_digests, fingerprint
 from tnpeft.io.checks import number_problem, stored, tensor_problems
 from tnpeft.io.files import file_path, in_file, refuse, shown, write
 from tnpeft.io.manifest import LayerEntry, Manifest, SpecEntry, digest_of
-from tnpeft.modules import Adapter, is_drawn
 from tnpeft.spec import Spec
 from tnpeft.spec.document import clip
-from tnpeft.surgery import ModelState, adapted, adapters_of, statistics_of, trained_of
+from tnpeft.surgery import AdaptedModel, adapted, adapters_of, statistics_of, trained_of
 from tnpeft.version import __version__
 
 __all__ = ["chosen", "save"]
@@ -47,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         warnings.warn(TnpeftWarning(replace(problem, where=shown(path))), stacklevel=2)
 
 
-def chosen(model: nn.Module, path: Path, name: str | None) -> tuple[nn.Module, ModelState, str, dict[str, Adapter]]:
+def chosen(model: nn.Module, path: Path, name: str | None) -> tuple[nn.Module, AdaptedModel, str, dict[str, Adapter]]:
     """The adapted root in `model`, its state, and the adapter to write: its name and its compiled layers.
 
     Raises AdapterFileError where there is none, or it cannot be written as it stands.
@@ -70,7 +70,7 @@ def chosen(model: nn.Module, path: Path, name: str | None) -> tuple[nn.Module, M
     return root, state, name, adapters
 
 
-def _which(path: Path, state: ModelState, name: object) -> str:
+def _which(path: Path, state: AdaptedModel, name: object) -> str:
     known = ", ".join(f"'{known}'" for known in state.adapters)
     if name is None and len(state.adapters) == 1:
         return next(iter(state.adapters))
@@ -93,7 +93,7 @@ def _drawn(adapter: Adapter) -> dict[str, str]:
 
 
 def _manifest(
-    root: nn.Module, state: ModelState, name: str, adapters: dict[str, Adapter], drawn: dict[str, dict[str, str]]
+    root: nn.Module, state: AdaptedModel, name: str, adapters: dict[str, Adapter], drawn: dict[str, dict[str, str]]
 ) -> Manifest:
     record = state.adapters[name]
     specs: dict[Spec, int] = {}

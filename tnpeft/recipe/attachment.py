@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
 from tnpeft.errors import AttachError, BindError, Problem, SpecError
-from tnpeft.modules import Adapter, Captured, Sharing, memory_problems
 from tnpeft.network import Network, param_problems
 from tnpeft.planning import DEFAULT_MODE, check_mode
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter
 from tnpeft.errors import listed
-from tnpeft.modules import Adapter
 from tnpeft.recipe.targets import fused_attention
-from tnpeft.surgery import AdapterRecord, adapters_of, base_tensors, plain_parameters, record_of
+from tnpeft.surgery import AdapterRecord, base_tensors, layers_of, plain_parameters, record_of
 
 __all__ = ["REASONS", "LayerReport", "Report", "SharedReport", "reasons_of", "report_of"]
 
@@ -146,7 +146,8 @@ def report_of(model: nn.Module, name: str) -> Report:
     counts = {reason: _numel(parameters[key] for key in keys) for reason, keys in reasons.items()}
     biases = set(reasons["bias"])
     rows = []
-    adapters = adapters_of(model, name)
+    layers = layers_of(model, name)
+    adapters = {layer: adapted.adapter(name) for layer, adapted in layers.items()}
     for layer, adapter in adapters.items():
         network = adapter.network
         bias = f"{layer}.bias"
@@ -159,7 +160,7 @@ def report_of(model: nn.Module, name: str) -> Report:
                 network.spec.name,
                 dict(network.params),
                 adapter.mode,
-                adapter.chosen,
+                layers[layer].chosen(name),
                 sum(parameter.numel() for parameter in adapter.trained.values()),
                 own,
                 weight,

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from tnpeft.adapters import Captured
 from tnpeft.errors import AttachError, Problem, SpecError, near_miss
-from tnpeft.modules import Captured
 from tnpeft.recipe.model import Entry, Recipe, compiled
 from tnpeft.spec.document import clip, ticked
 

@@ -13,12 +13,14 @@ They and the switches find the adapted model inside wrappers such as Distributed
 """
 
 from tnpeft.surgery.accumulating import accumulating
+from tnpeft.surgery.adapted_model import AdaptedModel, AdapterRecord, adapted, find
 from tnpeft.surgery.checks import SUPPORTED, is_layer, is_opaque, layer_problem, model_problems
 from tnpeft.surgery.detach import detach
 from tnpeft.surgery.install import install
 from tnpeft.surgery.queries import (
     adapters_of,
     base_tensors,
+    layers_of,
     names_of,
     parameter_groups,
     plain_keys,
@@ -28,15 +30,14 @@ from tnpeft.surgery.queries import (
     statistics_of,
     trained_of,
 )
-from tnpeft.surgery.state import AdapterRecord, ModelState, adapted, find
 from tnpeft.surgery.switch import activate, base_shown, disabled, merge, scale_problem, unmerge
 from tnpeft.surgery.trained import norm_statistics
 from tnpeft.surgery.tree import plain_modules, plain_name, plain_parameters
 
 __all__ = [
     "SUPPORTED",
+    "AdaptedModel",
     "AdapterRecord",
-    "ModelState",
     "accumulating",
     "activate",
     "adapted",
@@ -50,6 +51,7 @@ __all__ = [
     "is_layer",
     "is_opaque",
     "layer_problem",
+    "layers_of",
     "merge",
     "model_problems",
     "names_of",

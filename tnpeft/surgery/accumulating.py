@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-from tnpeft.modules import ResultCache
-from tnpeft.surgery.state import adapted
-from tnpeft.surgery.tree import adapted_layers
+from tnpeft.surgery.adapted_model import adapted
 
-__all__ = ["accumulating", "hand_out"]
-
-_OPEN: weakref.WeakKeyDictionary[nn.Module, list[ResultCache]] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
+__all__ = ["accumulating"]
 
 
 @contextmanager
@@ -39,27 +32,6 @@ def accumulating(model: nn.Module) -> Iterator[None]:
     The cores must not change inside: a forward pass after an optimiser step raises ExecutionError. Writes by fused
     optimisers and to `.data` cannot be seen. Raises AttachError where nothing is attached.
     """
-    root, _ = adapted(model)
-    with _LOCK:
-        stack = _OPEN.setdefault(root, [])
-        stack.append(stack[-1] if stack else ResultCache())
-        if len(stack) == 1:
-            hand_out(root)
-    try:
+    _, state = adapted(model)
+    with state.results.cache.open():
         yield
-    finally:
-        with _LOCK:
-            cache = stack.pop()
-            if not stack:
-                cache.close()
-
-
-def hand_out(root: nn.Module) -> None:
-    """If a context is open, let every adapter of the model keep what it makes from here on."""
-    stack = _OPEN.get(root)
-    if not stack:
-        return
-    stack[-1].forget()
-    for layer in adapted_layers(root):
-        for name in layer.names:
-            layer.adapter(name).calling.cache = stack[-1]

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from tnpeft.adapters import Adapter
+from tnpeft.adapters.distributed import is_distributed
+from tnpeft.adapters.offload import is_own_forward
+from tnpeft.adapters.parked import MANGLED, own_weight
 from tnpeft.errors import Problem, listed, near_miss
-from tnpeft.modules import AdaptedLayer, Adapter
-from tnpeft.modules.distributed import is_distributed
-from tnpeft.modules.offload import is_own_forward
-from tnpeft.modules.parked import MANGLED, own_weight
+from tnpeft.execution import AdaptedLayer
 from tnpeft.network import layer_of
 from tnpeft.network.look_alikes import full_names, kind_name, look_alike, opaque
 from tnpeft.spec.document import clip
-from tnpeft.surgery.state import ModelState, find, kind_problem
+from tnpeft.surgery.adapted_model import AdaptedModel, find, kind_problem
 from tnpeft.surgery.tree import Slot, places, plain_modules
 
 __all__ = [
@@ -209,7 +210,7 @@ def _is_part(model: nn.Module) -> bool:
     return any(key.startswith(MANGLED) for key in keys)
 
 
-def name_problems(name: object, state: ModelState) -> Iterator[Problem]:
+def name_problems(name: object, state: AdaptedModel) -> Iterator[Problem]:
     """Why an adapter cannot be called `name`, or why none can be attached now."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         expected = "ASCII letters, digits, `_` and `-`, the first a letter or a digit"

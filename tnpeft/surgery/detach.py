@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from tnpeft.adapters.offload import unmark
+from tnpeft.adapters.parked_states import note_tie
 from tnpeft.errors import AttachError, Problem
-from tnpeft.modules import AdaptedLayer
-from tnpeft.modules.offload import unmark
-from tnpeft.modules.parked_states import note_tie
+from tnpeft.execution import AdaptedLayer
+from tnpeft.surgery.adapted_model import AdaptedModel, adapted, known_adapter
 from tnpeft.surgery.merge_into_base import merge_into_base, merging_problems
 from tnpeft.surgery.passes import remove_pass
-from tnpeft.surgery.state import ModelState, adapted, known_adapter
 from tnpeft.surgery.switch import acting, apply_state, merge_layers, refuse_disabled, refuse_merged, warn_of_ties
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers, places, slots
@@ -53,7 +53,7 @@ def detach(model: nn.Module, merge: bool = False, name: str | None = None) -> No
         _remove(root, state, name)
 
 
-def _remove(root: nn.Module, state: ModelState, name: str) -> None:
+def _remove(root: nn.Module, state: AdaptedModel, name: str) -> None:
     """Take one of several adapters off; layers that it alone adapted are plain again."""
     state.active.pop(name, None)
     state.before.pop(name, None)
@@ -68,7 +68,7 @@ def _remove(root: nn.Module, state: ModelState, name: str) -> None:
     _unwrap(root, [layer for layer in adapted_layers(root) if not layer.names])
 
 
-def _restore(root: nn.Module, state: ModelState, kept: dict[str, float]) -> None:
+def _restore(root: nn.Module, state: AdaptedModel, kept: dict[str, float]) -> None:
     """Take all adapters off; the updates of some stay."""
     layers = adapted_layers(root)
     _keep(root, state, layers, kept)
@@ -84,7 +84,7 @@ def _restore(root: nn.Module, state: ModelState, kept: dict[str, float]) -> None
     state.drop_from(root)
 
 
-def _keep(root: nn.Module, state: ModelState, layers: list[AdaptedLayer], kept: dict[str, float]) -> None:
+def _keep(root: nn.Module, state: AdaptedModel, layers: list[AdaptedLayer], kept: dict[str, float]) -> None:
     """Give the base the updates that stay. All are computed first: what follows cannot fail."""
     if kept and kept != state.active:
         refuse_merged(state)

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter
+from tnpeft.adapters.parked_states import note_tie
 from tnpeft.errors import AttachError, TnpeftWarning
-from tnpeft.modules import AdaptedLayer, Adapter, wrap
-from tnpeft.modules.parked_states import note_tie
+from tnpeft.execution import AdaptedLayer, ModelResults, wrap
+from tnpeft.surgery.adapted_model import AdaptedModel, AdapterRecord, find
 from tnpeft.surgery.checks import model_problems, name_problems, other_roads, target_problems, trained_problems
-from tnpeft.surgery.state import AdapterRecord, ModelState, find
 from tnpeft.surgery.switch import apply_state
 from tnpeft.surgery.trained import Tied, all_tied, norm_statistics
 from tnpeft.surgery.tree import Slot, places, plain_modules, slots, ties
@@ -40,7 +41,7 @@ def install(
     record = _record(model, found, name, targets, trained, about or {})
     modules = plain_modules(model)
     layers = {target: modules[target] for target in targets}
-    wrappers = _wrappers(model, layers.values())
+    wrappers = _wrappers(model, layers.values(), state.results)
     if problem := other_roads(model, layers):
         warnings.warn(TnpeftWarning(problem), stacklevel=3)
     copies = _copies(model, found, state, record)
@@ -66,14 +67,14 @@ def install(
 
 def _checked(
     model: nn.Module, name: str, targets: Mapping[str, Adapter], trained: Iterable[str]
-) -> tuple[ModelState, dict[str, Slot]]:
+) -> tuple[AdaptedModel, dict[str, Slot]]:
     """The model's state (a new one at the first attach) and its parameters. Raises AttachError."""
     problems = [*model_problems(model)]
     if problems:
         raise AttachError(*problems)
     found = slots(model)
     existing = find(model)
-    state = existing[1] if existing else ModelState({key: slot.tensor.requires_grad for key, slot in found.items()})
+    state = existing[1] if existing else AdaptedModel({key: slot.tensor.requires_grad for key, slot in found.items()})
     problems += name_problems(name, state)
     problems += target_problems(model, targets)
     problems += trained_problems(model, found, targets, trained)
@@ -95,18 +96,18 @@ def _record(
     return AdapterRecord(name, tuple(targets), tuple(tied), norm_statistics(model), dict(about))
 
 
-def _wrappers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, AdaptedLayer]:
+def _wrappers(model: nn.Module, layers: Iterable[nn.Module], results: ModelResults) -> dict[int, AdaptedLayer]:
     """For each target layer, in order: its wrapper by the `id` of what hangs in the tree now."""
     adapted = {id(place.module.base): place.module for place in places(model) if isinstance(place.module, AdaptedLayer)}
     wrappers: dict[int, AdaptedLayer] = {}
     for layer in layers:
         wrapper = adapted.get(id(layer))
-        wrappers[id(layer if wrapper is None else wrapper)] = wrap(layer) if wrapper is None else wrapper
+        wrappers[id(layer if wrapper is None else wrapper)] = wrap(layer, results) if wrapper is None else wrapper
     return wrappers
 
 
 def _copies(
-    model: nn.Module, found: dict[str, Slot], state: ModelState, record: AdapterRecord
+    model: nn.Module, found: dict[str, Slot], state: AdaptedModel, record: AdapterRecord
 ) -> list[tuple[Tied, Tensor]]:
     """The new adapter's own copy of everything it trains."""
     known = {tied.names: tied for tied in all_tied(model, state)}

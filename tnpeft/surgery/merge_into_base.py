@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tnpeft.errors import Problem
-from tnpeft.modules import AdaptedLayer
-from tnpeft.surgery.state import ModelState
+from tnpeft.execution import AdaptedLayer
+from tnpeft.surgery.adapted_model import AdaptedModel
 from tnpeft.surgery.switch import acting, merge_layers
 from tnpeft.surgery.trained import Tied, all_tied
 from tnpeft.surgery.tree import adapted_layers, places
@@ -18,7 +18,7 @@ from tnpeft.surgery.tree import adapted_layers, places
 __all__ = ["merge_into_base", "merging_problems"]
 
 
-def merging_problems(root: nn.Module, state: ModelState, name: str) -> Iterator[Problem]:
+def merging_problems(root: nn.Module, state: AdaptedModel, name: str) -> Iterator[Problem]:
     """Why other adapters would not be what they are on the base that has the update of `name`; one for each of them."""
     ties = all_tied(root, state)
     changed = {id(slot.owner) for tied in ties if name in tied.trainers for slot in tied.slots if slot.key == "weight"}
@@ -49,7 +49,7 @@ def _dependent(layer: AdaptedLayer, ties: list[Tied]) -> Iterator[tuple[str, str
                 yield name, "which trains it as a whole"
 
 
-def merge_into_base(root: nn.Module, state: ModelState, name: str) -> None:
+def merge_into_base(root: nn.Module, state: AdaptedModel, name: str) -> None:
     """Give the base the update of an adapter, at the scale of its own; what is left is to take it off.
 
     All is computed first: what follows cannot fail, and where it fails nothing has changed.

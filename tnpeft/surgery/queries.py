@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnpeft.modules import AdaptedLayer, Adapter
-from tnpeft.modules.parked import MANGLED
-from tnpeft.surgery.state import AdapterRecord, adapted, find, known_adapter
+from tnpeft.adapters import Adapter
+from tnpeft.adapters.parked import MANGLED
+from tnpeft.execution import AdaptedLayer
+from tnpeft.surgery.adapted_model import AdapterRecord, adapted, find, known_adapter
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import places, slots, ties, unwrapped
 
 __all__ = [
     "adapters_of",
     "base_tensors",
+    "layers_of",
     "names_of",
     "parameter_groups",
     "plain_keys",
@@ -44,10 +46,15 @@ def record_of(model: nn.Module, name: str) -> AdapterRecord:
 
 def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
     """The compiled adapters by the layer they adapt, in the order they were attached in."""
+    return {target: layer.adapter(name) for target, layer in layers_of(model, name).items()}
+
+
+def layers_of(model: nn.Module, name: str) -> dict[str, AdaptedLayer]:
+    """The adapted layers of an adapter by name, in the order they were attached in."""
     root, state = adapted(model)
     record = known_adapter(state, name)
     wrappers = {place.name: place.module for place in places(root) if isinstance(place.module, AdaptedLayer)}
-    return {target: wrappers[target].adapter(name) for target in record.targets}
+    return {target: wrappers[target] for target in record.targets}
 
 
 def trained_of(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnpeft.adapters.distributed import split_problem
+from tnpeft.adapters.parked import is_parked
 from tnpeft.errors import AttachError, Problem, TnpeftWarning, listed
-from tnpeft.modules import AdaptedLayer
-from tnpeft.modules.distributed import split_problem
-from tnpeft.modules.parked import is_parked
+from tnpeft.execution import AdaptedLayer
 from tnpeft.spec.document import clip
-from tnpeft.surgery.accumulating import hand_out
-from tnpeft.surgery.passes import forget_batches, register_pass, remove_pass
-from tnpeft.surgery.state import ModelState, adapted, find, known_adapter
+from tnpeft.surgery.adapted_model import AdaptedModel, adapted, find, known_adapter
+from tnpeft.surgery.passes import register_pass, remove_pass
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers, slots, ties
 
@@ -57,7 +56,7 @@ def activate(model: nn.Module, scales: Mapping[str, float] | str) -> None:
     apply_state(root, state)
 
 
-def _checked(state: ModelState, scales: object) -> dict[str, float]:
+def _checked(state: AdaptedModel, scales: object) -> dict[str, float]:
     if not isinstance(scales, Mapping):
         found = type(scales).__name__
         raise AttachError(Problem("activate", "a name, or scales by name", found, 'For example `{"default": 1.0}`.'))
@@ -164,7 +163,7 @@ def merge_layers(layers: Iterable[AdaptedLayer]) -> None:
 
 
 @contextmanager
-def acting(root: nn.Module, state: ModelState, scales: dict[str, float]) -> Iterator[None]:
+def acting(root: nn.Module, state: AdaptedModel, scales: dict[str, float]) -> Iterator[None]:
     """Let other adapters act from here on; those that did act again where what is done inside fails."""
     before, state.active = state.active, scales
     try:
@@ -196,33 +195,32 @@ def base_shown(model: nn.Module) -> AbstractContextManager[None]:
     return nullcontext() if find(model) is None else disabled(model)
 
 
-def apply_state(root: nn.Module, state: ModelState) -> None:
+def apply_state(root: nn.Module, state: AdaptedModel) -> None:
     """Bring layers and trained tensors to what the state says. Nothing in here can be refused."""
     (remove_pass if state.merged else register_pass)(root)  # TorchScript would compile the hooks of a merged model too
-    forget_batches(root)
-    hand_out(root)
+    state.results.forget()
     for layer in adapted_layers(root):
-        layer.scales = {name: scale for name, scale in state.active.items() if name in layer.names}
+        layer.act({name: scale for name, scale in state.active.items() if name in layer.names}, state.results)
         for name in layer.names:
             layer.adapter(name).requires_grad_(name in state.active and not state.merged)
     _show(root, state)
 
 
-def refuse_disabled(state: ModelState) -> None:
+def refuse_disabled(state: AdaptedModel) -> None:
     """Raises AttachError inside a `disabled` context, which could not end after the change."""
     if state.disabled:
         fix = "Leave the `disabled` context first."
         raise AttachError(Problem("model", "enabled adapters", "adapters disabled by `tnpeft.disabled`", fix))
 
 
-def refuse_merged(state: ModelState) -> None:
+def refuse_merged(state: AdaptedModel) -> None:
     """Raises AttachError for a merged model, whose weights would not follow the change."""
     if state.merged:
         fix = "Call `tnpeft.unmerge(model)` first."
         raise AttachError(Problem("model", "an unmerged model", "a merged one", fix))
 
 
-def _disable(root: nn.Module, state: ModelState, step: int) -> None:
+def _disable(root: nn.Module, state: AdaptedModel, step: int) -> None:
     before, state.disabled = state.disabled, state.disabled + step
     if bool(before) == bool(state.disabled):
         return
@@ -231,7 +229,7 @@ def _disable(root: nn.Module, state: ModelState, step: int) -> None:
     _show(root, state)
 
 
-def _show(root: nn.Module, state: ModelState) -> None:
+def _show(root: nn.Module, state: AdaptedModel) -> None:
     """Install the biases, norms and statistics that act."""
     for tied in all_tied(root, state):
         flag = bool(state.disabled) and state.requires_grad.get(tied.names[0], False)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tnpeft.modules.offload import present
-from tnpeft.modules.parked import (
+from tnpeft.adapters.offload import present
+from tnpeft.adapters.parked import (
     ORIGINAL,
     combined,
     copies_of,
@@ -30,8 +30,8 @@ from tnpeft.modules.parked import (
     show_sum,
     take_back,
 )
-from tnpeft.modules.parked_states import make_again
-from tnpeft.surgery.state import ModelState
+from tnpeft.adapters.parked_states import make_again
+from tnpeft.surgery.adapted_model import AdaptedModel
 from tnpeft.surgery.tree import Slot, slots, ties
 
 __all__ = ["Tied", "all_tied", "norm_statistics"]
@@ -157,7 +157,7 @@ class Tied:
             make_again(slot.owner, False)
 
 
-def all_tied(root: nn.Module, state: ModelState) -> list[Tied]:
+def all_tied(root: nn.Module, state: AdaptedModel) -> list[Tied]:
     """Every tensor that some adapter of the model trains beside its cores."""
     found = {**slots(root, "_buffers"), **slots(root)}
     trainers: dict[tuple[str, ...], list[str]] = {}

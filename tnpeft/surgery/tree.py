@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from tnpeft.modules import AdaptedLayer
-from tnpeft.modules.offload import store
-from tnpeft.modules.parked import MANGLED, acting, own, parked_key
-from tnpeft.modules.parked_states import note_values
+from tnpeft.adapters.offload import store
+from tnpeft.adapters.parked import MANGLED, acting, own, parked_key
+from tnpeft.adapters.parked_states import note_values
+from tnpeft.execution import AdaptedLayer
 
 __all__ = [
     "Place",

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tnpeft.errors import TnpeftError
+from tnpeft.execution import AdaptedLayer
+from tnpeft.execution.dispatch import running_of
 from tnpeft.io import load, save
-from tnpeft.modules import AdaptedLayer, Adapter
 from tnpeft.network import BoundCore
 from tnpeft.planning import MODES
 from tnpeft.recipe import Handle
@@ -121,7 +122,7 @@ def _modes(
     found: set[str] = set()
     for mode in MODES:
         model = subject.attached(mode, dtype, moved)
-        ran = {_mode_of_call(layer.adapter("default"), layer, x) for layer in adapted_layers(model)}
+        ran = {_mode_of_call(layer, x) for layer in adapted_layers(model)}
         if mode not in ("auto", *ran) and ran != {"dense"}:
             raise Mismatch(f"layers in mode {mode} run {' and '.join(sorted(ran))}")
         if not ran <= found:
@@ -129,8 +130,9 @@ def _modes(
             yield mode, model
 
 
-def _mode_of_call(adapter: Adapter, layer: AdaptedLayer, x: Tensor) -> str:
-    return "dense" if adapter.mode == "dense" else adapter.calling.running(layer, x, ()).mode
+def _mode_of_call(layer: AdaptedLayer, x: Tensor) -> str:
+    (acting,) = layer.site.acting
+    return "dense" if acting.adapter.mode == "dense" else running_of(layer.site, acting, x, ()).mode
 
 
 def _contexts(subject: Subject) -> dict[str, Callable[[], AbstractContextManager[object]]]:

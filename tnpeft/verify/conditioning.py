@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tnpeft.errors import TnpeftError
-from tnpeft.modules import compile
+from tnpeft.execution import compile
 from tnpeft.network import Layer
 from tnpeft.spec import Spec
 from tnpeft.verify.case import Case

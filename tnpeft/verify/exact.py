@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tnpeft.modules import AdaptedLayer
+from tnpeft.execution import AdaptedLayer
 from tnpeft.verify.model_under_test import adapted_layers
 from tnpeft.verify.oracle import canonical, composed, dense_delta, dense_weight
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.modules import AdaptedLayer, Adapter
+from tnpeft.adapters import Adapter
+from tnpeft.execution import AdaptedLayer
 from tnpeft.network import Network
 from tnpeft.recipe import attach
 from tnpeft.spec import Spec

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter, memory_problems
+from tnpeft.adapters.dora import magnitudes
 from tnpeft.errors import BindError, Problem, SpecError
 from tnpeft.io.foreign.generated_specs import spec_of_sizes
 from tnpeft.io.foreign.topologies import TOPOLOGIES, Topology, found_in
-from tnpeft.modules import Adapter, memory_problems
-from tnpeft.modules.dora import magnitudes
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.planning import DEFAULT_MODE
 from tnpeft.spec import list_specs, load_spec

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning
 from tnpeft.io.checks import number_problem
 from tnpeft.io.files import file_path, in_file, refuse, shown
@@ -24,7 +25,6 @@ from tnpeft.io.foreign.pipeline import read_parts
 from tnpeft.io.foreign.source import Source, open_source
 from tnpeft.io.foreign.tenvoo import read_tenvoo
 from tnpeft.io.manifest import dtype_name
-from tnpeft.modules import Adapter
 from tnpeft.recipe import Handle
 from tnpeft.spec.document import clip
 from tnpeft.surgery import (

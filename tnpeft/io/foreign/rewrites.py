@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tnpeft.adapters import Adapter
 from tnpeft.errors import Problem
 from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.topologies import KRONS, WRITABLE, arranged, found_in, kron_name
-from tnpeft.modules import Adapter
 
 __all__ = ["factors_of", "half_ranks_equal", "padded", "part_of", "untuckered", "whole_large", "whole_small"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter
 from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.files import file_path, refuse, replace_files, shown, what_is_at
 from tnpeft.io.foreign.components import named_parts
@@ -27,10 +28,9 @@ from tnpeft.io.foreign.peft_files import method_of, peft_contents, peft_problems
 from tnpeft.io.foreign.rewrites import part_of, untuckered
 from tnpeft.io.foreign.source import DIFFUSERS_WEIGHTS
 from tnpeft.io.saving import chosen
-from tnpeft.modules import Adapter
 from tnpeft.network import layer_of
 from tnpeft.spec.document import clip
-from tnpeft.surgery import ModelState, plain_modules, statistics_of
+from tnpeft.surgery import AdaptedModel, plain_modules, statistics_of
 from tnpeft.surgery.trained import all_tied
 
 __all__ = ["WRITTEN", "save_foreign"]
@@ -188,7 +188,7 @@ def _raise(path: Path, problems: list[Problem]) -> None:
         raise AdapterFileError(*(replace(each, where=place) for each, place in zip(problems, places, strict=True)))
 
 
-def _trained(root: nn.Module, state: ModelState, name: str, gain: float) -> dict[str, Tensor]:
+def _trained(root: nn.Module, state: AdaptedModel, name: str, gain: float) -> dict[str, Tensor]:
     """What the adapter makes of the parameters that it trains: b0 + gain (b - b0)."""
     values = {}
     for tied in all_tied(root, state):
@@ -198,7 +198,7 @@ def _trained(root: nn.Module, state: ModelState, name: str, gain: float) -> dict
     return values
 
 
-def _statistics_problems(root: nn.Module, state: ModelState, name: str) -> list[Problem]:
+def _statistics_problems(root: nn.Module, state: AdaptedModel, name: str) -> list[Problem]:
     """Running statistics of norms that training changed, which no adapter file of others holds."""
     copies = statistics_of(root, name)
     for tied in all_tied(root, state):

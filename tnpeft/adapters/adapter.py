@@ -1,0 +1,370 @@
+"""The adapter: a network's cores as a module, and the delta weight they make."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.adapters.distributed import refuse_distributed
+from tnpeft.adapters.dora import composed, magnitudes
+from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
+from tnpeft.adapters.offload import Resident, present
+from tnpeft.adapters.parked import own_weight
+from tnpeft.adapters.refusals import without_values
+from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
+from tnpeft.adapters.strides import memory_order, moved
+from tnpeft.network import BoundCore, Network
+from tnpeft.planning import DEFAULT_MODE, Plan, check_choices, check_mode, plan
+from tnpeft.program import Constants, Program, build_program, needs_plain_ops, without_autocast
+
+__all__ = ["Adapter"]
+
+_CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
+_EARLIER = frozenset({"_kept", "_calling", "_writes"})  # attributes in pickles of earlier versions
+
+
+class Adapter(Resident, nn.Module):
+    """The cores of one network on one layer.
+
+    Trainable cores are parameters `core_<name>`, frozen ones persistent buffers of that name, and
+    with `start: frozen_copy` every trainable core has its copy in the persistent buffer
+    `start_<name>`. `compose: dora` adds the parameter `dora_magnitude` and its first value. They are
+    contiguous, on the weight's device, fp32 or (on fp64 layers) fp64 whatever the model is cast to,
+    and hold no value until `reset_parameters` if made on meta.
+
+    A core shared with other layers is a parameter (buffer) of the adapter of the first of them, its
+    holder, and of no other, so that it is moved, saved and counted once. A core that is the base weight
+    is none of them: it is read from the layer whenever it is needed.
+
+    `mode` is the execution mode that was asked for. With `auto` and `autotune` the modes are timed once for
+    each new call, which `choices` remembers: the call in words, and the mode. Choices are used without
+    `autotune` too.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        layer: nn.Module,
+        *,
+        seed: int | None = None,
+        name: str = "",
+        mode: str = DEFAULT_MODE,
+        autotune: bool = False,
+        choices: Mapping[str, str] | None = None,
+        initialise: bool = True,
+        sharing: Sharing | None = None,
+        captured: Captured | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        check_mode(mode)
+        check_choices(choices or {})
+        self.mode = mode
+        self.autotune = autotune
+        self.choices = dict(choices or {})
+        self.plan: Plan = plan(network)
+        self.seed = whole_seed(network.spec.seed if seed is None else seed)
+        self.layer_name = name
+        self.captured: Captured = captured or {}
+        # In a tuple, for it is no module of this one; kept only where it is asked for its weight.
+        asked = network.reads_weight or any(core.shared for core in network.cores)
+        self._layer: tuple[nn.Module, ...] = (layer,) if asked else ()
+        self.changes = 0  # how often its tensors got other values than by training
+        self._initialised = False
+        # Until they have values: the tensors that have none, for `torch.func.functional_call` may pass others that do.
+        self._empty: tuple[Tensor, ...] = ()
+        self._holders: dict[str, Adapter] = {}
+        self._core_keys = tuple(None if core.origin == "weight" else _CORE + core.name for core in network.cores)
+        self._start_keys = tuple(
+            key if core.frozen else _START + core.name for key, core in zip(self._core_keys, network.cores, strict=True)
+        )
+        # Tensors made under inference mode could never be trained.
+        with present(layer), torch.inference_mode(False):
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            self._lay_out(weight.stride())
+            self._register(weight, sharing or Sharing())
+            self._empty = self._held()
+            if initialise:
+                self.reset_parameters(weight)
+
+    def resident_keys(self) -> list[str]:
+        return [*self._parameters, *self._buffers]
+
+    def _register(self, weight: Tensor, sharing: Sharing) -> None:
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        copies = self.network.start == "frozen_copy"
+        for core in self.network.cores:
+            holder = self if core.shared is None else sharing.holder(self.network.spec, core, self.captured, self)
+            if holder is not self:
+                self._holders |= {_CORE + core.name: holder, _START + core.name: holder}
+            elif core.origin != "weight":
+                like = weight.new_empty(core.shape, dtype=dtype)
+                self._register_one(_CORE, core.name, like, core.frozen, copies)
+        if self.network.compose == "dora":
+            like = weight.new_empty(self.network.layer.out_channels, dtype=dtype)
+            self._register_one(_DORA, _MAGNITUDE, like, False, True)
+
+    def _register_one(self, prefix: str, name: str, tensor: Tensor, frozen: bool, copy: bool) -> None:
+        if frozen:
+            self.register_buffer(prefix + name, tensor)
+            return
+        self.register_parameter(prefix + name, nn.Parameter(tensor))
+        if copy:
+            self.register_buffer(_START + name, torch.empty_like(tensor))
+
+    @property
+    def cores(self) -> dict[str, Tensor]:
+        """Every core by name, in file order, frozen and shared ones included; not those that are the base weight."""
+        return {core.name: self._tensor(_CORE + core.name) for core in self.network.cores if core.origin != "weight"}
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """The frozen copies by core name; empty with `start: zero`."""
+        if self.network.start == "zero":
+            return {}
+        return {core.name: self._tensor(_START + core.name) for core in self.network.cores if not core.frozen}
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """The trained norm of each output channel with `compose: dora`, else None."""
+        return self._parameters.get(_DORA + _MAGNITUDE)
+
+    @property
+    def shared(self) -> dict[str, Adapter]:
+        """The cores that are held elsewhere, by name, each with the adapter that holds it."""
+        return {key.removeprefix(_CORE): holder for key, holder in self._holders.items() if key.startswith(_CORE)}
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What this adapter itself trains, by name: its cores but those held elsewhere, and its magnitude."""
+        own = {core.name: self._parameters.get(_CORE + core.name) for core in self.network.cores}
+        own |= {_MAGNITUDE: self.magnitude} if self.magnitude is not None else {}
+        return {name: parameter for name, parameter in own.items() if parameter is not None}
+
+    @property
+    def has_values(self) -> bool:
+        """False while the cores are on meta, or come from there and were neither drawn nor loaded."""
+        return self._initialised and all(holder._initialised for holder in self._holders.values())
+
+    def network_weight(self, weight: Tensor | None = None) -> Tensor:
+        """T(θ) in the shape of the layer's weight: the contracted cores, without scale and frozen copy.
+
+        Of several terms it is their sum, each with its own scale. `weight` stands in for the layer's base weight.
+        """
+        self._require_values()
+        return self._program.value(self._tensors(self._core_keys, weight))
+
+    def delta_weight(self, weight: Tensor | None = None) -> Tensor:
+        """What is added to the layer's weight, in its memory order: scale * (T(θ) - T(θ₀)), or scale * T(θ).
+
+        With `compose: dora`, what leads from the weight to its update at the trained magnitudes.
+        """
+        program = self._program if weight is None else self.program_for(weight)
+        return self.delta_of(weight, self.delta_inputs(weight), program, self.start_for(weight))
+
+    def delta_inputs(self, weight: Tensor | None = None) -> list[Tensor]:
+        """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
+        cores = self.core_tensors(weight)
+        magnitude = self._parameters.get(_DORA + _MAGNITUDE)
+        return cores if magnitude is None else [*cores, magnitude]
+
+    def core_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
+        """The network's cores in its order, the base `weight` among them where one is it.
+
+        Raises ExecutionError without values.
+        """
+        if not self._initialised or self._holders:
+            self._require_values()
+        return self._tensors(self._core_keys, weight)
+
+    def start_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
+        """Their frozen copies; a core that is frozen is its own."""
+        return self._tensors(self._start_keys, weight)
+
+    def start_for(self, weight: Tensor | None) -> list[Tensor] | None:
+        """The frozen copies of the cores; None with `start: zero`."""
+        return None if self.network.start == "zero" else self.start_tensors(weight)
+
+    def delta_of(
+        self,
+        weight: Tensor | None,
+        inputs: Sequence[Tensor],
+        program: Program,
+        start: Sequence[Tensor] | None,
+        constants: Constants | None = None,
+    ) -> Tensor:
+        """ΔW on the base `weight` from `delta_inputs`; `constants` are what `program` makes of `start`."""
+        cores = inputs[: len(self.network.cores)]
+        delta = program.delta(cores, start, program.constants(start) if constants is None else constants)
+        if self.network.compose is not None:
+            with without_autocast(delta):
+                first = self._tensor(_START + _MAGNITUDE)
+                delta = composed(self.network.layer, self._base(weight), delta, inputs[-1], first)
+        if delta.is_meta and weight is not None and not weight.is_meta:
+            raise without_values(self.layer_name, True)
+        return delta
+
+    def program_for(self, weight: Tensor) -> Program:
+        """The program that writes delta weights in the memory order of the base `weight`."""
+        if weight.stride() != self._strides and not needs_plain_ops(weight):  # building is nothing to record
+            self._lay_out(weight.stride())
+        return self._program
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """Its cores with their frozen copies and its magnitude, as they are stored here or elsewhere."""
+        copies = self._start_keys if self.network.start == "frozen_copy" else ()
+        tensors = [self._tensor(key) for key in (*self._core_keys, *copies) if key is not None]
+        return tensors if self.magnitude is None else [*tensors, self.magnitude]
+
+    @property
+    def writes(self) -> tuple[int, ...]:
+        """Counts that change whenever a core or copy that it uses got other values other than by training."""
+        return (self.changes, *(holder.changes for holder in self._holders.values()))
+
+    def reset_parameters(self, weight: Tensor | None = None) -> None:
+        """Draw the initial cores and copy them to the frozen copy; on meta, do nothing.
+
+        `weight` is the layer's weight, which inits and cores that are taken from it need, and where cores on meta get
+        their memory. A core that is held elsewhere is drawn there.
+        """
+        if self._on_meta():
+            if weight is None or weight.is_meta:
+                return
+            self.to_empty(device=weight.device)
+        drawn = {core.name: self.initial(core, weight) for core in self.network.cores if self._holds(core)}
+        if self.magnitude is not None:
+            base = self._base(weight).detach()
+            drawn[_MAGNITUDE] = magnitudes(self.network.layer, base.to(self.magnitude.dtype))
+        with torch.no_grad():
+            for name, values in drawn.items():
+                own = self._tensor((_DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE) + name)
+                own.copy_(values)
+                if _START + name in self._buffers:
+                    self._tensor(_START + name).copy_(own)
+        self._written()
+        self._initialised, self._empty = True, ()
+
+    def _held(self) -> tuple[Tensor, ...]:
+        """All tensors that are its own."""
+        return tuple(tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None)
+
+    def initial(self, core: BoundCore, weight: Tensor | None = None) -> Tensor:
+        """A core's first value, fp32 on the CPU: the same bits on any machine, unless it is taken from the weight."""
+        label = self.layer_name if core.shared is None else sharing_label(self.network.spec, core, self.captured)
+        return initial_core(self.network, core, self.seed, label, weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.network.spec.name}, parameters={self.network.num_parameters}, mode={self.mode}"
+
+    def _tensor(self, key: str) -> Tensor:
+        holder = self._holders.get(key, self) if self._holders else self
+        tensor = holder._parameters.get(key, holder._buffers.get(key))
+        # FSDP takes parameters, and leaves views under their names while the module runs.
+        return holder.__dict__[key] if tensor is None else tensor
+
+    def _tensors(self, keys: tuple[str | None, ...], weight: Tensor | None) -> list[Tensor]:
+        """The network's cores (or their frozen copies) in its order, the base weight among them where it is one."""
+        tensors: list[Tensor | None] = []
+        for key in keys:  # a loop without calls where nothing is shared or taken from the layer
+            stored = None if key is None or self._holders else self._parameters.get(key, self._buffers.get(key))
+            tensors.append(self._tensor(key) if stored is None and key is not None else stored)
+        if self._layer:
+            return self._beside(tensors, self._base(weight).detach())
+        if "torch.distributed.tensor" in sys.modules:
+            refuse_distributed(self.layer_name, tensors)
+        return tensors  # type: ignore[return-value]
+
+    def _beside(self, tensors: Sequence[Tensor | None], base: Tensor) -> list[Tensor]:
+        """Cores where the `base` weight is: layers that share cores may live on several devices, and be wider."""
+        refuse_distributed(self.layer_name, [base, *tensors])
+        cores = [core for core in tensors if core is not None]
+        if not base.is_meta and any(core.is_meta for core in cores):
+            raise without_values(self.layer_name, True)
+        dtype = torch.promote_types(torch.float32, base.dtype)
+        for core in cores:
+            dtype = torch.promote_types(dtype, core.dtype)
+        pairs = zip(tensors, self.network.cores, strict=True)
+        return [
+            (self._weight_as(core, base) if tensor is None else tensor).to(base.device, dtype) for tensor, core in pairs
+        ]
+
+    def _base(self, weight: Tensor | None) -> Tensor:
+        return own_weight(self._layer[0]) if weight is None else weight
+
+    def _weight_as(self, core: BoundCore, base: Tensor) -> Tensor:
+        """The base weight with the legs of a core."""
+        return canonical_weight(self.network.layer, base).reshape(core.shape)
+
+    def _holds(self, core: BoundCore) -> bool:
+        return core.origin != "weight" and _CORE + core.name not in self._holders
+
+    def _on_meta(self) -> bool:
+        return any(tensor.device.type == "meta" for tensor in self.state_dict().values())
+
+    def _lay_out(self, strides: tuple[int, ...]) -> None:
+        """Take the program that writes a weight of these strides."""
+        self._program: Program = build_program(self.plan, memory_order(strides))
+        self._strides = strides  # last, for other threads look at it first
+
+    def _written(self) -> None:
+        self.changes += 1
+
+    def _require_values(self) -> None:
+        cores = self.cores.values()
+        if self.has_values or any(tensor.is_meta for tensor in cores):
+            return
+        empty = [tensor for holder in (self, *self._holders.values()) for tensor in holder._empty]
+        if not any(core is tensor for core in cores for tensor in empty):
+            return
+        raise without_values(self.layer_name, False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        self._written()
+        super()._apply(lambda tensor: moved(tensor, fn), recurse)  # type: ignore[no-untyped-call]
+        if self._on_meta():
+            self._initialised = False
+        if not self._initialised:
+            self._empty = self._held()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        # `assign=True` takes what it is given.
+        if any(tensor.dtype.itemsize < 4 for tensor in self.state_dict().values()):
+            super()._apply(lambda tensor: tensor.float())  # type: ignore[no-untyped-call]
+        self._written()
+        if all(prefix + key in state_dict for key in (*self._parameters, *self._buffers)):
+            self._initialised, self._empty = True, ()
+
+    def twin(self, alias: Callable[[Tensor], Tensor]) -> Adapter:
+        """One with the same state, but with `alias(parameter)` in place of each parameter, and of its holders'."""
+        holders = {id(holder): holder for holder in self._holders.values()}
+        twins = {key: holder.twin(alias) for key, holder in holders.items()}
+        twin = self.__class__.__new__(self.__class__)
+        aliases = {key: alias(core) for key, core in self._parameters.items() if core is not None}
+        shared = {key: twins[id(holder)] for key, holder in self._holders.items()}
+        twin.__dict__.update(self.__dict__, _parameters=aliases, _holders=shared)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_program": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        known = {key: value for key, value in state.items() if key not in _EARLIER}
+        super().__setstate__({"changes": 0, **known})  # type: ignore[no-untyped-call]
+        self._lay_out(self._strides)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        # Network and plan never change: copies share them.
+        memo[id(self.network)], memo[id(self.plan)] = self.network, self.plan
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied

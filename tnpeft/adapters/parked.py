@@ -1,0 +1,337 @@
+"""Tensors that stand beside a module's own, in the same table: copies that adapters train, and what merging parks.
+
+A module's own tensor keeps its own name, so that a state dict of an adapted model holds the base under the base's
+names and all that adapters add under names of their own. Where a copy acts instead, the table `SHOWN` of the module
+says so and, as long as it does, the module's class is a subclass whose attributes read that table (torch's
+parametrizations do the same). While a model is merged, the effective tensors stand under the plain names, whose own
+ones are parked as `ORIGINAL`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.adapters.offload import Resident, is_bare, store
+from tnpeft.errors import ExecutionError, Problem
+
+__all__ = [
+    "MANGLED",
+    "ORIGINAL",
+    "TABLES",
+    "UNSET",
+    "acting",
+    "acting_scales",
+    "bare",
+    "combined",
+    "copies_of",
+    "drop_sum",
+    "is_parked",
+    "is_parked_unmade",
+    "keep",
+    "key_of",
+    "own",
+    "own_weight",
+    "park",
+    "parked_key",
+    "remake",
+    "set_own",
+    "show",
+    "show_sum",
+    "table_of",
+    "take_back",
+]
+
+MANGLED = "_tnpeft_"
+ORIGINAL = "original"
+_SUM = "sum"
+_SHOWN = "_tnpeft_shown"
+"""On a module: for each tensor in whose place another acts, the key of that one."""
+_MADE = "_tnpeft_made"
+"""On a module: for each tensor that is made of several copies, or merged, the adapters and scales that make it."""
+
+UNSET = "_tnpeft_unset"
+"""On a module: the keys of copies that were made of tensors without memory, and were not loaded since."""
+
+TABLES = ("_parameters", "_buffers")
+
+
+def parked_key(who: str, key: str) -> str:
+    """The key of what stands beside `key`. No adapter's name has a colon, so that no two tensors share a place."""
+    return f"{MANGLED}{who}:{key}"
+
+
+def copies_of(name: str) -> str:
+    """Whose the copies of adapter `name` are, for `parked_key`."""
+    return f"of_{name}"
+
+
+def own(module: nn.Module, table: str, key: str) -> Tensor:
+    """The base's own tensor, whatever acts in its place, merged or not."""
+    parked = module.__dict__[table].get(parked_key(ORIGINAL, key))
+    tensor = _stored(module, table, key) if parked is None else parked
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def own_weight(base: nn.Module) -> Tensor:
+    """The base's own weight, whatever an adapter that trains the layer as a whole has put in its place."""
+    return own(base, "_parameters", "weight")
+
+
+def acting(module: nn.Module, table: str, key: str) -> Tensor:
+    """The tensor with which the module computes."""
+    stored = module.__dict__.get(_SHOWN, {}).get(key, key)
+    found = _stored(module, table, stored)
+    assert found is not None
+    return found
+
+
+def show(module: nn.Module, table: str, key: str, stored: str | None) -> None:
+    """Let what is stored as `stored` act as `key`; None: what stands at `key` itself."""
+    shown = {name: other for name, other in module.__dict__.get(_SHOWN, {}).items() if name != key}
+    if stored is not None:
+        shown[key] = stored
+    plain = _plain_class(module)
+    if shown:
+        module.__dict__[_SHOWN] = shown
+        tables = tuple(sorted((name, table_of(module, name)) for name in shown))
+        module.__class__ = _showing(plain, tables)  # type: ignore[arg-type]
+    else:
+        module.__dict__.pop(_SHOWN, None)
+        module.__class__ = plain
+        _list_anew(module)
+
+
+def acting_scales(module: nn.Module, key: str) -> dict[str, float]:
+    """The adapters whose copies make what acts as `key`, with their scales; none where it is the module's own."""
+    if key in module.__dict__.get(_MADE, {}):
+        return dict(module.__dict__[_MADE][key])
+    stored = module.__dict__.get(_SHOWN, {}).get(key, "")
+    name = stored.removeprefix(f"{MANGLED}of_").rpartition(":")[0]
+    return {name: 1.0} if stored.startswith(f"{MANGLED}of_") else {}
+
+
+def combined(module: nn.Module, table: str, key: str, scales: Mapping[str, float]) -> Tensor:
+    """b0 + sum of s (b - b0) over the copies of some adapters, rounded once; an integer stays what it is."""
+    original = own(module, table, key).detach()
+    for stored in (parked_key(copies_of(name), key) for name in scales):
+        _require_values(module, stored, module.__dict__[table][stored])
+    if list(scales.values()) == [1.0]:
+        (name,) = scales
+        return module.__dict__[table][parked_key(copies_of(name), key)].detach().clone()  # type: ignore[no-any-return]
+    if not original.is_floating_point():
+        return original.clone()
+    wide = original.to(torch.promote_types(original.dtype, torch.float32))
+    total = wide.clone()
+    for name, scale in scales.items():
+        copy = module.__dict__[table][parked_key(copies_of(name), key)].detach()
+        total.add_(copy.to(wide.dtype) - wide, alpha=scale)
+    # A sum of differences may be no variance any more.
+    return (total.clamp_(min=0) if key == "running_var" else total).to(original.dtype)
+
+
+def park(module: nn.Module, table: str, key: str, scales: Mapping[str, float], tensor: Tensor) -> None:
+    """Put an effective `tensor` where the module's own stands, which is parked.
+
+    `scales` say of which copies it is made, so that it can be made anew.
+    """
+    tensors = module.__dict__[table]
+    show(module, table, key, None)
+    if parked_key(ORIGINAL, key) not in tensors:
+        store(module, table, parked_key(ORIGINAL, key), tensors[key], of=key)
+    effective = nn.Parameter(tensor, requires_grad=False) if table == "_parameters" else tensor
+    store(module, table, key, effective)
+    if scales:
+        module.__dict__.setdefault(_MADE, {})[key] = dict(scales)
+    _list_anew(module)
+
+
+def is_parked(module: nn.Module, table: str, key: str) -> bool:
+    """Whether an effective tensor stands in place of the module's own."""
+    return parked_key(ORIGINAL, key) in module.__dict__[table]
+
+
+def is_parked_unmade(module: nn.Module, keys: Collection[str]) -> bool:
+    """Whether a copy acts under the plain name of one of some tensors, as in pickles of the first version."""
+    made = module.__dict__.get(_MADE, {})
+    wrapped = "_base" in module.__dict__ or "_tnpeft_wrapper" in module.__dict__
+    return any(
+        is_parked(module, table, key) and key not in made
+        for table in TABLES
+        for key in keys
+        if not (wrapped and key == "weight")
+    )
+
+
+def take_back(module: nn.Module, table: str, key: str) -> None:
+    """Undo `park`."""
+    tensors = module.__dict__[table]
+    parked = parked_key(ORIGINAL, key)
+    if parked in tensors:
+        store(module, table, key, tensors[parked], of=parked)
+        store(module, table, parked, None)
+        _list_anew(module)
+    module.__dict__.get(_MADE, {}).pop(key, None)
+
+
+def keep(module: nn.Module, table: str, key: str, tensor: Tensor) -> None:
+    """Make `tensor` the module's own for good; the one that was is forgotten."""
+    show(module, table, key, None)
+    if tensor is own(module, table, key):
+        take_back(module, table, key)
+        return
+    if table == "_parameters" and not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    if tensor is not module.__dict__[table][key]:
+        store(module, table, key, tensor)
+    if is_parked(module, table, key):
+        store(module, table, parked_key(ORIGINAL, key), None)
+    module.__dict__.get(_MADE, {}).pop(key, None)
+    _list_anew(module)
+
+
+def show_sum(module: nn.Module, table: str, key: str, scales: Mapping[str, float], tensor: Tensor) -> None:
+    """Let a sum of copies act; it moves with the module and is not saved."""
+    stored = parked_key(_SUM, key)
+    module._buffers[stored] = tensor
+    module._non_persistent_buffers_set.add(stored)
+    module.__dict__.setdefault(_MADE, {})[key] = dict(scales)
+    show(module, table, key, stored)
+
+
+def drop_sum(module: nn.Module, key: str) -> None:
+    """Forget a sum of copies."""
+    stored = parked_key(_SUM, key)
+    if module._buffers.pop(stored, None) is not None:
+        module._non_persistent_buffers_set.discard(stored)
+        module.__dict__.get(_MADE, {}).pop(key, None)
+
+
+def remake(module: nn.Module) -> None:
+    """Make sums and merged tensors anew, after their parts got other values."""
+    for key, scales in module.__dict__.get(_MADE, {}).items():
+        table = table_of(module, key)
+        stored = parked_key(_SUM, key) if parked_key(_SUM, key) in module._buffers else key
+        target = _stored(module, table, stored)
+        assert target is not None
+        with torch.no_grad():
+            target.copy_(combined(module, table, key, scales))
+
+
+def _require_values(module: nn.Module, stored: str, copy: Tensor | None) -> None:
+    """Raises ExecutionError for a copy that was made on meta, has memory now, and no values."""
+    if copy is None or copy.is_meta or stored not in module.__dict__.get(UNSET, ()):
+        return
+    found = "memory without values (it was made on the meta device)"
+    fix = "Load the adapter, or the base's state dict, before the first forward; or attach once the model has values."
+    raise ExecutionError(Problem(f"the trained `{key_of(stored)}` of a {type(module).__name__}", "values", found, fix))
+
+
+def key_of(stored: str) -> str:
+    return stored.rpartition(":")[2]
+
+
+def table_of(module: nn.Module, key: str) -> str:
+    return "_parameters" if key in module._parameters else "_buffers"
+
+
+def _stored(module: nn.Module, table: str, stored: str) -> Tensor | None:
+    for tensors in (module.__dict__[table], module.__dict__["_buffers"]):
+        if stored in tensors:
+            return tensors[stored]  # type: ignore[no-any-return]
+    return module.__dict__[stored]  # type: ignore[no-any-return] # FSDP has taken the parameter and left a view of it
+
+
+class _Showing(Resident):
+    """What the subclasses have in common in whose place of a module's class they stand."""
+
+    _tnpeft_plain: type[nn.Module]
+    _tnpeft_tables: tuple[tuple[str, str], ...]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        table = dict(self._tnpeft_tables).get(name)
+        if table is None:
+            super().__setattr__(name, value)
+        elif table == "_buffers":  # as a norm that puts a new tensor in place of its running mean
+            store(self, table, self.__dict__[_SHOWN][name], value)  # type: ignore[arg-type]
+        else:
+            set_own(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in dict(self._tnpeft_tables) and name not in self.__dict__["_parameters"]:
+            del self.__dict__[name]
+        else:
+            super().__delattr__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The subclass is made on the fly: what is unpickled is of the plain class first."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
+        plain = self._tnpeft_plain
+        arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
+        return (_made_again, (self._tnpeft_tables, make, arguments), *rest)
+
+
+def _made_again(tables: tuple[tuple[str, str], ...], make: Any, arguments: Any) -> Any:
+    module = make(*arguments)
+    module.__class__ = _showing(type(module), tables)  # type: ignore[arg-type]
+    return module
+
+
+@lru_cache(maxsize=1024)
+def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> type[nn.Module]:
+    """The subclass of `plain` in which some names read `SHOWN`; each comes with the table that its tensor is in."""
+
+    def reading(name: str, table: str) -> Callable[[Any], Tensor | None]:
+        def read(module: Any) -> Tensor | None:
+            shown = module.__dict__.get(_SHOWN, {})
+            if is_bare(module):
+                return bare(module, name) if table == "_parameters" else _stored(module, table, name)
+            acts = _stored(module, table, shown.get(name, name))
+            if UNSET in module.__dict__:
+                _require_values(module, shown.get(name, name), acts)
+            return acts
+
+        return read
+
+    names: dict[str, Any] = {name: property(reading(name, table)) for name, table in tables}
+    if issubclass(plain, nn.RNNBase):
+        names["_flat_weights"] = property(_flat_weights, lambda module, found: None)
+    names |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    names |= {"_tnpeft_plain": plain, "_tnpeft_tables": tables}
+    return type(plain.__name__, (_Showing, plain), names)
+
+
+def bare(module: nn.Module, name: str) -> Tensor | None:
+    """What stands under a parameter's name. Raises AttributeError where nothing does, as while FSDP exchanges it."""
+    if name not in module._parameters and name not in module.__dict__:
+        raise AttributeError(name)
+    return _stored(module, "_parameters", name)
+
+
+def set_own(module: Any, name: str, value: Tensor | None) -> None:
+    """Set a module's own parameter, or the view that FSDP puts in place of one that it has taken."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        module.__dict__[name] = value
+    else:
+        module.__dict__.pop(name, None)
+        module.__dict__["_parameters"][name] = value
+
+
+def _list_anew(module: nn.Module) -> None:
+    """Recurrent layers keep a list of their parameters beside the table."""
+    if isinstance(module, nn.RNNBase) and _SHOWN not in module.__dict__:
+        module.__dict__["_flat_weights"] = _flat_weights(module)
+
+
+def _flat_weights(module: Any) -> list[Tensor | None]:
+    return [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    return getattr(type(module), "_tnpeft_plain", type(module))

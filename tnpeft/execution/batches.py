@@ -1,0 +1,197 @@
+"""What the layers of a model contract together: the clusters and delta weights that are alike, as one for all of them.
+
+With many layers of small cores, the number of operations to start is what contracting them costs. A batch has one
+cluster of each factored or hybrid layer that has an equal one, or the whole delta weights of dense layers, as far as
+these are small. Batches say what belongs together, for all threads; results are a pass's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnpeft.adapters import Adapter
+from tnpeft.execution.results import Make, ResultCache, StartConstants
+from tnpeft.execution.torch_call import add_weight
+from tnpeft.program import (
+    BatchedCluster,
+    BatchedDelta,
+    Cluster,
+    ClusterProgram,
+    Weight,
+    needs_plain_ops,
+    versions,
+)
+
+__all__ = ["Batch", "Batches", "Member", "Sources", "sources_of"]
+
+# Elements of the weights whose delta weights are contracted together, at most: beyond, starting operations is not what
+# they cost, and a batch's weights and their gradients are alive together.
+SMALL = 1 << 17
+# On other devices starting operations is nearly all that it costs.
+SMALL_ELSEWHERE = 1 << 24
+
+Sources = tuple[list[int], list[int]]
+"""Which tensors something is made of, by their `id`, and how often each was written to."""
+
+
+def sources_of(tensors: Sequence[Tensor]) -> Sources:
+    return [*map(id, tensors)], versions(tensors)
+
+
+class Member(NamedTuple):
+    """A base layer with one adapter, and what its cores are contracted to: clusters or a delta weight."""
+
+    base: Any
+    adapter: Adapter
+    program: ClusterProgram | Weight
+
+    @property
+    def kind(self) -> Hashable:
+        """What members that are contracted together have in common beside the program."""
+        weight = self.base.weight
+        return weight.device, weight.dtype == torch.float64
+
+    @classmethod
+    def dense(cls, base: Any, adapter: Adapter) -> Member | None:
+        """Of a layer that runs dense; None if it is to contract its own."""
+        weight, network = base.weight, adapter.network
+        small = SMALL if weight.device.type == "cpu" else SMALL_ELSEWHERE
+        if network.layer.numel > small or network.reads_weight:
+            return None
+        batched = adapter.program_for(weight).batched
+        return None if batched is None else cls(base, adapter, batched)
+
+
+class _Places(NamedTuple):
+    """The places of a layer in batches: in one for each of its clusters, or in that of its delta weight."""
+
+    program: ClusterProgram | Weight
+    places: tuple[tuple[Batch, int], ...]
+
+
+class Batches:
+    """The batches of some layers of a model. Once made they change no more, but for what is kept of frozen copies."""
+
+    def __init__(self, members: Sequence[Member], cache: ResultCache) -> None:
+        places: dict[Adapter, dict[int, tuple[Batch, int]]] = {member.adapter: {} for member in members}
+        clusters: dict[Hashable, list[_ClusterOf]] = {}
+        deltas: dict[Hashable, list[Member]] = {}
+        for member in members:
+            if isinstance(member.program, Weight):
+                deltas.setdefault((member.program, member.kind), []).append(member)
+                continue
+            for number, (cluster, cores) in enumerate(member.program.clusters):
+                part = _ClusterOf(cluster, member.adapter, cores, number)
+                clusters.setdefault((cluster, member.kind), []).append(part)
+        for alike in clusters.values():
+            batch = _Clusters(alike, cache)
+            for place, part in enumerate(alike):
+                places[part.adapter][part.number] = batch, place
+        for equal in deltas.values():
+            if len(equal) > 1:
+                whole = _Deltas(equal, cache)
+                for place, member in enumerate(equal):
+                    places[member.adapter][0] = whole, place
+        self.places_of: Mapping[Adapter, _Places] = {
+            member.adapter: _Places(member.program, tuple(place for _, place in sorted(places[member.adapter].items())))
+            for member in members
+        }
+
+
+class Batch:
+    """Adapters that contract something together."""
+
+    def __init__(self, adapters: Sequence[Adapter], cores: Sequence[Sequence[int]], cache: ResultCache) -> None:
+        self.adapters = tuple(adapters)
+        self._cache = cache
+        self._each = tuple(dict.fromkeys(adapters))
+        # The first core of every adapter, then the second of every adapter.
+        self._cores = [
+            (adapter, own[place])
+            for place in range(len(cores[0]))
+            for adapter, own in zip(adapters, cores, strict=True)
+        ]
+        self._constants: StartConstants[Any] = StartConstants()
+
+    def results(self, cores_of: Callable[[Adapter], list[Tensor]]) -> Any:
+        """Of all members; None where their tensors do not lie together, or somebody looks on."""
+        own = {adapter: cores_of(adapter) for adapter in self._each}
+        cores, others = [own[adapter][core] for adapter, core in self._cores], self._others()
+        return None if needs_plain_ops(*cores, *others) else self._made(cores, others)
+
+    def _others(self) -> list[Tensor]:
+        """What results are made of beside the cores."""
+        return []
+
+    def _made(self, cores: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
+        raise NotImplementedError
+
+    def _contracted(self, code: Any, cores: Sequence[Tensor], others: Sequence[Tensor], made: Make) -> Sequence[Tensor]:
+        """`made` of the cores, kept from pass to pass where that is wanted; it is made of `others` too."""
+        return self._cache.get((code, *self._cores), self._each, others, cores, made)
+
+    def _start(self, code: Any) -> Any:
+        """What the code needs of the frozen copies."""
+        if self.adapters[0].network.start == "zero":
+            return None
+        start = {adapter: adapter.start_tensors() for adapter in self._each}
+        return self._constants.get(code, [start[adapter][core] for adapter, core in self._cores], code.start)
+
+
+class _ClusterOf(NamedTuple):
+    """A cluster of an adapter, its number among all: its cores, by their number in the network."""
+
+    cluster: Cluster
+    adapter: Adapter
+    cores: tuple[int, ...]
+    number: int
+
+
+class _Clusters(Batch):
+    """One cluster of each member: its values, and its dual form if it has one."""
+
+    def __init__(self, members: Sequence[_ClusterOf], cache: ResultCache) -> None:
+        super().__init__([member.adapter for member in members], [member.cores for member in members], cache)
+        self._code = BatchedCluster(members[0].cluster, len(members))
+
+    def _made(self, cores: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]]:
+        found = self._contracted(self._code, cores, others, lambda cores: self._code(cores, self._start(self._code)))
+        count = self._code.count
+        return [tuple(found[place::count]) for place in range(count)]
+
+
+class _Sum(NamedTuple):
+    """W + ΔW of a layer, the base weight that is in it, and what the two were when it was made."""
+
+    total: Tensor
+    weight: Tensor
+    sources: Sources
+
+
+class _Deltas(Batch):
+    """W + ΔW of each member."""
+
+    def __init__(self, members: Sequence[Member], cache: ResultCache) -> None:
+        first = members[0]
+        cores = range(len(first.adapter.network.cores))
+        super().__init__([member.adapter for member in members], [cores] * len(members), cache)
+        self._bases = [member.base for member in members]
+        assert isinstance(first.program, Weight)
+        self._code = BatchedDelta(first.program, len(members))
+
+    def _others(self) -> list[Tensor]:
+        return [base.weight for base in self._bases]
+
+    def _made(self, cores: Sequence[Tensor], others: Sequence[Tensor]) -> list[_Sum]:
+        constants = [weight.detach() for weight in others]
+
+        def made(cores: Sequence[Tensor]) -> Sequence[Tensor]:
+            deltas = self._code(cores, self._start(self._code))
+            return tuple(add_weight(delta, weight) for delta, weight in zip(deltas, constants, strict=True))
+
+        found = self._contracted(self._code, cores, others, made)
+        return [_Sum(*pair, sources_of(pair)) for pair in zip(found, others, strict=True)]

@@ -1,0 +1,167 @@
+"""What the layers of a model make of their cores, and how long it lives: for one forward pass, or while accumulating.
+
+A pass belongs to the thread that opens it, and what it made dies with it. A layer that is called outside of a pass of
+its thread, or within activation checkpointing, which must see the same operations when it calls a layer again,
+contracts its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnpeft.adapters import Adapter
+from tnpeft.execution.batches import Batch, Batches, Member, Sources, sources_of
+from tnpeft.execution.calls import Acting
+from tnpeft.execution.results import ResultCache
+from tnpeft.program import ClusterProgram, LayerClusters, Weight, needs_plain_ops, saved_tensors_are_hooked
+
+__all__ = ["ForwardPass", "ModelResults"]
+
+
+class _Cores(NamedTuple):
+    """The cores of an adapter as a pass contracted them, and what they were made of."""
+
+    tensors: list[Tensor]
+    sources: Sources
+
+
+class ForwardPass:
+    """What the layers of a model contract together while a thread runs its forward pass."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._results: dict[tuple[bool, bool], dict[Batch, Any]] = {}
+        self._cores: dict[Adapter, _Cores] = {}
+
+    def clusters(self, adapter: Adapter, program: ClusterProgram) -> LayerClusters | None:
+        """The clusters of an adapter; None where it must contract its own."""
+        member = self._batches.places_of.get(adapter)
+        if member is None or program is not member.program:
+            return None
+        clusters = []
+        for batch, place in member.places:
+            results = self.results(batch)
+            if results is None:
+                return None
+            clusters.append(results[place])
+        if not self.is_current(adapter):
+            return None
+        return LayerClusters(
+            tuple(cluster[0] for cluster in clusters), tuple(cluster[1] for cluster in clusters if len(cluster) > 1)
+        )
+
+    def summed(self, adapter: Adapter, weight: Tensor) -> Tensor | None:
+        """W + ΔW of a layer whose base weight is `weight`; None where it must contract its own."""
+        member = self._batches.places_of.get(adapter)
+        if member is None or not isinstance(member.program, Weight) or not member.places:
+            return None
+        batch, place = member.places[0]
+        sums = self.results(batch)
+        if sums is None:
+            return None
+        total: Tensor = sums[place].total
+        current = sums[place].sources == sources_of((total, weight)) and self.is_current(adapter)
+        return total if current else None
+
+    def results(self, batch: Batch) -> Any:
+        """Of all members of a batch, made when the first of them asks; None where their tensors do not lie together.
+
+        Those of a layer may be on its device only while it is called, as when weights are offloaded.
+        """
+        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        known = self._results.get(key)
+        if known is None:
+            known = self._results[key] = {}
+        if batch not in known:
+            known[batch] = batch.results(self.cores_of)
+        return known[batch]
+
+    def cores_of(self, adapter: Adapter) -> list[Tensor]:
+        """The cores that an adapter had when they were first asked for."""
+        known = self._cores.get(adapter)
+        if known is None:
+            known = self._cores[adapter] = _Cores(adapter.core_tensors(), sources_of(adapter.stored))
+        return known.tensors
+
+    def is_current(self, adapter: Adapter) -> bool:
+        """Whether its cores are what they were when they were contracted."""
+        known = self._cores.get(adapter)
+        return known is not None and known.sources == sources_of(adapter.stored)
+
+
+class _Thread(threading.local):
+    """The pass of a model that a thread has open."""
+
+    current: ForwardPass | None = None
+
+
+class ModelResults:
+    """What the layers of one model have made: in the open pass of each thread, and while `accumulating` in all.
+
+    Layers of one model have the same one. Copies and pickles of a model begin without any result.
+    """
+
+    def __init__(self) -> None:
+        self.cache = ResultCache()
+        self._thread = _Thread()
+        self.forget()
+
+    def forget(self) -> None:
+        """After a change of the layers, of their adapters or scales."""
+        self.cache.forget()
+        self._thread.current = None
+        self._layers: Sequence[tuple[Any, Acting]] | None = None
+        self._batches, self._batched_as = Batches((), self.cache), list[Any]()
+
+    def open_pass(self, layers: Callable[[], Sequence[tuple[Any, Acting]]]) -> None:
+        """Begin a pass of this thread; `layers` finds the base layers on which one adapter acts at scale 1, with it.
+
+        They are expected to run in the mode that they were given, or as they did when they were called last.
+        """
+        if self._layers is None:
+            self._layers = layers()
+        batched_as: list[Any] = []
+        for base, acting in self._layers:  # a loop with few calls, for every pass goes through all layers
+            adapter, weight = acting.adapter, base.weight
+            last = None if adapter.mode == "dense" else acting.calls.last
+            batched_as.append((last, adapter.changes, weight.device, weight.dtype, weight.stride()))
+        if batched_as != self._batched_as:
+            members = [_member(base, acting) for base, acting in self._layers]
+            self._batches = Batches([member for member in members if member is not None], self.cache)
+            self._batched_as = batched_as
+        self._thread.current = ForwardPass(self._batches)
+
+    def close_pass(self) -> None:
+        """An interrupt may leave a pass open; the next one takes its place."""
+        self._thread.current = None
+
+    @property
+    def current(self) -> ForwardPass | None:
+        """The pass that is open in this thread; None where activation checkpointing, a tracer or compiler looks on."""
+        current = self._thread.current
+        return None if current is None or saved_tensors_are_hooked() or needs_plain_ops() else current
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelResults:
+        memo[id(self)] = copied = ModelResults()
+        return copied
+
+    def __reduce__(self) -> tuple[type[ModelResults], tuple[()]]:
+        return ModelResults, ()
+
+
+def _member(base: Any, acting: Acting) -> Member | None:
+    """What a layer is to contract; None of layers that contract their own. All but `dense` is known from a call."""
+    adapter = acting.adapter
+    if not adapter.has_values:
+        return None
+    if adapter.mode == "dense":
+        return Member.dense(base, adapter)
+    last = acting.calls.last
+    if last is None or last.clusters is None:
+        return None if last is None else Member.dense(base, adapter)
+    return Member(base, adapter, last.clusters)

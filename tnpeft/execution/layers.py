@@ -1,0 +1,427 @@
+"""Adapted layers: a base layer with named adapters on its weight, one class per call convention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, List, Optional  # noqa: UP035 - TorchScript reads them
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tnpeft.adapters import Adapter
+from tnpeft.adapters.offload import Resident, is_bare, move_hook, present
+from tnpeft.adapters.parked import (
+    ORIGINAL,
+    acting,
+    acting_scales,
+    bare,
+    combined,
+    is_parked,
+    keep,
+    own_weight,
+    park,
+    parked_key,
+    remake,
+    set_own,
+    show,
+    take_back,
+)
+from tnpeft.adapters.parked_states import forget_hook, make_again, set_to_base, translate
+from tnpeft.execution.calls import Acting, Calls
+from tnpeft.execution.dispatch import execute
+from tnpeft.execution.forward_pass import ModelResults
+from tnpeft.execution.modes import summed_weight
+from tnpeft.execution.refusals import replace_own, replicated, taken_away
+from tnpeft.execution.scripting import convolution, hidden_attributes, margins, missing_padding, refuse_unmerged
+from tnpeft.execution.site import Site
+from tnpeft.execution.torch_call import convolved
+
+__all__ = ["AdaptedConv", "AdaptedConvTranspose", "AdaptedLayer", "AdaptedLinear", "wrap"]
+
+_TAKEN = frozenset(dir(nn.ModuleDict()))
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+# What a layer's tensors were called while it hung below the adapted one as a module of its own.
+_EARLIER = "base."
+_NOT_OF_BASE = ("_hf_hook", "_old_forward")
+_LOADING = "_tnpeft_loading"
+
+
+class AdaptedLayer(Resident, nn.Module):
+    """A frozen layer whose weight carries the updates of named adapters.
+
+    The base layer's tensors are registered here, under its own names, and so a state dict has the plain model's
+    names. `weight` and `bias` are the effective ones, other attributes (`stride`, `in_channels`, ...) are the base
+    layer's. `scales` holds the active adapters. Nothing here writes into a base tensor.
+
+    TorchScript takes the tensors in the tables for `weight` and `bias`, those of a merged layer.
+    """
+
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        "__jit_ignored_attributes__", "active", "base", "bias", "layer_name", "margins", "names", "results", "site",
+        "weight", "where", "zeros",
+    ]  # fmt: skip
+
+    def __init__(self, base: nn.Module, results: ModelResults) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict().train(base.training)
+        self.scales: dict[str, float] = {}
+        self.disabled = False
+        self.merged = False
+        self.training = base.training
+        self.results = results
+        self._calls: dict[str, Calls] = {}
+        self._take(base)
+        self._settle()
+
+    def _take(self, base: nn.Module) -> None:
+        """Hold the base layer: the same tables of tensors, the same hooks, its submodules beside the adapters."""
+        self.__dict__["_base"] = base
+        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[table] = base.__dict__[table]
+        self._modules.update(base._modules)
+        base.__dict__["_tnpeft_wrapper"] = self
+        # Shared, not copied: hooks of the base layer run, can be removed, and outlive the adapter.
+        for name in _HOOKS:
+            setattr(self, name, getattr(base, name))
+        self.register_load_state_dict_post_hook(_make_again)  # type: ignore[no-untyped-call]
+        move_hook(base, self)
+
+    @property
+    def base(self) -> Any:
+        """The layer that was wrapped, with its own class and parameters."""
+        return self.__dict__["_base"]  # not through `__getattr__`: every forward comes here
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight: the base weight's dtype and strides, differentiable in the active cores."""
+        if is_bare(self):
+            return bare(self.base, "weight")  # type: ignore[return-value]
+        weight: Tensor = self.base.weight
+        return weight if self.site.idle else summed_weight(self.site)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The effective bias: that of the base layer, or the copy that an adapter trains."""
+        bias: Tensor | None = bare(self.base, "bias") if is_bare(self) else self.base.bias
+        return bias
+
+    @property
+    def active(self) -> list[tuple[Adapter, float]]:
+        """The active adapters with their scales."""
+        return [(self.adapter(name), scale) for name, scale in self.scales.items()]
+
+    def calls(self, name: str) -> Calls:
+        """How the layer's calls ran with one of its adapters."""
+        return self._calls[name]
+
+    def chosen(self, name: str) -> str | None:
+        """The mode in which the layer runs, as far as it was called, if that is another than was asked for."""
+        mode = self._calls[name].mode
+        return None if mode == self.adapter(name).mode else mode
+
+    def act(self, scales: Mapping[str, float], results: ModelResults | None = None) -> None:
+        """Let these adapters act, in the results of this model."""
+        self.scales = dict(scales)
+        self.results = self.results if results is None else results
+        self._settle()
+
+    def _settle(self) -> None:
+        """Make the site anew, after a change of what acts."""
+        self.site = self._site_of(() if self.merged or self.disabled else self.scales)
+
+    def _site_of(self, names: Iterable[str]) -> Site:
+        acting = tuple(Acting(self.adapter(name), self.scales[name], self._calls[name]) for name in names)
+        idle = self.disabled or not self.scales
+        return Site(self.layer_name, self.base, type(self)._call_base, acting, idle, self.results)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all adapters, in the order in which they were attached."""
+        return tuple(key.removeprefix("_") for key in self.adapters)
+
+    def adapter(self, name: str) -> Adapter:
+        adapter = self._modules["adapters"]._modules[_key(name)]  # type: ignore[union-attr]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Carry one more adapter, which does not act before `act` says so."""
+        self.adapters[_key(name)] = adapter.train(self.training)
+        self._calls[name] = Calls()
+
+    def remove_adapter(self, name: str) -> None:
+        del self.adapters[_key(name)], self._calls[name]
+        self.act({known: scale for known, scale in self.scales.items() if known != name})
+
+    def merge(self) -> None:
+        """Compute the effective weight and put it where the base weight stands, which is parked."""
+        base = self.base
+        with present(base), torch.inference_mode(False), torch.no_grad():
+            scales, base_weight = acting_scales(base, "weight"), own_weight(base)
+            # That of an adapter that trains the layer as a whole, or the base's own.
+            weight = combined(base, "_parameters", "weight", scales) if scales else base_weight.detach()
+            if self.scales:  # a clone, for the sum may be a view into something larger
+                weight = summed_weight(self._site_of(self.scales)).clone()
+            if self.scales or scales:
+                park(base, "_parameters", "weight", scales, weight)
+        self.merged = True
+        self.disable(self.disabled)  # parking shows what is merged
+
+    def unmerge(self) -> None:
+        take_back(self.base, "_parameters", "weight")
+        self.merged = False
+        self._settle()
+
+    def disable(self, disabled: bool) -> None:
+        """Compute what the base layer computes, merged or not, or no more."""
+        self.disabled = disabled
+        if is_parked(self.base, "_parameters", "weight"):
+            show(self.base, "_parameters", "weight", parked_key(ORIGINAL, "weight") if disabled else None)
+        self._settle()
+
+    def keep_merged(self) -> None:
+        """Leave the merged weight to the base layer as its own; the old one is not written."""
+        self.disable(False)
+        keep(self.base, "_parameters", "weight", acting(self.base, "_parameters", "weight"))
+        self.merged = False
+        self._settle()
+
+    def unwrap(self) -> nn.Module:
+        """The base layer, with the hooks that were registered here meanwhile."""
+        base: nn.Module = self.base
+        base._is_full_backward_hook = self._is_full_backward_hook
+        base.training = self.training
+        base.__dict__.pop("_tnpeft_wrapper", None)  # a layer with several names comes here once for each
+        forget_hook(base._load_state_dict_post_hooks, _make_again)
+        make_again(base, False)
+        move_hook(self, base)
+        return base
+
+    def reset_parameters(self) -> None:
+        """Draw the initial cores of every adapter; the base layer keeps its values."""
+        for name in self.names:
+            self.adapter(name).reset_parameters(own_weight(self.base))
+        set_to_base(self.base)
+        if self.merged:
+            self.merge()
+
+    @property
+    def __jit_ignored_attributes__(self) -> list[str]:
+        return hidden_attributes(self)
+
+    def __prepare_scriptable__(self) -> AdaptedLayer:
+        """Asked by `torch.jit.script`, which compiles `forward` as it is for scripts. Raises ExecutionError."""
+        refuse_unmerged(self)
+        return self
+
+    @staticmethod
+    def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        """The base layer's own function of an input and another weight."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        states = [f"{name}: {scale:g}" for name, scale in self.scales.items()]
+        active = f"active={{{', '.join(states)}}}" + ", merged" * self.merged + ", disabled" * self.disabled
+        ran = ", ".join(f"{name}: {mode}" for name in self.names if (mode := self.chosen(name)))
+        return f"{self.base.extra_repr()}, {active}" + f", runs={{{ran}}}" * bool(ran)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("weight", "bias"):
+            super().__setattr__(name, value)
+        elif is_bare(self) or _LOADING in self.__dict__:
+            set_own(self.base, name, value)
+        else:
+            replace_own(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name not in ("weight", "bias"):
+            super().__delattr__(name)
+        elif name not in self._parameters:
+            del self.base.__dict__[name]
+        elif is_bare(self):
+            super().__delattr__(name)
+        else:
+            raise taken_away(self.layer_name, name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.startswith(("weight_", "bias_")):  # as weight normalisation and pruning do
+            raise taken_away(self.layer_name, name.partition("_")[0])
+        super().register_parameter(name, param)
+
+    @property
+    def layer_name(self) -> str:
+        """The name of the layer in its model, as its adapters know it."""
+        return next((self.adapter(name).layer_name for name in self.names), "")
+
+    @property
+    def where(self) -> str | None:
+        """The layer for a message."""
+        return f"layer '{self.layer_name}'" if self.layer_name else None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias") and "_base" in self.__dict__:
+            if is_bare(self):
+                raise AttributeError(name)
+            return getattr(AdaptedLayer, name).fget(self)  # a mistake of its own, for which the table has an answer
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_base")
+            if base is None or name in _NOT_OF_BASE or name.startswith("__"):
+                raise
+        return getattr(base, name)
+
+    def _replicate_for_data_parallel(self) -> AdaptedLayer:
+        # Tensors of the copy would be no parameters, and cores that are held elsewhere on another device.
+        raise replicated(self.where)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
+        before = own_weight(self.base).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.merged and own_weight(self.base).dtype != before:
+            self.merge()  # the sum of the cast weight, as unmerged layers compute it
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix + _EARLIER)]:
+            state_dict.setdefault(prefix + key.removeprefix(prefix + _EARLIER), state_dict.pop(key))
+        translate(self.base, state_dict, prefix)
+        self.__dict__[_LOADING] = True  # `assign=True` puts what it is given in place of the base's own
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        finally:
+            del self.__dict__[_LOADING]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("site", "_calls")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        super().__setstate__({"results": ModelResults(), **state})  # type: ignore[no-untyped-call]
+        self._calls = {name: Calls() for name in self.names}
+        if "_base" not in self.__dict__:
+            self._adopt_earlier()
+        self._settle()
+
+    def _adopt_earlier(self) -> None:
+        """A pickle of the time when the base layer was a module below this one, and merged weights were buffers."""
+        merged = self._buffers.pop("_merged", None)
+        self._take(self._modules.pop("base"))  # type: ignore[arg-type]
+        self.merged = merged is not None
+        if merged is not None and self.scales:
+            park(self.base, "_parameters", "weight", {}, merged)
+
+
+class AdaptedLinear(AdaptedLayer):
+    """An adapted `nn.Linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name, may be a keyword
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return functional.linear(input, self.weight, self.bias)
+        else:
+            return execute(self.site, input)
+
+    @staticmethod
+    def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        return functional.linear(x, weight, base.bias)
+
+
+class AdaptedConv(AdaptedLayer):
+    """An adapted `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, with every option they have."""
+
+    __constants__: ClassVar[list[str]] = ["stride", "zeros", "dilation", "groups", "padding_mode", "margins"]
+
+    @property
+    def margins(self) -> list[int]:
+        """For scripts: what the input is padded with first."""
+        return margins(self.base)
+
+    @property
+    def zeros(self) -> list[int]:
+        """For scripts: the zeros along each axis that the convolution itself puts around its input."""
+        axes = len(self.base.kernel_size)
+        return [0] * axes if self.margins or isinstance(self.base.padding, str) else list(self.base.padding)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            padded = functional.pad(input, self.margins, mode) if len(self.margins) > 0 else input
+            return convolution(
+                padded, self.weight, self.bias, self.stride, self.zeros, self.dilation, False, self.zeros, self.groups
+            )
+        else:
+            return execute(self.site, input)
+
+    @staticmethod
+    def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        quick = convolved(base, x, weight, base.bias)
+        output: Tensor = base._conv_forward(x, weight, base.bias) if quick is None else quick
+        return output
+
+
+_TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
+
+
+class AdaptedConvTranspose(AdaptedLayer):
+    """An adapted `nn.ConvTranspose1d`, `nn.ConvTranspose2d` or `nn.ConvTranspose3d`."""
+
+    __constants__: ClassVar[list[str]] = ["kernel_size", "stride", "padding", "dilation", "output_padding", "groups"]
+
+    def forward(self, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:  # noqa: A002, UP006, UP045
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            extra: List[int] = list(self.output_padding)  # noqa: UP006
+            if output_size is not None:
+                extra = missing_padding(input, output_size, self.kernel_size, self.stride, self.padding, self.dilation)
+            return convolution(
+                input, self.weight, self.bias, self.stride, self.padding, self.dilation, True, extra, self.groups
+            )
+        else:
+            return execute(self.site, input, output_size)
+
+    @staticmethod
+    def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        (output_size,) = rest
+        axes = len(base.kernel_size)
+        padding = base._output_padding(x, output_size, base.stride, base.padding, base.kernel_size, axes, base.dilation)
+        return _TRANSPOSED[axes](x, weight, base.bias, base.stride, base.padding, padding, base.groups, base.dilation)
+
+
+def wrap(layer: nn.Module, results: ModelResults | None = None) -> AdaptedLayer:
+    """The wrapper of a layer's call convention, without adapters yet; `results` are its model's."""
+    kind: type[AdaptedLayer] = AdaptedConv
+    if isinstance(layer, nn.Linear):
+        kind = AdaptedLinear
+    elif isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        kind = AdaptedConvTranspose
+    return kind(layer, results or ModelResults())
+
+
+def _key(name: str) -> str:
+    """An adapter's key in the ModuleDict, whose own methods (`keys`, `type`, `half`, ...) are no keys for it."""
+    return f"_{name}" if name in _TAKEN else name
+
+
+def _make_again(layer: nn.Module, _incompatible: object) -> None:
+    """After `load_state_dict` the cores are others, and so is what was made of them."""
+    if isinstance(layer, AdaptedLayer):
+        remake(layer.base)
+        if layer.merged:
+            layer.merge()
+
+
+_merge_again = _make_again  # as pickled models of the first version know it

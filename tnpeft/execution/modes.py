@@ -1,0 +1,166 @@
+"""The modes of an adapted layer, functions of its site and an input.
+
+`dense` calls the layer once with the summed weight. `factored` adds the update of the base layer's output, made by the
+factored chain. `hybrid` computes as dense does, and takes the cores' gradients from the chain. Each has a plain path,
+differentiable operations of torch alone, which defines it; that of hybrid is dense's. `dispatch` says which is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnpeft.adapters import Adapter
+from tnpeft.adapters.parked import own_weight
+from tnpeft.adapters.refusals import without_values
+from tnpeft.execution.calls import Acting, Running
+from tnpeft.execution.site import Site
+from tnpeft.execution.torch_call import add_weight, as_autocast_has_it, chain_input
+from tnpeft.program import (
+    ChainProgram,
+    ClusterGradients,
+    ClusterProgram,
+    LayerClusters,
+    factored_update,
+    needs_plain_ops,
+)
+
+__all__ = ["dense", "plain_factored", "run", "summed_weight"]
+
+
+def run(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
+    """The output of a layer with one adapter, as it was decided."""
+    return _MODES[running.mode](site, acting, running, x, *rest)
+
+
+def dense(site: Site, x: Tensor, *rest: Any) -> Tensor:
+    """One call of the layer's own function with W + ΔW; of the base layer itself where nothing acts on it.
+
+    The quicker gradients that adapted layers have differ from torch's in the last bits: training one adapter
+    must not depend on which layers another, idle one stands.
+    """
+    if site.idle:
+        output: Tensor = site.base.forward(x, *rest)
+        return output
+    return site.call_base(site.base, x, summed_weight(site), *rest)
+
+
+def _dense(site: Site, _acting: Acting, _running: Running, x: Tensor, *rest: Any) -> Tensor:
+    return dense(site, x, *rest)
+
+
+def _factored(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
+    """base(x) + chain(x), the chain of clusters that pass after pass may have been contracted with other layers'."""
+    assert running.chain is not None
+    return _with_update(site, acting, running.chain, _clusters(site, acting, running), x, *rest)
+
+
+def plain_factored(
+    site: Site, acting: Acting, chain: ChainProgram, clusters: ClusterProgram, x: Tensor, *rest: Any
+) -> Tensor:
+    """base(x) + chain(x), with clusters contracted for this call alone."""
+    adapter = acting.adapter
+    start = [] if adapter.network.start == "zero" else adapter.start_tensors()
+    made = clusters.split(clusters.flat(adapter.core_tensors(), clusters.start(start)))
+    return _with_update(site, acting, chain, made, x, *rest)
+
+
+def _with_update(
+    site: Site, acting: Acting, chain: ChainProgram, clusters: LayerClusters, x: Tensor, *rest: Any
+) -> Tensor:
+    _require_memory(acting.adapter, clusters, x)
+    x = as_autocast_has_it(x)
+    output = site.call_base(site.base, x, site.base.weight.detach(), *rest)
+    return factored_update(output, chain_input(site.base, x), chain, clusters)
+
+
+def _hybrid(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
+    """The output with W + ΔW, to which the chain's gradients hang."""
+    clusters = _clusters(site, acting, running)
+    _require_memory(acting.adapter, clusters, x)
+    x = as_autocast_has_it(x)
+    merge, weight = running.merge, site.base.weight
+    assert merge is not None
+
+    def made(_cores: Sequence[Tensor]) -> tuple[Tensor]:
+        return (add_weight(merge(clusters), weight.detach()),)
+
+    (total,) = site.results.cache.get((merge, acting.adapter), (acting.adapter,), (weight,), (), made)
+    output = site.call_base(site.base, x, total, *rest)
+    if not torch.is_grad_enabled():
+        return output
+    seen = chain_input(site.base, x.detach())
+    updated: Tensor = ClusterGradients.apply(output, seen, running.chain, *clusters.values)  # type: ignore[no-untyped-call]
+    return updated
+
+
+_MODES: Mapping[str, Callable[..., Tensor]] = {"dense": _dense, "factored": _factored, "hybrid": _hybrid}
+
+
+def _clusters(site: Site, acting: Acting, running: Running) -> LayerClusters:
+    """The clusters of the adapter's cores as they are now."""
+    program, adapter, current = running.clusters, acting.adapter, site.results.current
+    assert program is not None
+    clusters = None if current is None else current.clusters(adapter, program)
+    if clusters is not None:
+        return clusters
+
+    def made(cores: Sequence[Tensor]) -> Sequence[Tensor]:
+        start = [] if adapter.network.start == "zero" else adapter.start_tensors()
+        return program.flat(cores, acting.calls.cluster_constants.get(program, start, program.start))
+
+    cores = adapter.core_tensors()
+    return program.split(site.results.cache.get((program, adapter), (adapter,), (), cores, made))
+
+
+def _require_memory(adapter: Adapter, clusters: LayerClusters, x: Tensor) -> None:
+    """Raises ExecutionError where the clusters are on meta and the input is not."""
+    if clusters.values[0].is_meta and not x.is_meta:
+        raise without_values(adapter.layer_name, True)
+
+
+def summed_weight(site: Site) -> Tensor:
+    """W + Σ s ΔW in exactly W's strides and dtype, summed in fp32 (fp64) and rounded once.
+
+    Gradients reach the cores alone. Updates are made of the base's own weight: another than that which acts where an
+    adapter trains the layer as a whole.
+    """
+    weight: Tensor = site.base.weight
+    if not site.acting:
+        return weight
+    alone, current = site.alone, site.results.current
+    if alone is not None and current is not None and not needs_plain_ops(weight):
+        total = current.summed(alone.adapter, weight)
+        if total is not None:
+            return total
+    own = own_weight(site.base)
+    constant = weight.detach() if weight.requires_grad else weight
+    origin = constant if own is weight else own.detach()
+    inputs = [acting.adapter.delta_inputs(origin) for acting in site.acting]
+
+    def made(tensors: Sequence[Tensor]) -> tuple[Tensor]:
+        total, place = None, 0
+        for acting, own_inputs in zip(site.acting, inputs, strict=True):
+            delta = _delta(acting, origin, tensors[place : place + len(own_inputs)])
+            place += len(own_inputs)
+            scaled = delta if acting.scale == 1.0 or total is not None else delta * acting.scale
+            total = scaled if total is None else total.add(delta, alpha=acting.scale)
+        assert total is not None
+        return (add_weight(total, constant),)
+
+    adapters = [acting.adapter for acting in site.acting]
+    flat = [tensor for own_inputs in inputs for tensor in own_inputs]
+    return site.results.cache.get(("dense", *site.acting), adapters, (weight, own), flat, made)[0]
+
+
+def _delta(acting: Acting, weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """ΔW of an adapter on the base `weight`, from its `delta_inputs`."""
+    adapter = acting.adapter
+    program = adapter.program_for(weight)
+    start, constants = adapter.start_for(weight), None
+    if start is not None and not adapter.network.reads_weight:  # the base weight may be written to unseen
+        constants = acting.calls.delta_constants.get(program, start, program.constants)
+    return adapter.delta_of(weight, inputs, program, start, constants)
