@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.spec import Spec, load_spec
+from tnpeft.network import Spec, load_spec
 
 CHANNELS = (16, 32, 32, 16)
 LINEAR = ((64, 128), (96, 96), (48, 120))

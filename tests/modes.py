@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tnpeft.adapters import Adapter
 from tnpeft.execution import AdaptedLayer, compile, wrap
 from tnpeft.execution.calls import Calls
+from tnpeft.network import Spec
 from tnpeft.planning import Axis, Call
-from tnpeft.spec import Spec
 from tnpeft.verify.model_under_test import fill
 from tnpeft.verify.oracle import dense_delta
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tnpeft.errors import AdapterFileError
 from tnpeft.io import load
 from tnpeft.io.manifest import KEY, _canonical, digest
-from tnpeft.spec import Spec
+from tnpeft.network import Spec
 
 X = net_input()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tnpeft.adapters import Adapter
 from tnpeft.errors import AttachError
 from tnpeft.execution import compile
-from tnpeft.spec import Spec
+from tnpeft.network import Spec
 from tnpeft.surgery import AdapterRecord, install, plain_modules
 
 CHAIN = """

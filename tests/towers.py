@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tnpeft
 from tnpeft.adapters import Adapter
-from tnpeft.spec import Spec
+from tnpeft.network import Spec
 from tnpeft.surgery import adapters_of
 from tnpeft.surgery.passes import remove_pass
 

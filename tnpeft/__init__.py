@@ -30,9 +30,9 @@ from tnpeft.errors import (
     TnpeftError,
     TnpeftWarning,
 )
-from tnpeft.network import Layer, Network, layer_of
+from tnpeft.network import Layer, Network, Spec, layer_of, load_spec
 from tnpeft.planning import Plan, plan
-from tnpeft.spec import Spec, list_specs, load_spec, register_init
+from tnpeft.spec import list_specs, register_init
 from tnpeft.version import __version__
 
 earlier.register()

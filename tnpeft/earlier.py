@@ -24,6 +24,7 @@ _MOVED: Mapping[str, str] = MappingProxyType(
         "tnpeft.plan": "tnpeft.planning",
         "tnpeft.plan.call": "tnpeft.planning.call",
         "tnpeft.plan.model": "tnpeft.planning",
+        "tnpeft.spec.model": "tnpeft.network.spec",
         "tnpeft.surgery.state": "tnpeft.surgery.adapted_model",
     }
 )

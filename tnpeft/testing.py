@@ -17,8 +17,7 @@ from typing import Any
 from torch import nn
 
 from tnpeft.errors import Problem, TnpeftError
-from tnpeft.network import Layer, layer_of
-from tnpeft.spec import Spec
+from tnpeft.network import Layer, Spec, layer_of
 from tnpeft.verify import Case, VerifyReport, inputs_for, layers, networks, params_of, run_check, specs, verify
 
 __all__ = [

@@ -15,9 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tnpeft
-from tnpeft.network import Network
+from tnpeft.network import Network, Spec
 from tnpeft.planning import MODES, Call, Link, Plan, nominal_call, plan, predict
-from tnpeft.spec import Spec
 
 TUCKER = """
 tnpeft: 1

@@ -16,8 +16,8 @@ from towers import SHARED, Tower, X, adapters, counted, results, same, tower
 import tnpeft
 from tnpeft import ExecutionError
 from tnpeft.execution import batches
+from tnpeft.network import Spec
 from tnpeft.program.deltas import BatchedDelta
-from tnpeft.spec import Spec
 
 SPECS = [chain(), chain("zero"), chain(frozen=True), SHARED, "loha", "lora", "lokr"]
 

@@ -20,8 +20,8 @@ from towers import SHARED, Tower, X, adapters, counted, results, same, tower
 import tnpeft
 from tnpeft.adapters import Adapter
 from tnpeft.execution import AdaptedLayer, ForwardPass
+from tnpeft.network import Spec
 from tnpeft.program.clusters import BatchedCluster, Cluster, ClusterProgram
-from tnpeft.spec import Spec
 from tnpeft.surgery import adapters_of
 
 

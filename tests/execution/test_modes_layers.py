@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tnpeft.errors import ExecutionError
 from tnpeft.execution import AdaptedLayer
-from tnpeft.spec import load_spec
+from tnpeft.network import load_spec
 from tnpeft.verify.oracle import dense_weight
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -17,8 +17,8 @@ from tnpeft.adapters import Adapter
 from tnpeft.adapters.inits import canonical_weight
 from tnpeft.errors import BindError, ExecutionError, TnpeftWarning
 from tnpeft.execution import AdaptedLayer, compile, wrap
-from tnpeft.network import Network
-from tnpeft.spec import list_specs, load_spec
+from tnpeft.network import Network, load_spec
+from tnpeft.spec import list_specs
 
 # torch's own remark on an option that the strategies draw.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")

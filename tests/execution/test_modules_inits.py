@@ -11,7 +11,8 @@ from torch import nn
 from tnpeft.adapters.inits import stream
 from tnpeft.errors import BindError, SpecError
 from tnpeft.execution import compile
-from tnpeft.spec import Spec, register_init
+from tnpeft.network import Spec
+from tnpeft.spec import register_init
 
 SINGLE = """
 tnpeft: 1

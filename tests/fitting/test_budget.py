@@ -16,7 +16,7 @@ from torch import nn
 
 import tnpeft
 from tnpeft.errors import AttachError
-from tnpeft.spec import Spec
+from tnpeft.network import Spec
 
 PAPER = "monai:ddpm-paper"
 LAYERS = "first|wide|up|head"

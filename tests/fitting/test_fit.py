@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tnpeft
 from tnpeft.errors import BindError, SpecError
 from tnpeft.fitting import start
-from tnpeft.spec import Spec
+from tnpeft.network import Spec
 
 LAYERS = (
     nn.Linear(12, 20),

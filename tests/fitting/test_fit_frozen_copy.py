@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.fitting import fit_adapter
-from tnpeft.spec import Spec, load_spec
+from tnpeft.network import Spec, load_spec
 from tnpeft.surgery import adapters_of
 
 COPIES = [name for name in tnpeft.list_specs() if load_spec(name).start == "frozen_copy"]

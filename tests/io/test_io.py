@@ -20,7 +20,7 @@ from torch import nn
 import tnpeft
 from tnpeft.errors import AttachError
 from tnpeft.io import load, save, save_foreign
-from tnpeft.spec import load_spec
+from tnpeft.network import load_spec
 from tnpeft.spec.writing import replace_files
 from tnpeft.surgery import activate, adapters_of, detach, disabled, merge, names_of, record_of
 
@@ -116,7 +116,7 @@ def test_shipped_tables_travel_with_the_spec(tmp_path, monkeypatch):
     fields = metadata(tmp_path / "a.safetensors")
     assert fields["specs"][0]["tables"]["tenvoo"]["32"] == [4, 4, 2]
     assert fields["specs"][0]["file"] == "tenvoo_l.yaml"
-    monkeypatch.setattr("tnpeft.spec.library.shipped_tables", dict)
+    monkeypatch.setattr("tnpeft.network.spec.shipped_tables", dict)
     load(other, tmp_path / "a.safetensors")
     assert torch.equal(other(x), model(x))
 

@@ -16,7 +16,7 @@ from torch import nn
 import tnpeft
 from tnpeft.errors import TnpeftWarning
 from tnpeft.io import load, save
-from tnpeft.spec import load_spec
+from tnpeft.network import load_spec
 from tnpeft.surgery import adapters_of, disabled, trained_of
 
 DATA = Path(__file__).parents[1] / "data"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import tnpeft
 from tnpeft.errors import AdapterFileError
 from tnpeft.io import load, save, save_foreign
-from tnpeft.spec import load_spec
+from tnpeft.network import load_spec
 from tnpeft.surgery import adapters_of, trained_of
 
 SUMMON = "On every rank enter `with FullyShardedDataParallel.summon_full_params(model):`, and save there."

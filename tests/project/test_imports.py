@@ -34,14 +34,6 @@ KNOWN: Mapping[str, list[set[str]]] = {
             "tnpeft.execution.scripting",
             "tnpeft.adapters.sharing",
         },
-        {
-            "tnpeft.network",
-            "tnpeft.network.bind",
-            "tnpeft.network.model",
-            "tnpeft.spec",
-            "tnpeft.spec.library",
-            "tnpeft.spec.model",
-        },
     ],
 }
 

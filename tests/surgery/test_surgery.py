@@ -10,7 +10,7 @@ from small import TARGETS, TRAINED, attach, bits, chain, copies, net, net_input,
 from torch import nn
 
 from tnpeft.execution import AdaptedLayer, compile
-from tnpeft.spec import load_spec
+from tnpeft.network import load_spec
 from tnpeft.surgery import (
     activate,
     adapters_of,

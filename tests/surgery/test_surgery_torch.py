@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tnpeft
 from tnpeft.execution import AdaptedLayer, compile
-from tnpeft.spec import load_spec
+from tnpeft.network import load_spec
 from tnpeft.surgery import (
     activate,
     adapters_of,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from tnpeft.network import BoundCore
-from tnpeft.spec import Spec
+from tnpeft.spec import Declaration
 
 __all__ = ["Captured", "Sharing", "sharing_label"]
 
@@ -15,7 +15,7 @@ Captured = Mapping[str, tuple[str, ...]]
 """For each scope, what its regular expression captured in a layer's name."""
 
 _Adapter = TypeVar("_Adapter")
-_Key = tuple[Spec, str, str, tuple[int, ...]]
+_Key = tuple[Declaration, str, str, tuple[int, ...]]
 
 
 class Sharing:
@@ -28,14 +28,14 @@ class Sharing:
     def __init__(self) -> None:
         self._holders: dict[_Key, Any] = {}
 
-    def holder(self, spec: Spec, core: BoundCore, captured: Captured, adapter: _Adapter) -> _Adapter:
+    def holder(self, spec: Declaration, core: BoundCore, captured: Captured, adapter: _Adapter) -> _Adapter:
         """The adapter that holds `core`, which is `adapter` itself where none did before."""
         key = (spec, core.name, sharing_label(spec, core, captured), core.shape)
         holder: _Adapter = self._holders.setdefault(key, adapter)
         return holder
 
 
-def sharing_label(spec: Spec, core: BoundCore, captured: Captured) -> str:
+def sharing_label(spec: Declaration, core: BoundCore, captured: Captured) -> str:
     """What takes the layer's name's place in the random stream of a shared core."""
     assert core.shared is not None
     return "shared " + json.dumps([spec.name, core.shared, list(captured.get(core.shared, ()))])

@@ -10,7 +10,8 @@ from tnpeft.cli.check import kind_of
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.errors import Problem
-from tnpeft.spec import Spec, find_shipped, load_spec
+from tnpeft.network import Spec, load_spec
+from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import unknown_params
 
 if TYPE_CHECKING:

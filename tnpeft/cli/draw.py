@@ -12,7 +12,7 @@ from tnpeft.cli.output import Output, UsageError
 from tnpeft.draw import Picture, draw_network
 from tnpeft.draw.files import SUFFIXES
 from tnpeft.errors import Problem
-from tnpeft.spec import load_spec
+from tnpeft.network import load_spec
 from tnpeft.spec.document import shown_path
 from tnpeft.spec.paths import is_folder
 

@@ -13,7 +13,7 @@ from tnpeft.cli.count import check_match, check_params, load_what
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, table
 from tnpeft.errors import Problem
-from tnpeft.spec import Spec
+from tnpeft.network import Spec
 from tnpeft.spec.document import shown_path
 from tnpeft.spec.paths import is_file, is_folder, resolved
 

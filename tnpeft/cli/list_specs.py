@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tnpeft.cli.output import Output, table
-from tnpeft.spec import Spec, list_specs, load_spec
+from tnpeft.network import Spec, load_spec
+from tnpeft.spec import list_specs
 
 if TYPE_CHECKING:
     from tnpeft.recipe import Recipe

@@ -10,9 +10,9 @@ from tnpeft.cli.costs import Costs, bytes_text
 from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.cli.picture import picture
 from tnpeft.errors import Problem
-from tnpeft.network import BoundCore, Network
+from tnpeft.network import BoundCore, Network, Spec, load_spec
 from tnpeft.planning import Plan, nominal_call, plan
-from tnpeft.spec import Core, Spec, load_spec
+from tnpeft.spec import Core, Declaration
 
 __all__ = ["show_spec"]
 
@@ -44,7 +44,7 @@ def show_spec(
         costs.print(output)
 
 
-def _print_head(output: Output, spec: Spec) -> None:
+def _print_head(output: Output, spec: Declaration) -> None:
     output.say(f"{spec.name}: {spec.title}" if spec.title else spec.name)
     if spec.source:
         output.say(spec.source)

@@ -10,7 +10,7 @@ from tnpeft.cli.arguments import parse_layer, parse_settings
 from tnpeft.cli.count import check_params
 from tnpeft.cli.output import Output, UsageError, table
 from tnpeft.errors import Problem
-from tnpeft.spec import Spec, load_spec
+from tnpeft.network import Spec, load_spec
 
 if TYPE_CHECKING:
     from tnpeft.verify import CheckResult, Conditioning, VerifyReport

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tnpeft.errors import DrawError, Problem
-from tnpeft.spec import Spec
+from tnpeft.spec import Declaration
 from tnpeft.spec.document import clip, shown_path
 from tnpeft.spec.writing import replace_files
 
@@ -21,12 +21,12 @@ _IDENTIFIER = re.compile(r"sha256:([0-9a-f]{64})")
 _HEAD = 8192  # the metadata stand at the start
 
 
-def digest_of(spec: Spec) -> str:
+def digest_of(spec: Declaration) -> str:
     """The sha256 of a spec's text."""
     return hashlib.sha256(spec.text.encode()).hexdigest()
 
 
-def is_current(path: str | Path, spec: Spec) -> bool:
+def is_current(path: str | Path, spec: Declaration) -> bool:
     """Whether the picture at `path` was drawn from this very spec; false where there is none."""
     try:
         with Path(path).open("rb") as file:

@@ -12,8 +12,7 @@ from tnpeft.draw.page import Page, page_of
 from tnpeft.draw.render import rendered
 from tnpeft.draw.shapes import Quality
 from tnpeft.errors import BindError, DrawError, Problem
-from tnpeft.network import Layer, Network
-from tnpeft.spec import Spec, load_spec
+from tnpeft.network import Layer, Network, Spec, load_spec
 from tnpeft.spec.checks import SAMPLES
 from tnpeft.spec.pattern import KINDS
 

@@ -8,8 +8,8 @@ from tnpeft.adapters.adapter import Adapter
 from tnpeft.adapters.memory_need import memory_problems
 from tnpeft.errors import BindError
 from tnpeft.execution.layers import AdaptedLayer
+from tnpeft.network import Spec, load_spec
 from tnpeft.planning import DEFAULT_MODE
-from tnpeft.spec import Spec, load_spec
 
 __all__ = ["compile"]
 

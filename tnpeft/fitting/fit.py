@@ -19,8 +19,7 @@ from tnpeft.fitting.descent import Descent, adam, alternate, balanced, quasi_new
 from tnpeft.fitting.problem import Cores
 from tnpeft.fitting.setup import FACTOR, build_problem, build_problem_with_factor, vector_of_channels
 from tnpeft.fitting.start import random_start, tree_start
-from tnpeft.network import Network
-from tnpeft.spec import Spec, load_spec
+from tnpeft.network import Network, Spec, load_spec
 from tnpeft.spec.document import clip
 
 __all__ = ["Fit", "FrozenCopy", "Method", "check_method", "fit", "fit_adapter"]

@@ -19,9 +19,8 @@ from tnpeft.io.checks import listed, number_problem
 from tnpeft.io.files import FOREIGN, file_path, in_file, read, refuse, shown
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.renaming import with_plain_names
-from tnpeft.network import Network
+from tnpeft.network import Network, Spec
 from tnpeft.recipe import Handle
-from tnpeft.spec import Spec
 from tnpeft.surgery import (
     activate,
     base_tensors,

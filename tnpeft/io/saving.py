@@ -16,7 +16,7 @@ from tnpeft.io.base import base_digests, fingerprint
 from tnpeft.io.checks import number_problem, stored, tensor_problems
 from tnpeft.io.files import file_path, in_file, refuse, shown, write
 from tnpeft.io.manifest import LayerEntry, Manifest, SpecEntry, digest_of
-from tnpeft.spec import Spec
+from tnpeft.spec import Declaration
 from tnpeft.spec.document import clip
 from tnpeft.surgery import AdaptedModel, adapted, adapters_of, statistics_of, trained_of
 from tnpeft.version import __version__
@@ -96,7 +96,7 @@ def _manifest(
     root: nn.Module, state: AdaptedModel, name: str, adapters: dict[str, Adapter], drawn: dict[str, dict[str, str]]
 ) -> Manifest:
     record = state.adapters[name]
-    specs: dict[Spec, int] = {}
+    specs: dict[Declaration, int] = {}
     layers = {
         layer: LayerEntry(
             spec=specs.setdefault(adapter.network.spec, len(specs)),

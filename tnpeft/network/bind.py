@@ -13,11 +13,10 @@ from tnpeft.network.formula import parameter_formula
 from tnpeft.network.layer import Layer
 from tnpeft.network.look_alikes import kind_name, opaque
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
-from tnpeft.spec import Spec
+from tnpeft.spec.declaration import Declaration
 from tnpeft.spec.document import clip
 from tnpeft.spec.expression import MAX_ABSOLUTE
 from tnpeft.spec.habits import unknown_params
-from tnpeft.spec.model import provide
 from tnpeft.spec.pattern import KINDS
 from tnpeft.spec.resolve import Resolved, layer_names, resolve
 
@@ -58,8 +57,8 @@ def layer_of(module: nn.Module) -> Layer:
     return Layer(kind, module.in_channels, module.out_channels, kernel, module.groups)
 
 
-def bind(spec: Spec, layer: Any, params: Mapping[str, Any]) -> Network:
-    """The body of `Spec.bind`."""
+def bind(spec: Declaration, layer: Any, params: Mapping[str, Any]) -> Network:
+    """The network of a spec for one layer; see `Spec.bind`."""
     given = dict(params)
     if isinstance(layer, str):
         layer = _layer_from(layer, {key: given.pop(key) for key in _LAYER_ARGUMENTS if key in given})
@@ -76,7 +75,7 @@ def bind(spec: Spec, layer: Any, params: Mapping[str, Any]) -> Network:
     return network
 
 
-def _network(spec: Spec, layer: Layer, resolved: Resolved) -> Network:
+def _network(spec: Declaration, layer: Layer, resolved: Resolved) -> Network:
     cores = tuple(
         BoundCore(
             core.name,
@@ -118,21 +117,21 @@ def _ranks(network: Network) -> Iterator[Problem]:
             yield Problem(what, expected, str(network.sizes[bond]), fix, own.position, core=core.name, on=on)
 
 
-def _check_kind(spec: Spec, layer: Layer) -> None:
+def _check_kind(spec: Declaration, layer: Layer) -> None:
     if layer.kind not in spec.layers:
         expected = f"one of {', '.join(spec.layers)}"
         fix = "Choose another spec, or add the kind to its `layers`."
         raise BindError(Problem(f"spec '{spec.name}'", expected, layer.kind, fix))
 
 
-def _check_params(spec: Spec, given: Mapping[str, Any]) -> dict[str, int | float]:
+def _check_params(spec: Declaration, given: Mapping[str, Any]) -> dict[str, int | float]:
     if problems := [*param_problems(spec, given, _LAYER_ARGUMENTS)]:
         raise BindError(*problems)
     numbers_given = {name: float(value) for name, value in given.items()}
     return {name: int(value) if value.is_integer() else value for name, value in numbers_given.items()}
 
 
-def param_problems(spec: Spec, given: Mapping[str, Any], also: Collection[str] = ()) -> Iterator[Problem]:
+def param_problems(spec: Declaration, given: Mapping[str, Any], also: Collection[str] = ()) -> Iterator[Problem]:
     """Why `given` are no params of the spec: names it does not know, values that are no numbers.
 
     `also` are names that the caller takes beside params, and that may be meant.
@@ -183,6 +182,3 @@ def _whole(kind: str, key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise BindError(Problem(f"{kind}, `{key}`", "a positive whole number", clip(value), f"Give `{key}=64`, say."))
     return int(value)
-
-
-provide("bind", bind)

@@ -12,7 +12,7 @@ import networkx
 import opt_einsum
 
 from tnpeft.network.layer import Layer
-from tnpeft.spec import Spec
+from tnpeft.spec.declaration import Declaration
 
 __all__ = ["BoundCore", "BoundInit", "BoundTerm", "Network"]
 
@@ -60,7 +60,7 @@ class BoundTerm:
 class Network:
     """A tensor network whose open legs make a layer's weight, or the sum of several such networks, its terms."""
 
-    spec: Spec
+    spec: Declaration
     layer: Layer
     params: Mapping[str, int | float]
     sizes: Mapping[str, int]

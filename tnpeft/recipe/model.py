@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tnpeft.errors import Position, Problem, SpecError, TnpeftError, near_miss
-from tnpeft.spec import Spec, find_shipped, load_spec
+from tnpeft.network import Spec, load_spec
+from tnpeft.spec import find_shipped
 from tnpeft.spec.document import Node, Problems, clip, read_bytes, read_document
 from tnpeft.spec.habits import advice_on, unknown_params, value_of_param
 from tnpeft.spec.library import label_of, shipped_folder

@@ -1,7 +1,7 @@
-"""YAML → a validated `Spec`, source positions kept. No torch here."""
+"""YAML → a checked `Declaration`, source positions kept. No torch here."""
 
+from tnpeft.spec.declaration import Core, Declaration, Term
 from tnpeft.spec.inits import init_function, register_init
-from tnpeft.spec.library import find_shipped, list_specs, load_spec
-from tnpeft.spec.model import Core, Spec, Term
+from tnpeft.spec.library import find_shipped, list_specs
 
-__all__ = ["Core", "Spec", "Term", "find_shipped", "init_function", "list_specs", "load_spec", "register_init"]
+__all__ = ["Core", "Declaration", "Term", "find_shipped", "init_function", "list_specs", "register_init"]

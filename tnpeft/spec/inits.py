@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,10 @@ class Init:
     arguments: Mapping[str, Expression | Legs | Last]
     text: str
     position: Position | None = None
+
+    def expressions(self) -> Iterator[tuple[str, Expression]]:
+        """The arguments that are expressions, by name."""
+        return ((key, value) for key, value in self.arguments.items() if isinstance(value, Expression))
 
     def legs_of_fan(self, legs: Sequence[str], spatial: int) -> tuple[str, ...] | None:
         """The legs whose sizes multiply to the fan, or None where `fan` is an expression."""

@@ -8,21 +8,15 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
 
 from tnpeft.errors import Problem, SpecError, closest
-from tnpeft.spec.checks import check
-from tnpeft.spec.document import Problems, clip, read_bytes, read_file
+from tnpeft.spec.document import Problems, clip, read_file
 from tnpeft.spec.factorize import Table
-from tnpeft.spec.inits import registered_inits
-from tnpeft.spec.model import Core, SizeRule, Spec, Term, provide
 from tnpeft.spec.paths import is_file
-from tnpeft.spec.reader import parse_draft, parse_table
+from tnpeft.spec.reader import parse_table
 from tnpeft.spec.recognise import recognise
 
-__all__ = ["find_shipped", "label_of", "list_specs", "load_spec", "not_yaml", "shipped_folder", "shipped_tables"]
+__all__ = ["find_shipped", "label_of", "list_specs", "not_yaml", "shipped_folder", "shipped_tables"]
 
 
 def shipped_folder() -> Path:
@@ -132,48 +126,3 @@ def not_yaml(path: Path, what: str) -> Problem | None:
         return None
     fix = kind.fix if kind.name in ("adapter", "safetensors") else f"Give the name of a shipped {what}, or a YAML file."
     return Problem(f"{what} {clip(str(path), 82)}", "a YAML file", kind.text, fix)
-
-
-def load_spec(name: str | Path) -> Spec:
-    """A shipped spec by name (`tenvoo_l`) or a spec file by path.
-
-    Raises SpecError with every mistake in the file, each with file, line and column.
-    """
-    path = find_shipped(name, "spec", "")
-    return _parsed(read_bytes(path), label_of(path), registered_inits())
-
-
-@lru_cache(maxsize=64)
-def _parsed(text: bytes, file: str, _inits: object) -> Spec:
-    """A recipe names one spec several times, a program attaches it to several models: the text is parsed once."""
-    return Spec.from_yaml(text, file)
-
-
-def read_spec(text: str | bytes, file: str, tables: Mapping[str, Table] | None, known_inits: bool) -> Spec:
-    """The body of `Spec.from_yaml`."""
-    if not isinstance(text, str | bytes):
-        fix = "Pass the YAML itself, or use `load_spec` for a file."
-        raise SpecError(Problem("spec", "YAML text", clip(text), fix))
-    problems = Problems()
-    draft = parse_draft(text, file, {**shipped_tables(), **(tables or {})}, problems, known_inits)
-    check(draft, problems, saved=not known_inits)
-    problems.raise_if_any()
-    # pydantic checks once more that no part is missing.
-    parts = {
-        "cores": [_fields(core, Core) for core in draft.cores],
-        "sizes": [_fields(rule, SizeRule) for rule in draft.sizes],
-        "terms": [_fields(term, Term) for term in draft.terms],
-    }
-    copied = (
-        *("name", "title", "source", "layers", "params", "bond", "factors", "compose"),
-        *("scale", "start", "seed", "text", "file", "places", "tables"),
-    )
-    return Spec.model_validate({**{key: getattr(draft, key) for key in copied}, **parts})
-
-
-def _fields(part: object, model: type[BaseModel]) -> dict[str, Any]:
-    """What a part of a draft has in common with the part of a spec that it becomes."""
-    return {name: getattr(part, name) for name in model.model_fields}
-
-
-provide("read", read_spec)

@@ -1,13 +1,14 @@
-"""YAML nodes → a draft whose every part is parsed, or missing with the reason reported → a `Spec`."""
+"""YAML nodes → a `Declaration` whose every part is parsed, or missing with the reason reported."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from tnpeft.errors import Position, Problem, SpecError, near_miss
+from tnpeft.spec.checks import check
+from tnpeft.spec.declaration import Core, Declaration, SizeRule, Term
 from tnpeft.spec.document import Node, Problems, clip, read_document
-from tnpeft.spec.draft import Draft, DraftCore, DraftRule, DraftTerm
 from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
 from tnpeft.spec.factorize import MAX_NUMBER, Table
 from tnpeft.spec.inits import DEFAULT_INIT, Init, parse_init
@@ -15,9 +16,14 @@ from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, 
 from tnpeft.spec.schema import SPEC
 from tnpeft.spec.shape import check_shape, entries_problem, is_remnant, with_text_keys
 
-__all__ = ["SHORT_KINDS", "parse_draft", "parse_table"]
+__all__ = ["SHORT_KINDS", "parse_table", "read_declaration"]
 
 MAX_CORES = 256
+
+# What checks wait for, and the keys that say it.
+_PARTS = {"params": ("params",), "sizes": ("sizes", "bond"), "cores": ("cores", "weight", "terms")}
+
+T = TypeVar("T")
 
 SHORT_KINDS = {
     "any": tuple(KINDS),
@@ -26,34 +32,24 @@ SHORT_KINDS = {
 }
 
 
-def parse_draft(
-    text: str | bytes, file: str, tables: Mapping[str, Table], problems: Problems, known_inits: bool = True
-) -> Draft:
-    """Parse every part of the file; what is wrong is reported and left out."""
+def read_declaration(
+    text: str | bytes, file: str, tables: Mapping[str, Table], known_inits: bool = True
+) -> Declaration:
+    """What a text declares, checked as far as no layer is needed; raises SpecError with every mistake."""
+    if not isinstance(text, str | bytes):
+        fix = "Pass the YAML itself, or use `load_spec` for a file."
+        raise SpecError(Problem("spec", "YAML text", clip(text), fix))
     root = read_document(text, file)
     expected = "a spec, with `layers`, `cores`, `weight` and `start`"
     if problem := _recipe_problem(root) or entries_problem(root, expected):
         raise SpecError(problem)
+    problems = Problems()
     root = with_text_keys(root, problems)
-    broken = check_shape(root, problems, SPEC)
-    draft = Draft(file, text if isinstance(text, str) else text.decode("utf-8"), root)
-    # A misspelt key is reported once, not again through all that its value would have said.
-    absent = {path[0] for path in broken if len(path) == 1 and root.get(path[0]) is None}
-    draft.whole = {
-        "params": "params" not in absent,
-        "sizes": not absent & {"sizes", "bond"},
-        "cores": not absent & {"cores", "weight", "terms"},
-    }
-    draft.places = {str(key.value): value.position for key, value in root.items()}
-    parse = _Parser(draft, broken, problems, known_inits)
-    parse.scalars()
-    parse.layers()
-    parse.params()
-    parse.table(tables)
-    parse.sizes()
-    parse.cores()
-    parse.terms()
-    return draft
+    parser = _Parser(root, check_shape(root, problems, SPEC), problems, known_inits)
+    declaration = parser.declaration(text if isinstance(text, str) else text.decode("utf-8"), file, tables)
+    check(declaration, parser.incomplete, problems, saved=not known_inits)
+    problems.raise_if_any()
+    return declaration
 
 
 def _recipe_problem(root: Node) -> Problem | None:
@@ -67,12 +63,53 @@ def _recipe_problem(root: Node) -> Problem | None:
 
 
 class _Parser:
-    def __init__(self, draft: Draft, broken: set[tuple[str | int, ...]], problems: Problems, known_inits: bool) -> None:
-        self.draft, self.broken, self.problems, self.known_inits = draft, broken, problems, known_inits
+    """Reads part by part; the names of parts of which something is missing are `incomplete`."""
+
+    def __init__(self, root: Node, broken: set[tuple[str | int, ...]], problems: Problems, known_inits: bool) -> None:
+        self.root, self.broken, self.problems, self.known_inits = root, broken, problems, known_inits
+        # A misspelt key is reported once, not again through all that its value would have said.
+        absent = {path[0] for path in broken if len(path) == 1 and root.get(path[0]) is None}
+        self.incomplete = {part for part, keys in _PARTS.items() if not absent.isdisjoint(keys)}
+
+    def declaration(self, text: str, file: str, tables: Mapping[str, Table]) -> Declaration:
+        name = self._name()
+        bond, scale = self._node("bond"), self._node("scale")
+        size = self._expression(bond, "`bond`") if bond is not None and bond.value is not None else None
+        factor = parse_expression("1") if scale is None else self._expression(scale, "`scale`")
+        if factor is None or ("scale",) in self.broken:
+            self.incomplete.add("scale")
+        layers, params, factors = self._layers(), self._params(), self._factors(tables)
+        sizes, cores = self._sizes(), self._cores()
+        named = self._value("factors", "")
+        return Declaration(
+            name=name,
+            title=self._value("title", ""),
+            source=self._value("source", ""),
+            layers=layers,
+            params=params,
+            bond=size,
+            sizes=sizes,
+            factors=factors,
+            cores=cores,
+            terms=tuple(self._terms(cores)),
+            scale=factor or parse_expression("1"),
+            compose=self._value("compose", None),
+            start=self._value("start", ""),
+            seed=self._value("seed", 0),
+            file=file,
+            text=text,
+            root=self.root,
+            tables={named: factors} if isinstance(named, str) and factors is not None else {},
+        )
 
     def _node(self, key: str) -> Node | None:
         """The part under a key of the file, None where it is absent or of the wrong type."""
-        return None if (key,) in self.broken else self.draft.root.get(key)
+        return None if (key,) in self.broken else self.root.get(key)
+
+    def _value(self, key: str, default: T) -> T:
+        node = self._node(key)
+        value: T = default if node is None or node.value is None else node.value
+        return value
 
     def _expression(self, node: Node, what: str) -> Expression | None:
         if node.kind == "list":
@@ -91,33 +128,21 @@ class _Parser:
         pairs = list(node.items()) if node is not None else []
         split = {place for place, pair in enumerate(pairs) if is_remnant(*pair)}
         if split:
-            self.draft.whole[part] = False
+            self.incomplete.add(part)
         return [pair for place, pair in enumerate(pairs) if place not in split and place + 1 not in split]
 
-    def scalars(self) -> None:
-        draft = self.draft
-        for key in ("name", "title", "source", "start", "seed", "compose"):
-            node = self._node(key)
-            if node is not None and node.value is not None:
-                setattr(draft, key, node.value)
-        node = self._node("name")
-        if node is not None:
-            check_plain = (
-                all(char.isalnum() or char in "_-." for char in draft.name) and draft.name.isascii() and draft.name
-            )
-            if not check_plain:
-                fix = "Use letters, digits, `_`, `-` and `.`."
-                self.problems.add(node.position, "`name`", "an ASCII word", clip(draft.name), fix)
-        bond = self._node("bond")
-        draft.bond = self._expression(bond, "`bond`") if bond is not None and bond.value is not None else None
-        scale = self._node("scale")
-        if ("scale",) not in self.broken:
-            draft.scale = parse_expression("1") if scale is None else self._expression(scale, "`scale`")
+    def _name(self) -> str:
+        node, name = self._node("name"), self._value("name", "")
+        good = name and name.isascii() and all(char.isalnum() or char in "_-." for char in name)
+        if node is not None and not good:
+            fix = "Use letters, digits, `_`, `-` and `.`."
+            self.problems.add(node.position, "`name`", "an ASCII word", clip(name), fix)
+        return name
 
-    def layers(self) -> None:
+    def _layers(self) -> tuple[str, ...]:
         node = self._node("layers")
         if node is None or any(path[0] == "layers" for path in self.broken):
-            return
+            return ()
         kinds: dict[str, None] = {}
         for item in node.value if node.kind == "list" else (node,):
             words = SHORT_KINDS.get(item.value, (item.value,))
@@ -127,54 +152,54 @@ class _Parser:
             known = (*KINDS, *SHORT_KINDS)
             fix = near_miss(item.value, known) or "Choose one of them."
             self.problems.add(item.position, "`layers`", f"one of {', '.join(known)}", clip(item.value), fix)
-        self.draft.layers = tuple(kinds)
         if node.kind == "list" and not node.value:
             self.problems.add(node.position, "`layers`", "at least one kind", "none", "For example `layers: [Linear]`.")
+        return tuple(kinds)
 
-    def params(self) -> None:
+    def _params(self) -> dict[str, Expression]:
+        params: dict[str, Expression] = {}
         node = self._node("params")
         for key, value in self._whole_pairs(node, "params"):
             name = str(key.value)
             good = check_name(name, key.position, f"param {clip(name)}", self.problems)
             expression = None if ("params", name) in self.broken else self._expression(value, f"param {clip(name)}")
             if expression is None or not good:
-                self.draft.whole["params"] = False
+                self.incomplete.add("params")
                 continue
-            unknown = [read for read in expression.names if read not in self.draft.params]
+            unknown = [read for read in expression.names if read not in params]
             if unknown:
-                fix = near_miss(unknown[0], self.draft.params) or "A default may read the params above it."
+                fix = near_miss(unknown[0], params) or "A default may read the params above it."
                 where = value.at(0)
                 self.problems.add(where, f"param '{name}'", "numbers and earlier params", f"'{unknown[0]}'", fix)
-                self.draft.whole["params"] = False
+                self.incomplete.add("params")
                 continue
-            self.draft.params[name] = expression
-            self.draft.param_places[name] = key.position
+            params[name] = expression
         if ("params",) in self.broken:
-            self.draft.whole["params"] = False
+            self.incomplete.add("params")
+        return params
 
-    def table(self, tables: Mapping[str, Table]) -> None:
+    def _factors(self, tables: Mapping[str, Table]) -> Table | None:
         node = self._node("factors")
         if node is None or node.value is None or any(path[0] == "factors" for path in self.broken):
-            return
+            return None
         if node.kind == "mapping":
-            self.draft.factors = parse_table(node, self.problems)
-        elif node.value in tables:
-            self.draft.factors = tables[node.value]
-            self.draft.tables[node.value] = tables[node.value]
-        else:
+            return parse_table(node, self.problems)
+        if node.value not in tables:
             known = ", ".join(sorted(tables)) or "no table"
             fix = near_miss(str(node.value), tables) or "Write the table here: `factors: {32: [4, 4, 2]}`."
             self.problems.add(node.position, "`factors`", f"one of {known}", clip(node.value), fix)
+        return tables.get(node.value)
 
-    def sizes(self) -> None:
+    def _sizes(self) -> tuple[SizeRule, ...]:
+        rules: list[SizeRule] = []
         node = self._node("sizes")
         if ("sizes",) in self.broken:
-            self.draft.whole["sizes"] = False
+            self.incomplete.add("sizes")
         for key, value in self._whole_pairs(node, "sizes"):
             places: dict[str, Position] = {}
             good = not any(path[:2] == ("sizes", key.value) for path in self.broken)
             for word, where in key.words() if isinstance(key.value, str) else ():
-                if word in places or any(word in rule.places for rule in self.draft.sizes):
+                if word in places or any(word in rule.places for rule in rules):
                     fix = "Give each index one size."
                     self.problems.add(where, f"`sizes`, '{word}'", "each name once", "it again", fix, index=word)
                     good = False
@@ -184,32 +209,33 @@ class _Parser:
                     good = False
             expression = self._expression(value, f"`sizes`, {clip(key.text)[1:-1]}") if good else None
             if expression is None or not places:
-                self.draft.whole["sizes"] = False
+                self.incomplete.add("sizes")
                 continue
-            rule = DraftRule(tuple(places), expression, value.position, places, value)
-            self.draft.sizes.append(rule)
+            rules.append(SizeRule(tuple(places), expression, value, places))
+        return tuple(rules)
 
-    def cores(self) -> None:
+    def _cores(self) -> tuple[Core, ...]:
         default = self._node("init")
-        default_init = DEFAULT_INIT
-        if default is not None and default.value is not None:
-            parsed = parse_init(default, self.problems, self.known_inits)
-            default_init = parsed if parsed is not None else DEFAULT_INIT
+        default_init = self._init(("init",), default, DEFAULT_INIT) or DEFAULT_INIT
+        named = default is not None and default.value is not None
         node = self._node("cores")
-        self.draft.whole["cores"] &= node is not None and bool(node.items())
-        if node is not None and not node.items():
+        if node is None:
+            self.incomplete.add("cores")
+            return ()
+        if not node.items():
+            self.incomplete.add("cores")
             self.problems.add(node.position, "`cores`", "at least one core", "none", "For example `cores: {up: o r}`.")
-        if node is not None and len(node.items()) > MAX_CORES:
+        if len(node.items()) > MAX_CORES:
             fix = "Write a smaller network."
             found = str(len(node.items()))
             self.problems.add(node.position, "`cores`", f"at most {MAX_CORES} cores", found, fix)
-            self.draft.whole["cores"] = False
-            return
-        named = default is not None and default.value is not None
-        for key, value in node.items() if node is not None else ():
-            self._core(key, value, default_init, named)
+            self.incomplete.add("cores")
+            return ()
+        cores = [self._core(key, value, default_init, named) for key, value in node.items()]
+        return tuple(core for core in cores if core is not None)
 
-    def _core(self, key: Node, value: Node, default: Init, default_named: bool) -> None:
+    def _core(self, key: Node, value: Node, default: Init, named: bool) -> Core | None:
+        """One core, `named` where the file names an init for all; None where its legs cannot be told."""
         name = str(key.value)
         path = ("cores", name)
         fields: dict[str, Any] = {word.value: item for word, item in value.items()}
@@ -217,11 +243,11 @@ class _Parser:
         if not name.isascii() or not name.isidentifier():
             fix = "Use letters, digits and `_`, starting with a letter."
             self.problems.add(key.position, f"core {clip(name)}", "an ASCII word", clip(name), fix, core=name)
-            self.draft.whole["cores"] = False
-            return
+            self.incomplete.add("cores")
+            return None
         if legs_node is None or path in self.broken or (*path, "legs") in self.broken:
-            self.draft.whole["cores"] = False
-            return
+            self.incomplete.add("cores")
+            return None
         before = len(self.problems)
         origin, shared = self._option(path, fields, "from"), self._option(path, fields, "shared")
         axes: Axes = ()
@@ -230,21 +256,29 @@ class _Parser:
         else:
             places = dict(parse_legs(legs_node, name, self.problems))
         if len(self.problems) > before:
-            self.draft.whole["cores"] = False
-        init: Init | None = default
-        own = fields.get("init")
-        named = default_named
-        if (*path, "init") in self.broken:
-            init, named = None, True
-        elif own is not None and own.value is not None:
-            init, named = parse_init(own, self.problems, self.known_inits), True
-        if origin is not None:
-            init, named = Init(f"from {origin}", {}, f"from {origin}"), True
+            self.incomplete.add("cores")
+        init = self._init((*path, "init"), fields.get("init"), default)
         self._options(name, fields, origin, shared)
         frozen = origin is not None or ("frozen" in fields and fields["frozen"].value is True)
         where = legs_node.position if value.kind != "scalar" else key.position
-        core = DraftCore(name, tuple(places), places, init, named, frozen, where, shared, origin, axes)
-        self.draft.cores.append(core)
+        if origin is not None:
+            init = Init(f"from {origin}", {}, f"from {origin}")
+        elif init is default and not named and len(places) < 2 and ELLIPSIS not in places:
+            what = f"core '{name}' of {'one leg' if places else 'no legs'}"
+            fix = f"For example `{name}: {{legs: {' '.join(places) or chr(34) * 2}, init: normal(0.02)}}`."
+            self.problems.add(where, what, "an init", "none", fix, core=name)
+        if init is None:
+            self.incomplete.add("inits")
+            init = Init("", {}, "")
+        return Core(name, tuple(places), init, frozen, where, shared, origin, axes, places)
+
+    def _init(self, path: tuple[str, ...], node: Node | None, default: Init) -> Init | None:
+        """The init that a core names, or the default; None where it is wrong."""
+        if path in self.broken:
+            return None
+        if node is None or node.value is None:
+            return default
+        return parse_init(node, self.problems, self.known_inits)
 
     def _option(self, path: tuple[str, ...], fields: dict[str, Node], key: str) -> str | None:
         """A core's `shared` or `from`, None where it is absent or wrong."""
@@ -270,14 +304,14 @@ class _Parser:
             fix = "Remove it; the inits `svd_us` and `svd_vs` give cores that train."
             self.problems.add(fields["frozen"].position, what, "a frozen core", f"`from: {origin}`", fix, core=name)
 
-    def terms(self) -> None:
+    def _terms(self, cores: Sequence[Core]) -> Iterator[Term]:
         """The terms of a sum; a file with one `weight` has one term of all cores."""
         node, weight = self._node("terms"), self._node("weight")
         if node is None:
-            if weight is not None:
-                names = tuple(core.name for core in self.draft.cores)
-                self._term(weight, names, parse_expression("1"), None, "`weight`")
-            self.draft.whole["cores"] &= weight is not None  # `terms` may be there, and wrong
+            if weight is None:  # `terms` may be there, and wrong
+                self.incomplete.add("cores")
+            else:
+                yield self._term(weight, tuple(core.name for core in cores), parse_expression("1"), None, "`weight`")
             return
         if weight is not None:
             fix = "Write the weight of each term in `terms`, or `weight` alone."
@@ -286,17 +320,18 @@ class _Parser:
             fix = "For example `terms: [{cores: [up, down], weight: o i}]`."
             self.problems.add(node.position, "`terms`", "at least one term", "none", fix)
         if not node.value or any(path[0] == "terms" for path in self.broken):
-            self.draft.whole["cores"] = False
+            self.incomplete.add("cores")
             return
         for number, term in enumerate(node.value):
             label = f"`terms`, entry {number + 1}"
-            cores, pattern, scale = term.get("cores"), term.get("weight"), term.get("scale")
+            scale = term.get("scale")
             factor = parse_expression("1") if scale is None else self._expression(scale, f"{label}, `scale`")
-            names = self._members(cores, label)
+            names = self._members(term.get("cores"), label)
             if factor is None:
-                self.draft.whole["cores"] = False
+                self.incomplete.add("cores")
             else:
-                self._term(pattern, names, factor, scale.position if scale is not None else None, f"{label}, `weight`")
+                where = scale.position if scale is not None else None
+                yield self._term(term.get("weight"), names, factor, where, f"{label}, `weight`")
 
     def _members(self, node: Node, label: str) -> tuple[str, ...]:
         """The names of a term's cores."""
@@ -309,28 +344,28 @@ class _Parser:
             elif item.value not in known:
                 fix = near_miss(str(item.value), known) or "Add it to `cores`."
                 self.problems.add(item.position, label, "names of `cores`", clip(item.value), fix)
-                self.draft.whole["cores"] = False
+                self.incomplete.add("cores")
             else:
                 names[item.value] = None
         if not node.value:
             fix = "Name its cores, or remove the term."
             self.problems.add(node.position, label, "at least one core", "none", fix)
-            self.draft.whole["cores"] = False
+            self.incomplete.add("cores")
         order = {name: place for place, name in enumerate(known)}
         return tuple(sorted(names, key=lambda name: order[name]))
 
     def _term(
         self, node: Node, names: tuple[str, ...], scale: Expression, scale_position: Position | None, label: str
-    ) -> None:
+    ) -> Term:
         before = len(self.problems)
         axes, places = parse_axes(node, label, self.problems)
         if len(self.problems) > before:
-            self.draft.whole["cores"] = False  # a leg may be missing: no check over all legs
+            self.incomplete.add("cores")  # a leg may be missing: no check over all legs
         elif not axes:
             fix = "For example `weight: o i k...`."
             self.problems.add(node.position, label, "a pattern of open legs", "nothing", fix)
-            self.draft.whole["cores"] = False
-        self.draft.terms.append(DraftTerm(names, axes, places, scale, node.position, scale_position, label))
+            self.incomplete.add("cores")
+        return Term(names, axes, scale, node.position, scale_position, label, places)
 
 
 def _number(node: Node) -> str:

@@ -9,78 +9,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from typing import Protocol
 
 from tnpeft.errors import Position, Problem
+from tnpeft.spec.declaration import Core, Declaration, SizeRule
 from tnpeft.spec.document import clip
 from tnpeft.spec.expression import Expression, ExpressionError, Number, Value
-from tnpeft.spec.factorize import Table, bounded_product, times
-from tnpeft.spec.inits import Init, Last, Legs
+from tnpeft.spec.factorize import bounded_product, times
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, expand, expand_axes, kernel_indices
 
-__all__ = ["Fault", "Resolved", "Source", "layer_names", "resolve"]
+__all__ = ["Fault", "Resolved", "layer_names", "resolve"]
 
 MAX_SIZE = 1 << 24  # of one index
 MAX_NUMEL = 1 << 32  # of one core
 MAX_PRODUCT = 10**18  # of what is multiplied out for a message
-
-
-class CoreLike(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def legs(self) -> tuple[str, ...]: ...
-    @property
-    def init(self) -> Init: ...
-    @property
-    def position(self) -> Position: ...
-    @property
-    def origin(self) -> str | None: ...
-    @property
-    def axes(self) -> Axes: ...
-
-
-class TermLike(Protocol):
-    @property
-    def weight(self) -> Axes: ...
-    @property
-    def scale(self) -> Expression: ...
-    @property
-    def position(self) -> Position: ...
-    @property
-    def scale_position(self) -> Position | None: ...
-    @property
-    def label(self) -> str: ...
-
-
-class RuleLike(Protocol):
-    @property
-    def names(self) -> tuple[str, ...]: ...
-    @property
-    def expression(self) -> Expression: ...
-    @property
-    def position(self) -> Position: ...
-
-
-class Source(Protocol):
-    """What sizes are worked out from; a finished spec is one, and so is a draft of one."""
-
-    @property
-    def params(self) -> Mapping[str, Expression]: ...
-    @property
-    def bond(self) -> Expression | None: ...
-    @property
-    def sizes(self) -> Sequence[RuleLike]: ...
-    @property
-    def factors(self) -> Table | None: ...
-    @property
-    def cores(self) -> Sequence[CoreLike]: ...
-    @property
-    def terms(self) -> Sequence[TermLike]: ...
-    @property
-    def scale(self) -> Expression: ...
-    @property
-    def places(self) -> Mapping[str, Position]: ...
 
 
 @dataclass(frozen=True)
@@ -119,13 +60,13 @@ def layer_names(weight_shape: Sequence[int], groups: int) -> dict[str, Value]:
     }
 
 
-def resolve(source: Source, kind: str, layer: Mapping[str, Value], given: Mapping[str, Number]) -> Resolved:
+def resolve(source: Declaration, kind: str, layer: Mapping[str, Value], given: Mapping[str, Number]) -> Resolved:
     """Work out params, sizes, legs, axes, scales and init arguments for a layer of `kind`; never raises."""
     return _Resolver(source, kind, layer, given).run()
 
 
 class _Resolver:
-    def __init__(self, source: Source, kind: str, layer: Mapping[str, Value], given: Mapping[str, Number]) -> None:
+    def __init__(self, source: Declaration, kind: str, layer: Mapping[str, Value], given: Mapping[str, Number]) -> None:
         self.source, self.given = source, given
         self.spatial = KINDS[kind]
         self.kind = kind
@@ -170,7 +111,7 @@ class _Resolver:
             except (ExpressionError, KeyError) as error:
                 self.failed.add(name)
                 if isinstance(error, ExpressionError):
-                    self._fault(self.source.places["params"], f"param '{name}'", error)
+                    self._fault(self.source.place("params"), f"param '{name}'", error)
                 continue
             self.values[name] = self.out.params[name] = value
 
@@ -189,7 +130,7 @@ class _Resolver:
         for name in order:
             self._rule(self.rules[name])
 
-    def _rule(self, rule: RuleLike) -> None:
+    def _rule(self, rule: SizeRule) -> None:
         if any(name not in self.values for name in rule.expression.names):
             self.failed.update(rule.names)  # reported where it broke
             return
@@ -200,12 +141,12 @@ class _Resolver:
             self._unpack(rule, value)
         except ExpressionError as error:
             self.failed.update(rule.names)
-            self._fault(rule.position, f"`sizes`, {' '.join(rule.names)}", error, index=rule.names[0])
+            self._fault(rule.node.position, f"`sizes`, {' '.join(rule.names)}", error, index=rule.names[0])
             return
         if rule.expression.pads or any(read in self.padded for read in rule.expression.names):
             self.padded.update(rule.names)
 
-    def _unpack(self, rule: RuleLike, value: Value) -> None:
+    def _unpack(self, rule: SizeRule, value: Value) -> None:
         names = rule.names
         if names == (ELLIPSIS,):
             items = value if isinstance(value, tuple) else (value,) * self.spatial
@@ -242,7 +183,7 @@ class _Resolver:
                 error = ExpressionError(expected, times(sizes), "Use smaller sizes.", structural=False)
                 self._fault(core.position, f"core '{core.name}'", error, core=core.name)
 
-    def _leg(self, leg: str, core: CoreLike) -> None:
+    def _leg(self, leg: str, core: Core) -> None:
         where = core.position
         rule = self.rules.get(leg)
         if leg in kernel_indices(self.spatial):
@@ -253,7 +194,7 @@ class _Resolver:
         elif leg in self.values and (rule or leg in self.source.params):
             value = self.values[leg]
             if rule is not None:
-                where = rule.position
+                where = rule.node.position
             self._symbol(leg, rule)
         elif leg not in self.failed and self._is_bond(leg):
             self._bond(leg)
@@ -274,15 +215,15 @@ class _Resolver:
             try:
                 self.bond = bond.number(self.values, self.source.factors)
             except ExpressionError as error:
-                self._fault(self.source.places["bond"], "`bond`", error)
+                self._fault(self.source.place("bond"), "`bond`", error)
                 self.bond = error
         if isinstance(self.bond, ExpressionError):
             return
         if "bond" in self.plain:
             self.out.symbols[leg] = bond.text
-        self._size(leg, self.bond, self.source.places["bond"], "`bond`")
+        self._size(leg, self.bond, self.source.place("bond"), "`bond`")
 
-    def _symbol(self, leg: str, rule: RuleLike | None) -> None:
+    def _symbol(self, leg: str, rule: SizeRule | None) -> None:
         if rule is None:
             self.out.symbols[leg] = leg
         elif rule.names[0] in self.plain and not isinstance(self.values[leg], tuple):
@@ -344,8 +285,7 @@ class _Resolver:
         for term in self.source.terms:
             what = f"{term.label.removesuffix(', `weight`')}, `scale`"
             self.out.scales.append(self._scale(term.scale, term.scale_position or term.position, what))
-        where = self.source.places.get("scale") or self.source.terms[0].position
-        self.out.scale = self._scale(self.source.scale, where, "`scale`")
+        self.out.scale = self._scale(self.source.scale, self.source.place("scale"), "`scale`")
 
     def _scale(self, expression: Expression, where: Position, what: str) -> float:
         if any(name not in self.values for name in expression.names):
@@ -364,9 +304,7 @@ class _Resolver:
         for core in self.source.cores:
             legs = self.out.legs[core.name]
             arguments: dict[str, float] = {}
-            for key, argument in core.init.arguments.items():
-                if isinstance(argument, Legs | Last):
-                    continue
+            for key, argument in core.init.expressions():
                 if any(name not in self.values for name in argument.names):
                     return
                 try:
@@ -379,7 +317,7 @@ class _Resolver:
                 self._fan(core, legs, arguments)
             self.out.inits[core.name] = arguments
 
-    def _fan(self, core: CoreLike, legs: tuple[str, ...], arguments: dict[str, float]) -> None:
+    def _fan(self, core: Core, legs: tuple[str, ...], arguments: dict[str, float]) -> None:
         arguments.setdefault("gain", 1.0)
         if "fan" not in core.init.arguments or "fan" not in arguments:
             over = core.init.legs_of_fan(legs, self.spatial)

@@ -11,8 +11,7 @@ from torch import nn
 
 from tnpeft.errors import TnpeftError
 from tnpeft.execution import compile
-from tnpeft.network import Layer
-from tnpeft.spec import Spec
+from tnpeft.network import Layer, Spec
 from tnpeft.verify.case import Case
 
 __all__ = ["RATE", "Conditioning", "conditioning_of"]

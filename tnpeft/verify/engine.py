@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from tnpeft.errors import Problem, TnpeftError, near_miss
-from tnpeft.network import Layer
-from tnpeft.spec import Spec, load_spec
+from tnpeft.network import Layer, Spec, load_spec
 from tnpeft.spec.habits import unknown_params
 from tnpeft.verify.case import DTYPES, Case
 from tnpeft.verify.checks import CHECKS, Check

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import TnpeftError
-from tnpeft.network import Network
-from tnpeft.spec import Spec
+from tnpeft.network import Network, Spec
 from tnpeft.verify.case import Case
 from tnpeft.verify.exact import Exact
 from tnpeft.verify.model_under_test import Subject, adapted_layers

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
 from tnpeft.execution import AdaptedLayer
-from tnpeft.network import Network
+from tnpeft.network import Network, Spec
 from tnpeft.recipe import attach
-from tnpeft.spec import Spec
 from tnpeft.verify.case import Case
 
 __all__ = ["Mismatch", "Skip", "Subject", "adapted_layers", "fill"]

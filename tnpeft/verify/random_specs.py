@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tnpeft.network import Network
-from tnpeft.spec import Spec
+from tnpeft.network import Network, Spec
 from tnpeft.spec.pattern import KINDS
 from tnpeft.verify.properties import st
 from tnpeft.verify.strategies import checked_kinds, params_of, signatures

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from tnpeft.errors import TnpeftError
-from tnpeft.network import Layer
-from tnpeft.spec import Spec
+from tnpeft.network import Layer, Spec
 from tnpeft.spec.pattern import KINDS
 from tnpeft.verify.case import Case
 from tnpeft.verify.properties import st

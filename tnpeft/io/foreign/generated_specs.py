@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from tnpeft.io.foreign.topologies import TOPOLOGIES, Topology
-from tnpeft.network import Layer
-from tnpeft.spec import Spec
+from tnpeft.network import Layer, Spec
 
 __all__ = ["spec_of_sizes"]
 

@@ -1,0 +1,80 @@
+"""The spec: what a file declares, read from text and bound to layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tnpeft.network.bind import bind
+from tnpeft.network.model import Network
+from tnpeft.spec.declaration import Declaration
+from tnpeft.spec.document import read_bytes
+from tnpeft.spec.factorize import Table
+from tnpeft.spec.inits import registered_inits
+from tnpeft.spec.library import find_shipped, label_of, shipped_tables
+from tnpeft.spec.reader import read_declaration
+
+__all__ = ["Spec", "load_spec"]
+
+
+@dataclass(frozen=True, eq=False)
+class Spec(Declaration):
+    """An adapter's topology: cores, the indices that join them, and how open legs make the weight.
+
+    Comes from `load_spec(name_or_path)` or `Spec.from_yaml(text)`, never half checked: what does
+    not depend on a layer has been verified, and `bind` verifies the rest.
+    """
+
+    @classmethod
+    def from_yaml(
+        cls,
+        text: str | bytes,
+        file: str = "<spec>",
+        tables: Mapping[str, Table] | None = None,
+        known_inits: bool = True,
+    ) -> Spec:
+        """Read a spec from YAML text.
+
+        `file` names the text in errors; `tables` are factor tables that `factors: NAME` may name
+        beside the shipped ones. Without `known_inits` the text is one that was accepted before, of a saved
+        adapter, say: an init may be one that nobody has registered here, whose function is missed when a core
+        is drawn, and a param may do nothing. Raises SpecError with every mistake found,
+        each with its place.
+        """
+        declaration = read_declaration(text, file, {**shipped_tables(), **(tables or {})}, known_inits)
+        return cls(**vars(declaration))
+
+    def bind(self, layer: Any, /, **params: Any) -> Network:
+        """The network for one layer, with every size known and checked.
+
+        `layer` is a `torch.nn` module, a `Layer`, or a kind by name; a kind takes `in_channels`,
+        `out_channels` (or `in_features`, `out_features`), `kernel_size` and `groups` beside the
+        spec's own params: `spec.bind("Conv3d", in_channels=64, out_channels=128, kernel_size=3, r=4)`.
+        Raises BindError with every mistake found.
+        """
+        return bind(self, layer, params)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_from_parts, (self.text, self.file, dict(self.tables)))
+
+
+def _from_parts(text: str, file: str, tables: Mapping[str, Table]) -> Spec:
+    return Spec.from_yaml(text, file, tables, known_inits=False)  # a copy has its cores drawn already
+
+
+def load_spec(name: str | Path) -> Spec:
+    """A shipped spec by name (`tenvoo_l`) or a spec file by path.
+
+    Raises SpecError with every mistake in the file, each with file, line and column.
+    """
+    path = find_shipped(name, "spec", "")
+    return _parsed(read_bytes(path), label_of(path), registered_inits())
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: bytes, file: str, _inits: object) -> Spec:
+    """A recipe names one spec several times, a program attaches it to several models: the text is parsed once."""
+    return Spec.from_yaml(text, file)

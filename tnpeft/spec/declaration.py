@@ -1,0 +1,105 @@
+"""What a spec file declares, as immutable data: each part with its place in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tnpeft.errors import Position
+from tnpeft.spec.document import Node
+from tnpeft.spec.expression import Expression
+from tnpeft.spec.factorize import Table
+from tnpeft.spec.inits import Init
+from tnpeft.spec.pattern import Axes
+
+__all__ = ["Core", "Declaration", "SizeRule", "Term"]
+
+
+@dataclass(frozen=True)
+class Core:
+    """One core; `legs` are its indices in storage order, `k...` among them unexpanded.
+
+    With sizes {o: 64, a: 8}, legs=("o", "a") stores shape (64, 8).
+
+    `shared` is `model`, or the scope whose layers have one tensor for all. `origin` is what is taken from the base
+    weight: `weight` itself, with its `axes` of legs, or `svd_u`, `svd_s`, `svd_v`; such a core is frozen.
+    """
+
+    name: str
+    legs: tuple[str, ...]
+    init: Init
+    frozen: bool
+    position: Position
+    shared: str | None = None
+    origin: str | None = None
+    axes: Axes = ()
+    places: Mapping[str, Position] = field(default_factory=dict, repr=False)  # of its legs
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the update: `scale` times the network of some cores (by name, in file order)."""
+
+    cores: tuple[str, ...]
+    weight: Axes
+    scale: Expression
+    position: Position  # of the pattern
+    scale_position: Position | None = None
+    label: str = "`weight`"
+    places: Mapping[str, Position] = field(default_factory=dict, repr=False)  # of the open legs
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """One line of `sizes`: several names unpack a tuple, or share one number."""
+
+    names: tuple[str, ...]
+    expression: Expression
+    node: Node = field(repr=False)  # of the expression
+    places: Mapping[str, Position] = field(default_factory=dict, repr=False)  # of the names
+
+
+@dataclass(frozen=True, eq=False)
+class Declaration:
+    """An adapter's topology: cores, the indices that join them, and how open legs make the weight."""
+
+    name: str
+    title: str
+    source: str
+    layers: tuple[str, ...]
+    params: Mapping[str, Expression]
+    bond: Expression | None
+    sizes: tuple[SizeRule, ...]
+    factors: Table | None
+    cores: tuple[Core, ...]
+    terms: tuple[Term, ...]
+    scale: Expression
+    compose: str | None  # `dora`
+    start: str  # `zero` or `frozen_copy`
+    seed: int
+    file: str
+    text: str = field(repr=False)
+    root: Node = field(repr=False)
+    tables: Mapping[str, Table] = field(default_factory=dict, repr=False)  # those that `factors` names
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The scopes that its shared cores name, but for `model`; `attach` binds each to a regular expression."""
+        return tuple(dict.fromkeys(core.shared for core in self.cores if core.shared not in (None, "model")))
+
+    def place(self, key: str) -> Position:
+        """Where the value of a key stands; the start of the file where the key is absent."""
+        return (self.root.get(key) or self.root).position
+
+    def __copy__(self) -> Declaration:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Declaration:
+        return self
+
+    def __hash__(self) -> int:
+        return hash((self.text, self.file))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Declaration) and (self.text, dict(self.tables)) == (other.text, dict(other.tables))
