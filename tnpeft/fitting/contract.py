@@ -28,26 +28,21 @@ class _Step(NamedTuple):
     result: tuple[int, ...]
 
 
-class _Program(NamedTuple):
-    steps: tuple[_Step, ...]
-    last: tuple[tuple[int, ...], tuple[int, ...]]  # of the one tensor that is left, and of the output
-
-
 def contract(operands: Sequence[Operand], output: Labels) -> Tensor:
     """One einsum over labelled operands, at least one, any number of which may share a label."""
+    tensors, inputs = [tensor for tensor, _ in operands], tuple(labels for _, labels in operands)
+    if len(tensors) == 1:
+        axes = [inputs[0].index(label) for label in output]
+        return tensors[0] if inputs[0] == output else torch.einsum(tensors[0], [*range(len(inputs[0]))], axes)
     sizes = {label: size for tensor, labels in operands for label, size in zip(labels, tensor.shape, strict=True)}
-    program = _program(tuple(labels for _, labels in operands), output, tuple(sizes.items()))
-    tensors = [tensor for tensor, _ in operands]
-    for step in program.steps:
+    for step in _steps(inputs, output, tuple(sizes.items())):
         right, left = tensors.pop(step.right), tensors.pop(step.left)
         tensors.append(torch.einsum(left, step.first, right, step.second, step.result))
-    if program.last[0] == program.last[1]:
-        return tensors[0]
-    return torch.einsum(tensors[0], *program.last)
+    return tensors[0]
 
 
 @lru_cache(maxsize=4096)
-def _program(inputs: tuple[Labels, ...], output: Labels, sizes: tuple[tuple[str, int], ...]) -> _Program:
+def _steps(inputs: tuple[Labels, ...], output: Labels, sizes: tuple[tuple[str, int], ...]) -> tuple[_Step, ...]:
     symbols = {label: opt_einsum.get_symbol(number) for number, (label, _) in enumerate(sizes)}
     words = tuple("".join(symbols[label] for label in labels) for labels in inputs)
     path = find_path(words, "".join(symbols[label] for label in output), tuple((symbols[a], b) for a, b in sizes))
@@ -56,11 +51,10 @@ def _program(inputs: tuple[Labels, ...], output: Labels, sizes: tuple[tuple[str,
     for left, right in path:
         second, first = waiting.pop(right), waiting.pop(left)
         needed = {*output, *(label for labels in waiting for label in labels)}
-        result = output if not waiting else tuple(x for x in dict.fromkeys((*first, *second)) if x in needed)
-        numbers = {label: number for number, label in enumerate(dict.fromkeys((*first, *second)))}
-        places = (tuple(numbers[label] for label in labels) for labels in (first, second, result))
-        steps.append(_Step(left, right, *places))
+        both = dict.fromkeys((*first, *second))
+        result = tuple(label for label in both if label in needed) if waiting else output
+        numbers = {label: number for number, label in enumerate(both)}
+        axes = (tuple(numbers[label] for label in labels) for labels in (first, second, result))
+        steps.append(_Step(left, right, *axes))
         waiting.append(result)
-    numbers = {label: number for number, label in enumerate(waiting[0])}
-    last = (tuple(range(len(numbers))), tuple(numbers[label] for label in output))
-    return _Program(tuple(steps), last)
+    return tuple(steps)
