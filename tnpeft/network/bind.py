@@ -17,15 +17,13 @@ from tnpeft.spec.declaration import Declaration
 from tnpeft.spec.document import clip
 from tnpeft.spec.expression import MAX_ABSOLUTE
 from tnpeft.spec.habits import unknown_params
-from tnpeft.spec.pattern import KINDS
+from tnpeft.spec.pattern import KINDS, LAYER_NAMES
 from tnpeft.spec.resolve import Resolved, layer_names, resolve
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["bind", "layer_of", "param_problems"]
-
-_LAYER_ARGUMENTS = ("in_channels", "out_channels", "in_features", "out_features", "kernel_size", "groups")
 
 
 def layer_of(module: nn.Module) -> Layer:
@@ -61,7 +59,7 @@ def bind(spec: Declaration, layer: Any, params: Mapping[str, Any]) -> Network:
     """The network of a spec for one layer; see `Spec.bind`."""
     given = dict(params)
     if isinstance(layer, str):
-        layer = _layer_from(layer, {key: given.pop(key) for key in _LAYER_ARGUMENTS if key in given})
+        layer = _layer_from(layer, {key: given.pop(key) for key in LAYER_NAMES if key in given})
     elif not isinstance(layer, Layer):
         layer = layer_of(layer)
     _check_kind(spec, layer)
@@ -125,7 +123,7 @@ def _check_kind(spec: Declaration, layer: Layer) -> None:
 
 
 def _check_params(spec: Declaration, given: Mapping[str, Any]) -> dict[str, int | float]:
-    if problems := [*param_problems(spec, given, _LAYER_ARGUMENTS)]:
+    if problems := [*param_problems(spec, given, LAYER_NAMES)]:
         raise BindError(*problems)
     numbers_given = {name: float(value) for name, value in given.items()}
     return {name: int(value) if value.is_integer() else value for name, value in numbers_given.items()}

@@ -7,9 +7,8 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 
-from tnpeft.spec.expression import ExpressionError, parse_expression
+from tnpeft.spec.expression import Expression
 from tnpeft.spec.pattern import ELLIPSIS
 
 __all__ = ["parameter_formula"]
@@ -17,7 +16,7 @@ __all__ = ["parameter_formula"]
 Powers = tuple[tuple[str, int], ...]  # of params, e.g. (("r", 2),)
 
 
-def parameter_formula(cores: Iterable[Sequence[str]], symbols: Mapping[str, str], order: Sequence[str]) -> str:
+def parameter_formula(cores: Iterable[Sequence[str]], symbols: Mapping[str, Expression], order: Sequence[str]) -> str:
     """The sum over `cores` (each its legs) of the product of leg sizes, grouped by powers of the params.
 
     `symbols` gives the legs whose size is an expression of params alone; every other leg stands for
@@ -35,7 +34,7 @@ def parameter_formula(cores: Iterable[Sequence[str]], symbols: Mapping[str, str]
 
 
 def _monomial(
-    legs: Sequence[str], symbols: Mapping[str, str], rank: Mapping[str, int]
+    legs: Sequence[str], symbols: Mapping[str, Expression], rank: Mapping[str, int]
 ) -> tuple[int, Powers, tuple[str, ...]]:
     coefficient = 1
     powers: Counter[str] = Counter()
@@ -50,14 +49,9 @@ def _monomial(
     return coefficient, tuple(sorted(powers.items())), tuple(sorted(own, key=lambda leg: rank.get(leg, len(rank))))
 
 
-@lru_cache(maxsize=1024)
-def _factors(text: str) -> tuple[int, Counter[str]]:
+def _factors(size: Expression) -> tuple[int, Counter[str]]:
     """`2 * r * s` as a number and names; anything else stands for itself in parentheses."""
-    number, names = 1, Counter[str]()
-    try:
-        pending: list[ast.expr] = [parse_expression(text).tree]
-    except ExpressionError:
-        return 1, Counter([f"({text})"])
+    number, names, pending = 1, Counter[str](), [size.tree]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
@@ -67,7 +61,7 @@ def _factors(text: str) -> tuple[int, Counter[str]]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, int):
             number *= node.value
         else:
-            return 1, Counter([f"({text})"])
+            return 1, Counter([f"({size})"])
     return number, names
 
 

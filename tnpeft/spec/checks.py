@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence, Set
 
 import networkx
 
-from tnpeft.errors import Position, near_miss
+from tnpeft.errors import Position, closest, near_miss
 from tnpeft.spec.declaration import Core, Declaration, Term
 from tnpeft.spec.document import Node, Problems
 from tnpeft.spec.expression import Expression, spelling
@@ -62,8 +62,7 @@ def _expressions(spec: Declaration) -> Iterator[tuple[str, Expression, Node | Po
 
 def _names(spec: Declaration, problems: Problems) -> None:
     """Fine rule 2: a name is a param, else a layer name, else an index in `sizes`."""
-    sized = [name for rule in spec.sizes for name in rule.names if name != ELLIPSIS]
-    known = {*spec.params, *LAYER_NAMES, *sized}
+    known = {*spec.sized, *LAYER_NAMES} - {ELLIPSIS}
     for what, expression, node in _expressions(spec):
         for name in expression.names:
             if name not in known:
@@ -231,7 +230,7 @@ def _singular(spec: Declaration, problems: Problems) -> None:
 
 def _sized(spec: Declaration, problems: Problems) -> None:
     """Fine rule 3: `bond` sizes what two cores share and `weight` has not; all else needs `sizes`."""
-    sized = {name for rule in spec.sizes for name in rule.names} | set(spec.params) | {ELLIPSIS}
+    sized = spec.sized
     opened = {leg for term in spec.terms for leg in term.places}
     reported: set[str] = set()
     for core in spec.cores:
@@ -259,14 +258,13 @@ def _unused_params(spec: Declaration, problems: Problems) -> None:
     """A param that nothing reads: often the size of an index that `sizes` leaves out, which then has the bond's."""
     legs = dict.fromkeys(leg for core in spec.cores for leg in core.legs)
     read = _read(spec).union(legs, *(expression.names for expression in spec.params.values()))
-    sized = {name for rule in spec.sizes for name in rule.names} | {*spec.params, ELLIPSIS}
+    sized = spec.sized
     bonds = [leg for leg in legs if leg not in sized]
     params = spec.root.get("params")
     for key, _ in params.items() if params is not None else ():
         name: str = key.value
         if name not in read:
-            meant = near_miss(name, bonds)[len("Did you mean `") : -len("`?")]
-            meant = meant or next((leg for leg in bonds if name.startswith(leg)), "")
+            meant = closest(name, bonds) or next((leg for leg in bonds if name.startswith(leg)), "")
             fix = "Remove it, or write it where it belongs."
             if meant:
                 fix = f"Write `{meant}: {name}` in `sizes` if it is the size of '{meant}', which has the bond's now."

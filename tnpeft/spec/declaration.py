@@ -11,7 +11,7 @@ from tnpeft.spec.document import Node
 from tnpeft.spec.expression import Expression
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import Init
-from tnpeft.spec.pattern import Axes
+from tnpeft.spec.pattern import ELLIPSIS, Axes
 
 __all__ = ["Core", "Declaration", "SizeRule", "Term"]
 
@@ -87,6 +87,11 @@ class Declaration:
     def scopes(self) -> tuple[str, ...]:
         """The scopes that its shared cores name, but for `model`; `attach` binds each to a regular expression."""
         return tuple(dict.fromkeys(core.shared for core in self.cores if core.shared not in (None, "model")))
+
+    @property
+    def sized(self) -> set[str]:
+        """The names that have a size of their own, in `sizes` or as params; `k...` has the kernel's."""
+        return {*self.params, ELLIPSIS, *(name for rule in self.sizes for name in rule.names)}
 
     def place(self, key: str) -> Position:
         """Where the value of a key stands; the start of the file where the key is absent."""

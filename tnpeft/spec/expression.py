@@ -81,10 +81,7 @@ class Expression:
 
     def number(self, names: Mapping[str, Value], table: Table | None = None) -> Number:
         """The value, which must be a single finite number."""
-        value = self.evaluate(names, table)
-        if isinstance(value, tuple):
-            raise ExpressionError("a number", f"{len(value)} numbers", "Pick one with `[0]`, or multiply with `prod`.")
-        return value
+        return _Evaluator(names, table).number(self.tree)
 
     def __str__(self) -> str:
         return self.text
@@ -205,7 +202,7 @@ class _Evaluator:
     def _error(self, node: ast.AST, expected: str, found: str, fix: str, *, structural: bool = True) -> ExpressionError:
         return ExpressionError(expected, found, fix, offset=getattr(node, "col_offset", 0), structural=structural)
 
-    def _number(self, node: ast.AST) -> Number:
+    def number(self, node: ast.AST) -> Number:
         value = self.visit(node)
         if isinstance(value, tuple):
             found = f"{len(value)} numbers"
@@ -213,7 +210,7 @@ class _Evaluator:
         return value
 
     def _whole(self, node: ast.AST, what: str) -> int:
-        value = self._number(node)
+        value = self.number(node)
         if value != int(value):
             raise self._error(node, f"{what} that is whole", f"{value:g}", "Use `//` or `floor`.", structural=False)
         return int(value)
@@ -240,7 +237,7 @@ class _Evaluator:
         return value
 
     def visit_binop(self, node: ast.BinOp) -> Value:
-        left, right = self._number(node.left), self._number(node.right)
+        left, right = self.number(node.left), self.number(node.right)
         try:
             return _BINARY[type(node.op)](left, right)
         except (ZeroDivisionError, OverflowError):
@@ -250,7 +247,7 @@ class _Evaluator:
     def visit_unaryop(self, node: ast.UnaryOp) -> Value:
         if isinstance(node.op, ast.Not):
             return int(not self.visit(node.operand))
-        value = self._number(node.operand)
+        value = self.number(node.operand)
         return -value if isinstance(node.op, ast.USub) else value
 
     def visit_boolop(self, node: ast.BoolOp) -> Value:

@@ -87,15 +87,12 @@ class Init:
         return self.text
 
 
-def _default_init() -> Init:
-    gain = parse_expression("1 / sqrt(3)")
-    return Init(
-        "kaiming_uniform", {"gain": gain}, "kaiming_uniform(fan=product of the legs after the first, gain=1/sqrt(3))"
-    )
-
-
 # What `torch.nn` layers do with a weight of the core's shape: uniform within 1 / sqrt(fan).
-DEFAULT_INIT = _default_init()
+DEFAULT_INIT = Init(
+    "kaiming_uniform",
+    {"gain": parse_expression("1 / sqrt(3)")},
+    "kaiming_uniform(fan=product of the legs after the first, gain=1/sqrt(3))",
+)
 
 
 def register_init(name: str, function: InitFunction) -> None:
@@ -142,15 +139,15 @@ def init_names() -> tuple[str, ...]:
     return (*_BUILT_IN, *_registered)
 
 
-def _arguments(name: str) -> tuple[str, ...]:
-    return _BUILT_IN[name] if name in _BUILT_IN else tuple(parameter.name for parameter in _further(name))
-
-
-def _further(name: str) -> list[inspect.Parameter]:
-    """What a registered function takes beside shape and generator; nothing is known of one that is not there."""
+def _arguments(name: str) -> dict[str, bool]:
+    """What an init takes, beside shape and generator, and whether it must be given; of an unknown one, nothing."""
+    if name in _BUILT_IN:
+        return {key: key not in _OPTIONAL and key != "fan" for key in _BUILT_IN[name]}
     if name not in _registered:
-        return []
-    return list(inspect.signature(_registered[name]).parameters.values())[2:]
+        return {}
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = [*inspect.signature(_registered[name]).parameters.values()][2:]
+    return {each.name: each.default is each.empty and each.kind not in variadic for each in parameters}
 
 
 def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | None:
@@ -184,20 +181,13 @@ def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | Non
     for key in _BUILT_IN.get(name, ()):
         if key in _OPTIONAL and key not in parsed:
             parsed[key] = parse_expression(_OPTIONAL[key])
-    missing = [key for key in _required(name) if key not in parsed]
+    missing = [key for key, required in _arguments(name).items() if required and key not in parsed]
     if missing and (known or name in _BUILT_IN):
         problems.add(
             node.position, f"init `{name}`", f"`{missing[0]}`", "it missing", f"Write `{name}({missing[0]}=...)`."
         )
         return None
     return Init(name, parsed, node.text.strip(), node.position)
-
-
-def _required(name: str) -> tuple[str, ...]:
-    if name in _BUILT_IN:
-        return tuple(key for key in _BUILT_IN[name] if key not in _OPTIONAL and key != "fan")
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return tuple(one.name for one in _further(name) if one.default is one.empty and one.kind not in variadic)
 
 
 def _split(text: str) -> list[str]:
@@ -214,7 +204,7 @@ def _split(text: str) -> list[str]:
 
 def _bind_arguments(name: str, parts: list[str], node: Node, problems: Problems | None) -> dict[str, str]:
     """The text of each argument by its name; without `problems`, those that the function has not are taken too."""
-    known = _arguments(name)
+    known = tuple(_arguments(name))
     given: dict[str, str] = {}
     for place, part in enumerate(parts):
         match = re.match(r"([A-Za-z_]\w*)\s*=(?!=)\s*(.*)", part, re.ASCII | re.DOTALL)

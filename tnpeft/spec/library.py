@@ -56,9 +56,8 @@ def find_shipped(name: str | Path, what: str, *folders: str, beside: Path = Path
         raise SpecError(problem)
     plain = isinstance(name, str) and not is_yaml and path.name == name
     for folder in folders if plain and name not in ("", ".", "..") else ():
-        shipped = shipped_folder() / folder / f"{name}.yaml"
-        if is_file(shipped):
-            return shipped
+        if is_file(file := shipped_folder() / folder / f"{name}.yaml"):
+            return file
     for place in (beside / path, path):
         if not plain and is_file(place):
             return place
@@ -68,10 +67,9 @@ def find_shipped(name: str | Path, what: str, *folders: str, beside: Path = Path
             missing = os.strerror(errno.ENOENT)
             raise SpecError(Problem(f"cannot read this {what}", "a readable file", missing, fix, str(path)))
         return path  # reading it says what is wrong
-    kinds = {"": "spec", "recipes": "recipe"}
-    found = next(
-        (f"a {kinds[folder]}" for folder in kinds if folder not in folders and _ships(folder, path)), "neither"
-    )
+    others = {folder: kind for folder, kind in (("", "a spec"), ("recipes", "a recipe")) if folder not in folders}
+    shipped = (kind for folder, kind in others.items() if is_file(shipped_folder() / folder / f"{path.name}.yaml"))
+    found = next(shipped, "neither")
     is_gone = found == "neither" and _is_path(name) and not os.path.lexists(path)
     found, names = ("no such file", "Check the path; ") if is_gone else (found, "")
     fix = fix if fix and found in ("neither", "no such file") else f"{names}`tnpeft list` prints the names."
@@ -108,10 +106,6 @@ def _yaml_files(folder: Path) -> list[Path]:
         return sorted(entry for entry in entries if entry.suffix in _ENDINGS)
     except (OSError, ValueError):
         return []
-
-
-def _ships(folder: str, path: Path) -> bool:
-    return is_file(shipped_folder() / folder / f"{path.name}.yaml")
 
 
 def label_of(path: Path) -> str:

@@ -46,15 +46,11 @@ def check_name(word: str, where: Position, what: str, problems: Problems) -> boo
         expected = "an ASCII word that is no Python keyword"
         problems.add(where, what, expected, clip(word), "Use letters, digits and `_`, starting with a letter.")
         return False
-    if word in FUNCTIONS or word in LAYER_NAMES or word in RESERVED:
-        roles = (
-            ("a function", FUNCTIONS),
-            ("a number of the layer", LAYER_NAMES),
-            ("an argument of `attach`", RESERVED),
-        )
-        role = next(role for role, words in roles if word in words)
-        problems.add(where, what, "a name of its own", f"`{word}`, {role}", "Choose another name.")
-        return False
+    roles = {"a function": FUNCTIONS, "a number of the layer": LAYER_NAMES, "an argument of `attach`": RESERVED}
+    for role, words in roles.items():
+        if word in words:
+            problems.add(where, what, "a name of its own", f"`{word}`, {role}", "Choose another name.")
+            return False
     return True
 
 

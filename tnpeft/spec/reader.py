@@ -10,7 +10,7 @@ from tnpeft.spec.checks import check
 from tnpeft.spec.declaration import Core, Declaration, SizeRule, Term
 from tnpeft.spec.document import Node, Problems, clip, read_document
 from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
-from tnpeft.spec.factorize import MAX_NUMBER, Table
+from tnpeft.spec.factorize import MAX_NUMBER, Table, bounded_product
 from tnpeft.spec.inits import DEFAULT_INIT, Init, parse_init
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, parse_axes, parse_legs
 from tnpeft.spec.schema import SPEC
@@ -383,9 +383,7 @@ def parse_table(node: Node, problems: Problems) -> Table:
             fix = "For example `32: [4, 4, 2]`."
             problems.add(key.position, "`factors`", "a positive number with a list of its factors", clip(factors), fix)
             continue
-        product = 1
-        for item in factors:
-            product = min(product * item, 2 * MAX_NUMBER)
+        product = min(bounded_product(factors, 2 * MAX_NUMBER), 2 * MAX_NUMBER)
         if product != number:
             found = f"{' x '.join(map(str, factors))} = {product}"
             fix = "Mend the entry; others are factorised by rule."

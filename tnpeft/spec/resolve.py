@@ -13,7 +13,7 @@ from graphlib import CycleError, TopologicalSorter
 from tnpeft.errors import Position, Problem
 from tnpeft.spec.declaration import Core, Declaration, SizeRule
 from tnpeft.spec.document import clip
-from tnpeft.spec.expression import Expression, ExpressionError, Number, Value
+from tnpeft.spec.expression import Expression, ExpressionError, Number, Value, parse_expression
 from tnpeft.spec.factorize import bounded_product, times
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, expand, expand_axes, kernel_indices
 
@@ -43,7 +43,7 @@ class Resolved:
     scales: list[float] = field(default_factory=list)  # of the terms
     scale: float = 1.0
     inits: dict[str, dict[str, float]] = field(default_factory=dict)  # arguments by core
-    symbols: dict[str, str] = field(default_factory=dict)  # legs whose size is an expression of params alone → its text
+    symbols: dict[str, Expression] = field(default_factory=dict)  # legs whose size is an expression of params alone
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -220,14 +220,14 @@ class _Resolver:
         if isinstance(self.bond, ExpressionError):
             return
         if "bond" in self.plain:
-            self.out.symbols[leg] = bond.text
+            self.out.symbols[leg] = bond
         self._size(leg, self.bond, self.source.place("bond"), "`bond`")
 
     def _symbol(self, leg: str, rule: SizeRule | None) -> None:
         if rule is None:
-            self.out.symbols[leg] = leg
+            self.out.symbols[leg] = parse_expression(leg)
         elif rule.names[0] in self.plain and not isinstance(self.values[leg], tuple):
-            self.out.symbols[leg] = rule.expression.text
+            self.out.symbols[leg] = rule.expression
 
     def _size(self, leg: str, value: Value, where: Position, what: str, core: str | None = None) -> None:
         if isinstance(value, tuple):
