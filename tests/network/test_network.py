@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import pickle
 import re
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnpeft
+from tnpeft.network.spec import _from_parts
+from tnpeft.spec import Declaration
 from tnpeft.verify.strategies import params_of, signatures
 
 TENVOO_L = "(i1 i2 + o1 o2) r^2 + (i3 + o3 + kd + kh + kw + 1) r^3 + 2r^4"
@@ -285,6 +289,38 @@ def test_modules_that_are_no_layer_of_ours(module, message):
     with pytest.raises(tnpeft.BindError) as caught:
         tnpeft.load_spec("lora").bind(module)
     assert str(caught.value) == message
+
+
+def test_a_spec_is_what_was_declared_and_cannot_change():
+    spec = tnpeft.Spec.from_yaml(tnpeft.load_spec("lokr").text, "lokr.yaml")
+    assert isinstance(spec, Declaration)
+    assert spec.bind("Linear", in_features=4, out_features=6).spec is spec
+    assert copy.copy(spec) is copy.deepcopy(spec) is spec
+    for part in (spec, spec.cores[0], spec.terms[0], spec.sizes[0]):
+        with pytest.raises(FrozenInstanceError):
+            part.label = "another"
+    again = pickle.loads(pickle.dumps(spec))
+    assert (type(again), again == spec, hash(again) == hash(spec)) == (tnpeft.Spec, True, True)
+    assert spec != tnpeft.load_spec("loha")
+
+
+def test_what_is_declared_knows_its_places():
+    spec = tnpeft.Spec.from_yaml(
+        "tnpeft: 1\nname: s\nlayers: [Linear]\nparams: {r: 2}\nsizes:\n  o: out_features\n"
+        "  i: in_features\ncores:\n  a: o r\n  b: {legs: r i}\nweight: o i\nstart: frozen_copy\n",
+        "s.yaml",
+    )
+    assert [str(where) for core in spec.cores for where in core.places.values()] == [
+        *("s.yaml:9:6", "s.yaml:9:8", "s.yaml:10:13", "s.yaml:10:15")
+    ]
+    assert [str(core.position) for core in spec.cores] == ["s.yaml:9:3", "s.yaml:10:13"]
+    assert {leg: str(where) for leg, where in spec.terms[0].places.items()} == {"o": "s.yaml:11:9", "i": "s.yaml:11:11"}
+    assert [str(rule.node.position) for rule in spec.sizes] == ["s.yaml:6:6", "s.yaml:7:6"]
+    assert (str(spec.place("start")), str(spec.place("scale"))) == ("s.yaml:12:8", "s.yaml:1:1")
+
+
+def test_earlier_pickles_find_how_specs_are_made_again():
+    assert importlib.import_module("tnpeft.spec.model")._from_parts is _from_parts
 
 
 def test_registered_inits_are_known_and_checked(monkeypatch):

@@ -586,6 +586,19 @@ def test_a_mistake_says_where_what_and_how_to_mend_it(old, new, messages):
     assert str(caught.value) == "\n".join(f"demo.yaml:{message}" for message in messages)
 
 
+def test_a_wrong_init_for_all_cores_is_the_only_mistake_where_a_core_has_one_leg():
+    text = "tnpeft: 1\nname: s\nlayers: [Linear]\nsizes: {o: out_features, i: in_features}\ninit: INIT\n"
+    text += "cores: {a: o, b: i}\nweight: o i\nstart: frozen_copy\n"
+    assert tnpeft.Spec.from_yaml(text.replace("INIT", "ones"))
+    with pytest.raises(tnpeft.SpecError) as caught:
+        tnpeft.Spec.from_yaml(text.replace("INIT", "onez"), "s.yaml")
+    (problem,) = caught.value.problems
+    assert str(problem.where) == "s.yaml:5:7"
+    with pytest.raises(tnpeft.SpecError) as caught:
+        tnpeft.Spec.from_yaml(text.replace("init: INIT\n", ""), "s.yaml")
+    assert [problem.core for problem in caught.value.problems] == ["a", "b"]
+
+
 def test_mistakes_are_collected_over_all_stages():
     """One of the shape, one between parts, one of an init, one of a name: four reports in the file's order."""
     text = GOOD.replace("name: demo", "name: demo\ntitel: x").replace("down: b i", "down: b j")
