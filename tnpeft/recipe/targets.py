@@ -127,7 +127,7 @@ def _of_kinds(spec: Spec, modules: Mapping[str, nn.Module]) -> dict[str, Problem
 
 def _kinds(spec: Spec) -> tuple[type[nn.Module], ...]:
     """The classes of the layers that a spec takes."""
-    return tuple(getattr(nn, kind) for kind in spec.layers)
+    return tuple([getattr(nn, kind) for kind in spec.layers])
 
 
 def _outermost(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
