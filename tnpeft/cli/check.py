@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.cli.output import Output, problem_data
-from tnpeft.errors import Problem, SpecError
+from tnpeft.errors import Problem, Problems, SpecError
 from tnpeft.spec import find_shipped, list_specs, load_spec
-from tnpeft.spec.document import Problems, read_file
+from tnpeft.spec.document import read_file
 from tnpeft.spec.library import not_yaml
 from tnpeft.spec.paths import is_file, is_folder
 from tnpeft.spec.reader import parse_table

@@ -15,7 +15,7 @@ from torch import nn
 
 from tnpeft.adapters import Captured
 from tnpeft.adapters.sharing import sharing_label
-from tnpeft.errors import AttachError, BindError, Problem, near_miss
+from tnpeft.errors import AttachError, BindError, Problem, clip, near_miss, ticked
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.recipe import Entry, Recipe, Train
 from tnpeft.recipe.attachment import recipe_of
@@ -23,7 +23,6 @@ from tnpeft.recipe.model import train_from
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec import Spec
-from tnpeft.spec.document import clip, ticked
 from tnpeft.spec.habits import advice_on
 from tnpeft.surgery import model_problems, plain_modules, plain_parameters
 

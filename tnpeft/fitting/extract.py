@@ -16,13 +16,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.errors import AttachError, Problem, TnpeftError, near_miss
+from tnpeft.errors import AttachError, Problem, TnpeftError, clip, near_miss
 from tnpeft.fitting.fit import Fit, FrozenCopy, Method, check_method, fit_adapter
 from tnpeft.network import Network
 from tnpeft.planning import DEFAULT_MODE
 from tnpeft.recipe import Handle, Recipe, Train, attach
 from tnpeft.spec import Spec
-from tnpeft.spec.document import clip
 from tnpeft.surgery import (
     adapters_of,
     base_tensors,

@@ -15,11 +15,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tnpeft.errors import AdapterFileError, Problem
+from tnpeft.errors import AdapterFileError, Problem, clip
+from tnpeft.errors import shown_path as shown
 from tnpeft.io.manifest import FORMAT, KEY, Manifest, digest, encode
 from tnpeft.spec import writing
-from tnpeft.spec.document import clip
-from tnpeft.spec.document import shown_path as shown
 from tnpeft.spec.recognise import recognise
 
 __all__ = [

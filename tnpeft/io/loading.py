@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
 from tnpeft.adapters.offload import hook_of
-from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning
+from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning, listed
 from tnpeft.io.base import base_digests, fingerprint
-from tnpeft.io.checks import listed, number_problem
+from tnpeft.io.checks import MOST_SHOWN, number_problem
 from tnpeft.io.files import FOREIGN, file_path, in_file, read, refuse, shown
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.renaming import with_plain_names
@@ -101,7 +101,8 @@ def other_base(manifest: Manifest, model: nn.Module) -> Problem | None:
     others = [name for name, digest in manifest.digests.items() if here.get(name, digest) != digest]
     if not others:
         return None
-    found = f"others in {listed(dict.fromkeys(name.rpartition('.')[0] or name for name in others))}"
+    owners = [*dict.fromkeys(name.rpartition(".")[0] or name for name in others)]
+    found = f"others in {listed(owners, MOST_SHOWN)}"
     fix = "Load it onto that base; here it computes something else than it was trained to."
     return Problem("base model", "the values that the adapter was trained on", found, fix)
 

@@ -8,13 +8,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tnpeft.errors import BindError, Problem, near_miss
+from tnpeft.errors import BindError, Problem, clip, near_miss
 from tnpeft.network.formula import parameter_formula
 from tnpeft.network.layer import Layer
 from tnpeft.network.look_alikes import kind_name, opaque
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
 from tnpeft.spec import Spec
-from tnpeft.spec.document import clip
 from tnpeft.spec.expression import MAX_ABSOLUTE
 from tnpeft.spec.habits import unknown_params
 from tnpeft.spec.model import provide

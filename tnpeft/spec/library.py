@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tnpeft.errors import Problem, SpecError, closest
+from tnpeft.errors import Problem, Problems, SpecError, clip, closest
 from tnpeft.spec.checks import check
-from tnpeft.spec.document import Problems, clip, read_bytes, read_file
+from tnpeft.spec.document import read_bytes, read_file
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits
 from tnpeft.spec.model import Core, SizeRule, Spec, Term, provide

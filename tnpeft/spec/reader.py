@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tnpeft.errors import Position, Problem, SpecError, near_miss
-from tnpeft.spec.document import Node, Problems, clip, read_document
+from tnpeft.errors import Position, Problem, Problems, SpecError, clip, near_miss
+from tnpeft.spec.document import Node, read_document
 from tnpeft.spec.draft import Draft, DraftCore, DraftRule, DraftTerm
 from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
 from tnpeft.spec.factorize import MAX_NUMBER, Table

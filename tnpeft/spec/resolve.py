@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Protocol
 
-from tnpeft.errors import Position, Problem
-from tnpeft.spec.document import clip
+from tnpeft.errors import Position, Problem, clip
 from tnpeft.spec.expression import Expression, ExpressionError, Number, Value
 from tnpeft.spec.factorize import Table, bounded_product, times
 from tnpeft.spec.inits import Init, Last, Legs

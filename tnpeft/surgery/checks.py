@@ -17,11 +17,10 @@ from tnpeft.adapters import Adapter
 from tnpeft.adapters.distributed import is_distributed
 from tnpeft.adapters.offload import is_own_forward
 from tnpeft.adapters.parked import MANGLED, own_weight
-from tnpeft.errors import Problem, listed, near_miss
+from tnpeft.errors import Problem, clip, listed, near_miss
 from tnpeft.execution import AdaptedLayer
 from tnpeft.network import layer_of
 from tnpeft.network.look_alikes import full_names, kind_name, look_alike, opaque
-from tnpeft.spec.document import clip
 from tnpeft.surgery.adapted_model import AdaptedModel, find, kind_problem
 from tnpeft.surgery.tree import Slot, places, plain_modules
 

@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import Path
 
-from tnpeft.errors import AdapterFileError
+from tnpeft.errors import AdapterFileError, clip
 from tnpeft.io.files import refuse
 from tnpeft.io.foreign.spelling import respelled
-from tnpeft.spec.document import clip
 
 __all__ = ["FORMATS", "SUPPORTED", "clip_key", "guess", "unknown", "unsupported"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning
+from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning, clip
 from tnpeft.io.checks import number_problem
 from tnpeft.io.files import file_path, in_file, refuse, shown
 from tnpeft.io.foreign.key_names import reached_twice
@@ -26,7 +26,6 @@ from tnpeft.io.foreign.source import Source, open_source
 from tnpeft.io.foreign.tenvoo import read_tenvoo
 from tnpeft.io.manifest import dtype_name
 from tnpeft.recipe import Handle
-from tnpeft.spec.document import clip
 from tnpeft.surgery import (
     base_tensors,
     install,

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tnpeft.errors import clip
 from tnpeft.io.foreign.beside import beside, with_biases
 from tnpeft.io.foreign.formats import SUPPORTED, unsupported
 from tnpeft.io.foreign.key_names import check_layers, dotted, layer_named
@@ -17,7 +18,6 @@ from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, 
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.source import Source
 from tnpeft.network import layer_of
-from tnpeft.spec.document import clip
 
 __all__ = ["read_peft"]
 

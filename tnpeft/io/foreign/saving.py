@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.errors import AdapterFileError, Problem
+from tnpeft.errors import AdapterFileError, Problem, clip
 from tnpeft.io.files import file_path, refuse, replace_files, shown, what_is_at
 from tnpeft.io.foreign.components import named_parts
 from tnpeft.io.foreign.diffusers_files import diffusers_contents, diffusers_problems
@@ -29,7 +29,6 @@ from tnpeft.io.foreign.rewrites import part_of, untuckered
 from tnpeft.io.foreign.source import DIFFUSERS_WEIGHTS
 from tnpeft.io.saving import chosen
 from tnpeft.network import layer_of
-from tnpeft.spec.document import clip
 from tnpeft.surgery import AdaptedModel, plain_modules, statistics_of
 from tnpeft.surgery.trained import all_tied
 
