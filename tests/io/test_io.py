@@ -18,10 +18,10 @@ from small import attach, bits, chain, net, same_bits, train
 from torch import nn
 
 import tnpeft
+from tnpeft.documents.files import replace_files
 from tnpeft.errors import AttachError
 from tnpeft.io import load, save, save_foreign
 from tnpeft.spec import load_spec
-from tnpeft.spec.writing import replace_files
 from tnpeft.surgery import activate, adapters_of, detach, disabled, merge, names_of, record_of
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.cli.output import Output, problem_data
+from tnpeft.documents.nodes import read_file
+from tnpeft.documents.paths import is_file, is_folder
 from tnpeft.errors import Problem, Problems, SpecError
 from tnpeft.spec import find_shipped, list_specs, load_spec
-from tnpeft.spec.document import read_file
 from tnpeft.spec.library import not_yaml
-from tnpeft.spec.paths import is_file, is_folder
 from tnpeft.spec.reader import parse_table
 
 __all__ = ["SUFFIXES", "check_files", "expand", "kind_of"]

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tnpeft.documents import files
+from tnpeft.documents.recognise import recognise
 from tnpeft.errors import AdapterFileError, Problem, clip
 from tnpeft.errors import shown_path as shown
 from tnpeft.io.manifest import FORMAT, KEY, Manifest, digest, encode
-from tnpeft.spec import writing
-from tnpeft.spec.recognise import recognise
 
 __all__ = [
     "FOREIGN",
@@ -85,7 +85,7 @@ def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None
 
 def replace_files(contents: Mapping[Path, bytes]) -> None:
     """Write all of the files or, but for a crash between two moves, none. Raises AdapterFileError."""
-    writing.replace_files(contents, _unwritten)
+    files.replace_files(contents, _unwritten)
 
 
 def _unwritten(path: Path, reason: str) -> AdapterFileError:

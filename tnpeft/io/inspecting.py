@@ -18,6 +18,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tnpeft.documents.recognise import recognise
 from tnpeft.errors import AdapterFileError, TnpeftError, clip
 from tnpeft.io.checks import number_problem
 from tnpeft.io.files import FOREIGN, file_path, in_file, not_safetensors, read, refuse
@@ -25,7 +26,6 @@ from tnpeft.io.foreign.source import Source, open_source, tensors_of, weights_of
 from tnpeft.io.manifest import FORMAT, LayerEntry, Manifest
 from tnpeft.recipe.report import reasons_of
 from tnpeft.spec import Spec
-from tnpeft.spec.recognise import recognise
 from tnpeft.surgery import AdapterRecord
 
 __all__ = ["COLUMNS", "InspectedLayer", "Inspection", "inspect"]

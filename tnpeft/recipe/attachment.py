@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
+from tnpeft.documents.nodes import read_file
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, clip
 from tnpeft.network import Network, param_problems
 from tnpeft.planning import DEFAULT_MODE, check_mode
@@ -18,7 +19,6 @@ from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import passed_over, skipped, targets, trained
 from tnpeft.spec import Spec, find_shipped, load_spec
-from tnpeft.spec.document import read_file
 from tnpeft.spec.habits import ATTACH, unknown_params
 from tnpeft.spec.library import shipped_folder
 from tnpeft.surgery import adapters_of, base_shown, install, plain_modules, record_of, trained_of

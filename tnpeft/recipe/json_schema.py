@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tnpeft.documents.json_schema import NAME, WORD, Keywords, schema_document
 from tnpeft.recipe.model import ALL, RECIPE
 from tnpeft.spec import list_specs
-from tnpeft.spec.json_schema import NAME, WORD, Keywords, schema_document
 
 __all__ = ["recipe_schema"]
 

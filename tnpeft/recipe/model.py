@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tnpeft.documents.nodes import Node, read_bytes, read_document
+from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_problem, with_text_keys
 from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
 from tnpeft.spec import Spec, find_shipped, load_spec
-from tnpeft.spec.document import Node, read_bytes, read_document
 from tnpeft.spec.habits import advice_on, unknown_params, value_of_param
 from tnpeft.spec.library import label_of, shipped_folder
-from tnpeft.spec.shape import FilePart, Schema, check_shape, entries_problem, with_text_keys
 
 __all__ = ["ALL", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "train_from"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import networkx
 
+from tnpeft.documents.nodes import Node
 from tnpeft.errors import Position, Problems, near_miss
-from tnpeft.spec.document import Node
 from tnpeft.spec.draft import Draft, DraftCore, DraftTerm
 from tnpeft.spec.expression import Expression, spelling
 from tnpeft.spec.inits import Last, Legs

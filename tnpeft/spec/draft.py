@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tnpeft.documents.nodes import Node
 from tnpeft.errors import Position
-from tnpeft.spec.document import Node
 from tnpeft.spec.expression import Expression
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import Init

@@ -12,15 +12,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tnpeft.documents.nodes import read_bytes, read_file
+from tnpeft.documents.paths import is_file
+from tnpeft.documents.recognise import recognise
 from tnpeft.errors import Problem, Problems, SpecError, clip, closest
 from tnpeft.spec.checks import check
-from tnpeft.spec.document import read_bytes, read_file
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits
 from tnpeft.spec.model import Core, SizeRule, Spec, Term, provide
-from tnpeft.spec.paths import is_file
 from tnpeft.spec.reader import parse_draft, parse_table
-from tnpeft.spec.recognise import recognise
 
 __all__ = ["find_shipped", "label_of", "list_specs", "load_spec", "not_yaml", "shipped_folder", "shipped_tables"]
 

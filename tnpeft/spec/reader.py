@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tnpeft.documents.nodes import Node, read_document
+from tnpeft.documents.schema import check_shape, entries_problem, is_remnant, with_text_keys
 from tnpeft.errors import Position, Problem, Problems, SpecError, clip, near_miss
-from tnpeft.spec.document import Node, read_document
 from tnpeft.spec.draft import Draft, DraftCore, DraftRule, DraftTerm
 from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
 from tnpeft.spec.factorize import MAX_NUMBER, Table
 from tnpeft.spec.inits import DEFAULT_INIT, Init, parse_init
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, parse_axes, parse_legs
 from tnpeft.spec.schema import SPEC
-from tnpeft.spec.shape import check_shape, entries_problem, is_remnant, with_text_keys
 
 __all__ = ["SHORT_KINDS", "parse_draft", "parse_table"]
 

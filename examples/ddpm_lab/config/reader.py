@@ -12,8 +12,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from ddpm_lab.support.faults import LabError
+from tnpeft.documents.nodes import Node, read_document, read_file
 from tnpeft.errors import Position, Problem, SpecError, near_miss
-from tnpeft.spec.document import Node, read_document, read_file
 
 __all__ = ["read_config"]
 

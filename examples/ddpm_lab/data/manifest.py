@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from ddpm_lab.config.settings import Data
 from ddpm_lab.data.reading import not_a_file
 from ddpm_lab.support.faults import MOST, LabError, fault, raise_all, reason
+from tnpeft.documents.paths import is_folder
 from tnpeft.errors import Position, Problem
-from tnpeft.spec.paths import is_folder
 
 __all__ = ["VERSION", "Entry", "Manifest", "Rejected", "checksum", "compare", "read_manifest", "root_of"]
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from ddpm_lab.support.durable import digest_of_file
 from ddpm_lab.support.faults import fault, raise_all, reason
+from tnpeft.documents.paths import is_file
 from tnpeft.errors import Problem
-from tnpeft.spec.paths import is_file
 
 __all__ = ["Encoder", "load_encoder", "medicalnet_resnet50"]
 

@@ -15,8 +15,8 @@ from torch import nn
 import tnpeft
 from ddpm_lab.config.settings import Config
 from ddpm_lab.support.faults import fault, raise_all, reason
+from tnpeft.documents.paths import is_file, is_folder, resolved
 from tnpeft.errors import Problem
-from tnpeft.spec.paths import is_file, is_folder, resolved
 
 __all__ = ["BASE", "RESULTS", "Variant", "find_variants", "name_of"]
 

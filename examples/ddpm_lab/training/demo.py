@@ -26,8 +26,8 @@ from ddpm_lab.training.finetune import Run, Setup, prepare, prepare_volumes, run
 from ddpm_lab.training.plots import Curve, plot_curves
 from ddpm_lab.training.summary import describe_run, error_table, sample_table, time_line
 from ddpm_lab.training.train import History, Step, steps_of, train
+from tnpeft.documents.paths import is_file
 from tnpeft.errors import Problem
-from tnpeft.spec.paths import is_file
 
 __all__ = ["demo"]
 

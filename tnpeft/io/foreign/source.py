@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tnpeft.documents.recognise import recognise
 from tnpeft.errors import AdapterFileError, clip
 from tnpeft.io.files import not_safetensors, refuse, what_is_at
 from tnpeft.io.foreign.archive import archive_problem
 from tnpeft.io.foreign.formats import FORMATS, clip_key, guess, unknown
 from tnpeft.io.manifest import KEY
-from tnpeft.spec.recognise import recognise
 
 __all__ = [
     "CONFIG",

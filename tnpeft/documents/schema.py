@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tnpeft.documents.nodes import Node
 from tnpeft.errors import MAX_PROBLEMS, Position, Problem, Problems, clip, near_miss
-from tnpeft.spec.document import Node
 
 __all__ = ["FilePart", "Path", "Schema", "check_shape", "entries_problem", "is_remnant", "keys_of", "with_text_keys"]
 
