@@ -8,7 +8,7 @@ events can be bounded before anything is built. Scalars follow the YAML 1.2 core
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,23 @@ class Node:
     def get(self, key: object) -> Node | None:
         """The value under `key` of a mapping, or the item at an index of a list."""
         if self.kind == "list" and isinstance(key, int) and 0 <= key < len(self.value):
-            found: Node = self.value[key]
-            return found
+            item: Node = self.value[key]
+            return item
         return next((value for name, value in self.items() if name.value == key), None)
+
+    def key(self, key: object) -> Node | None:
+        """A key of a mapping as it stands there."""
+        return next((name for name, _ in self.items() if name.value == key), None)
+
+    def along(self, path: Iterable[str | int]) -> tuple[Node, ...]:
+        """The nodes that a path leads through, this one first, as far as there are any."""
+        nodes = [self]
+        for step in path:
+            below = nodes[-1].get(step)
+            if below is None:
+                break
+            nodes.append(below)
+        return tuple(nodes)
 
     def plain(self) -> Any:
         """The node as dicts, lists and scalars."""

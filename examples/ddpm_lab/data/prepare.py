@@ -16,8 +16,9 @@ from ddpm_lab.data.files import FEWEST, Volume, each, find_volumes, inspect, spl
 from ddpm_lab.data.manifest import VERSION, checksum
 from ddpm_lab.data.outliers import Outliers, warnings_of
 from ddpm_lab.support.console import Screen
+from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.faults import MOST, LabError, fault, reason
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import at_work
 from ddpm_lab.support.record import write_record
 from tnpeft.errors import Problem

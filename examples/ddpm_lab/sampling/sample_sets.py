@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.faults import fault
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 
 __all__ = ["SampleSet", "find_sample_sets"]
 

@@ -19,9 +19,9 @@ from ddpm_lab.config.settings import Config
 from ddpm_lab.evaluation.evaluate import evaluate_samples
 from ddpm_lab.sampling.sample import sample_volumes
 from ddpm_lab.support.console import Screen
-from ddpm_lab.support.durable import writing
+from ddpm_lab.support.durable import write_json, writing
 from ddpm_lab.support.faults import fault, raise_all
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone
 from ddpm_lab.training.driver import finetune
 from ddpm_lab.training.resume import differences, flat

@@ -17,8 +17,9 @@ from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.diffusion import noise_schedule
 from ddpm_lab.model.unet import build_unet, save_weights
 from ddpm_lab.support.console import Screen
+from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.faults import raise_all
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone_in_out
 from ddpm_lab.training.driver import finish
 from ddpm_lab.training.estimate import expected_time
