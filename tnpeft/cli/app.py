@@ -21,6 +21,14 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+OneSpec = Annotated[str, typer.Argument(metavar="SPEC", help="A shipped name or a file.")]
+What = Annotated[str, typer.Argument(metavar="RECIPE_OR_SPEC", help="A shipped name or a file.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
+]
+Match = Annotated[
+    str | None, typer.Option("--match", help="With a spec: a regular expression on layers' names, or all.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="NAME=NUMBER", help="A param of the spec, e.g. r=8. Repeatable."),
@@ -72,7 +80,7 @@ def check(
 @app.command()
 @reported
 def show(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A shipped name or a file.")],
+    spec: OneSpec,
     layer: Annotated[
         str | None,
         typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="e.g. Conv3d:64,128,3 or Conv2d:8,8,1x3,groups=2"),
@@ -113,13 +121,9 @@ def draw(
 @app.command()
 @reported
 def count(
-    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_SPEC", help="A shipped name or a file.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
-    ],
-    match: Annotated[
-        str | None, typer.Option("--match", help="With a spec: a regular expression on layers' names, or all.")
-    ] = None,
+    what: What,
+    model: Model,
+    match: Match = None,
     settings: Settings = None,
     scopes: Scopes = None,
     as_json: Json = False,
@@ -144,7 +148,7 @@ def schema(
 @app.command()
 @reported
 def verify(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A shipped name or a file.")],
+    spec: OneSpec,
     layer: Annotated[
         str | None,
         typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="Try this layer alone, with any options."),
@@ -167,9 +171,7 @@ def verify(
 def extract(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The base model's weights: safetensors, or a folder.")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Those of the full fine-tune.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
-    ],
+    model: Model,
     target: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The adapter file to write.")],
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Which spec goes on which layers, and what else is taken over.")
@@ -215,9 +217,7 @@ def convert(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="The file (for PEFT and diffusers the folder) to write.")
     ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
-    ],
+    model: Model,
     read_as: Annotated[
         str | None,
         typer.Option(
@@ -247,17 +247,9 @@ def convert(
     from tnpeft.cli.convert import convert_file
 
     convert_file(
-        Output(),
-        source,
-        target,
-        model,
-        read_as=read_as,
-        write_as=write_as,
-        name=name,
-        alpha=alpha,
-        prefix=prefix,
-        as_json=as_json,
-    )
+        Output(), source, target, model,
+        read_as=read_as, write_as=write_as, name=name, alpha=alpha, prefix=prefix, as_json=as_json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -275,14 +267,10 @@ def inspect(
 @app.command()
 @reported
 def budget(
-    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_SPEC", help="A shipped name or a file.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
-    ],
+    what: What,
+    model: Model,
     params: Annotated[int, typer.Option("--params", "-p", metavar="NUMBER", help="How many parameters may train.")],
-    match: Annotated[
-        str | None, typer.Option("--match", help="With a spec: a regular expression on layers' names, or all.")
-    ] = None,
+    match: Match = None,
     param: Annotated[str, typer.Option("--param", metavar="NAME", help="The param to solve for.")] = "r",
     fixed: Annotated[
         list[str] | None, typer.Option("--fixed", metavar="SPEC", help="A spec that keeps the recipe's. Repeatable.")

@@ -140,10 +140,16 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
             return
         expected, fix = schema.words_for(path, str(key)) or ("it", "Add it.")
         problems.add(parent.position, f"{owner} has no `{key}`", expected, "nothing", fix, core=core)
-    elif kind == "extra_forbidden":
-        _unknown_key(parent, path, node, owner, schema, core, problems)
     elif node.value is None and str(key).rstrip().endswith(")"):
-        _split_value(parent, str(key), f"`{path[-2]}`", core, problems)
+        fix = 'A comma ends a value inside `{...}`: quote this, `init: "kaiming_uniform(fan=8, gain=relu)"`.'
+        what = f"{owner if kind == 'extra_forbidden' else f'`{path[-2]}`'}, key {clip(str(key))}"
+        found = "the rest of one that a comma split"
+        problems.add(_name(parent, str(key)), what, "a quoted value", found, fix, core=core)
+    elif kind == "extra_forbidden":
+        known = sorted(keys_at(schema.model, path[:-1]))
+        fix = near_miss(str(key), known) or schema.advice(path[:-1], str(key), node.plain()) or "Remove it."
+        what = f"unknown key {clip(str(key))} in {owner}"
+        problems.add(_name(parent, str(key)), what, f"one of {', '.join(known)}", clip(str(key)), fix, core=core)
     elif len(path) == 2 and path[0] in schema.parts:
         expected, fix = schema.parts[str(path[0])]
         place = f"entry {key + 1}" if isinstance(key, int) else clip(key)
@@ -194,25 +200,6 @@ def _inner(annotation: Any, step: str | int) -> Any:
 
 def _options(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
-def _unknown_key(
-    parent: Node, path: Path, node: Node, owner: str, schema: Schema, core: str | None, problems: Problems
-) -> None:
-    key = str(path[-1])
-    if key.rstrip().endswith(")") and node.value is None:
-        _split_value(parent, key, owner, core, problems)
-    else:
-        known = sorted(keys_at(schema.model, path[:-1]))
-        fix = near_miss(key, known) or schema.advice(path[:-1], key, node.plain()) or "Remove it."
-        what = f"unknown key {clip(key)} in {owner}"
-        problems.add(_name(parent, key), what, f"one of {', '.join(known)}", clip(key), fix, core=core)
-
-
-def _split_value(parent: Node, key: str, owner: str, core: str | None, problems: Problems) -> None:
-    fix = 'A comma ends a value inside `{...}`: quote this, `init: "kaiming_uniform(fan=8, gain=relu)"`.'
-    found = "the rest of one that a comma split"
-    problems.add(_name(parent, key), f"{owner}, key {clip(key)}", "a quoted value", found, fix, core=core)
 
 
 def _name(parent: Node, key: str) -> Position:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -20,6 +18,7 @@ from tnpeft.network import Layer, Network, layer_of
 from tnpeft.recipe import Entry, Recipe, Train
 from tnpeft.recipe.attachment import recipe_of
 from tnpeft.recipe.model import train_from
+from tnpeft.recipe.report import printed
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec import Spec
@@ -81,9 +80,7 @@ class Budget:
             table.add_column(heading, justify="right")
         for row in self.rows:
             table.add_row(f"{row.value}", f"{row.cores:,}", f"{row.total:,}", f"{row.share:.1%}")
-        stream = io.StringIO()
-        Console(file=stream, width=100, color_system=None, force_terminal=False).print(table)
-        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+        return printed(table, width=100)
 
 
 def budget(

@@ -17,7 +17,7 @@ from tnpeft.errors import listed
 from tnpeft.recipe.targets import fused_attention
 from tnpeft.surgery import AdapterRecord, base_tensors, layers_of, plain_parameters, record_of
 
-__all__ = ["REASONS", "LayerReport", "Report", "SharedReport", "reasons_of", "report_of"]
+__all__ = ["REASONS", "LayerReport", "Report", "SharedReport", "printed", "reasons_of", "report_of"]
 
 REASONS = ("bias", "norm", "also")
 
@@ -133,9 +133,14 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=140, color_system=None, force_terminal=False).print(self)
-        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+        return printed(self)
+
+
+def printed(content: object, width: int = 140, markup: bool = True) -> str:
+    """What rich prints, as plain text."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None, force_terminal=False, markup=markup).print(content)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
 def report_of(model: nn.Module, name: str) -> Report:

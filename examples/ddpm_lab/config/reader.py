@@ -84,8 +84,8 @@ def _with(node: Node, names: Sequence[str], value: Node, where: Position) -> Nod
 def _infinities(node: Node, key: Key = ()) -> Iterator[Problem]:
     """Numbers that are infinite or none, which no configuration may have; pydantic lets both pass."""
     if isinstance(node.value, float) and not math.isfinite(node.value):
-        name = ".".join(str(part) for part in key)
-        yield Problem(name, "a finite number", str(node.value), "Write a number.", _place(node))
+        what = ".".join(str(part) for part in key)
+        yield Problem(what, "a finite number", str(node.value), "Write a number.", _place(node))
     for name, inner in node.items():
         yield from _infinities(inner, (*key, name.value))
     for index, inner in enumerate(node.value if node.kind == "list" else ()):

@@ -17,7 +17,7 @@ from ddpm_lab.support.faults import fault
 from tnpeft import TnpeftError
 from tnpeft.documents.files import replace_files
 
-__all__ = ["digest_of_file", "write_json", "write_tensors", "write_whole", "writing"]
+__all__ = ["digest_of_file", "read_json", "write_json", "write_tensors", "write_whole", "writing"]
 
 CHUNK = 1 << 22
 
@@ -59,6 +59,15 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write data as JSON, whole or not at all."""
     write_whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A mapping that an earlier run wrote, or None where there is no whole one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def digest_of_file(path: Path) -> str:

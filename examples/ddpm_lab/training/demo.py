@@ -17,7 +17,7 @@ from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.diffusion import noise_schedule
 from ddpm_lab.model.unet import build_unet, save_weights
 from ddpm_lab.support.console import Screen
-from ddpm_lab.support.durable import write_json
+from ddpm_lab.support.durable import read_json, write_json
 from ddpm_lab.support.faults import raise_all
 from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone_in_out
@@ -173,11 +173,8 @@ def _key(source: Config, config: DemoConfig) -> str:
 
 def _says(path: Path, wanted: dict[str, Any]) -> bool:
     """Whether a JSON file of an earlier run holds these entries."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items())
+    found = read_json(path)
+    return found is not None and all(found.get(key) == value for key, value in wanted.items())
 
 
 def _tuned(config: DemoConfig, out: Path, domain: str, method: Method, training: Training) -> Config:
