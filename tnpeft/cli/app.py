@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, ParamSpec
 
 import typer
 
@@ -19,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+P = ParamSpec("P")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 OneSpec = Annotated[str, typer.Argument(metavar="SPEC", help="A shipped name or a file.")]
@@ -39,13 +42,17 @@ Scopes = Annotated[
 ]
 
 
+def _command(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """A command of that name, or its function's, whose mistakes are told as messages."""
+    return lambda function: app.command(name)(reported(function))
+
+
 def main() -> None:
     """The console script `tnpeft`."""
     app()
 
 
-@app.command("list")
-@reported
+@_command("list")
 def list_(
     as_json: Json = False,
     markdown: Annotated[
@@ -64,8 +71,7 @@ def list_(
     print_list(Output(), as_json)
 
 
-@app.command()
-@reported
+@_command()
 def check(
     files: Annotated[list[str], typer.Argument(metavar="SPEC_OR_RECIPE...", help="Files, folders or shipped names.")],
     as_json: Json = False,
@@ -77,8 +83,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-@reported
+@_command()
 def show(
     spec: OneSpec,
     layer: Annotated[
@@ -98,8 +103,7 @@ def show(
     show_spec(Output(), spec, layer, input_, settings or [], as_json)
 
 
-@app.command()
-@reported
+@_command()
 def draw(
     specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="Shipped names, files, or folders of specs.")],
     output: Annotated[
@@ -118,8 +122,7 @@ def draw(
     draw_specs(Output(), specs, output, layer, settings or [], as_json)
 
 
-@app.command()
-@reported
+@_command()
 def count(
     what: What,
     model: Model,
@@ -134,8 +137,7 @@ def count(
     count_parameters(Output(), what, model, match, settings or [], as_json, scopes or [])
 
 
-@app.command()
-@reported
+@_command()
 def schema(
     what: Annotated[str, typer.Argument(metavar="[spec|recipe]", help="Which files the schema is for.")] = "spec",
 ) -> None:
@@ -145,8 +147,7 @@ def schema(
     print_schema(Output(), what)
 
 
-@app.command()
-@reported
+@_command()
 def verify(
     spec: OneSpec,
     layer: Annotated[
@@ -166,8 +167,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
-@reported
+@_command()
 def extract(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The base model's weights: safetensors, or a folder.")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Those of the full fine-tune.")],
@@ -204,8 +204,7 @@ def extract(
         raise typer.Exit(1)
 
 
-@app.command()
-@reported
+@_command()
 def convert(
     source: Annotated[
         str,
@@ -252,8 +251,7 @@ def convert(
     )  # fmt: skip
 
 
-@app.command()
-@reported
+@_command()
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="An adapter file of tnpeft, PEFT, LyCORIS or the paper.")],
     as_json: Json = False,
@@ -264,8 +262,7 @@ def inspect(
     inspect_file(Output(), file, as_json)
 
 
-@app.command()
-@reported
+@_command()
 def budget(
     what: What,
     model: Model,
@@ -285,8 +282,7 @@ def budget(
     find_budget(Output(), what, model, params, match, param, fixed or [], settings or [], scopes or [], as_json)
 
 
-@app.command()
-@reported
+@_command()
 def version(as_json: Json = False) -> None:
     """Print the version."""
     output = Output()

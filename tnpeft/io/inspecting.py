@@ -126,9 +126,8 @@ class Inspection:
             elements = sum(map(math.prod, self.others.values()))
             facts["other tensors"] = f"{len(self.others)}, {elements:,} elements: {_names(self.others)}"
         if self.base:
-            shown = ", ".join(f"{name} {shape}" for name, shape in list(self.base.items())[:_SHOWN])
-            more = len(self.base) - _SHOWN
-            facts["to load it"] = f"a model of {len(self.base)} tensors: {shown}{f' and {more} more' * (more > 0)}"
+            tensors = _names(f"{name} {shape}" for name, shape in self.base.items())
+            facts["to load it"] = f"a model of {len(self.base)} tensors: {tensors}"
         facts |= {"fingerprint": self.fingerprint} if self.fingerprint else {}
         facts |= {"digest": self.digest} if self.digest else {}
         return facts
