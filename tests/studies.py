@@ -11,7 +11,7 @@ import numpy as np
 from ddpm_lab.config.reader import read_config
 from ddpm_lab.study.run import BASE, Outcome
 from ddpm_lab.study.settings import STUDIES, StudyConfig
-from ddpm_lab.support.folders import write_json
+from ddpm_lab.support.durable import write_json
 
 QUICK = (
     "{steps: 2, batch_size: 2, accumulation: 1, learning_rate: 1.0e-3, schedule: one_cycle, clip_norm: 1.0, threads: 1}"

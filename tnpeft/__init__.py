@@ -6,8 +6,8 @@ A YAML file declares the adapter's tensor network; `attach` puts it on a model:
 
 The rooms import only to the left:
 
-    errors <- spec <- network <- planning <- program <- modules <- surgery <- recipe
-           <- io <- integrations <- fitting <- verify <- draw <- cli
+    errors <- documents <- spec <- network <- planning <- program <- modules <- surgery
+           <- recipe <- io <- integrations <- fitting <- verify <- draw <- cli
 
 `tnpeft.integrations` has what other libraries call; its modules are imported by name.
 """
@@ -113,37 +113,17 @@ __all__ = [
 
 # The rooms that need torch load on first use, so that checking a spec takes no torch import.
 _LAZY = {
-    "Adapter": "modules",
-    "compile": "modules",
-    "memory_limit": "modules",
-    "accumulating": "surgery",
-    "activate": "surgery",
-    "detach": "surgery",
-    "disabled": "surgery",
-    "merge": "surgery",
-    "names_of": "surgery",
-    "plain_state_dict": "surgery",
-    "scales_of": "surgery",
-    "unmerge": "surgery",
-    "Handle": "recipe",
-    "Recipe": "recipe",
-    "Report": "recipe",
-    "attach": "recipe",
-    "list_recipes": "recipe",
-    "load_recipe": "recipe",
-    "Inspection": "io",
-    "inspect": "io",
-    "load": "io",
-    "load_foreign": "io",
-    "save": "io",
-    "save_foreign": "io",
-    "Budget": "fitting",
-    "Extraction": "fitting",
-    "Fit": "fitting",
-    "budget": "fitting",
-    "extract": "fitting",
-    "fit": "fitting",
-    "draw_network": "draw",
+    name: room
+    for room, names in {
+        "adapters": "Adapter memory_limit",
+        "execution": "compile",
+        "surgery": "accumulating activate detach disabled merge names_of plain_state_dict scales_of unmerge",
+        "recipe": "Handle Recipe Report attach list_recipes load_recipe",
+        "io": "Inspection inspect load load_foreign save save_foreign",
+        "fitting": "Budget Extraction Fit budget extract fit",
+        "draw": "draw_network",
+    }.items()
+    for name in names.split()
 }
 
 

@@ -16,18 +16,17 @@ __all__ = ["register"]
 
 _MOVED: Mapping[str, str] = MappingProxyType(
     {
-        "tnpeft.modules": "tnpeft.execution",
         "tnpeft.modules.adapter": "tnpeft.adapters.adapter",
         "tnpeft.modules.layers": "tnpeft.execution.layers",
         "tnpeft.modules.parked": "tnpeft.adapters.parked",
         "tnpeft.modules.parked_states": "tnpeft.adapters.parked_states",
-        "tnpeft.plan": "tnpeft.planning",
         "tnpeft.plan.call": "tnpeft.planning.call",
         "tnpeft.plan.model": "tnpeft.planning",
         "tnpeft.spec.model": "tnpeft.network.spec",
         "tnpeft.surgery.state": "tnpeft.surgery.adapted_model",
     }
 )
+_RENAMED: Mapping[str, str] = MappingProxyType({"ModelState": "AdaptedModel"})
 
 
 class _Moved(ModuleType):
@@ -36,7 +35,7 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(_MOVED[self.__name__]), name)
+        return getattr(importlib.import_module(_MOVED[self.__name__]), _RENAMED.get(name, name))
 
 
 def register() -> None:

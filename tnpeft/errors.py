@@ -17,10 +17,12 @@ import difflib
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 __all__ = [
+    "MAX_PROBLEMS",
     "AdapterFileError",
     "AttachError",
     "BindError",
@@ -28,15 +30,23 @@ __all__ = [
     "ExecutionError",
     "Position",
     "Problem",
+    "Problems",
     "SpecError",
     "TnpeftError",
     "TnpeftWarning",
+    "clip",
     "closest",
+    "in_one_line",
     "listed",
     "near_miss",
+    "shown_path",
+    "ticked",
 ]
 
+MAX_PROBLEMS = 50
+
 _SHOWN = 5  # names listed in a sentence
+_PATH_SHOWN = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,29 @@ class Problem:
         if what := ", on ".join(filter(None, (self.what, self.on))):
             places.append(what)
         return f"{': '.join(places)}: expected {self.expected}, found {self.found}. {self.fix}"
+
+
+def clip(value: object, limit: int = 60) -> str:
+    """`value` as one short line of plain ASCII, fit for an error message."""
+    text = ascii(value)
+    return text if len(text) <= limit else text[: limit - 4] + "..." + text[-1]
+
+
+def ticked(value: object) -> str:
+    """`clip`, a text in backticks instead of quotes."""
+    return f"`{clip(value)[1:-1]}`" if isinstance(value, str) else clip(value)
+
+
+def shown_path(path: str | Path) -> str:
+    """A path for a message of one line."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= _PATH_SHOWN else clip(text, _PATH_SHOWN)
+
+
+def in_one_line(text: str, limit: int = 120) -> str:
+    """A library's message as one short ASCII line."""
+    line = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def listed(names: Sequence[str], shown: int = _SHOWN) -> str:
@@ -143,6 +176,47 @@ class ExecutionError(TnpeftError, RuntimeError):
 
 class DrawError(TnpeftError, ValueError):
     """A picture that cannot be drawn or written."""
+
+
+class Problems:
+    """Mistakes found so far; checks add to it and go on, `raise_if_any` ends a stage."""
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+
+    def add(
+        self,
+        where: Position | str | None,
+        what: str,
+        expected: str,
+        found: str,
+        fix: str,
+        *,
+        core: str | None = None,
+        index: str | None = None,
+    ) -> None:
+        self.put(Problem(what, expected, found, fix, where, core, index))
+
+    def put(self, problem: Problem) -> None:
+        """Keep a mistake, unless it is known; when there are enough, look for no more: raises SpecError."""
+        if problem not in self.found:
+            self.found.append(problem)
+        if len(self.found) >= MAX_PROBLEMS:
+            self.raise_if_any()
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def raise_if_any(self) -> None:
+        if self.found:
+            files = {problem.where.file: 0 for problem in self.found if isinstance(problem.where, Position)}
+            order = {file: number for number, file in enumerate(files)}
+            raise SpecError(*sorted(self.found, key=lambda problem: _by_place(problem, order)))
+
+
+def _by_place(problem: Problem, files: Mapping[str, int]) -> tuple[int, int, int]:
+    where = problem.where
+    return (files[where.file], where.line, where.column) if isinstance(where, Position) else (0, 0, 0)
 
 
 # Letters that two names have in common, as a share of both, from which one may be meant for the other.

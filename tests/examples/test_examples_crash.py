@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from ddpm_lab.config.settings import Model
 from ddpm_lab.model.unet import build_unet, save_weights
 from ddpm_lab.support.durable import write_tensors
 from ddpm_lab.support.faults import LabError
+from ddpm_lab.training import checkpoint
 from ddpm_lab.training.checkpoint import Checkpoints
 from ddpm_lab.training.resume import check_identity
 from safetensors.torch import load_file
@@ -512,8 +514,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         inner = getattr(os, call)
 
         def failing(*arguments: Any) -> Any:
-            parts = sys._getframe(1).f_code.co_filename
-            return full() if parts.endswith("durable.py") else inner(*arguments)
+            callers = {frame.f_code.co_filename for frame, _ in traceback.walk_stack(None)}
+            return full() if checkpoint.__file__ in callers else inner(*arguments)
 
         patch.setattr(os, call, failing)
         done = command(lab, copied)

@@ -30,8 +30,8 @@ from ddpm_lab.evaluation.metrics import frechet_distance, mmd_gaussian, mmd_line
 from ddpm_lab.evaluation.real_volumes import RealVolumes
 from ddpm_lab.model.unet import build_unet, save_weights
 from ddpm_lab.support.console import Screen
+from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.faults import LabError
-from ddpm_lab.support.folders import write_json
 from rich.console import Console
 from typer.testing import CliRunner
 

@@ -24,8 +24,9 @@ from ddpm_lab.data import files
 from ddpm_lab.data.files import check_data, find_volumes, rooted, split_volumes
 from ddpm_lab.data.prepare import prepare_data
 from ddpm_lab.support.console import Screen
+from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.faults import LabError
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -219,7 +220,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert refusal(lambda: write_json(path, {"a": 2})) == (
         f"{path}: a file of results: expected a place to write it, found No space left on device. "
         "Free space, or choose another `--out`."

@@ -21,8 +21,8 @@ from ddpm_lab.study.results import METRICS, Cell, Value, read_results
 from ddpm_lab.study.run import Outcome
 from ddpm_lab.study.tables import Row, Table, as_html, as_markdown, method_table
 from ddpm_lab.support.console import Screen
+from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.faults import LabError
-from ddpm_lab.support.folders import write_json
 from studies import tiny_study, written_study
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -17,7 +17,7 @@ from ddpm_lab.model.unet import build_unet, save_weights
 from ddpm_lab.study.check import check_inputs
 from ddpm_lab.study.study import study
 from ddpm_lab.support.console import Screen
-from ddpm_lab.support.folders import write_json
+from ddpm_lab.support.durable import write_json
 from ddpm_lab.training.finetune import prepare
 from safetensors.torch import save_file
 from studies import tiny_study

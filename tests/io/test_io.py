@@ -21,7 +21,6 @@ import tnpeft
 from tnpeft.errors import AttachError
 from tnpeft.io import load, save, save_foreign
 from tnpeft.network import load_spec
-from tnpeft.spec.writing import replace_files
 from tnpeft.surgery import activate, adapters_of, detach, disabled, merge, names_of, record_of
 
 
@@ -246,28 +245,6 @@ def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, mode):
     finally:
         os.umask(before)
     assert stat.S_IMODE(new.stat().st_mode) == 0o640
-
-
-def test_owner_and_group_stay_or_others_see_no_more(tmp_path, monkeypatch):
-    """Where the group cannot be given, ours may do what everybody may."""
-    path, given = tmp_path / "x", []
-    path.write_text("old")
-    path.chmod(0o660)
-    before = path.stat()
-    other = os.stat_result((*before[:4], before.st_uid + 1, before.st_gid + 1, *before[6:]))
-    monkeypatch.setattr(Path, "stat", lambda self, **options: other if self == path else before)
-    monkeypatch.setattr(os, "fchown", lambda handle, user, group: given.append((user, group)))
-    replace_files({path: b"new"}, lambda path, reason: AssertionError(reason))
-    assert given == [(before.st_uid + 1, -1), (-1, before.st_gid + 1)]
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o660  # noqa: PTH116 - `Path.stat` is replaced
-
-    def refused(handle: int, user: int, group: int) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "fchown", refused)
-    replace_files({path: b"new"}, lambda path, reason: AssertionError(reason))
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600  # noqa: PTH116
-    assert path.read_bytes() == b"new"
 
 
 def test_cores_that_were_widened_keep_their_digits(tmp_path):

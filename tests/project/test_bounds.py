@@ -27,14 +27,14 @@ import tnpeft
 from tnpeft.adapters import memory_need
 from tnpeft.cli.app import app
 from tnpeft.cli.costs import bytes_text
+from tnpeft.documents.paths import is_file, is_folder, is_there, resolved
+from tnpeft.documents.recognise import recognise
 from tnpeft.draw import is_current
 from tnpeft.draw.files import write
 from tnpeft.fitting.checkpoint import Checkpoint
 from tnpeft.io.manifest import KEY, digest
 from tnpeft.planning import nominal_call, plan, predict
 from tnpeft.planning.predict import FOREVER
-from tnpeft.spec.paths import is_file, is_folder, is_there, resolved
-from tnpeft.spec.recognise import recognise
 from tnpeft.verify.oracle import dense_delta, entry
 
 TUPLES = """\

@@ -24,6 +24,7 @@ ROOMS = (
     "version",
     "earlier",
     "errors",
+    "documents",
     "spec",
     "network",
     "planning",
@@ -39,7 +40,7 @@ ROOMS = (
     "draw",
     "cli",
 )
-WITHOUT_TORCH = ("version", "earlier", "errors", "spec", "network", "planning")
+WITHOUT_TORCH = ("version", "earlier", "errors", "documents", "spec", "network", "planning")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 MAX_TEST_LINES = 700  # tables of cases are long
 

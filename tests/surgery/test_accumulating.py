@@ -261,7 +261,7 @@ def test_nothing_is_kept_within_hooks_on_saved_tensors(mode: str, hooks: Any, ma
             made.clear()
             assert same_bits(outside, micro_steps(model, xs))
             assert made == counts
-            assert not model.head.adapter("default").cache._results
+            assert not record_on(model).results.cache._results
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -14,7 +14,7 @@ import tnpeft
 from tnpeft.adapters import Adapter, inits
 from tnpeft.adapters import adapter as adapter_module
 from tnpeft.adapters.sharing import Sharing
-from tnpeft.execution import AdaptedLayer, layers
+from tnpeft.execution import AdaptedLayer, modes
 from tnpeft.execution.forward_pass import ForwardPass
 from tnpeft.io import saving
 from tnpeft.network import bind
@@ -125,9 +125,9 @@ def inexact_start(patch: pytest.MonkeyPatch) -> None:
 
 def narrow_start(patch: pytest.MonkeyPatch) -> None:
     """The sum goes through bf16, which a layer of fp32 notices."""
-    real = layers.summed_weight
-    wrong = lambda site: real(site).bfloat16().to(site.base.weight.dtype)  # noqa: E731
-    patch.setattr(layers, "summed_weight", wrong)
+    real = modes.summed_weight
+    wrong = lambda site, weight: real(site, weight).bfloat16().to(weight.dtype)  # noqa: E731
+    patch.setattr(modes, "summed_weight", wrong)
 
 
 def wrong_formula(patch: pytest.MonkeyPatch) -> None:
@@ -168,8 +168,8 @@ def uneven_groups(patch: pytest.MonkeyPatch) -> None:
 
 def deaf_mode(patch: pytest.MonkeyPatch) -> None:
     """Whoever asks for the factored mode gets the hybrid one."""
-    modes = {**planning.MODES, "factored": planning.MODES["hybrid"]}
-    patch.setattr(planning, "MODES", modes)
+    deaf = {**planning.MODES, "factored": planning.MODES["hybrid"]}
+    patch.setattr(planning, "MODES", deaf)
 
 
 def crash(patch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,10 +79,7 @@ class Adapter(Resident, nn.Module):
         # Until they have values: the tensors that have none, for `torch.func.functional_call` may pass others that do.
         self._empty: tuple[Tensor, ...] = ()
         self._holders: dict[str, Adapter] = {}
-        self._core_keys = tuple(None if core.origin == "weight" else _CORE + core.name for core in network.cores)
-        self._start_keys = tuple(
-            key if core.frozen else _START + core.name for key, core in zip(self._core_keys, network.cores, strict=True)
-        )
+        self._name_keys()
         # Tensors made under inference mode could never be trained.
         with present(layer), torch.inference_mode(False):
             weight = layer.weight
@@ -92,6 +89,17 @@ class Adapter(Resident, nn.Module):
             self._empty = self._held()
             if initialise:
                 self.reset_parameters(weight)
+
+    def _name_keys(self) -> None:
+        """The keys of cores and of frozen copies in the network's order, None for the base weight; and of all."""
+        cores = self.network.cores
+        self._core_keys = tuple(None if core.origin == "weight" else _CORE + core.name for core in cores)
+        self._start_keys = tuple(
+            key if core.frozen else _START + core.name for key, core in zip(self._core_keys, cores, strict=True)
+        )
+        copies = self._start_keys if self.network.start == "frozen_copy" else ()
+        magnitude = (_DORA + _MAGNITUDE,) if self.network.compose == "dora" else ()
+        self._stored_keys = (*self._core_keys, *copies, *magnitude)
 
     def resident_keys(self) -> list[str]:
         return [*self._parameters, *self._buffers]
@@ -219,9 +227,7 @@ class Adapter(Resident, nn.Module):
     @property
     def stored(self) -> list[Tensor]:
         """Its cores with their frozen copies and its magnitude, as they are stored here or elsewhere."""
-        copies = self._start_keys if self.network.start == "frozen_copy" else ()
-        tensors = [self._tensor(key) for key in (*self._core_keys, *copies) if key is not None]
-        return tensors if self.magnitude is None else [*tensors, self.magnitude]
+        return [tensor for tensor in self._found(self._stored_keys) if tensor is not None]
 
     @property
     def writes(self) -> tuple[int, ...]:
@@ -269,12 +275,17 @@ class Adapter(Resident, nn.Module):
         # FSDP takes parameters, and leaves views under their names while the module runs.
         return holder.__dict__[key] if tensor is None else tensor
 
-    def _tensors(self, keys: tuple[str | None, ...], weight: Tensor | None) -> list[Tensor]:
-        """The network's cores (or their frozen copies) in its order, the base weight among them where it is one."""
+    def _found(self, keys: Iterable[str | None]) -> list[Tensor | None]:
+        """What stands under some keys, here or at a holder; None for the base weight, which has none."""
         tensors: list[Tensor | None] = []
-        for key in keys:  # a loop without calls where nothing is shared or taken from the layer
+        for key in keys:  # a loop without calls where nothing is shared: every layer of a pass asks
             stored = None if key is None or self._holders else self._parameters.get(key, self._buffers.get(key))
             tensors.append(self._tensor(key) if stored is None and key is not None else stored)
+        return tensors
+
+    def _tensors(self, keys: tuple[str | None, ...], weight: Tensor | None) -> list[Tensor]:
+        """The network's cores (or their frozen copies) in its order, the base weight among them where it is one."""
+        tensors = self._found(keys)
         if self._layer:
             return self._beside(tensors, self._base(weight).detach())
         if "torch.distributed.tensor" in sys.modules:
@@ -359,6 +370,7 @@ class Adapter(Resident, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = {key: value for key, value in state.items() if key not in _EARLIER}
         super().__setstate__({"changes": 0, **known})  # type: ignore[no-untyped-call]
+        self._name_keys()
         self._lay_out(self._strides)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tnpeft.errors import BindError, Problem
+from tnpeft.errors import BindError, Problem, clip
 from tnpeft.network import BoundCore, Layer, Network
 from tnpeft.spec import init_function
-from tnpeft.spec.document import clip
 
 __all__ = ["canonical_weight", "initial_core", "is_drawn", "stream", "whole_seed"]
 

@@ -72,9 +72,13 @@ def copies_of(name: str) -> str:
 
 def own(module: nn.Module, table: str, key: str) -> Tensor:
     """The base's own tensor, whatever acts in its place, merged or not."""
-    parked = module.__dict__[table].get(parked_key(ORIGINAL, key))
-    tensor = _stored(module, table, key) if parked is None else parked
-    assert isinstance(tensor, Tensor)
+    tensors = module.__dict__[table]
+    tensor: Tensor | None = tensors.get(f"{MANGLED}{ORIGINAL}:{key}")
+    if tensor is None:  # a table alone, as nearly always, takes no call
+        tensor = tensors.get(key)
+    if tensor is None:
+        tensor = _stored(module, table, key)
+    assert tensor is not None
     return tensor
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, ParamSpec
 
 import typer
 
@@ -20,7 +21,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+P = ParamSpec("P")
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+OneSpec = Annotated[str, typer.Argument(metavar="SPEC", help="A shipped name or a file.")]
+What = Annotated[str, typer.Argument(metavar="RECIPE_OR_SPEC", help="A shipped name or a file.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
+]
+Match = Annotated[
+    str | None, typer.Option("--match", help="With a spec: a regular expression on layers' names, or all.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="NAME=NUMBER", help="A param of the spec, e.g. r=8. Repeatable."),
@@ -31,13 +42,17 @@ Scopes = Annotated[
 ]
 
 
+def _command(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """A command of that name, or its function's, whose mistakes are told as messages."""
+    return lambda function: app.command(name)(reported(function))
+
+
 def main() -> None:
     """The console script `tnpeft`."""
     app()
 
 
-@app.command("list")
-@reported
+@_command("list")
 def list_(
     as_json: Json = False,
     markdown: Annotated[
@@ -56,8 +71,7 @@ def list_(
     print_list(Output(), as_json)
 
 
-@app.command()
-@reported
+@_command()
 def check(
     files: Annotated[list[str], typer.Argument(metavar="SPEC_OR_RECIPE...", help="Files, folders or shipped names.")],
     as_json: Json = False,
@@ -69,10 +83,9 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-@reported
+@_command()
 def show(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A shipped name or a file.")],
+    spec: OneSpec,
     layer: Annotated[
         str | None,
         typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="e.g. Conv3d:64,128,3 or Conv2d:8,8,1x3,groups=2"),
@@ -90,8 +103,7 @@ def show(
     show_spec(Output(), spec, layer, input_, settings or [], as_json)
 
 
-@app.command()
-@reported
+@_command()
 def draw(
     specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="Shipped names, files, or folders of specs.")],
     output: Annotated[
@@ -110,16 +122,11 @@ def draw(
     draw_specs(Output(), specs, output, layer, settings or [], as_json)
 
 
-@app.command()
-@reported
+@_command()
 def count(
-    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_SPEC", help="A shipped name or a file.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
-    ],
-    match: Annotated[
-        str | None, typer.Option("--match", help="With a spec: a regular expression on layers' names, or all.")
-    ] = None,
+    what: What,
+    model: Model,
+    match: Match = None,
     settings: Settings = None,
     scopes: Scopes = None,
     as_json: Json = False,
@@ -130,8 +137,7 @@ def count(
     count_parameters(Output(), what, model, match, settings or [], as_json, scopes or [])
 
 
-@app.command()
-@reported
+@_command()
 def schema(
     what: Annotated[str, typer.Argument(metavar="[spec|recipe]", help="Which files the schema is for.")] = "spec",
 ) -> None:
@@ -141,10 +147,9 @@ def schema(
     print_schema(Output(), what)
 
 
-@app.command()
-@reported
+@_command()
 def verify(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A shipped name or a file.")],
+    spec: OneSpec,
     layer: Annotated[
         str | None,
         typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="Try this layer alone, with any options."),
@@ -162,14 +167,11 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
-@reported
+@_command()
 def extract(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The base model's weights: safetensors, or a folder.")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Those of the full fine-tune.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
-    ],
+    model: Model,
     target: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The adapter file to write.")],
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Which spec goes on which layers, and what else is taken over.")
@@ -202,8 +204,7 @@ def extract(
         raise typer.Exit(1)
 
 
-@app.command()
-@reported
+@_command()
 def convert(
     source: Annotated[
         str,
@@ -215,9 +216,7 @@ def convert(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="The file (for PEFT and diffusers the folder) to write.")
     ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
-    ],
+    model: Model,
     read_as: Annotated[
         str | None,
         typer.Option(
@@ -247,21 +246,12 @@ def convert(
     from tnpeft.cli.convert import convert_file
 
     convert_file(
-        Output(),
-        source,
-        target,
-        model,
-        read_as=read_as,
-        write_as=write_as,
-        name=name,
-        alpha=alpha,
-        prefix=prefix,
-        as_json=as_json,
-    )
+        Output(), source, target, model,
+        read_as=read_as, write_as=write_as, name=name, alpha=alpha, prefix=prefix, as_json=as_json,
+    )  # fmt: skip
 
 
-@app.command()
-@reported
+@_command()
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="An adapter file of tnpeft, PEFT, LyCORIS or the paper.")],
     as_json: Json = False,
@@ -272,17 +262,12 @@ def inspect(
     inspect_file(Output(), file, as_json)
 
 
-@app.command()
-@reported
+@_command()
 def budget(
-    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_SPEC", help="A shipped name or a file.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="monai:ddpm-paper, or package.module:factory.")
-    ],
+    what: What,
+    model: Model,
     params: Annotated[int, typer.Option("--params", "-p", metavar="NUMBER", help="How many parameters may train.")],
-    match: Annotated[
-        str | None, typer.Option("--match", help="With a spec: a regular expression on layers' names, or all.")
-    ] = None,
+    match: Match = None,
     param: Annotated[str, typer.Option("--param", metavar="NAME", help="The param to solve for.")] = "r",
     fixed: Annotated[
         list[str] | None, typer.Option("--fixed", metavar="SPEC", help="A spec that keeps the recipe's. Repeatable.")
@@ -297,8 +282,7 @@ def budget(
     find_budget(Output(), what, model, params, match, param, fixed or [], settings or [], scopes or [], as_json)
 
 
-@app.command()
-@reported
+@_command()
 def version(as_json: Json = False) -> None:
     """Print the version."""
     output = Output()

@@ -112,9 +112,8 @@ def _number(text: str, where: str) -> int | float:
     try:
         value = float(text)
     except ValueError:
-        fix = "Write it like --set r=8."
-        raise UsageError(Problem("a setting", "a number", f"{text[:40]!r}", fix, where)) from None
-    if not math.isfinite(value):
-        fix = "Write it like --set r=8."
-        raise UsageError(Problem("a setting", "a finite number", f"{text[:40]!r}", fix, where))
+        value = None
+    if value is None or not math.isfinite(value):
+        expected = "a number" if value is None else "a finite number"
+        raise UsageError(Problem("a setting", expected, f"{text[:40]!r}", "Write it like --set r=8.", where))
     return value

@@ -8,12 +8,12 @@ from pathlib import Path
 from tnpeft.cli.arguments import parse_layer
 from tnpeft.cli.list_specs import short_layers
 from tnpeft.cli.output import Output, UsageError
+from tnpeft.documents.files import replace_files
+from tnpeft.documents.paths import is_file
 from tnpeft.errors import Problem
 from tnpeft.network import Spec, load_spec
 from tnpeft.spec import list_specs
 from tnpeft.spec.library import shipped_folder
-from tnpeft.spec.paths import is_file
-from tnpeft.spec.writing import replace_files
 
 __all__ = ["BEGIN", "END", "catalogue", "update_catalogue"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.cli.output import Output, problem_data
-from tnpeft.errors import Problem, SpecError
+from tnpeft.documents.nodes import read_file
+from tnpeft.documents.paths import is_file, is_folder
+from tnpeft.errors import Problem, Problems, SpecError
 from tnpeft.network import load_spec
 from tnpeft.spec import find_shipped, list_specs
-from tnpeft.spec.document import Problems, read_file
 from tnpeft.spec.library import not_yaml
-from tnpeft.spec.paths import is_file, is_folder
 from tnpeft.spec.reader import parse_table
 
 __all__ = ["SUFFIXES", "check_files", "expand", "kind_of"]

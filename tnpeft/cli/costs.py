@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,26 +70,23 @@ class Costs:
             "outputs": [axis.outputs for axis in axes],
             "auto": self.auto.mode,
             "inference": self.inference.mode,
-            "modes": dict(self._mode_data()),
+            "modes": {mode: self._mode_data(mode) for mode in self.plans},
             "chain": chain if factored.mode == "factored" else None,
         }
 
-    def _mode_data(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for mode, known in self.plans.items():
-            cost = predict(known, self.call)
-            yield (
-                mode,
-                {
-                    "runs": known.mode,
-                    "reason": known.reason if known.mode != mode else None,
-                    "forward_ms": cost.forward * 1e3,
-                    "backward_ms": cost.backward * 1e3,
-                    "step_ms": cost.step * 1e3,
-                    "flops": known.flops,
-                    "peak_bytes": known.peak_bytes,
-                    "saved_bytes": known.saved_bytes,
-                },
-            )
+    def _mode_data(self, mode: str) -> dict[str, Any]:
+        known = self.plans[mode]
+        cost = predict(known, self.call)
+        return {
+            "runs": known.mode,
+            "reason": known.reason if known.mode != mode else None,
+            "forward_ms": cost.forward * 1e3,
+            "backward_ms": cost.backward * 1e3,
+            "step_ms": cost.step * 1e3,
+            "flops": known.flops,
+            "peak_bytes": known.peak_bytes,
+            "saved_bytes": known.saved_bytes,
+        }
 
 
 def _link_data(part: Plan, link: Link) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from typing import Any
 from tnpeft.cli.arguments import parse_layer, parse_settings
 from tnpeft.cli.check import expand, kind_of
 from tnpeft.cli.output import Output, UsageError
+from tnpeft.documents.paths import is_folder
 from tnpeft.draw import Picture, draw_network
 from tnpeft.draw.files import SUFFIXES
-from tnpeft.errors import Problem
+from tnpeft.errors import Problem, shown_path
 from tnpeft.network import load_spec
-from tnpeft.spec.document import shown_path
-from tnpeft.spec.paths import is_folder
 
 __all__ = ["draw_specs"]
 

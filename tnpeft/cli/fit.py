@@ -12,10 +12,9 @@ from tnpeft.cli.arguments import parse_scopes, parse_settings
 from tnpeft.cli.count import check_match, check_params, load_what
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, table
-from tnpeft.errors import Problem
+from tnpeft.documents.paths import is_file, is_folder, resolved
+from tnpeft.errors import Problem, shown_path
 from tnpeft.network import Spec
-from tnpeft.spec.document import shown_path
-from tnpeft.spec.paths import is_file, is_folder, resolved
 
 if TYPE_CHECKING:
     from tnpeft.fitting import Budget, ExtractedLayer, Extraction

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tnpeft.cli.output import Output, table
 from tnpeft.network import Spec, load_spec
@@ -26,34 +26,18 @@ def print_list(output: Output, as_json: bool) -> None:
     specs = [load_spec(name) for name in list_specs()]
     recipes = [load_recipe(name) for name in list_recipes()]
     if as_json:
-        output.data(
-            {
-                "specs": [
-                    {
-                        "name": spec.name,
-                        "title": spec.title,
-                        "source": spec.source,
-                        "layers": list(spec.layers),
-                        "start": spec.start,
-                    }
-                    for spec in specs
-                ],
-                "recipes": [
-                    {
-                        "name": recipe.name,
-                        "title": recipe.title,
-                        "source": recipe.source,
-                        "specs": [entry.spec.name for entry in recipe.entries],
-                    }
-                    for recipe in recipes
-                ],
-            }
-        )
+        specs_data = [_head(spec) | {"layers": list(spec.layers), "start": spec.start} for spec in specs]
+        recipes_data = [_head(recipe) | {"specs": [entry.spec.name for entry in recipe.entries]} for recipe in recipes]
+        output.data({"specs": specs_data, "recipes": recipes_data})
         return
     rows = ((spec.name, short_layers(spec), spec.start, spec.title or "") for spec in specs)
     output.show(table("", {"spec": "left", "layers": "left", "start": "left", "title": "left"}, rows))
     output.say()
     output.show(table("", {"recipe": "left", "specs": "left", "title": "left"}, map(_recipe_row, recipes)))
+
+
+def _head(what: Spec | Recipe) -> dict[str, Any]:
+    return {"name": what.name, "title": what.title, "source": what.source}
 
 
 def _recipe_row(recipe: Recipe) -> tuple[str, ...]:

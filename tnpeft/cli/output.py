@@ -114,15 +114,9 @@ def _warnings_told() -> Iterator[None]:
 
 def problem_data(problem: Problem) -> dict[str, Any]:
     """A mistake as JSON: its place is text, `file:line:column` where there is one."""
-    return {
-        "where": None if problem.where is None else str(problem.where),
-        "what": problem.what,
-        "expected": problem.expected,
-        "found": problem.found,
-        "fix": problem.fix,
-        "core": problem.core,
-        "index": problem.index,
-    }
+    where = None if problem.where is None else str(problem.where)
+    parts = ("what", "expected", "found", "fix", "core", "index")
+    return {"where": where, **{part: getattr(problem, part) for part in parts}}
 
 
 def number(value: float) -> str:

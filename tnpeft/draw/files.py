@@ -9,10 +9,9 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from tnpeft.errors import DrawError, Problem
+from tnpeft.documents.files import replace_files
+from tnpeft.errors import DrawError, Problem, clip, shown_path
 from tnpeft.spec import Declaration
-from tnpeft.spec.document import clip, shown_path
-from tnpeft.spec.writing import replace_files
 
 __all__ = ["SUFFIXES", "checked_path", "digest_of", "is_current", "need_matplotlib", "write"]
 

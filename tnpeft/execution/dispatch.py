@@ -18,7 +18,7 @@ from tnpeft.adapters.distributed import refuse_distributed
 from tnpeft.adapters.offload import wrapper_of
 from tnpeft.adapters.strides import memory_order
 from tnpeft.execution.autotune import can_be_timed, quickest
-from tnpeft.execution.calls import Acting, Running
+from tnpeft.execution.calls import Acting, Calls, Running
 from tnpeft.execution.modes import dense, plain_factored, run
 from tnpeft.execution.refusals import taken_away
 from tnpeft.execution.site import Site
@@ -70,7 +70,7 @@ def _plain(site: Site, x: Tensor, *rest: Any) -> Tensor:
     shape = tuple(x.shape)
     if not all(map(_is_static, (*shape, *(output_size or ())))):
         return dense(site, x, *rest)
-    key = _plain_run(site, acting, shape, output_size, torch.is_grad_enabled())
+    key = _plain_run(acting.adapter, site.base, acting.calls, shape, output_size, torch.is_grad_enabled())
     if key is None:
         return dense(site, x, *rest)
     return plain_factored(site, acting, *getattr(acting.calls, key), x, *rest)
@@ -84,13 +84,17 @@ def _is_static(size: int) -> bool:
 
 
 def _plain_run(
-    site: Site, acting: Acting, shape: tuple[int, ...], output_size: tuple[int, ...] | None, training: bool
+    adapter: Adapter,
+    base: Any,
+    calls: Calls,
+    shape: tuple[int, ...],
+    output_size: tuple[int, ...] | None,
+    training: bool,
 ) -> str | None:
     """The attribute of `calls` with the chain and clusters of a plain call; None: it is dense, as those of hybrid are.
 
     Nothing is timed. It is nothing to trace: its arguments are guarded, and the same give the same plan.
     """
-    adapter, base = acting.adapter, site.base
     call = call_of(base, adapter.network.layer, shape, output_size, base.weight.device.type)
     if call is None:
         return None
@@ -100,7 +104,7 @@ def _plain_run(
         return None
     chain, clusters = build_chain(planned), build_clusters(planned)
     clusters.lone()  # building it is nothing to trace
-    return acting.calls.keep_plain(chain, clusters)
+    return calls.keep_plain(chain, clusters)
 
 
 # What `torch.compiler.assume_constant_result` does, which imports the whole compiler for it.

@@ -18,7 +18,7 @@ from tnpeft.adapters import Adapter
 from tnpeft.execution.batches import Batch, Batches, Member, Sources, sources_of
 from tnpeft.execution.calls import Acting
 from tnpeft.execution.results import ResultCache
-from tnpeft.program import ClusterProgram, LayerClusters, Weight, needs_plain_ops, saved_tensors_are_hooked
+from tnpeft.program import ClusterProgram, LayerClusters, Weight, saved_tensors_are_hooked
 
 __all__ = ["ForwardPass", "ModelResults"]
 
@@ -134,7 +134,7 @@ class ModelResults:
             members = [_member(base, acting) for base, acting in self._layers]
             self._batches = Batches([member for member in members if member is not None], self.cache)
             self._batched_as = batched_as
-        self._thread.current = ForwardPass(self._batches)
+        self._thread.current = ForwardPass(self._batches) if self._batches.places_of else None
 
     def close_pass(self) -> None:
         """An interrupt may leave a pass open; the next one takes its place."""
@@ -142,9 +142,9 @@ class ModelResults:
 
     @property
     def current(self) -> ForwardPass | None:
-        """The pass that is open in this thread; None where activation checkpointing, a tracer or compiler looks on."""
+        """The pass that is open in this thread, for layers on their fast path; None within activation checkpointing."""
         current = self._thread.current
-        return None if current is None or saved_tensors_are_hooked() or needs_plain_ops() else current
+        return None if current is None or saved_tensors_are_hooked() else current
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelResults:
         memo[id(self)] = copied = ModelResults()

@@ -77,14 +77,16 @@ class AdaptedLayer(Resident, nn.Module):
         "weight", "where", "zeros",
     ]  # fmt: skip
 
+    scales: dict[str, float]
+    disabled: bool
+    merged: bool
+    results: ModelResults
+
     def __init__(self, base: nn.Module, results: ModelResults) -> None:
         super().__init__()
         self.adapters = nn.ModuleDict().train(base.training)
-        self.scales: dict[str, float] = {}
-        self.disabled = False
-        self.merged = False
-        self.training = base.training
-        self.results = results
+        # Into the table: attributes of modules take three calls each, and a model may have a thousand layers.
+        self.__dict__.update(scales={}, disabled=False, merged=False, training=base.training, results=results)
         self._calls: dict[str, Calls] = {}
         self._take(base)
         self._settle()
@@ -97,8 +99,7 @@ class AdaptedLayer(Resident, nn.Module):
         self._modules.update(base._modules)
         base.__dict__["_tnpeft_wrapper"] = self
         # Shared, not copied: hooks of the base layer run, can be removed, and outlive the adapter.
-        for name in _HOOKS:
-            setattr(self, name, getattr(base, name))
+        self.__dict__.update({name: base.__dict__[name] for name in _HOOKS})
         self.register_load_state_dict_post_hook(_make_again)  # type: ignore[no-untyped-call]
         move_hook(base, self)
 
@@ -113,7 +114,7 @@ class AdaptedLayer(Resident, nn.Module):
         if is_bare(self):
             return bare(self.base, "weight")  # type: ignore[return-value]
         weight: Tensor = self.base.weight
-        return weight if self.site.idle else summed_weight(self.site)
+        return weight if self.site.idle else summed_weight(self.site, weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -137,16 +138,17 @@ class AdaptedLayer(Resident, nn.Module):
 
     def act(self, scales: Mapping[str, float], results: ModelResults | None = None) -> None:
         """Let these adapters act, in the results of this model."""
-        self.scales = dict(scales)
-        self.results = self.results if results is None else results
+        self.__dict__["scales"] = dict(scales)
+        if results is not None:
+            self.__dict__["results"] = results
         self._settle()
 
     def _settle(self) -> None:
         """Make the site anew, after a change of what acts."""
-        self.site = self._site_of(() if self.merged or self.disabled else self.scales)
+        self.__dict__["site"] = self._site_of(() if self.merged or self.disabled else self.scales)
 
     def _site_of(self, names: Iterable[str]) -> Site:
-        acting = tuple(Acting(self.adapter(name), self.scales[name], self._calls[name]) for name in names)
+        acting = tuple([Acting(self.adapter(name), self.scales[name], self._calls[name]) for name in names])
         idle = self.disabled or not self.scales
         return Site(self.layer_name, self.base, type(self)._call_base, acting, idle, self.results)
 
@@ -177,7 +179,7 @@ class AdaptedLayer(Resident, nn.Module):
             # That of an adapter that trains the layer as a whole, or the base's own.
             weight = combined(base, "_parameters", "weight", scales) if scales else base_weight.detach()
             if self.scales:  # a clone, for the sum may be a view into something larger
-                weight = summed_weight(self._site_of(self.scales)).clone()
+                weight = summed_weight(self._site_of(self.scales), weight).clone()
             if self.scales or scales:
                 park(base, "_parameters", "weight", scales, weight)
         self.merged = True
@@ -267,7 +269,9 @@ class AdaptedLayer(Resident, nn.Module):
     @property
     def layer_name(self) -> str:
         """The name of the layer in its model, as its adapters know it."""
-        return next((self.adapter(name).layer_name for name in self.names), "")
+        for adapter in self._modules["adapters"]._modules.values():  # type: ignore[union-attr]
+            return adapter.layer_name  # type: ignore[union-attr, return-value]
+        return ""
 
     @property
     def where(self) -> str | None:

@@ -45,7 +45,7 @@ def dense(site: Site, x: Tensor, *rest: Any) -> Tensor:
     if site.idle:
         output: Tensor = site.base.forward(x, *rest)
         return output
-    return site.call_base(site.base, x, summed_weight(site), *rest)
+    return site.call_base(site.base, x, summed_weight(site, site.base.weight), *rest)
 
 
 def _dense(site: Site, _acting: Acting, _running: Running, x: Tensor, *rest: Any) -> Tensor:
@@ -122,18 +122,18 @@ def _require_memory(adapter: Adapter, clusters: LayerClusters, x: Tensor) -> Non
         raise without_values(adapter.layer_name, True)
 
 
-def summed_weight(site: Site) -> Tensor:
+def summed_weight(site: Site, weight: Tensor) -> Tensor:
     """W + Σ s ΔW in exactly W's strides and dtype, summed in fp32 (fp64) and rounded once.
 
-    Gradients reach the cores alone. Updates are made of the base's own weight: another than that which acts where an
-    adapter trains the layer as a whole.
+    Gradients reach the cores alone. Updates are made of the base's own weight: another than `weight` where an adapter
+    trains the layer as a whole.
     """
-    weight: Tensor = site.base.weight
     if not site.acting:
         return weight
-    alone, current = site.alone, site.results.current
-    if alone is not None and current is not None and not needs_plain_ops(weight):
-        total = current.summed(alone.adapter, weight)
+    alone = site.alone
+    if alone is not None and not needs_plain_ops(weight):
+        current = site.results.current
+        total = None if current is None else current.summed(alone.adapter, weight)
         if total is not None:
             return total
     own = own_weight(site.base)

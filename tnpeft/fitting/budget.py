@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from tnpeft.adapters import Captured
 from tnpeft.adapters.sharing import sharing_label
-from tnpeft.errors import AttachError, BindError, Problem, near_miss
+from tnpeft.errors import AttachError, BindError, Problem, clip, near_miss, ticked
 from tnpeft.network import Layer, Network, Spec, layer_of
 from tnpeft.recipe import Entry, Recipe, Train
 from tnpeft.recipe.attachment import recipe_of
 from tnpeft.recipe.model import train_from
+from tnpeft.recipe.report import printed
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
-from tnpeft.spec.document import clip, ticked
 from tnpeft.spec.habits import advice_on
 from tnpeft.surgery import model_problems, plain_modules, plain_parameters
 
@@ -81,9 +79,7 @@ class Budget:
             table.add_column(heading, justify="right")
         for row in self.rows:
             table.add_row(f"{row.value}", f"{row.cores:,}", f"{row.total:,}", f"{row.share:.1%}")
-        stream = io.StringIO()
-        Console(file=stream, width=100, color_system=None, force_terminal=False).print(table)
-        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+        return printed(table, width=100)
 
 
 def budget(

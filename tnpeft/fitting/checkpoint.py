@@ -11,11 +11,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tnpeft.documents.paths import is_folder
+from tnpeft.documents.recognise import recognise
 from tnpeft.fitting.conversion import how_to_convert
 from tnpeft.fitting.extract import check_tensors
 from tnpeft.io.files import file_path, not_safetensors, refuse
-from tnpeft.spec.paths import is_folder
-from tnpeft.spec.recognise import recognise
 from tnpeft.surgery import base_tensors, parameter_groups
 from tnpeft.surgery.tree import slots, ties
 

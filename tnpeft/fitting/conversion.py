@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tnpeft.io.foreign.archive import archive_problem
-from tnpeft.io.foreign.source import LOAD_ERRORS
+from tnpeft.io.foreign.archive import LOAD_ERRORS, archive_problem, load_archive
 
 __all__ = ["how_to_convert"]
 
@@ -40,14 +37,7 @@ def how_to_convert(path: Path) -> str:
 
 def _content(path: Path) -> Any:
     try:
-        if archive_problem(path):
-            return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if path.suffix != _ENDING:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            with path.open("rb") as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
+        return None if archive_problem(path) else load_archive(path, mapped=True)
     except LOAD_ERRORS:
         return None
 

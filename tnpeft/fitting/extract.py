@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.errors import AttachError, Problem, TnpeftError, near_miss
+from tnpeft.errors import AttachError, Problem, TnpeftError, clip, near_miss
 from tnpeft.fitting.fit import Fit, FrozenCopy, Method, check_method, fit_adapter
 from tnpeft.network import Network, Spec
 from tnpeft.planning import DEFAULT_MODE
 from tnpeft.recipe import Handle, Recipe, Train, attach
-from tnpeft.spec.document import clip
+from tnpeft.recipe.report import printed
 from tnpeft.surgery import (
     adapters_of,
     base_tensors,
@@ -112,9 +110,7 @@ class Extraction:
             table.add_column(heading, justify="left" if heading in ("layer", "spec") else "right", overflow="fold")
         for row in self.layers:
             table.add_row(row.name, row.spec, f"{row.norm:.3e}", f"{row.error:.3e}", f"{row.captured:.2%}")
-        stream = io.StringIO()
-        Console(file=stream, width=140, color_system=None, force_terminal=False).print(table)
-        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+        return printed(table)
 
 
 def extract(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.dora import magnitudes
-from tnpeft.errors import BindError, Problem
+from tnpeft.errors import BindError, Problem, clip
 from tnpeft.execution import AdaptedLayer
 from tnpeft.fitting import problem as fitting_problem
 from tnpeft.fitting.descent import Descent, adam, alternate, balanced, quasi_newton
@@ -20,7 +20,6 @@ from tnpeft.fitting.problem import Cores
 from tnpeft.fitting.setup import FACTOR, build_problem, build_problem_with_factor, vector_of_channels
 from tnpeft.fitting.start import random_start, tree_start
 from tnpeft.network import Network, Spec, load_spec
-from tnpeft.spec.document import clip
 
 __all__ = ["Fit", "FrozenCopy", "Method", "check_method", "fit", "fit_adapter"]
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.errors import Problem
+from tnpeft.errors import Problem, listed
 from tnpeft.io.manifest import dtype_name
 from tnpeft.surgery import base_tensors, statistics_of, trained_of
 
-__all__ = ["core_shapes", "listed", "number_problem", "stored", "tensor_problems"]
+__all__ = ["MOST_SHOWN", "core_shapes", "number_problem", "stored", "tensor_problems"]
 
-_SHOWN = 10  # names in one message
+MOST_SHOWN = 10  # names in one message
 _SUMMON = "On every rank enter `with FullyShardedDataParallel.summon_full_params(model):`, and save there."
 _UNSHARD = "Save while the weights are whole: call `unshard()` of every FSDPModule, save, and call `reshard()`."
 _OFFLOADED = "Bring the model's values back first: load them, or remove the hooks that offload them."
@@ -107,7 +107,7 @@ def number_problem(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> Prob
     owners = sorted(layers, key=len, reverse=True)
     names = dict.fromkeys(_owner(key, owners) for key in bad)
     fix = "Training may have diverged: go back to an earlier file, or train with a smaller learning rate."
-    return Problem("values of the adapter", "finite numbers", f"NaN or infinity in {listed(names)}", fix)
+    return Problem("values of the adapter", "finite numbers", f"NaN or infinity in {listed([*names], MOST_SHOWN)}", fix)
 
 
 def _owner(key: str, layers: Iterable[str]) -> str:
@@ -121,10 +121,3 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     # A sum is quick, and finite only if all are; where it overflows, each is looked at.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first names, quoted, and how many more there are."""
-    names = list(names)
-    more = len(names) - _SHOWN
-    return ", ".join(f"'{name}'" for name in names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,25 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tnpeft.errors import AdapterFileError, Problem
+from tnpeft.documents import files
+from tnpeft.documents.recognise import recognise
+from tnpeft.errors import AdapterFileError, Problem, TnpeftError, clip
+from tnpeft.errors import shown_path as shown
 from tnpeft.io.manifest import FORMAT, KEY, Manifest, digest, encode
-from tnpeft.spec import writing
-from tnpeft.spec.document import clip
-from tnpeft.spec.document import shown_path as shown
-from tnpeft.spec.recognise import recognise
+from tnpeft.network import Spec
 
 __all__ = [
     "FOREIGN",
     "file_path",
     "in_file",
     "not_safetensors",
+    "of_file",
     "read",
     "refuse",
     "replace_files",
+    "safetensors_of",
     "shown",
+    "specs_of",
     "what_is_at",
     "write",
 ]
@@ -54,6 +58,36 @@ def in_file(path: Path, problems: Iterable[Problem], where: str | None = None) -
     places = [(shown(path), where, problem.where) for problem in problems]
     texts = [": ".join(str(part) for part in parts if part is not None) for parts in places]
     return [replace(problem, where=text) for problem, text in zip(problems, texts, strict=True)]
+
+
+@contextmanager
+def of_file(path: Path, where: str | None = None) -> Iterator[None]:
+    """Inside, mistakes in specs, layers and tensors are told as mistakes of the file that leads to them."""
+    try:
+        yield
+    except TnpeftError as error:
+        raise AdapterFileError(*in_file(path, error.problems, where)) from error
+
+
+def specs_of(path: Path, manifest: Manifest) -> list[Spec]:
+    """The specs that a file carries. Cores have their values in it: an init that was registered need not be so here."""
+    with of_file(path):
+        return [Spec.from_yaml(entry.text, entry.file, entry.tables, known_inits=False) for entry in manifest.specs]
+
+
+@contextmanager
+def safetensors_of(path: Path, **advice: Any) -> Iterator[Any]:
+    """An open safetensors file. Raises AdapterFileError with `not_safetensors`'s advice for what is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except OSError as error:
+        fix = "Check the file and its permissions."
+        raise refuse(path, "adapter file", "to be read", error.strerror or str(error), fix) from error
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, AdapterFileError):
+            raise
+        raise not_safetensors(path, "adapter file", error, **advice) from error
 
 
 def file_path(path: object) -> Path:
@@ -86,7 +120,7 @@ def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None
 
 def replace_files(contents: Mapping[Path, bytes]) -> None:
     """Write all of the files or, but for a crash between two moves, none. Raises AdapterFileError."""
-    writing.replace_files(contents, _unwritten)
+    files.replace_files(contents, _unwritten)
 
 
 def _unwritten(path: Path, reason: str) -> AdapterFileError:
@@ -124,15 +158,9 @@ def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
         kind = recognise(path) if found == "a folder" else None
         text, fix = (kind.text, kind.fix or FOREIGN) if kind else (found, FOREIGN)
         raise refuse(path, "adapter file", "a file", text, fix)
-    try:
-        with safe_open(path, framework="pt") as file:
-            fields = _fields(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise not_safetensors(path, "adapter file", error, _DAMAGED, _PICKLED) from error
-    except OSError as error:
-        fix = "Check the file and its permissions."
-        raise refuse(path, "adapter file", "to be read", error.strerror or str(error), fix) from error
+    with safetensors_of(path, damaged=_DAMAGED, pickled=_PICKLED) as file:
+        fields = _fields(path, file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     try:
         unchanged = fields.pop("sha256", None) == digest(fields, tensors)
     except (ValueError, RecursionError):  # what `json` reads but does not write: 1e999

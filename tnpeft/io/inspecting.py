@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -13,20 +12,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tnpeft.errors import AdapterFileError, TnpeftError
+from tnpeft.documents.recognise import recognise
+from tnpeft.errors import AdapterFileError, clip
 from tnpeft.io.checks import number_problem
-from tnpeft.io.files import FOREIGN, file_path, in_file, not_safetensors, read, refuse
+from tnpeft.io.files import FOREIGN, file_path, read, refuse, safetensors_of, specs_of
+from tnpeft.io.foreign.archive import COPY_AGAIN
 from tnpeft.io.foreign.source import Source, open_source, tensors_of, weights_of
 from tnpeft.io.manifest import FORMAT, LayerEntry, Manifest
 from tnpeft.network import Spec
-from tnpeft.recipe.report import reasons_of
-from tnpeft.spec.document import clip
-from tnpeft.spec.recognise import recognise
+from tnpeft.recipe.report import printed, reasons_of
 from tnpeft.surgery import AdapterRecord
 
 __all__ = ["COLUMNS", "InspectedLayer", "Inspection", "inspect"]
@@ -129,9 +126,8 @@ class Inspection:
             elements = sum(map(math.prod, self.others.values()))
             facts["other tensors"] = f"{len(self.others)}, {elements:,} elements: {_names(self.others)}"
         if self.base:
-            shown = ", ".join(f"{name} {shape}" for name, shape in list(self.base.items())[:_SHOWN])
-            more = len(self.base) - _SHOWN
-            facts["to load it"] = f"a model of {len(self.base)} tensors: {shown}{f' and {more} more' * (more > 0)}"
+            tensors = _names(f"{name} {shape}" for name, shape in self.base.items())
+            facts["to load it"] = f"a model of {len(self.base)} tensors: {tensors}"
         facts |= {"fingerprint": self.fingerprint} if self.fingerprint else {}
         facts |= {"digest": self.digest} if self.digest else {}
         return facts
@@ -142,12 +138,9 @@ class Inspection:
             rows.add_column(heading, justify="right" if side == "right" else "left", overflow="fold")
         for layer in self.layers:
             rows.add_row(*layer.row)
-        stream = io.StringIO()
-        if self.layers:
-            Console(file=stream, width=140, color_system=None, force_terminal=False, markup=False).print(rows)
         facts = [f"{name:<18}{fact}" for name, fact in self.facts.items()]
-        lines = [self.title, *stream.getvalue().splitlines(), *facts, *self.problems]
-        return "\n".join(line.rstrip() for line in lines)
+        lines = [printed(rows, markup=False)] if self.layers else []
+        return "\n".join(line.rstrip() for line in [self.title, *lines, *facts, *self.problems])
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
@@ -182,10 +175,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
 
 def _of_ours(path: Path) -> Inspection:
     manifest, tensors = read(path)
-    try:
-        specs = [Spec.from_yaml(entry.text, entry.file, entry.tables, known_inits=False) for entry in manifest.specs]
-    except TnpeftError as error:
-        raise AdapterFileError(*in_file(path, error.problems)) from error
+    specs = specs_of(path, manifest)
     layers = tuple(_layers(path, manifest, specs, tensors))
     record = AdapterRecord(manifest.name, tuple(manifest.layers), manifest.trained, manifest.statistics, manifest.about)
     problem = number_problem(tensors, manifest.layers)
@@ -305,11 +295,8 @@ def _of_source(
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes that the header of a safetensors file tells; no tensor is read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise not_safetensors(path, "adapter file", error, "Copy or download the file again.") from error
+    with safetensors_of(path, damaged=COPY_AGAIN) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def _elements(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -7,16 +7,17 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
 from tnpeft.adapters.offload import hook_of
-from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning
+from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
 from tnpeft.io.base import base_digests, fingerprint
-from tnpeft.io.checks import listed, number_problem
-from tnpeft.io.files import FOREIGN, file_path, in_file, read, refuse, shown
+from tnpeft.io.checks import MOST_SHOWN, number_problem
+from tnpeft.io.files import FOREIGN, file_path, in_file, of_file, read, refuse, shown, specs_of
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.renaming import with_plain_names
 from tnpeft.network import Network, Spec
@@ -34,7 +35,7 @@ from tnpeft.surgery import (
     trained_of,
 )
 
-__all__ = ["load", "other_base"]
+__all__ = ["load", "other_base", "put_on", "without_values"]
 
 _SHOWN = 3  # differences named in an error
 
@@ -73,17 +74,36 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     name = manifest.name if name is None else name
     if doubts := [replace(problem, where=shown(path)) for problem in _doubts(manifest, model, numbers)]:
         warnings.warn(TnpeftWarning(*doubts), stacklevel=2)
-    try:
-        install(model, name, adapters, values["trained"], manifest.about)
-    except AttachError as error:
-        raise AttachError(*in_file(path, error.problems)) from error
-    for kind, copies in (("trained", trained_of(model, name)), ("statistics", statistics_of(model, name))):
-        for key, value in values[kind].items():
-            with torch.no_grad():
-                copies[key].copy_(value)
+    put_on(model, path, name, adapters, values["trained"], values["statistics"], manifest.about)
     if manifest.scale != 1.0:
         activate(model, {name: manifest.scale})
     return Handle(model, name)
+
+
+def put_on(
+    model: nn.Module,
+    path: Path,
+    name: str,
+    adapters: Mapping[str, Adapter],
+    trained: Mapping[str, Tensor],
+    statistics: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+) -> None:
+    """Attach a file's adapters, with the values of parameters and running statistics that trained beside them."""
+    try:
+        install(model, name, adapters, trained, about)
+    except AttachError as error:
+        raise AttachError(*in_file(path, error.problems)) from error
+    with torch.no_grad():
+        for copies, values in ((trained_of(model, name), trained), (statistics_of(model, name), statistics)):
+            for key, value in values.items():
+                copies[key].copy_(value)
+
+
+def without_values(path: Path, layer: str) -> AdapterFileError:
+    """What is said of a base layer on the meta device."""
+    fix = "Give the model its weights before loading an adapter."
+    return refuse(path, "base model", "values", f"none in layer '{layer}' (it is on the meta device)", fix)
 
 
 def _doubts(manifest: Manifest, model: nn.Module, numbers: Problem | None) -> Iterator[Problem]:
@@ -100,7 +120,8 @@ def other_base(manifest: Manifest, model: nn.Module) -> Problem | None:
     others = [name for name, digest in manifest.digests.items() if here.get(name, digest) != digest]
     if not others:
         return None
-    found = f"others in {listed(dict.fromkeys(name.rpartition('.')[0] or name for name in others))}"
+    owners = [*dict.fromkeys(name.rpartition(".")[0] or name for name in others)]
+    found = f"others in {listed(owners, MOST_SHOWN)}"
     fix = "Load it onto that base; here it computes something else than it was trained to."
     return Problem("base model", "the values that the adapter was trained on", found, fix)
 
@@ -137,11 +158,7 @@ def _adapters(
     path: Path, manifest: Manifest, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> dict[str, Adapter]:
     """Every layer's adapter with its values, which are taken out of `tensors`."""
-    try:
-        # Cores have their values in the file: an init that was registered where it was made need not be so here.
-        specs = [Spec.from_yaml(entry.text, entry.file, entry.tables, known_inits=False) for entry in manifest.specs]
-    except TnpeftError as error:
-        raise AdapterFileError(*in_file(path, error.problems)) from error
+    specs = specs_of(path, manifest)
     networks = {layer: _network(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
     modes = {layer: entry.mode for layer, entry in manifest.layers.items()}
     if problems := [*memory_problems(networks, modules, modes)]:
@@ -167,17 +184,14 @@ def _network(path: Path, specs: list[Spec], entry: LayerEntry, name: str, module
         raise refuse(path, "metadata", "that of an adapter", f"a layer '{name}' that does not fit", FOREIGN)
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type == "meta" and hook_of(layer) is None:
-        fix = "Give the model its weights before loading an adapter."
-        raise refuse(path, "base model", "values", f"none in layer '{name}' (it is on the meta device)", fix)
-    try:
+        raise without_values(path, name)
+    with of_file(path, f"layer '{name}'"):
         return specs[entry.spec].bind(layer, **entry.params)
-    except TnpeftError as error:
-        raise AdapterFileError(*in_file(path, error.problems, f"layer '{name}'")) from error
 
 
 def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: nn.Module, sharing: Sharing) -> Adapter:
     """A layer's adapter, its cores still without values."""
-    try:
+    with of_file(path, f"layer '{name}'"):
         return Adapter(
             network,
             layer,
@@ -189,8 +203,6 @@ def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: 
             sharing=sharing,
             captured=entry.captured,
         )
-    except TnpeftError as error:
-        raise AdapterFileError(*in_file(path, error.problems, f"layer '{name}'")) from error
 
 
 def _draw_again(path: Path, layer: str, adapter: Adapter, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -201,10 +213,8 @@ def _draw_again(path: Path, layer: str, adapter: Adapter, names: Mapping[str, st
         core = cores.get(name)
         if core is None or not core.frozen or not is_drawn(core) or name in adapter.shared:
             raise refuse(path, "metadata", "that of an adapter", f"a core '{name}' that is not drawn", FOREIGN)
-        try:
+        with of_file(path, f"layer '{layer}'"):
             values = adapter.initial(core)
-        except TnpeftError as error:
-            raise AdapterFileError(*in_file(path, error.problems, f"layer '{layer}'")) from error
         if digest_of(values) != expected:
             fix = "Save the adapter again where it was made, after writing to that core."
             raise refuse(path, f"frozen core '{name}' of layer '{layer}'", "the values of its seed", "others", fix)

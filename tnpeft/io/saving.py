@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, is_drawn
-from tnpeft.errors import AdapterFileError, AttachError, TnpeftWarning
+from tnpeft.errors import AdapterFileError, AttachError, TnpeftWarning, clip
 from tnpeft.io.base import base_digests, fingerprint
 from tnpeft.io.checks import number_problem, stored, tensor_problems
 from tnpeft.io.files import file_path, in_file, refuse, shown, write
 from tnpeft.io.manifest import LayerEntry, Manifest, SpecEntry, digest_of
 from tnpeft.spec import Declaration
-from tnpeft.spec.document import clip
 from tnpeft.surgery import AdaptedModel, adapted, adapters_of, statistics_of, trained_of
 from tnpeft.version import __version__
 

@@ -8,13 +8,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tnpeft.errors import BindError, Problem, near_miss
+from tnpeft.errors import BindError, Problem, clip, near_miss
 from tnpeft.network.formula import parameter_formula
 from tnpeft.network.layer import Layer
 from tnpeft.network.look_alikes import kind_name, opaque
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
 from tnpeft.spec.declaration import Declaration
-from tnpeft.spec.document import clip
 from tnpeft.spec.expression import MAX_ABSOLUTE
 from tnpeft.spec.habits import unknown_params
 from tnpeft.spec.pattern import KINDS, LAYER_NAMES
@@ -40,7 +39,8 @@ def layer_of(module: nn.Module) -> Layer:
             break
     else:
         fix = "Adapt the layers inside it, or train it as a whole with `also`."
-        found, fix = opaque(type(module)) or (kind_name(type(module)), fix)
+        module_class: type = type(module)
+        found, fix = opaque(module_class) or (kind_name(module_class), fix)
         raise BindError(Problem("unsupported layer", f"one of {', '.join(KINDS)}", found, fix))
     for method in ("forward", "_conv_forward"):
         if getattr(type(module), method, None) is not getattr(layer_class, method, None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from tnpeft.spec.pattern import KINDS
 
@@ -62,6 +63,7 @@ def full_names(kind: type) -> list[str]:
     return [f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__]
 
 
+@lru_cache(maxsize=256)
 def look_alike(kind: type) -> tuple[str, str] | None:
     """What a class of layers or tensors is in truth, and the way out; None where nothing is known against it."""
     name = kind.__name__
@@ -84,6 +86,7 @@ def look_alike(kind: type) -> tuple[str, str] | None:
     return None
 
 
+@lru_cache(maxsize=256)
 def opaque(kind: type) -> tuple[str, str] | None:
     """As `look_alike`, of a class that is none of torch's layers: one that by its name is quantised counts too."""
     if known := look_alike(kind):

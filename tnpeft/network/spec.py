@@ -8,10 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tnpeft.documents.nodes import read_bytes
 from tnpeft.network.bind import bind
 from tnpeft.network.model import Network
 from tnpeft.spec.declaration import Declaration
-from tnpeft.spec.document import read_bytes
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits
 from tnpeft.spec.library import find_shipped, label_of, shipped_tables

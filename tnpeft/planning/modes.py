@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from tnpeft.errors import Problem, TnpeftError, near_miss
+from tnpeft.errors import Problem, TnpeftError, clip, near_miss
 from tnpeft.network.model import Network
 from tnpeft.planning.call import Call, nominal_call
 from tnpeft.planning.dense import plan_dense
@@ -14,7 +14,6 @@ from tnpeft.planning.factored import plan_factored, plan_hybrid
 from tnpeft.planning.memory import FLOAT_BYTES
 from tnpeft.planning.model import Plan
 from tnpeft.planning.predict import predict
-from tnpeft.spec.document import clip
 
 __all__ = ["DEFAULT_MODE", "MODES", "best_plan", "check_choices", "check_mode", "feasible_plans", "plan"]
 

@@ -24,18 +24,14 @@ __all__ = [
     "report_of",
 ]
 
-_LAZY = {
-    "Handle": "tnpeft.recipe.attachment",
-    "attach": "tnpeft.recipe.attachment",
-    "LayerReport": "tnpeft.recipe.report",
-    "Report": "tnpeft.recipe.report",
-    "report_of": "tnpeft.recipe.report",
-}
+_LAZY = dict.fromkeys(("Handle", "attach"), "attachment") | dict.fromkeys(
+    ("LayerReport", "Report", "report_of"), "report"
+)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'tnpeft.recipe' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    value = getattr(importlib.import_module(f"tnpeft.recipe.{_LAZY[name]}"), name)
     globals()[name] = value
     return value

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
-from tnpeft.errors import AttachError, BindError, Problem, SpecError
+from tnpeft.documents.nodes import read_file
+from tnpeft.errors import AttachError, BindError, Problem, SpecError, clip
 from tnpeft.network import Network, Spec, load_spec, param_problems
 from tnpeft.planning import DEFAULT_MODE, check_mode
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from
@@ -18,7 +19,6 @@ from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import passed_over, skipped, targets, trained
 from tnpeft.spec import find_shipped
-from tnpeft.spec.document import clip, read_file
 from tnpeft.spec.habits import ATTACH, unknown_params
 from tnpeft.spec.library import shipped_folder
 from tnpeft.surgery import adapters_of, base_shown, install, plain_modules, record_of, trained_of

@@ -12,15 +12,16 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tnpeft.errors import Position, Problem, SpecError, TnpeftError, near_miss
+from tnpeft.documents.json_schema import NAME, WORD, Keywords, schema_document
+from tnpeft.documents.nodes import Node, read_bytes, read_document
+from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_problem, with_text_keys
+from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
 from tnpeft.network import Spec, load_spec
-from tnpeft.spec import find_shipped
-from tnpeft.spec.document import Node, Problems, clip, read_bytes, read_document
+from tnpeft.spec import find_shipped, list_specs
 from tnpeft.spec.habits import advice_on, unknown_params, value_of_param
 from tnpeft.spec.library import label_of, shipped_folder
-from tnpeft.spec.shape import FilePart, Schema, check_shape, entries_problem, with_text_keys
 
-__all__ = ["ALL", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "train_from"]
+__all__ = ["ALL", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "recipe_schema", "train_from"]
 
 ALL = "all"
 """What `match` says for every layer of the spec's kinds."""
@@ -89,6 +90,29 @@ RECIPE = Schema(
     },
     advice=_advice,
 )
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of recipes."""
+    shipped = list(list_specs())
+    entry = {"spec": "${1:lora}", "match": "${2:to_[qv]\\$}", "params": {"r": 4}}
+    keywords: dict[str, Keywords] = {
+        "name": {"pattern": NAME},
+        "adapters": {
+            "minItems": 1,
+            "defaultSnippets": [{"label": "a spec on some layers", "body": [entry]}],
+        },
+        "adapters.*.spec": {"anyOf": [{"enum": shipped}, {"type": "string", "pattern": r"\.ya?ml$"}]},
+        "adapters.*.match": {"examples": [r"conv[12]\.conv$", ALL]},
+        "adapters.*.params": {"propertyNames": {"pattern": rf"^{WORD}$"}, "examples": [{"r": 4}]},
+        "scopes": {
+            "propertyNames": {"pattern": rf"^{WORD}$"},
+            "examples": [{"layer": r"layers\.(\d+)\.", "matrix": r"\.([qkvo])_proj$"}],
+        },
+        "train.norm": {"examples": [True, "all"]},
+        "train.also": {"examples": [[r"^out\."]]},
+    }
+    return schema_document(RECIPE, "tnpeft recipe: which spec goes on which layers", keywords)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tnpeft.errors import listed
 from tnpeft.recipe.targets import fused_attention
 from tnpeft.surgery import AdapterRecord, base_tensors, layers_of, plain_parameters, record_of
 
-__all__ = ["REASONS", "LayerReport", "Report", "SharedReport", "reasons_of", "report_of"]
+__all__ = ["REASONS", "LayerReport", "Report", "SharedReport", "printed", "reasons_of", "report_of"]
 
 REASONS = ("bias", "norm", "also")
 
@@ -116,12 +116,11 @@ class Report:
         table = Table(title=title, title_justify="left", show_footer=True)
         table.add_column("layer", footer=f"{len(self.layers)} layers", overflow="fold")
         table.add_column("kind", overflow="fold")
-        table.add_column("spec")
-        table.add_column("params")
-        table.add_column("mode")
-        table.add_column("weight", justify="right", footer=f"{sum(row.weight for row in self.layers):,}")
-        table.add_column("cores", justify="right", footer=f"{self.cores:,}")
-        table.add_column("bias", justify="right", footer=f"{sum(row.bias for row in self.layers):,}")
+        for heading in ("spec", "params", "mode"):
+            table.add_column(heading)
+        weight, bias = (sum(getattr(row, part) for row in self.layers) for part in ("weight", "bias"))
+        for heading, total in (("weight", weight), ("cores", self.cores), ("bias", bias)):
+            table.add_column(heading, justify="right", footer=f"{total:,}")
         for row in self.layers:
             params = " ".join(f"{name}={value:g}" for name, value in row.params.items())
             counts = (f"{count:,}" for count in (row.weight, row.cores, row.bias))
@@ -133,9 +132,14 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=140, color_system=None, force_terminal=False).print(self)
-        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+        return printed(self)
+
+
+def printed(content: object, width: int = 140, markup: bool = True) -> str:
+    """What rich prints, as plain text."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None, force_terminal=False, markup=markup).print(content)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
 def report_of(model: nn.Module, name: str) -> Report:

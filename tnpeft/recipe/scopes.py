@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tnpeft.adapters import Captured
-from tnpeft.errors import AttachError, Problem, SpecError, near_miss
+from tnpeft.errors import AttachError, Problem, SpecError, clip, near_miss, ticked
 from tnpeft.recipe.model import Entry, Recipe, compiled
-from tnpeft.spec.document import clip, ticked
 
 __all__ = ["captures", "scopes_from"]
 

@@ -12,11 +12,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from tnpeft.errors import AttachError, Problem, near_miss
+from tnpeft.errors import AttachError, Problem, clip, near_miss
 from tnpeft.network import Spec
 from tnpeft.network.look_alikes import kind_name
 from tnpeft.recipe.model import ALL, Entry, Recipe, Train, compiled
-from tnpeft.spec.document import clip
 from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, layer_problem, plain_modules, plain_name, plain_parameters
 from tnpeft.surgery.tree import slots
 
@@ -127,7 +126,7 @@ def _of_kinds(spec: Spec, modules: Mapping[str, nn.Module]) -> dict[str, Problem
 
 def _kinds(spec: Spec) -> tuple[type[nn.Module], ...]:
     """The classes of the layers that a spec takes."""
-    return tuple(getattr(nn, kind) for kind in spec.layers)
+    return tuple([getattr(nn, kind) for kind in spec.layers])
 
 
 def _outermost(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence, Set
 
 import networkx
 
-from tnpeft.errors import Position, closest, near_miss
+from tnpeft.documents.nodes import Node
+from tnpeft.errors import Position, Problems, closest, near_miss
 from tnpeft.spec.declaration import Core, Declaration, Term
-from tnpeft.spec.document import Node, Problems
 from tnpeft.spec.expression import Expression, spelling
 from tnpeft.spec.inits import Last, Legs
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, LAYER_NAMES, expand_axes

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tnpeft.documents.nodes import Node
 from tnpeft.errors import Position
-from tnpeft.spec.document import Node
 from tnpeft.spec.expression import Expression
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import Init

@@ -14,8 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from tnpeft.errors import near_miss
-from tnpeft.spec.document import clip
+from tnpeft.errors import clip, near_miss
 from tnpeft.spec.factorize import MAX_FACTORS, MAX_NUMBER, Table, factorize
 
 __all__ = ["FUNCTIONS", "Expression", "ExpressionError", "Number", "Value", "is_name", "parse_expression", "spelling"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from tnpeft.errors import Problem, near_miss
-from tnpeft.spec.document import ticked
+from tnpeft.errors import Problem, near_miss, ticked
 
 __all__ = ["advice_on", "unknown_params"]
 

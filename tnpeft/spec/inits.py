@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tnpeft.errors import Position, Problem, SpecError, near_miss
-from tnpeft.spec.document import Node, Problems, clip, ticked
+from tnpeft.documents.nodes import Node
+from tnpeft.errors import Position, Problem, Problems, SpecError, clip, near_miss, ticked
 from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
 from tnpeft.spec.pattern import ELLIPSIS, expand
 

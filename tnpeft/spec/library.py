@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from tnpeft.errors import Problem, SpecError, closest
-from tnpeft.spec.document import Problems, clip, read_file
+from tnpeft.documents.nodes import read_file
+from tnpeft.documents.paths import is_file
+from tnpeft.documents.recognise import recognise
+from tnpeft.errors import Problem, Problems, SpecError, clip, closest
 from tnpeft.spec.factorize import Table
-from tnpeft.spec.paths import is_file
 from tnpeft.spec.reader import parse_table
-from tnpeft.spec.recognise import recognise
 
 __all__ = ["find_shipped", "label_of", "list_specs", "not_yaml", "shipped_folder", "shipped_tables"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from tnpeft.errors import Position
-from tnpeft.spec.document import Node, Problems, clip, ticked
+from tnpeft.documents.nodes import Node
+from tnpeft.errors import Position, Problems, clip, ticked
 from tnpeft.spec.expression import FUNCTIONS, is_name
 
 __all__ = [

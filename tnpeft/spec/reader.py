@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from tnpeft.errors import Position, Problem, SpecError, near_miss
+from tnpeft.documents.nodes import Node, read_document
+from tnpeft.documents.schema import check_shape, entries_problem, is_remnant, with_text_keys
+from tnpeft.errors import Position, Problem, Problems, SpecError, clip, near_miss
 from tnpeft.spec.checks import check
 from tnpeft.spec.declaration import Core, Declaration, SizeRule, Term
-from tnpeft.spec.document import Node, Problems, clip, read_document
 from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
 from tnpeft.spec.factorize import MAX_NUMBER, Table, bounded_product
 from tnpeft.spec.inits import DEFAULT_INIT, Init, parse_init
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, check_index, check_name, parse_axes, parse_legs
 from tnpeft.spec.schema import SPEC
-from tnpeft.spec.shape import check_shape, entries_problem, is_remnant, with_text_keys
 
 __all__ = ["SHORT_KINDS", "parse_table", "read_declaration"]
 

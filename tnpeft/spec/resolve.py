@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 
-from tnpeft.errors import Position, Problem
+from tnpeft.errors import Position, Problem, clip
 from tnpeft.spec.declaration import Core, Declaration, SizeRule
-from tnpeft.spec.document import clip
 from tnpeft.spec.expression import Expression, ExpressionError, Number, Value, parse_expression
 from tnpeft.spec.factorize import bounded_product, times
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, expand, expand_axes, kernel_indices

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from tnpeft.documents.schema import FilePart, Schema
 from tnpeft.spec.habits import value_of_param
-from tnpeft.spec.shape import FilePart, Schema
 
 __all__ = ["SPEC"]
 

@@ -14,9 +14,8 @@ from torch import nn
 
 from tnpeft.adapters.offload import mark
 from tnpeft.adapters.parked import is_parked_unmade
-from tnpeft.errors import AttachError, Problem, near_miss
+from tnpeft.errors import AttachError, Problem, clip, near_miss
 from tnpeft.execution import ModelResults
-from tnpeft.spec.document import clip
 
 __all__ = ["AdaptedModel", "AdapterRecord", "adapted", "find", "kind_problem", "known_adapter", "record_on"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -16,11 +17,10 @@ from tnpeft.adapters import Adapter
 from tnpeft.adapters.distributed import is_distributed
 from tnpeft.adapters.offload import is_own_forward
 from tnpeft.adapters.parked import MANGLED, own_weight
-from tnpeft.errors import Problem, listed, near_miss
+from tnpeft.errors import Problem, clip, listed, near_miss
 from tnpeft.execution import AdaptedLayer
 from tnpeft.network import layer_of
 from tnpeft.network.look_alikes import full_names, kind_name, look_alike, opaque
-from tnpeft.spec.document import clip
 from tnpeft.surgery.adapted_model import AdaptedModel, find, kind_problem
 from tnpeft.surgery.tree import Slot, places, plain_modules
 
@@ -78,12 +78,14 @@ def is_layer(module: nn.Module) -> bool:
 
 def is_opaque(module: nn.Module) -> bool:
     """Whether a module is a layer that another library has quantised, adapted or sharded, whatever it holds inside."""
-    return opaque(type(module)) is not None
+    kind: type = type(module)
+    return opaque(kind) is not None
 
 
 def _class_problem(layer: nn.Module, kinds: Sequence[str]) -> Problem | None:
     supported = isinstance(layer, SUPPORTED)
-    known = look_alike(type(layer)) if supported else opaque(type(layer))
+    kind: type = type(layer)
+    known = look_alike(kind) if supported else opaque(kind)
     if known is None and isinstance(layer, nn.MultiheadAttention):
         found = "MultiheadAttention, whose q, k and v weights are parameters of its own"
         known = found, "Adapt its `out_proj`; `train`'s `also` trains the others as they are."
@@ -118,7 +120,7 @@ def _forward_problem(layer: nn.Module) -> Problem | None:
         if replaced or getattr(type(layer), method, None) is not getattr(plain, method, None):
             what = "state dict" if method in _STATE_METHODS else "forward"
             expected, kind = f"the {what} of {plain.__name__}", kind_name(type(layer))
-            owner = type(getattr(layer.__dict__.get(method), "__self__", layer))
+            owner: type = type(getattr(layer.__dict__.get(method), "__self__", layer))
             if replaced and owner is not type(layer):  # somebody has put a method of another module here
                 known = look_alike(owner) or (f", with the `{method}` of {owner.__name__}", _TAKE_OFF)
                 return Problem("layer", expected, f"{kind},{known[0].partition(',')[2]}", known[1])
@@ -147,6 +149,7 @@ def weight_problem(weight: Tensor) -> Problem | None:
     return None
 
 
+@lru_cache(maxsize=64)
 def _is_plain(kind: type[Tensor]) -> bool:
     """Whether tensors of this class compute as torch's own do; fake ones, which hold no values, stand in for such."""
     if any(name.startswith("torch._subclasses.") for name in full_names(kind)):
@@ -204,10 +207,13 @@ def model_problems(model: nn.Module) -> Iterator[Problem]:
 
 def _is_part(model: nn.Module) -> bool:
     """Whether something in `model` belongs to adapters of a larger one: a layer, or what trains beside the cores."""
-    if any(isinstance(place.module, AdaptedLayer) for place in places(model)):
-        return True
-    keys = (key for module in model.modules() for key in (*module._parameters, *module._buffers))
-    return any(key.startswith(MANGLED) for key in keys)
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer):
+            return True
+        for key in (*module._parameters, *module._buffers):
+            if key.startswith(MANGLED):
+                return True
+    return False
 
 
 def name_problems(name: object, state: AdaptedModel) -> Iterator[Problem]:
@@ -297,11 +303,11 @@ def other_roads(root: nn.Module, layers: Mapping[str, nn.Module]) -> Problem | N
             if attribute in _OF_MODULES or attribute.startswith("_tnpeft"):
                 continue
             several = value.values() if isinstance(value, dict) else value
-            held = several if isinstance(value, (dict, list, tuple, set)) else [value]
-            found = [names[id(item)] for item in held if id(item) in names]
-            if found:
+            held = [*several] if isinstance(value, (dict, list, tuple, set)) else [value]
+            if not names.keys().isdisjoint(map(id, held)):
+                there = [names[id(item)] for item in held if id(item) in names]
                 where = f"`{place}.{attribute}`" if place else f"`{attribute}`"
                 fix = "Call the layers as submodules there, for example through an `nn.ModuleList` or by their names."
-                held_there = f"{listed(found)} in {where} too, where calls meet no adapter"
+                held_there = f"{listed(there)} in {where} too, where calls meet no adapter"
                 return Problem("adapted layers", "ones that are submodules alone", held_there, fix)
     return None

@@ -109,6 +109,6 @@ def _keep(root: nn.Module, state: AdaptedModel, layers: list[AdaptedLayer], kept
 
 def _unwrap(root: nn.Module, layers: list[AdaptedLayer]) -> None:
     gone = {id(layer): layer for layer in layers}
-    for place in [*places(root)]:
+    for place in places(root):
         if id(place.module) in gone:
             place.put(gone[id(place.module)].unwrap())

@@ -48,7 +48,7 @@ def install(
 
     for tied, copy in copies:
         tied.add(name, copy)
-    for place in [*places(model)]:
+    for place in places(model):
         if id(place.module) in wrappers:
             place.put(wrappers[id(place.module)])
     for target, layer in zip(targets.values(), wrappers.values(), strict=True):

@@ -95,7 +95,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
 
 def plain_keys(root: nn.Module, state: Iterable[str]) -> dict[str, str]:
     """The keys of a state dict of `root` that are the plain model's → the names they have there."""
-    hung = [*places(root)]
+    hung = places(root)
     names = {"": ""} | {place.path: place.name for place in hung}
     below = tuple(f"{place.name}.adapters." for place in hung if isinstance(place.module, AdaptedLayer))
     plain = {key: _plain_key(key, names) for key in state}

@@ -14,9 +14,8 @@ from torch import nn
 
 from tnpeft.adapters.distributed import split_problem
 from tnpeft.adapters.parked import is_parked
-from tnpeft.errors import AttachError, Problem, TnpeftWarning, listed
+from tnpeft.errors import AttachError, Problem, TnpeftWarning, clip, listed
 from tnpeft.execution import AdaptedLayer
-from tnpeft.spec.document import clip
 from tnpeft.surgery.adapted_model import AdaptedModel, adapted, find, known_adapter
 from tnpeft.surgery.passes import register_pass, remove_pass
 from tnpeft.surgery.trained import all_tied

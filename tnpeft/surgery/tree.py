@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -81,21 +80,27 @@ class Slot(NamedTuple):
         note_values(self.owner, self.table, parked_key(who, self.key))
 
 
-def places(root: nn.Module, prefix: str = "", path: str = "") -> Iterator[Place]:
+def places(root: nn.Module) -> list[Place]:
     """Every place below `root`, a module reached by two names at both; adapted layers are leaves.
 
     A module that only runs another one shares its name with it, and comes first.
     """
-    for key, module in root._modules.items():
-        if module is None:
+    below: list[Place] = []
+    _add_places(root, "", "", below)
+    return below
+
+
+def _add_places(module: nn.Module, prefix: str, path: str, below: list[Place]) -> None:
+    for key, child in module._modules.items():
+        if child is None:
             continue
-        skipped = _only_runs(root, key)
-        if skipped and not prefix and not module._modules:
+        skipped = key in _SKIPPED and _only_runs(module, key)
+        if skipped and not prefix and not child._modules:
             skipped = False  # a layer needs a name
         name = prefix.removesuffix(".") if skipped else prefix + key
-        yield Place(name, root, key, module, path + key)
-        if not isinstance(module, AdaptedLayer):
-            yield from places(module, f"{name}." if name else "", f"{path}{key}.")
+        below.append(Place(name, module, key, child, path + key))
+        if child._modules and not isinstance(child, AdaptedLayer):
+            _add_places(child, f"{name}." if name else "", f"{path}{key}.", below)
 
 
 def _only_runs(module: nn.Module, key: str) -> bool:

@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnpeft.errors import Problem, TnpeftError, near_miss
+from tnpeft.errors import Problem, TnpeftError, clip, near_miss
 from tnpeft.network import Layer, Spec
-from tnpeft.spec.document import clip
 from tnpeft.spec.pattern import KINDS
 from tnpeft.verify.case import DTYPES, Case, sample_input
 from tnpeft.verify.properties import st

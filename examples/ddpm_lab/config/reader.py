@@ -7,21 +7,21 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from ddpm_lab.support.faults import LabError
+from tnpeft.documents.nodes import Node, read_document, read_file
+from tnpeft.documents.schema import keys_at
 from tnpeft.errors import Position, Problem, SpecError, near_miss
-from tnpeft.spec.document import Node, read_document, read_file
 
 __all__ = ["read_config"]
 
 C = TypeVar("C", bound=BaseModel)
 Key = tuple[str | int, ...]
-Place = Position | str
 
-NAME = -1  # marks the place of a key itself
+OPTION = "--set "
 
 
 def read_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
@@ -32,18 +32,17 @@ def read_config(path: Path, overrides: Sequence[str], kind: type[C]) -> C:
             raise LabError(
                 Problem("the configuration", "a mapping", root.describe(), "Start with `data:`.", root.position)
             )
-        values: dict[str, Any] = root.plain()
-        places: dict[Key, Place] = dict(_places(root, ()))
         for override in overrides:
-            _apply(override, values, places)
+            root = _overridden(root, override)
     except SpecError as error:
         raise LabError(*(_about_us(problem) for problem in error.problems)) from None
-    _refuse_infinities(values, places)
+    if problem := next(_infinities(root), None):
+        raise LabError(problem)
     try:
         # JSON's rules: a list is a tuple, "3" is no number.
-        return kind.model_validate_json(json.dumps(values), context={"folder": path.parent})
+        return kind.model_validate_json(json.dumps(root.plain()), context={"folder": path.parent})
     except ValidationError as error:
-        problems = [_problem(item, values, places, kind, path) for item in error.errors(include_url=False)]
+        problems = [_problem(item, root, kind) for item in error.errors(include_url=False)]
         raise LabError(*sorted(problems, key=_line)) from None
 
 
@@ -56,108 +55,71 @@ def _line(problem: Problem) -> int:
     return problem.where.line if isinstance(problem.where, Position) else 0
 
 
-def _places(node: Node, key: Key) -> Iterator[tuple[Key, Place]]:
-    """Where each value stands; under `(*key, NAME)` where its name does."""
-    yield key, node.position
-    for name, value in node.items():
-        yield (*key, name.value, NAME), name.position
-        yield from _places(value, (*key, name.value))
-    if node.kind == "list":
-        for index, item in enumerate(node.value):
-            yield from _places(item, (*key, index))
-
-
-def _apply(override: str, values: dict[str, Any], places: dict[Key, Place]) -> None:
-    """Put `a.b=value` into `values`; the value is YAML, so that `[1, 2]` and `null` work."""
+def _overridden(root: Node, override: str) -> Node:
+    """The configuration with `a.b=value` in it; the value is YAML, so that `[1, 2]` and `null` work."""
     name, equals, text = override.partition("=")
-    where = f"--set {override}"
-    if not equals or not all(name.split(".")):
+    option = f"{OPTION}{override}"
+    names = name.split(".")
+    if not equals or not all(names):
         raise LabError(
-            Problem("an override", "key.key=value", repr(override), "Write `--set training.steps=100`.", where)
+            Problem("an override", "key.key=value", repr(override), "Write `--set training.steps=100`.", option)
         )
-    value = read_document(text, where).plain() if text.strip() else None
-    *parents, last = name.split(".")
-    inner = values
-    for depth, parent in enumerate(parents, 1):
-        if not isinstance(inner.get(parent), dict):  # not there, or replaced: what is wrong with it, the override did
-            inner[parent] = {}
-            places[tuple(parents[:depth])] = places[(*parents[:depth], NAME)] = where
-        inner = inner[parent]
-    inner[last] = value
-    key: Key = (*parents, last)
-    for old in [old for old in places if old[: len(key)] == key]:
-        del places[old]
-    places[key] = places[(*key, NAME)] = where
+    where = Position(option, 1, 1)
+    return _with(root, names, read_document(text, option) if text.strip() else Node("scalar", None, where), where)
 
 
-def _refuse_infinities(value: Any, places: dict[Key, Place], key: Key = ()) -> None:
-    """No number of a configuration may be infinite or not a number; pydantic lets both pass."""
-    if isinstance(value, float) and not math.isfinite(value):
-        name = ".".join(str(part) for part in key)
-        raise LabError(Problem(name, "a finite number", str(value), "Write a number.", _place(key, places)))
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _refuse_infinities(inner, places, (*key, name))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            _refuse_infinities(inner, places, (*key, index))
+def _with(node: Node, names: Sequence[str], value: Node, where: Position) -> Node:
+    """A mapping with a value under a path of names. What was no mapping there is replaced: its fault is then ours."""
+    if not names:
+        return value
+    name, *below = names
+    pairs = {key.value: (key, item) for key, item in node.items()}
+    key, inner = pairs.get(name, (None, None))
+    if key is None or inner is None or not below or inner.kind != "mapping":
+        key, inner = Node("scalar", name, where, name), Node("mapping", (), where)
+    pairs[name] = key, _with(inner, below, value, where)
+    return replace(node, value=tuple(pairs.values()))
 
 
-def _place(key: Key, places: dict[Key, Place]) -> Place | None:
-    """Where a key stands, or the closest thing around it that has a place."""
-    for length in range(len(key), -1, -1):
-        if key[:length] in places:
-            return places[key[:length]]
-    return None
+def _infinities(node: Node, key: Key = ()) -> Iterator[Problem]:
+    """Numbers that are infinite or none, which no configuration may have; pydantic lets both pass."""
+    if isinstance(node.value, float) and not math.isfinite(node.value):
+        what = ".".join(str(part) for part in key)
+        yield Problem(what, "a finite number", str(node.value), "Write a number.", _place(node))
+    for name, inner in node.items():
+        yield from _infinities(inner, (*key, name.value))
+    for index, inner in enumerate(node.value if node.kind == "list" else ()):
+        yield from _infinities(inner, (*key, index))
 
 
-def _problem(item: Any, values: dict[str, Any], places: dict[Key, Place], kind: type[BaseModel], path: Path) -> Problem:
+def _place(node: Node) -> Position | str:
+    """Where a value or a key stands; of an override all of it."""
+    return node.position.file if node.position.file.startswith(OPTION) else node.position
+
+
+def _problem(item: Any, root: Node, kind: type[BaseModel]) -> Problem:
     key: Key = tuple(item["loc"])
-    if key[-1:] == ("[key]",):  # pydantic's word for the name of an entry
-        return _bad_name(key[:-1], places, path)
-    name = ".".join(str(part) for part in key)
-    where = _place(key, places) or str(path)
+    is_name = key[-1:] == ("[key]",)  # pydantic's word for the name of an entry
+    key = key[:-1] if is_name else key
+    nodes = root.along(key)
+    node = nodes[-1] if len(nodes) > len(key) else None
+    name = nodes[len(key) - 1].key(key[-1]) if key and node else None
+    if is_name:
+        return _bad_name(key, _place(name or nodes[-1]))
     if item["type"] == "extra_forbidden":
-        known = _known(kind, key[:-1])
+        known = keys_at(kind, key[:-1])
         fix = near_miss(str(key[-1]), known) or "The keys are " + ", ".join(f"`{word}`" for word in known) + "."
-        where = places.get((*key, NAME), where)
-        return Problem("an unknown key", "a key of this section", f"`{key[-1]}`", fix, where)
+        return Problem("an unknown key", "a key of this section", f"`{key[-1]}`", fix, _place(name or nodes[-1]))
     expected, fix = _wording(item)
-    return Problem(f"`{name}`", expected, _shown(values, key), fix, where)
+    what = ".".join(str(part) for part in key)
+    return Problem(f"`{what}`", expected, _shown(node), fix, _place(nodes[-1]))
 
 
-def _bad_name(key: Key, places: dict[Key, Place], path: Path) -> Problem:
+def _bad_name(key: Key, where: Position | str) -> Problem:
     """The name of an entry that cannot name a folder."""
-    where = places.get((*key, NAME)) or _place(key, places) or str(path)
     expected = "at most 60 letters, digits, `_` and `-`, the first a letter or a digit"
     section = ".".join(str(part) for part in key[:-1])
     return Problem(f"a name in `{section}`", expected, f"`{key[-1]}`", "Choose another name.", where)
-
-
-def _known(kind: type[BaseModel], key: Key) -> list[str]:
-    """The keys of the section that `key` names."""
-    annotation: Any = kind
-    for part in key:
-        section = _section(annotation)
-        if section is not None:
-            field = section.model_fields.get(str(part))
-            annotation = field.annotation if field is not None else None
-        else:  # an entry of a mapping or a list
-            annotation = next((kind for kind in reversed(get_args(annotation)) if kind is not Ellipsis), None)
-    section = _section(annotation)
-    return list(section.model_fields) if section is not None else []
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation is: itself, or beside None."""
-    for kind in (annotation, *get_args(annotation)) if _optional(annotation) else (annotation,):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
-def _optional(annotation: Any) -> bool:
-    return type(None) in get_args(annotation)
 
 
 def _wording(item: Any) -> tuple[str, str]:
@@ -192,15 +154,10 @@ def _wording(item: Any) -> tuple[str, str]:
     return words.get(str(item["type"]), message), "Change the value."
 
 
-def _shown(values: Any, key: Key) -> str:
-    """The value under `key` as a reader would name it."""
-    for part in key:
-        try:
-            values = values[part]
-        except (KeyError, IndexError, TypeError):
-            return "nothing"
-    if isinstance(values, dict):
-        return "a mapping"
-    if isinstance(values, list):
-        return f"a list of {len(values)}"
-    return "nothing" if values is None else repr(values)
+def _shown(node: Node | None) -> str:
+    """A value as a reader would name it."""
+    if node is None or node.value is None:
+        return "nothing"
+    if node.kind == "list":
+        return f"a list of {len(node.value)}"
+    return "a mapping" if node.kind == "mapping" else repr(node.value)

@@ -20,7 +20,7 @@ from pydantic import (
     model_serializer,
 )
 
-from tnpeft.spec.paths import is_file
+from tnpeft.documents.paths import is_file
 
 __all__ = [
     "Base",

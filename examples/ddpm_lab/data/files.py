@@ -27,8 +27,8 @@ from ddpm_lab.data.manifest import Entry, compare, read_manifest, root_of
 from ddpm_lab.data.outliers import Outliers, find_outliers
 from ddpm_lab.data.reading import SLACK, announced, not_a_file, skip_rest
 from ddpm_lab.support.faults import fault, raise_all, reason
+from tnpeft.documents.paths import is_folder, is_there
 from tnpeft.errors import Problem
-from tnpeft.spec.paths import is_folder, is_there
 
 __all__ = [
     "LAYOUTS",

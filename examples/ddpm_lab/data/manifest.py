@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -12,15 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from ddpm_lab.config.settings import Data
 from ddpm_lab.data.reading import not_a_file
+from ddpm_lab.support.durable import digest_of_file
 from ddpm_lab.support.faults import MOST, LabError, fault, raise_all, reason
+from tnpeft.documents.paths import is_folder
 from tnpeft.errors import Position, Problem
-from tnpeft.spec.paths import is_folder
 
-__all__ = ["VERSION", "Entry", "Manifest", "Rejected", "checksum", "compare", "read_manifest", "root_of"]
+__all__ = ["VERSION", "Entry", "Manifest", "Rejected", "compare", "read_manifest", "root_of"]
 
 VERSION = 1
 AGAIN = "Run `prepare` again."
-CHUNK = 1 << 20  # bytes
 
 
 class Part(BaseModel):
@@ -163,18 +162,9 @@ def compare(root: Path, entry: Entry, contents: bool = False) -> Problem | None:
         size = path.stat().st_size
         if size != entry.bytes:
             return Problem("a changed file", expected, f"{size:,}", AGAIN, str(path))
-        if contents and (found := checksum(path)) != entry.sha256:
+        if contents and (found := digest_of_file(path)) != entry.sha256:
             return Problem("a changed file", f"sha256 {entry.sha256[:12]}...", f"{found[:12]}...", AGAIN, str(path))
     except OSError as error:
         fix = "Pass `--set data.root=FOLDER` where the data moved, or run `prepare` again."
         return Problem("a missing file", expected, reason(error), fix, str(path))
     return None
-
-
-def checksum(path: Path) -> str:
-    """The file's sha256, read piece by piece."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -13,11 +13,12 @@ from rich.text import Text
 
 from ddpm_lab.config.settings import Config, Data
 from ddpm_lab.data.files import FEWEST, Volume, each, find_volumes, inspect, split_volumes, subject_of
-from ddpm_lab.data.manifest import VERSION, checksum
+from ddpm_lab.data.manifest import VERSION
 from ddpm_lab.data.outliers import Outliers, warnings_of
 from ddpm_lab.support.console import Screen
+from ddpm_lab.support.durable import digest_of_file, write_json
 from ddpm_lab.support.faults import MOST, LabError, fault, reason
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import at_work
 from ddpm_lab.support.record import write_record
 from tnpeft.errors import Problem
@@ -78,7 +79,7 @@ def _examine(path: Path) -> Examined:
     if isinstance(found, Problem):
         return Examined(path, found)
     try:
-        return Examined(path, found, checksum(path), path.stat().st_size)
+        return Examined(path, found, digest_of_file(path), path.stat().st_size)
     except OSError as error:
         fix = "Replace or remove the file."
         return Examined(path, Problem("an unreadable volume", "a NIfTI file", reason(error), fix, str(path)))

@@ -14,8 +14,9 @@ from torch import nn
 
 from ddpm_lab.support.durable import digest_of_file
 from ddpm_lab.support.faults import fault, raise_all, reason
+from tnpeft.documents.paths import is_file
 from tnpeft.errors import Problem
-from tnpeft.spec.paths import is_file
+from tnpeft.io.foreign.archive import load_archive
 
 __all__ = ["Encoder", "load_encoder", "medicalnet_resnet50"]
 
@@ -108,8 +109,7 @@ def _read(weights: Path) -> dict[str, torch.Tensor]:
     if not is_file(weights):
         raise fault(weights, "`metrics.medicalnet`", "a file", "nothing there", "Check the path, or leave it out.")
     try:
-        with weights.open("rb") as file:  # torch would read a path by its ending
-            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+        content: Any = load_archive(weights)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         # torch's own words advise to run whatever the file holds, or are the byte where reading ended
         found = reason(error) if isinstance(error, OSError) else "other objects than tensors, or another kind of file"

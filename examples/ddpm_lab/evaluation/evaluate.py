@@ -21,8 +21,9 @@ from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.sampling.sample_sets import find_sample_sets
 from ddpm_lab.sampling.variants import BASE, name_of
 from ddpm_lab.support.console import Screen
+from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.faults import fault
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone_in_out
 from ddpm_lab.support.record import write_record
 from tnpeft.errors import Problem

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import struct
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from ddpm_lab.data.reading import not_a_file
 from ddpm_lab.support.faults import LabError, fault
 from tnpeft.errors import Problem
+from tnpeft.io.foreign.archive import load_archive
 
 __all__ = ["FIX", "model_tensors", "name_some"]
 
@@ -161,9 +161,7 @@ def _loaded(path: Path) -> Any:
     try:  # by what it holds: names of files are often wrong
         if not start.startswith(PICKLES):
             return load_file(path)
-        with warnings.catch_warnings(), path.open("rb") as file:  # a path would be read by its ending
-            warnings.simplefilter("ignore", UserWarning)  # about TorchScript, which is refused
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return load_archive(path)
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
 

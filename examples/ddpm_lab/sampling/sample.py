@@ -24,7 +24,7 @@ from ddpm_lab.support.faults import fault
 from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone_in_out
 from ddpm_lab.support.record import write_record
-from tnpeft.spec.paths import resolved
+from tnpeft.documents.paths import resolved
 
 __all__ = ["sample_volumes"]
 

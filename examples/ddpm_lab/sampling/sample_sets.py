@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddpm_lab.support.durable import read_json, write_json
 from ddpm_lab.support.faults import fault
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 
 __all__ = ["SampleSet", "find_sample_sets"]
 
@@ -36,12 +37,9 @@ class SampleSet:
 
     def record(self) -> dict[str, Any] | None:
         """What `samples.json` says, or None where there is none that can be read."""
-        try:
-            found = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        sound = isinstance(found, dict) and isinstance(found.get("settings"), dict)
-        return found if sound and type(found.get("count")) is int else None
+        found = read_json(self.folder / RECORD) or {}
+        sound = isinstance(found.get("settings"), dict) and type(found.get("count")) is int
+        return found if sound else None
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise LabError where the folder holds samples of other settings: they are never thrown away or mixed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from torch import nn
 
 import tnpeft
 from ddpm_lab.config.settings import Config
+from ddpm_lab.support.durable import read_json
 from ddpm_lab.support.faults import fault, raise_all, reason
+from tnpeft.documents.paths import is_file, is_folder, resolved
 from tnpeft.errors import Problem
-from tnpeft.spec.paths import is_file, is_folder, resolved
 
 __all__ = ["BASE", "RESULTS", "Variant", "find_variants", "name_of"]
 
@@ -105,10 +105,7 @@ def find_variants(config: Config, out: Path) -> tuple[Variant, ...]:
 
 def _own_result(out: Path) -> tuple[Path, ...]:
     """The file that the run in `out` left, the one that its summary names where there are several."""
-    try:
-        named = json.loads((out / "summary.json").read_text(encoding="utf-8"))["result"]
-    except (OSError, ValueError, KeyError, TypeError):
-        named = None
+    named = (read_json(out / "summary.json") or {}).get("result")
     names = sorted(RESULTS, key=lambda name: name != named)
     return tuple(out / name for name in names if is_file(out / name))[:1]
 

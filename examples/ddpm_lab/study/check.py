@@ -20,8 +20,8 @@ from ddpm_lab.study.settings import DataSet, StudyConfig
 from ddpm_lab.support.faults import LabError, fault
 from ddpm_lab.training.train import steps_of
 from tnpeft import TnpeftError
+from tnpeft.documents.paths import is_file
 from tnpeft.errors import Problem
-from tnpeft.spec.paths import is_file
 
 __all__ = ["check_inputs", "inside"]
 

@@ -31,7 +31,7 @@ from ddpm_lab.model.method import Trained, apply_method
 from ddpm_lab.model.unet import build_unet, recompute_activations
 from ddpm_lab.study.settings import StudyConfig
 from ddpm_lab.support.console import Screen
-from ddpm_lab.support.folders import write_json
+from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.record import machine, revision, versions
 
 __all__ = ["FULL", "Allocations", "Subject", "measure_costs", "subject"]

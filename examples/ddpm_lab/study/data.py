@@ -15,11 +15,11 @@ from ddpm_lab.data.manifest import read_manifest, root_of
 from ddpm_lab.data.population import template_tissues, write_population
 from ddpm_lab.data.prepare import prepare_data
 from ddpm_lab.data.volumes import transforms
-from ddpm_lab.study.run import Outcome, digest, made_of, read_json, refuse_others
+from ddpm_lab.study.run import Outcome, digest, made_of, refuse_others
 from ddpm_lab.study.settings import DataSet, StudyConfig
 from ddpm_lab.support.console import Screen
-from ddpm_lab.support.durable import writing
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.durable import read_json, write_json, writing
+from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone
 from ddpm_lab.training.driver import pretrain
 

@@ -18,10 +18,10 @@ from ddpm_lab.model.unet import divisor
 from ddpm_lab.study.cost import Subject, subject
 from ddpm_lab.study.settings import StudyConfig
 from ddpm_lab.support.console import Screen
+from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.faults import fault
-from ddpm_lab.support.folders import write_json
 from ddpm_lab.support.record import machine, versions
-from tnpeft.spec.paths import is_file
+from tnpeft.documents.paths import is_file
 
 __all__ = ["dry_run"]
 

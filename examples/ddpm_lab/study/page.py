@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpm_lab.study.tables import Table, as_html
+from ddpm_lab.support.durable import write_whole
 
 __all__ = ["Picture", "Section", "write_page"]
 
@@ -107,9 +108,7 @@ def write_page(
         f"<details><summary>All settings</summary><pre>{html.escape(settings)}</pre></details></section></main>"
         "<footer></footer></body></html>\n"
     )
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_whole(path, text.encode())
 
 
 def _section(section: Section) -> str:

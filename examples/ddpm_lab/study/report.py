@@ -19,7 +19,7 @@ from ddpm_lab.study.plots import DARK_THEME, LIGHT_THEME, Line, Panel, Theme, pl
 from ddpm_lab.study.results import BASE, METRICS, Results, read_results
 from ddpm_lab.study.tables import as_csv, as_markdown, change_table, cost_table, detail_table, method_table, millions
 from ddpm_lab.support.console import Screen
-from ddpm_lab.support.durable import writing
+from ddpm_lab.support.durable import write_whole, writing
 from ddpm_lab.support.faults import fault, reason
 from ddpm_lab.support.folders import files_in, make_folder
 from ddpm_lab.support.locks import alone_in_out
@@ -74,7 +74,7 @@ def _write_all(results: Results, folder: Path, screen: Screen) -> None:
     lead = _lead(results)
     settings = json.dumps(config.model_dump(mode="json"), indent=1)
     write_page(folder / "index.html", config.title, lead, config.caveat, sections, facts, settings)
-    _write(folder / "report.md", _markdown(config.title, lead, config.caveat, sections, facts))
+    write_whole(folder / "report.md", _markdown(config.title, lead, config.caveat, sections, facts).encode())
 
 
 def _section(results: Results, study: str, folder: Path) -> Section:
@@ -85,12 +85,12 @@ def _section(results: Results, study: str, folder: Path) -> Section:
             return section
         table = cost_table(results)
         section.tables.append(table)
-        _write(folder / "table4.csv", _cost_csv(results))
+        write_whole(folder / "table4.csv", _cost_csv(results).encode())
         return section
     methods = results.config.members(study)
     section.tables += [method_table(results, study, TITLES[study], methods), change_table(results, study, methods)]
     section.details += [detail_table(results, study, each, methods) for each in results.config.datasets]
-    _write(folder / f"{study}.csv", as_csv(results, methods))
+    write_whole(folder / f"{study}.csv", as_csv(results, methods).encode())
     section.pictures += _pictures(results, study, methods, folder)
     return section
 
@@ -275,9 +275,3 @@ def _markdown(title: str, lead: str, caveat: str, sections: Sequence[Section], f
         parts += [f"![{picture.caption}]({picture.path.name})\n\n{picture.caption}" for picture in section.pictures]
     parts += ["## Setup", "\n".join(f"- {name}: {value}" for name, value in facts)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

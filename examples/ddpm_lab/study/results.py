@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 from scipy.stats import t as student
 
-from ddpm_lab.study.run import BASE, Outcome, read_json
+from ddpm_lab.study.run import BASE, Outcome
 from ddpm_lab.study.settings import STUDIES, StudyConfig
+from ddpm_lab.support.durable import read_json
 from ddpm_lab.support.faults import fault
 
 __all__ = ["BASE", "METRICS", "REAL", "Cell", "Metric", "Result", "Results", "read_results"]

@@ -19,16 +19,16 @@ from ddpm_lab.config.settings import Config
 from ddpm_lab.evaluation.evaluate import evaluate_samples
 from ddpm_lab.sampling.sample import sample_volumes
 from ddpm_lab.support.console import Screen
-from ddpm_lab.support.durable import writing
+from ddpm_lab.support.durable import read_json, write_json, writing
 from ddpm_lab.support.faults import fault, raise_all
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone
 from ddpm_lab.training.driver import finetune
 from ddpm_lab.training.resume import differences, flat
 from tnpeft import TnpeftError
 from tnpeft.errors import Problem
 
-__all__ = ["BASE", "Outcome", "Run", "alone", "digest", "made_of", "one_line", "read_json", "refuse_others"]
+__all__ = ["BASE", "Outcome", "Run", "alone", "digest", "made_of", "one_line", "refuse_others"]
 
 BASE = "base"  # stands where a method would: samples of the base itself
 STATUS = "run.json"
@@ -167,12 +167,3 @@ def refuse_others(folder: Path, what: str, outcome: Outcome, wanted: Mapping[str
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A mapping that an earlier run wrote, or None where there is no whole one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -19,12 +19,12 @@ from ddpm_lab.study.check import check_inputs, inside
 from ddpm_lab.study.cost import measure_costs
 from ddpm_lab.study.data import base_of, identity, settled
 from ddpm_lab.study.dry_run import dry_run
-from ddpm_lab.study.run import BASE, Outcome, Run, made_of, read_json
+from ddpm_lab.study.run import BASE, Outcome, Run, made_of
 from ddpm_lab.study.settings import STUDIES, StudyConfig
 from ddpm_lab.support.console import Bar, Screen, clock
-from ddpm_lab.support.durable import writing
+from ddpm_lab.support.durable import read_json, write_json, writing
 from ddpm_lab.support.faults import fault
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone, alone_in_out
 from ddpm_lab.support.record import write_record
 from ddpm_lab.training.train import steps_of

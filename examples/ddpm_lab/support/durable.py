@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -14,8 +15,9 @@ from safetensors import SafetensorError
 
 from ddpm_lab.support.faults import fault
 from tnpeft import TnpeftError
+from tnpeft.documents.files import replace_files
 
-__all__ = ["digest_of_file", "sync_folder", "write_file", "write_tensors", "writing"]
+__all__ = ["digest_of_file", "read_json", "write_json", "write_tensors", "write_whole", "writing"]
 
 CHUNK = 1 << 22
 
@@ -39,32 +41,33 @@ def _unwritable(path: Path, what: str, error: Exception) -> Exception:
     return fault(path, what, "to be written", found, fix)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; raises LabError where the disk is full or the place cannot be written."""
+    replace_files({path: data}, _unwritten)
+
+
+def _unwritten(path: Path, reason: str) -> Exception:
+    return fault(path, "a file of results", "a place to write it", reason, "Free space, or choose another `--out`.")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors, whole or not at all."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(path.name + ".part")
-    write_file(temporary, safetensors.torch.save(whole))
-    os.replace(temporary, path)  # noqa: PTH105 - tests stop a run at every one of these
-    sync_folder(path.parent)
+    write_whole(path, safetensors.torch.save(whole))
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where folders can be synced."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write data as JSON, whole or not at all."""
+    write_whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A mapping that an earlier run wrote, or None where there is no whole one."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def digest_of_file(path: Path) -> str:

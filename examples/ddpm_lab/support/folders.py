@@ -1,17 +1,13 @@
-"""Folders of results: made, listed, and JSON written to them whole or not at all."""
+"""Folders of results: made and listed."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ddpm_lab.support.faults import fault, reason
 
-__all__ = ["files_in", "make_folder", "write_json"]
+__all__ = ["files_in", "make_folder"]
 
 
 def make_folder(path: Path) -> None:
@@ -29,16 +25,3 @@ def make_folder(path: Path) -> None:
 def files_in(folder: Path) -> list[str]:
     """The names of what a command leaves in a folder: hidden files, such as its lock, are none of it."""
     return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write data whole or not at all; raises LabError where the disk is full or the place cannot be written."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        fix = "Free space, or choose another `--out`."
-        raise fault(path, "a file of results", "a place to write it", reason(error), fix) from None

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 from ddpm_lab.support.faults import fault, reason
 from ddpm_lab.support.folders import make_folder
-from tnpeft.spec.paths import is_there
+from tnpeft.documents.paths import is_there
 
 try:
     import fcntl

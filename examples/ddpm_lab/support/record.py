@@ -13,7 +13,8 @@ import torch
 from pydantic import BaseModel
 
 import tnpeft
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.durable import write_json
+from ddpm_lab.support.folders import make_folder
 
 __all__ = ["machine", "revision", "seeds_of", "versions", "write_record"]
 

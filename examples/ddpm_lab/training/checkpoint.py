@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_lab.support.durable import digest_of_file, sync_folder, write_file, write_tensors, writing
+from ddpm_lab.support.durable import digest_of_file, write_tensors, write_whole, writing
+from tnpeft.documents.files import sync_folder
 
 __all__ = ["Checkpoint", "Checkpoints"]
 
@@ -81,8 +82,7 @@ class Checkpoints:
                     write_tensors(temporary / f"{name}.safetensors", values)
                 digests = {path.name: digest_of_file(path) for path in sorted(temporary.iterdir())}
                 whole = {"version": VERSION, "step": step, **state, "tensors": list(tensors), "files": digests}
-                write_file(temporary / STATE, _encoded(whole))
-                sync_folder(temporary)
+                write_whole(temporary / STATE, _encoded(whole))
                 _discard(folder)
                 os.replace(temporary, folder)  # noqa: PTH105 - tests stop a run at every one of these
                 sync_folder(self.folder)

@@ -17,8 +17,9 @@ from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.diffusion import noise_schedule
 from ddpm_lab.model.unet import build_unet, save_weights
 from ddpm_lab.support.console import Screen
+from ddpm_lab.support.durable import read_json, write_json
 from ddpm_lab.support.faults import raise_all
-from ddpm_lab.support.folders import make_folder, write_json
+from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone_in_out
 from ddpm_lab.training.driver import finish
 from ddpm_lab.training.estimate import expected_time
@@ -26,8 +27,8 @@ from ddpm_lab.training.finetune import Run, Setup, prepare, prepare_volumes, run
 from ddpm_lab.training.plots import Curve, plot_curves
 from ddpm_lab.training.summary import describe_run, error_table, sample_table, time_line
 from ddpm_lab.training.train import History, Step, steps_of, train
+from tnpeft.documents.paths import is_file
 from tnpeft.errors import Problem
-from tnpeft.spec.paths import is_file
 
 __all__ = ["demo"]
 
@@ -172,11 +173,8 @@ def _key(source: Config, config: DemoConfig) -> str:
 
 def _says(path: Path, wanted: dict[str, Any]) -> bool:
     """Whether a JSON file of an earlier run holds these entries."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items())
+    found = read_json(path)
+    return found is not None and all(found.get(key) == value for key, value in wanted.items())
 
 
 def _tuned(config: DemoConfig, out: Path, domain: str, method: Method, training: Training) -> Config:

@@ -17,9 +17,9 @@ from ddpm_lab.data.files import rooted
 from ddpm_lab.data.grid import grid_of
 from ddpm_lab.model.unet import build_unet, divisor, load_base
 from ddpm_lab.support.console import Screen
-from ddpm_lab.support.durable import writing
+from ddpm_lab.support.durable import write_json, writing
 from ddpm_lab.support.faults import fault
-from ddpm_lab.support.folders import files_in, write_json
+from ddpm_lab.support.folders import files_in
 from ddpm_lab.support.locks import alone_in_out
 from ddpm_lab.support.processes import together
 from ddpm_lab.support.record import write_record

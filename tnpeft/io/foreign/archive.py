@@ -6,15 +6,37 @@ stand on the same bytes.
 
 from __future__ import annotations
 
+import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from tnpeft.io.foreign.pickles import MAX_PARTS, is_heavy
 
-__all__ = ["archive_problem"]
+__all__ = ["COPY_AGAIN", "LOAD_ERRORS", "archive_problem", "load_archive"]
+
+COPY_AGAIN = "Copy or download the file again."
+# What `load_archive` raises for files that are damaged or hold more than tensors.
+LOAD_ERRORS = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 _MAX_MEMBERS = 100_000  # a tensor is one; the largest models have a few thousand
 _MAX_DIRECTORY = 64 << 20  # bytes of their names and places
@@ -23,7 +45,6 @@ _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _LOCAL_HEADER = 30  # bytes before a member's name
 _SAVE_AGAIN = "Save it with `torch.save`, which stores its members as they are."
-_DAMAGED = "Copy or download the file again."
 
 
 class Fault(NamedTuple):
@@ -34,6 +55,19 @@ class Fault(NamedTuple):
     fix: str
 
 
+def load_archive(path: Path, mapped: bool = False) -> Any:
+    """What a file of `torch.save` holds, tensors alone, on the CPU; `mapped`, their bytes are read when they are used.
+
+    No warning of torch's is shown: they are of pickles that are not its own, which fail or hold tensors alone.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if mapped and path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:  # torch reads a path by its ending
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def archive_problem(path: Path) -> Fault | None:
     """Why torch had better not read this zip, or None. Time and memory are bounded by the size of its directory.
 
@@ -42,7 +76,7 @@ def archive_problem(path: Path) -> Fault | None:
     size = path.stat().st_size
     directory = _directory_size(path, size)
     if directory is None:
-        return Fault("a whole archive of `torch.save`", "one that does not end as such archives do", _DAMAGED)
+        return Fault("a whole archive of `torch.save`", "one that does not end as such archives do", COPY_AGAIN)
     if directory > _MAX_DIRECTORY:
         return Fault(f"at most {_MAX_MEMBERS:,} members", f"a directory of {directory:,} bytes", _SAVE_AGAIN)
     try:
@@ -52,7 +86,9 @@ def archive_problem(path: Path) -> Fault | None:
                 return fault
             pickles = [archive.read(member) for member in members if member.filename.endswith("/data.pkl")]
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError) as error:
-        return Fault("a whole archive of `torch.save`", " ".join(str(error).split())[:200] or "a damaged one", _DAMAGED)
+        return Fault(
+            "a whole archive of `torch.save`", " ".join(str(error).split())[:200] or "a damaged one", COPY_AGAIN
+        )
     if any(map(is_heavy, pickles)):
         found = "larger ones in its pickle"
         return Fault(f"tuples of at most {MAX_PARTS:,} parts", found, "Save the state dict alone.")
@@ -97,7 +133,7 @@ def _faults(members: list[zipfile.ZipInfo], room: int) -> Iterator[Fault]:
             yield Fault("members that stand apart", f"{name} on the bytes of {previous}", _SAVE_AGAIN)
         end, previous = member.header_offset + _LOCAL_HEADER + len(member.filename) + member.file_size, name
         if end > room:
-            yield Fault("members within the file", f"{name}, which ends at byte {end:,} of {room:,}", _DAMAGED)
+            yield Fault("members within the file", f"{name}, which ends at byte {end:,} of {room:,}", COPY_AGAIN)
 
 
 def _short(name: str) -> str:

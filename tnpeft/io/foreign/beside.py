@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tnpeft.io.foreign.formats import clip_key
+from tnpeft.io.foreign.formats import INCOMPLETE, clip_key
 from tnpeft.io.foreign.key_names import dotted
 from tnpeft.io.foreign.layer_tensors import wide
 from tnpeft.io.foreign.layer_update import LayerUpdate
@@ -70,8 +70,7 @@ def with_biases(
         base = trained.get(name, parameters.get(name))
         part = parts.get(layer)
         if part is None:
-            fix = "The file is incomplete: copy it again, or save the adapter once more."
-            raise source.refuse(f"layer '{layer}'", "`lora_A` and `lora_B`", "the bias of `lora_B` alone", fix)
+            raise source.refuse(f"layer '{layer}'", "`lora_A` and `lora_B`", "the bias of `lora_B` alone", INCOMPLETE)
         if base is None or base.shape != bias.shape:
             fix = "Give the layer a bias, zero at first."
             raise source.refuse(f"bias of `lora_B` on layer '{layer}'", "a layer with a bias", "one without", fix)

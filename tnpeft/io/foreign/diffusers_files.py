@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,15 @@ import safetensors.torch
 from torch import Tensor
 
 from tnpeft.errors import Problem
+from tnpeft.io.foreign.formats import trained_problem
 from tnpeft.io.foreign.layer_update import LayerUpdate
-from tnpeft.io.foreign.peft_files import method_of, peft_problems, targets
-from tnpeft.io.foreign.rewrites import untuckered
+from tnpeft.io.foreign.peft_files import config_of, lora_tensors, method_of, peft_problems, targets
 from tnpeft.io.foreign.source import HEADER
 from tnpeft.network import Layer
 
 __all__ = ["diffusers_contents", "diffusers_problems"]
 
+_LEFT_OUT = ("base_model_name_or_path", "inference_mode", "task_type")
 _ELSEWHERE = 'Write it as "lycoris", "kohya" or "comfyui", or merge it into the model.'
 
 
@@ -32,9 +31,7 @@ def diffusers_problems(
     for name, method in others.items():
         yield Problem("diffusers' pipelines", "LoRA", method, _ELSEWHERE, f"layer '{name}'")
     if trained:
-        shown = ", ".join(f"'{name}'" for name in list(trained)[:3])
-        fix = "Train the cores alone, or merge the adapter."
-        yield Problem("parameters trained beside the cores", "none: diffusers has no place for them", shown, fix)
+        yield trained_problem(trained, "none: diffusers has no place for them")
     if not others and not trained:
         yield from peft_problems(parts, layers, trained)
 
@@ -50,7 +47,7 @@ def diffusers_contents(
     header: dict[str, Any] = {}
     for prefix in dict.fromkeys(prefix for prefix, _ in names.values()):
         inside = {names[layer][1]: part for layer, part in parts.items() if names[layer][0] == prefix}
-        written = {name: _tensors(part) for name, part in inside.items()}
+        written = {name: lora_tensors(part, part.scale) for name, part in inside.items()}
         for name, values in written.items():
             tensors |= {f"{prefix}{name}.{_key(prefix, key)}": value.contiguous() for key, value in values.items()}
         ranks = {name: values["lora_A.weight"].shape[0] for name, values in written.items()}
@@ -63,15 +60,6 @@ def diffusers_contents(
     return {path: safetensors.torch.save(tensors, metadata)}
 
 
-def _tensors(part: LayerUpdate) -> dict[str, Tensor]:
-    up, down = (untuckered(part).tensors[core] for core in ("up", "down"))
-    units = (1,) * (down.ndim - 2)
-    tensors = {"lora_A.weight": down, "lora_B.weight": (up * part.scale).reshape(*up.shape, *units)}
-    if part.magnitude is not None:
-        tensors["lora_magnitude_vector"] = part.magnitude.reshape((1, -1, *units) if units else (-1,))
-    return tensors
-
-
 def _key(prefix: str, key: str) -> str:
     """Text encoders' keys have the spelling that diffusers recognises whatever the layer is called."""
     if not prefix.startswith("text_encoder"):
@@ -80,17 +68,7 @@ def _key(prefix: str, key: str) -> str:
 
 
 def _config(ranks: Mapping[str, int], dora: bool, modules: Collection[str]) -> dict[str, Any]:
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {f"^{re.escape(name)}": value for name, value in ranks.items() if value != rank}
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": targets(list(ranks), modules),
-        "use_dora": dora,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "init_lora_weights": True,
-    }
+    """PEFT's config, less what says nothing of the update."""
+    options = {"lora_dropout": 0.0, "bias": "none", "init_lora_weights": True, "use_dora": dora}
+    config = config_of("LORA", ranks, ranks, {**options, "target_modules": targets(list(ranks), modules)})
+    return {key: value for key, value in config.items() if key not in _LEFT_OUT}

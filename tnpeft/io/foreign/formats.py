@@ -7,12 +7,30 @@ from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import Path
 
-from tnpeft.errors import AdapterFileError
+from tnpeft.errors import AdapterFileError, Problem, clip
 from tnpeft.io.files import refuse
 from tnpeft.io.foreign.spelling import respelled
-from tnpeft.spec.document import clip
 
-__all__ = ["FORMATS", "SUPPORTED", "clip_key", "guess", "unknown", "unsupported"]
+__all__ = [
+    "FORMATS",
+    "INCOMPLETE",
+    "MADE_FOR",
+    "MERGE",
+    "ONE_ADAPTER",
+    "PEFT_SLOTS",
+    "SUPPORTED",
+    "clip_key",
+    "guess",
+    "trained_problem",
+    "unknown",
+    "unsupported",
+]
+
+INCOMPLETE = "The file is incomplete: copy it again, or save the adapter once more."
+MADE_FOR = "Load the file onto the model it was made for."
+MERGE = "Merge it into the model instead, or keep it in tnpeft's own file."
+ONE_ADAPTER = "Save one adapter in a file."
+PEFT_SLOTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
 
 FORMATS = ("peft", "diffusers", "lycoris", "kohya", "comfyui", "tenvoo")
 SUPPORTED = (
@@ -82,6 +100,13 @@ def unsupported(path: Path, keys: Iterable[str]) -> AdapterFileError:
     name = next((other for mark, other in _OTHERS.items() if any(mark in key for key in keys)), None)
     found = f"{name} ({_first(keys)})" if name else _first(keys)
     return refuse(path, "method", SUPPORTED, found, "Convert such adapters with the library that made them.")
+
+
+def trained_problem(trained: Iterable[str], expected: str) -> Problem:
+    """What is said of parameters that train beside the cores, where a format has no place for them."""
+    found = ", ".join(f"'{name}'" for name in islice(trained, 3))
+    fix = "Train the cores alone, or merge the adapter."
+    return Problem("parameters trained beside the cores", expected, found, fix)
 
 
 def unknown(path: Path, keys: Collection[str]) -> AdapterFileError:

@@ -9,7 +9,7 @@ from torch import nn
 
 from tnpeft.errors import AdapterFileError
 from tnpeft.io.files import shown
-from tnpeft.io.foreign.formats import clip_key
+from tnpeft.io.foreign.formats import MADE_FOR, clip_key
 from tnpeft.io.foreign.source import Source
 from tnpeft.surgery import layer_problem
 from tnpeft.surgery.tree import places
@@ -67,7 +67,7 @@ def where_to_load(written: str, known: Collection[str]) -> str:
         return (
             f"This model has '{outer[0]}.{name}': load the file onto `model.{outer[0]}`, if it was made for that part."
         )
-    return "Load the file onto the model it was made for."
+    return MADE_FOR
 
 
 def check_layers(source: Source, names: Iterable[str], modules: Mapping[str, nn.Module]) -> None:

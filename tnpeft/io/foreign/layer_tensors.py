@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.files import refuse, shown
+from tnpeft.io.foreign.formats import INCOMPLETE, MADE_FOR, ONE_ADAPTER
 from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.topologies import kron_name
 from tnpeft.network import Layer
@@ -40,7 +41,7 @@ class LayerTensors:
     def add(self, slot: str, key: str, tensor: Tensor) -> None:
         if slot in self.tensors:
             found = f"'{self.keys[slot]}' and '{key}'"
-            raise self.refuse(f"`{slot}`", "one tensor", found, "Save one adapter in a file.")
+            raise self.refuse(f"`{slot}`", "one tensor", found, ONE_ADAPTER)
         number = tensor.float() if slot == "alpha" else tensor  # kohya's is often whole
         self.tensors[slot], self.keys[slot] = wide(self.path, key, number), key
 
@@ -52,8 +53,7 @@ class LayerTensors:
         tensor = self.tensors.get(slot)
         if tensor is None:
             beside = self.keys.get(like, like)
-            fix = "The file is incomplete: copy it again, or save the adapter once more."
-            raise self.refuse("tensors", f"`{_native(slot, beside)}` beside '{beside}'", "no such tensor", fix)
+            raise self.refuse("tensors", f"`{_native(slot, beside)}` beside '{beside}'", "no such tensor", INCOMPLETE)
         return tensor
 
     def refuse(self, what: str, expected: str, found: str, fix: str) -> AdapterFileError:
@@ -74,7 +74,7 @@ class LayerTensors:
     def _squeezed(self, slot: str, tensor: Tensor, axes: int) -> Tensor:
         if tensor.ndim < axes or any(size != 1 for size in tensor.shape[axes:]):
             key = self.keys[slot]
-            raise self.refuse(f"tensor '{key}'", f"{axes} axes", f"the shape {tuple(tensor.shape)}", _MADE_FOR)
+            raise self.refuse(f"tensor '{key}'", f"{axes} axes", f"the shape {tuple(tensor.shape)}", MADE_FOR)
         return tensor.reshape(tensor.shape[:axes])
 
     def part(self, topology: str, scale: float, cores: Mapping[str, tuple[str, Tensor]]) -> LayerUpdate:
@@ -82,7 +82,7 @@ class LayerTensors:
         over = self.tensors.keys() - {slot for slot, _ in cores.values()} - {"alpha", "magnitude", "dora_scale"}
         if over:
             found = f"also '{self.keys[min(over)]}'"
-            raise self.refuse("tensors", f"those of {topology} alone", found, "Save one adapter in a file.")
+            raise self.refuse("tensors", f"those of {topology} alone", found, ONE_ADAPTER)
         tensors = {core: tensor for core, (_, tensor) in cores.items()}
         keys = {core: self.keys.get(slot, slot) for core, (slot, _) in cores.items()}
         return LayerUpdate(topology, tensors, scale, keys=keys)
@@ -93,7 +93,7 @@ def tensors_of_layer(slots: dict[str, LayerTensors], path: Path, layer: str, wri
     those = slots.setdefault(layer, LayerTensors(path, layer, written))
     if those.written != written:
         both = f"tensors of '{those.written}' and of '{written}'"
-        raise those.refuse("tensors", "those of one layer of the file", both, _MADE_FOR)
+        raise those.refuse("tensors", "those of one layer of the file", both, MADE_FOR)
     return those
 
 
@@ -108,9 +108,6 @@ def _native(slot: str, beside: str) -> str:
         return "lora_magnitude_vector"
     method = re.search(r"(hada|loha|lokr)_(?=[wt]\d(_[ab])?(\.|$))", beside)
     return f"{method[0] if method else ''}{slot}"
-
-
-_MADE_FOR = "Load the file onto the model it was made for."
 
 
 def wide(path: Path, key: str, tensor: Tensor) -> Tensor:

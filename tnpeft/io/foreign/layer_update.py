@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tnpeft.adapters import Adapter, memory_problems
 from tnpeft.adapters.dora import magnitudes
 from tnpeft.errors import BindError, Problem, SpecError
+from tnpeft.io.foreign.formats import MADE_FOR
 from tnpeft.io.foreign.generated_specs import spec_of_sizes
 from tnpeft.io.foreign.topologies import TOPOLOGIES, Topology, found_in
 from tnpeft.network import Layer, Network, layer_of, load_spec
@@ -129,7 +130,7 @@ def _sizes(part: LayerUpdate, layer: Layer) -> dict[str, int]:
 
 
 def _misfit(what: str, expected: str, found: str) -> Problem:
-    return Problem(what, expected, found, "Load the file onto the model it was made for.")
+    return Problem(what, expected, found, MADE_FOR)
 
 
 def _networks(part: LayerUpdate, layer: Layer, sizes: Mapping[str, int]) -> Iterator[Network]:

@@ -11,32 +11,29 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning
+from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning, clip
 from tnpeft.io.checks import number_problem
 from tnpeft.io.files import file_path, in_file, refuse, shown
+from tnpeft.io.foreign.formats import MADE_FOR
 from tnpeft.io.foreign.key_names import reached_twice
 from tnpeft.io.foreign.layer_update import Foreign, adapter_of
 from tnpeft.io.foreign.peft import read_peft
 from tnpeft.io.foreign.pipeline import read_parts
 from tnpeft.io.foreign.source import Source, open_source
 from tnpeft.io.foreign.tenvoo import read_tenvoo
+from tnpeft.io.loading import put_on, without_values
 from tnpeft.io.manifest import dtype_name
 from tnpeft.recipe import Handle
-from tnpeft.spec.document import clip
 from tnpeft.surgery import (
     base_tensors,
-    install,
     model_problems,
     norm_statistics,
     parameter_groups,
     plain_modules,
     plain_parameters,
-    statistics_of,
-    trained_of,
 )
 
 __all__ = ["load_foreign"]
@@ -80,14 +77,7 @@ def load_foreign(
     trained = _fitting(path, "parameter", foreign.trained, parameters, parameter_groups(model))
     statistics = _fitting(path, "running statistics", foreign.statistics, buffers, norm_statistics(model))
     _warn_of_numbers(path, adapters, trained)
-    try:
-        install(model, name, adapters, trained, _about(source, trained, adapters))
-    except AttachError as error:
-        raise AttachError(*in_file(path, error.problems)) from error
-    with torch.no_grad():
-        for copies, values in ((trained_of(model, name), trained), (statistics_of(model, name), statistics)):
-            for key, value in values.items():
-                copies[key].copy_(value)
+    put_on(model, path, name, adapters, trained, statistics, _about(source, trained, adapters))
     return Handle(model, name)
 
 
@@ -141,8 +131,7 @@ def _adapters(path: Path, foreign: Foreign, modules: Mapping[str, nn.Module]) ->
             continue
         weight = modules[name].weight
         if isinstance(weight, Tensor) and weight.device.type == "meta":
-            fix = "Give the model its weights before loading an adapter."
-            raise refuse(path, "base model", "values", f"none in layer '{name}' (it is on the meta device)", fix)
+            raise without_values(path, name)
         try:
             adapters[name] = adapter_of(foreign.parts[name], modules[name], name)
         except TnpeftError as error:
@@ -173,17 +162,14 @@ def _fitting(
     fitting: dict[str, Tensor] = {}
     for name, value in values.items():
         if name not in first:
-            raise refuse(path, f"{what} '{name}'", "those of this model", "none", _MADE_FOR)
+            raise refuse(path, f"{what} '{name}'", "those of this model", "none", MADE_FOR)
         if value.shape != here[name].shape or value.is_floating_point() != here[name].is_floating_point():
             expected, found = (f"{dtype_name(each.dtype)}{tuple(each.shape)}" for each in (here[name], value))
             if value.is_floating_point() == here[name].is_floating_point():
                 expected, found = str(tuple(here[name].shape)), str(tuple(value.shape))
-            raise refuse(path, f"{what} '{name}'", expected, found, _MADE_FOR)
+            raise refuse(path, f"{what} '{name}'", expected, found, MADE_FOR)
         fitting[first[name]] = value
     return fitting
-
-
-_MADE_FOR = "Load the file onto the model it was made for."
 
 
 def _about(source: Source, trained: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> dict[str, Any]:

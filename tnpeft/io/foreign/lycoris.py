@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.io.foreign.beside import with_biases
-from tnpeft.io.foreign.formats import clip_key, unsupported
+from tnpeft.io.foreign.formats import INCOMPLETE, MADE_FOR, PEFT_SLOTS, clip_key, unsupported
 from tnpeft.io.foreign.key_names import check_layers, underscored, where_to_load
 from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, lora_part, tensors_of_layer, wide
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
@@ -24,7 +24,6 @@ _SLOT = re.compile(
     r"|(?P<peft>lora_(A|B|magnitude_vector))(\.(?!weight$|bias$)\w+)?(?P<leaf>\.weight|\.bias)?"
     r"|(?P<beside>alpha|dora_scale)|(?P<trained>[wb]_norm|diff(_b)?))"
 )
-_PEFT_SLOTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
 _METHODS = {"lora": lora_part, "hada": loha_part, "lokr": lokr_part}
 # Blocks of Stable Diffusion's and Flux's own code, which diffusers calls otherwise.
 _ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
@@ -54,7 +53,7 @@ def read_lycoris(source: Source, modules: Mapping[str, nn.Module], parameters: M
         if match["leaf"] == ".bias":
             biases[name] = wide(source.path, source.called(key), tensor)
             continue
-        slot = _PEFT_SLOTS[match["peft"]] if match["peft"] else match["slot"] or match["beside"]
+        slot = PEFT_SLOTS[match["peft"]] if match["peft"] else match["slot"] or match["beside"]
         tensors_of_layer(slots, source.path, name, match["module"]).add(slot, source.called(key), tensor)
         methods.setdefault(name, set()).update({"lora" if match["peft"] else match["method"]} - {None})
     check_layers(source, slots, modules)
@@ -72,14 +71,13 @@ def _sum(source: Source, key: str, change: Tensor, name: str, parameters: Mappin
     base, change = parameters.get(name), wide(source.path, source.called(key), change)
     if base is None or base.shape != change.shape:
         found = "none" if base is None else f"{tuple(base.shape)}"
-        fix = "Load the file onto the model it was made for."
         what = f"tensor '{clip_key(source.called(key))}', of the parameter '{name}'"
-        raise source.refuse(what, f"{tuple(change.shape)}", found, fix)
+        raise source.refuse(what, f"{tuple(change.shape)}", found, MADE_FOR)
     return base.detach().cpu().to(torch.promote_types(base.dtype, change.dtype)) + change
 
 
 def _module(source: Source, key: str, written: str, found: str | tuple[str, ...] | None, modules: Iterable[str]) -> str:
-    fix = "Load the file onto the model it was made for."
+    fix = MADE_FOR
     what = f"tensor '{clip_key(source.called(key))}'"
     if found is None:
         if any(name in key for name in _ORIGINAL) and not any(
@@ -101,10 +99,9 @@ def _module(source: Source, key: str, written: str, found: str | tuple[str, ...]
 
 
 def _part(slots: LayerTensors, methods: set[str], module: nn.Module) -> LayerUpdate:
-    fix = "The file is incomplete: copy it again, or save the adapter once more."
     if len(methods) != 1:
         found = " and ".join(sorted(methods)) or f"`{next(iter(slots.tensors))}` alone"
-        raise slots.refuse("tensors", "those of one method", found, fix)
+        raise slots.refuse("tensors", "those of one method", found, INCOMPLETE)
     (method,) = methods
     if slots.get("t1") is not None and method == "lokr":
         raise slots.refuse("`lokr_t1`", "no such tensor", "one", "LyCORIS reads none either: remove it.")

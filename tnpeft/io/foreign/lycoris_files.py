@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.errors import Problem
+from tnpeft.io.foreign.formats import MERGE, trained_problem
 from tnpeft.io.foreign.kron import Sizes, lycoris_rebuilds
 from tnpeft.io.foreign.layer_update import LayerUpdate, silenced
 from tnpeft.io.foreign.rewrites import factors_of, half_ranks_equal, padded, untuckered, whole_large, whole_small
@@ -21,7 +22,6 @@ from tnpeft.network import Layer
 __all__ = ["comfyui_parts", "comfyui_problems", "lycoris_contents", "lycoris_problems", "one_alpha"]
 
 _KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
-_OTHER = "Merge it into the model instead, or keep it in tnpeft's own file."
 
 
 def lycoris_problems(
@@ -35,20 +35,18 @@ def lycoris_problems(
     for name, layer in layers.items():
         where = f"layer '{name}'"
         if layer.kind not in _KINDS:
-            yield Problem("LyCORIS", f"one of {', '.join(_KINDS)}", str(layer), _OTHER, where)
+            yield Problem("LyCORIS", f"one of {', '.join(_KINDS)}", str(layer), MERGE, where)
         elif parts[name].topology in KRONS and _lokr(parts[name]) is None:
             small, large = factors_of(parts[name])
             found = f"{tuple(small.shape)} and {tuple(large.shape)}"
             expected = "factors whose sizes its loader finds again"
-            yield Problem("LyCORIS's LoKr", expected, found, _OTHER, where)
+            yield Problem("LyCORIS's LoKr", expected, found, MERGE, where)
         first = written.setdefault(names[name], name)
         if first != name:
             found = f"that of layer '{first}' too"
             yield Problem(f"LyCORIS's name '{names[name]}'", "one layer", found, "Rename one in the model.", where)
     if trained:
-        shown = ", ".join(f"'{name}'" for name in list(trained)[:3])
-        fix = "Train the cores alone, or merge the adapter."
-        yield Problem("parameters trained beside the cores", "none: LyCORIS has no place for them", shown, fix)
+        yield trained_problem(trained, "none: LyCORIS has no place for them")
 
 
 def lycoris_contents(path: Path, parts: Mapping[str, LayerUpdate], names: Mapping[str, str]) -> dict[Path, bytes]:
@@ -81,7 +79,7 @@ def comfyui_problems(parts: Mapping[str, LayerUpdate], layers: Mapping[str, Laye
     """What ComfyUI would compute otherwise: its Kronecker product is of matrices and of two kernel axes alone."""
     for name, layer in layers.items():
         if parts[name].topology in KRONS and layer.kind in ("Conv1d", "Conv3d"):
-            yield Problem("ComfyUI's LoKr", "one of Linear, Conv2d", str(layer), _OTHER, f"layer '{name}'")
+            yield Problem("ComfyUI's LoKr", "one of Linear, Conv2d", str(layer), MERGE, f"layer '{name}'")
 
 
 def comfyui_parts(parts: Mapping[str, LayerUpdate]) -> dict[str, LayerUpdate]:

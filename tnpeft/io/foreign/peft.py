@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tnpeft.errors import clip
 from tnpeft.io.foreign.beside import beside, with_biases
-from tnpeft.io.foreign.formats import SUPPORTED, unsupported
+from tnpeft.io.foreign.formats import PEFT_SLOTS, SUPPORTED, unsupported
 from tnpeft.io.foreign.key_names import check_layers, dotted, layer_named
 from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, lora_part, tensors_of_layer, wide
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.source import Source
 from tnpeft.network import layer_of
-from tnpeft.spec.document import clip
 
 __all__ = ["read_peft"]
 
@@ -26,13 +26,13 @@ _SLOT = re.compile(
     r"(?P<adapter>\.(?!weight$|bias$)\w+)?(?P<leaf>\.weight|\.bias)?"
 )
 _ALPHA = re.compile(r"(?P<module>.+)\.(?P<slot>alpha)")
-_SLOTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
 # Options under which an update is no longer scale * B A, or the base weights are not the base model's.
 _OTHER_MATHS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
     *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
 )
 _LARGEST = 1e30  # beyond any alpha or rank, and within fp32
+_TOGETHER = "Keep the config and the tensors of one adapter together."
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "lycoris", "true", "false")
 
 
@@ -55,7 +55,7 @@ def read_peft(
         if key not in alphas and match["leaf"] == ".bias":
             biases[name] = wide(source.path, source.called(key), tensor)
         else:
-            slot = _SLOTS.get(match["slot"], match["slot"].removeprefix("hada_").removeprefix("lokr_"))
+            slot = PEFT_SLOTS.get(match["slot"], match["slot"].removeprefix("hada_").removeprefix("lokr_"))
             written = match["module"].removeprefix("base_model.model.")
             tensors_of_layer(slots, source.path, name, written).add(slot, source.called(key), tensor)
     others = {key: tensor for key, tensor in source.tensors.items() if key not in keys}
@@ -114,14 +114,12 @@ def _scale(source: Source, config: Mapping[str, Any], slots: LayerTensors) -> Ca
     stored = slots.get("alpha")
     if stored is not None and stored.flatten().tolist() != [alpha]:
         found = f"{stored.flatten()[:4].tolist()} in '{slots.keys['alpha']}'"
-        fix = "Keep the config and the tensors of one adapter together."
-        raise slots.refuse("alpha", f"{alpha:g}, as `{source.config_name}` has it", found, fix)
+        raise slots.refuse("alpha", f"{alpha:g}, as `{source.config_name}` has it", found, _TOGETHER)
     configured = _number(source, "r", _by_pattern(source, config, "rank_pattern", slots.written, config.get("r", 8)))
 
     def scale(rank: int | None) -> float:
         if rank is not None and rank != configured and "w2" not in slots.tensors:
-            fix = "Keep the config and the tensors of one adapter together."
-            raise slots.refuse("rank", f"{configured:g}, as `{source.config_name}` has it", str(rank), fix)
+            raise slots.refuse("rank", f"{configured:g}, as `{source.config_name}` has it", str(rank), _TOGETHER)
         return alpha / math.sqrt(configured) if lora and config.get("use_rslora") else alpha / configured
 
     return scale
@@ -137,14 +135,13 @@ def _number(source: Source, what: str, value: object) -> float:
 
 def _by_pattern(source: Source, config: Mapping[str, Any], key: str, layer: str, default: object) -> object:
     """The value of the first pattern that ends the layer's name in PEFT's model, as PEFT looks it up."""
-    patterns = config.get(key) or {}
+    patterns, mend = config.get(key) or {}, f"Mend `{source.config_name}`."
     if not isinstance(patterns, Mapping):
-        raise source.refuse(f"`{key}`", "a mapping", clip(patterns), f"Mend `{source.config_name}`.")
+        raise source.refuse(f"`{key}`", "a mapping", clip(patterns), mend)
     for pattern, value in patterns.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", layer):
                 return value
         except (re.error, OverflowError, RecursionError) as error:
-            fix = f"Mend `{source.config_name}`."
-            raise source.refuse(f"`{key}`", "regular expressions", f"{clip(pattern)}: {error}", fix) from error
+            raise source.refuse(f"`{key}`", "regular expressions", f"{clip(pattern)}: {error}", mend) from error
     return patterns.get(layer, default)

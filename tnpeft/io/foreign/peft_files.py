@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tnpeft.errors import Problem
 from tnpeft.io.files import refuse
+from tnpeft.io.foreign.formats import MERGE, trained_problem
 from tnpeft.io.foreign.kron import Sizes, common_factor
 from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.rewrites import factors_of, half_ranks_equal, padded, untuckered, whole_large, whole_small
@@ -22,14 +23,13 @@ from tnpeft.io.foreign.source import CONFIG, WEIGHTS
 from tnpeft.io.foreign.topologies import KRONS
 from tnpeft.network import Layer
 
-__all__ = ["method_of", "peft_contents", "peft_problems", "targets"]
+__all__ = ["config_of", "lora_tensors", "method_of", "peft_contents", "peft_problems", "targets"]
 
 _KINDS = {
     "LORA": ("Linear", "Conv1d", "Conv2d", "Conv3d"),
     "LOHA": ("Linear", "Conv1d", "Conv2d"),
     "LOKR": ("Linear", "Conv1d", "Conv2d"),
 }
-_OTHER = "Merge it into the model instead, or keep it in tnpeft's own file."
 _APART = "Attach, and save, each as an adapter of its own."
 
 
@@ -53,12 +53,12 @@ def peft_problems(
         kinds = _KINDS[methods[name]]
         where = f"layer '{name}'"
         if layer.kind not in kinds:
-            yield Problem(f"PEFT's {methods[name]}", f"one of {', '.join(kinds)}", str(layer), _OTHER, where)
+            yield Problem(f"PEFT's {methods[name]}", f"one of {', '.join(kinds)}", str(layer), MERGE, where)
         elif methods[name] == "LORA" and layer.groups > 1:
-            yield Problem("PEFT's LORA", "an ungrouped convolution", str(layer), _OTHER, where)
+            yield Problem("PEFT's LORA", "an ungrouped convolution", str(layer), MERGE, where)
         elif layer.kind != "Conv1d" and KRONS.get(parts[name].topology, ("", "", False))[2]:
             expected = "the small factor as the outer one"
-            yield Problem("PEFT's LOKR", expected, "the large one", _OTHER, where)
+            yield Problem("PEFT's LOKR", expected, "the large one", MERGE, where)
     dora = [name for name, part in parts.items() if part.magnitude is not None]
     if dora and (len(dora) < len(parts) or "LORA" not in methods.values()):
         expected = "LoRA with magnitudes on every layer, or on none"
@@ -66,9 +66,7 @@ def peft_problems(
     others = [name for name in trained if not name.endswith(".bias")]
     if others or (trained and "LORA" not in methods.values()):
         expected = "biases alone, beside LoRA" if others else "none beside LoHa and LoKr"
-        shown = ", ".join(f"'{name}'" for name in (others or list(trained))[:3])
-        fix = "Train the cores alone, or merge the adapter."
-        yield Problem("parameters trained beside the cores", expected, shown, fix)
+        yield trained_problem(others or trained, expected)
 
 
 def peft_contents(
@@ -84,7 +82,7 @@ def peft_contents(
     else:
         tensors, ranks, options = (_lora if method == "LORA" else _loha)(parts)
     alphas = {name: parts[name].scale * ranks[name] for name in parts}
-    config = _config(method, ranks, alphas, {**options, "target_modules": targets(list(parts), modules)})
+    config = config_of(method, ranks, alphas, {**options, "target_modules": targets(list(parts), modules)})
     values = {f"base_model.model.{name}.{key}": tensor for name in parts for key, tensor in tensors[name].items()}
     if method == "LORA":
         adapted = [name.removesuffix(".bias") in parts for name in trained]
@@ -103,17 +101,20 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def _lora(parts: Mapping[str, LayerUpdate]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
-    tensors: Tensors = {}
-    for name, part in parts.items():
-        up, down = (untuckered(part).tensors[core] for core in ("up", "down"))
-        units = (1,) * (down.ndim - 2)
-        tensors[name] = {"lora_A.weight": down, "lora_B.weight": up.reshape(*up.shape, *units)}
-        if part.magnitude is not None:
-            shape = (1, -1, *units) if units else (-1,)
-            tensors[name]["lora_magnitude_vector"] = part.magnitude.reshape(shape)
+    tensors = {name: lora_tensors(part) for name, part in parts.items()}
     ranks = {name: tensor["lora_A.weight"].shape[0] for name, tensor in tensors.items()}
     dora = any(part.magnitude is not None for part in parts.values())
     return tensors, ranks, {"init_lora_weights": True, "lora_dropout": 0.0, "use_dora": dora}
+
+
+def lora_tensors(part: LayerUpdate, gain: float = 1.0) -> dict[str, Tensor]:
+    """PEFT's tensors of a LoRA whose update is multiplied by `gain`, by the ends of their keys."""
+    up, down = (untuckered(part).tensors[core] for core in ("up", "down"))
+    units = (1,) * (down.ndim - 2)
+    tensors = {"lora_A.weight": down, "lora_B.weight": (up * gain).reshape(*up.shape, *units)}
+    if part.magnitude is not None:
+        tensors["lora_magnitude_vector"] = part.magnitude.reshape((1, -1, *units) if units else (-1,))
+    return tensors
 
 
 def _loha(parts: Mapping[str, LayerUpdate]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
@@ -175,7 +176,7 @@ def _lokr(path: Path, parts: Mapping[str, LayerUpdate]) -> tuple[Tensors, dict[s
         if whole is not None and whole.ndim == 3 and not KRONS[part.topology][2]:
             expected = "a rank below half the larger side of the second factor, which PEFT scrambles if it is whole"
             found = f"a {whole.shape[0]} x {whole.shape[1]} factor of layer '{name}'"
-            raise refuse(path, "PEFT's LOKR on Conv1d", expected, found, _OTHER)
+            raise refuse(path, "PEFT's LOKR on Conv1d", expected, found, MERGE)
     ranks = {name: _lokr_rank(part, sizes[name]) for name, part in reduced.items()}
     # PEFT keeps the small factor whole unless `decompose_both`, and then only where the rank is too large for it.
     both = all(
@@ -218,9 +219,10 @@ def _lokr_keys(part: LayerUpdate, rank: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _config(
+def config_of(
     method: str, ranks: Mapping[str, int], alphas: Mapping[str, float], options: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """PEFT's config: the usual rank and alpha, and those of other layers by patterns."""
     rank, alpha = _usual(ranks), _usual(alphas)
     return {
         "peft_type": method,

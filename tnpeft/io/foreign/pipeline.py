@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnpeft.io.foreign.components import components
+from tnpeft.io.foreign.formats import ONE_ADAPTER
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.lycoris import read_lycoris
 from tnpeft.io.foreign.peft import read_peft
@@ -37,7 +38,7 @@ def read_parts(
             foreign = read_lycoris(component, modules, parameters)
         if twice := parts.keys() & foreign.parts:
             found = f"tensors of '{min(twice)}' under two prefixes"
-            raise source.refuse("layers", "each once", found, "Save one adapter in a file.")
+            raise source.refuse("layers", "each once", found, ONE_ADAPTER)
         parts |= foreign.parts
         trained |= foreign.trained
         statistics |= foreign.statistics
@@ -51,7 +52,7 @@ def _respelled(source: Source) -> Source:
         new = respelled(key)
         if new in tensors:
             found = f"'{written[new]}' and '{key}'"
-            raise source.refuse(f"tensor '{new}'", "one", found, "Save one adapter in a file.")
+            raise source.refuse(f"tensor '{new}'", "one", found, ONE_ADAPTER)
         tensors[new], written[new] = tensor, key
     return replace(source, tensors=tensors, written=written)
 

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from tnpeft.adapters import Adapter
 from tnpeft.errors import Problem
+from tnpeft.io.foreign.formats import MERGE
 from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.topologies import KRONS, WRITABLE, arranged, found_in, kron_name
 
@@ -41,8 +42,7 @@ def part_of(adapter: Adapter, name: str, gain: float) -> LayerUpdate | Problem:
             return _doubled(part, frozen)
         fix = "Only LoRA's can be: it is a LoRA of twice the rank. Merge the adapter instead."
         return Problem(what, "an update without a frozen copy", "`start: frozen_copy`", fix, where)
-    fix = "Merge it into the model instead, or keep it in tnpeft's own file."
-    return Problem(what, "the network of LoRA, LoCon, LoHa or LoKr", f"`{network.einsum}`", fix, where)
+    return Problem(what, "the network of LoRA, LoCon, LoHa or LoKr", f"`{network.einsum}`", MERGE, where)
 
 
 def _doubled(part: LayerUpdate, start: Mapping[str, Tensor]) -> LayerUpdate:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.errors import AdapterFileError, Problem
-from tnpeft.io.files import file_path, refuse, replace_files, shown, what_is_at
+from tnpeft.errors import AdapterFileError, Problem, clip
+from tnpeft.io.files import file_path, in_file, refuse, replace_files, shown, what_is_at
 from tnpeft.io.foreign.components import named_parts
 from tnpeft.io.foreign.diffusers_files import diffusers_contents, diffusers_problems
+from tnpeft.io.foreign.formats import MERGE
 from tnpeft.io.foreign.key_names import reached_twice
 from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.lycoris_files import (
@@ -29,7 +29,6 @@ from tnpeft.io.foreign.rewrites import part_of, untuckered
 from tnpeft.io.foreign.source import DIFFUSERS_WEIGHTS
 from tnpeft.io.saving import chosen
 from tnpeft.network import layer_of
-from tnpeft.spec.document import clip
 from tnpeft.surgery import AdaptedModel, plain_modules, statistics_of
 from tnpeft.surgery.trained import all_tied
 
@@ -149,7 +148,7 @@ def _named(
         return {layer: (prefix, layer) for layer in layers}
     named = named_parts(root, layers, flat, denoiser)
     if isinstance(named, Problem):
-        raise AdapterFileError(replace(named, where=shown(path)))
+        raise AdapterFileError(*in_file(path, [named]))
     return named
 
 
@@ -183,9 +182,7 @@ def _for_readers(parts: Mapping[str, LayerUpdate], format: str) -> dict[str, Lay
 
 def _raise(path: Path, problems: list[Problem]) -> None:
     if problems:
-        where = shown(path)
-        places = [where if problem.where is None else f"{where}: {problem.where}" for problem in problems]
-        raise AdapterFileError(*(replace(each, where=place) for each, place in zip(problems, places, strict=True)))
+        raise AdapterFileError(*in_file(path, problems))
 
 
 def _trained(root: nn.Module, state: AdaptedModel, name: str, gain: float) -> dict[str, Tensor]:
@@ -212,7 +209,6 @@ def _option_problems(
     modules: Mapping[str, nn.Module], parts: Mapping[str, LayerUpdate], peft: bool
 ) -> Iterator[Problem]:
     """Options of a layer that the other library's forward drops, so that it would compute something else."""
-    fix = "Merge it into the model instead, or keep it in tnpeft's own file."
     for name, part in parts.items():
         mode, dilation = (getattr(modules[name], option, None) for option in ("padding_mode", "dilation"))
         found = f"`padding_mode={mode!r}`" if mode not in (None, "zeros") else None
@@ -220,7 +216,7 @@ def _option_problems(
             found = found or f"`dilation={dilation}`"
         if found:
             expected = "a layer without it, for the other library's forward drops it"
-            yield Problem("layer option", expected, found, fix, f"layer '{name}'")
+            yield Problem("layer option", expected, found, MERGE, f"layer '{name}'")
 
 
 def _place_problems(root: nn.Module, layers: Iterable[str]) -> Iterator[Problem]:
@@ -229,8 +225,7 @@ def _place_problems(root: nn.Module, layers: Iterable[str]) -> Iterator[Problem]
     for name in layers:
         if name in others:
             expected, found = "one in the model", f"also that of '{others[name]}': PEFT would adapt the first alone"
-            fix = "Merge it into the model instead, or keep it in tnpeft's own file."
-            yield Problem("place", expected, found, fix, f"layer '{name}'")
+            yield Problem("place", expected, found, MERGE, f"layer '{name}'")
 
 
 def _check_place(path: Path) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import struct
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,19 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tnpeft.errors import AdapterFileError
-from tnpeft.io.files import not_safetensors, refuse, what_is_at
-from tnpeft.io.foreign.archive import archive_problem
+from tnpeft.documents.recognise import recognise
+from tnpeft.errors import AdapterFileError, clip
+from tnpeft.io.files import refuse, safetensors_of, what_is_at
+from tnpeft.io.foreign.archive import COPY_AGAIN, LOAD_ERRORS, archive_problem, load_archive
 from tnpeft.io.foreign.formats import FORMATS, clip_key, guess, unknown
 from tnpeft.io.manifest import KEY
-from tnpeft.spec.document import clip
-from tnpeft.spec.recognise import recognise
 
 __all__ = [
     "CONFIG",
     "DIFFUSERS_WEIGHTS",
     "HEADER",
-    "LOAD_ERRORS",
     "WEIGHTS",
     "Source",
     "format_of",
@@ -43,28 +38,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 IN_FOLDERS = (WEIGHTS, "adapter_model.bin", DIFFUSERS_WEIGHTS, "pytorch_lora_weights.bin")
 HEADER = "lora_adapter_metadata"  # under which diffusers puts PEFT's config into a file's header
-_DAMAGED = "Copy or download the file again."
 _MAX_CONFIG = 1 << 20
 _MAX_REPEATED = 1 << 20  # bytes of a tensor that repeats fewer
 _SHOWN = 4  # of what a file holds
 _CODE = re.compile(r"GLOBAL (\S+)")
 _ADVICE = re.compile(r"\s*(?:Please|In order to|You can|If you)\b")
-# What `torch.load(weights_only=True)` raises for files that are damaged or hold more than tensors.
-LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -162,20 +140,11 @@ def tensors_of(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str], bool]:
         loaded = f"torch.load(open({path.name!a}, 'rb'), weights_only=True)"
         fix = f"Write it anew: `torch.save({loaded}, {path.with_suffix('.pth').name!a})`."
         raise refuse(path, "adapter file", "a zip, as torch writes since 1.6", "a bare pickle, which is not run", fix)
-    try:
-        with safe_open(path, framework="pt") as opened:
-            header = opened.metadata() or {}
-            if KEY in header:
-                raise refuse(path, "file", "one of another library", "one of tnpeft", "Use `tnpeft.load`.")
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
-            return tensors, header, False
-    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        if isinstance(error, AdapterFileError):
-            raise
-        raise not_safetensors(path, "adapter file", error, _DAMAGED, or_torch=True) from error
-    except OSError as error:
-        fix = "Check the file and its permissions."
-        raise refuse(path, "adapter file", "to be read", error.strerror or str(error), fix) from error
+    with safetensors_of(path, damaged=COPY_AGAIN, or_torch=True) as opened:
+        header = opened.metadata() or {}
+        if KEY in header:
+            raise refuse(path, "file", "one of another library", "one of tnpeft", "Use `tnpeft.load`.")
+        return {key: opened.get_tensor(key) for key in opened.keys()}, header, False  # noqa: SIM118 - no mapping
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
@@ -183,10 +152,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     if fault := archive_problem(path):
         raise refuse(path, "adapter file", fault.expected, fault.found, fault.fix)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that are not torch's own, which fail or hold tensors alone
-            with path.open("rb") as file:  # torch would read a path by its ending
-                content = torch.load(file, map_location="cpu", weights_only=True)
+        content = load_archive(path)
     except LOAD_ERRORS as error:
         raise _not_loaded(path, error) from error
     for name in ("state_dict", "model_state_dict", "model"):
@@ -252,7 +218,7 @@ def _config(path: Path) -> Mapping[str, Any]:
             text = file.read(_MAX_CONFIG + 1)
     except OSError as error:
         found = error.strerror or str(error)
-        raise refuse(path, "PEFT config", "a JSON file", found, _DAMAGED) from error
+        raise refuse(path, "PEFT config", "a JSON file", found, COPY_AGAIN) from error
     return _parsed(path, "PEFT config", text)
 
 
@@ -272,7 +238,7 @@ def _parsed(path: Path, what: str, text: bytes) -> Mapping[str, Any]:
         config = json.loads(text) if len(text) <= _MAX_CONFIG else None
     except (ValueError, RecursionError) as error:
         found = " ".join(str(error).split())[:200]
-        raise refuse(path, what, "a JSON file", found, _DAMAGED) from error
+        raise refuse(path, what, "a JSON file", found, COPY_AGAIN) from error
     if not isinstance(config, Mapping):
-        raise refuse(path, what, "a JSON object", clip(config), _DAMAGED)
+        raise refuse(path, what, "a JSON object", clip(config), COPY_AGAIN)
     return config

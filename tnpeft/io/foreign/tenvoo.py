@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.io.foreign.beside import beside
-from tnpeft.io.foreign.formats import unsupported
+from tnpeft.io.foreign.formats import INCOMPLETE, MADE_FOR, unsupported
 from tnpeft.io.foreign.key_names import check_layers, layer_named
 from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, lora_part, tensors_of_layer
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
@@ -33,8 +33,6 @@ _CORES = {  # by the number of cores, and whether the last has three axes
     (10, True): "tenvoo_l",
     (10, False): "tenvoo_q",
 }
-_MADE_FOR = "Load the file onto the model it was made for."
-_INCOMPLETE = "The file is incomplete: copy it again, or save the adapter once more."
 
 
 def read_tenvoo(
@@ -107,7 +105,7 @@ def _viewed(slots: LayerTensors, part: LayerUpdate, ins: int, outs: int) -> Laye
     rows, columns = cores["up_1"].shape[0], cores["down_1"].shape[1]
     if (rows, columns) != (ins, outs):
         found = f"{rows} and {columns}"
-        raise slots.refuse("tensors", f"{ins} rows and {outs} columns", found, _MADE_FOR)
+        raise slots.refuse("tensors", f"{ins} rows and {outs} columns", found, MADE_FOR)
     if ins == outs:
         return part
     if outs % ins and ins % outs:
@@ -133,7 +131,7 @@ def _network_part(slots: LayerTensors, start: LayerTensors | None) -> LayerUpdat
     missing = [core for core in names if core not in slots.tensors]
     if missing or len(slots.tensors) != len(names):
         given = ", ".join(f"'{core}'" for core in slots.tensors)
-        raise slots.refuse("cores", ", ".join(f"'{core}'" for core in names), given, _INCOMPLETE)
+        raise slots.refuse("cores", ", ".join(f"'{core}'" for core in names), given, INCOMPLETE)
     if start is None or any(core not in start.tensors for core in names):
         beside = next(iter(slots.keys.values()))
         expected = f"the frozen copies, `..._weights2`, beside '{beside}'"
@@ -161,7 +159,7 @@ def _clean(slots: LayerTensors) -> dict[str, Tensor]:
             return cores
         found = f"{tuple(kernel_d.shape)} and {tuple(kernel_h.shape)}"
         keys = f"tensors '{slots.keys['2']}' and '{slots.keys['3']}'"
-        raise slots.refuse(keys, "(kd, r, r, r) and (kh, 1, r, r)", found, _INCOMPLETE)
+        raise slots.refuse(keys, "(kd, r, r, r) and (kh, 1, r, r)", found, INCOMPLETE)
     summed = kernel_h.sum(3)  # (kh, 1, r)
     bond = kernel_d.shape[3]
     cores["2"] = torch.zeros_like(kernel_d)

@@ -84,16 +84,24 @@ KRONS: Mapping[str, tuple[str, str, bool]] = {  # the forms of the two factors, 
     for small, large in _KRON_NAMES
     for inner in ((False, True) if large == "whole" else (False,))
 }
-_TENVOO = "(o1 o2 o3) (i1 i2 i3) kd kh kw"
-_TENVOO_ENDS = {
-    "0": "i2 i1 d e",
-    "1": "i3 e f g",
-    "2": "kd g h i",
-}
+
+
+def _tenvoo(name: str, height: str, width: str, *inner: str) -> Topology:
+    """TenVOO by the legs of the cores in which its two graphs differ."""
+    cores = ("i2 i1 d e", "i3 e f g", "kd g h i", height, width, "o3 m n p", "o2 p q o1", *inner)
+    numbered = {str(number): legs for number, legs in enumerate(cores)}
+    return Topology(name, numbered, "(o1 o2 o3) (i1 i2 i3) kd kh kw", "d", "frozen_copy", one_rank=True)
+
+
+def _loha(*legs: str) -> dict[str, str]:
+    return dict(zip(("up_1", "down_1", "up_2", "down_2"), legs, strict=True))
+
+
+_QUANTA = {"-1 -2": "e f i2 i3", "-1 -3": "d o3 i1 f", "-2 -3": "o1 o2 d e"}
 _ALL = (
     Topology("lora", {"up": "o r", "down": "r i K"}, "o i K", "r"),
     Topology("locon_tucker", {"up": "o r", "mid": "r s K", "down": "s i"}, "o i K", "r"),
-    Topology("loha", {"up_1": "o r", "down_1": "r i K", "up_2": "o s", "down_2": "s i K"}, "o i K", "r"),
+    Topology("loha", _loha("o r", "r i K", "o s", "s i K"), "o i K", "r"),
     Topology(
         "loha_tucker",
         {"mid_1": "r q K", "up_1": "r o", "down_1": "q i", "mid_2": "s t K", "up_2": "s o", "down_2": "t i"},
@@ -101,60 +109,12 @@ _ALL = (
         "r",
     ),
     *(_kron(name, *parts) for name, parts in KRONS.items()),
-    Topology(
-        "tenvoo_l",
-        {
-            **_TENVOO_ENDS,
-            "3": "kh i j k",
-            "4": "kw k l m",
-            "5": "o3 m n p",
-            "6": "o2 p q o1",
-            "7": "f d s h",
-            "8": "l t q n",
-            "9": "j s t",
-        },
-        _TENVOO,
-        "d",
-        "frozen_copy",
-        one_rank=True,
-    ),
-    Topology(
-        "tenvoo_q",
-        {
-            **_TENVOO_ENDS,
-            "3": "kh i j",
-            "4": "kw j l m",
-            "5": "o3 m n p",
-            "6": "o2 p q o1",
-            "7": "n q u s",
-            "8": "d f t u",
-            "9": "h l s t",
-        },
-        _TENVOO,
-        "d",
-        "frozen_copy",
-        one_rank=True,
-    ),
-    Topology(
-        "quanta",
-        {"-1 -2": "e f i2 i3", "-1 -3": "d o3 i1 f", "-2 -3": "o1 o2 d e"},
-        "(o1 o2 o3) (i1 i2 i3)",
-        "d",
-        "frozen_copy",
-    ),
+    _tenvoo("tenvoo_l", "kh i j k", "kw k l m", "f d s h", "l t q n", "j s t"),
+    _tenvoo("tenvoo_q", "kh i j", "kw j l m", "n q u s", "d f t u", "h l s t"),
+    Topology("quanta", _QUANTA, "(o1 o2 o3) (i1 i2 i3)", "d", "frozen_copy"),
     # The published LoHa of a Linear: an (in, out) matrix viewed, not transposed, as (out, in).
-    Topology(
-        "loha_viewed_wide",
-        {"up_1": "p r", "down_1": "r oa ib", "up_2": "p s", "down_2": "s oa ib"},
-        "(p oa) ib",
-        "r",
-    ),
-    Topology(
-        "loha_viewed_tall",
-        {"up_1": "oa ia r", "down_1": "r q", "up_2": "oa ia s", "down_2": "s q"},
-        "oa (ia q)",
-        "r",
-    ),
+    Topology("loha_viewed_wide", _loha("p r", "r oa ib", "p s", "s oa ib"), "(p oa) ib", "r"),
+    Topology("loha_viewed_tall", _loha("oa ia r", "r q", "oa ia s", "s q"), "oa (ia q)", "r"),
 )
 TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in _ALL}
 WRITABLE = tuple(

@@ -6,16 +6,17 @@ pydantic says *where* a value is wrong; the sentence about it comes from the sch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tnpeft.errors import Position, Problem, near_miss
-from tnpeft.spec.document import MAX_PROBLEMS, Node, Problems, clip
+from tnpeft.documents.nodes import Node
+from tnpeft.errors import MAX_PROBLEMS, Position, Problem, Problems, clip, closest, near_miss
 
-__all__ = ["FilePart", "Path", "Schema", "check_shape", "entries_problem", "is_remnant", "keys_of", "with_text_keys"]
+__all__ = ["FilePart", "Path", "Schema", "check_shape", "entries_problem", "is_remnant", "keys_at", "with_text_keys"]
 
 Path = tuple[str | int, ...]
 
@@ -115,7 +116,7 @@ def entries_problem(root: Node, expected: str) -> Problem | None:
 
 def _meant(path: Path, schema: Schema) -> str:
     """The key that an unknown one was probably meant to be, or an empty string."""
-    return near_miss(str(path[-1]), keys_of(_model_at(path[:-1], schema)))[len("Did you mean `") : -len("`?")]
+    return closest(str(path[-1]), keys_at(schema.model, path[:-1])) or ""
 
 
 def _existing(root: Node, loc: tuple[str | int, ...]) -> Path:
@@ -131,10 +132,7 @@ def _existing(root: Node, loc: tuple[str | int, ...]) -> Path:
 
 
 def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problems) -> None:
-    nodes = [root]
-    for step in path[:-1]:
-        nodes.append(nodes[-1].get(step) or nodes[-1])
-    parent, key = nodes[-1], path[-1]
+    parent, key = root.along(path[:-1])[-1], path[-1]
     owner, core = _owner(root, path, schema)
     node = parent.get(key)
     if node is None:
@@ -142,10 +140,16 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
             return
         expected, fix = schema.words_for(path, str(key)) or ("it", "Add it.")
         problems.add(parent.position, f"{owner} has no `{key}`", expected, "nothing", fix, core=core)
-    elif kind == "extra_forbidden":
-        _unknown_key(parent, path, node, owner, schema, core, problems)
     elif node.value is None and str(key).rstrip().endswith(")"):
-        _split_value(parent, str(key), f"`{path[-2]}`", core, problems)
+        fix = 'A comma ends a value inside `{...}`: quote this, `init: "kaiming_uniform(fan=8, gain=relu)"`.'
+        what = f"{owner if kind == 'extra_forbidden' else f'`{path[-2]}`'}, key {clip(str(key))}"
+        found = "the rest of one that a comma split"
+        problems.add(_name(parent, str(key)), what, "a quoted value", found, fix, core=core)
+    elif kind == "extra_forbidden":
+        known = sorted(keys_at(schema.model, path[:-1]))
+        fix = near_miss(str(key), known) or schema.advice(path[:-1], str(key), node.plain()) or "Remove it."
+        what = f"unknown key {clip(str(key))} in {owner}"
+        problems.add(_name(parent, str(key)), what, f"one of {', '.join(known)}", clip(str(key)), fix, core=core)
     elif len(path) == 2 and path[0] in schema.parts:
         expected, fix = schema.parts[str(path[0])]
         place = f"entry {key + 1}" if isinstance(key, int) else clip(key)
@@ -172,46 +176,32 @@ def _owner(root: Node, path: Path, schema: Schema) -> tuple[str, str | None]:
     return "the file", None
 
 
-def _model_at(path: Path, schema: Schema) -> type[BaseModel]:
-    """The pydantic model of the mapping at a path."""
-    model: type[BaseModel] = schema.model
+def keys_at(model: type[BaseModel], path: Iterable[str | int]) -> list[str]:
+    """The keys, as files write them, of the mapping at a path of the files that a model describes."""
+    annotation: Any = model
     for step in path:
-        found = model.model_fields.get(str(step))
-        if found is not None:
-            model = next(_models(found.annotation), model)
-    return model
+        annotation = _inner(annotation, step)
+    return list(_fields(annotation))
 
 
-def keys_of(model: type[BaseModel]) -> list[str]:
-    """The keys that a mapping may have, as files write them."""
-    return sorted(info.alias or name for name, info in model.model_fields.items())
+def _fields(annotation: Any) -> dict[str, Any]:
+    """What may stand under each key of a mapping; nothing for an annotation that is no model's."""
+    models = [part for part in _options(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return {info.alias or name: info.annotation for part in models for name, info in part.model_fields.items()}
 
 
-def _models(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _models(inner)
+def _inner(annotation: Any, step: str | int) -> Any:
+    """What may stand under a key, or at any place of a list or of a mapping of names."""
+    if fields := _fields(annotation):
+        return fields.get(str(step))
+    entries = (get_args(option)[-2:] for option in _options(annotation))
+    return next((pair[0] if pair[-1] is Ellipsis else pair[-1] for pair in entries if pair), None)
 
 
-def _unknown_key(
-    parent: Node, path: Path, node: Node, owner: str, schema: Schema, core: str | None, problems: Problems
-) -> None:
-    key = str(path[-1])
-    if key.rstrip().endswith(")") and node.value is None:
-        _split_value(parent, key, owner, core, problems)
-    else:
-        known = keys_of(_model_at(path[:-1], schema))
-        fix = near_miss(key, known) or schema.advice(path[:-1], key, node.plain()) or "Remove it."
-        what = f"unknown key {clip(key)} in {owner}"
-        problems.add(_key_position(parent, key), what, f"one of {', '.join(known)}", clip(key), fix, core=core)
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
-def _split_value(parent: Node, key: str, owner: str, core: str | None, problems: Problems) -> None:
-    fix = 'A comma ends a value inside `{...}`: quote this, `init: "kaiming_uniform(fan=8, gain=relu)"`.'
-    found = "the rest of one that a comma split"
-    problems.add(_key_position(parent, key), f"{owner}, key {clip(key)}", "a quoted value", found, fix, core=core)
-
-
-def _key_position(parent: Node, key: str) -> Position:
-    return next((name.position for name, _ in parent.items() if str(name.value) == key), parent.position)
+def _name(parent: Node, key: str) -> Position:
+    """Where a key of a mapping stands."""
+    return (parent.key(key) or parent).position

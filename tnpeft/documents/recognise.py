@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tnpeft.spec.paths import is_file, is_folder
+from tnpeft.documents.paths import is_file, is_folder
 
 __all__ = ["FileKind", "recognise"]
 

@@ -8,87 +8,27 @@ events can be bounded before anything is built. Scalars follow the YAML 1.2 core
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tnpeft.errors import Position, Problem, SpecError
+from tnpeft.errors import Position, Problem, Problems, SpecError, clip, in_one_line, shown_path
 
-__all__ = ["MAX_BYTES", "Node", "Problems", "clip", "read_bytes", "read_document", "read_file", "shown_path", "ticked"]
+__all__ = ["MAX_BYTES", "Node", "read_bytes", "read_document", "read_file"]
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
 MAX_NODES = 8_000  # after aliases are expanded
 MAX_CHARACTERS = MAX_BYTES  # of all scalars, after aliases are expanded
-MAX_PROBLEMS = 50
-MAX_PATH_SHOWN = 200  # characters
 
 _NULL = re.compile(r"null|Null|NULL|~|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-
-
-def clip(value: object, limit: int = 60) -> str:
-    """`value` as one short line of plain ASCII, fit for an error message."""
-    text = ascii(value)
-    return text if len(text) <= limit else text[: limit - 4] + "..." + text[-1]
-
-
-def ticked(value: object) -> str:
-    """`clip`, a text in backticks instead of quotes."""
-    return f"`{clip(value)[1:-1]}`" if isinstance(value, str) else clip(value)
-
-
-def shown_path(path: str | Path) -> str:
-    """A path for a message of one line."""
-    text = str(path)
-    return text if text.isprintable() and len(text) <= MAX_PATH_SHOWN else clip(text, MAX_PATH_SHOWN)
-
-
-class Problems:
-    """Mistakes found so far; checks add to it and go on, `raise_if_any` ends a stage."""
-
-    def __init__(self) -> None:
-        self.found: list[Problem] = []
-
-    def add(
-        self,
-        where: Position | str | None,
-        what: str,
-        expected: str,
-        found: str,
-        fix: str,
-        *,
-        core: str | None = None,
-        index: str | None = None,
-    ) -> None:
-        self.put(Problem(what, expected, found, fix, where, core, index))
-
-    def put(self, problem: Problem) -> None:
-        """Keep a mistake, unless it is known; when there are enough, look for no more: raises SpecError."""
-        if problem not in self.found:
-            self.found.append(problem)
-        if len(self.found) >= MAX_PROBLEMS:
-            self.raise_if_any()
-
-    def __len__(self) -> int:
-        return len(self.found)
-
-    def raise_if_any(self) -> None:
-        if self.found:
-            files = {problem.where.file: 0 for problem in self.found if isinstance(problem.where, Position)}
-            order = {file: number for number, file in enumerate(files)}
-            raise SpecError(*sorted(self.found, key=lambda problem: _by_place(problem, order)))
-
-
-def _by_place(problem: Problem, files: Mapping[str, int]) -> tuple[int, int, int]:
-    where = problem.where
-    return (files[where.file], where.line, where.column) if isinstance(where, Position) else (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -123,9 +63,23 @@ class Node:
     def get(self, key: object) -> Node | None:
         """The value under `key` of a mapping, or the item at an index of a list."""
         if self.kind == "list" and isinstance(key, int) and 0 <= key < len(self.value):
-            found: Node = self.value[key]
-            return found
+            item: Node = self.value[key]
+            return item
         return next((value for name, value in self.items() if name.value == key), None)
+
+    def key(self, key: object) -> Node | None:
+        """A key of a mapping as it stands there."""
+        return next((name for name, _ in self.items() if name.value == key), None)
+
+    def along(self, path: Iterable[str | int]) -> tuple[Node, ...]:
+        """The nodes that a path leads through, this one first, as far as there are any."""
+        nodes = [self]
+        for step in path:
+            below = nodes[-1].get(step)
+            if below is None:
+                break
+            nodes.append(below)
+        return tuple(nodes)
 
     def plain(self) -> Any:
         """The node as dicts, lists and scalars."""
@@ -208,13 +162,7 @@ def _place(text: str, offset: int, file: str) -> Position:
 
 
 def _syntax(where: Position, found: str) -> SpecError:
-    return SpecError(Problem("not valid YAML", "one YAML document", clip_plain(found), "Mend the syntax here.", where))
-
-
-def clip_plain(text: str, limit: int = 120) -> str:
-    """A library's message as one short ASCII line."""
-    line = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+    return SpecError(Problem("not valid YAML", "one YAML document", in_one_line(found), "Mend the syntax here.", where))
 
 
 class _Reader:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import tnpeft
 from tnpeft.cli import app
-from tnpeft.spec.document import read_document
+from tnpeft.documents.nodes import read_document
 
 SPECS = Path(__file__).parents[2] / "specs"
 SCHEMAS = {kind: json.loads((SPECS / "schema" / f"{kind}.json").read_text()) for kind in ("spec", "recipe")}

@@ -20,10 +20,10 @@ from small import net
 from terminal import mistakes, run
 
 import tnpeft
+from tnpeft.documents.recognise import recognise
 from tnpeft.errors import AdapterFileError, SpecError
 from tnpeft.fitting.checkpoint import Checkpoint
 from tnpeft.spec.library import shipped_folder
-from tnpeft.spec.recognise import recognise
 
 EXPORT = "Save the weights as safetensors with the library that made it."
 UNPACK = "Unpack it, and pass the file inside."

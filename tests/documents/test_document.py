@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from timing import takes_less_than
 
+from tnpeft.documents.nodes import MAX_BYTES, read_document, read_file
 from tnpeft.errors import SpecError
-from tnpeft.spec.document import MAX_BYTES, read_document, read_file
 
 
 def refused(text: str | bytes) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replace_files"]
+__all__ = ["replace_files", "sync_folder"]
 
 
 def replace_files(contents: Mapping[Path, bytes], failed: Callable[[Path, str], Exception]) -> None:
@@ -34,7 +34,7 @@ def replace_files(contents: Mapping[Path, bytes], failed: Callable[[Path, str], 
             for temporary, target in waiting.items():
                 temporary.replace(target)
             for folder in {target.parent for target in waiting.values()}:
-                _sync_folder(folder)
+                sync_folder(folder)
         finally:
             for temporary in waiting:
                 temporary.unlink(missing_ok=True)
@@ -82,8 +82,8 @@ def _try_to_own(file: BinaryIO, user: int, group: int) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself durable, where folders can be synced."""
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where folders can be synced."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
