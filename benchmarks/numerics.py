@@ -121,7 +121,7 @@ def measure(name: str) -> list[dict[str, Any]]:
 
 
 def difference(case: Case, dtype: torch.dtype) -> Tensor:
-    return case.program.delta(case.cores, case.start, case.program.constants(case.start)).to(dtype)
+    return case.program.deltas(case.cores, case.program.start(case.start))[0].to(dtype)
 
 
 def completed(case: Case, dtype: torch.dtype) -> Tensor:

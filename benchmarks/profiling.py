@@ -23,8 +23,7 @@ from training import Setting, optimiser_of
 import tnpeft.execution.batches
 import tnpeft.execution.modes
 import tnpeft.program.clusters
-import tnpeft.program.deltas
-import tnpeft.program.total
+import tnpeft.program.delta
 from tnpeft.program import ClusterGradients, ClusterMerge, FactoredUpdate
 
 __all__ = ["profile"]
@@ -35,15 +34,13 @@ CLOCKED = (
     (tnpeft.program.clusters.Contracted, "forward", "forward", "clusters"),
     (FactoredUpdate, "forward", "forward", "chain, forward"),
     (ClusterMerge, "__call__", "forward", "delta weight"),
-    (tnpeft.program.total.Delta, "forward", "forward", "delta weight"),
-    (tnpeft.program.deltas.Deltas, "forward", "forward", "delta weight"),
+    (tnpeft.program.delta.Delta, "forward", "forward", "delta weight"),
     (tnpeft.execution.modes, "add_weight", "forward", "sum with the weight"),
     (tnpeft.execution.batches, "add_weight", "forward", "sum with the weight"),
     (tnpeft.program.clusters.Contracted, "backward", "backward", "clusters, gradients"),
     (FactoredUpdate, "backward", "backward", "chain, backward"),
     (ClusterGradients, "backward", "backward", "chain, backward"),
-    (tnpeft.program.total.Delta, "backward", "backward", "delta weight, gradients"),
-    (tnpeft.program.deltas.Deltas, "backward", "backward", "delta weight, gradients"),
+    (tnpeft.program.delta.Delta, "backward", "backward", "delta weight, gradients"),
 )
 PHASES = ("forward", "backward", "optimiser")
 Seconds = dict[str, float]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 import torch
 from modes import relative
 from small import chain, move
@@ -105,16 +102,3 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, one in expected.items():
         assert relative(found[name], one) < 3e-5, name  # seven layers after another, far from the start
-
-
-def counted(code: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For how many layers at once each of its calls of `contracted` was, from here on."""
-    calls: list[int] = []
-    real = code.contracted
-
-    def noted(self: Any, *args: object) -> object:
-        calls.append(self.count)
-        return real(self, *args)
-
-    monkeypatch.setattr(code, "contracted", noted)
-    return calls

@@ -21,8 +21,7 @@ from ddpm_lab.sampling.draw import check_sampling, draw_samples
 from ddpm_lab.support.faults import LabError
 from ddpm_lab.training.train import steps_of, train
 
-from tnpeft.program.deltas import BatchedDelta
-from tnpeft.program.total import Total
+from tnpeft.program import counting
 
 TINY = Model(channels=(8, 8), attention_levels=(False, True), head_channels=(0, 8), res_blocks=1, norm_groups=4)
 
@@ -282,13 +281,9 @@ def test_cores_are_contracted_once_for_all_micro_batches(monkeypatch: pytest.Mon
     def trained() -> tuple[int, dict[str, torch.Tensor]]:
         unet = tiny()
         apply_method(unet, Method(spec="tenvoo_l", match=r"conv[12]\.conv$", mode="dense"))
-        made = []
-        with monkeypatch.context() as patch:
-            for owner, name in ((Total, "forward"), (BatchedDelta, "contracted")):
-                inner = getattr(owner, name)
-                patch.setattr(owner, name, lambda *arguments, inner=inner: made.append(1) or inner(*arguments))
+        with counting() as counts:
             train(unet, Source(volumes), noise_schedule(Diffusion()), training, make_accelerator(training))
-        return len(made), unet.state_dict()
+        return len(counts["deltas"]), unet.state_dict()
 
     kept, found = trained()
     monkeypatch.setattr("tnpeft.accumulating", lambda _: contextlib.nullcontext())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,22 @@ from modes import FAST, relative
 from small import chain, move
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from towers import SHARED, Tower, X, adapters, counted, results, same, tower
+from towers import SHARED, Tower, X, adapters, results, same, tower
 
 import tnpeft
 from tnpeft.adapters import Adapter
 from tnpeft.execution import AdaptedLayer, ForwardPass
 from tnpeft.network import Spec
+from tnpeft.program import counting
 from tnpeft.program.clusters import BatchedCluster, Cluster, ClusterProgram
 from tnpeft.surgery import adapters_of
 
 
 @pytest.fixture
-def contracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def contracted() -> Iterator[list[int]]:
     """For how many layers at once clusters were contracted, call by call."""
-    return counted(BatchedCluster, monkeypatch)
+    with counting() as found:
+        yield found["clusters"]
 
 
 @pytest.mark.parametrize("spec", [chain(), chain("zero"), chain(frozen=True), SHARED, "loha", "lora"], ids=str)

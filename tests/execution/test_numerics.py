@@ -49,12 +49,12 @@ def test_shipped_frozen_copies_are_exact_at_the_start_and_accurate_afterwards(
     network = bound(case)
     start = random_cores(network)
     program = program_of(network)
-    constants = program.constants(start)
-    zero = program.delta(start, start, constants)
+    constants = program.start(start)
+    zero = program.deltas(start, constants)[0]
     assert torch.equal(zero, torch.zeros_like(zero))
 
     cores = [core.requires_grad_() for core in stepped(start, STEP)]
-    delta = program.delta(cores, start, constants)
+    delta = program.deltas(cores, constants)[0]
     exact = [core.detach().double().requires_grad_() for core in cores]
     expected = dense_delta(network, exact, start)
     assert relative_error(delta.detach(), expected.detach()) <= 1e-6
@@ -74,14 +74,14 @@ def test_differences_of_random_networks_are_accurate(network: Network) -> None:
     moved = stepped(start, STEP)
     cores = [old if core.frozen else new for core, old, new in zip(network.cores, start, moved, strict=True)]
     program = program_of(with_frozen_copy(network))
-    constants = program.constants(start)
-    delta = program.delta(cores, start, constants)
+    constants = program.start(start)
+    delta = program.deltas(cores, constants)[0]
     expected = dense_delta(network, cores, start)
     small = [core.double().abs() for core in start]
     large = [a + (new.double() - old.double()).abs() for a, old, new in zip(small, start, cores, strict=True)]
     terms = abs(network.scale) * (dense_weight(network, large) - dense_weight(network, small))
     assert bool(((delta.double() - expected).abs() <= 1e-6 * terms + 1e-30).all())
-    still = program.delta(start, start, constants)
+    still = program.deltas(start, constants)[0]
     assert torch.equal(still, torch.zeros_like(still))
 
 
@@ -105,7 +105,7 @@ def test_a_core_of_zeros_makes_an_exact_zero(dtype: torch.dtype) -> None:
         torch.zeros_like(tensor) if core.init.name == "zeros" else tensor
         for core, tensor in zip(network.cores, cores, strict=True)
     ]
-    delta = program_of(network).delta([core.requires_grad_() for core in cores], None, ())
+    delta = program_of(network).deltas([core.requires_grad_() for core in cores], None)[0]
     assert delta.dtype == dtype
     assert delta.count_nonzero() == 0
     gradients = torch.autograd.grad(delta.sum(), cores)
@@ -118,13 +118,12 @@ def test_autocast_changes_no_bit(name: str) -> None:
     network = tnpeft.load_spec(name).bind("Conv3d", in_channels=16, out_channels=8, kernel_size=3)
     start = random_cores(network)
     cores = [core.requires_grad_() for core in stepped(start, STEP)]
-    copy = start if network.start == "frozen_copy" else None
     program = program_of(network)
     answers = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            constants = program.constants(start)
-            delta = program.delta(cores, copy, constants)
+            constants = program.start(start)
+            delta = program.deltas(cores, constants)[0]
             value = program.value(cores)
             gradients = torch.autograd.grad(delta.sum(), cores)
         assert {delta.dtype, value.dtype, *(gradient.dtype for gradient in gradients)} == {torch.float32}
@@ -141,7 +140,7 @@ def test_the_scale_costs_no_accuracy() -> None:
         start = random_cores(network)
         moved = stepped(start, STEP)
         program = program_of(network)
-        delta = program.delta(moved, start, program.constants(start))
+        delta = program.deltas(moved, program.start(start))[0]
         assert relative_error(delta, dense_delta(network, moved, start)) <= 1e-6
 
 
@@ -150,6 +149,6 @@ def test_half_precision_keeps_two_digits() -> None:
     start = random_cores(network, dtype=torch.bfloat16)
     moved = stepped(start, 2.0**-7)
     program = program_of(network)
-    delta = program.delta(moved, start, program.constants(start))
+    delta = program.deltas(moved, program.start(start))[0]
     assert delta.dtype == torch.bfloat16
     assert relative_error(delta, dense_delta(network, moved, start)) <= 2e-2

@@ -16,14 +16,14 @@ import torch
 from modes import relative
 from small import chain, move
 from torch import Tensor, nn
-from towers import Tower, X, adapters, counted, results, tower
+from towers import Tower, X, adapters, results, tower
 
 import tnpeft
 from tnpeft import ExecutionError
 from tnpeft.execution import calls as calls_module
 from tnpeft.execution import dispatch
 from tnpeft.execution.forward_pass import ForwardPass
-from tnpeft.program.clusters import BatchedCluster
+from tnpeft.program import counting
 from tnpeft.surgery.adapted_model import record_on
 
 MODES = ("dense", "factored", "hybrid", "auto")
@@ -131,13 +131,12 @@ def test_inputs_of_many_sizes(mode: str, hurried: None, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("mode", ["factored", "hybrid"])
-def test_passes_of_two_threads_do_not_see_each_other(mode: str, monkeypatch: pytest.MonkeyPatch):
+def test_passes_of_two_threads_do_not_see_each_other(mode: str):
     model = tower(mode)
     results(model)
-    calls = counted(BatchedCluster, monkeypatch)
-    expected = results(model)["output"]
-    alone = list(calls)
-    calls.clear()
+    with counting() as counts:
+        expected = results(model)["output"]
+    alone = counts["clusters"]
     found: list[Tensor] = []
 
     def meanwhile(*_: object) -> None:
@@ -151,8 +150,9 @@ def test_passes_of_two_threads_do_not_see_each_other(mode: str, monkeypatch: pyt
 
     handle = model.linears[2].register_forward_pre_hook(meanwhile)
     ones = torch.ones(2, 8)
-    assert torch.equal(model(X), expected)
-    assert sorted(calls) == sorted([*alone, *alone, 1, 1])  # two clusters of the layer on its own
+    with counting() as counts:
+        assert torch.equal(model(X), expected)
+    assert sorted(counts["clusters"]) == sorted([*alone, *alone, 1, 1])  # two clusters of the layer on its own
     assert torch.equal(found[0], expected)
     assert relative(found[1], model.linears[0](ones)) < 1e-6
     assert open_pass(model) is None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,12 +20,9 @@ from tnpeft.execution.forward_pass import ForwardPass
 from tnpeft.io import saving
 from tnpeft.network import bind
 from tnpeft.planning import modes as planning
-from tnpeft.program import ChainProgram, batched, clusters, factored
+from tnpeft.program import ChainProgram, batched, clusters, delta, factored
 from tnpeft.program import chain as chains
-from tnpeft.program import model as programs
 from tnpeft.program.batched import BatchedTree
-from tnpeft.program.difference import Code
-from tnpeft.program.total import Total
 from tnpeft.program.weight_layout import WeightLayout
 from tnpeft.verify import VerifyReport, checks, engine, run_check, verify
 
@@ -63,7 +61,6 @@ def reversed_legs(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgotten_scale(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Code, "scale_one", lambda self, cores: [core.contiguous() for core in cores])
     patch.setattr(BatchedTree, "_scaled", lambda self, stacked: stacked)
 
 
@@ -79,14 +76,13 @@ def mixed_groups(patch: pytest.MonkeyPatch) -> None:
 
 def longer_gradient(patch: pytest.MonkeyPatch) -> None:
     """One per cent too long for the last core alone."""
-    for owner in (Code, BatchedTree):
-        real = owner.gradients
+    real = BatchedTree.gradients
 
-        def gradients(self: Any, *args: Any, real: Any = real) -> list[Tensor | None]:
-            found = real(self, *args)
-            return [*found[:-1], None if found[-1] is None else found[-1] * 1.01]
+    def gradients(self: BatchedTree, *args: Any) -> list[Tensor | None]:
+        found = real(self, *args)
+        return [*found[:-1], None if found[-1] is None else found[-1] * 1.01]
 
-        patch.setattr(owner, "gradients", gradients)
+    patch.setattr(BatchedTree, "gradients", gradients)
 
 
 def drifting_merge(patch: pytest.MonkeyPatch) -> None:
@@ -186,7 +182,7 @@ def crash(patch: pytest.MonkeyPatch) -> None:
 def forget_programs() -> None:
     """What was built by a broken library must not outlive it."""
     for cached in (
-        programs.build_program,
+        delta.build_program,
         factored.build_cluster_merge,
         clusters._built,
         batched._laid_out,
@@ -228,14 +224,14 @@ def wrong_vectors(patch: pytest.MonkeyPatch) -> None:
 
 
 def signless_terms(patch: pytest.MonkeyPatch) -> None:
-    real = Total.value
-    patch.setattr(
-        Total,
-        "value",
-        lambda self, cores: real(
-            dataclasses.replace(self, terms=tuple(term._replace(scale=abs(term.scale)) for term in self.terms)), cores
-        ),
-    )
+    real = delta.Program.value
+
+    def value(self: delta.Program, cores: Sequence[Tensor]) -> Tensor:
+        wrong = copy.copy(self)
+        wrong.terms = [(term._replace(scale=abs(term.scale)), tree) for term, tree in self.terms]
+        return real(wrong, cores)
+
+    patch.setattr(delta.Program, "value", value)
 
 
 def rowless_norm(patch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.strides import memory_order, moved
 from tnpeft.network import BoundCore, Network
 from tnpeft.planning import DEFAULT_MODE, Plan, check_choices, check_mode, plan
-from tnpeft.program import Constants, Program, build_program, needs_plain_ops, without_autocast
+from tnpeft.program import Program, Starts, build_program, needs_plain_ops, without_autocast
 
 __all__ = ["Adapter"]
 
@@ -174,7 +174,7 @@ class Adapter(Resident, nn.Module):
         With `compose: dora`, what leads from the weight to its update at the trained magnitudes.
         """
         program = self._program if weight is None else self.program_for(weight)
-        return self.delta_of(weight, self.delta_inputs(weight), program, self.start_for(weight))
+        return self.delta_of(weight, self.delta_inputs(weight), program, program.start(self.start_for(weight)))
 
     def delta_inputs(self, weight: Tensor | None = None) -> list[Tensor]:
         """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
@@ -200,16 +200,10 @@ class Adapter(Resident, nn.Module):
         return None if self.network.start == "zero" else self.start_tensors(weight)
 
     def delta_of(
-        self,
-        weight: Tensor | None,
-        inputs: Sequence[Tensor],
-        program: Program,
-        start: Sequence[Tensor] | None,
-        constants: Constants | None = None,
+        self, weight: Tensor | None, inputs: Sequence[Tensor], program: Program, start: Starts | None
     ) -> Tensor:
-        """ΔW on the base `weight` from `delta_inputs`; `constants` are what `program` makes of `start`."""
-        cores = inputs[: len(self.network.cores)]
-        delta = program.delta(cores, start, program.constants(start) if constants is None else constants)
+        """ΔW on the base `weight` from `delta_inputs`; `start` is what `program` makes of the frozen copies."""
+        (delta,) = program.deltas(inputs[: len(self.network.cores)], start)
         if self.network.compose is not None:
             with without_autocast(delta):
                 first = self._tensor(_START + _MAGNITUDE)

@@ -18,9 +18,9 @@ from tnpeft.execution.results import Make, ResultCache, StartConstants
 from tnpeft.execution.torch_call import add_weight
 from tnpeft.program import (
     BatchedCluster,
-    BatchedDelta,
     Cluster,
     ClusterProgram,
+    Program,
     Weight,
     needs_plain_ops,
     versions,
@@ -62,8 +62,7 @@ class Member(NamedTuple):
         small = SMALL if weight.device.type == "cpu" else SMALL_ELSEWHERE
         if network.layer.numel > small or network.reads_weight:
             return None
-        batched = adapter.program_for(weight).batched
-        return None if batched is None else cls(base, adapter, batched)
+        return cls(base, adapter, adapter.program_for(weight).weight)
 
 
 class _Places(NamedTuple):
@@ -181,7 +180,7 @@ class _Deltas(Batch):
         super().__init__([member.adapter for member in members], [cores] * len(members), cache)
         self._bases = [member.base for member in members]
         assert isinstance(first.program, Weight)
-        self._code = BatchedDelta(first.program, len(members))
+        self._code = Program(first.program, len(members))
 
     def _others(self) -> list[Tensor]:
         return [base.weight for base in self._bases]
@@ -190,7 +189,7 @@ class _Deltas(Batch):
         constants = [weight.detach() for weight in others]
 
         def made(cores: Sequence[Tensor]) -> Sequence[Tensor]:
-            deltas = self._code(cores, self._start(self._code))
+            deltas = self._code.deltas(cores, self._start(self._code))
             return tuple(add_weight(delta, weight) for delta, weight in zip(deltas, constants, strict=True))
 
         found = self._contracted(self._code, cores, others, made)

@@ -160,7 +160,8 @@ def _delta(acting: Acting, weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """ΔW of an adapter on the base `weight`, from its `delta_inputs`."""
     adapter = acting.adapter
     program = adapter.program_for(weight)
-    start, constants = adapter.start_for(weight), None
-    if start is not None and not adapter.network.reads_weight:  # the base weight may be written to unseen
-        constants = acting.calls.delta_constants.get(program, start, program.constants)
-    return adapter.delta_of(weight, inputs, program, start, constants)
+    copies = adapter.start_for(weight)
+    if copies is None or adapter.network.reads_weight:  # the base weight may be written to unseen
+        return adapter.delta_of(weight, inputs, program, program.start(copies))
+    start = acting.calls.delta_constants.get(program, copies, program.start)
+    return adapter.delta_of(weight, inputs, program, start)

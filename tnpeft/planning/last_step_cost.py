@@ -39,14 +39,14 @@ def cost_of_paths(inputs: Sequence[Legs], output: str, sizes: Mapping[str, int])
     ) -> None:  # fmt: skip
         """Keep the contraction of two disjoint sets of cores (bit masks) if it is the best of their union so far."""
         union = cores1 | cores2
-        own: float = math.prod([numbers[leg] for leg in joint])
+        own: float = math.prod(map(numbers.__getitem__, joint))
         if cost1 + cost2 + own > cap:
             return
         if union == everything and own < LARGEST:
             own += SLACK * own * _badness(output, legs_of(cores1), legs_of(cores2), sizes)
         cost = cost1 + cost2 + own
         if cost <= cap and (union not in found or cost < found[union][1]):
-            rest = (legs for core, legs in enumerate(terms) if (part & ~union) >> core & 1)
+            rest = [legs for core, legs in enumerate(terms) if (part & ~union) >> core & 1]
             found[union] = (joint - cut.difference(*rest), cost, (path1, path2))
 
     return visit

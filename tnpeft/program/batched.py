@@ -1,16 +1,20 @@
 """Contraction trees, evaluated for several layers at once: small cores cost what their operations take to start.
 
-Cores come as one flat list, the first core of every layer, then the second of every layer. `_stacked` concatenates them
+Cores come as one flat list, the first core of every layer, then the second of every layer. `stack` concatenates them
 to one vector and brings each core to (layers, legs in the order of contraction). The changes since the frozen copies
 are one subtraction of two such vectors, the gradients of all cores one vector that is split.
+
+With A = A0 + dA for every tensor, d(A B) = dA B0 + A dB: the difference of two networks close to each other is made
+of differences all the way, never by subtraction of large values. The A0 are constants. The VJP is that of the plain
+network, for d(T - T0)/d(cores) = dT/d(cores).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -20,11 +24,10 @@ from torch import Tensor
 from tnpeft.network import Network
 from tnpeft.planning import Step
 from tnpeft.program.chain_legs import GROUP
-from tnpeft.program.kernels import kept
+from tnpeft.program.kernels import contract, contract_difference, kept, reorder, specialised
 from tnpeft.program.leg_order import Instruction, lay_out_steps
-from tnpeft.program.tree import run_changes, run_gradients, run_values
 
-__all__ = ["BatchedTree", "Changed", "Start", "Tree"]
+__all__ = ["BatchedTree", "Changed", "Start", "Tree", "together"]
 
 # Up to so many elements of all cores, one pick by number reorders them: 10 us for 18,000 elements, where stacking and
 # permuting every core by itself takes 15 us a core (2-core EPYC). Numbers take memory.
@@ -79,7 +82,7 @@ class Start(NamedTuple):
 
     flat: Tensor | None  # all stacked copies as one vector; None where they are not one
     cores: tuple[Tensor, ...]  # each (layers, legs)
-    constants: tuple[Tensor, ...]  # every tensor of the tree, scaled
+    constants: tuple[Tensor, ...]  # the tensors of the tree, scaled
 
 
 class Changed(NamedTuple):
@@ -94,13 +97,13 @@ class BatchedTree:
 
     The cores of several layers are copied, to the order of legs that suits best. Those of one layer are used as they
     are stored, so that nothing is copied for the backward pass, unless the tree is one core. Index tables die with it.
+    `plain`: differentiable operations alone, which autograd records one by one, or somebody looks on.
     """
 
     def __init__(self, tree: Tree, count: int) -> None:
         self.tree, self.count = tree, count
         self.copied = count > 1
         self.size = len(tree.legs)
-        self.number = self.size + len(tree.steps) - 1
         sizes = {**dict(tree.sizes), GROUP: count}
         self.instructions, orders = _laid_out(tree, count)
         self._orders: list[Order | None] = [_permutation(legs, orders[core]) for core, legs in enumerate(tree.legs)]
@@ -110,60 +113,105 @@ class BatchedTree:
         self._numbered = self.copied and not self._plain and sum(self._pieces) <= NUMBERED
         self._numbers: dict[Hashable, Tensor] = {}
 
-    def start(self, cores: Sequence[Tensor]) -> Start:
-        """What the changes need of the frozen copies of all layers."""
-        with torch.no_grad():
-            flat, stacked = self._stacked(cores)
-            constants = run_values(self.instructions, self._scaled(stacked), ())
-            return Start(flat, tuple(stacked), tuple(constants))
+    @cached_property
+    def _products(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        """Each instruction as a function of its operands, where it need not be plain."""
+        return [specialised(step.forward) for step in self.instructions]
 
-    def values(self, cores: Sequence[Tensor]) -> list[Tensor]:
-        """Every tensor of the tree."""
-        return run_values(self.instructions, self._scaled(self._stacked(cores)[1]), ())
+    def start(self, cores: Sequence[Tensor], last: bool, plain: bool) -> Start:
+        """What the changes need of the frozen copies of all layers; their result only with `last`."""
+        flat, stacked = self.stack(cores)
+        return Start(flat, tuple(stacked), tuple(self.run(self._scaled(stacked), (), last, plain)))
 
-    def changed(self, cores: Sequence[Tensor], start: Start, last: bool) -> Changed:
+    def scaled(self, cores: Sequence[Tensor]) -> list[Tensor]:
+        """Each core as (layers, legs in the order of contraction), with the tree's scale in one of them."""
+        return self._scaled(self.stack(cores)[1])
+
+    def run(self, cores: Sequence[Tensor], known: Sequence[Tensor | None], last: bool, plain: bool) -> list[Tensor]:
+        """The cores, as `scaled` has them, and every result; those `known` are not computed, the last only if asked."""
+        tensors = list(cores)
+        for place, step in enumerate(self.instructions if last else self.instructions[:-1]):
+            result = known[place] if known else None
+            if result is None:
+                left, right = tensors[step.left], tensors[step.right]
+                result = contract(step.forward, left, right, True) if plain else self._products[place](left, right)
+            tensors.append(result)
+        return tensors
+
+    def changed(self, cores: Sequence[Tensor], start: Start, last: bool, plain: bool) -> Changed:
         """The JVP of the tree along cores - start; the value of the result only with `last`."""
-        flat, stacked = self._stacked(cores)
+        flat, stacked = self.stack(cores)
         changes: list[Tensor | None]
         if flat is not None and start.flat is not None:
             changes = [*(flat - start.flat).split_with_sizes(self._pieces)]
+            for core, fixed in enumerate(self.tree.frozen):
+                if fixed:
+                    changes[core] = None
         else:
-            changes = [core - first for core, first in zip(stacked, start.cores, strict=True)]
-        for core, fixed in enumerate(self.tree.frozen):
-            if fixed:
-                changes[core] = None
+            both = zip(stacked, start.cores, self.tree.frozen, strict=True)
+            changes = [None if fixed else core - first for core, first, fixed in both]
         change = changes[self.tree.scaled]
         if self.tree.scale != 1.0 and change is not None:
             changes[self.tree.scaled] = change * self.tree.scale
-        return Changed(*run_changes(self.instructions, self._scaled(stacked), changes, start.constants, last))
+        tensors, constants = list(self._scaled(stacked)), start.constants
+        for step in self.instructions:
+            left, right = step.left, step.right
+            whole, first = (tensors[left], changes[left]), (constants[right], changes[right])
+            change = contract_difference(step.forward, whole, first, plain)
+            changes.append(change)
+            if last or step is not self.instructions[-1]:
+                constant = constants[step.number]
+                tensors.append(constant if change is None else constant + change)
+        return Changed(tensors, changes)
 
-    def again(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Every tensor but the result; those that are None are recomputed. Cores are given."""
-        cores = [tensor for tensor in tensors[: self.size] if tensor is not None]
-        return run_values(self.instructions[:-1], cores, tensors[self.size :])
+    def change(self, cores: Sequence[Tensor], start: Start, plain: bool) -> tuple[Tensor, list[Tensor]]:
+        """The change of the result, and the value of every tensor but that."""
+        tensors, changes = self.changed(cores, start, False, plain)
+        change = changes[-1]
+        if change is None:  # every core is frozen
+            sizes = dict(self.tree.sizes)
+            change = cores[0].new_zeros(self.count, *(sizes[letter] for letter in self.tree.result))
+        return change, tensors
 
     def gradients(
-        self, tensors: Sequence[Tensor], gradient: Tensor, cores: Sequence[Tensor], needed: Sequence[bool]
+        self, tensors: Sequence[Tensor], gradient: Tensor, cores: Sequence[Tensor], needed: Sequence[bool], plain: bool
     ) -> list[Tensor | None]:
-        """The VJP: gradients of the cores that need one, from `gradient` of the result (layers, legs); else None."""
-        grads: list[Tensor | None] = [None] * (self.number + 1)
-        grads[self.number] = gradient
-        trained = [not fixed and any(self._of(needed, core)) for core, fixed in enumerate(self.tree.frozen)]
-        run_gradients(self.instructions, tensors, grads, list(trained))
+        """The VJP: gradients of the cores that need one, from `gradient` of the result (layers, legs); else None.
+
+        `cores` as they are stored. Plain operations where autograd looks on, and so differentiable again.
+        """
+        grads: list[Tensor | None] = [None] * (self.size + len(self.instructions))
+        grads[-1] = gradient
+        count = self.count
+        trained = [any(needed[core * count : (core + 1) * count]) for core in range(self.size)] if count > 1 else needed
+        wanted = list(trained)
+        for step in self.instructions:
+            wanted.append(wanted[step.left] or wanted[step.right])
+        for step in reversed(self.instructions):
+            grad = grads[step.number]
+            if grad is None:
+                continue
+            if step.back is not None:
+                grad = reorder(grad, step.back, plain)
+            if wanted[step.left]:
+                grads[step.left] = contract(step.to_left, grad, tensors[step.right], plain)
+            if wanted[step.right]:
+                grads[step.right] = contract(step.to_right, grad, tensors[step.left], plain)
         scaled = grads[self.tree.scaled]
         if self.tree.scale != 1.0 and scaled is not None:
             grads[self.tree.scaled] = scaled * self.tree.scale
+        if not self.copied:
+            return self._stored(grads, cores, trained)
         pieces = iter(self._split(grads, cores, trained))
-        return [next(pieces) if trained[place // self.count] else None for place in range(len(cores))]
+        return [next(pieces) if trained[place // count] else None for place in range(len(cores))]
 
-    def _of(self, values: Sequence[bool], core: int) -> Sequence[bool]:
-        return values[core * self.count : (core + 1) * self.count]
-
-    def _stacked(self, cores: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+    def stack(self, cores: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
         """Each core as (layers, legs in the order of contraction); before that all as one vector, if they are one."""
         if not self.copied:
-            ordered = zip(cores, self._orders, strict=True)
-            return None, [(core if order is None else core.permute(order)).contiguous() for core, order in ordered]
+            stacked = []
+            for core, order in zip(cores, self._orders, strict=True):
+                stacked.append((core if order is None else core.permute(order)).contiguous())
+            return None, stacked
         flat = torch._C._nn.flatten_dense_tensors(list(cores))
         if self._numbered:
             flat = flat.index_select(0, self._numbers_on(flat.device, range(self.size), back=False))
@@ -182,6 +230,20 @@ class BatchedTree:
         scaled[self.tree.scaled] = stacked[self.tree.scaled] * self.tree.scale
         return scaled
 
+    def _stored(
+        self, grads: Sequence[Tensor | None], cores: Sequence[Tensor], trained: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients of one layer's cores as these are stored."""
+        stored: list[Tensor | None] = []
+        for core, shape, order, grad, wanted in zip(cores, self._shapes, self._orders, grads, trained, strict=False):
+            if grad is None or not wanted:
+                stored.append(None)
+                continue
+            if order is not None:
+                grad = _moved(grad.reshape(_permuted(shape, order)), _inverse(order))
+            stored.append(grad.reshape(core.shape))
+        return stored
+
     def _split(
         self, grads: Sequence[Tensor | None], cores: Sequence[Tensor], trained: Sequence[bool]
     ) -> Sequence[Tensor]:
@@ -194,8 +256,6 @@ class BatchedTree:
             if order is not None and not self._numbered:
                 grad = _moved(grad.reshape(_permuted(self._shapes[core], order)), _inverse(order))
             stacked.append(grad)
-        if not self.copied:
-            return [grad.reshape(cores[core].shape) for grad, core in zip(stacked, wanted, strict=True)]
         flat = torch.cat([grad.reshape(-1) for grad in stacked]) if len(stacked) > 1 else stacked[0].reshape(-1)
         if self._numbered:
             flat = flat.index_select(0, self._numbers_on(flat.device, wanted, back=True))
@@ -230,6 +290,15 @@ def _laid_out(tree: Tree, count: int) -> tuple[tuple[Instruction, ...], Mapping[
     letters = {letter: letter for letter, _ in tree.sizes}
     sizes = {**dict(tree.sizes), GROUP: count}
     return lay_out_steps(tree.steps, given, letters, sizes, GROUP if count > 1 else "")
+
+
+def together(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Those of all layers as one; zero where there is none."""
+    known = [gradient for gradient in gradients if gradient is not None]
+    if len(gradients) == 1:
+        return known[0].contiguous()
+    zero = torch.zeros_like(known[0]) if len(known) < len(gradients) else known[0]
+    return torch.stack([zero if gradient is None else gradient for gradient in gradients])
 
 
 Order = tuple[int, ...]

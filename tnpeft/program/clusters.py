@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from tnpeft.planning import Plan
-from tnpeft.program.batched import BatchedTree, Changed, Start, Tree
+from tnpeft.program import counts
+from tnpeft.program.autocast import without_autocast
+from tnpeft.program.batched import BatchedTree, Changed, Start, Tree, together
 from tnpeft.program.chain_legs import ChainLayout, LinkLayout, chain_layouts
-from tnpeft.program.observers import needs_plain_ops, saved_tensors_are_hooked
-from tnpeft.program.total import without_autocast
+from tnpeft.program.observers import is_recorded, needs_plain_ops, saved_tensors_are_hooked
 
 __all__ = [
     "BatchedCluster",
@@ -33,7 +34,6 @@ __all__ = [
     "ClusterStart",
     "LayerClusters",
     "build_clusters",
-    "together",
 ]
 
 
@@ -74,7 +74,7 @@ class BatchedCluster:
         if self.cluster.form is None:
             return None
         with torch.no_grad(), without_autocast(cores[0]):
-            start = self.tree.start(cores)
+            start = self.tree.start(cores, True, is_recorded())
             half = start.constants[-1].reshape(self._split)
             if self.cluster.form == "middle":
                 half = torch.stack((torch.zeros_like(half), half), 1).unsqueeze(3)
@@ -86,14 +86,16 @@ class BatchedCluster:
             found: tuple[Tensor, ...] = Contracted.apply(self, known, *cores)  # type: ignore[no-untyped-call]
             return found
         with without_autocast(cores[0]):
-            tensors, dual = self.contracted(cores, known)
+            tensors, dual = self.contracted(cores, known, True)
         return (tensors[-1],) if dual is None else (tensors[-1], dual)
 
-    def contracted(self, cores: Sequence[Tensor], known: ClusterStart | None) -> tuple[list[Tensor], Tensor | None]:
+    def contracted(
+        self, cores: Sequence[Tensor], known: ClusterStart | None, plain: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Every tensor of the tree, and the dual form, for all layers."""
         if known is None:
-            return self.tree.values(cores), None
-        changed = self.tree.changed(cores, known.start, True)
+            return self.tree.run(self.tree.scaled(cores), (), True, plain), None
+        changed = self.tree.changed(cores, known.start, True, plain)
         return changed.tensors, self._dual(changed, known.half)
 
     def _dual(self, changed: Changed, half: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class BatchedCluster:
         A layer whose values have none was not called, and its cores have none.
         """
         called = [gradient is not None for gradient in gradients]
-        grads = self.tree.gradients(tensors, together(gradients), cores, needed)
+        grads = self.tree.gradients(tensors, together(gradients), cores, needed, is_recorded())
         if all(called):
             return grads
         return [grad if called[place % self.count] else None for place, grad in enumerate(grads)]
@@ -207,7 +209,9 @@ class Contracted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, code: BatchedCluster, known: ClusterStart | None, *cores: Tensor) -> tuple[Tensor, ...]:
         with without_autocast(cores[0]):
-            tensors, dual = code.contracted(cores, known)
+            tensors, dual = code.contracted(cores, known, False)
+        if counts.OPEN:
+            counts.note("clusters", code.count)
         ctx.set_materialize_grads(False)
         # Of a group nothing is freed with the graph of one layer: others may have a backward pass of their own. Where
         # cores are not copied, it is checked that nothing wrote to them.
@@ -229,7 +233,9 @@ class Contracted(torch.autograd.Function):
         if all(gradient is None for gradient in of_values):
             return (None, None, *(None for _ in cores))
         with without_autocast(cores[0]):
-            tensors = code.tree.values(cores) if ctx.tensors is None else ctx.tensors
+            tensors = ctx.tensors
+            if tensors is None:
+                tensors = code.tree.run(code.tree.scaled(cores), (), True, is_recorded())
             grads = code.gradients(tensors, of_values, cores, ctx.needs_input_grad[2:])
         return (None, None, *grads)
 
@@ -240,12 +246,3 @@ def _layers(stacked: Tensor, count: int) -> Sequence[Tensor]:
         return [stacked.detach()]  # never a core itself
     # Flat pieces of what was stacked: their shape is for those who use them.
     return stacked.view(count, -1).unbind(0)
-
-
-def together(gradients: Sequence[Tensor | None]) -> Tensor:
-    """Those of all layers as one; zero where there is none."""
-    known = [gradient for gradient in gradients if gradient is not None]
-    if len(gradients) == 1:
-        return known[0].contiguous()
-    zero = torch.zeros_like(known[0]) if len(known) < len(gradients) else known[0]
-    return torch.stack([zero if gradient is None else gradient for gradient in gradients])

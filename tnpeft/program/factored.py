@@ -12,12 +12,13 @@ from torch import Tensor
 
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.planning import Plan
+from tnpeft.program import counts
+from tnpeft.program.autocast import autocast_dtype, without_autocast
 from tnpeft.program.chain import Chain, lower_chain
 from tnpeft.program.chain_legs import chain_layouts
 from tnpeft.program.clusters import LayerClusters
 from tnpeft.program.merge_clusters import merge_clusters
 from tnpeft.program.observers import needs_plain_ops
-from tnpeft.program.total import autocast_dtype, without_autocast
 
 __all__ = [
     "ChainProgram",
@@ -122,6 +123,8 @@ class ClusterMerge:
                 weight = term(known[place])
                 total = weight if total is None else total.add_(weight)
         assert total is not None
+        if counts.OPEN:
+            counts.note("merges", 1)
         return total
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tnpeft.program.pairwise import Contraction, View
 
-__all__ = ["contract", "contract_difference", "is_lasting", "kept", "reorder", "versions"]
+__all__ = ["contract", "contract_difference", "is_lasting", "kept", "reorder", "specialised", "versions"]
 
 Seen: TypeAlias = "Callable[[Tensor], Tensor]"
 Product: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
@@ -53,7 +53,7 @@ def kept(tables: dict[Hashable, Tensor], key: Hashable, make: Callable[[], Tenso
 def contract(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> Tensor:
     """The product of two stored tensors, contiguous in the order that it was lowered for; its shape is arbitrary."""
     if not plain:
-        return _quick(product)(left, right)
+        return (product.__dict__.get("_quick") or specialised(product))(left, right)
     made = _multiply_plainly(product, left, right)
     return made if product.result is None else reorder(made, product.result, True)
 
@@ -85,16 +85,29 @@ def reorder(tensor: Tensor, view: View, plain: bool) -> Tensor:
     return _view_of(tensor, view, 0, plain).contiguous()
 
 
-def _quick(product: Contraction) -> Product:
-    """`contract` for this product alone, kept on it."""
-    found: Product | None = product.__dict__.get("_quick")
-    if found is None:
-        found = _specialised(product)
-        product.__dict__["_quick"] = found
-    return found
+def specialised(product: Contraction) -> Product:
+    """`contract` for this product alone where it is not plain, kept on it."""
+    quick: Product | None = product.__dict__.get("_quick")
+    if quick is None:
+        quick = product.__dict__["_quick"] = _specialised(product)
+    return quick
 
 
 def _specialised(product: Contraction) -> Product:
+    multiply, result = _multiplication(product), product.result
+    first, second = _strided(product.first, product.expand[0]), _strided(product.second, product.expand[1])
+    if first is None or second is None or result is not None:
+        return _viewed(product)
+    (rows, row_strides), (columns, column_strides) = first, second
+    if product.swapped:
+        return lambda left, right: multiply(
+            right.as_strided(rows, row_strides), left.as_strided(columns, column_strides)
+        )
+    return lambda left, right: multiply(left.as_strided(rows, row_strides), right.as_strided(columns, column_strides))
+
+
+def _viewed(product: Contraction) -> Product:
+    """For views that are copies, or a result that is."""
     multiply, result = _multiplication(product), product.result
     one, other = _viewer(product.first, product.expand[0]), _viewer(product.second, product.expand[1])
     if product.swapped:
@@ -113,14 +126,20 @@ def _specialised(product: Contraction) -> Product:
     return lambda left, right: ordered(made(left, right)).contiguous()
 
 
+def _strided(view: View, expand: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Sizes and strides that make the view; None if it takes a copy."""
+    if view.sizes != view.final:
+        return None
+    return ((expand, *view.final), (0, *view.strides)) if expand else (view.final, view.strides)
+
+
 def _viewer(view: View, expand: int) -> Seen:
     """`_view_of` for this view alone, not plain."""
-    final, strides = view.final, view.strides
-    if view.sizes != final:
+    strided = _strided(view, expand)
+    if strided is None:
         return lambda tensor: _view_of(tensor, view, expand, False)
-    if expand:
-        final, strides = (expand, *final), (0, *strides)
-    return lambda tensor: tensor.as_strided(final, strides)
+    sizes, strides = strided
+    return lambda tensor: tensor.as_strided(sizes, strides)
 
 
 def _multiplication(product: Contraction) -> Product:

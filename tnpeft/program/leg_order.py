@@ -7,13 +7,14 @@ first. A step's two operands are ordered so that it and its two gradients need f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tnpeft.planning import Plan, Step
+from tnpeft.planning import Step
 from tnpeft.program.pairwise import Contraction, Sizes, View, copy_time, lower, lowering_time, reordering
 
-__all__ = ["Instruction", "lay_out", "lay_out_steps"]
+__all__ = ["Instruction", "lay_out_steps"]
 
 # Summed legs are tried in every order up to this number of them.
 PERMUTED_LEGS = 3
@@ -35,16 +36,6 @@ class Instruction:
     to_right: Contraction
 
 
-def lay_out(plan: Plan, output: str) -> tuple[Instruction, ...]:
-    """The plan's steps with the last result stored in the order `output`, a string of the network's index letters."""
-    network = plan.network
-    orders = {number: network.symbols_of(core) for number, core in enumerate(network.cores)}
-    if plan.steps:
-        orders[plan.steps[-1].number] = output
-    sizes = {letter: network.sizes[leg] for leg, letter in network.symbols.items()}
-    return lay_out_steps(plan.steps, orders, network.symbols, sizes)[0]
-
-
 def lay_out_steps(
     steps: Sequence[Step], orders: Mapping[int, str], letters: Mapping[str, str], sizes: Sizes, batch: str = ""
 ) -> tuple[tuple[Instruction, ...], dict[int, str]]:
@@ -54,12 +45,11 @@ def lay_out_steps(
     tensor has the legs `batch` before its own.
     """
     orders = dict(orders)
-    lettered = {
-        step.number: _Letters(
-            step, *("".join(letters[leg] for leg in legs) for legs in (step.left, step.right, step.output))
-        )
-        for step in steps
-    }
+    letter = letters.__getitem__
+    lettered = {}
+    for step in steps:
+        left, right, output = ("".join(map(letter, legs)) for legs in (step.left, step.right, step.output))
+        lettered[step.number] = _Letters(step, left, right, output)
     instructions: list[Instruction] = []
     for step in reversed(steps):
         left, right = _operand_orders(lettered[step.number], orders, lettered, sizes, batch)
@@ -107,27 +97,33 @@ def _operand_orders(
     output = orders[this.step.number]
     given = [orders.get(number) for number in this.step.operands]
 
-    def cost(pair: tuple[str, str]) -> float:
-        left, right, result = (batch + legs for legs in (*pair, output))
-        operations = ((left, right, result), (result, right, left), (result, left, right))
-        own = sum(lowering_time(*operation, sizes) for operation in operations)
-        made = [steps[number] for number in this.step.operands if number in steps]
-        wanted = [legs for number, legs in zip(this.step.operands, pair, strict=True) if number in steps]
-        return own + sum(_cost_of_making(step, legs, sizes) for step, legs in zip(made, wanted, strict=True))
+    made = [steps.get(number) for number in this.step.operands]
+    cheapest, best = math.inf, ("", "")
+    candidates = _candidates(this, given, output)
+    for pair in candidates:
+        if len(candidates) == 1:
+            return pair
+        left, right, result = batch + pair[0], batch + pair[1], batch + output
+        time = lowering_time(left, right, result, sizes) + lowering_time(result, right, left, sizes)
+        time += lowering_time(result, left, right, sizes)
+        making = 0.0
+        for step, legs in zip(made, pair, strict=True):
+            making += 0.0 if step is None else _cost_of_making(step, legs, sizes)
+        if time + making < cheapest:
+            cheapest, best = time + making, pair
+    return best
 
-    candidates = list(_candidates(this, given, output))
-    return min(candidates, key=cost) if len(candidates) > 1 else candidates[0]
 
-
-def _candidates(this: _Letters, given: Sequence[str | None], output: str) -> Iterator[tuple[str, str]]:
+def _candidates(this: _Letters, given: Sequence[str | None], output: str) -> list[tuple[str, str]]:
     left, right = given
     if left is not None and right is not None:
-        yield left, right
-        return
+        return [(left, right)]
+    pairs: list[tuple[str, str]] = []
     for summed in _summed_orders(this, given):
-        lefts = [left] if left is not None else list(_placements(this.left, summed, output))
-        rights = [right] if right is not None else list(_placements(this.right, summed, output))
-        yield from itertools.product(lefts, rights)
+        lefts = [left] if left is not None else _placements(this.left, summed, output)
+        rights = [right] if right is not None else _placements(this.right, summed, output)
+        pairs += itertools.product(lefts, rights)
+    return pairs
 
 
 def _summed_orders(this: _Letters, given: Sequence[str | None]) -> list[str]:
@@ -141,17 +137,22 @@ def _summed_orders(this: _Letters, given: Sequence[str | None]) -> list[str]:
     return ["".join(leg for leg in legs if leg in summed) for legs in (this.left, this.right)]
 
 
-def _placements(legs: str, summed: str, output: str) -> Iterator[str]:
+def _placements(legs: str, summed: str, output: str) -> list[str]:
     """The operand's kept legs in the result's order, and the summed legs first, last, or where others intervene."""
-    kept = "".join(leg for leg in output if leg in legs)
-    places = {0, len(kept)}
-    places.update(place for place in range(1, len(kept)) if kept[place - 1 : place + 1] not in output)
-    for place in sorted(places):
-        yield kept[:place] + summed + kept[place:]
+    kept = "".join(filter(legs.__contains__, output))
+    placements = [summed + kept]
+    for place in range(1, len(kept)):
+        if kept[place - 1 : place + 1] not in output:
+            placements.append(kept[:place] + summed + kept[place:])
+    return [*placements, kept + summed] if kept else placements
 
 
 def _cost_of_making(this: _Letters, output: str, sizes: Sizes) -> float:
     """The copy that a step needs to store its result as `output`, if its operands cannot bring it into that order."""
-    owners = [leg in this.left for leg in output if sizes[leg] > 1]
-    changes = sum(before != after for before, after in itertools.pairwise(owners))
+    changes, before = 0, None
+    for leg in output:
+        if sizes[leg] > 1:
+            owner = leg in this.left
+            changes += before not in (None, owner)
+            before = owner
     return copy_time(this.output, output, sizes) if changes > 2 else 0.0

@@ -7,10 +7,11 @@ an operand or the result is copied. All ways to lower one are compared by a roug
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 __all__ = ["Contraction", "Sizes", "View", "copy_time", "lower", "lowering_time", "reordering"]
 
@@ -72,8 +73,7 @@ class Contraction:
     made: str
 
 
-@dataclass(frozen=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """A way to lower a contraction: the legs of each role, and what it costs."""
 
     swapped: bool
@@ -88,32 +88,12 @@ class _Candidate:
 
 def lower(left: str, right: str, output: str, sizes: Sizes) -> Contraction:
     """The quickest product of tensors stored as `left` and `right` whose result is stored as `output`."""
-    left, right, output = (_without_units(legs, sizes) for legs in (left, right, output))
-    if all(leg in output for leg in left if leg in right):
-        return _elementwise(left, right, output, sizes)
-    found = min(_candidates(left, right, output, sizes), key=lambda candidate: candidate.cost)
-    first, second = (right, left) if found.swapped else (left, right)
-    batch, count = found.batch, _size(found.batch, sizes)
-    in_first, in_second = (bool(batch) and batch[0] in legs for legs in (first, second))
-    result = None if found.made == output else reordering(found.made, output, sizes)
-    return Contraction(
-        found.product,
-        _view(first, [batch, found.rows, found.summed][0 if in_first else 1 :], sizes),
-        _view(second, [batch, found.summed, found.columns][0 if in_second else 1 :], sizes),
-        found.swapped,
-        result,
-        (count if batch and not in_first else 0, count if batch and not in_second else 0),
-        _size(found.made, sizes) >= DOUBLED * max(1, count) and found.product in ("mm", "bmm"),
-        found.made,
-    )
+    return _lowered(*_signature(left, right, output, sizes))
 
 
 def lowering_time(left: str, right: str, output: str, sizes: Sizes) -> float:
     """What `lower` would find to be the quickest, in ns."""
-    left, right, output = (_without_units(legs, sizes) for legs in (left, right, output))
-    if all(leg in output for leg in left if leg in right):
-        return START + 4 * WRITE * _size(output, sizes)
-    return min(candidate.cost for candidate in _candidates(left, right, output, sizes))
+    return _quickest(*_signature(left, right, output, sizes)).cost
 
 
 def reordering(stored: str, wanted: str, sizes: Sizes) -> View:
@@ -123,17 +103,42 @@ def reordering(stored: str, wanted: str, sizes: Sizes) -> View:
 
 def copy_time(stored: str, wanted: str, sizes: Sizes) -> float:
     """Of a copy from one order of legs to another, in ns."""
-    kept = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(stored), reversed(wanted), strict=False))
-    run = math.prod(sizes[leg] for leg, _ in kept)
-    return START + (COPY_RUNS if run >= RUN else COPY) * _size(stored, sizes)
+    run = 1
+    for leg, other in zip(reversed(stored), reversed(wanted), strict=False):
+        if leg != other:
+            break
+        run *= sizes[leg]
+    return START + (COPY_RUNS if run >= RUN else COPY) * math.prod(map(sizes.__getitem__, stored))
 
 
-def _size(legs: str, sizes: Sizes) -> int:
-    return math.prod([sizes[leg] for leg in legs])
+def _signature(left: str, right: str, output: str, sizes: Sizes) -> tuple[str, str, str, tuple[int, ...]]:
+    """All that a contraction is lowered by: the legs longer than one, and the length of each where it stands."""
+    lengths = tuple(map(sizes.__getitem__, left + right + output))
+    if 1 not in lengths:
+        return left, right, output, lengths
+    left, right, output = ("".join([leg for leg in legs if sizes[leg] > 1]) for legs in (left, right, output))
+    return left, right, output, tuple(map(sizes.__getitem__, left + right + output))
 
 
-def _without_units(legs: str, sizes: Sizes) -> str:
-    return "".join([leg for leg in legs if sizes[leg] > 1])
+@lru_cache(maxsize=1 << 12)
+def _lowered(left: str, right: str, output: str, lengths: tuple[int, ...]) -> Contraction:
+    sizes = dict(zip(left + right + output, lengths, strict=True))
+    found = _quickest(left, right, output, lengths)
+    if found.product == "mul":
+        return _elementwise(left, right, output, sizes)
+    first, second = (right, left) if found.swapped else (left, right)
+    batch, count = found.batch, math.prod(map(sizes.__getitem__, found.batch))
+    in_first, in_second = bool(batch) and batch[0] in first, bool(batch) and batch[0] in second
+    return Contraction(
+        found.product,
+        _view(first, [batch, found.rows, found.summed][0 if in_first else 1 :], sizes),
+        _view(second, [batch, found.summed, found.columns][0 if in_second else 1 :], sizes),
+        found.swapped,
+        None if found.made == output else reordering(found.made, output, sizes),
+        (count if batch and not in_first else 0, count if batch and not in_second else 0),
+        math.prod(map(sizes.__getitem__, found.made)) >= DOUBLED * max(1, count) and found.product in ("mm", "bmm"),
+        found.made,
+    )
 
 
 def _elementwise(left: str, right: str, output: str, sizes: Sizes) -> Contraction:
@@ -147,86 +152,118 @@ def _runs(output: str, operands: Sequence[str]) -> list[str]:
     """Pieces of `output` that each operand has as neighbours, or not at all."""
     runs: list[str] = []
     for leg in output:
-        if runs and all(_together(runs[-1][-1] + leg, legs) for legs in operands):
+        neighbours = bool(runs)
+        for legs in operands if runs else ():
+            before = runs[-1][-1]
+            if before + leg not in legs and (before in legs or leg in legs):
+                neighbours = False
+        if neighbours:
             runs[-1] += leg
         else:
             runs.append(leg)
     return runs
 
 
-def _together(pair: str, legs: str) -> bool:
-    return pair in legs or not (pair[0] in legs or pair[1] in legs)
-
-
 def _view(legs: str, groups: Sequence[str], sizes: Sizes) -> View:
     """The tensor stored as `legs` with one axis for each group of them."""
+    size, prod = sizes.__getitem__, math.prod
     runs = _runs("".join(groups), (legs,))
-    stored = sorted(runs, key=lambda run: legs.index(run[0]))
-    permutation = tuple(stored.index(run) for run in runs)
+    places = [legs.index(run[0]) for run in runs]
+    stored = sorted(range(len(runs)), key=places.__getitem__)
+    permutation = tuple(map(stored.index, range(len(runs))))
     ordered = permutation == tuple(range(len(permutation)))
-    pieces = groups if all(group in legs for group in groups) else runs
+    pieces = groups if all(map(legs.__contains__, groups)) else runs
     return View(
-        shape=tuple(_size(run, sizes) for run in stored),
+        shape=tuple([prod(map(size, runs[run])) for run in stored]),
         permutation=None if ordered else permutation,
-        final=tuple(_size(group, sizes) for group in groups),
-        sizes=tuple(_size(piece, sizes) for piece in pieces),
-        strides=tuple(_size(legs[legs.index(piece[-1]) + 1 :], sizes) if piece else 1 for piece in pieces),
+        final=tuple([prod(map(size, group)) for group in groups]),
+        sizes=tuple([prod(map(size, piece)) for piece in pieces]),
+        strides=tuple([prod(map(size, legs[legs.index(piece[-1]) + 1 :])) if piece else 1 for piece in pieces]),
     )
 
 
-def _candidates(left: str, right: str, output: str, sizes: Sizes) -> Iterator[_Candidate]:
-    """All ways considered: the batch, which factor comes first, and the orders of rows, columns and summed legs."""
+@lru_cache(maxsize=1 << 14)
+def _quickest(left: str, right: str, output: str, lengths: tuple[int, ...]) -> _Candidate:
+    """The first of the cheapest ways, over the batch, which factor comes first, and the orders of the other legs.
+
+    The search is written without generators, and leaves what cannot be cheaper: attaching a spec runs it often.
+    """
+    sizes = dict(zip(left + right + output, lengths, strict=True))
+    if set(left).intersection(right).issubset(output):
+        cost = START + 4 * WRITE * math.prod(map(sizes.__getitem__, output))
+        return _Candidate(False, "", "", "", "", "mul", output, cost)
+    best = None
     for batch, fold in _batches(left, right, output):
-        for swapped in (False, True):
-            first, second = (right, left) if swapped else (left, right)
-            shared = {leg for leg in first if leg in second and leg not in output and leg not in batch}
-            for rows, summed, columns in itertools.product(
-                _orders(set(first).difference(second, batch), (output, first)),
-                _orders(shared, (first, second)),
-                _orders(set(second).difference(first, batch), (output, second)),
-            ):
+        best = _cheaper(best, False, batch, fold, left, right, output, sizes)
+        best = _cheaper(best, True, batch, fold, right, left, output, sizes)
+    assert best is not None
+    return best
+
+
+def _cheaper(
+    best: _Candidate | None, swapped: bool, batch: str, fold: bool, first: str, second: str, output: str, sizes: Sizes
+) -> _Candidate | None:
+    """The cheapest product with this batch and these factors, if it is cheaper than `best`; else that."""
+    size, prod = sizes.__getitem__, math.prod
+    of_rows, of_columns = set(first).difference(second, batch), set(second).difference(first, batch)
+    of_sum = set(first).intersection(second).difference(output, batch)
+    shape = (prod(map(size, of_rows)), prod(map(size, of_sum)), prod(map(size, of_columns)))
+    product, time = _product_time(prod(map(size, batch)) if batch else 0, shape, fold)
+    least = math.inf if best is None else best.cost
+    if time >= least:
+        return best
+    # The legs as they follow each other in the result, and in the operand.
+    in_rows, in_sum, in_columns = of_rows.__contains__, of_sum.__contains__, of_columns.__contains__
+    for rows in dict.fromkeys(("".join(filter(in_rows, output)), "".join(filter(in_rows, first)))):
+        for summed in dict.fromkeys(("".join(filter(in_sum, first)), "".join(filter(in_sum, second)))):
+            for columns in dict.fromkeys(("".join(filter(in_columns, output)), "".join(filter(in_columns, second)))):
                 made = rows + columns if fold else batch + rows + columns
                 cost = copy_time(made, output, sizes) if made != output else 0.0
-                for legs, groups in ((first, (batch, rows, summed)), (second, (batch, summed, columns))):
-                    if _needs_copy(legs, groups):
-                        cost += copy_time(legs, "".join(leg for leg in "".join(groups) if leg in legs), sizes)
-                shape = (_size(rows, sizes), _size(summed, sizes), _size(columns, sizes))
-                product, time = _product_time(_size(batch, sizes) if batch else 0, shape, fold)
-                yield _Candidate(swapped, batch, rows, summed, columns, product, made, cost + time)
+                if _needs_copy(first, batch, rows, summed):
+                    wanted = "".join(filter(first.__contains__, batch + rows + summed))
+                    cost += copy_time(first, wanted, sizes)
+                if cost + time < least and _needs_copy(second, batch, summed, columns):
+                    wanted = "".join(filter(second.__contains__, batch + summed + columns))
+                    cost += copy_time(second, wanted, sizes)
+                if cost + time < least:
+                    least = cost + time
+                    best = _Candidate(swapped, batch, rows, summed, columns, product, made, least)
+    return best
 
 
-def _orders(legs: set[str], orders: Iterable[str]) -> list[str]:
-    """The legs as they follow each other in each of `orders`."""
-    return list(dict.fromkeys("".join(leg for leg in order if leg in legs) for order in orders))
-
-
-def _batches(left: str, right: str, output: str) -> Iterator[tuple[str, bool]]:
+def _batches(left: str, right: str, output: str) -> list[tuple[str, bool]]:
     """Candidates for the batch's legs, and whether they are summed afterwards."""
-    shared = "".join(leg for leg in output if leg in left and leg in right)
-    yield shared, False
+    shared = "".join(filter(set(left).intersection(right).__contains__, output))
+    found = [(shared, False)]
     if shared:
-        return
+        return found
     # A batch that one factor lacks: the result may then start and end with legs of the other one.
     for legs in (left, right):
-        start = output[: next((place for place, leg in enumerate(output) if leg not in legs), len(output))]
+        start = output[: len(output) - len(output.lstrip(legs))]
         if start and start != output:
-            yield start, False
+            found.append((start, False))
     # A batch of summed legs, where both operands begin with them but end otherwise.
-    equal = itertools.takewhile(lambda place: left[place] == right[place], range(min(len(left), len(right))))
-    start = left[: len(list(equal))]
-    if start:
-        yield start, True
+    equal = 0
+    for leg, other in zip(left, right, strict=False):
+        if leg != other:
+            break
+        equal += 1
+    if equal:
+        found.append((left[:equal], True))
+    return found
 
 
-def _needs_copy(legs: str, groups: tuple[str, str, str]) -> bool:
+@lru_cache(maxsize=1 << 12)
+def _needs_copy(legs: str, batch: str, rows: str, columns: str) -> bool:
     """Whether a tensor stored as `legs` is no batch of matrices as it stands; their last axis may not be the batch."""
-    batch, rows, columns = groups
-    batched = batch and batch[0] in legs
     if rows not in legs or columns not in legs:
         return True
-    return bool(batched) and (batch not in legs or (legs[-1] == batch[-1] and bool(rows or columns)))
+    if not batch or batch[0] not in legs:
+        return False
+    return batch not in legs or (legs[-1] == batch[-1] and bool(rows or columns))
 
 
+@lru_cache(maxsize=1 << 12)
 def _product_time(count: int, shape: tuple[int, int, int], fold: bool) -> tuple[str, float]:
     """The operation for `count` products of matrices (0: no batch), and its time."""
     height, depth, width = shape

@@ -33,6 +33,8 @@ class WeightLayout:
     stored: tuple[int, ...]
     groups: int
     order: tuple[int, ...]
+    shape: tuple[int, ...]  # of memory form
+    back: tuple[int, ...]  # from the axes of memory form to the stored ones
 
     @classmethod
     def of(cls, network: Network, memory_order: tuple[int, ...]) -> WeightLayout:
@@ -44,25 +46,27 @@ class WeightLayout:
                 axes[0], axes[1] = axes[1], axes[0]
             axes = [axes[axis] for axis in memory_order]
         legs = "".join(network.symbols[leg] for axis in axes for leg in axis)
-        groups = layer.groups if layer.transposed else 0
-        return cls(legs, direct, network.padded_shape, layer.weight_shape, layer.stored_shape, groups, memory_order)
+        groups, stored = layer.groups if layer.transposed else 0, layer.stored_shape
+        shape = tuple(stored[axis] for axis in memory_order)
+        back = tuple(memory_order.index(axis) for axis in range(len(memory_order)))
+        return cls(legs, direct, network.padded_shape, layer.weight_shape, stored, groups, memory_order, shape, back)
 
     def apply(self, result: Tensor) -> Tensor:
         """The last step's result as the stored weight; its strides are those of the memory order."""
-        shape = tuple(self.stored[axis] for axis in self.order)
         if not self.direct:
             result = self._stored(result.reshape(self.padded)).permute(self.order)
             result = result.clone(memory_format=torch.contiguous_format)
         # Through one axis, because an axis of size 1 may otherwise keep an odd stride.
-        return result.reshape(-1).reshape(shape).permute(_inverse(self.order))
+        return result.reshape(-1).reshape(self.shape).permute(self.back)
 
     def apply_all(self, results: Tensor, count: int) -> Sequence[Tensor]:
         """The stored weights of `count` layers, from their results in a row."""
+        if count == 1:
+            return [self.apply(results)]
         if not self.direct:
             return [self.apply(result) for result in results.reshape(count, -1).unbind(0)]
-        shape = (self.stored[axis] for axis in self.order)
-        back = (1 + axis for axis in _inverse(self.order))
-        return results.reshape(-1).reshape(count, *shape).permute(0, *back).unbind(0)
+        back = (1 + axis for axis in self.back)
+        return results.reshape(-1).reshape(count, *self.shape).permute(0, *back).unbind(0)
 
     def undo(self, gradient: Tensor) -> Tensor:
         """The gradient of the last step's result, stored as it is, from that of the stored weight."""
@@ -89,7 +93,3 @@ class WeightLayout:
         outputs, inputs, *kernel = self.canonical
         grouped = stored.reshape(self.groups, inputs, outputs // self.groups, *kernel)
         return grouped.transpose(1, 2).reshape(self.canonical)
-
-
-def _inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(permutation.index(place) for place in range(len(permutation)))
