@@ -6,7 +6,7 @@ A YAML file declares the adapter's tensor network; `attach` puts it on a model:
 
 The rooms import only to the left:
 
-    errors <- documents <- spec <- network <- planning <- program <- modules <- surgery
+    errors <- documents <- spec <- network <- planning <- program <- adapters <- execution <- surgery
            <- recipe <- io <- integrations <- fitting <- verify <- draw <- cli
 
 `tnpeft.integrations` has what other libraries call; its modules are imported by name.

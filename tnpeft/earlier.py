@@ -14,16 +14,16 @@ from typing import Any
 
 __all__ = ["register"]
 
-_MOVED: Mapping[str, str] = MappingProxyType(
+_MOVED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "tnpeft.modules.adapter": "tnpeft.adapters.adapter",
-        "tnpeft.modules.layers": "tnpeft.execution.layers",
-        "tnpeft.modules.parked": "tnpeft.adapters.parked",
-        "tnpeft.modules.parked_states": "tnpeft.adapters.parked_states",
-        "tnpeft.plan.call": "tnpeft.planning.call",
-        "tnpeft.plan.model": "tnpeft.planning",
-        "tnpeft.spec.model": "tnpeft.network.spec",
-        "tnpeft.surgery.state": "tnpeft.surgery.adapted_model",
+        "tnpeft.modules.adapter": ("tnpeft.adapters.adapter",),
+        "tnpeft.modules.layers": ("tnpeft.execution.layers", "tnpeft.execution.layer_kinds"),
+        "tnpeft.modules.parked": ("tnpeft.adapters.parked",),
+        "tnpeft.modules.parked_states": ("tnpeft.adapters.parked_states",),
+        "tnpeft.plan.call": ("tnpeft.planning.call",),
+        "tnpeft.plan.model": ("tnpeft.planning",),
+        "tnpeft.spec.model": ("tnpeft.network.spec",),
+        "tnpeft.surgery.state": ("tnpeft.surgery.adapted_model",),
     }
 )
 _RENAMED: Mapping[str, str] = MappingProxyType({"ModelState": "AdaptedModel"})
@@ -35,7 +35,11 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(_MOVED[self.__name__]), _RENAMED.get(name, name))
+        name = _RENAMED.get(name, name)
+        for place in map(importlib.import_module, _MOVED[self.__name__]):
+            if name in vars(place):
+                return vars(place)[name]
+        raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
 
 
 def register() -> None:

@@ -2,7 +2,8 @@
 
 from tnpeft.execution.build import compile
 from tnpeft.execution.forward_pass import ForwardPass, ModelResults
-from tnpeft.execution.layers import AdaptedConv, AdaptedConvTranspose, AdaptedLayer, AdaptedLinear, wrap
+from tnpeft.execution.layer_kinds import AdaptedConv, AdaptedConvTranspose, AdaptedLinear, wrap
+from tnpeft.execution.layers import AdaptedLayer
 
 __all__ = [
     "AdaptedConv",
