@@ -24,7 +24,7 @@ from torch import Tensor
 import tnpeft
 from tnpeft.network import Network
 from tnpeft.planning import plan
-from tnpeft.program import Program, build_program
+from tnpeft.program import Program, build_program, counting
 
 
 def program_of(network: Network) -> Program:
@@ -278,3 +278,15 @@ def test_programs_are_cached_by_signature_and_memory_order() -> None:
     assert build_program(plan(one), (0, 1)) is build_program(plan(other), (0, 1))
     assert build_program(plan(one), (1, 0)) is not build_program(plan(one), (0, 1))
     assert build_program(plan(one), (0, 1)).start(None) is None
+
+
+def test_contractions_are_counted_while_somebody_counts() -> None:
+    network = tnpeft.load_spec("lora").bind("Linear", in_features=8, out_features=6)
+    cores, weight = random_cores(network), program_of(network).weight
+    with counting() as outer:
+        program_of(network).deltas(cores, None)
+        with counting() as inner:
+            Program(weight, 3).deltas([core for core in cores for _ in range(3)], None)
+        torch.func.vmap(lambda core: program_of(network).deltas([core, *cores[1:]], None))(torch.stack([cores[0]] * 2))
+    program_of(network).deltas(cores, None)
+    assert (outer, inner) == ({"deltas": [1, 3]}, {"deltas": [3]})

@@ -8,6 +8,7 @@ turned into one function of its operands, with everything decided, the first tim
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -17,7 +18,6 @@ from tnpeft.program.pairwise import Contraction, View
 
 __all__ = ["contract", "contract_difference", "is_lasting", "kept", "reorder", "specialised", "versions"]
 
-Seen: TypeAlias = "Callable[[Tensor], Tensor]"
 Product: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 
 
@@ -94,36 +94,20 @@ def specialised(product: Contraction) -> Product:
 
 
 def _specialised(product: Contraction) -> Product:
-    multiply, result = _multiplication(product), product.result
     first, second = _strided(product.first, product.expand[0]), _strided(product.second, product.expand[1])
-    if first is None or second is None or result is not None:
-        return _viewed(product)
+    if first is None or second is None:
+        return partial(_multiply_stored, product)
+    multiply = {"mm": torch.mm, "bmm": torch.bmm}.get(product.product) or partial(_multiply, product)
     (rows, row_strides), (columns, column_strides) = first, second
-    if product.swapped:
-        return lambda left, right: multiply(
-            right.as_strided(rows, row_strides), left.as_strided(columns, column_strides)
-        )
-    return lambda left, right: multiply(left.as_strided(rows, row_strides), right.as_strided(columns, column_strides))
 
+    def multiplied(left: Tensor, right: Tensor) -> Tensor:
+        return multiply(left.as_strided(rows, row_strides), right.as_strided(columns, column_strides))
 
-def _viewed(product: Contraction) -> Product:
-    """For views that are copies, or a result that is."""
-    multiply, result = _multiplication(product), product.result
-    one, other = _viewer(product.first, product.expand[0]), _viewer(product.second, product.expand[1])
-    if product.swapped:
+    def swapped(left: Tensor, right: Tensor) -> Tensor:
+        return multiply(right.as_strided(rows, row_strides), left.as_strided(columns, column_strides))
 
-        def made(left: Tensor, right: Tensor) -> Tensor:
-            return multiply(one(right), other(left))
-
-    else:
-
-        def made(left: Tensor, right: Tensor) -> Tensor:
-            return multiply(one(left), other(right))
-
-    if result is None:
-        return made
-    ordered = _viewer(result, 0)
-    return lambda left, right: ordered(made(left, right)).contiguous()
+    quick, result = swapped if product.swapped else multiplied, product.result
+    return quick if result is None else lambda left, right: reorder(quick(left, right), result, False)
 
 
 def _strided(view: View, expand: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -133,35 +117,26 @@ def _strided(view: View, expand: int) -> tuple[tuple[int, ...], tuple[int, ...]]
     return ((expand, *view.final), (0, *view.strides)) if expand else (view.final, view.strides)
 
 
-def _viewer(view: View, expand: int) -> Seen:
-    """`_view_of` for this view alone, not plain."""
-    strided = _strided(view, expand)
-    if strided is None:
-        return lambda tensor: _view_of(tensor, view, expand, False)
-    sizes, strides = strided
-    return lambda tensor: tensor.as_strided(sizes, strides)
-
-
-def _multiplication(product: Contraction) -> Product:
-    if product.product == "mm":
-        return torch.mm
-    if product.product == "bmm":
-        return torch.bmm
-    return lambda first, second: _multiply(product, first, second)
+def _multiply_stored(product: Contraction, left: Tensor, right: Tensor) -> Tensor:
+    made = _multiply(product, *_factors(product, left, right, False))
+    return made if product.result is None else reorder(made, product.result, False)
 
 
 def _multiply_plainly(product: Contraction, left: Tensor, right: Tensor) -> Tensor:
-    if product.swapped:
-        left, right = right, left
-    first, second = (
-        _view_of(left, product.first, product.expand[0], True),
-        _view_of(right, product.second, product.expand[1], True),
-    )
+    first, second = _factors(product, left, right, True)
     if product.product in ("mm", "bmm", "mul"):
         return _multiply(product, first, second)
     # A sum over the batch is one product of matrices: tracers, exporters and `torch.func` all know how to follow that.
     batch, rows, inner = first.shape
     return torch.mm(first.permute(1, 0, 2).reshape(rows, batch * inner), second.reshape(batch * inner, -1))
+
+
+def _factors(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
+    """Two stored tensors as the product takes them."""
+    if product.swapped:
+        left, right = right, left
+    first, second = product.expand
+    return _view_of(left, product.first, first, plain), _view_of(right, product.second, second, plain)
 
 
 def _view_of(tensor: Tensor, view: View, expand: int, plain: bool) -> Tensor:
@@ -196,14 +171,9 @@ def _added(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, 
     """The sum of two products of stored tensors, the second added to the first in place."""
     if product.swapped:
         one, two = one[::-1], two[::-1]
-    expand = product.expand
-    made = _multiply(
-        product, _view_of(one[0], product.first, expand[0], False), _view_of(one[1], product.second, expand[1], False)
-    )
-    first, second = (
-        _view_of(two[0], product.first, expand[0], False),
-        _view_of(two[1], product.second, expand[1], False),
-    )
+    (rows, columns), (in_first, in_second) = (product.first, product.second), product.expand
+    made = _multiply(product, _view_of(one[0], rows, in_first, False), _view_of(one[1], columns, in_second, False))
+    first, second = _view_of(two[0], rows, in_first, False), _view_of(two[1], columns, in_second, False)
     if product.product == "mm":
         return made.addmm_(first, second)
     if product.product == "bmm":
