@@ -178,7 +178,7 @@ def test_calls_without_gradients_are_timed_apart(monkeypatch: pytest.MonkeyPatch
 def test_modes_for_which_there_is_no_memory_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(site: Site, acting: object, running: object, x: Tensor) -> Tensor:
         if running.mode == "hybrid":
-            return site.call_base(site.base, x, summed_weight(site, site.base.weight))
+            return site.call_base(site.base, x, summed_weight(site, site.base.weight, False))
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(autotune, "run", run)

@@ -306,7 +306,7 @@ def test_attributes_of_the_base_layer_are_reached_and_mistakes_are_not_hidden(mo
     def broken(self, weight):
         raise AttributeError("inside")
 
-    monkeypatch.setattr(Adapter, "delta_of", broken)
+    monkeypatch.setattr(Adapter, "delta_inputs", broken)
     with pytest.raises(AttributeError):
         _ = wrapper.weight
     assert AdaptedLayer.__new__(type(wrapper)).__dict__ == {}

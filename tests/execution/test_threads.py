@@ -275,17 +275,17 @@ def test_contexts_of_two_threads_end_with_the_last(hurried: None):
     beside(last.__enter__)
     cache = record_on(model).results.cache
     first.__exit__(None, None, None)
-    assert cache.is_open
+    assert cache.opened
     beside(lambda: last.__exit__(None, None, None))
-    assert not cache.is_open
+    assert not cache.opened
 
     def work() -> None:
         for _ in range(30):
             with tnpeft.accumulating(model):
-                assert record_on(model).results.cache.is_open
+                assert record_on(model).results.cache.opened
 
     at_once([work] * THREADS)
-    assert not record_on(model).results.cache.is_open
+    assert not record_on(model).results.cache.opened
 
 
 def test_a_call_is_timed_once(hurried: None, monkeypatch: pytest.MonkeyPatch):

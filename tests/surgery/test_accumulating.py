@@ -326,14 +326,14 @@ def test_everything_is_dropped_at_the_end(mode: str):
     cache = record_on(model).results.cache
     with tnpeft.accumulating(model):
         loss = model(x).sum()
-        assert cache.is_open
+        assert cache.opened
         assert cache._results
-    assert not cache.is_open
+    assert not cache.opened
     assert not cache._results
     loss.backward()  # it holds what it needs
     with pytest.raises(IndexError), tnpeft.accumulating(model):
         fails(model, x)
-    assert not cache.is_open
+    assert not cache.opened
     assert not cache._results
     move = trained(model)["convs.0.adapters.default.core_left"]
     before = model(x)

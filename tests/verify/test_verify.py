@@ -122,7 +122,7 @@ def inexact_start(patch: pytest.MonkeyPatch) -> None:
 def narrow_start(patch: pytest.MonkeyPatch) -> None:
     """The sum goes through bf16, which a layer of fp32 notices."""
     real = modes.summed_weight
-    wrong = lambda site, weight: real(site, weight).bfloat16().to(weight.dtype)  # noqa: E731
+    wrong = lambda site, weight, plain: real(site, weight, plain).bfloat16().to(weight.dtype)  # noqa: E731
     patch.setattr(modes, "summed_weight", wrong)
 
 

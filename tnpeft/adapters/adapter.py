@@ -20,7 +20,7 @@ from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.strides import memory_order, moved
 from tnpeft.network import BoundCore, Network
 from tnpeft.planning import DEFAULT_MODE, Plan, check_choices, check_mode, plan
-from tnpeft.program import Program, Starts, build_program, needs_plain_ops, without_autocast
+from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
 
 __all__ = ["Adapter"]
 
@@ -72,7 +72,7 @@ class Adapter(Resident, nn.Module):
         self.layer_name = name
         self.captured: Captured = captured or {}
         # In a tuple, for it is no module of this one; kept only where it is asked for its weight.
-        asked = network.reads_weight or any(core.shared for core in network.cores)
+        asked = network.reads_weight or {core.shared for core in network.cores} != {None}
         self._layer: tuple[nn.Module, ...] = (layer,) if asked else ()
         self.changes = 0  # how often its tensors got other values than by training
         self._initialised = False
@@ -93,9 +93,9 @@ class Adapter(Resident, nn.Module):
     def _name_keys(self) -> None:
         """The keys of cores and of frozen copies in the network's order, None for the base weight; and of all."""
         cores = self.network.cores
-        self._core_keys = tuple(None if core.origin == "weight" else _CORE + core.name for core in cores)
+        self._core_keys = tuple([None if core.origin == "weight" else _CORE + core.name for core in cores])
         self._start_keys = tuple(
-            key if core.frozen else _START + core.name for key, core in zip(self._core_keys, cores, strict=True)
+            [key if core.frozen else _START + core.name for key, core in zip(self._core_keys, cores, strict=True)]
         )
         copies = self._start_keys if self.network.start == "frozen_copy" else ()
         magnitude = (_DORA + _MAGNITUDE,) if self.network.compose == "dora" else ()
@@ -173,8 +173,9 @@ class Adapter(Resident, nn.Module):
 
         With `compose: dora`, what leads from the weight to its update at the trained magnitudes.
         """
-        program = self._program if weight is None else self.program_for(weight)
-        return self.delta_of(weight, self.delta_inputs(weight), program, program.start(self.start_for(weight)))
+        program, inputs = self._program if weight is None else self.program_for(weight), self.delta_inputs(weight)
+        (delta,) = program.deltas(inputs[: len(self.network.cores)], program.start(self.start_for(weight)))
+        return self.completed(delta, self._base(None) if weight is None and self._layer else weight, inputs)
 
     def delta_inputs(self, weight: Tensor | None = None) -> list[Tensor]:
         """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
@@ -199,15 +200,13 @@ class Adapter(Resident, nn.Module):
         """The frozen copies of the cores; None with `start: zero`."""
         return None if self.network.start == "zero" else self.start_tensors(weight)
 
-    def delta_of(
-        self, weight: Tensor | None, inputs: Sequence[Tensor], program: Program, start: Starts | None
-    ) -> Tensor:
-        """ΔW on the base `weight` from `delta_inputs`; `start` is what `program` makes of the frozen copies."""
-        (delta,) = program.deltas(inputs[: len(self.network.cores)], start)
+    def completed(self, delta: Tensor, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+        """The update of the base `weight`, from the network's `delta` and from `delta_inputs`."""
         if self.network.compose is not None:
+            assert weight is not None
             with without_autocast(delta):
                 first = self._tensor(_START + _MAGNITUDE)
-                delta = composed(self.network.layer, self._base(weight), delta, inputs[-1], first)
+                delta = composed(self.network.layer, weight, delta, inputs[-1], first)
         if delta.is_meta and weight is not None and not weight.is_meta:
             raise without_values(self.layer_name, True)
         return delta
@@ -253,7 +252,8 @@ class Adapter(Resident, nn.Module):
 
     def _held(self) -> tuple[Tensor, ...]:
         """All tensors that are its own."""
-        return tuple(tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None)
+        tables = (*self._parameters.values(), *self._buffers.values())
+        return tuple([tensor for tensor in tables if tensor is not None])
 
     def initial(self, core: BoundCore, weight: Tensor | None = None) -> Tensor:
         """A core's first value, fp32 on the CPU: the same bits on any machine, unless it is taken from the weight."""
@@ -311,7 +311,7 @@ class Adapter(Resident, nn.Module):
         return core.origin != "weight" and _CORE + core.name not in self._holders
 
     def _on_meta(self) -> bool:
-        return any(tensor.device.type == "meta" for tensor in self.state_dict().values())
+        return "meta" in {tensor.device.type for tensor in self.state_dict().values()}
 
     def _lay_out(self, strides: tuple[int, ...]) -> None:
         """Take the program that writes a weight of these strides."""

@@ -67,7 +67,7 @@ class _Trial:
         self.wanted = [self.x] if self.x.requires_grad else []
         (acting,) = site.acting
         self.acting = Acting(acting.adapter.twin(self._alias), acting.scale, Calls())
-        self.site = site._replace(acting=(self.acting,), results=ModelResults())
+        self.site = site._replace(acting=(self.acting,), results=ModelResults(), alone=self.acting)
 
     def __call__(self, running: Running) -> float:
         """Infinite if there is not enough memory for it."""

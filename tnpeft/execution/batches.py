@@ -98,6 +98,7 @@ class Batches:
         self.places_of: Mapping[Adapter, _Places] = {
             member.adapter: _Places(member.program, tuple(place for _, place in sorted(places[member.adapter].items())))
             for member in members
+            if places[member.adapter]
         }
 
 
@@ -190,7 +191,7 @@ class _Deltas(Batch):
 
         def made(cores: Sequence[Tensor]) -> Sequence[Tensor]:
             deltas = self._code.deltas(cores, self._start(self._code))
-            return tuple(add_weight(delta, weight) for delta, weight in zip(deltas, constants, strict=True))
+            return tuple(add_weight(delta, weight, False) for delta, weight in zip(deltas, constants, strict=True))
 
         found = self._contracted(self._code, cores, others, made)
         return [_Sum(*pair, sources_of(pair)) for pair in zip(found, others, strict=True)]

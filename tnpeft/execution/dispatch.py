@@ -44,7 +44,7 @@ def execute(site: Site, x: Tensor, *rest: Any) -> Tensor:
         return _plain(site, x, *rest)
     acting = site.alone
     if acting is None or acting.adapter.mode == "dense" or x.is_nested or x.layout is not torch.strided:
-        return dense(site, x, *rest)
+        return dense(site, False, x, *rest)
     if torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # autograd functions may save nothing there
         with torch.no_grad():
             return run(site, acting, running_of(site, acting, x, rest), x, *rest)
@@ -65,14 +65,14 @@ def _plain(site: Site, x: Tensor, *rest: Any) -> Tensor:
     refuse_distributed(site.name, tensors)
     acting = site.alone
     if acting is None or acting.adapter.mode in ("dense", "hybrid") or records_sizes():
-        return dense(site, x, *rest)
+        return dense(site, True, x, *rest)
     output_size = tuple(rest[0]) if rest and rest[0] is not None else None
     shape = tuple(x.shape)
     if not all(map(_is_static, (*shape, *(output_size or ())))):
-        return dense(site, x, *rest)
+        return dense(site, True, x, *rest)
     key = _plain_run(acting.adapter, site.base, acting.calls, shape, output_size, torch.is_grad_enabled())
     if key is None:
-        return dense(site, x, *rest)
+        return dense(site, True, x, *rest)
     return plain_factored(site, acting, *getattr(acting.calls, key), x, *rest)
 
 

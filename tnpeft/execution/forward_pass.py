@@ -52,7 +52,7 @@ class ForwardPass:
         if not self.is_current(adapter):
             return None
         return LayerClusters(
-            tuple(cluster[0] for cluster in clusters), tuple(cluster[1] for cluster in clusters if len(cluster) > 1)
+            tuple([cluster[0] for cluster in clusters]), tuple([cluster[1] for cluster in clusters if len(cluster) > 1])
         )
 
     def summed(self, adapter: Adapter, weight: Tensor) -> Tensor | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, List, Optional  # noqa: UP035 - TorchScript reads them
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.offload import Resident, is_bare, move_hook, present
@@ -29,13 +28,12 @@ from tnpeft.adapters.parked import (
 )
 from tnpeft.adapters.parked_states import forget_hook, make_again, set_to_base, translate
 from tnpeft.execution.calls import Acting, Calls
-from tnpeft.execution.dispatch import execute
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.modes import summed_weight
 from tnpeft.execution.refusals import replace_own, replicated, taken_away
-from tnpeft.execution.scripting import convolution, hidden_attributes, margins, missing_padding, refuse_unmerged
+from tnpeft.execution.scripting import hidden_attributes, refuse_unmerged
 from tnpeft.execution.site import Site
-from tnpeft.execution.torch_call import convolved
+from tnpeft.program import needs_plain_ops
 
 __all__ = ["AdaptedLayer"]
 
@@ -114,7 +112,7 @@ class AdaptedLayer(Resident, nn.Module):
         if is_bare(self):
             return bare(self.base, "weight")  # type: ignore[return-value]
         weight: Tensor = self.base.weight
-        return weight if self.site.idle else summed_weight(self.site, weight)
+        return weight if self.site.idle else summed_weight(self.site, weight, needs_plain_ops(weight))
 
     @property
     def bias(self) -> Tensor | None:
@@ -150,12 +148,14 @@ class AdaptedLayer(Resident, nn.Module):
     def _site_of(self, names: Iterable[str]) -> Site:
         acting = tuple([Acting(self.adapter(name), self.scales[name], self._calls[name]) for name in names])
         idle = self.disabled or not self.scales
-        return Site(self.layer_name, self.base, type(self)._call_base, acting, idle, self.results)
+        alone = acting[0] if len(acting) == 1 and acting[0].scale == 1.0 else None
+        return Site(self.layer_name, self.base, type(self)._call_base, acting, idle, self.results, alone)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all adapters, in the order in which they were attached."""
-        return tuple(key.removeprefix("_") for key in self.adapters)
+        keys = self._modules["adapters"]._modules  # type: ignore[union-attr]
+        return tuple([key.removeprefix("_") for key in keys])
 
     def adapter(self, name: str) -> Adapter:
         adapter = self._modules["adapters"]._modules[_key(name)]  # type: ignore[union-attr]
@@ -179,7 +179,7 @@ class AdaptedLayer(Resident, nn.Module):
             # That of an adapter that trains the layer as a whole, or the base's own.
             weight = combined(base, "_parameters", "weight", scales) if scales else base_weight.detach()
             if self.scales:  # a clone, for the sum may be a view into something larger
-                weight = summed_weight(self._site_of(self.scales), weight).clone()
+                weight = summed_weight(self._site_of(self.scales), weight, needs_plain_ops(weight)).clone()
             if self.scales or scales:
                 park(base, "_parameters", "weight", scales, weight)
         self.merged = True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters import Adapter
-from tnpeft.adapters.parked import own_weight
+from tnpeft.adapters.parked import own
 from tnpeft.adapters.refusals import without_values
 from tnpeft.execution.calls import Acting, Running
 from tnpeft.execution.site import Site
@@ -23,7 +23,10 @@ from tnpeft.program import (
     ChainProgram,
     ClusterGradients,
     ClusterProgram,
+    Delta,
     LayerClusters,
+    Program,
+    Starts,
     factored_update,
     needs_plain_ops,
 )
@@ -36,7 +39,7 @@ def run(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> 
     return _MODES[running.mode](site, acting, running, x, *rest)
 
 
-def dense(site: Site, x: Tensor, *rest: Any) -> Tensor:
+def dense(site: Site, plain: bool, x: Tensor, *rest: Any) -> Tensor:
     """One call of the layer's own function with W + ΔW; of the base layer itself where nothing acts on it.
 
     The quicker gradients that adapted layers have differ from torch's in the last bits: training one adapter
@@ -45,11 +48,11 @@ def dense(site: Site, x: Tensor, *rest: Any) -> Tensor:
     if site.idle:
         output: Tensor = site.base.forward(x, *rest)
         return output
-    return site.call_base(site.base, x, summed_weight(site, site.base.weight), *rest)
+    return site.call_base(site.base, x, summed_weight(site, site.base.weight, plain), *rest)
 
 
 def _dense(site: Site, _acting: Acting, _running: Running, x: Tensor, *rest: Any) -> Tensor:
-    return dense(site, x, *rest)
+    return dense(site, False, x, *rest)
 
 
 def _factored(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
@@ -86,7 +89,7 @@ def _hybrid(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any)
     assert merge is not None
 
     def made(_cores: Sequence[Tensor]) -> tuple[Tensor]:
-        return (add_weight(merge(clusters), weight.detach()),)
+        return (add_weight(merge(clusters), weight.detach(), False),)
 
     (total,) = site.results.cache.get((merge, acting.adapter), (acting.adapter,), (weight,), (), made)
     output = site.call_base(site.base, x, total, *rest)
@@ -122,7 +125,7 @@ def _require_memory(adapter: Adapter, clusters: LayerClusters, x: Tensor) -> Non
         raise without_values(adapter.layer_name, True)
 
 
-def summed_weight(site: Site, weight: Tensor) -> Tensor:
+def summed_weight(site: Site, weight: Tensor, plain: bool) -> Tensor:
     """W + Σ s ΔW in exactly W's strides and dtype, summed in fp32 (fp64) and rounded once.
 
     Gradients reach the cores alone. Updates are made of the base's own weight: another than `weight` where an adapter
@@ -130,38 +133,50 @@ def summed_weight(site: Site, weight: Tensor) -> Tensor:
     """
     if not site.acting:
         return weight
-    alone = site.alone
-    if alone is not None and not needs_plain_ops(weight):
+    if site.alone is not None and not plain:
         current = site.results.current
-        total = None if current is None else current.summed(alone.adapter, weight)
+        total = None if current is None else current.summed(site.alone.adapter, weight)
         if total is not None:
             return total
-    own = own_weight(site.base)
+    own_weight = own(site.base, "_parameters", "weight")
     constant = weight.detach() if weight.requires_grad else weight
-    origin = constant if own is weight else own.detach()
+    origin = constant if own_weight is weight else own_weight.detach()
     inputs = [acting.adapter.delta_inputs(origin) for acting in site.acting]
+    if plain or not site.results.cache.opened:
+        return _sum(site, constant, origin, inputs, plain)
 
     def made(tensors: Sequence[Tensor]) -> tuple[Tensor]:
-        total, place = None, 0
-        for acting, own_inputs in zip(site.acting, inputs, strict=True):
-            delta = _delta(acting, origin, tensors[place : place + len(own_inputs)])
-            place += len(own_inputs)
-            scaled = delta if acting.scale == 1.0 or total is not None else delta * acting.scale
-            total = scaled if total is None else total.add(delta, alpha=acting.scale)
-        assert total is not None
-        return (add_weight(total, constant),)
+        left = iter(tensors)
+        return (_sum(site, constant, origin, [[next(left) for _ in each] for each in inputs], False),)
 
     adapters = [acting.adapter for acting in site.acting]
-    flat = [tensor for own_inputs in inputs for tensor in own_inputs]
-    return site.results.cache.get(("dense", *site.acting), adapters, (weight, own), flat, made)[0]
+    flat = [tensor for each in inputs for tensor in each]
+    return site.results.cache.get(("dense", *site.acting), adapters, (weight, own_weight), flat, made)[0]
 
 
-def _delta(acting: Acting, weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """ΔW of an adapter on the base `weight`, from its `delta_inputs`."""
-    adapter = acting.adapter
-    program = adapter.program_for(weight)
-    copies = adapter.start_for(weight)
-    if copies is None or adapter.network.reads_weight:  # the base weight may be written to unseen
-        return adapter.delta_of(weight, inputs, program, program.start(copies))
-    start = acting.calls.delta_constants.get(program, copies, program.start)
-    return adapter.delta_of(weight, inputs, program, start)
+def _sum(site: Site, weight: Tensor, origin: Tensor, inputs: Sequence[Sequence[Tensor]], plain: bool) -> Tensor:
+    """W + Σ s ΔW, from the `delta_inputs` of each adapter; updates are made on the weight `origin`."""
+    total: Tensor | None = None
+    for acting, tensors in zip(site.acting, inputs, strict=True):
+        adapter = acting.adapter
+        program, start = _program_and_start(acting, origin)
+        cores = tensors[: len(adapter.network.cores)]
+        if plain or needs_plain_ops(*cores):
+            (delta,) = program.plain_deltas(cores, start)
+        else:
+            (delta,) = Delta.apply(program, start, *cores)  # type: ignore[no-untyped-call]
+        delta = adapter.completed(delta, origin, tensors)
+        if total is None:
+            total = delta if acting.scale == 1.0 else delta * acting.scale
+        else:
+            total = total.add(delta, alpha=acting.scale)
+    assert total is not None
+    return add_weight(total, weight, plain)
+
+
+def _program_and_start(acting: Acting, weight: Tensor) -> tuple[Program, Starts | None]:
+    """The program that writes delta weights like `weight`, and what it needs of the frozen copies."""
+    program, copies = acting.adapter.program_for(weight), acting.adapter.start_for(weight)
+    if copies is None or acting.adapter.network.reads_weight:  # the base weight may be written to unseen
+        return program, program.start(copies)
+    return program, acting.calls.delta_constants.get(program, copies, program.start)

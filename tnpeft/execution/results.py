@@ -57,7 +57,7 @@ class ResultCache:
     """
 
     def __init__(self) -> None:
-        self._opened = 0  # contexts of any thread
+        self.opened = 0  # contexts of any thread
         self._lock = threading.RLock()
         self.forget()
 
@@ -65,18 +65,14 @@ class ResultCache:
     def open(self) -> Iterator[None]:
         """Inside, results are kept; contexts nest, and those of several threads overlap."""
         with self._lock:
-            self._opened += 1
+            self.opened += 1
         try:
             yield
         finally:
             with self._lock:
-                self._opened -= 1
-                if not self._opened:
+                self.opened -= 1
+                if not self.opened:
                     self.forget()
-
-    @property
-    def is_open(self) -> bool:
-        return self._opened > 0
 
     def forget(self) -> None:
         with self._lock:
@@ -93,11 +89,11 @@ class ResultCache:
         activation checkpointing, results are made anew and not kept: what is saved belongs to that forward pass.
         Raises ExecutionError if a tensor that trains, or one of `others`, has been written to since.
         """
-        if not self._opened or needs_plain_ops() or torch.is_inference_mode_enabled():
+        if not self.opened or needs_plain_ops() or torch.is_inference_mode_enabled():
             return tuple(make(inputs))
         sources = [*others, *(tensor for adapter in adapters for tensor in adapter.stored)]
         with self._lock:  # others wait for what one of them makes
-            if not self._opened:  # another thread has closed it since this one asked
+            if not self.opened:  # another thread has closed it since this one asked
                 return tuple(make(inputs))
             self._require_values(adapters, sources)
             if saved_tensors_are_hooked():

@@ -22,10 +22,4 @@ class Site(NamedTuple):
     acting: tuple[Acting, ...]
     idle: bool
     results: ModelResults
-
-    @property
-    def alone(self) -> Acting | None:
-        """The only adapter that acts, if it does so at scale 1."""
-        if len(self.acting) == 1 and self.acting[0].scale == 1.0:
-            return self.acting[0]
-        return None
+    alone: Acting | None  # the only adapter that acts, if it does so at scale 1

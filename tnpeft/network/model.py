@@ -117,7 +117,7 @@ class Network:
         """The canonical weight of the first term before the crop of padded axes."""
         return tuple(math.prod(self.sizes[leg] for leg in axis) for axis in self.weight)
 
-    @property
+    @cached_property
     def reads_weight(self) -> bool:
         """Whether the update depends on the base weight itself: a core that is it, or `compose: dora`."""
         return self.compose is not None or any(core.origin == "weight" for core in self.cores)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from tnpeft.documents.nodes import read_bytes
-from tnpeft.network.bind import bind
+from tnpeft.network.bind import bind, layer_of
+from tnpeft.network.layer import Layer
 from tnpeft.network.model import Network
 from tnpeft.spec.declaration import Declaration
 from tnpeft.spec.factorize import Table
@@ -18,6 +19,9 @@ from tnpeft.spec.library import find_shipped, label_of, shipped_tables
 from tnpeft.spec.reader import read_declaration
 
 __all__ = ["Spec", "load_spec"]
+
+# Networks that a spec remembers: more than the kinds of layers that a model has.
+NETWORKS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +59,21 @@ class Spec(Declaration):
         spec's own params: `spec.bind("Conv3d", in_channels=64, out_channels=128, kernel_size=3, r=4)`.
         Raises BindError with every mistake found.
         """
-        return bind(self, layer, params)
+        if isinstance(layer, str):
+            return bind(self, layer, params)
+        layer = layer if isinstance(layer, Layer) else layer_of(layer)
+        # Models have many layers alike. Of each size there is one network, and one plan of it.
+        key = (layer, *[(name, type(value), repr(value)) for name, value in params.items()])
+        network = self._networks.get(key)
+        if network is None:
+            network = self._networks[key] = bind(self, layer, params)
+            if len(self._networks) > NETWORKS:
+                self._networks.clear()
+        return network
+
+    @cached_property
+    def _networks(self) -> dict[tuple[Any, ...], Network]:
+        return {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_from_parts, (self.text, self.file, dict(self.tables)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from tnpeft.errors import BindError, Problem
 from tnpeft.network.model import Network
@@ -13,6 +14,7 @@ from tnpeft.planning.steps import steps_of
 __all__ = ["plan_dense", "stored_legs"]
 
 
+@lru_cache(maxsize=1024)
 def plan_dense(network: Network) -> Plan:
     """Contract all cores to the delta weight, which one convolution then uses together with the base weight."""
     if network.parts != (network,):

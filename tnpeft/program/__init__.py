@@ -4,7 +4,7 @@ from tnpeft.program.autocast import autocast_dtype, without_autocast
 from tnpeft.program.clusters import BatchedCluster, Cluster, ClusterProgram, LayerClusters, build_clusters
 from tnpeft.program.convolution import Geometry, convolve
 from tnpeft.program.counts import counting
-from tnpeft.program.delta import Program, Starts, Weight, build_program
+from tnpeft.program.delta import Delta, Program, Starts, Weight, build_program
 from tnpeft.program.factored import (
     ChainProgram,
     ClusterGradients,
@@ -24,6 +24,7 @@ __all__ = [
     "ClusterGradients",
     "ClusterMerge",
     "ClusterProgram",
+    "Delta",
     "FactoredUpdate",
     "Geometry",
     "LayerClusters",

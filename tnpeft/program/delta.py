@@ -109,21 +109,21 @@ class Program:
         if not needs_plain_ops(*cores):
             deltas: tuple[Tensor, ...] = Delta.apply(self, start, *cores)  # type: ignore[no-untyped-call]
             return deltas
-        with without_autocast(cores[0]):
-            return self._plain(cores, start)
+        return self.plain_deltas(cores, start)
 
-    def _plain(self, cores: Sequence[Tensor], start: Starts | None) -> tuple[Tensor, ...]:
-        """By differentiable operations alone, which whoever looks on can follow."""
+    def plain_deltas(self, cores: Sequence[Tensor], start: Starts | None) -> tuple[Tensor, ...]:
+        """`deltas` by differentiable operations of torch alone, which whoever looks on can follow."""
         totals: list[Tensor] = []
-        for place, (term, tree) in enumerate(self.terms):
-            own = self.of_term(term, cores)
-            if start is None:
-                tensors = tree.run(tree.scaled(own), (), True, True)
-                result = tensors[-1] if tree.instructions else tensors[0].clone()  # never the core itself
-            else:
-                result, _ = tree.change(own, start[place], True)
-            deltas = term.layout.apply_all(result, self.count)
-            totals = [total + delta for total, delta in zip(totals, deltas, strict=True)] if place else [*deltas]
+        with without_autocast(cores[0]):
+            for place, (term, tree) in enumerate(self.terms):
+                own = self.of_term(term, cores)
+                if start is None:
+                    tensors = tree.run(tree.scaled(own), (), True, True)
+                    result = tensors[-1] if tree.instructions else tensors[0].clone()  # never the core itself
+                else:
+                    result, _ = tree.change(own, start[place], True)
+                deltas = term.layout.apply_all(result, self.count)
+                totals = [total + delta for total, delta in zip(totals, deltas, strict=True)] if place else [*deltas]
         return tuple(totals)
 
     def of_term(self, term: Term, tensors: Sequence[Any]) -> Sequence[Any]:

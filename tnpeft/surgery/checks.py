@@ -98,7 +98,7 @@ def _parameter_problem(layer: nn.Module) -> Problem | None:
     if parametrize.is_parametrized(layer) or not {"weight", "bias"} <= layer._parameters.keys():
         fix = "Remove the parametrization (weight norm, spectral norm, pruning) before attaching."
         return Problem("layer", "`weight` and `bias` as plain parameters", "ones that are computed", fix)
-    if any(is_lazy(parameter) for parameter in layer.parameters()):
+    if any(map(is_lazy, layer.parameters())):
         found = f"a {type(layer).__name__} without sizes yet"
         return Problem("layer", "known sizes", found, "Run the model once, then attach.")
     return None

@@ -159,12 +159,14 @@ class Tied:
 
 def all_tied(root: nn.Module, state: AdaptedModel) -> list[Tied]:
     """Every tensor that some adapter of the model trains beside its cores."""
-    found = {**slots(root, "_buffers"), **slots(root)}
     trainers: dict[tuple[str, ...], list[str]] = {}
     for record in state.adapters.values():
         for names in (*record.trained, *record.statistics):
             trainers.setdefault(names, []).append(record.name)
-    return [Tied((found[name] for name in names), who) for names, who in trainers.items()]
+    if not trainers:
+        return []
+    known = {**slots(root, "_buffers"), **slots(root)}
+    return [Tied((known[name] for name in names), who) for names, who in trainers.items()]
 
 
 def norm_statistics(root: nn.Module) -> tuple[tuple[str, ...], ...]:
