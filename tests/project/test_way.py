@@ -109,4 +109,4 @@ def test_frames_to_the_first_product(counted: dict[str, int]):
 
 
 if __name__ == "__main__":
-    print(json.dumps(count()))
+    sys.stdout.write(json.dumps(count()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from tnpeft.execution.calls import Acting
 from tnpeft.execution.results import ResultCache
 from tnpeft.program import ClusterProgram, LayerClusters, Weight, saved_tensors_are_hooked
 
-__all__ = ["ForwardPass", "ModelResults"]
+__all__ = ["Batching", "ForwardPass", "ModelResults"]
 
 
 class _Cores(NamedTuple):
@@ -100,44 +100,40 @@ class _Thread(threading.local):
     current: ForwardPass | None = None
 
 
-class ModelResults:
+_T = TypeVar("_T")
+
+
+class _Anew:
+    """What copies and pickles of a model begin without."""
+
+    def __deepcopy__(self: _T, memo: dict[int, Any]) -> _T:
+        memo[id(self)] = copied = type(self)()
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class ModelResults(_Anew):
     """What the layers of one model have made: in the open pass of each thread, and while `accumulating` in all.
 
-    Layers of one model have the same one. Copies and pickles of a model begin without any result.
+    Layers of one model have the same one.
     """
 
     def __init__(self) -> None:
         self.cache = ResultCache()
         self._thread = _Thread()
-        self.forget()
 
     def forget(self) -> None:
         """After a change of the layers, of their adapters or scales."""
         self.cache.forget()
         self._thread.current = None
-        self._layers: Sequence[tuple[Any, Acting]] | None = None
-        self._batches, self._batched_as = Batches((), self.cache), list[Any]()
 
-    def open_pass(self, layers: Callable[[], Sequence[tuple[Any, Acting]]]) -> None:
-        """Begin a pass of this thread; `layers` finds the base layers on which one adapter acts at scale 1, with it.
-
-        They are expected to run in the mode that they were given, or as they did when they were called last.
-        """
-        if self._layers is None:
-            self._layers = layers()
-        batched_as: list[Any] = []
-        for base, acting in self._layers:  # a loop with few calls, for every pass goes through all layers
-            adapter, weight = acting.adapter, base.weight
-            last = None if adapter.mode == "dense" else acting.calls.last
-            batched_as.append((last, adapter.changes, weight.device, weight.dtype, weight.stride()))
-        if batched_as != self._batched_as:
-            members = [_member(base, acting) for base, acting in self._layers]
-            self._batches = Batches([member for member in members if member is not None], self.cache)
-            self._batched_as = batched_as
-        self._thread.current = ForwardPass(self._batches) if self._batches.places_of else None
+    def open_pass(self, opened: ForwardPass | None) -> None:
+        """Begin a pass of this thread; one that an interrupt has left open is forgotten."""
+        self._thread.current = opened
 
     def close_pass(self) -> None:
-        """An interrupt may leave a pass open; the next one takes its place."""
         self._thread.current = None
 
     @property
@@ -146,12 +142,33 @@ class ModelResults:
         current = self._thread.current
         return None if current is None or saved_tensors_are_hooked() else current
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ModelResults:
-        memo[id(self)] = copied = ModelResults()
-        return copied
 
-    def __reduce__(self) -> tuple[type[ModelResults], tuple[()]]:
-        return ModelResults, ()
+class Batching(_Anew):
+    """The batches of a model's layers. It belongs to the model: a layer must not keep the others alive."""
+
+    def __init__(self) -> None:
+        self._layers: Sequence[tuple[Any, Acting]] | None = None
+        self._batches: Batches | None = None
+        self._made_for: list[Any] = []
+
+    def new_pass(self, layers: Callable[[], Sequence[tuple[Any, Acting]]], results: ModelResults) -> ForwardPass | None:
+        """A pass in which layers run in the mode that they were given, or as they did when they were called last.
+
+        `layers` finds the base layers on which one adapter acts at scale 1, with it. None where no two are alike.
+        """
+        if self._layers is None:
+            self._layers = layers()
+        made_for: list[Any] = []
+        for base, acting in self._layers:  # a loop with few calls, for every pass goes through all layers
+            adapter, weight = acting.adapter, base.weight
+            last = None if adapter.mode == "dense" else acting.calls.last
+            made_for.append((last, adapter.changes, weight.device, weight.dtype, weight.stride()))
+        batches = self._batches
+        if batches is None or made_for != self._made_for:
+            members = [_member(base, acting) for base, acting in self._layers]
+            self._batches = batches = Batches([member for member in members if member is not None], results.cache)
+            self._made_for = made_for
+        return ForwardPass(batches) if batches.places_of else None
 
 
 def _member(base: Any, acting: Acting) -> Member | None:

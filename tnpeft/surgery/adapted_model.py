@@ -15,7 +15,7 @@ from torch import nn
 from tnpeft.adapters.offload import mark
 from tnpeft.adapters.parked import is_parked_unmade
 from tnpeft.errors import AttachError, Problem, clip, near_miss
-from tnpeft.execution import ModelResults
+from tnpeft.execution import Batching, ModelResults
 
 __all__ = ["AdaptedModel", "AdapterRecord", "adapted", "find", "kind_problem", "known_adapter", "record_on"]
 
@@ -56,10 +56,16 @@ class AdaptedModel:
     disabled: int = 0
     places: int = 2
     results: ModelResults = field(default_factory=ModelResults)
+    batching: Batching = field(default_factory=Batching)
 
     def __setstate__(self, known: dict[str, Any]) -> None:
         """Pickles of earlier versions have no results."""
-        self.__dict__.update({"results": ModelResults(), **known})
+        self.__dict__.update({"results": ModelResults(), "batching": Batching(), **known})
+
+    def forget(self) -> None:
+        """Drop what was made, after a change of the layers, of their adapters or scales."""
+        self.results.forget()
+        self.batching = Batching()
 
     def scale_of(self, name: str) -> float:
         """The scale of an adapter named by itself, to save or merge it: that at which it acts, 1 if it does not."""

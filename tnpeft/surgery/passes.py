@@ -41,8 +41,8 @@ def _open(root: nn.Module, _inputs: Any) -> None:
         return
     if problem := split_problem([("", root)], SPLIT_FIX):
         raise ExecutionError(problem)
-    results = record_on(root).results
-    results.open_pass(lambda: _acting_alone(root))
+    record = record_on(root)
+    record.results.open_pass(record.batching.new_pass(lambda: _acting_alone(root), record.results))
 
 
 def _close(root: nn.Module, _inputs: Any, _output: Any) -> None:

@@ -197,7 +197,7 @@ def base_shown(model: nn.Module) -> AbstractContextManager[None]:
 def apply_state(root: nn.Module, state: AdaptedModel) -> None:
     """Bring layers and trained tensors to what the state says. Nothing in here can be refused."""
     (remove_pass if state.merged else register_pass)(root)  # TorchScript would compile the hooks of a merged model too
-    state.results.forget()
+    state.forget()
     for layer in adapted_layers(root):
         layer.act({name: scale for name, scale in state.active.items() if name in layer.names}, state.results)
         for name in layer.names:
