@@ -186,7 +186,7 @@ def test_adapted_layers_take_it_in_every_mode(mode: str, monkeypatch: pytest.Mon
     upstream = torch.randn_like(layer(x))
     found = torch.autograd.grad(model(x), [x, *model[0].adapter("default").parameters()], upstream)
     assert relative(found[0], torch.autograd.grad(functional.conv3d(x, weight, padding=1), x, upstream)[0]) < 1e-5
-    monkeypatch.setattr("tnpeft.execution.layers.convolved", lambda *_: None)
+    monkeypatch.setattr("tnpeft.execution.layer_kinds.convolved", lambda *_: None)
     for own, other in zip(
         found, torch.autograd.grad(model(x), [x, *model[0].adapter("default").parameters()], upstream), strict=True
     ):

@@ -214,7 +214,7 @@ MUTANTS: dict[Break, tuple[set[str], str]] = {
 
 def unshared(patch: pytest.MonkeyPatch) -> None:
     """Every layer holds the shared cores itself."""
-    patch.setattr(Sharing, "holder", lambda self, adapter, core: adapter)
+    patch.setattr(Sharing, "holder", lambda self, spec, core, captured, adapter: adapter)
 
 
 def wrong_vectors(patch: pytest.MonkeyPatch) -> None:

@@ -38,9 +38,10 @@ __all__ = ["execute", "running_of"]
 
 def execute(site: Site, x: Tensor, *rest: Any) -> Tensor:
     """The layer's output in the mode that its adapter has, or chooses, for this call."""
-    if "weight" not in site.base._parameters:
+    parameters = site.base._parameters  # not by its name, which `torch.fx` would record
+    if "weight" not in parameters:
         raise taken_away(site.name, "weight")
-    if needs_plain_ops(x, site.base.weight):
+    if needs_plain_ops(x, parameters["weight"]):
         return _plain(site, x, *rest)
     acting = site.alone
     if acting is None or acting.adapter.mode == "dense" or x.is_nested or x.layout is not torch.strided:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,10 +75,12 @@ class AdaptedLayer(Resident, nn.Module):
         "weight", "where", "zeros",
     ]  # fmt: skip
 
-    scales: dict[str, float]
-    disabled: bool
-    merged: bool
-    results: ModelResults
+    if TYPE_CHECKING:  # TorchScript would read them
+        scales: dict[str, float]
+        disabled: bool
+        merged: bool
+        results: ModelResults
+        site: Site
 
     def __init__(self, base: nn.Module, results: ModelResults) -> None:
         super().__init__()
