@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import networkx
@@ -134,3 +135,51 @@ def test_a_room_stands_after_those_that_it_imports():
     assert 'class="up"' not in rooms.drawn(counts, ["a", "c", "b", "d"])
     assert "1 file of c imports a" in rooms.drawn(counts, ["a", "c", "b", "d"])
     assert rooms.drawn(counts, ["c", "a", "b", "d"]).count('class="up"') == 1
+
+
+# What a function may import: the start of the file, the start of the module, and why not at the top.
+LATE = (
+    ("tnpeft/cli/", "tnpeft.", "a command loads the rooms that it needs"),
+    ("tnpeft/cli/", "torch", "commands that need no model start without it"),
+    ("tnpeft/network/bind.py", "torch", "only who has a module pays for it"),
+    ("tnpeft/draw/", "matplotlib", "an extra"),
+    ("tnpeft/verify/properties.py", "hypothesis", "an extra"),
+    ("tnpeft/adapters/memory_need.py", "resource", "Windows has none"),
+)
+
+
+def test_what_a_function_imports_has_a_reason():
+    late = {
+        (path.relative_to(ROOT).as_posix(), module)
+        for path in sorted((ROOT / "tnpeft").rglob("*.py"))
+        for module in late_imports(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    allowed = {
+        (file, module)
+        for file, module in late
+        if any(file.startswith(start) and module.startswith(name) for start, name, _ in LATE)
+    }
+    assert late - allowed == set()
+    unused = [
+        line for line in LATE if not any(file.startswith(line[0]) and name.startswith(line[1]) for file, name in late)
+    ]
+    assert unused == []
+
+
+def late_imports(tree: ast.AST) -> Iterator[str]:
+    """The modules that functions import when they run."""
+    for function in ast.walk(tree):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                yield node.module
+
+
+def test_late_imports_are_seen_and_those_for_types_are_not():
+    code = (
+        "import a\nif TYPE_CHECKING:\n    import b\ndef f():\n    def g():\n        from c.d import e\n    import h\n"
+    )
+    assert sorted({*late_imports(ast.parse(code))}) == ["c.d", "h"]

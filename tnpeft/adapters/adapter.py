@@ -151,9 +151,9 @@ class Adapter(Resident, nn.Module):
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """What this adapter itself trains, by name: its cores but those held elsewhere, and its magnitude."""
-        own = {core.name: self._parameters.get(_CORE + core.name) for core in self.network.cores}
-        own |= {_MAGNITUDE: self.magnitude} if self.magnitude is not None else {}
-        return {name: parameter for name, parameter in own.items() if parameter is not None}
+        cores = {core.name: self._parameters.get(_CORE + core.name) for core in self.network.cores}
+        cores |= {_MAGNITUDE: self.magnitude} if self.magnitude is not None else {}
+        return {name: parameter for name, parameter in cores.items() if parameter is not None}
 
     @property
     def has_values(self) -> bool:
@@ -243,10 +243,10 @@ class Adapter(Resident, nn.Module):
             drawn[_MAGNITUDE] = magnitudes(self.network.layer, base.to(self.magnitude.dtype))
         with torch.no_grad():
             for name, values in drawn.items():
-                own = self._tensor((_DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE) + name)
-                own.copy_(values)
+                tensor = self._tensor((_DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE) + name)
+                tensor.copy_(values)
                 if _START + name in self._buffers:
-                    self._tensor(_START + name).copy_(own)
+                    self._tensor(_START + name).copy_(tensor)
         self._written()
         self._initialised, self._empty = True, ()
 

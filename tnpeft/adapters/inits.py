@@ -56,11 +56,11 @@ def _initial_core(network: Network, core: BoundCore, seed: int, layer: str, weig
         fix = f'Call `tnpeft.register_init("{name}", function)` first.'
         raise BindError(_misfit(core, "a registered function", "none of that name", fix))
     try:
-        made = function(core.shape, generator, **arguments)
+        values = function(core.shape, generator, **arguments)
     except Exception as error:
         found = clip(f"{type(error).__name__}: {error}")[1:-1]
         raise BindError(_misfit(core, "a tensor", found, _mend(core))) from error
-    return _checked(core, made)
+    return _checked(core, values)
 
 
 def is_drawn(core: BoundCore) -> bool:

@@ -178,8 +178,8 @@ def _memory_of(kind: str, index: int | None) -> _Limit:
         return _Limit(torch.cuda.get_device_properties(place).total_memory, f"the memory of {place}")
     if kind not in ("cpu", "mps"):
         return _Limit(None, "")
-    found = [*_host_memory(), *_container_memory(), *_process_memory()]
-    return _Limit(min(found, default=None), "the memory of this machine")
+    limits = [*_host_memory(), *_container_memory(), *_process_memory()]
+    return _Limit(min(limits, default=None), "the memory of this machine")
 
 
 def _host_memory() -> Iterator[int]:

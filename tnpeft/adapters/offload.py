@@ -73,8 +73,8 @@ class Resident:
 
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
         """Those below and itself, but for a hook that offloads: it is shown what is its own."""
-        found: Iterator[Any] = super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
-        return _as_offloaded(self, found) if _is_for_offloading() else found
+        modules: Iterator[Any] = super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
+        return _as_offloaded(self, modules) if _is_for_offloading() else modules
 
 
 def is_bare(module: Any) -> bool:
@@ -94,9 +94,9 @@ def mark(root: nn.Module) -> None:
         hook = above.__dict__.get(_HOOK)
         if hook is not None and _is_wide(hook):  # few have one, and every act on the model asks
             for name, module in [*above.named_modules()]:
-                for one in (module, module.__dict__.get("_base")):  # an adapted layer, and what it wraps
-                    if one is not None and one is not above:
-                        one.__dict__[_BELOW] = above, name
+                for below in (module, module.__dict__.get("_base")):  # an adapted layer, and what it wraps
+                    if below is not None and below is not above:
+                        below.__dict__[_BELOW] = above, name
             _guard(hook)
 
 
@@ -124,11 +124,11 @@ def _hooked_at(module: nn.Module) -> tuple[nn.Module, str]:
     It is the module itself, the adapted layer around it, or one above that is preloaded as a whole.
     """
     around = wrapper_of(module)
-    for one in (module, around):
-        if _HOOK in one.__dict__:
-            return one, ""
-    for one in (module, around):
-        above, name = one.__dict__.get(_BELOW, (None, ""))
+    for hooked in (module, around):
+        if _HOOK in hooked.__dict__:
+            return hooked, ""
+    for below in (module, around):
+        above, name = below.__dict__.get(_BELOW, (None, ""))
         if above is not None and _is_wide(above.__dict__.get(_HOOK)):
             return above, f"{name}."
     return around, ""
@@ -136,7 +136,7 @@ def _hooked_at(module: nn.Module) -> tuple[nn.Module, str]:
 
 def _is_wide(hook: Any) -> bool:
     """Whether a hook takes away all tensors below its module: that of one in `preload_module_classes`."""
-    return any(getattr(one, "place_submodules", False) and getattr(one, "offload", False) for one in _each(hook))
+    return any(getattr(each, "place_submodules", False) and getattr(each, "offload", False) for each in _each(hook))
 
 
 def _each(hook: Any) -> tuple[Any, ...]:
@@ -160,11 +160,11 @@ def _is_for_offloading() -> bool:
     return False
 
 
-def _as_offloaded(module: Resident, found: Iterator[Any]) -> Iterator[Any]:
+def _as_offloaded(module: Resident, modules: Iterator[Any]) -> Iterator[Any]:
     """Modules with their names, this one without what stays where it is."""
-    for name, other in found:
-        if other is not module:
-            yield name, other
+    for name, each in modules:
+        if each is not module:
+            yield name, each
             continue
         stays = set(module.resident_keys())
         tables: dict[str, Any] = {"_non_persistent_buffers_set": module.__dict__["_non_persistent_buffers_set"]}
@@ -268,7 +268,8 @@ def _restocked(hook: Any, key: str, tensor: Tensor | None, of: str | None, away:
 
 def _offloading(hook: Any) -> Any:
     """The hook, of those in a row, that takes tensors away; None if none does."""
-    return next((one for one in _each(hook) if getattr(one, "offload", False) and one.weights_map is not None), None)
+    takers = (each for each in _each(hook) if getattr(each, "offload", False) and each.weights_map is not None)
+    return next(takers, None)
 
 
 def _guard(hook: Any) -> None:
@@ -287,14 +288,14 @@ class _Guarded:
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         wide = _is_wide(getattr(self.call, "__self__", None))
-        modules = [one for one in (module.modules() if wide else (module,)) if _AWAY not in one.__dict__]
-        for one in modules:
-            _take_away(one)
+        modules = [below for below in (module.modules() if wide else (module,)) if _AWAY not in below.__dict__]
+        for below in modules:
+            _take_away(below)
         try:
             return self.call(module, *args, **kwargs)
         finally:
-            for one in modules:
-                _put_back(one)
+            for below in modules:
+                _put_back(below)
 
 
 def _copies(module: Any) -> list[str]:

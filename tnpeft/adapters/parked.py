@@ -90,9 +90,9 @@ def own_weight(base: nn.Module) -> Tensor:
 def acting(module: nn.Module, table: str, key: str) -> Tensor:
     """The tensor with which the module computes."""
     stored = module.__dict__.get(_SHOWN, {}).get(key, key)
-    found = _stored(module, table, stored)
-    assert found is not None
-    return found
+    tensor = _stored(module, table, stored)
+    assert tensor is not None
+    return tensor
 
 
 def show(module: nn.Module, table: str, key: str, stored: str | None) -> None:
@@ -305,7 +305,7 @@ def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> typ
 
     names: dict[str, Any] = {name: property(reading(name, table)) for name, table in tables}
     if issubclass(plain, nn.RNNBase):
-        names["_flat_weights"] = property(_flat_weights, lambda module, found: None)
+        names["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
     names |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     names |= {"_tnpeft_plain": plain, "_tnpeft_tables": tables}
     return type(plain.__name__, (_Showing, plain), names)

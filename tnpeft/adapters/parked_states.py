@@ -32,7 +32,7 @@ def translate(module: nn.Module, state: MutableMapping[str, Any], prefix: str) -
             parked = prefix + parked_key(ORIGINAL, key)
             plain = prefix + key
             if parked in state:
-                copies = [other for other in tensors if other.endswith(f":{key}") and other.startswith(f"{MANGLED}of_")]
+                copies = [name for name in tensors if name.endswith(f":{key}") and name.startswith(f"{MANGLED}of_")]
                 # Without copies it is of the time when the acting one had the plain name, and the only one here is it.
                 if len(copies) == 1 and plain in state and not _has_copy(state, prefix, key):
                     state[prefix + copies[0]] = state[plain]

@@ -103,43 +103,41 @@ class Batches:
 
 
 class Batch:
-    """Adapters that contract something together."""
+    """Adapters that contract something together, by the `code` of all of them."""
 
-    def __init__(self, adapters: Sequence[Adapter], cores: Sequence[Sequence[int]], cache: ResultCache) -> None:
+    def __init__(
+        self, code: Any, adapters: Sequence[Adapter], cores: Sequence[Sequence[int]], cache: ResultCache
+    ) -> None:
         self.adapters = tuple(adapters)
-        self._cache = cache
+        self._code, self._cache = code, cache
         self._each = tuple(dict.fromkeys(adapters))
         # The first core of every adapter, then the second of every adapter.
         self._cores = [
-            (adapter, own[place])
+            (adapter, numbers[place])
             for place in range(len(cores[0]))
-            for adapter, own in zip(adapters, cores, strict=True)
+            for adapter, numbers in zip(adapters, cores, strict=True)
         ]
         self._constants: StartConstants[Any] = StartConstants()
 
-    def results(self, cores_of: Callable[[Adapter], list[Tensor]]) -> Any:
-        """Of all members; None where their tensors do not lie together, or somebody looks on."""
-        own = {adapter: cores_of(adapter) for adapter in self._each}
-        cores, others = [own[adapter][core] for adapter, core in self._cores], self._others()
-        return None if needs_plain_ops(*cores, *others) else self._made(cores, others)
+    def results(self, tensors_of: Callable[[Adapter], list[Tensor]]) -> Any:
+        """Of all members, from the cores of each; None where these do not lie together, or somebody looks on."""
+        tensors = {adapter: tensors_of(adapter) for adapter in self._each}
+        return self._contracted([tensors[adapter][core] for adapter, core in self._cores])
 
-    def _others(self) -> list[Tensor]:
-        """What results are made of beside the cores."""
-        return []
-
-    def _made(self, cores: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
+    def _contracted(self, cores: Sequence[Tensor]) -> Any:
         raise NotImplementedError
 
-    def _contracted(self, code: Any, cores: Sequence[Tensor], others: Sequence[Tensor], made: Make) -> Sequence[Tensor]:
-        """`made` of the cores, kept from pass to pass where that is wanted; it is made of `others` too."""
-        return self._cache.get((code, *self._cores), self._each, others, cores, made)
+    def _kept(self, cores: Sequence[Tensor], weights: Sequence[Tensor], make: Make) -> Sequence[Tensor]:
+        """`make(cores)`, kept from pass to pass while accumulating; it is made of `weights` too."""
+        return self._cache.get((self._code, *self._cores), self._each, weights, cores, make)
 
-    def _start(self, code: Any) -> Any:
+    def _start(self) -> Any:
         """What the code needs of the frozen copies."""
         if self.adapters[0].network.start == "zero":
             return None
-        start = {adapter: adapter.start_tensors() for adapter in self._each}
-        return self._constants.get(code, [start[adapter][core] for adapter, core in self._cores], code.start)
+        copies = {adapter: adapter.start_tensors() for adapter in self._each}
+        start = [copies[adapter][core] for adapter, core in self._cores]
+        return self._constants.get(self._code, start, self._code.start)
 
 
 class _ClusterOf(NamedTuple):
@@ -155,13 +153,15 @@ class _Clusters(Batch):
     """One cluster of each member: its values, and its dual form if it has one."""
 
     def __init__(self, members: Sequence[_ClusterOf], cache: ResultCache) -> None:
-        super().__init__([member.adapter for member in members], [member.cores for member in members], cache)
-        self._code = BatchedCluster(members[0].cluster, len(members))
+        code = BatchedCluster(members[0].cluster, len(members))
+        super().__init__(code, [member.adapter for member in members], [member.cores for member in members], cache)
 
-    def _made(self, cores: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]]:
-        found = self._contracted(self._code, cores, others, lambda cores: self._code(cores, self._start(self._code)))
-        count = self._code.count
-        return [tuple(found[place::count]) for place in range(count)]
+    def _contracted(self, cores: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]] | None:
+        if needs_plain_ops(*cores):
+            return None
+        count = len(self.adapters)
+        clusters = self._kept(cores, (), lambda cores: self._code(cores, self._start()))
+        return [tuple(clusters[place::count]) for place in range(count)]
 
 
 class _Sum(NamedTuple):
@@ -177,21 +177,21 @@ class _Deltas(Batch):
 
     def __init__(self, members: Sequence[Member], cache: ResultCache) -> None:
         first = members[0]
-        cores = range(len(first.adapter.network.cores))
-        super().__init__([member.adapter for member in members], [cores] * len(members), cache)
-        self._bases = [member.base for member in members]
         assert isinstance(first.program, Weight)
-        self._code = Program(first.program, len(members))
+        cores = range(len(first.adapter.network.cores))
+        code = Program(first.program, len(members))
+        super().__init__(code, [member.adapter for member in members], [cores] * len(members), cache)
+        self._bases = [member.base for member in members]
 
-    def _others(self) -> list[Tensor]:
-        return [base.weight for base in self._bases]
+    def _contracted(self, cores: Sequence[Tensor]) -> list[_Sum] | None:
+        weights = [base.weight for base in self._bases]
+        if needs_plain_ops(*cores, *weights):
+            return None
+        constants = [weight.detach() for weight in weights]
 
-    def _made(self, cores: Sequence[Tensor], others: Sequence[Tensor]) -> list[_Sum]:
-        constants = [weight.detach() for weight in others]
+        def summed(cores: Sequence[Tensor]) -> Sequence[Tensor]:
+            deltas = self._code.deltas(cores, self._start())
+            return tuple([add_weight(delta, weight, False) for delta, weight in zip(deltas, constants, strict=True)])
 
-        def made(cores: Sequence[Tensor]) -> Sequence[Tensor]:
-            deltas = self._code.deltas(cores, self._start(self._code))
-            return tuple(add_weight(delta, weight, False) for delta, weight in zip(deltas, constants, strict=True))
-
-        found = self._contracted(self._code, cores, others, made)
-        return [_Sum(*pair, sources_of(pair)) for pair in zip(found, others, strict=True)]
+        totals = self._kept(cores, weights, summed)
+        return [_Sum(*pair, sources_of(pair)) for pair in zip(totals, weights, strict=True)]

@@ -155,5 +155,5 @@ def _name_of(call: Call, training: bool) -> str:
 
 def _takes_gradients(adapter: Adapter) -> bool:
     """Whether something that it trains does; cores that are held elsewhere are looked at last, for it takes longer."""
-    own = any(parameter.requires_grad for parameter in adapter._parameters.values() if parameter is not None)
-    return own or any(core.requires_grad for core in adapter.cores.values())
+    held = any(parameter.requires_grad for parameter in adapter._parameters.values() if parameter is not None)
+    return held or any(core.requires_grad for core in adapter.cores.values())

@@ -67,8 +67,8 @@ def plain_factored(
     """base(x) + chain(x), with clusters contracted for this call alone."""
     adapter = acting.adapter
     start = [] if adapter.network.start == "zero" else adapter.start_tensors()
-    made = clusters.split(clusters.flat(adapter.core_tensors(), clusters.start(start)))
-    return _with_update(site, acting, chain, made, x, *rest)
+    contracted = clusters.split(clusters.flat(adapter.core_tensors(), clusters.start(start)))
+    return _with_update(site, acting, chain, contracted, x, *rest)
 
 
 def _with_update(
@@ -88,10 +88,10 @@ def _hybrid(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any)
     merge, weight = running.merge, site.base.weight
     assert merge is not None
 
-    def made(_cores: Sequence[Tensor]) -> tuple[Tensor]:
+    def summed(_cores: Sequence[Tensor]) -> tuple[Tensor]:
         return (add_weight(merge(clusters), weight.detach(), False),)
 
-    (total,) = site.results.cache.get((merge, acting.adapter), (acting.adapter,), (weight,), (), made)
+    (total,) = site.results.cache.get((merge, acting.adapter), (acting.adapter,), (weight,), (), summed)
     output = site.call_base(site.base, x, total, *rest)
     if not torch.is_grad_enabled():
         return output
@@ -111,12 +111,12 @@ def _clusters(site: Site, acting: Acting, running: Running) -> LayerClusters:
     if clusters is not None:
         return clusters
 
-    def made(cores: Sequence[Tensor]) -> Sequence[Tensor]:
+    def contracted(cores: Sequence[Tensor]) -> Sequence[Tensor]:
         start = [] if adapter.network.start == "zero" else adapter.start_tensors()
         return program.flat(cores, acting.calls.cluster_constants.get(program, start, program.start))
 
     cores = adapter.core_tensors()
-    return program.split(site.results.cache.get((program, adapter), (adapter,), (), cores, made))
+    return program.split(site.results.cache.get((program, adapter), (adapter,), (), cores, contracted))
 
 
 def _require_memory(adapter: Adapter, clusters: LayerClusters, x: Tensor) -> None:
@@ -145,13 +145,13 @@ def summed_weight(site: Site, weight: Tensor, plain: bool) -> Tensor:
     if plain or not site.results.cache.opened:
         return _sum(site, constant, origin, inputs, plain)
 
-    def made(tensors: Sequence[Tensor]) -> tuple[Tensor]:
+    def summed(tensors: Sequence[Tensor]) -> tuple[Tensor]:
         left = iter(tensors)
         return (_sum(site, constant, origin, [[next(left) for _ in each] for each in inputs], False),)
 
     adapters = [acting.adapter for acting in site.acting]
     flat = [tensor for each in inputs for tensor in each]
-    return site.results.cache.get(("dense", *site.acting), adapters, (weight, own_weight), flat, made)[0]
+    return site.results.cache.get(("dense", *site.acting), adapters, (weight, own_weight), flat, summed)[0]
 
 
 def _sum(site: Site, weight: Tensor, origin: Tensor, inputs: Sequence[Sequence[Tensor]], plain: bool) -> Tensor:

@@ -30,10 +30,10 @@ def call_of(base: Any, layer: Layer, shape: Sequence[int], output_size: Any, dev
     if len(shape) not in (axes + 1, axes + 2) or shape[-axes - 1] != layer.in_channels:
         return None
     batch = shape[0] if len(shape) == axes + 2 else 1
-    found = _transposed_axes(base, shape, output_size) if layer.transposed else _axes(base, shape)
-    if any(axis.outputs < 1 for axis in found):
+    along = _transposed_axes(base, shape, output_size) if layer.transposed else _axes(base, shape)
+    if any(axis.outputs < 1 for axis in along):
         return None
-    return Call(batch, found, layer.transposed, device)
+    return Call(batch, along, layer.transposed, device)
 
 
 def chain_input(base: Any, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def convolved(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def _axes(base: nn.Conv3d, shape: Sequence[int]) -> tuple[Axis, ...]:
-    found = []
+    calls = []
     kernel, stride, dilation = base.kernel_size, base.stride, base.dilation
     for place, size in enumerate(shape[-len(kernel) :]):
         span = dilation[place] * (kernel[place] - 1)
@@ -73,8 +73,8 @@ def _axes(base: nn.Conv3d, shape: Sequence[int]) -> tuple[Axis, ...]:
         if base.padding_mode != "zeros":
             size, before, both = size + both, 0, 0  # the chain reads the padded input
         outputs = (size + both - span - 1) // stride[place] + 1
-        found.append(Axis(size, outputs, kernel[place], stride[place], dilation[place], before))
-    return tuple(found)
+        calls.append(Axis(size, outputs, kernel[place], stride[place], dilation[place], before))
+    return tuple(calls)
 
 
 def _padding(base: nn.Conv3d, place: int, span: int) -> tuple[int, int]:
@@ -87,7 +87,7 @@ def _padding(base: nn.Conv3d, place: int, span: int) -> tuple[int, int]:
 def _transposed_axes(base: nn.ConvTranspose3d, shape: Sequence[int], output_size: Any) -> tuple[Axis, ...]:
     kernel = base.kernel_size
     axes = len(kernel)
-    found = []
+    calls = []
     for place, size in enumerate(shape[-axes:]):
         stride, dilation, before = base.stride[place], base.dilation[place], int(base.padding[place])
         outputs = (size - 1) * stride - 2 * before + dilation * (kernel[place] - 1) + 1
@@ -95,8 +95,8 @@ def _transposed_axes(base: nn.ConvTranspose3d, shape: Sequence[int], output_size
             outputs += base.output_padding[place]
         else:
             outputs = int(output_size[-axes:][place])
-        found.append(Axis(size, outputs, kernel[place], stride, dilation, before))
-    return tuple(found)
+        calls.append(Axis(size, outputs, kernel[place], stride, dilation, before))
+    return tuple(calls)
 
 
 def add_weight(total: Tensor, weight: Tensor, plain: bool) -> Tensor:

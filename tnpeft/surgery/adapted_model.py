@@ -104,14 +104,14 @@ def find(model: nn.Module) -> tuple[nn.Module, AdaptedModel] | None:
     if problem := kind_problem(model):
         raise AttachError(problem)
     mark(model)
-    found = {name: (module, module.__dict__[_KEY]) for name, module in model.named_modules() if _KEY in module.__dict__}
-    if len(found) > 1:
-        parts = ", ".join(f"'{name}'" for name in found)
+    roots = {name: (module, module.__dict__[_KEY]) for name, module in model.named_modules() if _KEY in module.__dict__}
+    if len(roots) > 1:
+        parts = ", ".join(f"'{name}'" for name in roots)
         raise AttachError(Problem("model", "one adapted model", f"several, at {parts}", "Pass the part that is meant."))
-    for root, state in found.values():
+    for root, state in roots.values():
         if "places" not in vars(state):
             _check_places(root, state)
-    return next(iter(found.values()), None)
+    return next(iter(roots.values()), None)
 
 
 def _check_places(root: nn.Module, state: AdaptedModel) -> None:

@@ -193,14 +193,14 @@ def model_problems(model: nn.Module) -> Iterator[Problem]:
         fix = "Put it into a container, for example `torch.nn.Sequential(layer)`, and attach to that."
         yield Problem("model", "a module that holds the layers", f"the layer {type(model).__name__} itself", fix)
         return
-    found = find(model)
-    if found is not None and found[0] is not model:
-        name = next(name for name, module in model.named_modules() if module is found[0])
+    adapted = find(model)
+    if adapted is not None and adapted[0] is not model:
+        name = next(name for name, module in model.named_modules() if module is adapted[0])
         yield Problem(
             "model", "the model that the other adapters were attached to", f"one that holds it at '{name}'",
             f"Attach to the part '{name}', or detach the other adapters first.",
         )  # fmt: skip
-    elif found is None and _is_part(model):
+    elif adapted is None and _is_part(model):
         fix = "Attach to that model instead."
         yield Problem("model", "the model that the other adapters were attached to", "a part of it", fix)
 
@@ -261,7 +261,7 @@ def target_problems(root: nn.Module, targets: Mapping[str, Adapter]) -> Iterator
 
 
 def trained_problems(
-    root: nn.Module, found: Mapping[str, Slot], targets: Iterable[str], trained: Iterable[str]
+    root: nn.Module, parameters: Mapping[str, Slot], targets: Iterable[str], trained: Iterable[str]
 ) -> Iterator[Problem]:
     """Why some of the parameters cannot train beside the cores."""
     modules = plain_modules(root)
@@ -277,18 +277,18 @@ def trained_problems(
     }
     for name in trained:
         where = f"parameter '{name}'"
-        if name not in found:
-            fix = near_miss(name, found) or "Use a name from `model.named_parameters()`."
+        if name not in parameters:
+            fix = near_miss(name, parameters) or "Use a name from `model.named_parameters()`."
             yield Problem("training", "a parameter of the model", "no such parameter", fix, where=where)
-        elif id(found[name].tensor) in adapted:
-            layer = adapted[id(found[name].tensor)]
+        elif id(parameters[name].tensor) in adapted:
+            layer = adapted[id(parameters[name].tensor)]
             fix = "Train the layer as a whole or adapt it, not both."
             yield Problem("training", "a parameter that is not adapted", f"the weight of '{layer}'", fix, where=where)
-        elif is_lazy(found[name].tensor):
+        elif is_lazy(parameters[name].tensor):
             fix = "Run the model once, then attach."
             yield Problem("training", "a parameter of known size", "one without a size yet", fix, where=where)
-        elif not found[name].tensor.is_floating_point():
-            dtype = str(found[name].tensor.dtype).removeprefix("torch.")
+        elif not parameters[name].tensor.is_floating_point():
+            dtype = str(parameters[name].tensor.dtype).removeprefix("torch.")
             fix = "Leave it out."
             yield Problem("training", "a floating-point parameter", dtype, fix, where=where)
 

@@ -35,16 +35,16 @@ def install(
     frozen. The new adapter alone is active, at scale 1, so that the model computes what the base computes.
     `about` is kept in the record and in saved files; it must be JSON-like.
 
-    Raises AttachError with every problem found; the model is then as it was.
+    Raises AttachError with every problem parameters; the model is then as it was.
     """
-    state, found = _checked(model, name, targets, trained := tuple(dict.fromkeys(trained)))
-    record = _record(model, found, name, targets, trained, about or {})
+    state, parameters = _checked(model, name, targets, trained := tuple(dict.fromkeys(trained)))
+    record = _record(model, parameters, name, targets, trained, about or {})
     modules = plain_modules(model)
     layers = {target: modules[target] for target in targets}
     wrappers = _wrappers(model, layers.values(), state.results)
     if problem := other_roads(model, layers):
         warnings.warn(TnpeftWarning(problem), stacklevel=3)
-    copies = _copies(model, found, state, record)
+    copies = _copies(model, parameters, state, record)
 
     for tied, copy in copies:
         tied.add(name, copy)
@@ -53,11 +53,11 @@ def install(
             place.put(wrappers[id(place.module)])
     for target, layer in zip(targets.values(), wrappers.values(), strict=True):
         layer.add_adapter(name, target)
-    for slot in found.values():
+    for slot in parameters.values():
         slot.tensor.requires_grad_(False)
-    for names in ties(found).values():
+    for names in ties(parameters).values():
         for key in names if len(names) > 1 else ():
-            note_tie(found[key].owner, found[key].key)
+            note_tie(parameters[key].owner, parameters[key].key)
     state.adapters[name] = record
     state.active = {name: 1.0}
     state.keep_on(model)
@@ -72,27 +72,29 @@ def _checked(
     problems = [*model_problems(model)]
     if problems:
         raise AttachError(*problems)
-    found = slots(model)
+    parameters = slots(model)
     existing = find(model)
-    state = existing[1] if existing else AdaptedModel({key: slot.tensor.requires_grad for key, slot in found.items()})
+    state = (
+        existing[1] if existing else AdaptedModel({key: slot.tensor.requires_grad for key, slot in parameters.items()})
+    )
     problems += name_problems(name, state)
     problems += target_problems(model, targets)
-    problems += trained_problems(model, found, targets, trained)
+    problems += trained_problems(model, parameters, targets, trained)
     if problems:
         raise AttachError(*problems)
-    return state, found
+    return state, parameters
 
 
 def _record(
     model: nn.Module,
-    found: dict[str, Slot],
+    parameters: dict[str, Slot],
     name: str,
     targets: Iterable[str],
     trained: Iterable[str],
     about: Mapping[str, Any],
 ) -> AdapterRecord:
-    names = ties(found)
-    tied = dict.fromkeys(names[id(found[key].tensor)] for key in trained)
+    names = ties(parameters)
+    tied = dict.fromkeys(names[id(parameters[key].tensor)] for key in trained)
     return AdapterRecord(name, tuple(targets), tuple(tied), norm_statistics(model), dict(about))
 
 
@@ -107,11 +109,11 @@ def _wrappers(model: nn.Module, layers: Iterable[nn.Module], results: ModelResul
 
 
 def _copies(
-    model: nn.Module, found: dict[str, Slot], state: AdaptedModel, record: AdapterRecord
+    model: nn.Module, parameters: dict[str, Slot], state: AdaptedModel, record: AdapterRecord
 ) -> list[tuple[Tied, Tensor]]:
     """The new adapter's own copy of everything it trains."""
     known = {tied.names: tied for tied in all_tied(model, state)}
-    everything = {**slots(model, "_buffers"), **found}
+    everything = {**slots(model, "_buffers"), **parameters}
     fresh = (
         known.get(names) or Tied(everything[name] for name in names) for names in (*record.trained, *record.statistics)
     )

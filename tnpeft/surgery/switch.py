@@ -107,13 +107,13 @@ def merge(model: nn.Module, name: str | None = None) -> None:
 
 def warn_of_ties(root: nn.Module, level: int) -> None:
     """Warns (TnpeftWarning) of merged weights that are no longer those of the layers that they are tied to."""
-    found = slots(root)
-    for names in ties(found).values():
-        changed = [key for key in names if is_parked(found[key].owner, found[key].table, found[key].key)]
-        if changed and len({id(found[key].owner) for key in names}) > 1:
+    parameters = slots(root)
+    for names in ties(parameters).values():
+        changed = [key for key in names if is_parked(parameters[key].owner, parameters[key].table, parameters[key].key)]
+        if changed and len({id(parameters[key].owner) for key in names}) > 1:
             others = [key for key in names if key not in changed]
-            first = found[changed[0]].acting
-            if not others and all(torch.equal(found[key].acting, first) for key in changed):
+            first = parameters[changed[0]].acting
+            if not others and all(torch.equal(parameters[key].acting, first) for key in changed):
                 continue  # one copy that trains stands at all of them
             what = f"the merged weight {listed(changed)}"
             tied = f"one tied to {listed(others)}, with the base's values" if others else "several of one base weight"

@@ -71,8 +71,8 @@ class Slot(NamedTuple):
 
     def beside(self, who: str) -> Tensor | None:
         """A tensor that stands beside it."""
-        found: Tensor | None = self.owner.__dict__[self.table].get(parked_key(who, self.key))
-        return found
+        tensor: Tensor | None = self.owner.__dict__[self.table].get(parked_key(who, self.key))
+        return tensor
 
     def put_beside(self, who: str, tensor: Tensor | None) -> None:
         """Let a tensor stand beside it; None: no more."""
@@ -126,27 +126,27 @@ def plain_name(name: str) -> str:
 
 def plain_modules(root: nn.Module) -> dict[str, nn.Module]:
     """Every module by name, adapted layers as their base layers; a module reached by two names stands at both."""
-    found = {"": root}
+    modules = {"": root}
     for place in places(root):
-        found[place.name] = place.module.base if isinstance(place.module, AdaptedLayer) else place.module
-    return found
+        modules[place.name] = place.module.base if isinstance(place.module, AdaptedLayer) else place.module
+    return modules
 
 
 def slots(root: nn.Module, table: str = "_parameters") -> dict[str, Slot]:
     """Every parameter (or buffer) of the plain model by name, tied ones at each of their names."""
-    found: dict[str, Slot] = {}
+    known: dict[str, Slot] = {}
     for prefix, module in plain_modules(root).items():
         for key, tensor in module.__dict__[table].items():
             if tensor is not None and not key.startswith(MANGLED):
                 name = f"{prefix}.{key}" if prefix else key
-                found[name] = Slot(name, module, table, key)
-    return found
+                known[name] = Slot(name, module, table, key)
+    return known
 
 
-def ties(found: dict[str, Slot]) -> dict[int, tuple[str, ...]]:
+def ties(known: dict[str, Slot]) -> dict[int, tuple[str, ...]]:
     """All names of each tensor, by the tensor's `id`, in the order of the tree."""
     names: dict[int, tuple[str, ...]] = {}
-    for name, slot in found.items():
+    for name, slot in known.items():
         key = id(slot.tensor)
         names[key] = (*names.get(key, ()), name)
     return names
