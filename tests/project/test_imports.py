@@ -143,7 +143,6 @@ LATE = (
     ("tnpeft/cli/", "torch", "commands that need no model start without it"),
     ("tnpeft/network/bind.py", "torch", "only who has a module pays for it"),
     ("tnpeft/draw/", "matplotlib", "an extra"),
-    ("tnpeft/verify/properties.py", "hypothesis", "an extra"),
     ("tnpeft/adapters/memory_need.py", "resource", "Windows has none"),
 )
 
