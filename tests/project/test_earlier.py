@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,22 @@ def test_no_room_is_called_as_the_function():
     with pytest.raises(ModuleNotFoundError, match=r"^No module named 'tnpeft.plan'$"):
         importlib.import_module("tnpeft.plan")
     assert callable(tnpeft.plan)
+
+
+def test_models_of_the_time_before_the_rooms_were_moved_work_on(tmp_path: Path):
+    """Trained biases and norms, merged, and several adapters at scales: written by commit 72a6746."""
+    found = torch.load(FILE.with_name("models_before_rooms.pt"), weights_only=False)
+    for state, case in found.items():
+        model, x, y = case["model"], case["x"], case["y"]
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+        assert torch.equal(copy.deepcopy(model)(x), y := model(x))
+        if state == "merged":
+            tnpeft.unmerge(model)
+            torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+        with tnpeft.accumulating(model):
+            model(x).sum().backward()
+        with tnpeft.disabled(model):
+            base = model(x)
+        assert not torch.equal(base, y)
+        tnpeft.detach(model)
+        assert torch.equal(model(x), base)
