@@ -15,13 +15,14 @@ from terminal import data, text
 
 import tnpeft
 from tnpeft.network import Network
-from tnpeft.planning import Axis, Call, Plan, chain_search, feasible_plans, find_path, nominal_call, plan
+from tnpeft.planning import Axis, Call, chain_search, find_path, nominal_call
 from tnpeft.planning.bitsets import Bitsets, Graph
 from tnpeft.planning.candidates import CLUSTERS, candidates
 from tnpeft.planning.chain_search import WHOLE_WEIGHT, find_chain
-from tnpeft.planning.chain_sizes import link_sizes
 from tnpeft.planning.device_model import DEVICE_MODELS, device_model
-from tnpeft.planning.factored import obstacle
+from tnpeft.schedule import Plan, feasible_plans, plan
+from tnpeft.schedule.chain_sizes import link_sizes
+from tnpeft.schedule.factored import obstacle
 
 GAVE_UP = "the search for an order gave up: its 40 cores can be joined in too many ways"
 

@@ -19,11 +19,11 @@ from tnpeft.execution import AdaptedLayer, modes
 from tnpeft.execution.forward_pass import ForwardPass
 from tnpeft.io import saving
 from tnpeft.network import bind
-from tnpeft.planning import modes as planning
 from tnpeft.program import ChainProgram, batched, clusters, delta, factored
 from tnpeft.program import chain as chains
 from tnpeft.program.batched import BatchedTree
 from tnpeft.program.weight_layout import WeightLayout
+from tnpeft.schedule import modes as planning
 from tnpeft.verify import VerifyReport, checks, engine, run_check, verify
 
 Break = Callable[[pytest.MonkeyPatch], None]

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from tnpeft.network import Network
 from tnpeft.planning import Step
-from tnpeft.program.chain_legs import GROUP
 from tnpeft.program.kernels import contract, contract_difference, kept, reorder, specialised
-from tnpeft.program.leg_order import Instruction, lay_out_steps
+from tnpeft.schedule.chain_legs import GROUP
+from tnpeft.schedule.leg_order import Instruction, lay_out_steps
 
 __all__ = ["BatchedTree", "Changed", "Start", "Tree", "together"]
 

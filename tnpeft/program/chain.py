@@ -12,12 +12,13 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from tnpeft.planning import Call, Plan
-from tnpeft.program.chain_legs import BATCH, VOXELS, ChainLayout, LinkLayout
+from tnpeft.planning import Call
+from tnpeft.planning.steps import Contraction
 from tnpeft.program.im2col import AxisIm2col, Im2col, Positions
 from tnpeft.program.kernels import contract
 from tnpeft.program.observers import is_recorded
-from tnpeft.program.pairwise import Contraction, lower
+from tnpeft.schedule.chain_legs import BATCH, VOXELS, ChainLayout, LinkLayout
+from tnpeft.schedule.pairwise import Lowered, lower
 
 __all__ = ["Chain", "lower_chain"]
 
@@ -26,9 +27,9 @@ __all__ = ["Chain", "lower_chain"]
 class Products:
     """Of one link: the product with the cluster, and those for the gradients of the input and of the cluster."""
 
-    forward: Contraction
-    to_input: Contraction
-    to_cluster: Contraction
+    forward: Lowered
+    to_input: Lowered
+    to_cluster: Lowered
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Chain:
         return inputs
 
 
-def lower_chain(plan: Plan, layout: ChainLayout) -> Chain:
+def lower_chain(plan: Contraction, layout: ChainLayout) -> Chain:
     """The chain of a factored plan of one term."""
     assert plan.call is not None
     space = _Space(plan.call)

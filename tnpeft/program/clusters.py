@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tnpeft.planning import Plan
+from tnpeft.planning.steps import Contraction
 from tnpeft.program import counts
 from tnpeft.program.autocast import without_autocast
 from tnpeft.program.batched import BatchedTree, Changed, Start, Tree, together
-from tnpeft.program.chain_legs import ChainLayout, LinkLayout, chain_layouts
 from tnpeft.program.observers import is_recorded, needs_plain_ops, saved_tensors_are_hooked
+from tnpeft.schedule import Plan
+from tnpeft.schedule.chain_legs import ChainLayout, LinkLayout, chain_layouts
 
 __all__ = [
     "BatchedCluster",
@@ -188,14 +189,14 @@ def build_clusters(plan: Plan) -> ClusterProgram:
     return _built(plan.cluster_key, _Hidden(plan))
 
 
-def _cores_of(plan: Plan, link: LinkLayout) -> tuple[int, ...]:
+def _cores_of(plan: Contraction, link: LinkLayout) -> tuple[int, ...]:
     """The cores of a cluster, by their number in the term, in file order."""
     steps, cores = link.link.steps, len(plan.network.cores)
     numbers = {number for step in steps for number in step.operands if number < cores}
     return tuple(sorted(numbers)) if steps else (link.link.cluster,)
 
 
-def _cluster(plan: Plan, layout: ChainLayout, link: LinkLayout, cores: Sequence[int]) -> Cluster:
+def _cluster(plan: Contraction, layout: ChainLayout, link: LinkLayout, cores: Sequence[int]) -> Cluster:
     outer, between, rest = (math.prod(layout.sizes[letter] for letter in piece) for piece in link.pieces)
     copies = plan.network.start == "frozen_copy"
     form = "first" if link.first else "last" if link.last else "middle"

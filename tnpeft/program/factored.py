@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from tnpeft.errors import ExecutionError, Problem
-from tnpeft.planning import Plan
 from tnpeft.program import counts
 from tnpeft.program.autocast import autocast_dtype, without_autocast
 from tnpeft.program.chain import Chain, lower_chain
-from tnpeft.program.chain_legs import chain_layouts
 from tnpeft.program.clusters import LayerClusters
 from tnpeft.program.merge_clusters import merge_clusters
 from tnpeft.program.observers import needs_plain_ops
+from tnpeft.schedule import Plan
+from tnpeft.schedule.chain_legs import chain_layouts
 
 __all__ = [
     "ChainProgram",

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tnpeft.planning import Plan, find_path, steps_of
-from tnpeft.program.chain_legs import ChainLayout
+from tnpeft.planning import find_path, steps_of
+from tnpeft.planning.steps import Contraction
 from tnpeft.program.kernels import contract, reorder
-from tnpeft.program.leg_order import Instruction, lay_out_steps
 from tnpeft.program.observers import is_recorded
-from tnpeft.program.pairwise import View, reordering
 from tnpeft.program.weight_layout import WeightLayout
+from tnpeft.schedule.chain_legs import ChainLayout
+from tnpeft.schedule.leg_order import Instruction, lay_out_steps
+from tnpeft.schedule.pairwise import View, reordering
 
 __all__ = ["TermMerge", "merge_clusters"]
 
@@ -37,7 +38,7 @@ class TermMerge:
         return self.weight_layout.apply(tensors[-1])
 
 
-def merge_clusters(plan: Plan, layout: ChainLayout, memory_order: tuple[int, ...]) -> TermMerge:
+def merge_clusters(plan: Contraction, layout: ChainLayout, memory_order: tuple[int, ...]) -> TermMerge:
     """How the clusters of one term become its delta weight; `memory_order` as in `build_program`."""
     network = plan.network
     dual = network.start == "frozen_copy"

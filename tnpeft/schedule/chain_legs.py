@@ -4,7 +4,7 @@ The layer's input and output are stored as (batch, channels' legs, voxels); betw
 (batch, voxels, channels' legs), for products of few channels and many voxels are several times quicker that way. The
 legs that the next product sums stand last, so that it is a matrix product. With a frozen copy the input on its way is
 a pair, the value and its change, along one leg more: the *pair leg* of a link, which its cluster makes and the next
-sums. Torch is not needed here.
+sums.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from tnpeft.planning import PAIRS, Link, Plan
+from tnpeft.planning import Link
+from tnpeft.planning.steps import Contraction
 
-__all__ = ["BATCH", "GROUP", "VOXELS", "ChainLayout", "LinkLayout", "chain_layouts"]
+__all__ = ["BATCH", "GROUP", "PAIRS", "VOXELS", "ChainLayout", "LinkLayout", "chain_layouts"]
 
 # Letters of the batch, the voxels, and the layers of a group; networks have those of `opt_einsum.get_symbol`, which
-# are none of these, nor of the pair legs' (`PAIRS`).
+# are none of these, nor of the pair legs', one for each link from `PAIRS` on, in a part of Unicode that is left free.
 BATCH, VOXELS, GROUP = "\u0001", "\u0002", "\u0003"
+PAIRS = 0xF0000
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,13 @@ class ChainLayout:
     sizes: Mapping[str, int]
 
 
-def chain_layouts(plan: Plan) -> Iterator[tuple[Plan, ChainLayout]]:
+def chain_layouts(plan: Contraction) -> Iterator[tuple[Contraction, ChainLayout]]:
     """The terms of a factored plan, each with the order of its legs."""
     for part in plan.terms or (plan,):
         yield part, _layout(part)
 
 
-def _layout(plan: Plan) -> ChainLayout:
+def _layout(plan: Contraction) -> ChainLayout:
     letters = plan.network.symbols
     sizes = {letter: plan.network.sizes[leg] for leg, letter in letters.items()}
     orders = ["".join(letters[leg] for leg in plan.network.weight[1])]
@@ -129,12 +131,12 @@ def _layout(plan: Plan) -> ChainLayout:
     return ChainLayout(tuple(links), sizes)
 
 
-def _left_by_next(plan: Plan, place: int) -> str:
+def _left_by_next(plan: Contraction, place: int) -> str:
     """The letters that the next link leaves."""
     return "".join(plan.network.symbols[leg] for leg in plan.links[place + 1].after)
 
 
-def _order_after(plan: Plan, place: int) -> str:
+def _order_after(plan: Contraction, place: int) -> str:
     """The legs that stay longest first; after the last link they stand as in the weight."""
     links, weight = plan.links, plan.network.weight[0]
     letters = plan.network.symbols

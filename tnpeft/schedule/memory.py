@@ -15,19 +15,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tnpeft.planning.call import Call
-from tnpeft.planning.chain_sizes import link_sizes
 from tnpeft.planning.path import find_path
 from tnpeft.planning.steps import Contraction, steps_of
+from tnpeft.schedule.chain_legs import PAIRS
+from tnpeft.schedule.chain_sizes import link_sizes
 
-__all__ = ["FLOAT_BYTES", "PAIRS", "Memory", "memory_of"]
+__all__ = ["FLOAT_BYTES", "Memory", "memory_of"]
 
 # Cores and delta weights are fp32 unless the layer is fp64; activations as wide are assumed.
 FLOAT_BYTES = 4
 # `compose: dora` keeps so many tensors of the weight's size more for its backward pass, and makes so many on its way.
 DORA_SAVED, DORA_PASSING = 3, 2
-# The first of the letters of pair legs, one for each link of a chain, in a part of Unicode that is left free: a network
-# has `opt_einsum.get_symbol`'s, which are letters of ASCII and all from 192 on, and equations have commas and arrows.
-PAIRS = 0xF0000
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tnpeft.planning.chain_sizes import link_sizes
 from tnpeft.planning.last_step_cost import LARGEST
-from tnpeft.planning.memory import FLOAT_BYTES, Memory, memory_of
 from tnpeft.planning.steps import Contraction, Link
+from tnpeft.schedule.chain_sizes import link_sizes
+from tnpeft.schedule.memory import FLOAT_BYTES, Memory, memory_of
 
 __all__ = ["FLOAT_BYTES", "Plan"]
 

@@ -1,7 +1,7 @@
 """In which order of legs each intermediate is stored, and every step of a plan lowered for it.
 
 The order of the last result is the weight's memory order; the orders of the others follow from the last step to the
-first. A step's two operands are ordered so that it and its two gradients need few copies. Torch is not needed here.
+first. A step's two operands are ordered so that it and its two gradients need few copies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tnpeft.planning import Step
-from tnpeft.program.pairwise import Contraction, Sizes, View, copy_time, lower, lowering_time, reordering
+from tnpeft.schedule.pairwise import Lowered, Sizes, View, copy_time, lower, lowering_time, reordering
 
 __all__ = ["Instruction", "lay_out_steps"]
 
@@ -30,10 +30,10 @@ class Instruction:
     number: int
     left: int
     right: int
-    forward: Contraction
+    forward: Lowered
     back: View | None
-    to_left: Contraction
-    to_right: Contraction
+    to_left: Lowered
+    to_right: Lowered
 
 
 def lay_out_steps(

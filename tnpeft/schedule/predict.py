@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tnpeft.planning.call import Call
-from tnpeft.planning.chain_sizes import link_sizes
 from tnpeft.planning.device_model import DeviceModel, device_model
-from tnpeft.planning.model import Plan
 from tnpeft.planning.steps import Step
+from tnpeft.schedule.chain_sizes import link_sizes
+from tnpeft.schedule.model import Plan
 
 __all__ = ["Prediction", "predict"]
 
