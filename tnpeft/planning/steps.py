@@ -75,6 +75,11 @@ class Contraction:
     chain: Contraction | None = field(default=None, repr=False)
     reason: str | None = None
 
+    @property
+    def copies(self) -> bool:
+        """Whether there is a frozen copy of the cores."""
+        return self.network.start == "frozen_copy"
+
     def elements(self, legs: tuple[str, ...]) -> int:
         """The number of elements of a tensor with these legs."""
         return math.prod(self.network.sizes[leg] for leg in legs)

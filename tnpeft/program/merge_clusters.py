@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tnpeft.planning import find_path, steps_of
 from tnpeft.planning.steps import Contraction
 from tnpeft.program.kernels import contract, reorder
 from tnpeft.program.observers import is_recorded
 from tnpeft.program.weight_layout import WeightLayout
-from tnpeft.schedule.chain_legs import ChainLayout
+from tnpeft.schedule.chain_legs import ChainLayout, merge_steps
 from tnpeft.schedule.leg_order import Instruction, lay_out_steps
 from tnpeft.schedule.pairwise import View, reordering
 
@@ -40,16 +39,11 @@ class TermMerge:
 
 def merge_clusters(plan: Contraction, layout: ChainLayout, memory_order: tuple[int, ...]) -> TermMerge:
     """How the clusters of one term become its delta weight; `memory_order` as in `build_program`."""
-    network = plan.network
-    dual = network.start == "frozen_copy"
-    weight_layout = WeightLayout.of(network, memory_order)
-    orders = dict(enumerate(link.cluster(dual) for link in layout.links))
-    letters = {letter: letter for order in orders.values() for letter in order}
-    sizes = {letter: layout.sizes[letter] for letter in letters}
-    tensors = [(number, tuple(order)) for number, order in orders.items()]
-    path = find_path(tuple(orders.values()), weight_layout.legs, tuple(sizes.items()))
-    steps = tuple(steps_of(tensors, weight_layout.legs, path, sizes))
+    weight_layout = WeightLayout.of(plan.network, memory_order)
+    orders, steps = merge_steps(layout, plan.copies, weight_layout.legs)
+    given = dict(enumerate(orders))
     if steps:
-        orders[steps[-1].number] = weight_layout.legs
-    only = reordering(orders[0], weight_layout.legs if not steps else orders[0], sizes)
-    return TermMerge(lay_out_steps(steps, orders, letters, sizes)[0], only, weight_layout)
+        given[steps[-1].number] = weight_layout.legs
+    only = reordering(orders[0], orders[0] if steps else weight_layout.legs, layout.sizes)
+    letters = {letter: letter for letter in layout.sizes}
+    return TermMerge(lay_out_steps(steps, given, letters, layout.sizes)[0], only, weight_layout)

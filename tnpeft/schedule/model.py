@@ -9,7 +9,7 @@ from functools import cached_property
 
 from tnpeft.planning.last_step_cost import LARGEST
 from tnpeft.planning.steps import Contraction, Link
-from tnpeft.schedule.chain_sizes import link_sizes
+from tnpeft.schedule.chain import link_sizes
 from tnpeft.schedule.memory import FLOAT_BYTES, Memory, memory_of
 
 __all__ = ["FLOAT_BYTES", "Plan"]
