@@ -57,8 +57,8 @@ def attempt(kind: str, text: str) -> None:
 
 def _spec(text: str) -> None:
     import tnpeft
-    from tnpeft.planning import plan
     from tnpeft.recipe import Recipe
+    from tnpeft.schedule import plan
 
     if "adapters" in text:
         Recipe.from_yaml(text)

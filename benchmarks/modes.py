@@ -32,7 +32,7 @@ from training import AUTOCAST, Setting, add_options, setting_of
 
 import tnpeft
 from tnpeft.execution.dispatch import running_of
-from tnpeft.planning import predict
+from tnpeft.schedule import predict
 
 MODES = ("dense", "hybrid", "factored")
 LOST = 1.05  # what `auto` may lose

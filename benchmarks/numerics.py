@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.planning import Axis, Call, Plan, plan
+from tnpeft.planning import Axis, Call
 from tnpeft.program import (
     FactoredUpdate,
     LayerClusters,
@@ -33,6 +33,7 @@ from tnpeft.program import (
     build_clusters,
     build_program,
 )
+from tnpeft.schedule import Plan, plan
 
 STEPS = (0.0, 1e-5, 1e-4, 1e-3)
 CHANNELS = (64, 128)

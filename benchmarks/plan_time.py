@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.network import BoundCore, BoundInit, BoundTerm, Layer, Network
-from tnpeft.planning import Call, feasible_plans, find_path, plan
+from tnpeft.planning import Call, find_path
 from tnpeft.planning.chain_search import find_chain
+from tnpeft.schedule import feasible_plans, plan
 
 BOND = 4
 OPEN_LEGS = 7

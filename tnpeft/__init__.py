@@ -6,8 +6,8 @@ A YAML file declares the adapter's tensor network; `attach` puts it on a model:
 
 The rooms import only to the left:
 
-    errors <- documents <- spec <- network <- planning <- program <- adapters <- execution <- surgery
-           <- recipe <- io <- integrations <- fitting <- verify <- draw <- cli
+    errors <- documents <- spec <- network <- planning <- schedule <- program <- adapters
+           <- execution <- surgery <- recipe <- io <- integrations <- fitting <- verify <- draw <- cli
 
 `tnpeft.integrations` has what other libraries call; its modules are imported by name.
 """
@@ -31,7 +31,7 @@ from tnpeft.errors import (
     TnpeftWarning,
 )
 from tnpeft.network import Layer, Network, Spec, layer_of, load_spec
-from tnpeft.planning import Plan, plan
+from tnpeft.schedule import Plan, plan
 from tnpeft.spec import list_specs, register_init
 from tnpeft.version import __version__
 

@@ -21,7 +21,7 @@ _MOVED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "tnpeft.modules.parked": ("tnpeft.adapters.parked",),
         "tnpeft.modules.parked_states": ("tnpeft.adapters.parked_states",),
         "tnpeft.plan.call": ("tnpeft.planning.call",),
-        "tnpeft.plan.model": ("tnpeft.planning",),
+        "tnpeft.plan.model": ("tnpeft.schedule", "tnpeft.planning"),
         "tnpeft.spec.model": ("tnpeft.network.spec",),
         "tnpeft.surgery.state": ("tnpeft.surgery.adapted_model",),
     }

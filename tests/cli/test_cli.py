@@ -14,7 +14,8 @@ import pytest
 from terminal import data, mistakes, run, text
 
 import tnpeft
-from tnpeft.planning import nominal_call, predict
+from tnpeft.planning import nominal_call
+from tnpeft.schedule import predict
 
 ROOT = Path(__file__).parents[2]
 SPECS = ROOT / "specs"

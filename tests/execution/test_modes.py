@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tnpeft
 from tnpeft.network import Network, Spec
-from tnpeft.planning import MODES, Call, Link, Plan, nominal_call, plan, predict
+from tnpeft.planning import Call, Link, nominal_call
+from tnpeft.schedule import MODES, Plan, plan, predict
 
 TUCKER = """
 tnpeft: 1

@@ -25,7 +25,8 @@ from tnpeft.execution.calls import Calls
 from tnpeft.execution.modes import summed_weight
 from tnpeft.execution.site import Site
 from tnpeft.network import Layer, Network
-from tnpeft.planning import Call, feasible_plans, nominal_call, plan, predict
+from tnpeft.planning import Call, nominal_call
+from tnpeft.schedule import feasible_plans, plan, predict
 
 DEFAULT = "default"
 TRAINING, INFERENCE = "cpu, batch 2, 5x6 -> 5x6", "cpu, batch 2, 5x6 -> 5x6, inference"

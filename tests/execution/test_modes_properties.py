@@ -16,7 +16,8 @@ from tnpeft.adapters import Adapter
 from tnpeft.errors import TnpeftError
 from tnpeft.execution import AdaptedLayer, wrap
 from tnpeft.network import Network
-from tnpeft.planning import MODES, Axis
+from tnpeft.planning import Axis
+from tnpeft.schedule import MODES
 from tnpeft.testing import inputs_for, params_of, run_check, specs
 from tnpeft.verify.strategies import cases, signatures
 

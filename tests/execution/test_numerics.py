@@ -12,8 +12,8 @@ from torch import Tensor
 
 import tnpeft
 from tnpeft.network import Network
-from tnpeft.planning import plan
 from tnpeft.program import Program, build_program
+from tnpeft.schedule import plan
 
 # DESIGN: the plain difference has an error of 3e-3 after this step, in fp32.
 STEP = 1e-5

@@ -21,9 +21,10 @@ from networks import GRAPHS, hyperedge, make_network, network_of_graph, networks
 import tnpeft
 from tnpeft.errors import BindError, TnpeftError
 from tnpeft.network import Network
-from tnpeft.planning import MODES, find_path, plan
+from tnpeft.planning import find_path
 from tnpeft.planning.last_step_cost import SLACK
 from tnpeft.planning.path import count_connected_subsets
+from tnpeft.schedule import MODES, plan
 
 LORA = {"up": "o r", "down": "r i"}
 
@@ -121,7 +122,7 @@ def test_connected_subsets_are_counted(inputs: list[frozenset[str]], output: fro
 
 def test_paths_are_the_same_in_every_process() -> None:
     code = (
-        "import test_plan as t; from tnpeft.planning import plan; "
+        "import test_plan as t; from tnpeft.schedule import plan; "
         "print([plan(t.network_of_graph(t.GRAPHS[name])).path for name in ('cubic', 'disconnected')], "
         "[plan(t.hyperedge(cores)).path for cores in (5, 8, 14)], "
         "plan(t.tnpeft.load_spec('tenvoo_q').bind('Conv3d', in_channels=64, out_channels=64, kernel_size=3)).path)"
@@ -136,7 +137,7 @@ def test_paths_are_the_same_in_every_process() -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import sys, tnpeft.planning; assert 'torch' not in sys.modules"
+    code = "import sys, tnpeft.schedule; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -15,13 +15,13 @@ from terminal import data, text
 
 import tnpeft
 from tnpeft.network import Network
-from tnpeft.planning import Axis, Call, Plan, chain_search, feasible_plans, find_path, nominal_call, plan
+from tnpeft.planning import chain_search, find_path, nominal_call
 from tnpeft.planning.bitsets import Bitsets, Graph
 from tnpeft.planning.candidates import CLUSTERS, candidates
 from tnpeft.planning.chain_search import WHOLE_WEIGHT, find_chain
-from tnpeft.planning.chain_sizes import link_sizes
 from tnpeft.planning.device_model import DEVICE_MODELS, device_model
-from tnpeft.planning.factored import obstacle
+from tnpeft.schedule import Plan, feasible_plans, plan
+from tnpeft.schedule.factored import obstacle
 
 GAVE_UP = "the search for an order gave up: its 40 cores can be joined in too many ways"
 
@@ -176,24 +176,3 @@ def test_copies_are_dearer_where_no_cache_holds_them(device: str) -> None:
     model = device_model(device)
     assert model.distance(model.cached) == 1
     assert model.distance(model.cached + 1) == model.far
-
-
-@pytest.mark.parametrize("width", [16, 256])
-def test_a_walk_tells_voxels_and_channels_at_each_link(width: int) -> None:
-    network = tnpeft.load_spec("tenvoo_l").bind("Conv3d", in_channels=width, out_channels=32, kernel_size=3)
-    strided = Call(2, tuple(Axis(side, 4, 3, stride=2, before=1) for side in (7, 8, 8)))
-    found = plan(network, "factored", strided)
-    links = [*link_sizes(found, strided)]
-    assert [sizes.link for sizes in links] == [*found.links]
-    sides = [7, 8, 8]
-    for sizes in links:
-        link, read = sizes.link, math.prod(sides)
-        for axis in link.axes:
-            sides[axis] = 4
-        left = math.prod(sides)
-        before, after = (2 * math.prod(network.sizes[leg] for leg in legs) for legs in (link.before, link.after))
-        assert sizes[1:] == (read, left, before, after, 3 ** len(link.axes))
-        assert (sizes.before, sizes.after) == (before * read, after * left)
-        assert sizes.copied == 3 ** len(link.axes) * (before * left if link.gather else after * read)
-    assert sides == [4, 4, 4]
-    assert (links[0].before, links[-1].after) == (2 * width * 7 * 8 * 8, 2 * 32 * 4**3)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 import tnpeft
 from tnpeft.network import Network
-from tnpeft.planning import plan
 from tnpeft.program import Program, build_program, counting
+from tnpeft.schedule import plan
 
 
 def program_of(network: Network) -> Program:

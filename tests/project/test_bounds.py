@@ -33,8 +33,9 @@ from tnpeft.draw import is_current
 from tnpeft.draw.files import write
 from tnpeft.fitting.checkpoint import Checkpoint
 from tnpeft.io.manifest import KEY, digest
-from tnpeft.planning import nominal_call, plan, predict
-from tnpeft.planning.predict import FOREVER
+from tnpeft.planning import nominal_call
+from tnpeft.schedule import plan, predict
+from tnpeft.schedule.predict import FOREVER
 from tnpeft.verify.oracle import dense_delta, entry
 
 TUPLES = """\

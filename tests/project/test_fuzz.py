@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from timing import takes_less_than
 
 import tnpeft
-from tnpeft.planning import plan
 from tnpeft.recipe import Recipe
+from tnpeft.schedule import plan
 
 LAYERS = (
     tnpeft.Layer("Conv3d", 6, 4, (1, 3, 2)),

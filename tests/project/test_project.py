@@ -28,6 +28,7 @@ ROOMS = (
     "spec",
     "network",
     "planning",
+    "schedule",
     "program",
     "adapters",
     "execution",
@@ -41,7 +42,7 @@ ROOMS = (
     "draw",
     "cli",
 )
-WITHOUT_TORCH = ("version", "earlier", "errors", "documents", "spec", "network", "planning")
+WITHOUT_TORCH = ("version", "earlier", "errors", "documents", "spec", "network", "planning", "schedule")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 MAX_TEST_LINES = 700  # tables of cases are long
 

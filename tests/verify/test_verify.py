@@ -15,11 +15,10 @@ import tnpeft
 from tnpeft.adapters import Adapter, inits
 from tnpeft.adapters import adapter as adapter_module
 from tnpeft.adapters.sharing import Sharing
-from tnpeft.execution import AdaptedLayer, modes
+from tnpeft.execution import AdaptedLayer, dispatch, modes
 from tnpeft.execution.forward_pass import ForwardPass
 from tnpeft.io import saving
 from tnpeft.network import bind
-from tnpeft.planning import modes as planning
 from tnpeft.program import ChainProgram, batched, clusters, delta, factored
 from tnpeft.program import chain as chains
 from tnpeft.program.batched import BatchedTree
@@ -164,8 +163,8 @@ def uneven_groups(patch: pytest.MonkeyPatch) -> None:
 
 def deaf_mode(patch: pytest.MonkeyPatch) -> None:
     """Whoever asks for the factored mode gets the hybrid one."""
-    deaf = {**planning.MODES, "factored": planning.MODES["hybrid"]}
-    patch.setattr(planning, "MODES", deaf)
+    real = dispatch.plan
+    patch.setattr(dispatch, "plan", lambda network, mode, call: real(network, mode.replace("factored", "hybrid"), call))
 
 
 def crash(patch: pytest.MonkeyPatch) -> None:
@@ -184,12 +183,12 @@ def forget_programs() -> None:
     for cached in (
         delta.build_program,
         factored.build_cluster_merge,
-        clusters._built,
         batched._laid_out,
         chains._products,
     ):
         cached.cache_clear()
     factored._CHAINS.clear()
+    clusters._CLUSTERS.clear()
 
 
 MUTANTS: dict[Break, tuple[set[str], str]] = {

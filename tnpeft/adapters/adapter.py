@@ -19,8 +19,8 @@ from tnpeft.adapters.refusals import without_values
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.strides import memory_order, moved
 from tnpeft.network import BoundCore, Network
-from tnpeft.planning import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
+from tnpeft.schedule import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 
 __all__ = ["Adapter"]
 

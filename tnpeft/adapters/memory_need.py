@@ -20,8 +20,8 @@ from torch import nn
 from tnpeft.adapters.offload import hook_of
 from tnpeft.errors import BindError, Problem
 from tnpeft.network import BoundCore, Network
-from tnpeft.planning import plan
-from tnpeft.planning.memory import FLOAT_BYTES
+from tnpeft.schedule import plan
+from tnpeft.schedule.memory import FLOAT_BYTES
 
 __all__ = ["VARIABLE", "memory_limit", "memory_problems"]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from tnpeft.cli.output import Output, table
 from tnpeft.network import Network
-from tnpeft.planning import MODES, Call, Link, Plan, best_plan, feasible_plans, plan, predict
+from tnpeft.planning import Call, Link
+from tnpeft.schedule import MODES, Plan, best_plan, feasible_plans, plan, predict
 
 __all__ = ["Costs", "bytes_text"]
 

@@ -11,7 +11,8 @@ from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.cli.picture import picture
 from tnpeft.errors import Problem
 from tnpeft.network import BoundCore, Network, Spec, load_spec
-from tnpeft.planning import Plan, nominal_call, plan
+from tnpeft.planning import nominal_call
+from tnpeft.schedule import Plan, plan
 from tnpeft.spec import Core, Declaration
 
 __all__ = ["show_spec"]

@@ -9,7 +9,7 @@ from tnpeft.adapters.memory_need import memory_problems
 from tnpeft.errors import BindError
 from tnpeft.execution.layers import AdaptedLayer
 from tnpeft.network import Spec, load_spec
-from tnpeft.planning import DEFAULT_MODE
+from tnpeft.schedule import DEFAULT_MODE
 
 __all__ = ["compile"]
 

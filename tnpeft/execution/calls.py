@@ -10,8 +10,9 @@ import torch
 
 from tnpeft.adapters import Adapter
 from tnpeft.execution.results import StartConstants
-from tnpeft.planning import Call, Plan
+from tnpeft.planning import Call
 from tnpeft.program import ChainProgram, ClusterMerge, ClusterProgram
+from tnpeft.schedule import Plan
 
 __all__ = ["CALLS", "Acting", "Calls", "Running"]
 

@@ -23,7 +23,7 @@ from tnpeft.execution.modes import dense, plain_factored, run
 from tnpeft.execution.refusals import taken_away
 from tnpeft.execution.site import Site
 from tnpeft.execution.torch_call import call_of
-from tnpeft.planning import Call, Plan, best_plan, feasible_plans, plan
+from tnpeft.planning import Call
 from tnpeft.program import (
     build_chain,
     build_cluster_merge,
@@ -32,6 +32,7 @@ from tnpeft.program import (
     records_sizes,
     saved_tensors_are_hooked,
 )
+from tnpeft.schedule import Plan, best_plan, feasible_plans, plan
 
 __all__ = ["execute", "running_of"]
 

@@ -17,9 +17,9 @@ from tnpeft.adapters import Adapter
 from tnpeft.errors import AttachError, Problem, TnpeftError, clip, near_miss
 from tnpeft.fitting.fit import Fit, FrozenCopy, Method, check_method, fit_adapter
 from tnpeft.network import Network, Spec
-from tnpeft.planning import DEFAULT_MODE
 from tnpeft.recipe import Handle, Recipe, Train, attach
 from tnpeft.recipe.report import printed
+from tnpeft.schedule import DEFAULT_MODE
 from tnpeft.surgery import (
     adapters_of,
     base_tensors,

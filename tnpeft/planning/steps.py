@@ -75,6 +75,16 @@ class Contraction:
     chain: Contraction | None = field(default=None, repr=False)
     reason: str | None = None
 
+    @property
+    def copies(self) -> bool:
+        """Whether there is a frozen copy of the cores."""
+        return self.network.start == "frozen_copy"
+
+    def numbers_of(self, link: Link) -> tuple[int, ...]:
+        """The cores of a link's cluster, by number."""
+        numbers = {number for step in link.steps for number in step.operands} | {link.cluster}
+        return tuple(number for number in range(len(self.network.cores)) if number in numbers)
+
     def elements(self, legs: tuple[str, ...]) -> int:
         """The number of elements of a tensor with these legs."""
         return math.prod(self.network.sizes[leg] for leg in legs)

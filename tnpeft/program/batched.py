@@ -23,9 +23,9 @@ from torch import Tensor
 
 from tnpeft.network import Network
 from tnpeft.planning import Step
-from tnpeft.program.chain_legs import GROUP
 from tnpeft.program.kernels import contract, contract_difference, kept, reorder, specialised
-from tnpeft.program.leg_order import Instruction, lay_out_steps
+from tnpeft.schedule.chain_legs import GROUP
+from tnpeft.schedule.leg_order import Instruction, lay_out_steps
 
 __all__ = ["BatchedTree", "Changed", "Start", "Tree", "together"]
 
@@ -287,9 +287,8 @@ def _laid_out(tree: Tree, count: int) -> tuple[tuple[Instruction, ...], Mapping[
     given = {len(tree.legs) + len(tree.steps) - 1: tree.result}
     if count == 1 and tree.steps:
         given |= dict(enumerate(tree.legs))
-    letters = {letter: letter for letter, _ in tree.sizes}
     sizes = {**dict(tree.sizes), GROUP: count}
-    return lay_out_steps(tree.steps, given, letters, sizes, GROUP if count > 1 else "")
+    return lay_out_steps(tree.steps, given, sizes, GROUP if count > 1 else "")
 
 
 def together(gradients: Sequence[Tensor | None]) -> Tensor:

@@ -6,18 +6,20 @@ Everything is stored contiguously, in the orders of its layout. A product is `mm
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import Tensor
 
-from tnpeft.planning import Call, Plan
-from tnpeft.program.chain_legs import BATCH, VOXELS, ChainLayout, LinkLayout
+from tnpeft.planning import Call
+from tnpeft.planning.steps import Contraction
 from tnpeft.program.im2col import AxisIm2col, Im2col, Positions
 from tnpeft.program.kernels import contract
 from tnpeft.program.observers import is_recorded
-from tnpeft.program.pairwise import Contraction, lower
+from tnpeft.schedule.chain import LinkSizes, link_sizes
+from tnpeft.schedule.chain_legs import BATCH, VOXELS, ChainLayout, LinkLayout
+from tnpeft.schedule.pairwise import Lowered, lower
 
 __all__ = ["Chain", "lower_chain"]
 
@@ -26,9 +28,9 @@ __all__ = ["Chain", "lower_chain"]
 class Products:
     """Of one link: the product with the cluster, and those for the gradients of the input and of the cluster."""
 
-    forward: Contraction
-    to_input: Contraction
-    to_cluster: Contraction
+    forward: Lowered
+    to_input: Lowered
+    to_cluster: Lowered
 
 
 @dataclass(frozen=True)
@@ -38,28 +40,13 @@ class Absorb:
     With a frozen copy X is a pair of the value and its change, and C the cluster's dual form.
     """
 
-    gather: bool  # im2col before the product; else col2im after it
     plain: Products  # with the cluster's values
     dual: Products  # with its dual form; `to_cluster` takes the pair's gradient and the value of the input
     outer: int  # elements before the pair leg that `dual.to_cluster` leaves to be summed; 0: it leaves none
-    forward: Im2col
-    back: Im2col  # its adjoint, for gradients
-
-    def read(self, x: Tensor, plain: bool) -> Tensor:
-        """The input as the product takes it."""
-        return self.forward(x, plain) if self.gather else x
-
-    def written(self, product: Tensor, plain: bool) -> Tensor:
-        """The next input from the product."""
-        return product if self.gather else self.forward(product, plain)
-
-    def received(self, gradient: Tensor, plain: bool) -> Tensor:
-        """The product's gradient from that of the next input."""
-        return gradient if self.gather else self.back(gradient, plain)
-
-    def passed_on(self, gradient: Tensor, plain: bool) -> Tensor:
-        """The input's gradient from that of what the product took."""
-        return self.back(gradient, plain) if self.gather else gradient
+    read: Im2col  # from the input to what the product takes; it does nothing if the link scatters
+    written: Im2col  # from the product to the next input; it does nothing if the link gathers
+    received: Im2col  # the adjoint of `written`
+    passed_on: Im2col  # the adjoint of `read`
 
 
 @dataclass(frozen=True)
@@ -116,81 +103,64 @@ class Chain:
         return inputs
 
 
-def lower_chain(plan: Plan, layout: ChainLayout) -> Chain:
+def lower_chain(plan: Contraction, layout: ChainLayout) -> Chain:
     """The chain of a factored plan of one term."""
-    assert plan.call is not None
-    space = _Space(plan.call)
+    call = plan.call
+    assert call is not None
+    inputs = tuple(axis.inputs for axis in call.axes)
     # Axes without legs move the input first.
     legless = [axis for axis, legs in enumerate(plan.network.weight[2:]) if not legs]
-    entry, leave = space.im2col(legless, False, False, None), space.im2col(legless, True, True, None)
-    space.absorb(legless)
-    links = tuple(_absorb(link, layout, space) for link in layout.links)
-    return Chain(links, entry, leave)
+    entry, leave = (_im2col(call, inputs, legless, adjoint, adjoint, None) for adjoint in (False, True))
+    both = zip(layout.links, link_sizes(plan, call), strict=True)
+    return Chain(tuple(_absorb(legs, layout, sizes, call) for legs, sizes in both), entry, leave)
 
 
-class _Space:
-    """The input's voxels along each axis on its way through the chain."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.sizes = [axis.inputs for axis in call.axes]
-
-    @property
-    def voxels(self) -> int:
-        return math.prod(self.sizes)
-
-    def absorb(self, axes: Sequence[int]) -> None:
-        """The axes have their output's size from here on."""
-        for axis in axes:
-            self.sizes[axis] = self.call.axes[axis].outputs
-
-    def im2col(self, axes: Sequence[int], backward: bool, adjoint: bool, before: int | None) -> Im2col:
-        """Of some kernel axes; with `adjoint` it is col2im.
-
-        Forward it leads from the input's side to the output's, backward the other way. Axes along which nothing moves
-        are left out. With `before` a tensor is (batch, voxels, `before` elements of channels, kernel, channels), with
-        None it is (batch, channels, kernel, voxels).
-        """
-        sizes = list(self.sizes)
-        for axis in axes:
-            known = self.call.axes[axis]
-            sizes[axis] = known.outputs if backward else known.inputs
-        found: dict[int, AxisIm2col] = {}
-        for axis in reversed(axes) if adjoint else axes:
-            known = self.call.axes[axis]
-            if not known.plain:
-                around = sizes[:axis], sizes[axis + 1 :]
-                # Kernel axes before this one stand before it.
-                others = math.prod(self.call.axes[other].kernel for other in axes[: axes.index(axis)])
-                place = None if before is None else (self.call.batch, before * others)
-                found[axis] = AxisIm2col.of(known, self.call.transposed, *around, backward, place)
-            sizes[axis] = known.inputs if backward else known.outputs
-        positions = None if before is None else self._positions(found, backward, before)
-        return Im2col([found[axis] for axis in axes if axis in found], adjoint, positions)
-
-    def _positions(self, found: Mapping[int, AxisIm2col], backward: bool, before: int) -> Positions:
-        axes = []
-        for axis, size in enumerate(self.sizes):
-            moved = found.get(axis)
-            axes.append((size, size, None) if moved is None else (moved.read, moved.written, moved.pairs))
-        return Positions(self.call.batch, tuple(axes), before)
-
-
-def _absorb(legs: LinkLayout, layout: ChainLayout, space: _Space) -> Absorb:
+def _absorb(legs: LinkLayout, layout: ChainLayout, sizes: LinkSizes, call: Call) -> Absorb:
     link = legs.link
     if link.gather:
         staying = legs.before[: -len(legs.passing) or None]
         before = None if legs.first else math.prod(layout.sizes[letter] for letter in staying)
     else:
         before = None if legs.last else 1
-    forward = space.im2col(link.axes, False, not link.gather, before)
-    back = space.im2col(link.axes, True, link.gather, before)
-    inputs = space.voxels
-    space.absorb(link.axes)
-    sizes = dict(layout.sizes) | {BATCH: space.call.batch, VOXELS: space.voxels if link.gather else inputs}
+    forward = _im2col(call, sizes.space_before, link.axes, False, not link.gather, before)
+    back = _im2col(call, sizes.space_before, link.axes, True, link.gather, before)
+    moves = (forward, NOTHING, NOTHING, back) if link.gather else (NOTHING, forward, back, NOTHING)
+    voxels = math.prod(sizes.space_after if link.gather else sizes.space_before)
+    lengths = tuple((dict(layout.sizes) | {BATCH: call.batch, VOXELS: voxels}).items())
     outer = math.prod(layout.sizes[letter] for letter in legs.pieces[0])
-    plain, dual = (_products(legs, tuple(sizes.items()), dual) for dual in (False, True))
-    return Absorb(link.gather, plain, dual, 0 if legs.last else outer, forward, back)
+    plain, dual = (_products(legs, lengths, dual) for dual in (False, True))
+    return Absorb(plain, dual, 0 if legs.last else outer, *moves)
+
+
+NOTHING = Im2col((), False)
+
+
+def _im2col(
+    call: Call, space: Sequence[int], axes: Sequence[int], back: bool, adjoint: bool, before: int | None
+) -> Im2col:
+    """Im2col along some kernel axes, where the input has the voxels `space`; with `adjoint` col2im.
+
+    Forward it leads from the input's side to the output's, with `back` the other way. Axes along which nothing moves
+    are left out. With `before` a tensor is (batch, voxels, `before` elements of channels, kernel, channels), with None
+    it is (batch, channels, kernel, voxels).
+    """
+    sizes = list(space)
+    for axis in axes:
+        sizes[axis] = call.axes[axis].outputs if back else call.axes[axis].inputs
+    moved: dict[int, AxisIm2col] = {}
+    for axis in reversed(axes) if adjoint else axes:
+        known = call.axes[axis]
+        if not known.plain:
+            # Kernel axes before this one stand before it.
+            others = math.prod(call.axes[other].kernel for other in axes[: axes.index(axis)])
+            place = None if before is None else (call.batch, before * others)
+            moved[axis] = AxisIm2col.of(known, call.transposed, sizes[:axis], sizes[axis + 1 :], back, place)
+        sizes[axis] = known.inputs if back else known.outputs
+    positions = None
+    if before is not None:
+        along = [(size, size, None) if axis not in moved else moved[axis].ends for axis, size in enumerate(space)]
+        positions = Positions(call.batch, tuple(along), before)
+    return Im2col([moved[axis] for axis in axes if axis in moved], adjoint, positions)
 
 
 @lru_cache(maxsize=8192)

@@ -12,20 +12,21 @@ A chain of these is T - T0 without any subtraction of large values, exactly zero
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from tnpeft.planning import Plan
+from tnpeft.planning.steps import Contraction
 from tnpeft.program import counts
 from tnpeft.program.autocast import without_autocast
 from tnpeft.program.batched import BatchedTree, Changed, Start, Tree, together
-from tnpeft.program.chain_legs import ChainLayout, LinkLayout, chain_layouts
 from tnpeft.program.observers import is_recorded, needs_plain_ops, saved_tensors_are_hooked
+from tnpeft.schedule import Plan
+from tnpeft.schedule.chain_legs import ChainLayout, LinkLayout, chain_layouts
 
 __all__ = [
     "BatchedCluster",
@@ -133,7 +134,7 @@ class ClusterProgram:
         numbers = {core.name: number for number, core in enumerate(plan.network.cores)}
         for part, layout in chain_layouts(plan):
             for link in layout.links:
-                cores = _cores_of(part, link)
+                cores = part.numbers_of(link.link)
                 places = tuple(numbers[part.network.cores[core].name] for core in cores)
                 self.clusters.append((_cluster(part, layout, link, cores), places))
 
@@ -166,38 +167,18 @@ class ClusterProgram:
         return LayerClusters(tuple(flat[::2]), tuple(flat[1::2]))
 
 
-@lru_cache(maxsize=1024)
-def _built(key: object, holder: _Hidden) -> ClusterProgram:
-    return ClusterProgram(holder.plan)
-
-
-class _Hidden(NamedTuple):
-    """A plan that is no part of a cache's key."""
-
-    plan: Plan
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return True
+_CLUSTERS: WeakValueDictionary[Hashable, ClusterProgram] = WeakValueDictionary()
 
 
 def build_clusters(plan: Plan) -> ClusterProgram:
-    """The clusters of a factored plan, cached; they are the same for all calls with the same links."""
-    return _built(plan.cluster_key, _Hidden(plan))
+    """The clusters of a factored plan, shared as long as anybody holds them; equal for all calls with these links."""
+    known = _CLUSTERS.get(plan.cluster_key)
+    return _CLUSTERS.setdefault(plan.cluster_key, ClusterProgram(plan)) if known is None else known
 
 
-def _cores_of(plan: Plan, link: LinkLayout) -> tuple[int, ...]:
-    """The cores of a cluster, by their number in the term, in file order."""
-    steps, cores = link.link.steps, len(plan.network.cores)
-    numbers = {number for step in steps for number in step.operands if number < cores}
-    return tuple(sorted(numbers)) if steps else (link.link.cluster,)
-
-
-def _cluster(plan: Plan, layout: ChainLayout, link: LinkLayout, cores: Sequence[int]) -> Cluster:
+def _cluster(plan: Contraction, layout: ChainLayout, link: LinkLayout, cores: Sequence[int]) -> Cluster:
     outer, between, rest = (math.prod(layout.sizes[letter] for letter in piece) for piece in link.pieces)
-    copies = plan.network.start == "frozen_copy"
+    copies = plan.copies
     form = "first" if link.first else "last" if link.last else "middle"
     tree = Tree.of(plan.network, cores, link.link.steps, link.cluster(False), layout.sizes)
     return Cluster(tree, form if copies else None, (outer, between, rest))

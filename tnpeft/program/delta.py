@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from tnpeft.errors import ExecutionError, Problem
-from tnpeft.planning import Plan
 from tnpeft.program import counts
 from tnpeft.program.autocast import without_autocast
 from tnpeft.program.batched import BatchedTree, Start, Tree, together
 from tnpeft.program.kernels import versions
 from tnpeft.program.observers import is_recorded, needs_plain_ops
 from tnpeft.program.weight_layout import WeightLayout
+from tnpeft.schedule import Plan
 
 __all__ = ["Delta", "Program", "Starts", "Term", "Weight", "build_program"]
 

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from tnpeft.errors import ExecutionError, Problem
-from tnpeft.planning import Plan
+from tnpeft.planning.steps import Contraction
 from tnpeft.program import counts
 from tnpeft.program.autocast import autocast_dtype, without_autocast
 from tnpeft.program.chain import Chain, lower_chain
-from tnpeft.program.chain_legs import chain_layouts
 from tnpeft.program.clusters import LayerClusters
-from tnpeft.program.merge_clusters import merge_clusters
-from tnpeft.program.observers import needs_plain_ops
+from tnpeft.program.kernels import contract
+from tnpeft.program.observers import is_recorded, needs_plain_ops
+from tnpeft.program.weight_layout import WeightLayout
+from tnpeft.schedule import Plan
+from tnpeft.schedule.chain_legs import ChainLayout, chain_layouts, merge_steps
+from tnpeft.schedule.leg_order import lay_out_steps
 
 __all__ = [
     "ChainProgram",
@@ -104,6 +107,24 @@ def build_chain(plan: Plan) -> ChainProgram:
     return _CHAINS.setdefault(plan, ChainProgram(plan)) if known is None else known
 
 
+class _TermMerge:
+    """One term: the contraction of its clusters, two or more, in dual form where there is one, to the stored weight."""
+
+    def __init__(self, plan: Contraction, layout: ChainLayout, memory_order: tuple[int, ...]) -> None:
+        self.weight_layout = WeightLayout.of(plan.network, memory_order)
+        clusters, steps = merge_steps(layout, plan.copies, self.weight_layout.legs)
+        given = dict(enumerate(clusters)) | {steps[-1].number: self.weight_layout.legs}
+        self.instructions, _ = lay_out_steps(steps, given, layout.sizes)
+
+    def __call__(self, clusters: Sequence[Tensor]) -> Tensor:
+        """The delta weight in its memory order, a tensor of its own."""
+        tensors = list(clusters)
+        plain = is_recorded()
+        for step in self.instructions:
+            tensors.append(contract(step.forward, tensors[step.left], tensors[step.right], plain))
+        return self.weight_layout.apply(tensors[-1])
+
+
 class ClusterMerge:
     """From the clusters of all terms to the delta weight."""
 
@@ -111,7 +132,7 @@ class ClusterMerge:
         self.terms = []
         done = 0
         for part, layout in chain_layouts(plan):
-            self.terms.append((slice(done, done + len(layout.links)), merge_clusters(part, layout, memory_order)))
+            self.terms.append((slice(done, done + len(layout.links)), _TermMerge(part, layout, memory_order)))
             done += len(layout.links)
 
     def __call__(self, clusters: LayerClusters) -> Tensor:

@@ -47,6 +47,11 @@ class AxisIm2col:
         around = self.outer * self.inner
         return around * self.read, around * self.written
 
+    @property
+    def ends(self) -> tuple[int, int, tuple[int, ...]]:
+        """Positions of the side read and of the side written, and for each entry and position written that read."""
+        return self.read, self.written, self.picked
+
     @classmethod
     def of(
         cls,
@@ -251,16 +256,16 @@ def _with_zeros(rows: Tensor) -> Tensor:
 class Positions:
     """Where the rows of channels stand: (batch, voxels along each axis, more rows); kernel axes in their order.
 
-    For each axis its size on the side read and on the side written, and if it is a kernel axis its `AxisIm2col.pairs`.
+    For each axis its size on the side read and on the side written, and if it is a kernel axis `AxisIm2col.picked`.
     """
 
     batch: int
-    axes: tuple[tuple[int, int, tuple[Pair | None, ...] | None], ...]
+    axes: tuple[tuple[int, int, tuple[int, ...] | None], ...]
     more: int
 
     @property
     def kernel(self) -> int:
-        return math.prod(len(pairs) for _, _, pairs in self.axes if pairs is not None)
+        return math.prod(len(picked) // written for _, written, picked in self.axes if picked is not None)
 
     def rows(self, written: bool) -> int:
         """Rows of the side written or read, without kernel entries."""
@@ -272,8 +277,10 @@ class Positions:
         To `col2im`, the rows read have kernel entries themselves, and the result has one line for each row written.
         """
         found, entries = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool)
-        for read, written, pairs in self.axes:
-            own, nothing = _along(read, written, pairs)
+        for read, written, picked in self.axes:
+            # (written, entries): the position read, past the last where there is none
+            own = torch.arange(read)[:, None] if picked is None else torch.tensor(picked).reshape(-1, written).T
+            nothing = own == read
             # (voxels, entries) of the axes so far with those of this one
             found = (found[:, None, :, None] * read + own[None, :, None, :]).flatten(2).flatten(0, 1)
             entries = (entries[:, None, :, None] | nothing[None, :, None, :]).flatten(2).flatten(0, 1)
@@ -285,16 +292,3 @@ class Positions:
             rows, past = rows * kernel + torch.arange(kernel), past * kernel
         rows = rows.masked_fill(entries[None, :, None, :], past)
         return rows.reshape(-1, kernel) if adjoint else rows.reshape(-1)
-
-
-def _along(read: int, written: int, pairs: tuple[Pair | None, ...] | None) -> tuple[Tensor, Tensor]:
-    """Along one axis, (written, entries): the position read, and where there is none."""
-    if pairs is None:
-        return torch.arange(read)[:, None], torch.zeros(read, 1, dtype=torch.bool)
-    found = torch.zeros(written, len(pairs), dtype=torch.long)
-    nothing = torch.ones(written, len(pairs), dtype=torch.bool)
-    for entry, pair in enumerate(pairs):
-        if pair is not None:
-            found[pair[1], entry] = torch.arange(read)[pair[0]]
-            nothing[pair[1], entry] = False
-    return found, nothing

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tnpeft.program.pairwise import Contraction, View
+from tnpeft.schedule.pairwise import Lowered, View
 
 __all__ = ["contract", "contract_difference", "is_lasting", "kept", "reorder", "specialised", "versions"]
 
@@ -50,7 +50,7 @@ def kept(tables: dict[Hashable, Tensor], key: Hashable, make: Callable[[], Tenso
     return table
 
 
-def contract(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> Tensor:
+def contract(product: Lowered, left: Tensor, right: Tensor, plain: bool) -> Tensor:
     """The product of two stored tensors, contiguous in the order that it was lowered for; its shape is arbitrary."""
     if not plain:
         return (product.__dict__.get("_quick") or specialised(product))(left, right)
@@ -59,7 +59,7 @@ def contract(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> 
 
 
 def contract_difference(
-    product: Contraction, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], plain: bool
+    product: Lowered, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], plain: bool
 ) -> Tensor | None:
     """The change of a product whose factors change: d(A B) = dA B0 + A dB, with `left` (A, dA) and `right` (B0, dB).
 
@@ -85,7 +85,7 @@ def reorder(tensor: Tensor, view: View, plain: bool) -> Tensor:
     return _view_of(tensor, view, 0, plain).contiguous()
 
 
-def specialised(product: Contraction) -> Product:
+def specialised(product: Lowered) -> Product:
     """`contract` for this product alone where it is not plain, kept on it."""
     quick: Product | None = product.__dict__.get("_quick")
     if quick is None:
@@ -93,7 +93,7 @@ def specialised(product: Contraction) -> Product:
     return quick
 
 
-def _specialised(product: Contraction) -> Product:
+def _specialised(product: Lowered) -> Product:
     first, second = _strided(product.first, product.expand[0]), _strided(product.second, product.expand[1])
     if first is None or second is None:
         return partial(_multiply_stored, product)
@@ -117,12 +117,12 @@ def _strided(view: View, expand: int) -> tuple[tuple[int, ...], tuple[int, ...]]
     return ((expand, *view.final), (0, *view.strides)) if expand else (view.final, view.strides)
 
 
-def _multiply_stored(product: Contraction, left: Tensor, right: Tensor) -> Tensor:
+def _multiply_stored(product: Lowered, left: Tensor, right: Tensor) -> Tensor:
     made = _multiply(product, *_factors(product, left, right, False))
     return made if product.result is None else reorder(made, product.result, False)
 
 
-def _multiply_plainly(product: Contraction, left: Tensor, right: Tensor) -> Tensor:
+def _multiply_plainly(product: Lowered, left: Tensor, right: Tensor) -> Tensor:
     first, second = _factors(product, left, right, True)
     if product.product in ("mm", "bmm", "mul"):
         return _multiply(product, first, second)
@@ -131,7 +131,7 @@ def _multiply_plainly(product: Contraction, left: Tensor, right: Tensor) -> Tens
     return torch.mm(first.permute(1, 0, 2).reshape(rows, batch * inner), second.reshape(batch * inner, -1))
 
 
-def _factors(product: Contraction, left: Tensor, right: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
+def _factors(product: Lowered, left: Tensor, right: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
     """Two stored tensors as the product takes them."""
     if product.swapped:
         left, right = right, left
@@ -155,7 +155,7 @@ def _view_of(tensor: Tensor, view: View, expand: int, plain: bool) -> Tensor:
     return seen.expand(expand, *view.final) if expand else seen
 
 
-def _multiply(product: Contraction, first: Tensor, second: Tensor) -> Tensor:
+def _multiply(product: Lowered, first: Tensor, second: Tensor) -> Tensor:
     if product.product == "mm":
         return torch.mm(first, second)
     if product.product == "mul":
@@ -167,7 +167,7 @@ def _multiply(product: Contraction, first: Tensor, second: Tensor) -> Tensor:
     return made if product.product == "bmm" else made.sum(0)
 
 
-def _added(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
+def _added(product: Lowered, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of two products of stored tensors, the second added to the first in place."""
     if product.swapped:
         one, two = one[::-1], two[::-1]
@@ -183,7 +183,7 @@ def _added(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, 
     return made.addbmm_(first, second) if first.device.type == "cpu" else made.add_(_multiply(product, first, second))
 
 
-def _doubled(product: Contraction, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], plain: bool) -> Tensor:
+def _doubled(product: Lowered, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], plain: bool) -> Tensor:
     """The sum of two products of stored tensors as one product over a doubled bond."""
     if product.swapped:
         one, two = one[::-1], two[::-1]

@@ -13,11 +13,11 @@ from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
 from tnpeft.documents.nodes import read_file
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, clip
 from tnpeft.network import Network, Spec, load_spec, param_problems
-from tnpeft.planning import DEFAULT_MODE, check_mode
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from
 from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import passed_over, skipped, targets, trained
+from tnpeft.schedule import DEFAULT_MODE, check_mode
 from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import ATTACH, unknown_params
 from tnpeft.spec.library import shipped_folder

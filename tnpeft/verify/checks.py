@@ -20,8 +20,8 @@ from tnpeft.execution import AdaptedLayer
 from tnpeft.execution.dispatch import running_of
 from tnpeft.io import load, save
 from tnpeft.network import BoundCore
-from tnpeft.planning import MODES
 from tnpeft.recipe import Handle
+from tnpeft.schedule import MODES
 from tnpeft.spec.pattern import expand
 from tnpeft.surgery import detach, disabled, merge, unmerge
 from tnpeft.verify.exact import Exact

@@ -16,7 +16,7 @@ from tnpeft.io.foreign.formats import MADE_FOR
 from tnpeft.io.foreign.generated_specs import spec_of_sizes
 from tnpeft.io.foreign.topologies import TOPOLOGIES, Topology, found_in
 from tnpeft.network import Layer, Network, layer_of, load_spec
-from tnpeft.planning import DEFAULT_MODE
+from tnpeft.schedule import DEFAULT_MODE
 from tnpeft.spec import list_specs
 
 __all__ = ["Foreign", "LayerUpdate", "adapter_of", "silenced"]

@@ -4,7 +4,7 @@ The layer's input and output are stored as (batch, channels' legs, voxels); betw
 (batch, voxels, channels' legs), for products of few channels and many voxels are several times quicker that way. The
 legs that the next product sums stand last, so that it is a matrix product. With a frozen copy the input on its way is
 a pair, the value and its change, along one leg more: the *pair leg* of a link, which its cluster makes and the next
-sums. Torch is not needed here.
+sums.
 """
 
 from __future__ import annotations
@@ -12,13 +12,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from tnpeft.planning import PAIRS, Link, Plan
+from tnpeft.planning import Link, Step, find_path, steps_of
+from tnpeft.planning.steps import Contraction
 
-__all__ = ["BATCH", "GROUP", "VOXELS", "ChainLayout", "LinkLayout", "chain_layouts"]
+__all__ = [
+    "BATCH",
+    "GROUP",
+    "PAIRS",
+    "VOXELS",
+    "ChainLayout",
+    "LinkLayout",
+    "chain_layout",
+    "chain_layouts",
+    "merge_steps",
+]
 
 # Letters of the batch, the voxels, and the layers of a group; networks have those of `opt_einsum.get_symbol`, which
-# are none of these, nor of the pair legs' (`PAIRS`).
+# are none of these, nor of the pair legs', one for each link from `PAIRS` on, in a part of Unicode that is left free.
 BATCH, VOXELS, GROUP = "\u0001", "\u0002", "\u0003"
+PAIRS = 0xF0000
 
 
 @dataclass(frozen=True)
@@ -92,26 +104,25 @@ class ChainLayout:
     sizes: Mapping[str, int]
 
 
-def chain_layouts(plan: Plan) -> Iterator[tuple[Plan, ChainLayout]]:
+def chain_layouts(plan: Contraction) -> Iterator[tuple[Contraction, ChainLayout]]:
     """The terms of a factored plan, each with the order of its legs."""
     for part in plan.terms or (plan,):
-        yield part, _layout(part)
+        yield part, chain_layout(part)
 
 
-def _layout(plan: Plan) -> ChainLayout:
-    letters = plan.network.symbols
-    sizes = {letter: plan.network.sizes[leg] for leg, letter in letters.items()}
+def chain_layout(plan: Contraction) -> ChainLayout:
+    """Of a factored plan of one term."""
+    letters, links = plan.network.symbols, plan.links
     orders = ["".join(letters[leg] for leg in plan.network.weight[1])]
-    for place in range(len(plan.links)):
-        orders.append(_order_after(plan, place))
-    links = []
-    for place, link in enumerate(plan.links):
-        before, after = orders[place], orders[place + 1]
+    orders += [_order_after(plan, place) for place in range(len(links))]
+    orders.append(orders[-1])  # the last link leaves nothing to be summed
+    pairs = ["", *(chr(PAIRS + place) for place in range(1, len(links))), ""]
+    sizes = {letter: plan.network.sizes[leg] for leg, letter in letters.items()} | dict.fromkeys(pairs[1:-1], 2)
+    layouts = []
+    for place, link in enumerate(links):
+        before, after, later = orders[place : place + 3]
         cluster = "".join(letters[leg] for leg in link.kept)
-        last = place == len(plan.links) - 1
-        pair_in, pair_out = (chr(PAIRS + place) if place else "", "" if last else chr(PAIRS + place + 1))
-        sizes |= dict.fromkeys(pair_in + pair_out, 2)
-        links.append(
+        layouts.append(
             LinkLayout(
                 link=link,
                 before=before,
@@ -120,21 +131,16 @@ def _layout(plan: Plan) -> ChainLayout:
                 new="".join(letter for letter in after if letter in cluster and letter not in before),
                 summed="".join(letter for letter in before if letter in cluster and letter not in after),
                 kernel="".join(letters[leg] for leg in link.kernel),
-                pair_in=pair_in,
-                pair_out=pair_out,
+                pair_in=pairs[place],
+                pair_out=pairs[place + 1],
                 passing="".join(letter for letter in before if letter not in after),
-                leaving="" if last else "".join(letter for letter in after if letter not in _left_by_next(plan, place)),
+                leaving="".join(letter for letter in after if letter not in later),
             )
         )
-    return ChainLayout(tuple(links), sizes)
+    return ChainLayout(tuple(layouts), sizes)
 
 
-def _left_by_next(plan: Plan, place: int) -> str:
-    """The letters that the next link leaves."""
-    return "".join(plan.network.symbols[leg] for leg in plan.links[place + 1].after)
-
-
-def _order_after(plan: Plan, place: int) -> str:
+def _order_after(plan: Contraction, place: int) -> str:
     """The legs that stay longest first; after the last link they stand as in the weight."""
     links, weight = plan.links, plan.network.weight[0]
     letters = plan.network.symbols
@@ -148,3 +154,12 @@ def _order_after(plan: Plan, place: int) -> str:
 
     ordered = sorted(links[place].after, key=lambda leg: (-stays(leg), natural.index(leg)))
     return "".join(letters[leg] for leg in ordered)
+
+
+def merge_steps(layout: ChainLayout, dual: bool, weight: str) -> tuple[list[str], tuple[Step, ...]]:
+    """The order of each cluster's legs, and the steps that contract them to the delta weight of the legs `weight`."""
+    orders = [link.cluster(dual) for link in layout.links]
+    sizes = {letter: layout.sizes[letter] for order in orders for letter in order}
+    path = find_path(tuple(orders), weight, tuple(sizes.items()))
+    tensors = [(number, tuple(order)) for number, order in enumerate(orders)]
+    return orders, tuple(steps_of(tensors, weight, path, sizes))

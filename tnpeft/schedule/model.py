@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tnpeft.planning.chain_sizes import link_sizes
 from tnpeft.planning.last_step_cost import LARGEST
-from tnpeft.planning.memory import FLOAT_BYTES, Memory, memory_of
 from tnpeft.planning.steps import Contraction, Link
+from tnpeft.schedule.chain import link_sizes
+from tnpeft.schedule.memory import FLOAT_BYTES, Memory, memory_of
 
 __all__ = ["FLOAT_BYTES", "Plan"]
 
@@ -154,10 +154,7 @@ class Plan(Contraction):
 
     def cores_of(self, link: Link) -> tuple[str, ...]:
         """The names of the cores in a link's cluster, in the network's order."""
-        cores = self.network.cores
-        found = {number for step in link.steps for number in step.operands if number < len(cores)}
-        found |= {link.cluster} if not link.steps else set()
-        return tuple(cores[number].name for number in sorted(found))
+        return tuple(self.network.cores[core].name for core in self.numbers_of(link))
 
 
 def _number(number: int, what: str) -> str:

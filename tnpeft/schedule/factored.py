@@ -11,10 +11,10 @@ from tnpeft.network.model import Network
 from tnpeft.planning.bitsets import Graph
 from tnpeft.planning.call import Call
 from tnpeft.planning.chain_search import Absorption, find_chain
-from tnpeft.planning.dense import stored_legs
-from tnpeft.planning.model import Plan
 from tnpeft.planning.path import Path, find_path
 from tnpeft.planning.steps import Link, Step, steps_of
+from tnpeft.schedule.dense import stored_legs
+from tnpeft.schedule.model import Plan
 
 __all__ = ["obstacle", "plan_factored", "plan_hybrid"]
 

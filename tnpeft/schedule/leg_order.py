@@ -1,7 +1,7 @@
 """In which order of legs each intermediate is stored, and every step of a plan lowered for it.
 
 The order of the last result is the weight's memory order; the orders of the others follow from the last step to the
-first. A step's two operands are ordered so that it and its two gradients need few copies. Torch is not needed here.
+first. A step's two operands are ordered so that it and its two gradients need few copies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tnpeft.planning import Step
-from tnpeft.program.pairwise import Contraction, Sizes, View, copy_time, lower, lowering_time, reordering
+from tnpeft.schedule.pairwise import Lowered, Sizes, View, copy_time, lower, lowering_time, reordering
 
 __all__ = ["Instruction", "lay_out_steps"]
 
@@ -30,47 +30,29 @@ class Instruction:
     number: int
     left: int
     right: int
-    forward: Contraction
+    forward: Lowered
     back: View | None
-    to_left: Contraction
-    to_right: Contraction
+    to_left: Lowered
+    to_right: Lowered
 
 
 def lay_out_steps(
-    steps: Sequence[Step], orders: Mapping[int, str], letters: Mapping[str, str], sizes: Sizes, batch: str = ""
+    steps: Sequence[Step], orders: Mapping[int, str], sizes: Sizes, batch: str = ""
 ) -> tuple[tuple[Instruction, ...], dict[int, str]]:
-    """Steps, perhaps of several trees, with the orders of their last results given, and the orders of all tensors.
+    """Steps, whose legs are letters, with the order of the last result given, and the orders of all tensors.
 
-    Orders of first operands are given, or chosen as those of results are. `letters` are those of the steps' legs. Every
-    tensor has the legs `batch` before its own.
+    Orders of first operands are given, or chosen as those of results are. Every tensor has the legs `batch` before its
+    own.
     """
     orders = dict(orders)
-    letter = letters.__getitem__
-    lettered = {}
-    for step in steps:
-        left, right, output = ("".join(map(letter, legs)) for legs in (step.left, step.right, step.output))
-        lettered[step.number] = _Letters(step, left, right, output)
+    made_by = {step.number: step for step in steps}
     instructions: list[Instruction] = []
     for step in reversed(steps):
-        left, right = _operand_orders(lettered[step.number], orders, lettered, sizes, batch)
+        left, right = _operand_orders(step, orders, made_by, sizes, batch)
         orders.update(zip(step.operands, (left, right), strict=True))
         stored = (batch + left, batch + right, batch + orders[step.number])
         instructions.append(_lowered(step, *stored, sizes))
     return tuple(reversed(instructions)), orders
-
-
-@dataclass(frozen=True)
-class _Letters:
-    """A step and its legs, one letter each."""
-
-    step: Step
-    left: str
-    right: str
-    output: str
-
-    @property
-    def summed(self) -> str:
-        return "".join(leg for leg in self.left if leg in self.right and leg not in self.output)
 
 
 def _lowered(step: Step, left: str, right: str, output: str, sizes: Sizes) -> Instruction:
@@ -91,13 +73,12 @@ def _copied_once(left: str, right: str, output: str, made: str, sizes: Sizes) ->
 
 
 def _operand_orders(
-    this: _Letters, orders: Mapping[int, str], steps: Mapping[int, _Letters], sizes: Sizes, batch: str
+    this: Step, orders: Mapping[int, str], steps: Mapping[int, Step], sizes: Sizes, batch: str
 ) -> tuple[str, str]:
     """The cheapest orders of the operands' legs; those of cores are given."""
-    output = orders[this.step.number]
-    given = [orders.get(number) for number in this.step.operands]
-
-    made = [steps.get(number) for number in this.step.operands]
+    output = orders[this.number]
+    given = [orders.get(number) for number in this.operands]
+    made = [steps.get(number) for number in this.operands]
     cheapest, best = math.inf, ("", "")
     candidates = _candidates(this, given, output)
     for pair in candidates:
@@ -114,7 +95,7 @@ def _operand_orders(
     return best
 
 
-def _candidates(this: _Letters, given: Sequence[str | None], output: str) -> list[tuple[str, str]]:
+def _candidates(this: Step, given: Sequence[str | None], output: str) -> list[tuple[str, str]]:
     left, right = given
     if left is not None and right is not None:
         return [(left, right)]
@@ -126,7 +107,7 @@ def _candidates(this: _Letters, given: Sequence[str | None], output: str) -> lis
     return pairs
 
 
-def _summed_orders(this: _Letters, given: Sequence[str | None]) -> list[str]:
+def _summed_orders(this: Step, given: Sequence[str | None]) -> list[str]:
     """Orders for the summed legs: a core's own, else any."""
     summed = this.summed
     for legs in given:
@@ -137,7 +118,7 @@ def _summed_orders(this: _Letters, given: Sequence[str | None]) -> list[str]:
     return ["".join(leg for leg in legs if leg in summed) for legs in (this.left, this.right)]
 
 
-def _placements(legs: str, summed: str, output: str) -> list[str]:
+def _placements(legs: Sequence[str], summed: str, output: str) -> list[str]:
     """The operand's kept legs in the result's order, and the summed legs first, last, or where others intervene."""
     kept = "".join(filter(legs.__contains__, output))
     placements = [summed + kept]
@@ -147,7 +128,7 @@ def _placements(legs: str, summed: str, output: str) -> list[str]:
     return [*placements, kept + summed] if kept else placements
 
 
-def _cost_of_making(this: _Letters, output: str, sizes: Sizes) -> float:
+def _cost_of_making(this: Step, output: str, sizes: Sizes) -> float:
     """The copy that a step needs to store its result as `output`, if its operands cannot bring it into that order."""
     changes, before = 0, None
     for leg in output:
@@ -155,4 +136,4 @@ def _cost_of_making(this: _Letters, output: str, sizes: Sizes) -> float:
             owner = leg in this.left
             changes += before not in (None, owner)
             before = owner
-    return copy_time(this.output, output, sizes) if changes > 2 else 0.0
+    return copy_time("".join(this.output), output, sizes) if changes > 2 else 0.0

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tnpeft.planning.call import Call
-from tnpeft.planning.chain_sizes import link_sizes
 from tnpeft.planning.device_model import DeviceModel, device_model
-from tnpeft.planning.model import Plan
 from tnpeft.planning.steps import Step
+from tnpeft.schedule.chain import Run, runs_of
+from tnpeft.schedule.model import Plan
 
 __all__ = ["Prediction", "predict"]
 
@@ -90,7 +90,7 @@ class _Prices:
         numel = plan.network.layer.numel
         found = []
         for part in plan.terms or (plan,):
-            pairs = 3 if part.network.start == "frozen_copy" else 1
+            pairs = 3 if part.copies else 1
             starts = self.prices.shared * len(part.network.cores)
             forward = sum(pairs * self._step(step) for step in part.steps) + starts
             backward = 2 * sum(self._step(step) for step in part.steps) + starts / 2
@@ -103,7 +103,7 @@ class _Prices:
 
     def clusters(self, plan: Plan) -> tuple[float, float]:
         """Contracted together with those of layers alike."""
-        pairs = 3 if plan.network.start == "frozen_copy" else 1
+        pairs = 3 if plan.copies else 1
         own = sum(self._step(step) for step in plan.steps)
         elements = sum(plan.elements(link.kept) for link in plan.links)
         starts = self.prices.shared * len(plan.network.cores)
@@ -112,30 +112,17 @@ class _Prices:
     def completion(self, plan: Plan) -> tuple[float, float]:
         """From the clusters to the delta weight; the last product writes it, over the smallest bond of the chain."""
         numel, links = plan.network.layer.numel, plan.links
-        double = 2 if plan.network.start == "frozen_copy" else 1
+        double = 2 if plan.copies else 1
         inner = links[:-1]
         bond = min(map(plan.elements, _cuts(plan)), default=1)
         product = self.prices.start + self.prices.contract * numel * bond * double
         return len(inner) * self.prices.start + product + self.moved(numel), 0.0
 
     def chain(self, plan: Plan, call: Call, factored: bool) -> tuple[float, float]:
-        """The products and shifted copies of a chain; with pairs each tensor between two links is twice as large."""
-        dual = factored and plan.network.start == "frozen_copy"
-        forward = backward = self.prices.functions
-        links = [*_links(plan, call)]
-        for place, link in enumerate(links):
-            first, last = place == 0, place == len(links) - 1
-            wide = (1 if first else 2) * (1 if last else 2) if dual else 1
-            side = (1 if (first if link.gather else last) else 2) if dual else 1
-            if factored:
-                forward += self._link(link, wide, side)
-                backward += self._link(link, wide, side)
-            elif not first:
-                backward += self._link(link, 1, 1)  # the input's gradient
-            if not last:
-                backward += self._link(link, 1, 1)  # the value, made again
-            half = 2 if dual and not last else 1
-            backward += self._link(link, half, half if not link.gather else 1)  # the cluster's gradient
+        """The products and shifted copies of a chain."""
+        runs = runs_of(plan, call, not factored)
+        forward = self.prices.functions + sum(map(self._run, runs.outputs))
+        backward = self.prices.functions + sum(map(self._run, (*runs.values[:-1], *runs.clusters, *runs.inputs)))
         if factored:
             forward += self.moved(2 * call.batch * call.outputs * plan.network.layer.out_channels)
             backward += self.moved(2 * call.batch * call.inputs * plan.network.layer.in_channels)
@@ -149,49 +136,22 @@ class _Prices:
     def _step(self, step: Step) -> float:
         return self.prices.shared + self.prices.contract * step.flops / 2 + self.prices.move * step.elements
 
-    def _link(self, link: _Link, wide: int, side: int) -> float:
-        found = self.product(link.multiplications * wide, link.rows * min(wide, 2)) + self.prices.start
-        found += self.prices.move * (link.read + link.written) * min(wide, 2)
-        if link.shifts:
-            found += link.shifts * self.prices.shift + self.copied(link.copied * side)
-        return found
-
-
-@dataclass(frozen=True)
-class _Link:
-    """One product of a chain: what it multiplies, reads, writes, and how its shifted copies are made."""
-
-    multiplications: float
-    rows: int
-    read: float
-    written: float
-    copied: float
-    shifts: int
-    gather: bool
-
-
-def _links(plan: Plan, call: Call) -> Iterator[_Link]:
-    for sizes in link_sizes(plan, call):
-        link, entries = sizes.link, sizes.entries
-        shifts = sum(not call.axes[axis].plain for axis in link.axes)
-        new = plan.elements(tuple(leg for leg in link.after if leg not in link.before))
-        summed = plan.elements(tuple(leg for leg in link.before if leg not in link.after))
-        rows = min(new * (1 if link.gather else entries), summed * (entries if link.gather else 1))
-        yield _Link(link.flops / 2, rows, sizes.before, sizes.after, sizes.copied, shifts, link.gather)
+    def _run(self, run: Run) -> float:
+        sizes, pairs = run.sizes, run.pair_in * run.pair_out
+        product = self.product(sizes.link.flops / 2 * pairs, sizes.rows * min(pairs, 2)) + self.prices.start
+        product += self.prices.move * (sizes.before + sizes.after) * min(pairs, 2)
+        if sizes.moving:
+            product += len(sizes.moving) * self.prices.shift + self.copied(run.copied)
+        return product
 
 
 def _cuts(plan: Plan) -> Iterator[tuple[str, ...]]:
     """For each link but the last, the legs between the clusters up to it and those after it."""
-    opened = set(plan.network.open_legs)
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for place, link in enumerate(plan.links):
-        for leg in link.kept:
-            first.setdefault(leg, place)
-            last[leg] = place
-    inner = [leg for leg in first if leg not in opened and first[leg] < last[leg]]
-    for place in range(len(plan.links) - 1):
-        yield tuple(leg for leg in inner if first[leg] <= place < last[leg])
+    for place in range(1, len(plan.links)):
+        first, second = (
+            {leg for link in part for leg in link.kept} for part in (plan.links[:place], plan.links[place:])
+        )
+        yield tuple(first & second - set(plan.network.open_legs))
 
 
 def _multiplications(plan: Plan, call: Call) -> float:

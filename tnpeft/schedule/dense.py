@@ -7,9 +7,9 @@ from functools import lru_cache
 
 from tnpeft.errors import BindError, Problem
 from tnpeft.network.model import Network
-from tnpeft.planning.model import Plan
 from tnpeft.planning.path import find_path
 from tnpeft.planning.steps import steps_of
+from tnpeft.schedule.model import Plan
 
 __all__ = ["plan_dense", "stored_legs"]
 

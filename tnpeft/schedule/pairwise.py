@@ -2,7 +2,7 @@
 
 Tensors are stored contiguously in a known order of legs, written as a string of index letters. A contraction of two of
 them to a third is `mm` or `bmm` if the legs of each role (batch, rows, summed, columns) are neighbours there; otherwise
-an operand or the result is copied. All ways to lower one are compared by a rough model of time. No torch here.
+an operand or the result is copied. All ways to lower one are compared by a rough model of time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["Contraction", "Sizes", "View", "copy_time", "lower", "lowering_time", "reordering"]
+__all__ = ["Lowered", "Sizes", "View", "copy_time", "lower", "lowering_time", "reordering"]
 
 Sizes = Mapping[str, int]
 
@@ -54,7 +54,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Contraction:
+class Lowered:
     """The product of two stored tensors.
 
     `product` is `mm`, `bmm`, `mul` (broadcasting), or one that sums the batch: `addbmm`, `bmm_sum`. `swapped`: the
@@ -86,7 +86,7 @@ class _Candidate(NamedTuple):
     cost: float
 
 
-def lower(left: str, right: str, output: str, sizes: Sizes) -> Contraction:
+def lower(left: str, right: str, output: str, sizes: Sizes) -> Lowered:
     """The quickest product of tensors stored as `left` and `right` whose result is stored as `output`."""
     return _lowered(*_signature(left, right, output, sizes))
 
@@ -121,7 +121,7 @@ def _signature(left: str, right: str, output: str, sizes: Sizes) -> tuple[str, s
 
 
 @lru_cache(maxsize=1 << 12)
-def _lowered(left: str, right: str, output: str, lengths: tuple[int, ...]) -> Contraction:
+def _lowered(left: str, right: str, output: str, lengths: tuple[int, ...]) -> Lowered:
     sizes = dict(zip(left + right + output, lengths, strict=True))
     found = _quickest(left, right, output, lengths)
     if found.product == "mul":
@@ -129,7 +129,7 @@ def _lowered(left: str, right: str, output: str, lengths: tuple[int, ...]) -> Co
     first, second = (right, left) if found.swapped else (left, right)
     batch, count = found.batch, math.prod(map(sizes.__getitem__, found.batch))
     in_first, in_second = bool(batch) and batch[0] in first, bool(batch) and batch[0] in second
-    return Contraction(
+    return Lowered(
         found.product,
         _view(first, [batch, found.rows, found.summed][0 if in_first else 1 :], sizes),
         _view(second, [batch, found.summed, found.columns][0 if in_second else 1 :], sizes),
@@ -141,11 +141,11 @@ def _lowered(left: str, right: str, output: str, lengths: tuple[int, ...]) -> Co
     )
 
 
-def _elementwise(left: str, right: str, output: str, sizes: Sizes) -> Contraction:
+def _elementwise(left: str, right: str, output: str, sizes: Sizes) -> Lowered:
     """A product along shared and open legs alone: broadcasting writes it in any order."""
     runs = _runs(output, (left, right))
     first, second = (_view(legs, [run if run[0] in legs else "" for run in runs], sizes) for legs in (left, right))
-    return Contraction("mul", first, second, False, None, (0, 0), False, output)
+    return Lowered("mul", first, second, False, None, (0, 0), False, output)
 
 
 def _runs(output: str, operands: Sequence[str]) -> list[str]:

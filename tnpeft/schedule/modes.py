@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 
 from tnpeft.errors import Problem, TnpeftError, clip, near_miss
 from tnpeft.network.model import Network
 from tnpeft.planning.call import Call, nominal_call
-from tnpeft.planning.dense import plan_dense
-from tnpeft.planning.factored import plan_factored, plan_hybrid
-from tnpeft.planning.memory import FLOAT_BYTES
-from tnpeft.planning.model import Plan
-from tnpeft.planning.predict import predict
+from tnpeft.schedule.dense import plan_dense
+from tnpeft.schedule.factored import plan_factored, plan_hybrid
+from tnpeft.schedule.memory import FLOAT_BYTES
+from tnpeft.schedule.model import Plan
+from tnpeft.schedule.predict import predict
 
 __all__ = ["DEFAULT_MODE", "MODES", "best_plan", "check_choices", "check_mode", "feasible_plans", "plan"]
 
 
+MODES = ("dense", "factored", "hybrid", "auto")
 # What layers get that are attached, compiled or loaded from another library's file.
 DEFAULT_MODE = "auto"
 # Bytes that `auto` may spend on a layer for speed, and those of an input and output for which it need not ask: the
@@ -43,9 +43,15 @@ def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inf
         fix = "Bind a spec to a layer: `tnpeft.plan(spec.bind(layer))`."
         raise TnpeftError(Problem("plan", "a network", type(network).__name__, fix))
     call = call or nominal_call(network.layer)
-    if mode == "auto" and inference:
+    if mode == "auto":
         return best_plan(feasible_plans(network, call, inference), call, inference)
-    return MODES[mode](network, call)
+    dense = plan_dense(network)  # checks the sizes first
+    if mode == "dense":
+        return dense
+    chain = plan_factored(network, call)
+    if isinstance(chain, str):
+        return replace(dense, reason=chain)
+    return chain if mode == "factored" else plan_hybrid(dense, chain)
 
 
 def check_mode(mode: object) -> None:
@@ -64,24 +70,6 @@ def check_choices(choices: Mapping[str, str]) -> None:
             expected = f"one of {', '.join(f'`{name}`' for name in known)}"
             fix = near_miss(mode, known) or "Leave it out: it is chosen again."
             raise TnpeftError(Problem(f"the mode chosen for {clip(call)}", expected, f"`{mode[:40]}`", fix))
-
-
-def _dense(network: Network, call: Call) -> Plan:
-    return plan_dense(network)
-
-
-def _factored(network: Network, call: Call) -> Plan:
-    dense = plan_dense(network)  # checks the sizes first
-    found = plan_factored(network, call)
-    return replace(dense, reason=found) if isinstance(found, str) else found
-
-
-def _hybrid(network: Network, call: Call) -> Plan:
-    dense = plan_dense(network)
-    found = plan_factored(network, call)
-    if isinstance(found, str):
-        return replace(dense, reason=found)
-    return plan_hybrid(dense, found)
 
 
 def feasible_plans(network: Network, call: Call, inference: bool = False) -> list[Plan]:
@@ -117,13 +105,3 @@ def best_plan(plans: Iterable[Plan], call: Call, inference: bool = False) -> Pla
         return prediction.forward if inference else prediction.step
 
     return min(plans, key=seconds)
-
-
-def _auto(network: Network, call: Call) -> Plan:
-    return best_plan(feasible_plans(network, call), call)
-
-
-MODES: Mapping[str, Callable[[Network, Call], Plan]] = MappingProxyType(
-    {"dense": _dense, "factored": _factored, "hybrid": _hybrid, "auto": _auto}
-)
-"""Execution modes by name; each plans a network for a call."""

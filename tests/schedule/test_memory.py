@@ -12,7 +12,8 @@ from networks import make_network
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.planning import Axis, Call, Plan, plan
+from tnpeft.planning import Axis, Call
+from tnpeft.schedule import Plan, plan
 
 MODES = ("dense", "hybrid", "factored")
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -40,7 +41,7 @@ class Use(NamedTuple):
 @pytest.fixture(autouse=True)
 def no_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The workspace of convolutions is not counted: both sides take torch's own, which is unseen."""
-    monkeypatch.setattr("tnpeft.execution.layers.convolved", lambda *_: None)
+    monkeypatch.setattr("tnpeft.execution.layer_kinds.convolved", lambda *_: None)
 
 
 def used(model: nn.Module, x: Tensor) -> Use:
