@@ -20,6 +20,7 @@ _MOVED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "tnpeft.modules.layers": ("tnpeft.execution.layers", "tnpeft.execution.layer_kinds"),
         "tnpeft.modules.parked": ("tnpeft.adapters.parked",),
         "tnpeft.modules.parked_states": ("tnpeft.adapters.parked_states",),
+        "tnpeft.planning.model": ("tnpeft.schedule.model",),
         "tnpeft.plan.call": ("tnpeft.planning.call",),
         "tnpeft.plan.model": ("tnpeft.schedule", "tnpeft.planning"),
         "tnpeft.spec.model": ("tnpeft.network.spec",),
