@@ -21,7 +21,7 @@ from tnpeft.planning.candidates import CLUSTERS, candidates
 from tnpeft.planning.chain_search import WHOLE_WEIGHT, find_chain
 from tnpeft.planning.device_model import DEVICE_MODELS, device_model
 from tnpeft.schedule import Plan, feasible_plans, plan
-from tnpeft.schedule.factored import obstacle
+from tnpeft.schedule.plans import obstacle
 
 GAVE_UP = "the search for an order gave up: its 40 cores can be joined in too many ways"
 
