@@ -21,7 +21,7 @@ from tnpeft.planning.candidates import CLUSTERS, candidates
 from tnpeft.planning.chain_search import WHOLE_WEIGHT, find_chain
 from tnpeft.planning.device_model import DEVICE_MODELS, device_model
 from tnpeft.schedule import Plan, feasible_plans, plan
-from tnpeft.schedule.factored import obstacle
+from tnpeft.schedule.plans import obstacle
 
 GAVE_UP = "the search for an order gave up: its 40 cores can be joined in too many ways"
 
@@ -58,9 +58,9 @@ def follow(found: Plan) -> None:
 @pytest.mark.parametrize("shape", [*GRAPHS, "hyperedge"])
 def test_forty_cores_of_any_shape_plan_in_time_in_all_modes(shape: str) -> None:
     network = hyperedge(40) if shape == "hyperedge" else network_of_graph(GRAPHS[shape])
-    start = time.perf_counter()
+    start = time.process_time()
     dense, hybrid, chain = feasible_plans(network, nominal_call(network.layer))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert [found.mode for found in (dense, hybrid, chain)] == ["dense", "hybrid", "factored"]
     follow(chain)
     assert len(hybrid.path) == 39

@@ -22,7 +22,7 @@ import tnpeft
 PACKAGE = str(Path(tnpeft.__file__).parent)
 # At most so many calls: of warm forward passes, of attaching a parsed spec, of the first attach of a process, most of
 # which is the search of a path and of the layouts.
-CALLS = {"lora": 50, "tenvoo_l": 250, "attach": 400, "cold": 12_000}
+CALLS = {"lora": 50, "tenvoo_l": 250, "attach": 400, "cold": 13_000}
 # How deep the first matrix product lies: `forward` is 1.
 FRAMES = 8
 

@@ -102,7 +102,7 @@ def test_memory_and_program_merge_clusters_alike() -> None:
     weight = "".join(planned.network.symbols[leg] for axis in planned.network.weight for leg in axis)
     _, steps = merge_steps(chain_layout(planned), True, weight)
     merge = build_cluster_merge(planned, (0, 1, 2, 3, 4))
-    ((_, term),) = merge.terms
+    (term,) = merge.terms
     assert [(step.left, step.right) for step in term.instructions] == [step.operands for step in steps]
 
 

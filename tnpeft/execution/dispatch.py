@@ -104,9 +104,7 @@ def _plain_run(
     planned = plan(adapter.network, mode, call, inference=not training)
     if planned.mode != "factored":
         return None
-    chain, clusters = build_chain(planned), build_clusters(planned)
-    clusters.lone()  # building it is nothing to trace
-    return calls.keep_plain(chain, clusters)
+    return calls.keep_plain(build_chain(planned), build_clusters(planned))
 
 
 # What `torch.compiler.assume_constant_result` does, which imports the whole compiler for it.

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Bitsets", "Graph"]
+__all__ = ["Bitsets", "Graph", "connected_sets"]
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,23 @@ class Bitsets:
             legs ^= low
         return found
 
-    def connected(self, largest: int) -> Iterator[int]:
-        """Connected sets of at most `largest` cores, each once."""
-        for start in range(len(self.legs)):
-            stack = [(1 << start, self.neighbours[start], (2 << start) - 1)]
-            while stack:
-                cores, border, banned = stack.pop()
-                yield cores
-                if cores.bit_count() == largest:
-                    continue
-                free = border & ~banned
-                while free:
-                    low = free & -free
-                    free ^= low
-                    banned |= low
-                    stack.append((cores | low, border | self.neighbours[low.bit_length() - 1], banned))
+
+def connected_sets(neighbours: Sequence[int], largest: int) -> Iterator[int]:
+    """Connected sets of at most `largest` cores, each once; of each core its neighbours are given.
+
+    Those whose lowest core is `start` grow by one neighbour at a time; `banned` holds what an earlier branch has had
+    already.
+    """
+    for start, border_of_start in enumerate(neighbours):
+        stack = [(1 << start, border_of_start, (2 << start) - 1)]
+        while stack:
+            cores, border, banned = stack.pop()
+            yield cores
+            if cores.bit_count() == largest:
+                continue
+            free = border & ~banned
+            while free:
+                low = free & -free
+                free ^= low
+                banned |= low
+                stack.append((cores | low, border | neighbours[low.bit_length() - 1], banned))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from tnpeft.planning.bitsets import Bitsets
+from tnpeft.planning.bitsets import Bitsets, connected_sets
 from tnpeft.planning.device_model import DeviceModel
 
 __all__ = ["Candidate", "candidates"]
@@ -52,7 +52,7 @@ def _connected(sets: Bitsets) -> tuple[list[int], bool]:
     found: list[int] = []
     most = max(CLUSTERS, len(sets.legs))
     for largest in range(1, len(sets.legs) + 1):
-        wider = list(itertools.islice(sets.connected(largest), most + 1))
+        wider = list(itertools.islice(connected_sets(sets.neighbours, largest), most + 1))
         if len(wider) > most:
             return found, False
         if len(wider) == len(found):  # none is larger

@@ -7,11 +7,13 @@ PYTHONHASHSEED.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from opt_einsum.paths import DynamicProgramming, linear_to_ssa, ssa_to_linear
 
+from tnpeft.planning.bitsets import connected_sets
 from tnpeft.planning.heuristic import Legs, Tree, heuristic_tree, path_of_tree, tree_of_path
 from tnpeft.planning.last_step_cost import cost_of_paths
 
@@ -72,23 +74,8 @@ def _is_connected(neighbours: Sequence[int]) -> bool:
 
 def count_connected_subsets(neighbours: Sequence[int], bound: int) -> int:
     """Connected subsets of two or more cores; counts no further than `bound` + 1."""
-    count = 0
-    for start in range(len(neighbours)):
-        # Subsets whose lowest core is `start` grow by one neighbour at a time; `banned` holds what an earlier branch
-        # has had already, so that no subset is met twice.
-        stack = [(neighbours[start], (2 << start) - 1)]
-        while stack:
-            border, banned = stack.pop()
-            free = border & ~banned
-            while free:
-                bit = free & -free
-                free ^= bit
-                banned |= bit
-                count += 1
-                if count > bound:
-                    return count
-                stack.append((border | neighbours[bit.bit_length() - 1], banned))
-    return count
+    subsets = connected_sets(neighbours, len(neighbours))
+    return sum(1 for _ in itertools.islice((cores for cores in subsets if cores & (cores - 1)), bound + 1))
 
 
 def _programmed_tree(inputs: Sequence[Legs], output: str, sizes: Mapping[str, int]) -> Tree:

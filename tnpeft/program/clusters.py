@@ -130,24 +130,18 @@ class ClusterProgram:
 
     def __init__(self, plan: Plan) -> None:
         self.clusters: list[tuple[Cluster, tuple[int, ...]]] = []
-        self._codes: list[BatchedCluster] | None = None
         numbers = {core.name: number for number, core in enumerate(plan.network.cores)}
         for part, layout in chain_layouts(plan):
             for link in layout.links:
                 cores = part.numbers_of(link.link)
                 places = tuple(numbers[part.network.cores[core].name] for core in cores)
                 self.clusters.append((_cluster(part, layout, link, cores), places))
-
-    def lone(self) -> list[BatchedCluster]:
-        """The code of each cluster for one layer."""
-        if self._codes is None:
-            self._codes = [BatchedCluster(cluster, 1) for cluster, _ in self.clusters]
-        return self._codes
+        self.lone = [BatchedCluster(cluster, 1) for cluster, _ in self.clusters]  # the code for one layer
 
     def start(self, start: Sequence[Tensor]) -> tuple[ClusterStart | None, ...]:
         """What the changes of one layer need of its frozen copy, `start` (empty: there is none)."""
         copies = [[start[core] for core in cores] if start else [] for _, cores in self.clusters]
-        return tuple(code.start(of_cluster) for code, of_cluster in zip(self.lone(), copies, strict=True))
+        return tuple(code.start(of_cluster) for code, of_cluster in zip(self.lone, copies, strict=True))
 
     def __call__(self, cores: Sequence[Tensor], known: Sequence[ClusterStart | None]) -> LayerClusters:
         """One layer's clusters, from its cores and what `start` made."""
@@ -156,7 +150,7 @@ class ClusterProgram:
     def flat(self, cores: Sequence[Tensor], known: Sequence[ClusterStart | None]) -> tuple[Tensor, ...]:
         """The values and dual forms of one cluster after the other."""
         flat: list[Tensor] = []
-        for code, (_, places), start in zip(self.lone(), self.clusters, known, strict=True):
+        for code, (_, places), start in zip(self.lone, self.clusters, known, strict=True):
             flat += code([cores[place] for place in places], start)
         return tuple(flat)
 

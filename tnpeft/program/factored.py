@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -112,13 +113,13 @@ class _TermMerge:
 
     def __init__(self, plan: Contraction, layout: ChainLayout, memory_order: tuple[int, ...]) -> None:
         self.weight_layout = WeightLayout.of(plan.network, memory_order)
-        clusters, steps = merge_steps(layout, plan.copies, self.weight_layout.legs)
-        given = dict(enumerate(clusters)) | {steps[-1].number: self.weight_layout.legs}
+        self.clusters = len(layout.links)
+        orders, steps = merge_steps(layout, plan.copies, self.weight_layout.legs)
+        given = dict(enumerate(orders)) | {steps[-1].number: self.weight_layout.legs}
         self.instructions, _ = lay_out_steps(steps, given, layout.sizes)
 
-    def __call__(self, clusters: Sequence[Tensor]) -> Tensor:
-        """The delta weight in its memory order, a tensor of its own."""
-        tensors = list(clusters)
+    def __call__(self, tensors: list[Tensor]) -> Tensor:
+        """The delta weight in its memory order, a tensor of its own, from the clusters, which are added to."""
         plain = is_recorded()
         for step in self.instructions:
             tensors.append(contract(step.forward, tensors[step.left], tensors[step.right], plain))
@@ -129,19 +130,16 @@ class ClusterMerge:
     """From the clusters of all terms to the delta weight."""
 
     def __init__(self, plan: Plan, memory_order: tuple[int, ...]) -> None:
-        self.terms = []
-        done = 0
-        for part, layout in chain_layouts(plan):
-            self.terms.append((slice(done, done + len(layout.links)), _TermMerge(part, layout, memory_order)))
-            done += len(layout.links)
+        self.terms = [_TermMerge(part, layout, memory_order) for part, layout in chain_layouts(plan)]
 
     def __call__(self, clusters: LayerClusters) -> Tensor:
         """ΔW in its memory order, a tensor that nothing else holds; it carries no gradient."""
         known = clusters.dual or clusters.values
         with torch.no_grad(), without_autocast(known[0]):
             total: Tensor | None = None
-            for place, term in self.terms:
-                weight = term(known[place])
+            left = iter(known)
+            for term in self.terms:
+                weight = term(list(itertools.islice(left, term.clusters)))
                 total = weight if total is None else total.add_(weight)
         assert total is not None
         if counts.OPEN:

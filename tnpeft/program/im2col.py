@@ -97,8 +97,7 @@ class AxisIm2col:
 
     def im2col(self, tensor: Tensor) -> Tensor:
         """One copy for each kernel entry, at the kernel's place; zero where an entry reads nothing."""
-        rows, more = self.rows
-        seen = tensor.reshape(rows, self.outer, self.read, self.inner * more, 1 if self.first else -1)
+        seen = self._seen(tensor)
         place = 1 if self.first else 4
         if self.padding is not None:
             if self.padding != (0, 0):
@@ -135,10 +134,8 @@ class AxisIm2col:
 
     def im2col_plainly(self, tensor: Tensor) -> Tensor:
         """`im2col` by operations that whoever looks on can follow; its shape is arbitrary."""
-        rows, more = self.rows
-        seen = tensor.reshape(rows, self.outer, self.read, self.inner * more, 1 if self.first else -1)
         places = torch.tensor(self.picked, device=tensor.device)
-        copies = self._by_entry(_with_zero(seen, 2).index_select(2, places))
+        copies = self._by_entry(_with_zero(self._seen(tensor), 2).index_select(2, places))
         return copies.movedim(2, 1 if self.first else 4)
 
     def col2im_plainly(self, tensor: Tensor) -> Tensor:
@@ -150,6 +147,10 @@ class AxisIm2col:
             copies = tensor.reshape(rows, self.outer, self.read, self.inner * more, self.kernel, -1).movedim(4, 2)
         places = torch.tensor(self.summed, device=tensor.device)
         return self._by_entry(_with_zero(copies, 3).flatten(2, 3).index_select(2, places)).sum(2)
+
+    def _seen(self, tensor: Tensor) -> Tensor:
+        rows, more = self.rows
+        return tensor.reshape(rows, self.outer, self.read, self.inner * more, 1 if self.first else -1)
 
     def _by_entry(self, picked: Tensor) -> Tensor:
         """What was picked for all entries in a row, with an axis for these."""

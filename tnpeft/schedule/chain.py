@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from tnpeft.planning.call import Axis, Call
@@ -98,12 +98,8 @@ class Run(NamedTuple):
         """Elements alive until the product: the copies, stacked axis by axis, and the last axis's padded input."""
         if not self._spreads:
             return self.arrived
-        last = self.sizes.moving[-1]
-        return (
-            self.arrived
-            + self.copied
-            + self.copied // last.kernel * ((last.stride == 1) + (len(self.sizes.moving) > 1))
-        )
+        *others, last = self.sizes.moving
+        return self.arrived + self.copied + self.copied // last.kernel * ((last.stride == 1) + bool(others))
 
     @property
     def alive(self) -> int:
@@ -129,10 +125,10 @@ class ChainRuns(NamedTuple):
     `clusters` and of `inputs`, from the last link on.
     """
 
-    outputs: Sequence[Run]
-    values: Sequence[Run]
-    clusters: Sequence[Run]
-    inputs: Sequence[Run]
+    outputs: list[Run]
+    values: list[Run]
+    clusters: list[Run]
+    inputs: list[Run]
 
 
 def runs_of(part: Contraction, call: Call, hybrid: bool) -> ChainRuns:
@@ -140,14 +136,15 @@ def runs_of(part: Contraction, call: Call, hybrid: bool) -> ChainRuns:
 
     With a frozen copy what passes between two links is a pair.
     """
-    sizes = [*link_sizes(part, call)]
-    first, last = 0, len(sizes) - 1
     pair = 2 if part.copies and not hybrid else 1
-    outputs, values, clusters, inputs = [], [], [], []
-    for place, link in enumerate(sizes):
-        pair_in, pair_out = (1 if place == first else pair), (1 if place == last else pair)
-        outputs.append(Run(link, place == first, pair_in, pair_out))
-        values.append(Run(link, place == first))
-        clusters.append(Run(link, place == last, 1, pair_out, True))
-        inputs.append(Run(link, place == last, pair_in, pair_out, True))
-    return ChainRuns([] if hybrid else outputs, values, clusters, inputs[1:] if hybrid else inputs)
+    runs = ChainRuns([], [], [], [])
+    for place, sizes in enumerate(link_sizes(part, call)):
+        first, last = place == 0, place == len(part.links) - 1
+        pair_in, pair_out = 1 if first else pair, 1 if last else pair
+        runs.values.append(Run(sizes, first))
+        runs.clusters.append(Run(sizes, last, 1, pair_out, True))
+        if not hybrid:
+            runs.outputs.append(Run(sizes, first, pair_in, pair_out))
+        if not (hybrid and first):
+            runs.inputs.append(Run(sizes, last, pair_in, pair_out, True))
+    return runs

@@ -80,13 +80,10 @@ class Plan(Contraction):
         """
         if self.terms:
             return max(term.largest_intermediate for term in self.terms)
-        made = [*(step.elements for step in self.steps), *self._on_the_way()]
-        return max(made, default=self.network.cores[0].numel)
-
-    def _on_the_way(self) -> Iterator[int]:
-        """Elements of what the links make of the layer's input, one after the other."""
+        made = [step.elements for step in self.steps]
         for sizes in link_sizes(self, self.call) if self.call is not None else ():
-            yield max(sizes.copied if sizes.link.kernel else 0, sizes.after)
+            made.append(max(sizes.copied if sizes.link.kernel else 0, sizes.after))
+        return max(made, default=self.network.cores[0].numel)
 
     @cached_property
     def memory(self) -> Memory:

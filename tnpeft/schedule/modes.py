@@ -8,10 +8,9 @@ from dataclasses import replace
 from tnpeft.errors import Problem, TnpeftError, clip, near_miss
 from tnpeft.network.model import Network
 from tnpeft.planning.call import Call, nominal_call
-from tnpeft.schedule.dense import plan_dense
-from tnpeft.schedule.factored import plan_factored, plan_hybrid
 from tnpeft.schedule.memory import FLOAT_BYTES
 from tnpeft.schedule.model import Plan
+from tnpeft.schedule.plans import plan_dense, plan_factored, plan_hybrid
 from tnpeft.schedule.predict import predict
 
 __all__ = ["DEFAULT_MODE", "MODES", "best_plan", "check_choices", "check_mode", "feasible_plans", "plan"]

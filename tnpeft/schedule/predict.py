@@ -48,7 +48,7 @@ def predict(plan: Plan, call: Call) -> Prediction:
 
 def _predicted(plan: Plan, call: Call) -> Prediction:
     price = _Prices(device_model(call.device))
-    forward, backward = price.base(plan, call)
+    forward = backward = price.base(plan, call)
     if plan.mode == "dense":
         more = price.dense(plan, call)
     else:
@@ -81,10 +81,8 @@ class _Prices:
         """Of shifted copies, written and read."""
         return 2 * self.prices.move * elements * self.prices.distance(elements)
 
-    def base(self, plan: Plan, call: Call) -> tuple[float, float]:
-        once = self.prices.start + self.prices.call * _multiplications(plan, call)
-        once += self._weight(plan)
-        return once, once
+    def base(self, plan: Plan, call: Call) -> float:
+        return self.prices.start + self.prices.call * _multiplications(plan, call) + self._weight(plan)
 
     def dense(self, plan: Plan, call: Call) -> list[tuple[float, float]]:
         numel = plan.network.layer.numel
@@ -111,12 +109,10 @@ class _Prices:
 
     def completion(self, plan: Plan) -> tuple[float, float]:
         """From the clusters to the delta weight; the last product writes it, over the smallest bond of the chain."""
-        numel, links = plan.network.layer.numel, plan.links
-        double = 2 if plan.copies else 1
-        inner = links[:-1]
-        bond = min(map(plan.elements, _cuts(plan)), default=1)
-        product = self.prices.start + self.prices.contract * numel * bond * double
-        return len(inner) * self.prices.start + product + self.moved(numel), 0.0
+        numel = plan.network.layer.numel
+        bond = min(map(plan.elements, _cuts(plan))) * (2 if plan.copies else 1)
+        product = self.prices.start + self.prices.contract * numel * bond
+        return (len(plan.links) - 1) * self.prices.start + product + self.moved(numel), 0.0
 
     def chain(self, plan: Plan, call: Call, factored: bool) -> tuple[float, float]:
         """The products and shifted copies of a chain."""

@@ -1,22 +1,38 @@
-"""Planning the factored mode: the order in which clusters are absorbed, and how each is contracted; and hybrid."""
+"""The plan of each mode: a path over all cores, an order of clusters to absorb, or a path that passes through these."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from opt_einsum.paths import ssa_to_linear
 
+from tnpeft.errors import BindError, Problem
 from tnpeft.network.model import Network
 from tnpeft.planning.bitsets import Graph
 from tnpeft.planning.call import Call
 from tnpeft.planning.chain_search import Absorption, find_chain
 from tnpeft.planning.path import Path, find_path
-from tnpeft.planning.steps import Link, Step, steps_of
-from tnpeft.schedule.dense import stored_legs
+from tnpeft.planning.steps import Link, steps_of
 from tnpeft.schedule.model import Plan
 
-__all__ = ["obstacle", "plan_factored", "plan_hybrid"]
+__all__ = ["obstacle", "plan_dense", "plan_factored", "plan_hybrid"]
+
+Tensors = Sequence[tuple[int, tuple[str, ...]]]
+"""Numbers and legs."""
+
+
+@lru_cache(maxsize=1024)
+def plan_dense(network: Network) -> Plan:
+    """Contract all cores to the delta weight, which one convolution then uses together with the base weight."""
+    if network.parts != (network,):
+        return Plan(network, "dense", (), (), tuple(map(plan_dense, network.parts)))
+    if problems := tuple(_problems(network)):
+        raise BindError(*problems)
+    cores = [(number, core.legs) for number, core in enumerate(network.cores)]
+    path = _path_over(network, cores, _stored_legs(network))
+    return Plan(network, "dense", path, tuple(steps_of(cores, network.open_legs, path, network.sizes)))
 
 
 def obstacle(network: Network) -> str | None:
@@ -66,11 +82,10 @@ def plan_hybrid(dense: Plan, chain: Plan) -> Plan:
     network = chain.network
     # In the order of the cores: where each is a cluster by itself, the path is the dense mode's, which is known.
     clusters = sorted((link.cluster, link.kept) for link in chain.links)
-    kept = stored_legs(network)
+    kept = _stored_legs(network)
     path = _path_over(network, clusters, kept)
     steps = (*chain.steps, *steps_of(clusters, kept, path, network.sizes, len(network.cores) + len(chain.steps)))
-    pairs = ssa_to_linear([step.operands for step in steps])
-    return replace(hybrid, path=tuple((min(pair), max(pair)) for pair in pairs), steps=steps)
+    return replace(hybrid, path=_linear([step.operands for step in steps]), steps=steps)
 
 
 def _graph(network: Network) -> Graph:
@@ -89,10 +104,9 @@ def _links(network: Network, absorptions: tuple[Absorption, ...]) -> Iterator[Li
     for absorption in absorptions:
         after = {names[letter] for letter in absorption.legs}
         members = [(core, network.cores[core].legs) for core in absorption.cores]
-        own_names = {network.cores[core].name for core in absorption.cores}
-        outside = {leg for core in network.cores if core.name not in own_names for leg in core.legs}
-        own = tuple(dict.fromkeys(leg for _, core_legs in members for leg in core_legs))
-        kept = tuple(leg for leg in own if leg in outside or leg in network.open_legs)
+        others = (core for number, core in enumerate(network.cores) if number not in absorption.cores)
+        outside = {*network.open_legs, *(leg for core in others for leg in core.legs)}
+        kept = tuple(dict.fromkeys(leg for _, of_core in members for leg in of_core if leg in outside))
         steps = tuple(steps_of(members, kept, _path_over(network, members, kept), network.sizes, number))
         result = steps[-1].number if steps else absorption.cores[0]
         number += len(steps)
@@ -105,28 +119,50 @@ def _links(network: Network, absorptions: tuple[Absorption, ...]) -> Iterator[Li
         legs = tuple(dict.fromkeys(new))
 
 
-def _path_over(network: Network, members: list[tuple[int, tuple[str, ...]]], kept: tuple[str, ...]) -> Path:
-    inputs = tuple("".join(network.symbols[leg] for leg in legs) for _, legs in members)
-    used = dict.fromkeys("".join(inputs))
-    output = "".join(network.symbols[leg] for leg in kept)
-    sizes = {network.symbols[leg]: network.sizes[leg] for leg in network.symbols}
-    return find_path(inputs, output, tuple((letter, sizes[letter]) for letter in used))
+def _path_over(network: Network, tensors: Tensors, kept: tuple[str, ...]) -> Path:
+    letters = network.symbols
+    inputs = tuple("".join(map(letters.__getitem__, legs)) for _, legs in tensors)
+    sizes = {letters[leg]: network.sizes[leg] for _, legs in tensors for leg in legs}
+    return find_path(inputs, "".join(map(letters.__getitem__, kept)), tuple(sizes.items()))
 
 
 def _path(network: Network, links: tuple[Link, ...]) -> Path:
     """The whole contraction in opt_einsum's linear format; the layer's input stands after the last core."""
-    cores = len(network.cores)
+    bearing = cores = len(network.cores)
     numbers = {number: number for number in range(cores)}
     pairs: list[tuple[int, int]] = []
-    bearing = cores
-
-    def result_of(step: Step) -> None:
-        pairs.append((numbers[step.operands[0]], numbers[step.operands[1]]))
-        numbers[step.number] = cores + len(pairs)
-
     for link in links:
         for step in link.steps:
-            result_of(step)
+            pairs.append((numbers[step.operands[0]], numbers[step.operands[1]]))
+            numbers[step.number] = cores + len(pairs)
         pairs.append((bearing, numbers[link.cluster]))
         bearing = cores + len(pairs)
+    return _linear(pairs)
+
+
+def _linear(pairs: Sequence[tuple[int, int]]) -> Path:
+    """Pairs of tensors by number, the results counted on, as opt_einsum's linear format."""
     return tuple((min(pair), max(pair)) for pair in ssa_to_linear(pairs))
+
+
+def _stored_legs(network: Network) -> tuple[str, ...]:
+    """The weight's legs in the order in which the layer stores it."""
+    outputs, inputs, *kernel = network.weight
+    ends = (inputs, outputs) if network.layer.transposed else (outputs, inputs)
+    return tuple(leg for axis in (*ends, *kernel) for leg in axis)
+
+
+def _problems(network: Network) -> Iterator[Problem]:
+    """What opt_einsum would broadcast or sum in silence."""
+    places: dict[str, int] = dict.fromkeys(network.open_legs, 1)
+    for core in network.cores:
+        for leg, size in zip(core.legs, core.shape, strict=True):
+            places[leg] = places.get(leg, 0) + 1
+            if size != network.sizes[leg]:
+                where = f"core {core.name!r}, index {leg!r}"
+                fix = "Give every end of the index the same size."
+                yield Problem(where, f"size {network.sizes[leg]}", f"size {size}", fix, core=core.name, index=leg)
+    for leg, number in places.items():
+        if number < 2:
+            expected, found = "two places or more among cores and `weight`", "one"
+            yield Problem(f"index {leg!r}", expected, found, "Add it to another core, or to `weight`.", index=leg)
