@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tnpeft.io.foreign.beside import with_biases
 from tnpeft.io.foreign.formats import INCOMPLETE, MADE_FOR, PEFT_SLOTS, clip_key, unsupported
 from tnpeft.io.foreign.key_names import check_layers, underscored, where_to_load
-from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, lora_part, tensors_of_layer, wide
+from tnpeft.io.foreign.layer_tensors import LayerTensors, tensors_of_layer, update_of, wide
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.source import Source
 from tnpeft.network import layer_of
@@ -24,7 +24,6 @@ _SLOT = re.compile(
     r"|(?P<peft>lora_(A|B|magnitude_vector))(\.(?!weight$|bias$)\w+)?(?P<leaf>\.weight|\.bias)?"
     r"|(?P<beside>alpha|dora_scale)|(?P<trained>[wb]_norm|diff(_b)?))"
 )
-_METHODS = {"lora": lora_part, "hada": loha_part, "lokr": lokr_part}
 # Blocks of Stable Diffusion's and Flux's own code, which diffusers calls otherwise.
 _ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
 _TRAINED = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}  # what is added to which
@@ -106,9 +105,9 @@ def _part(slots: LayerTensors, methods: set[str], module: nn.Module) -> LayerUpd
     if slots.get("t1") is not None and method == "lokr":
         raise slots.refuse("`lokr_t1`", "no such tensor", "one", "LyCORIS reads none either: remove it.")
     layer = layer_of(module)
-    part = _METHODS[method](slots, layer, _scale(slots))
+    part = update_of("loha" if method == "hada" else method, slots, layer, _scale(slots))
     if slots.get("magnitude") is not None:
-        return replace(part, magnitude=slots.need("magnitude", "down").flatten())
+        return replace(part, magnitude=slots.need("magnitude").flatten())
     magnitude = slots.get("dora_scale")
     if magnitude is None:
         return part

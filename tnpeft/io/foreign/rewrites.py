@@ -13,7 +13,7 @@ from tnpeft.adapters import Adapter
 from tnpeft.errors import Problem
 from tnpeft.io.foreign.formats import MERGE
 from tnpeft.io.foreign.layer_update import LayerUpdate
-from tnpeft.io.foreign.topologies import KRONS, WRITABLE, arranged, found_in, kron_name
+from tnpeft.io.foreign.topologies import KRONS, WRITABLE, found_in, kron_name, topology_named
 
 __all__ = ["factors_of", "half_ranks_equal", "padded", "part_of", "untuckered", "whole_large", "whole_small"]
 
@@ -29,16 +29,16 @@ def part_of(adapter: Adapter, name: str, gain: float) -> LayerUpdate | Problem:
         fix = "Activate it at scale 1: what DoRA adds is no multiple of an update."
         return Problem(what, "a DoRA at scale 1", f"one at {gain:g}", fix, where)
     for topology in WRITABLE:
-        found = found_in(network, topology)
+        found = found_in(network, topology_named(topology))
         if found is None:
             continue
-        tensors = {core: arranged(cores[ours], order) for core, (ours, order) in found.items()}
+        tensors = {core: cores[ours].permute(order) for core, (ours, order) in found.items()}
         scale = network.scale * network.terms[0].scale * gain
-        part = LayerUpdate(topology.name, tensors, scale, magnitude=magnitude)
+        part = LayerUpdate(topology, tensors, scale, magnitude=magnitude)
         if not any(bool(copy.any()) for copy in start.values()):  # none, or one of zeros, as `fit` leaves it
             return part
-        frozen = {core: arranged(start.get(ours, cores[ours]), order) for core, (ours, order) in found.items()}
-        if topology.name == "lora":
+        frozen = {core: start.get(ours, cores[ours]).permute(order) for core, (ours, order) in found.items()}
+        if topology == "lora":
             return _doubled(part, frozen)
         fix = "Only LoRA's can be: it is a LoRA of twice the rank. Merge the adapter instead."
         return Problem(what, "an update without a frozen copy", "`start: frozen_copy`", fix, where)
