@@ -132,13 +132,8 @@ def sides(diagram: Diagram) -> list[int | None]:
 
 def _distances(graph: networkx.Graph[int], diagram: Diagram, role: str) -> dict[int, int]:
     border = [number for number, node in enumerate(diagram.nodes) if role in node.own]
-    found, steps = dict.fromkeys(border, 0), 0
-    while border:
-        steps += 1
-        around = itertools.chain.from_iterable(graph[node] for node in border)
-        border = [node for node in dict.fromkeys(around) if node not in found]
-        found |= dict.fromkeys(border, steps)
-    return found
+    layers = networkx.bfs_layers(graph, border)
+    return {node: steps for steps, layer in enumerate(layers) for node in layer}
 
 
 def mirrors(diagram: Diagram) -> list[tuple[int, ...]]:
