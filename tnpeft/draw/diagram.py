@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import networkx
@@ -74,7 +74,8 @@ def diagram_of(network: Network) -> Diagram:
     An index of two cores is a line and an open leg of one core is a stub; every other index is a hyperedge and
     gets a dot with a line to each of its cores, and a stub where it is open.
     """
-    role_of = {leg: role for role, axis in zip(_axis_roles(network), network.weight, strict=True) for leg in axis}
+    roles = ["out", "in", *("kernel" for _ in network.weight[2:])]
+    role_of = {leg: role for role, axis in zip(roles, network.weight, strict=True) for leg in axis}
     holders: dict[str, list[int]] = {}
     for number, core in enumerate(network.cores):
         for leg in core.legs:
@@ -105,10 +106,6 @@ def diagram_of(network: Network) -> Diagram:
 def _ordered(roles: Iterable[str | None]) -> tuple[str, ...]:
     found = set(roles)
     return tuple(role for role in ROLES if role in found)
-
-
-def _axis_roles(network: Network) -> Sequence[str]:
-    return ["out", "in", *("kernel" for _ in network.weight[2:])]
 
 
 def sides(diagram: Diagram) -> list[int | None]:

@@ -33,4 +33,6 @@ def _expression(
     symbols = {label: opt_einsum.get_symbol(number) for number, label in enumerate(sizes)}
     words = tuple("".join(symbols[label] for label in labels) for labels in (*inputs, output))
     path = find_path(words[:-1], words[-1], tuple((symbols[label], size) for label, size in sizes.items()))
-    return opt_einsum.contract_expression(f"{','.join(words[:-1])}->{words[-1]}", *shapes, optimize=path or ((0,),))
+    equation = f"{','.join(words[:-1])}->{words[-1]}"
+    expression: Callable[..., Tensor] = opt_einsum.contract_expression(equation, *shapes, optimize=path or ((0,),))
+    return expression

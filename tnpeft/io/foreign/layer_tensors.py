@@ -54,9 +54,6 @@ class LayerTensors:
         number = tensor.float() if slot == "alpha" else tensor  # kohya's is often whole
         self.tensors[slot], self.keys[slot] = wide(self.path, key, number), key
 
-    def get(self, slot: str) -> Tensor | None:
-        return self.tensors.get(slot)
-
     def need(self, slot: str) -> Tensor:
         """The tensor of a slot; a missing one is named as its neighbour in the file is."""
         tensor = self.tensors.get(slot)

@@ -107,7 +107,7 @@ def _scale(source: Source, config: Mapping[str, Any], slots: LayerTensors) -> Ca
     lora = config["peft_type"] == "LORA"
     default = config.get("lora_alpha" if lora else "alpha", 8)
     alpha = _number(source, "alpha", _by_pattern(source, config, "alpha_pattern", slots.written, default))
-    stored = slots.get("alpha")
+    stored = slots.tensors.get("alpha")
     if stored is not None and stored.flatten().tolist() != [alpha]:
         found = f"{stored.flatten()[:4].tolist()} in '{slots.keys['alpha']}'"
         raise slots.refuse("alpha", f"{alpha:g}, as `{source.config_name}` has it", found, _TOGETHER)

@@ -122,7 +122,7 @@ def _viewed(slots: LayerTensors, part: LayerUpdate, ins: int, outs: int) -> Laye
 
 def _network_part(slots: LayerTensors, start: LayerTensors | None) -> LayerUpdate:
     """TenVOO and QuanTA: the cores as they are, but for TenVOO-Q's broadcast leg, and their frozen copies."""
-    last = slots.get("9")
+    last = slots.tensors.get("9")
     tenvoo = "tenvoo_l" if last is not None and last.ndim == 3 else "tenvoo_q"
     name = "quanta" if _GATES[0] in slots.tensors else tenvoo
     cores = topology_named(name).cores
