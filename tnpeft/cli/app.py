@@ -56,8 +56,7 @@ def main() -> None:
 def list_(
     as_json: Json = False,
     markdown: Annotated[
-        str | None,
-        typer.Option("--markdown", metavar="FILE", help="Put the specs in its table.", hidden=True),
+        str | None, typer.Option("--markdown", metavar="FILE", help="Put the specs in its table.", hidden=True)
     ] = None,
 ) -> None:
     """List the shipped specs and recipes."""
@@ -110,8 +109,7 @@ def draw(
         str, typer.Option("--output", "-o", metavar="FILE", help="A .svg or .png; for several specs a folder.")
     ],
     layer: Annotated[
-        str | None,
-        typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="Draw it on this layer, with sizes."),
+        str | None, typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="Draw it on this layer, with sizes.")
     ] = None,
     settings: Settings = None,
     as_json: Json = False,

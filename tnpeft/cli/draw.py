@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,11 @@ def _make_folder(folder: Path) -> None:
 
 
 def _data(picture: Picture, path: Path) -> dict[str, Any]:
-    network, quality = picture.network, picture.quality
+    network = picture.network
     return {
         "spec": network.spec.name,
         "file": str(path),
         "layer": str(network.layer),
         "params": dict(network.params),
-        "crossings": quality.crossings,
-        "through_cores": quality.through_cores,
-        "label_overlaps": quality.label_overlaps,
-        "label_crossings": quality.label_crossings,
+        **asdict(picture.quality),
     }

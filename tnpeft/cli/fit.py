@@ -204,13 +204,7 @@ def find_budget(
 def _print_budget(output: Output, title: str, found: Budget) -> None:
     columns = {"": "left", found.param: "right", "cores": "right", "trained": "right", "of the budget": "right"}
     rows = (
-        (
-            ">" * (row.value == found.value),
-            f"{row.value}",
-            f"{row.cores:,}",
-            f"{row.total:,}",
-            f"{row.share:.1%}",
-        )
+        (">" * (row.value == found.value), f"{row.value}", f"{row.cores:,}", f"{row.total:,}", f"{row.share:.1%}")
         for row in found.rows
     )
     output.show(table(title, columns, rows))

@@ -29,7 +29,7 @@ def picture(network: Network, width: int, encoding: str = "utf-8") -> str:
 
 def _write(network: Network) -> str:
     """`d (8)  in_12, join_in`: the cores at each index."""
-    axis_of = {leg: name for name, axis in zip(_axes(network), network.weight, strict=True) for leg in axis}
+    axis_of = _axes(network)
     lines = []
     for leg in network.symbols:
         ends = [core.name for core in network.cores if leg in core.legs]
@@ -41,9 +41,9 @@ def _write(network: Network) -> str:
 def _draw(network: Network) -> str:
     indices = list(network.symbols)
     rows = [set(core.legs) for core in network.cores]
-    axis_of = {leg: name for name, axis in zip(_axes(network), network.weight, strict=True) for leg in axis}
-    last_row = {leg: len(rows) if leg in axis_of else _last(rows, leg) for leg in indices}
-    first_row = {leg: next(number for number, legs in enumerate(rows) if leg in legs) for leg in indices}
+    axis_of = _axes(network)
+    rows_of = {leg: [number for number, legs in enumerate(rows) if leg in legs] for leg in indices}
+    last_row = {leg: len(rows) if leg in axis_of else rows_of[leg][-1] for leg in indices}
     widths = [max(len(leg), len(str(network.sizes[leg])), len(axis_of.get(leg, ""))) + 1 for leg in indices]
     margin = max(len("weight"), *(len(core.name) for core in network.cores)) + 2
 
@@ -52,19 +52,16 @@ def _draw(network: Network) -> str:
         " " * margin + _cells([str(network.sizes[leg]) for leg in indices], widths),
     ]
     for number, core in enumerate(network.cores):
-        crossing = [first_row[leg] < number < last_row[leg] for leg in indices]
+        crossing = [rows_of[leg][0] < number < last_row[leg] for leg in indices]
         lines.append(core.name.ljust(margin) + _wire([leg in rows[number] for leg in indices], crossing, widths))
     lines.append("weight".ljust(margin) + _cells([axis_of.get(leg, "") for leg in indices], widths))
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _axes(network: Network) -> list[str]:
-    """Names of the canonical weight's axes: out, in, then k0, k1, ..."""
-    return ["out", "in", *(f"k{axis}" for axis in range(len(network.weight) - 2))]
-
-
-def _last(rows: list[set[str]], leg: str) -> int:
-    return max(number for number, legs in enumerate(rows) if leg in legs)
+def _axes(network: Network) -> dict[str, str]:
+    """For each open leg the name of its axis of the canonical weight: out, in, k0, k1, ..."""
+    names = ["out", "in", *(f"k{axis}" for axis in range(len(network.weight) - 2))]
+    return {leg: name for name, axis in zip(names, network.weight, strict=True) for leg in axis}
 
 
 def _cells(texts: list[str], widths: list[int]) -> str:

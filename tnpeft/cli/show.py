@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from tnpeft.cli.arguments import EXAMPLE, parse_input, parse_layer, parse_settings
@@ -144,13 +145,7 @@ def _core_data(core: Core | BoundCore) -> dict[str, Any]:
 def _network_data(network: Network) -> dict[str, Any]:
     layer = network.layer
     return {
-        "layer": {
-            "kind": layer.kind,
-            "in_channels": layer.in_channels,
-            "out_channels": layer.out_channels,
-            "kernel_size": list(layer.kernel_size),
-            "groups": layer.groups,
-        },
+        "layer": asdict(layer),
         "params": dict(network.params),
         "sizes": dict(network.sizes),
         "cores": [

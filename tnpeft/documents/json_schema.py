@@ -42,8 +42,7 @@ def _tidied(node: Any) -> Any:
         return node
     kept = {key: value for key, value in node.items() if key not in ("title", "description")}
     if "properties" in node:
-        kept["properties"] = node["properties"]  # a property may be called `title`
-        kept["properties"] = {key: _tidied(value) for key, value in node["properties"].items()}
+        kept["properties"] = {key: _tidied(value) for key, value in node["properties"].items()}  # perhaps a `title`
     if kept.get("default", 0) is None or kept.get("default") == {}:
         del kept["default"]
     options = [_tidied(option) for option in kept.pop("anyOf", ()) if option != {"type": "null"}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import networkx
@@ -74,7 +74,8 @@ def diagram_of(network: Network) -> Diagram:
     An index of two cores is a line and an open leg of one core is a stub; every other index is a hyperedge and
     gets a dot with a line to each of its cores, and a stub where it is open.
     """
-    role_of = {leg: role for role, axis in zip(_axis_roles(network), network.weight, strict=True) for leg in axis}
+    roles = ["out", "in", *("kernel" for _ in network.weight[2:])]
+    role_of = {leg: role for role, axis in zip(roles, network.weight, strict=True) for leg in axis}
     holders: dict[str, list[int]] = {}
     for number, core in enumerate(network.cores):
         for leg in core.legs:
@@ -107,10 +108,6 @@ def _ordered(roles: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(role for role in ROLES if role in found)
 
 
-def _axis_roles(network: Network) -> Sequence[str]:
-    return ["out", "in", *("kernel" for _ in network.weight[2:])]
-
-
 def sides(diagram: Diagram) -> list[int | None]:
     """Where each node belongs: -1 left, 1 right, 0 in the middle, None for nodes without open legs of their own.
 
@@ -132,13 +129,8 @@ def sides(diagram: Diagram) -> list[int | None]:
 
 def _distances(graph: networkx.Graph[int], diagram: Diagram, role: str) -> dict[int, int]:
     border = [number for number, node in enumerate(diagram.nodes) if role in node.own]
-    found, steps = dict.fromkeys(border, 0), 0
-    while border:
-        steps += 1
-        around = itertools.chain.from_iterable(graph[node] for node in border)
-        border = [node for node in dict.fromkeys(around) if node not in found]
-        found |= dict.fromkeys(border, steps)
-    return found
+    layers = networkx.bfs_layers(graph, border)
+    return {node: steps for steps, layer in enumerate(layers) for node in layer}
 
 
 def mirrors(diagram: Diagram) -> list[tuple[int, ...]]:

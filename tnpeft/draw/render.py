@@ -132,7 +132,8 @@ def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
         return
     square = core.origin == "weight"
     frozen = core.frozen and not square
-    _core(axes, place, disc.radius, _fills(disc.node.roles), square, frozen, bool(core.shared))
+    fills = [_FILLS[role] for role in disc.node.roles or ("inner",)]
+    _core(axes, place, disc.radius, fills, square, frozen, bool(core.shared))
     axes.text(
         *place,
         "\n".join(disc.lines),
@@ -145,10 +146,6 @@ def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
         parse_math=False,
         bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0, "alpha": 0.85} if frozen else None,
     )
-
-
-def _fills(roles: Sequence[str]) -> list[str]:
-    return [_FILLS[role] for role in roles] or [_FILLS["inner"]]
 
 
 def _core(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from tnpeft.draw.diagram import Node
 from tnpeft.draw.labels import Box, Points
@@ -50,12 +50,7 @@ class Quality:
     label_crossings: int  # lines through labels
 
     def __add__(self, other: Quality) -> Quality:
-        return Quality(
-            self.crossings + other.crossings,
-            self.through_cores + other.through_cores,
-            self.label_overlaps + other.label_overlaps,
-            self.label_crossings + other.label_crossings,
-        )
+        return Quality(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     if tensors:
         raise refuse(path, "tensors", "those of the adapter alone", f"also '{min(tensors)}'", FOREIGN)
     name = manifest.name if name is None else name
-    if doubts := [replace(problem, where=shown(path)) for problem in _doubts(manifest, model, numbers)]:
+    # Not refused, and probably a mistake: another base of the same shapes, numbers that are none.
+    if doubts := [replace(problem, where=shown(path)) for problem in (other_base(manifest, model), numbers) if problem]:
         warnings.warn(TnpeftWarning(*doubts), stacklevel=2)
     put_on(model, path, name, adapters, values["trained"], values["statistics"], manifest.about)
     if manifest.scale != 1.0:
@@ -104,14 +105,6 @@ def without_values(path: Path, layer: str) -> AdapterFileError:
     """What is said of a base layer on the meta device."""
     fix = "Give the model its weights before loading an adapter."
     return refuse(path, "base model", "values", f"none in layer '{layer}' (it is on the meta device)", fix)
-
-
-def _doubts(manifest: Manifest, model: nn.Module, numbers: Problem | None) -> Iterator[Problem]:
-    """What is not refused, and probably is a mistake: another base of the same shapes, numbers that are none."""
-    if problem := other_base(manifest, model):
-        yield problem
-    if numbers is not None:
-        yield numbers
 
 
 def other_base(manifest: Manifest, model: nn.Module) -> Problem | None:

@@ -5,14 +5,4 @@ from tnpeft.network.layer import Layer
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
 from tnpeft.network.spec import Spec, load_spec
 
-__all__ = [
-    "BoundCore",
-    "BoundInit",
-    "BoundTerm",
-    "Layer",
-    "Network",
-    "Spec",
-    "layer_of",
-    "load_spec",
-    "param_problems",
-]
+__all__ = ["BoundCore", "BoundInit", "BoundTerm", "Layer", "Network", "Spec", "layer_of", "load_spec", "param_problems"]

@@ -201,8 +201,11 @@ class _Evaluator:
     def _error(self, node: ast.AST, expected: str, found: str, fix: str, *, structural: bool = True) -> ExpressionError:
         return ExpressionError(expected, found, fix, offset=getattr(node, "col_offset", 0), structural=structural)
 
-    def number(self, node: ast.AST) -> Number:
+    def number(self, node: ast.AST, in_tuple: bool = False) -> Number:
         value = self.visit(node)
+        if isinstance(value, tuple) and in_tuple:
+            found = f"{len(value)} numbers in place of one"
+            raise self._error(node, "a tuple of numbers", found, "Pick one with `[0]`, or write the entries out.")
         if isinstance(value, tuple):
             found = f"{len(value)} numbers"
             raise self._error(node, "a number", found, "Pick one with `[0]`, or multiply with `prod`.")
@@ -226,14 +229,7 @@ class _Evaluator:
         return self.names[node.id]
 
     def visit_tuple(self, node: ast.Tuple) -> Value:
-        return tuple(self._entry(item) for item in node.elts)
-
-    def _entry(self, node: ast.expr) -> Number:
-        value = self.visit(node)
-        if isinstance(value, tuple):
-            found = f"{len(value)} numbers in place of one"
-            raise self._error(node, "a tuple of numbers", found, "Pick one with `[0]`, or write the entries out.")
-        return value
+        return tuple(self.number(item, in_tuple=True) for item in node.elts)
 
     def visit_binop(self, node: ast.BinOp) -> Value:
         left, right = self.number(node.left), self.number(node.right)

@@ -164,11 +164,7 @@ def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | Non
     if name not in init_names() and known:
         fix = near_miss(name, init_names()) or "Use one of them, or register yours with `tnpeft.register_init`."
         problems.add(
-            node.position,
-            f"unknown init '{clip(name)[1:-1]}'",
-            f"one of {', '.join(init_names())}",
-            ticked(name),
-            fix,
+            node.position, f"unknown init '{clip(name)[1:-1]}'", f"one of {', '.join(init_names())}", ticked(name), fix
         )
         return None
     given = _bind_arguments(name, _split(match.group(2) or ""), node, problems if known or name in _BUILT_IN else None)

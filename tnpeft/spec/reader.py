@@ -106,6 +106,11 @@ class _Parser:
         """The part under a key of the file, None where it is absent or of the wrong type."""
         return None if (key,) in self.broken else self.root.get(key)
 
+    def _lacks(self, part: str, where: Position, *problem: str, core: str | None = None) -> None:
+        """Report a mistake that leaves a part without something: what is checked of the whole part then waits."""
+        self.problems.add(where, *problem, core=core)
+        self.incomplete.add(part)
+
     def _value(self, key: str, default: T) -> T:
         node = self._node(key)
         value: T = default if node is None or node.value is None else node.value
@@ -170,8 +175,7 @@ class _Parser:
             if unknown:
                 fix = near_miss(unknown[0], params) or "A default may read the params above it."
                 where = value.at(0)
-                self.problems.add(where, f"param '{name}'", "numbers and earlier params", f"'{unknown[0]}'", fix)
-                self.incomplete.add("params")
+                self._lacks("params", where, f"param '{name}'", "numbers and earlier params", f"'{unknown[0]}'", fix)
                 continue
             params[name] = expression
         if ("params",) in self.broken:
@@ -223,13 +227,12 @@ class _Parser:
             self.incomplete.add("cores")
             return ()
         if not node.items():
-            self.incomplete.add("cores")
-            self.problems.add(node.position, "`cores`", "at least one core", "none", "For example `cores: {up: o r}`.")
+            fix = "For example `cores: {up: o r}`."
+            self._lacks("cores", node.position, "`cores`", "at least one core", "none", fix)
         if len(node.items()) > MAX_CORES:
             fix = "Write a smaller network."
             found = str(len(node.items()))
-            self.problems.add(node.position, "`cores`", f"at most {MAX_CORES} cores", found, fix)
-            self.incomplete.add("cores")
+            self._lacks("cores", node.position, "`cores`", f"at most {MAX_CORES} cores", found, fix)
             return ()
         cores = [self._core(key, value, default_init, named) for key, value in node.items()]
         return tuple(core for core in cores if core is not None)
@@ -242,8 +245,7 @@ class _Parser:
         legs_node = value if value.kind == "scalar" else fields.get("legs")
         if not name.isascii() or not name.isidentifier():
             fix = "Use letters, digits and `_`, starting with a letter."
-            self.problems.add(key.position, f"core {clip(name)}", "an ASCII word", clip(name), fix, core=name)
-            self.incomplete.add("cores")
+            self._lacks("cores", key.position, f"core {clip(name)}", "an ASCII word", clip(name), fix, core=name)
             return None
         if legs_node is None or path in self.broken or (*path, "legs") in self.broken:
             self.incomplete.add("cores")
@@ -289,11 +291,8 @@ class _Parser:
         """What does not go together in one core."""
         what = f"core '{name}'"
         if shared is not None and not is_name(shared):
-            fix, where = (
-                "Use letters, digits and `_`, or `model`: one tensor for all layers.",
-                fields["shared"].position,
-            )
-            self.problems.add(where, what, "an ASCII word", f"scope {clip(shared)}", fix, core=name)
+            fix = "Use letters, digits and `_`, or `model`: one tensor for all layers."
+            self.problems.add(fields["shared"].position, what, "an ASCII word", f"scope {clip(shared)}", fix, core=name)
         if origin is None:
             return
         for key, fix in (("init", "Remove one of them."), ("shared", "Remove it: each layer has its own weight.")):
@@ -343,16 +342,13 @@ class _Parser:
                 self.problems.add(item.position, label, "each core once", f"{clip(item.value)} twice", fix)
             elif item.value not in known:
                 fix = near_miss(str(item.value), known) or "Add it to `cores`."
-                self.problems.add(item.position, label, "names of `cores`", clip(item.value), fix)
-                self.incomplete.add("cores")
+                self._lacks("cores", item.position, label, "names of `cores`", clip(item.value), fix)
             else:
                 names[item.value] = None
         if not node.value:
             fix = "Name its cores, or remove the term."
-            self.problems.add(node.position, label, "at least one core", "none", fix)
-            self.incomplete.add("cores")
-        order = {name: place for place, name in enumerate(known)}
-        return tuple(sorted(names, key=lambda name: order[name]))
+            self._lacks("cores", node.position, label, "at least one core", "none", fix)
+        return tuple(name for name in known if name in names)
 
     def _term(
         self, node: Node, names: tuple[str, ...], scale: Expression, scale_position: Position | None, label: str
@@ -363,8 +359,7 @@ class _Parser:
             self.incomplete.add("cores")  # a leg may be missing: no check over all legs
         elif not axes:
             fix = "For example `weight: o i k...`."
-            self.problems.add(node.position, label, "a pattern of open legs", "nothing", fix)
-            self.incomplete.add("cores")
+            self._lacks("cores", node.position, label, "a pattern of open legs", "nothing", fix)
         return Term(names, axes, scale, node.position, scale_position, label, places)
 
 

@@ -92,13 +92,7 @@ class _Resolver:
         return self.out
 
     def _fault(
-        self,
-        where: Position,
-        what: str,
-        error: ExpressionError,
-        *,
-        core: str | None = None,
-        index: str | None = None,
+        self, where: Position, what: str, error: ExpressionError, core: str | None = None, index: str | None = None
     ) -> None:
         problem = Problem(what, error.expected, error.found, error.fix, where, core, index)
         self.out.faults.append(Fault(problem, error.structural))
@@ -309,12 +303,13 @@ class _Resolver:
                 try:
                     arguments[key] = float(argument.number(self.values, self.source.factors))
                 except ExpressionError as error:
-                    self._fault(
-                        core.init.position or core.position, f"core '{core.name}', `{key}`", error, core=core.name
-                    )
+                    self._init_fault(core, key, error)
             if core.init.name == "kaiming_uniform":
                 self._fan(core, legs, arguments)
             self.out.inits[core.name] = arguments
+
+    def _init_fault(self, core: Core, key: str, error: ExpressionError) -> None:
+        self._fault(core.init.position or core.position, f"core '{core.name}', `{key}`", error, core=core.name)
 
     def _fan(self, core: Core, legs: tuple[str, ...], arguments: dict[str, float]) -> None:
         arguments.setdefault("gain", 1.0)
@@ -327,9 +322,9 @@ class _Resolver:
             if product > MAX_NUMEL:
                 expected, fix = f"a fan of at most {MAX_NUMEL}", "Name fewer legs, or use smaller sizes."
                 error = ExpressionError(expected, f"the product of {len(over)} legs", fix, structural=False)
-                self._fault(core.init.position or core.position, f"core '{core.name}', `fan`", error, core=core.name)
+                self._init_fault(core, "fan", error)
                 return
             arguments["fan"] = float(product)
         if not arguments["fan"] > 0:
             error = ExpressionError("a positive fan", f"{arguments['fan']:g}", "Change `fan`.", structural=False)
-            self._fault(core.init.position or core.position, f"core '{core.name}', `fan`", error, core=core.name)
+            self._init_fault(core, "fan", error)

@@ -74,10 +74,7 @@ SPEC = Schema(
         "terms.cores": ("a list of cores' names", "For example `cores: [up, down]`."),
         "compose": ("`dora`", "Write `compose: dora`, or leave it out: the update is then added to the weight."),
         "scale": ("a number or an expression", "For example `scale: alpha / r`."),
-        "start": (
-            "`zero` or `frozen_copy`",
-            "Write `start: zero` where one core is zeros, else `start: frozen_copy`.",
-        ),
+        "start": ("`zero` or `frozen_copy`", "Write `start: zero` where one core is zeros, else `start: frozen_copy`."),
         "seed": ("a whole number", "For example `seed: 0`."),
         "legs": ("the core's indices", 'For example `legs: o r`; `legs: ""` is a scalar.'),
         "frozen": ("`true` or `false`", "Write `frozen: true` for a core that is not trained."),

@@ -35,6 +35,10 @@ class Case:
     dtype: str = "float32"
     seed: int = 0
 
+    @classmethod
+    def on(cls, layer: Layer, **more: Any) -> Case:
+        return cls(layer.kind, layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups, **more)
+
     @property
     def layer(self) -> Layer:
         return Layer(self.kind, self.in_channels, self.out_channels, self.kernel_size, self.groups)

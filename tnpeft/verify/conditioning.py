@@ -97,11 +97,8 @@ def conditioning_of(
 def _rows(spec: Spec, params: Mapping[str, float], layers: Sequence[Layer], seed: int) -> list[Conditioning]:
     rows = []
     for layer in layers:
-        case = Case(
-            layer.kind, layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups, {}, params, seed=seed
-        )
         try:
-            rows.append(_row(spec, case))
+            rows.append(_row(spec, Case.on(layer, params=params, seed=seed)))
         except TnpeftError:
             continue
     return rows

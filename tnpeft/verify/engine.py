@@ -61,7 +61,7 @@ def verify(
     run = _Run(spec, label, examples, started + seconds)
     drawn = cases(reachable(spec, layer, params, seed), params_of(spec, params), DTYPES)
     with _one_thread():
-        for run.batch in _batches(examples, seed):
+        for run.batch in range(1000 * seed, 1000 * seed + math.ceil(examples * DRAWN_FOR_EACH / BATCH)):
             _search(drawn, run.take, BATCH, run.batch)
         results = [run.result(check, drawn) for check in CHECKS]
         gauge = gauge_of(spec, gauge_cases(spec, layer, params, run.accepted)) if advice else None
@@ -273,11 +273,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _batches(examples: int, seed: int) -> Iterator[int]:
-    """The seeds of enough draws."""
-    return iter(range(1000 * seed, 1000 * seed + math.ceil(examples * DRAWN_FOR_EACH / BATCH)))
 
 
 def _search(strategy: st.SearchStrategy[Case], condition: Callable[[Case], bool], draws: int, seed: int) -> None:

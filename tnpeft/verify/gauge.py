@@ -22,7 +22,7 @@ from tnpeft.network import Network, Spec
 from tnpeft.verify.case import Case
 from tnpeft.verify.exact import Exact
 from tnpeft.verify.model_under_test import Subject, adapted_layers
-from tnpeft.verify.oracle import sum_out
+from tnpeft.verify.oracle import term_weight
 
 __all__ = ["Gauge", "gauge_of"]
 
@@ -124,11 +124,7 @@ def _derivative(network: Network, cores: Mapping[str, Tensor], name: str) -> Ten
             (units, ("", *bound[other].legs)) if other == name else (cores[other], bound[other].legs)
             for other in term.cores
         ]
-        opened = [leg for axis in term.weight for leg in axis]
-        value = sum_out(operands, ["", *opened])
-        value = value.reshape(numel, *(math.prod(network.sizes[leg] for leg in axis) for axis in term.weight))
-        cropped = value[(slice(None), *(slice(size) for size in network.layer.weight_shape))]
-        total += term.scale * cropped.reshape(numel, -1)
+        total += term.scale * term_weight(network, term, operands, [""]).reshape(numel, -1)
     return _sketch(total)
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tnpeft.network import Layer, Network
+from tnpeft.network import BoundTerm, Layer, Network
 
-__all__ = ["canonical", "composed", "dense_delta", "dense_weight", "entry", "stored", "sum_out"]
+__all__ = ["canonical", "composed", "dense_delta", "dense_weight", "entry", "stored", "sum_out", "term_weight"]
 
 Legged = tuple[Tensor, tuple[str, ...]]
 
@@ -66,15 +66,19 @@ def dense_weight(network: Network, cores: Mapping[str, Tensor], magnitude: bool 
     legs = {core.name: core.legs for core in network.cores}
     total: Tensor | None = None
     for term in network.terms:
-        opened = [leg for axis in term.weight for leg in axis]
-        value = sum_out([(cores[name].double(), legs[name]) for name in term.cores], opened)
-        value = value.reshape([math.prod(network.sizes[leg] for leg in axis) for axis in term.weight])
-        value = (abs(term.scale) if magnitude else term.scale) * value[
-            tuple(slice(size) for size in network.layer.weight_shape)
-        ]
+        value = term_weight(network, term, [(cores[name].double(), legs[name]) for name in term.cores])
+        value = (abs(term.scale) if magnitude else term.scale) * value
         total = value if total is None else total + value
     assert total is not None
     return stored(total, network.layer)
+
+
+def term_weight(network: Network, term: BoundTerm, operands: Sequence[Legged], batch: Sequence[str] = ()) -> Tensor:
+    """One term without its scale: the legs of `batch`, then the axes of the canonical weight, cropped to its sizes."""
+    value = sum_out(operands, [*batch, *(leg for axis in term.weight for leg in axis)])
+    first = value.shape[: len(batch)]
+    value = value.reshape(*first, *(math.prod(network.sizes[leg] for leg in axis) for axis in term.weight))
+    return value[tuple(map(slice, (*first, *network.layer.weight_shape)))]
 
 
 def dense_delta(

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from tnpeft.errors import Problem, TnpeftError
 
 try:
-    from hypothesis import HealthCheck, Phase, Verbosity, assume, find, settings
+    from hypothesis import HealthCheck, Phase, find, settings
     from hypothesis import strategies as st
     from hypothesis.configuration import set_hypothesis_home_dir
     from hypothesis.errors import Flaky, NoSuchExample, Unsatisfiable
@@ -18,19 +18,7 @@ except ImportError as error:
         Problem("verify", "the package hypothesis", "none installed", "Run `pip install 'tnpeft[testing]'`.")
     ) from error
 
-__all__ = [
-    "Flaky",
-    "HealthCheck",
-    "NoSuchExample",
-    "Phase",
-    "Unsatisfiable",
-    "Verbosity",
-    "assume",
-    "find",
-    "kept_nowhere",
-    "settings",
-    "st",
-]
+__all__ = ["Flaky", "HealthCheck", "NoSuchExample", "Phase", "Unsatisfiable", "find", "kept_nowhere", "settings", "st"]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,9 +84,8 @@ def cases(
 ) -> Case:
     """Layers with options, params and a seed."""
     layer = draw(drawn_signatures)
-    case = Case(layer.kind, layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups)
-    return replace(
-        case,
+    return Case.on(
+        layer,
         options=draw(_options(layer)),
         params=draw(params) if params is not None else {},
         dtype=draw(st.sampled_from(dtypes)),

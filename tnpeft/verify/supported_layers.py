@@ -49,7 +49,7 @@ def reachable(spec: Spec, layer: Layer | None, params: Mapping[str, float], seed
 def gauge_cases(spec: Spec, layer: Layer | None, params: Mapping[str, float], accepted: Sequence[Case]) -> list[Case]:
     """Cases whose redundancy may be looked at: some wide enough that the rank is not the layer's, with small params."""
     if layer is not None:
-        wide = [Case(layer.kind, layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups)]
+        wide = [Case.on(layer)]
     else:
         wide = []
         for kind, channels in itertools.product(spec.layers, (12, 16, 24, 48)):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tnpeft.errors import clip
 from tnpeft.io.foreign.pickles import MAX_PARTS, is_heavy
 
 __all__ = ["COPY_AGAIN", "LOAD_ERRORS", "archive_problem", "load_archive"]
@@ -122,7 +123,7 @@ def _faults(members: list[zipfile.ZipInfo], room: int) -> Iterator[Fault]:
         yield Fault(f"at most {_MAX_MEMBERS:,} members", f"{len(members):,}", _SAVE_AGAIN)
     end, previous = 0, ""
     for member in sorted(members, key=lambda member: member.header_offset):
-        name = _short(member.filename)
+        name = clip(member.filename)
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             kind = "an encrypted" if member.flag_bits & 1 else "a compressed"
             yield Fault("members that are stored, as torch writes them", f"{kind} one, {name}", _SAVE_AGAIN)
@@ -134,8 +135,3 @@ def _faults(members: list[zipfile.ZipInfo], room: int) -> Iterator[Fault]:
         end, previous = member.header_offset + _LOCAL_HEADER + len(member.filename) + member.file_size, name
         if end > room:
             yield Fault("members within the file", f"{name}, which ends at byte {end:,} of {room:,}", COPY_AGAIN)
-
-
-def _short(name: str) -> str:
-    text = ascii(name)
-    return text if len(text) <= 60 else f"{text[:56]}...'"

@@ -55,15 +55,7 @@ _OTHERS = {
     "prompt_embeddings": "prompt tuning",
 }
 # What torch's own modules call their tensors.
-_OF_MODULES = {
-    "weight",
-    "bias",
-    "running_mean",
-    "running_var",
-    "num_batches_tracked",
-    "in_proj_weight",
-    "in_proj_bias",
-}
+_OF_MODULES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias"}
 
 
 def guess(keys: Collection[str], pickled: bool, has_config: bool) -> str | None:

@@ -7,7 +7,7 @@ then copying the tensors in: a product with other sizes must not be written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 __all__ = ["Sizes", "common_factor", "lycoris_rebuilds", "split"]
@@ -37,15 +37,8 @@ def split(channels: int, factor: int, ordered: bool) -> tuple[int, int]:
 
 def common_factor(sizes: Sequence[Sizes]) -> int | None:
     """PEFT's one `decompose_factor` that splits every layer in this way, if there is one."""
-    for factor in _candidates(sizes):
-        if all(_splits(size, factor, ordered=False) for size in sizes):
-            return factor
-    return None
-
-
-def _candidates(sizes: Iterable[Sizes]) -> Iterator[int]:
-    yield -1
-    yield from sorted({number for size in sizes for number in size if number > 0})
+    factors = (-1, *sorted({number for size in sizes for number in size if number > 0}))
+    return next((factor for factor in factors if all(_splits(size, factor, ordered=False) for size in sizes)), None)
 
 
 def _splits(size: Sizes, factor: int, ordered: bool) -> bool:

@@ -1,15 +1,13 @@
 """The tensors of one layer by what they are to their method, and the parts they make.
 
-The names are LyCORIS's: `up`, `down` and `mid` for LoRA and LoCon; `w1_a`, `w1_b`, `t1` and the same
-with 2 for LoHa; `w1` (or `w1_a` and `w1_b`) and `w2` (or `w2_a`, `w2_b` and `t2`) for LoKr. A
-convolution's kernel may be flattened into the last axis, and unit axes may follow.
+The names are LyCORIS's. A convolution's kernel may be flattened into the last axis, and unit axes may follow.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +18,22 @@ from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.files import refuse, shown
 from tnpeft.io.foreign.formats import INCOMPLETE, MADE_FOR, ONE_ADAPTER
 from tnpeft.io.foreign.layer_update import LayerUpdate
-from tnpeft.io.foreign.topologies import kron_name
+from tnpeft.io.foreign.topologies import kron_name, topology_named
 from tnpeft.network import Layer
+from tnpeft.spec.pattern import ELLIPSIS
 
-__all__ = ["LayerTensors", "loha_part", "lokr_part", "lora_part", "tensors_of_layer", "wide"]
+__all__ = ["SLOTS", "LayerTensors", "tensors_of_layer", "update_of", "wide"]
 
+# Method → the cores of its topologies with the slots of their tensors, in the order in which they are read.
+SLOTS = {
+    "lora": {"up": "up", "mid": "mid", "down": "down"},
+    "loha": {"mid_1": "t1", "down_1": "w1_b", "up_1": "w1_a", "mid_2": "t2", "down_2": "w2_b", "up_2": "w2_a"},
+    "lokr": {"small": "w1", "small_up": "w1_a", "small_down": "w1_b"}
+    | {"large": "w2", "mid": "t2", "up": "w2_a", "down": "w2_b"},
+}
+# Slot → another one, whose key shows how the file would call it.
+_NEIGHBOURS = {"up": "down", "down": "up", "magnitude": "down", "t1": "w1_a", "t2": "w2_a"}
+_NEIGHBOURS |= {"w1_a": "w1_b", "w1_b": "w1_a", "w2_a": "w2_b", "w2_b": "w2_a"}
 Scale = Callable[[int | None], float]  # of the rank, None where no tensor has one
 
 
@@ -45,47 +54,26 @@ class LayerTensors:
         number = tensor.float() if slot == "alpha" else tensor  # kohya's is often whole
         self.tensors[slot], self.keys[slot] = wide(self.path, key, number), key
 
-    def get(self, slot: str) -> Tensor | None:
-        return self.tensors.get(slot)
-
-    def need(self, slot: str, like: str) -> Tensor:
-        """The tensor of a slot; `like` is a slot whose key shows how it would be called."""
+    def need(self, slot: str) -> Tensor:
+        """The tensor of a slot; a missing one is named as its neighbour in the file is."""
         tensor = self.tensors.get(slot)
         if tensor is None:
-            beside = self.keys.get(like, like)
+            beside = self.keys.get(_NEIGHBOURS[slot], _NEIGHBOURS[slot])
             raise self.refuse("tensors", f"`{_native(slot, beside)}` beside '{beside}'", "no such tensor", INCOMPLETE)
         return tensor
 
     def refuse(self, what: str, expected: str, found: str, fix: str) -> AdapterFileError:
         return AdapterFileError(Problem(what, expected, found, fix, where=f"{shown(self.path)}: layer '{self.layer}'"))
 
-    def matrix(self, slot: str, like: str) -> Tensor:
-        """A tensor of two axes, unit axes behind them dropped."""
-        tensor = self.need(slot, like)
-        return self._squeezed(slot, tensor, 2)
-
-    def kernel(self, slot: str, like: str, kernel: tuple[int, ...]) -> Tensor:
-        """A tensor of two axes and the kernel's, which may be flattened into the second."""
-        tensor, window = self.need(slot, like), math.prod(kernel)
+    def shaped(self, slot: str, kernel: tuple[int, ...] = ()) -> Tensor:
+        """A tensor of two axes and the kernel's, which may be flattened into the second; unit axes follow at most."""
+        tensor, window, axes = self.need(slot), math.prod(kernel), 2 + len(kernel)
         if tensor.ndim == 2 and kernel and tensor.shape[1] % window == 0:
             return tensor.reshape(tensor.shape[0], tensor.shape[1] // window, *kernel)
-        return self._squeezed(slot, tensor, 2 + len(kernel))
-
-    def _squeezed(self, slot: str, tensor: Tensor, axes: int) -> Tensor:
         if tensor.ndim < axes or any(size != 1 for size in tensor.shape[axes:]):
             key = self.keys[slot]
             raise self.refuse(f"tensor '{key}'", f"{axes} axes", f"the shape {tuple(tensor.shape)}", MADE_FOR)
         return tensor.reshape(tensor.shape[:axes])
-
-    def part(self, topology: str, scale: float, cores: Mapping[str, tuple[str, Tensor]]) -> LayerUpdate:
-        """A part whose cores are given with the slot each comes from. Refuses slots that are left over."""
-        over = self.tensors.keys() - {slot for slot, _ in cores.values()} - {"alpha", "magnitude", "dora_scale"}
-        if over:
-            found = f"also '{self.keys[min(over)]}'"
-            raise self.refuse("tensors", f"those of {topology} alone", found, ONE_ADAPTER)
-        tensors = {core: tensor for core, (_, tensor) in cores.items()}
-        keys = {core: self.keys.get(slot, slot) for core, (slot, _) in cores.items()}
-        return LayerUpdate(topology, tensors, scale, keys=keys)
 
 
 def tensors_of_layer(slots: dict[str, LayerTensors], path: Path, layer: str, written: str) -> LayerTensors:
@@ -120,53 +108,26 @@ def wide(path: Path, key: str, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def lora_part(slots: LayerTensors, layer: Layer, scale: Scale) -> LayerUpdate:
-    up, kernel = slots.matrix("up", "down"), layer.kernel_size
-    if slots.get("mid") is not None:
-        down = slots.matrix("down", "up")
-        mid = slots.kernel("mid", "up", kernel)
-        cores = {"up": ("up", up), "mid": ("mid", mid), "down": ("down", down)}
-        return slots.part("locon_tucker", scale(down.shape[0]), cores)
-    down = slots.kernel("down", "up", kernel)
-    return slots.part("lora", scale(down.shape[0]), {"up": ("up", up), "down": ("down", down)})
+def update_of(method: str, slots: LayerTensors, layer: Layer, scale: Scale, inner: bool = False) -> LayerUpdate:
+    """The update of a `method` of `SLOTS`; `inner` says where LoKr's whole second factor is the outer one."""
+    name = _topology(method, slots.tensors, inner)
+    cores = topology_named(name).cores
+    filled = {core: slot for core, slot in SLOTS[method].items() if core in cores}
+    kernels = {core: layer.kernel_size if ELLIPSIS in legs else () for core, legs in cores.items()}
+    tensors = {core: slots.shaped(slot, kernels[core]) for core, slot in filled.items()}
+    rank = next((tensors[core].shape[0] for core in ("down", "down_1", "small_down") if core in tensors), None)
+    size = scale(rank)
+    if over := slots.tensors.keys() - filled.values() - {"alpha", "magnitude", "dora_scale"}:
+        found = f"also '{slots.keys[min(over)]}'"
+        raise slots.refuse("tensors", f"those of {name} alone", found, ONE_ADAPTER)
+    return LayerUpdate(name, tensors, size, keys={core: slots.keys[slot] for core, slot in filled.items()})
 
 
-def loha_part(slots: LayerTensors, layer: Layer, scale: Scale) -> LayerUpdate:
-    cores: dict[str, tuple[str, Tensor]] = {}
-    kernel = layer.kernel_size
-    tucker = slots.get("t1") is not None or slots.get("t2") is not None
-    for half in ("1", "2"):
-        up, down, mid = f"w{half}_a", f"w{half}_b", f"t{half}"
-        if tucker:
-            cores[f"mid_{half}"] = (mid, slots.kernel(mid, up, kernel))
-            cores[f"down_{half}"] = (down, slots.matrix(down, up))
-        else:
-            cores[f"down_{half}"] = (down, slots.kernel(down, up, kernel))
-        cores[f"up_{half}"] = (up, slots.matrix(up, down))
-    rank = cores["down_1"][1].shape[0]
-    return slots.part("loha_tucker" if tucker else "loha", scale(rank), cores)
-
-
-def lokr_part(slots: LayerTensors, layer: Layer, scale: Scale, inner: bool = False) -> LayerUpdate:
-    """`inner` says where a whole second factor is the outer one of the product."""
-    kernel = layer.kernel_size
-    cores: dict[str, tuple[str, Tensor]] = {}
-    if slots.get("w1") is not None:
-        small = "whole"
-        cores["small"] = ("w1", slots.matrix("w1", "w2"))
-    else:
-        small = "low"
-        cores["small_up"] = ("w1_a", slots.matrix("w1_a", "w1_b"))
-        cores["small_down"] = ("w1_b", slots.matrix("w1_b", "w1_a"))
-    if slots.get("w2") is not None:
-        large, rank = "whole", None if small == "whole" else cores["small_down"][1].shape[0]
-        cores["large"] = ("w2", slots.kernel("w2", "w1", kernel))
-        return slots.part(kron_name(small, large, inner), scale(rank), cores)
-    up = slots.matrix("w2_a", "w2_b")
-    if slots.get("t2") is not None:
-        large, down = "tucker", slots.matrix("w2_b", "w2_a")
-        cores["mid"] = ("t2", slots.kernel("t2", "w2_a", kernel))
-    else:
-        large, down = "low", slots.kernel("w2_b", "w2_a", kernel)
-    cores |= {"up": ("w2_a", up), "down": ("w2_b", down)}
-    return slots.part(kron_name(small, large), scale(down.shape[0]), cores)
+def _topology(method: str, slots: Collection[str], inner: bool) -> str:
+    if method == "lora":
+        return "locon_tucker" if "mid" in slots else "lora"
+    if method == "loha":
+        return "loha_tucker" if "t1" in slots or "t2" in slots else "loha"
+    small = "whole" if "w1" in slots else "low"
+    large = "whole" if "w2" in slots else "tucker" if "t2" in slots else "low"
+    return kron_name(small, large, inner and large == "whole")

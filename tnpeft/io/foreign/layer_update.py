@@ -14,7 +14,7 @@ from tnpeft.adapters.dora import magnitudes
 from tnpeft.errors import BindError, Problem, SpecError
 from tnpeft.io.foreign.formats import MADE_FOR
 from tnpeft.io.foreign.generated_specs import spec_of_sizes
-from tnpeft.io.foreign.topologies import TOPOLOGIES, Topology, found_in
+from tnpeft.io.foreign.topologies import Topology, found_in, topology_named
 from tnpeft.network import Layer, Network, layer_of, load_spec
 from tnpeft.schedule import DEFAULT_MODE
 from tnpeft.spec import list_specs
@@ -40,7 +40,7 @@ class LayerUpdate:
 
     @property
     def shape(self) -> Topology:
-        return TOPOLOGIES[self.topology]
+        return topology_named(self.topology)
 
 
 @dataclass(frozen=True)

@@ -151,11 +151,7 @@ def _warn_of_numbers(path: Path, adapters: Mapping[str, Adapter], trained: Mappi
 
 
 def _fitting(
-    path: Path,
-    what: str,
-    values: Mapping[str, Tensor],
-    here: Mapping[str, Tensor],
-    groups: Iterable[tuple[str, ...]],
+    path: Path, what: str, values: Mapping[str, Tensor], here: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]
 ) -> dict[str, Tensor]:
     """Values that trained, by the first name of tied tensors of the model. Raises AdapterFileError."""
     first = {name: names[0] for names in groups for name in names}

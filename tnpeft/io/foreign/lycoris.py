@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tnpeft.io.foreign.beside import with_biases
 from tnpeft.io.foreign.formats import INCOMPLETE, MADE_FOR, PEFT_SLOTS, clip_key, unsupported
 from tnpeft.io.foreign.key_names import check_layers, underscored, where_to_load
-from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, lora_part, tensors_of_layer, wide
+from tnpeft.io.foreign.layer_tensors import LayerTensors, tensors_of_layer, update_of, wide
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.source import Source
 from tnpeft.network import layer_of
@@ -24,7 +24,6 @@ _SLOT = re.compile(
     r"|(?P<peft>lora_(A|B|magnitude_vector))(\.(?!weight$|bias$)\w+)?(?P<leaf>\.weight|\.bias)?"
     r"|(?P<beside>alpha|dora_scale)|(?P<trained>[wb]_norm|diff(_b)?))"
 )
-_METHODS = {"lora": lora_part, "hada": loha_part, "lokr": lokr_part}
 # Blocks of Stable Diffusion's and Flux's own code, which diffusers calls otherwise.
 _ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
 _TRAINED = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}  # what is added to which
@@ -37,7 +36,7 @@ def read_lycoris(source: Source, modules: Mapping[str, nn.Module], parameters: M
         raise unsupported(source.path, [source.called(key) for key in source.tensors if key not in found])
     layers = underscored(
         dict.fromkeys(match["module"] for match in found.values()),
-        (name for name, module in modules.items() if _has_layer(module)),
+        (name for name, module in modules.items() if module._parameters),
         source.place,
     )
     slots: dict[str, LayerTensors] = {}
@@ -59,11 +58,6 @@ def read_lycoris(source: Source, modules: Mapping[str, nn.Module], parameters: M
     check_layers(source, slots, modules)
     parts = {name: _part(slots[name], methods[name], modules[name]) for name in slots}
     return Foreign(parts, trained | with_biases(source, parts, biases, trained, parameters))
-
-
-def _has_layer(module: nn.Module) -> bool:
-    """Whether a file can mean this module: one with parameters of its own."""
-    return bool(module._parameters)
 
 
 def _sum(source: Source, key: str, change: Tensor, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -103,13 +97,13 @@ def _part(slots: LayerTensors, methods: set[str], module: nn.Module) -> LayerUpd
         found = " and ".join(sorted(methods)) or f"`{next(iter(slots.tensors))}` alone"
         raise slots.refuse("tensors", "those of one method", found, INCOMPLETE)
     (method,) = methods
-    if slots.get("t1") is not None and method == "lokr":
+    if slots.tensors.get("t1") is not None and method == "lokr":
         raise slots.refuse("`lokr_t1`", "no such tensor", "one", "LyCORIS reads none either: remove it.")
     layer = layer_of(module)
-    part = _METHODS[method](slots, layer, _scale(slots))
-    if slots.get("magnitude") is not None:
-        return replace(part, magnitude=slots.need("magnitude", "down").flatten())
-    magnitude = slots.get("dora_scale")
+    part = update_of("loha" if method == "hada" else method, slots, layer, _scale(slots))
+    if slots.tensors.get("magnitude") is not None:
+        return replace(part, magnitude=slots.need("magnitude").flatten())
+    magnitude = slots.tensors.get("dora_scale")
     if magnitude is None:
         return part
     if magnitude.numel() != layer.out_channels or magnitude.shape[0] != layer.out_channels:
@@ -121,7 +115,7 @@ def _part(slots: LayerTensors, methods: set[str], module: nn.Module) -> LayerUpd
 
 def _scale(slots: LayerTensors) -> Callable[[int | None], float]:
     """alpha / rank; an alpha of 0, or none, means the rank. LoKr's two whole factors are not scaled."""
-    alpha = slots.get("alpha")
+    alpha = slots.tensors.get("alpha")
     if alpha is not None and (alpha.numel() != 1 or not bool(alpha.isfinite())):
         raise slots.refuse("`alpha`", "one finite number", f"{alpha.flatten()[:4].tolist()}", "Mend or remove it.")
 

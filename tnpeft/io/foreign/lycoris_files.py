@@ -14,8 +14,9 @@ from torch import Tensor
 from tnpeft.errors import Problem
 from tnpeft.io.foreign.formats import MERGE, trained_problem
 from tnpeft.io.foreign.kron import Sizes, lycoris_rebuilds
+from tnpeft.io.foreign.layer_tensors import SLOTS
 from tnpeft.io.foreign.layer_update import LayerUpdate, silenced
-from tnpeft.io.foreign.rewrites import factors_of, half_ranks_equal, padded, untuckered, whole_large, whole_small
+from tnpeft.io.foreign.rewrites import factors_of, half_ranks_equal, lokr_rank, lokr_tensors, untuckered, whole_small
 from tnpeft.io.foreign.topologies import KRONS
 from tnpeft.network import Layer
 
@@ -132,13 +133,11 @@ def _loha(part: LayerUpdate) -> dict[str, Tensor]:
         return _loha(untuckered(part))
     if not mids:
         part = half_ranks_equal(part)
-    written = {"alpha": _alpha(part.scale, part.tensors["down_1"].shape[0])}
-    for half in "12":
-        written[f"hada_w{half}_a"] = part.tensors[f"up_{half}"]
-        written[f"hada_w{half}_b"] = part.tensors[f"down_{half}"].flatten(1)
-        if mids:
-            written[f"hada_t{half}"] = part.tensors[f"mid_{half}"]
-    return written
+    written = {
+        f"hada_{SLOTS['loha'][core]}": tensor.flatten(1) if core.startswith("down") else tensor
+        for core, tensor in part.tensors.items()
+    }
+    return {"alpha": _alpha(part.scale, part.tensors["down_1"].shape[0]), **written}
 
 
 def _lokr(part: LayerUpdate) -> dict[str, Tensor] | None:
@@ -152,19 +151,10 @@ def _lokr(part: LayerUpdate) -> dict[str, Tensor] | None:
     if KRONS[part.topology][2]:
         return None  # the small factor as the inner one
     low = untuckered(part)
-    if "down" in low.tensors:
-        down = low.tensors["down"].flatten(1)
-        ranks = [tensors.shape[0] for core, tensors in low.tensors.items() if core in ("down", "small_down")]
-        rank = max(ranks)
-        if 2 * rank < max(size.b, size.d) and lycoris_rebuilds(size, down.shape[1]):
-            written = {"alpha": _alpha(part.scale, rank)}
-            if "small_up" in low.tensors and 2 * rank < max(size.a, size.c):
-                written["lokr_w1_a"] = padded(low.tensors["small_up"], 1, rank)
-                written["lokr_w1_b"] = padded(low.tensors["small_down"], 0, rank)
-            else:
-                written["lokr_w1"] = whole_small(low).tensors["small"]
-            up = padded(low.tensors["up"], 1, rank)
-            return {**written, "lokr_w2_a": up, "lokr_w2_b": padded(down, 0, rank)}
+    rank = lokr_rank(low)
+    if rank and 2 * rank < max(size.b, size.d) and lycoris_rebuilds(size, low.tensors["down"][0].numel()):
+        written = low if 2 * rank < max(size.a, size.c) else whole_small(low)
+        return {"alpha": _alpha(part.scale, rank), **lokr_tensors(written, rank)}
     if not lycoris_rebuilds(size, size.d):
         return None
-    return {"alpha": _alpha(1.0, 1), "lokr_w1": small, "lokr_w2": whole_large(part).tensors["large"] * part.scale}
+    return {"alpha": _alpha(1.0, 1), "lokr_w1": small, "lokr_w2": large * part.scale}

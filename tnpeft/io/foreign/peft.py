@@ -14,7 +14,7 @@ from tnpeft.errors import clip
 from tnpeft.io.foreign.beside import beside, with_biases
 from tnpeft.io.foreign.formats import PEFT_SLOTS, SUPPORTED, unsupported
 from tnpeft.io.foreign.key_names import check_layers, dotted, layer_named
-from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, lora_part, tensors_of_layer, wide
+from tnpeft.io.foreign.layer_tensors import LayerTensors, tensors_of_layer, update_of, wide
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.source import Source
 from tnpeft.network import layer_of
@@ -91,19 +91,15 @@ def _check_config(source: Source, config: Mapping[str, Any]) -> None:
 def _part(source: Source, config: Mapping[str, Any], slots: LayerTensors, module: nn.Module) -> LayerUpdate:
     layer = layer_of(module)
     scale = _scale(source, config, slots)
-    if config["peft_type"] == "LORA":
-        if layer.groups > 1:
-            expected = "an ungrouped convolution, which PEFT's update is of in every case"
-            fix = "Such an update is none of the grouped layer's weight: train it anew."
-            raise slots.refuse("LoRA", expected, str(layer), fix)
-        part = lora_part(slots, layer, scale)
-        if not config.get("use_dora"):
-            return part
-        return replace(part, magnitude=slots.need("magnitude", "down").flatten())
-    if config["peft_type"] == "LOHA":
-        return loha_part(slots, layer, scale)
+    if config["peft_type"] == "LORA" and layer.groups > 1:
+        expected = "an ungrouped convolution, which PEFT's update is of in every case"
+        fix = "Such an update is none of the grouped layer's weight: train it anew."
+        raise slots.refuse("LoRA", expected, str(layer), fix)
     # PEFT takes the Kronecker product of a matrix and the three axes of a whole factor, which torch aligns at the end.
-    return lokr_part(slots, layer, scale, inner=layer.kind == "Conv1d" and slots.get("w2") is not None)
+    part = update_of(config["peft_type"].lower(), slots, layer, scale, inner=layer.kind == "Conv1d")
+    if config["peft_type"] == "LORA" and config.get("use_dora"):
+        return replace(part, magnitude=slots.need("magnitude").flatten())
+    return part
 
 
 def _scale(source: Source, config: Mapping[str, Any], slots: LayerTensors) -> Callable[[int | None], float]:
@@ -111,7 +107,7 @@ def _scale(source: Source, config: Mapping[str, Any], slots: LayerTensors) -> Ca
     lora = config["peft_type"] == "LORA"
     default = config.get("lora_alpha" if lora else "alpha", 8)
     alpha = _number(source, "alpha", _by_pattern(source, config, "alpha_pattern", slots.written, default))
-    stored = slots.get("alpha")
+    stored = slots.tensors.get("alpha")
     if stored is not None and stored.flatten().tolist() != [alpha]:
         found = f"{stored.flatten()[:4].tolist()} in '{slots.keys['alpha']}'"
         raise slots.refuse("alpha", f"{alpha:g}, as `{source.config_name}` has it", found, _TOGETHER)

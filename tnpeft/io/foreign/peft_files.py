@@ -17,8 +17,17 @@ from tnpeft.errors import Problem
 from tnpeft.io.files import refuse
 from tnpeft.io.foreign.formats import MERGE, trained_problem
 from tnpeft.io.foreign.kron import Sizes, common_factor
+from tnpeft.io.foreign.layer_tensors import SLOTS
 from tnpeft.io.foreign.layer_update import LayerUpdate
-from tnpeft.io.foreign.rewrites import factors_of, half_ranks_equal, padded, untuckered, whole_large, whole_small
+from tnpeft.io.foreign.rewrites import (
+    factors_of,
+    half_ranks_equal,
+    lokr_rank,
+    lokr_tensors,
+    untuckered,
+    whole_large,
+    whole_small,
+)
 from tnpeft.io.foreign.source import CONFIG, WEIGHTS
 from tnpeft.io.foreign.topologies import KRONS
 from tnpeft.network import Layer
@@ -124,20 +133,12 @@ def _loha(parts: Mapping[str, LayerUpdate]) -> tuple[Tensors, dict[str, int], di
     effective = bool(windows) and all(halves[name].topology == "loha_tucker" for name in windows)
     tensors: Tensors = {}
     for name, part in halves.items():
-        if name in windows and effective:
-            cores = part.tensors
-            tensors[name] = {
-                key: _four_axes(cores[f"{core}_{half}"]) if core == "mid" else cores[f"{core}_{half}"]
-                for half in "12"
-                for core, key in (("mid", f"hada_t{half}"), ("up", f"hada_w{half}_a"), ("down", f"hada_w{half}_b"))
-            }
-        else:
-            cores = half_ranks_equal(untuckered(part)).tensors
-            tensors[name] = {
-                key: cores[f"{core}_{half}"].flatten(1)
-                for half in "12"
-                for core, key in (("up", f"hada_w{half}_a"), ("down", f"hada_w{half}_b"))
-            }
+        if not (name in windows and effective):
+            part = half_ranks_equal(untuckered(part))
+        tensors[name] = {
+            f"hada_{SLOTS['loha'][core]}": _four_axes(tensor) if core.startswith("mid") else tensor.flatten(1)
+            for core, tensor in part.tensors.items()
+        }
     ranks = {name: tensor["hada_w1_b"].shape[0] for name, tensor in tensors.items()}
     return tensors, ranks, {"use_effective_conv2d": effective, "init_weights": True}
 
@@ -177,7 +178,7 @@ def _lokr(path: Path, parts: Mapping[str, LayerUpdate]) -> tuple[Tensors, dict[s
             expected = "a rank below half the larger side of the second factor, which PEFT scrambles if it is whole"
             found = f"a {whole.shape[0]} x {whole.shape[1]} factor of layer '{name}'"
             raise refuse(path, "PEFT's LOKR on Conv1d", expected, found, MERGE)
-    ranks = {name: _lokr_rank(part, sizes[name]) for name, part in reduced.items()}
+    ranks = {name: lokr_rank(part) or max(sizes[name]) for name, part in reduced.items()}
     # PEFT keeps the small factor whole unless `decompose_both`, and then only where the rank is too large for it.
     both = all(
         "small_up" in part.tensors or 2 * ranks[name] >= max(sizes[name].a, sizes[name].c)
@@ -186,37 +187,15 @@ def _lokr(path: Path, parts: Mapping[str, LayerUpdate]) -> tuple[Tensors, dict[s
     tensors: Tensors = {}
     for name, part in reduced.items():
         part = part if both and 2 * ranks[name] < max(sizes[name].a, sizes[name].c) else whole_small(part)
-        tensors[name] = {key: tensor.contiguous() for key, tensor in _lokr_keys(part, ranks[name]).items()}
+        tensors[name] = lokr_tensors(part, ranks[name])
     options = {"decompose_both": both, "decompose_factor": factor, "use_effective_conv2d": False, "init_weights": True}
     return tensors, ranks, options
 
 
 def _low_where_smaller(part: LayerUpdate, size: Sizes) -> LayerUpdate:
     """PEFT builds the large factor whole once the rank is half its larger side."""
-    rank = _low_rank(part)
+    rank = lokr_rank(part)
     return part if rank is not None and 2 * rank < max(size.b, size.d) else whole_large(part)
-
-
-def _low_rank(part: LayerUpdate) -> int | None:
-    """The rank of the factors that are products, the larger one of two."""
-    ranks = [part.tensors[core].shape[0] for core in ("small_down", "down") if core in part.tensors]
-    return max(ranks) if "down" in part.tensors else None
-
-
-def _lokr_rank(part: LayerUpdate, size: Sizes) -> int:
-    return _low_rank(part) or max(size)
-
-
-def _lokr_keys(part: LayerUpdate, rank: int) -> dict[str, Tensor]:
-    names = {"small": "w1", "small_up": "w1_a", "small_down": "w1_b", "large": "w2", "up": "w2_a", "down": "w2_b"}
-    tensors = {}
-    for core, tensor in part.tensors.items():
-        if core.endswith("up"):
-            tensor = padded(tensor, 1, rank)
-        elif core.endswith("down"):
-            tensor = padded(tensor.flatten(1), 0, rank)
-        tensors[f"lokr_{names[core]}"] = tensor
-    return tensors
 
 
 def config_of(

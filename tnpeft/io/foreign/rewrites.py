@@ -12,10 +12,20 @@ from torch.nn.functional import pad
 from tnpeft.adapters import Adapter
 from tnpeft.errors import Problem
 from tnpeft.io.foreign.formats import MERGE
+from tnpeft.io.foreign.layer_tensors import SLOTS
 from tnpeft.io.foreign.layer_update import LayerUpdate
-from tnpeft.io.foreign.topologies import KRONS, WRITABLE, arranged, found_in, kron_name
+from tnpeft.io.foreign.topologies import KRONS, WRITABLE, found_in, kron_name, topology_named
 
-__all__ = ["factors_of", "half_ranks_equal", "padded", "part_of", "untuckered", "whole_large", "whole_small"]
+__all__ = [
+    "factors_of",
+    "half_ranks_equal",
+    "lokr_rank",
+    "lokr_tensors",
+    "part_of",
+    "untuckered",
+    "whole_large",
+    "whole_small",
+]
 
 
 def part_of(adapter: Adapter, name: str, gain: float) -> LayerUpdate | Problem:
@@ -29,16 +39,16 @@ def part_of(adapter: Adapter, name: str, gain: float) -> LayerUpdate | Problem:
         fix = "Activate it at scale 1: what DoRA adds is no multiple of an update."
         return Problem(what, "a DoRA at scale 1", f"one at {gain:g}", fix, where)
     for topology in WRITABLE:
-        found = found_in(network, topology)
+        found = found_in(network, topology_named(topology))
         if found is None:
             continue
-        tensors = {core: arranged(cores[ours], order) for core, (ours, order) in found.items()}
+        tensors = {core: cores[ours].permute(order) for core, (ours, order) in found.items()}
         scale = network.scale * network.terms[0].scale * gain
-        part = LayerUpdate(topology.name, tensors, scale, magnitude=magnitude)
+        part = LayerUpdate(topology, tensors, scale, magnitude=magnitude)
         if not any(bool(copy.any()) for copy in start.values()):  # none, or one of zeros, as `fit` leaves it
             return part
-        frozen = {core: arranged(start.get(ours, cores[ours]), order) for core, (ours, order) in found.items()}
-        if topology.name == "lora":
+        frozen = {core: start.get(ours, cores[ours]).permute(order) for core, (ours, order) in found.items()}
+        if topology == "lora":
             return _doubled(part, frozen)
         fix = "Only LoRA's can be: it is a LoRA of twice the rank. Merge the adapter instead."
         return Problem(what, "an update without a frozen copy", "`start: frozen_copy`", fix, where)
@@ -52,36 +62,35 @@ def _doubled(part: LayerUpdate, start: Mapping[str, Tensor]) -> LayerUpdate:
     return replace(part, tensors={"up": up, "down": down})
 
 
+_WITHOUT_MID = {"locon_tucker": "lora", "loha_tucker": "loha", "lokr_tucker": "lokr", "lokr_both_tucker": "lokr_both"}
+
+
 def untuckered(part: LayerUpdate) -> LayerUpdate:
     """The same without a core for the kernel: it goes into `down`, and the rank stays."""
-    tensors, name = dict(part.tensors), part.topology
-    if name == "locon_tucker":
-        down = torch.einsum("rs...,si->ri...", tensors["mid"], tensors["down"])
-        return replace(part, topology="lora", tensors={"up": tensors["up"], "down": down})
-    if name == "loha_tucker":
-        halves: dict[str, Tensor] = {}
-        for half in "12":
-            halves[f"up_{half}"] = tensors[f"up_{half}"].T
-            down = torch.einsum("rq...,qi->ri...", tensors[f"mid_{half}"], tensors[f"down_{half}"])
-            halves[f"down_{half}"] = down
-        return replace(part, topology="loha", tensors=halves)
-    if name in KRONS and KRONS[name][1] == "tucker":
-        tensors["down"] = torch.einsum("rq...,qi->ri...", tensors.pop("mid"), tensors["down"])
-        tensors["up"] = tensors["up"].T
-        return replace(part, topology=kron_name(KRONS[name][0], "low"), tensors=tensors)
-    return part
+    if part.topology not in _WITHOUT_MID:
+        return part
+    tensors = dict(part.tensors)
+    for suffix in ("", "_1", "_2"):
+        mid, up, down = (f"{core}{suffix}" for core in ("mid", "up", "down"))
+        if mid in tensors:
+            tensors[down] = torch.einsum("rs...,si->ri...", tensors.pop(mid), tensors[down])
+            tensors[up] = tensors[up] if part.topology == "locon_tucker" else tensors[up].T  # else (rank, out)
+    return replace(part, topology=_WITHOUT_MID[part.topology], tensors=tensors)
 
 
 def half_ranks_equal(part: LayerUpdate) -> LayerUpdate:
     """LoHa's two halves with one rank: the smaller one gets terms that are zero."""
-    tensors = dict(part.tensors)
-    ranks = {half: tensors[f"down_{half}"].shape[0] for half in "12"}
-    for half in "12":
-        more = max(ranks.values()) - ranks[half]
-        down = tensors[f"down_{half}"]
-        tensors[f"up_{half}"] = pad(tensors[f"up_{half}"], (0, more))
-        tensors[f"down_{half}"] = torch.cat([down, down.new_zeros(more, *down.shape[1:])])
-    return replace(part, tensors=tensors)
+    rank = max(part.tensors[f"down_{half}"].shape[0] for half in "12")
+    return replace(part, tensors={core: _with_rank(core, tensor, rank) for core, tensor in part.tensors.items()})
+
+
+def _with_rank(core: str, tensor: Tensor, rank: int) -> Tensor:
+    """Zeros behind the bond of an `up` (the last axis) or a `down` (the first one), up to the rank."""
+    if core.startswith(("up", "small_up")):
+        return pad(tensor, (0, rank - tensor.shape[1]))
+    if core.startswith(("down", "small_down")):
+        return pad(tensor, (*(0, 0) * (tensor.ndim - 1), 0, rank - tensor.shape[0]))
+    return tensor
 
 
 def factors_of(part: LayerUpdate) -> tuple[Tensor, Tensor]:
@@ -110,9 +119,16 @@ def whole_large(part: LayerUpdate) -> LayerUpdate:
     return replace(part, topology=kron_name(small, "whole", inner), tensors={**tensors, "large": product})
 
 
-def padded(tensor: Tensor, axis: int, size: int) -> Tensor:
-    """Zeros behind an axis, up to the rank that another factor has."""
-    shape = list(tensor.shape)
-    full = tensor.new_zeros([*shape[:axis], size, *shape[axis + 1 :]])
-    full.narrow(axis, 0, shape[axis]).copy_(tensor)
-    return full
+def lokr_rank(part: LayerUpdate) -> int | None:
+    """The rank of the factors that are products, the larger one of two; None where the large factor is whole."""
+    ranks = [part.tensors[core].shape[0] for core in ("small_down", "down") if core in part.tensors]
+    return max(ranks) if "down" in part.tensors else None
+
+
+def lokr_tensors(part: LayerUpdate, rank: int) -> dict[str, Tensor]:
+    """The tensors of a Kronecker product by the ends of their keys; low-rank factors have the rank given."""
+    tensors = {core: _with_rank(core, tensor, rank) for core, tensor in part.tensors.items()}
+    return {
+        f"lokr_{SLOTS['lokr'][core]}": tensor.flatten(1) if core == "down" else tensor
+        for core, tensor in tensors.items()
+    }

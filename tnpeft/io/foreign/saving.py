@@ -96,7 +96,7 @@ def _parts(
 def _contents(
     path: Path,
     root: nn.Module,
-    format: str,  # noqa: A002 - as above
+    kind: str,
     prefix: str | None,
     parts: dict[str, LayerUpdate],
     trained: Mapping[str, Tensor],
@@ -104,34 +104,34 @@ def _contents(
     """The files to write. Raises AdapterFileError for what the other library cannot hold."""
     modules = plain_modules(root)
     layers = {layer: layer_of(modules[layer]) for layer in parts}
-    problems = [*_option_problems(modules, parts, format in ("peft", "diffusers"))]
+    problems = [*_option_problems(modules, parts, kind in ("peft", "diffusers"))]
     names: dict[str, str] = {}
-    if format in ("peft", "diffusers"):
-        check = peft_problems if format == "peft" else diffusers_problems
+    if kind in ("peft", "diffusers"):
+        check = peft_problems if kind == "peft" else diffusers_problems
         problems += [*_place_problems(root, parts), *check(parts, layers, trained)]
     else:
-        problems += comfyui_problems(parts, layers) if format == "comfyui" else ()
-        names = _whole_names(path, root, parts, format, prefix)
+        problems += comfyui_problems(parts, layers) if kind == "comfyui" else ()
+        names = _whole_names(path, root, parts, kind, prefix)
         problems += lycoris_problems(parts, layers, trained, names)
     _raise(path, problems)
     if not parts:
         raise refuse(path, "adapter", "one with adapted layers", "none", "Save it with `tnpeft.save`.")
-    if format == "peft":
+    if kind == "peft":
         return peft_contents(path, parts, trained, modules)
-    if format == "diffusers":
+    if kind == "diffusers":
         named = _named(path, root, parts, prefix, flat=False)
         file = path if path.suffix == _FILE else path / DIFFUSERS_WEIGHTS
         return diffusers_contents(file, parts, named, modules)
-    return lycoris_contents(path, _for_readers(parts, format), names)
+    return lycoris_contents(path, _for_readers(parts, kind), names)
 
 
-def _checked_prefix(path: Path, format: str, prefix: object) -> str | None:  # noqa: A002 - as above
+def _checked_prefix(path: Path, kind: str, prefix: object) -> str | None:
     """A prefix with what stands between it and the names, which those who know it may leave out."""
     if prefix is None:
         return None
-    if format == "peft":
+    if kind == "peft":
         raise refuse(path, "`prefix`", 'none: "peft" has its own', clip(prefix), "Leave it out.")
-    between = "." if format in ("diffusers", "comfyui") else "_"
+    between = "." if kind in ("diffusers", "comfyui") else "_"
     if not isinstance(prefix, str) or (between == "_" and "." in prefix):
         expected = "a text without dots" if between == "_" else "a text"
         fix = 'For example `prefix="lora_te"`; "comfyui" writes names with dots.'
@@ -152,18 +152,12 @@ def _named(
     return named
 
 
-def _whole_names(
-    path: Path,
-    root: nn.Module,
-    layers: Iterable[str],
-    format: str,  # noqa: A002 - as above
-    prefix: str | None,
-) -> dict[str, str]:
+def _whole_names(path: Path, root: nn.Module, layers: Iterable[str], kind: str, prefix: str | None) -> dict[str, str]:
     """The layers' names in a file of LyCORIS, kohya or ComfyUI."""
-    if format == "comfyui":
+    if kind == "comfyui":
         named = _named(path, root, layers, prefix, flat=False, denoiser="diffusion_model.")
         return {layer: before + _clip_name(before, name) for layer, (before, name) in named.items()}
-    named = _named(path, root, layers, "lycoris_" if prefix is None and format == "lycoris" else prefix, flat=True)
+    named = _named(path, root, layers, "lycoris_" if prefix is None and kind == "lycoris" else prefix, flat=True)
     return {layer: before + _clip_name(before, name).replace(".", "_") for layer, (before, name) in named.items()}
 
 
@@ -173,11 +167,11 @@ def _clip_name(prefix: str, name: str) -> str:
     return f"text_model.{name}" if text and name.startswith(("encoder.layers.", "embeddings.")) else name
 
 
-def _for_readers(parts: Mapping[str, LayerUpdate], format: str) -> dict[str, LayerUpdate]:  # noqa: A002 - as above
+def _for_readers(parts: Mapping[str, LayerUpdate], kind: str) -> dict[str, LayerUpdate]:
     """The same updates in forms that every reader of such a file takes alike."""
-    if format == "kohya":
+    if kind == "kohya":
         return one_alpha({name: untuckered(part) if "mid" in part.tensors else part for name, part in parts.items()})
-    return comfyui_parts(parts) if format == "comfyui" else dict(parts)
+    return comfyui_parts(parts) if kind == "comfyui" else dict(parts)
 
 
 def _raise(path: Path, problems: list[Problem]) -> None:
@@ -235,14 +229,14 @@ def _check_place(path: Path) -> None:
         raise refuse(path, "adapter file", "a file name", found, fix)
 
 
-def _check_folder_name(path: Path, format: str) -> None:  # noqa: A002 - as above
+def _check_folder_name(path: Path, kind: str) -> None:
     """A folder that would be called as a file is, which nobody reads as one."""
-    of_file = path.suffix in (".bin", ".ckpt", ".pt", ".pth") or (format == "peft" and path.suffix == _FILE)
-    if format not in ("peft", "diffusers") or not of_file or what_is_at(path) == "a folder":
+    of_file = path.suffix in (".bin", ".ckpt", ".pt", ".pth") or (kind == "peft" and path.suffix == _FILE)
+    if kind not in ("peft", "diffusers") or not of_file or what_is_at(path) == "a folder":
         return
     plain, found = shown(path.with_suffix("")), f"that of a {path.suffix} file"
     fix = f"Pass a folder's name, for example '{plain}'"
-    if format == "peft":
+    if kind == "peft":
         fix = f"{fix}; PEFT reads two files in it."
         raise refuse(path, "adapter folder", "the name of a folder", found, fix)
     fix = f"{fix}, or '{plain}{_FILE}'."

@@ -7,7 +7,7 @@ LoCon, LoHa and LoKr is in neither; where the caller gives none it is that of th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from tnpeft.io.foreign.beside import beside
 from tnpeft.io.foreign.formats import INCOMPLETE, MADE_FOR, unsupported
 from tnpeft.io.foreign.key_names import check_layers, layer_named
-from tnpeft.io.foreign.layer_tensors import LayerTensors, loha_part, lokr_part, lora_part, tensors_of_layer
+from tnpeft.io.foreign.layer_tensors import LayerTensors, tensors_of_layer, update_of
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.source import Source
-from tnpeft.io.foreign.topologies import TOPOLOGIES
+from tnpeft.io.foreign.topologies import topology_named
 from tnpeft.network import layer_of
 
 __all__ = ["read_tenvoo"]
@@ -29,10 +29,7 @@ _SLOT = re.compile(
     r"(?P<slot>\d|-\d -\d|(up|down)(?=\.weight)|w[12]_[ab])(\.weight)?"
 )
 _FLAGS = re.compile(r".+\.(frozen_)?merged\.merged")
-_CORES = {  # by the number of cores, and whether the last has three axes
-    (10, True): "tenvoo_l",
-    (10, False): "tenvoo_q",
-}
+_GATES = ("-1 -2", "-1 -3", "-2 -3")  # QuanTA's slots; TenVOO's are numbers. Both stand as the shipped specs' cores do.
 
 
 def read_tenvoo(
@@ -79,13 +76,13 @@ def _part(slots: LayerTensors, start: LayerTensors | None, module: nn.Module, al
     layer = layer_of(module)
     scale = partial(_scale, slots, alpha)
     if "up" in slots.tensors or "down" in slots.tensors:
-        return lora_part(slots, layer, scale)
+        return update_of("lora", slots, layer, scale)
     keys = " ".join(slots.keys.values())
     if "loha_" in keys:
-        part = loha_part(slots, layer, scale)
+        part = update_of("loha", slots, layer, scale)
         return part if layer.kind != "Linear" else _viewed(slots, part, layer.in_channels, layer.out_channels)
     if "lokr_" in keys:
-        return lokr_part(slots, layer, scale)
+        return update_of("lokr", slots, layer, scale)
     return _network_part(slots, start)
 
 
@@ -125,24 +122,26 @@ def _viewed(slots: LayerTensors, part: LayerUpdate, ins: int, outs: int) -> Laye
 
 def _network_part(slots: LayerTensors, start: LayerTensors | None) -> LayerUpdate:
     """TenVOO and QuanTA: the cores as they are, but for TenVOO-Q's broadcast leg, and their frozen copies."""
-    last = slots.get("9")
-    name = "quanta" if "-1 -2" in slots.tensors else _CORES[10, last is not None and last.ndim == 3]
-    names = TOPOLOGIES[name].cores
-    missing = [core for core in names if core not in slots.tensors]
-    if missing or len(slots.tensors) != len(names):
-        given = ", ".join(f"'{core}'" for core in slots.tensors)
-        raise slots.refuse("cores", ", ".join(f"'{core}'" for core in names), given, INCOMPLETE)
-    if start is None or any(core not in start.tensors for core in names):
+    last = slots.tensors.get("9")
+    tenvoo = "tenvoo_l" if last is not None and last.ndim == 3 else "tenvoo_q"
+    name = "quanta" if _GATES[0] in slots.tensors else tenvoo
+    cores = topology_named(name).cores
+    slot_of = dict(zip(cores, _GATES if name == "quanta" else map(str, range(len(cores))), strict=True))
+    if slots.tensors.keys() != {*slot_of.values()}:
+        expected, given = (", ".join(f"'{slot}'" for slot in each) for each in (slot_of.values(), slots.tensors))
+        raise slots.refuse("cores", expected, given, INCOMPLETE)
+    if start is None or not start.tensors.keys() >= {*slot_of.values()}:
         beside = next(iter(slots.keys.values()))
         expected = f"the frozen copies, `..._weights2`, beside '{beside}'"
         fix = "The update is T(now) - T(start): save the adapter with its frozen copies, as `save_peft` does."
         raise slots.refuse("start", expected, "none", fix)
-    convert: Callable[[LayerTensors], dict[str, Tensor]] = _clean if name == "tenvoo_q" else _as_stored
-    return LayerUpdate(name, convert(slots), 1.0, start=convert(start), keys=slots.keys)
-
-
-def _as_stored(slots: LayerTensors) -> dict[str, Tensor]:
-    return dict(slots.tensors)
+    now, before = (_clean(each) if name == "tenvoo_q" else each.tensors for each in (slots, start))
+    return LayerUpdate(
+        name,
+        {core: now[slot] for core, slot in slot_of.items()},
+        start={core: before[slot] for core, slot in slot_of.items()},
+        keys={core: slots.keys[slot] for core, slot in slot_of.items()},
+    )
 
 
 def _clean(slots: LayerTensors) -> dict[str, Tensor]:

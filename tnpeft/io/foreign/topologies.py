@@ -6,60 +6,47 @@ the same topology, whatever its cores and indices are called and however its cor
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import networkx
 from networkx.algorithms.isomorphism import GraphMatcher
-from torch import Tensor
 
-from tnpeft.network import Network
+from tnpeft.network import Network, load_spec
+from tnpeft.spec.pattern import Axes, expand, expand_axes
 
-__all__ = ["KRONS", "TOPOLOGIES", "WRITABLE", "Topology", "arranged", "found_in", "kron_name"]
-
-KERNEL = "K"  # one index for each kernel axis, none for Linear
+__all__ = ["KRONS", "TOPOLOGIES", "WRITABLE", "Topology", "found_in", "kron_name", "topology_named"]
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Cores by name with their legs, and the weight's pattern. `rank` is the leg that a file's rank is the size of.
+    """Cores by name with their legs, and the weight's axes of legs, as a spec has them: `k...` is unexpanded.
 
-    With `one_rank` every bond has that size.
+    With `one_rank` every bond has the same size.
     """
 
     name: str
-    cores: Mapping[str, str]
-    weight: str
-    rank: str | None = None
+    cores: Mapping[str, tuple[str, ...]]
+    weight: Axes
     start: str = "zero"
     one_rank: bool = False
 
-    def legs(self, core: str, axes: int) -> tuple[str, ...]:
-        return _expanded(self.cores[core], axes)
+    def legs(self, core: str, kernel_axes: int) -> tuple[str, ...]:
+        return expand(self.cores[core], kernel_axes)
 
-    def axes(self, axes: int) -> tuple[tuple[str, ...], ...]:
+    def axes(self, kernel_axes: int) -> Axes:
         """The legs of each weight axis, for a layer with so many kernel axes."""
-        groups = [group or single for group, single in re.findall(r"\(([^)]*)\)|(\S+)", self.weight)]
-        flat = [_expanded(group, axes) if group != KERNEL else () for group in groups]
-        kernel = [(leg,) for leg in _expanded(KERNEL, axes)] if KERNEL in groups else []
-        return (*(group for group in flat if group), *kernel)
+        return expand_axes(self.weight, kernel_axes)
+
+    @property
+    def rank(self) -> str | None:
+        """The bond whose size a file calls the rank, the first by name; None where there is no bond."""
+        opened = {leg for axis in self.weight for leg in axis}
+        return min((leg for legs in self.cores.values() for leg in legs if leg not in opened), default=None)
 
 
-def _expanded(legs: str, axes: int) -> tuple[str, ...]:
-    kernel = [f"k{axis}" for axis in range(axes)]
-    return tuple(leg for word in legs.split() for leg in (kernel if word == KERNEL else [word]))
-
-
-_KRON = "(oa ob) (ia ib) K"
-_KRON_INNER = "(ob oa) (ib ia) K"
-_SMALL = {"whole": {"small": "oa ia"}, "low": {"small_up": "oa s", "small_down": "s ia"}}
-_LARGE = {
-    "whole": {"large": "ob ib K"},
-    "low": {"up": "ob r", "down": "r ib K"},
-    "tucker": {"mid": "r q K", "up": "r ob", "down": "q ib"},
-}
-_KRON_NAMES = {
+_KRON_NAMES = {  # by the forms of the small and the large factor
     ("whole", "low"): "lokr",
     ("low", "low"): "lokr_both",
     ("whole", "whole"): "krona",
@@ -74,52 +61,47 @@ def kron_name(small: str, large: str, inner: bool = False) -> str:
     return _KRON_NAMES[small, large] + "_inner" * inner
 
 
-def _kron(name: str, small: str, large: str, inner: bool) -> Topology:
-    rank = "r" if large != "whole" else "s" if small == "low" else None
-    return Topology(name, {**_SMALL[small], **_LARGE[large]}, _KRON_INNER if inner else _KRON, rank)
-
-
 KRONS: Mapping[str, tuple[str, str, bool]] = {  # the forms of the two factors, and whether the small one is inside
-    _KRON_NAMES[small, large] + "_inner" * inner: (small, large, inner)
+    kron_name(small, large, inner): (small, large, inner)
     for small, large in _KRON_NAMES
     for inner in ((False, True) if large == "whole" else (False,))
 }
+WRITABLE = ("lora", "locon_tucker", "loha", "loha_tucker", *KRONS)
+# The published LoHa of a Linear: an (in, out) matrix viewed, not transposed, as (out, in).
+_VIEWED = {
+    "loha_viewed_wide": (("p r", "r oa ib", "p s", "s oa ib"), (("p", "oa"), ("ib",))),
+    "loha_viewed_tall": (("oa ia r", "r q", "oa ia s", "s q"), (("oa",), ("ia", "q"))),
+}
+TOPOLOGIES = (*WRITABLE, "tenvoo_l", "tenvoo_q", "quanta", *_VIEWED)
 
 
-def _tenvoo(name: str, height: str, width: str, *inner: str) -> Topology:
-    """TenVOO by the legs of the cores in which its two graphs differ."""
-    cores = ("i2 i1 d e", "i3 e f g", "kd g h i", height, width, "o3 m n p", "o2 p q o1", *inner)
-    numbered = {str(number): legs for number, legs in enumerate(cores)}
-    return Topology(name, numbered, "(o1 o2 o3) (i1 i2 i3) kd kh kw", "d", "frozen_copy", one_rank=True)
+@cache
+def topology_named(name: str) -> Topology:
+    """One of `TOPOLOGIES`: that of the shipped spec of this name, or made of the cores of shipped ones."""
+    if name in _VIEWED:
+        legs, weight = _VIEWED[name]
+        cores = ("up_1", "down_1", "up_2", "down_2")
+        return Topology(name, {core: tuple(words.split()) for core, words in zip(cores, legs, strict=True)}, weight)
+    if name in KRONS:
+        return _kron(name, *KRONS[name])
+    return _shipped(name)
 
 
-def _loha(*legs: str) -> dict[str, str]:
-    return dict(zip(("up_1", "down_1", "up_2", "down_2"), legs, strict=True))
+def _shipped(name: str) -> Topology:
+    spec = load_spec(name)
+    cores = {core.name: core.legs for core in spec.cores}
+    return Topology(name, cores, spec.terms[0].weight, spec.start, spec.bond is not None)
 
 
-_QUANTA = {"-1 -2": "e f i2 i3", "-1 -3": "d o3 i1 f", "-2 -3": "o1 o2 d e"}
-_ALL = (
-    Topology("lora", {"up": "o r", "down": "r i K"}, "o i K", "r"),
-    Topology("locon_tucker", {"up": "o r", "mid": "r s K", "down": "s i"}, "o i K", "r"),
-    Topology("loha", _loha("o r", "r i K", "o s", "s i K"), "o i K", "r"),
-    Topology(
-        "loha_tucker",
-        {"mid_1": "r q K", "up_1": "r o", "down_1": "q i", "mid_2": "s t K", "up_2": "s o", "down_2": "t i"},
-        "o i K",
-        "r",
-    ),
-    *(_kron(name, *parts) for name, parts in KRONS.items()),
-    _tenvoo("tenvoo_l", "kh i j k", "kw k l m", "f d s h", "l t q n", "j s t"),
-    _tenvoo("tenvoo_q", "kh i j", "kw j l m", "n q u s", "d f t u", "h l s t"),
-    Topology("quanta", _QUANTA, "(o1 o2 o3) (i1 i2 i3)", "d", "frozen_copy"),
-    # The published LoHa of a Linear: an (in, out) matrix viewed, not transposed, as (out, in).
-    Topology("loha_viewed_wide", _loha("p r", "r oa ib", "p s", "s oa ib"), "(p oa) ib", "r"),
-    Topology("loha_viewed_tall", _loha("oa ia r", "r q", "oa ia s", "s q"), "oa (ia q)", "r"),
-)
-TOPOLOGIES: Mapping[str, Topology] = {topology.name: topology for topology in _ALL}
-WRITABLE = tuple(
-    topology for topology in _ALL if topology.start == "zero" and not topology.name.startswith("loha_viewed")
-)
+def _kron(name: str, small: str, large: str, inner: bool) -> Topology:
+    """The small factor's cores of one shipped spec and the large one's of another."""
+    both, other = _shipped(_KRON_NAMES[small, "low"]), _shipped(_KRON_NAMES["whole", large])
+    cores = {core: legs for core, legs in both.cores.items() if core.startswith("small")}
+    for core, legs in other.cores.items():
+        if core != "small":
+            cores[core] = tuple("t" if leg == "s" else leg for leg in legs)  # `s` is a bond of the small factor
+    weight = tuple(axis[::-1] for axis in other.weight) if inner else other.weight
+    return Topology(name, cores, weight)
 
 
 def found_in(network: Network, topology: Topology) -> dict[str, tuple[str, tuple[int, ...]]] | None:
@@ -158,8 +140,3 @@ def _graph(cores: Mapping[str, tuple[str, ...]], weight: Iterable[tuple[str, ...
             graph.add_node(("index", leg), place=places.get(leg))
             graph.add_edge(("core", core), ("index", leg))
     return graph
-
-
-def arranged(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
-    """A network's core with its axes in the topology's order."""
-    return tensor.permute(order) if order else tensor
