@@ -27,7 +27,7 @@ SUBSETS_BOUND = 500
 OUTER_BOUND = 6
 # Searches from other greedy paths, fewer where there are many legs: 40 cores of a cubic graph take 0.25 s.
 TRIES = 8
-TRIES_TIMES_LEGS = 2000
+TRIES_TIMES_LEGS = 1000
 
 
 @lru_cache(maxsize=1024)
