@@ -32,8 +32,8 @@ def held(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def measure(recipe: str, name: str) -> dict[str, Any]:
-    """One recipe, in this process."""
+def measure(recipe: str, name: str, side: int) -> dict[str, Any]:
+    """One recipe, in this process; the first calls are of volumes of `side` voxels cubed."""
     seconds = []
     for _ in range(2):
         model = unet(name)
@@ -48,7 +48,7 @@ def measure(recipe: str, name: str) -> dict[str, Any]:
         attached = counted.alive
         with torch.no_grad():
             for _ in range(2):  # the second pass groups layers
-                model(torch.randn(1, 1, 32, 32, 32), torch.tensor([5]))
+                model(torch.randn(1, 1, side, side, side), torch.tensor([5]))
         gc.collect()
         folded = counted.alive - attached
     mib = 2.0**-20
@@ -66,15 +66,16 @@ def main() -> None:
     options.add_argument("--recipe", help="measure this one, here")
     options.add_argument("--recipes", nargs="+", default=RECIPES)
     options.add_argument("--model", choices=("tiny", "small", "paper"), default="paper")
+    options.add_argument("--size", type=int, default=32, help="voxels of a volume along each axis")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.recipe:
-        sys.stdout.write(json.dumps(measure(arguments.recipe, arguments.model)))
+        sys.stdout.write(json.dumps(measure(arguments.recipe, arguments.model, arguments.size)))
         return
     results: dict[str, dict[str, Any]] = {}
     for recipe in arguments.recipes:
         command = [sys.executable, __file__, "--recipe", recipe, "--model", arguments.model]
-        command += ["--threads", str(arguments.threads)]
+        command += ["--threads", str(arguments.threads), "--size", str(arguments.size)]
         results[recipe] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     rows = [
         [name, f"{r['first_s']:.2f}", f"{r['again_s']:.2f}", f"{r['tensors_mib']:.1f}", f"{r['folded_mib']:.1f}"]

@@ -16,7 +16,7 @@ from terminal import data, mistakes, run, text
 import tnpeft
 from tnpeft.execution import AdaptedLayer
 
-SMALL = ("--examples", "4")
+SMALL = ("--examples", "2")
 
 
 def write(tmp_path: Path, body: str) -> Path:
@@ -29,26 +29,26 @@ def test_text_names_every_check_and_what_was_tried():
     shown = text("verify", "lora", "--layer", "Conv2d:4,6,3x1,groups=2", "--set", "r=2", *SMALL)
     lines = shown.splitlines()
     assert lines[0] == "lora: Low-rank adaptation, for every kind of layer"
-    assert lines[1].startswith("4 examples in ")
+    assert lines[1].startswith("2 examples in ")
     assert lines[1].endswith(" s, seed 0; 0 layers refused")
     checks = {line.split()[0]: line.split()[1:] for line in lines[4:18]}
     assert list(checks) == [
         *("reach", "sizes", "entries", "start", "parameters", "origin", "shared", "values", "gradients", "modes"),
         *("merge", "save", "detach", "alive"),
     ]
-    assert all(words[:2] == ["ok", "4"] for name, words in checks.items() if name not in ("origin", "shared"))
-    assert checks["shared"][:3] == ["-", "0", "4"]
-    assert "kinds       Conv2d (4)" in lines
-    assert "channels    composite (8)" in lines
-    assert "groups      2 (4)" in lines
+    assert all(words[:2] == ["ok", "2"] for name, words in checks.items() if name not in ("origin", "shared"))
+    assert checks["shared"][:3] == ["-", "0", "2"]
+    assert "kinds       Conv2d (2)" in lines
+    assert "channels    composite (4)" in lines
+    assert "groups      2 (2)" in lines
     assert "redundancy  20 of 24 parameters move the update independently on Conv2d(4, 6, 3x1, groups=2); " in shown
 
 
 def test_json_is_the_report():
     report = data("verify", "tenvoo_q", *SMALL, "--set", "r=2", "--seed", "3")
-    assert (report["spec"], report["ok"], report["seed"], report["examples"]) == ("tenvoo_q", True, 3, 4)
-    assert report["seen"]["kinds"] == {"Conv3d": 4}
-    assert {check["check"] for check in report["checks"] if check["examples"] == 4} >= {"entries", "gradients", "save"}
+    assert (report["spec"], report["ok"], report["seed"], report["examples"]) == ("tenvoo_q", True, 3, 2)
+    assert report["seen"]["kinds"] == {"Conv3d": 2}
+    assert {check["check"] for check in report["checks"] if check["examples"] == 2} >= {"entries", "gradients", "save"}
     assert report["gauge"]["redundant"] == 0
     assert report["gauge"]["rank"] + report["gauge"]["gauge"] == report["gauge"]["parameters"]
     (row,) = report["conditioning"]
@@ -111,7 +111,7 @@ start: frozen_copy
 
 def test_a_spec_of_wide_layers_alone_is_tried_on_those(tmp_path: Path):
     report = data("verify", write(tmp_path, WIDE), *SMALL)
-    assert report["examples"] == 4
+    assert report["examples"] == 2
     assert report["seen"]["channels"].get("composite", 0) >= 4
 
 

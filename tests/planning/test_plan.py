@@ -37,9 +37,9 @@ def lora(**sizes: int) -> Network:
 def test_forty_cores_of_any_shape_plan_in_time(shape: str) -> None:
     network = hyperedge(40) if shape == "hyperedge" else network_of_graph(GRAPHS[shape])
     find_path.cache_clear()
-    start = time.perf_counter()
+    start = time.process_time()
     found = plan(network)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(found.path) == 39
     inputs = network.einsum.split("->")[0].split(",")
     if shape in ("chain", "ring", "tree", "star", "disconnected"):  # where a greedy path is known to be good
@@ -123,21 +123,26 @@ def test_connected_subsets_are_counted(inputs: list[frozenset[str]], output: fro
 def test_paths_are_the_same_in_every_process() -> None:
     code = (
         "import test_plan as t; from tnpeft.schedule import plan; "
-        "print([plan(t.network_of_graph(t.GRAPHS[name])).path for name in ('cubic', 'disconnected')], "
+        "print([plan(t.network_of_graph(t.GRAPHS[name])).path for name in ('cubic', 'quartic', 'disconnected')], "
         "[plan(t.hyperedge(cores)).path for cores in (5, 8, 14)], "
         "plan(t.tnpeft.load_spec('tenvoo_q').bind('Conv3d', in_channels=64, out_channels=64, kernel_size=3)).path)"
     )
     answers = set()
-    for seed in ("0", "1"):
+    for seed, threads in (("0", "1"), ("1", "2")):
         paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads, "PYTHONPATH": paths}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         answers.add(run.stdout)
     assert len(answers) == 1
 
 
-def test_planning_needs_no_torch() -> None:
-    code = "import sys, tnpeft.schedule; assert 'torch' not in sys.modules"
+def test_planning_needs_neither_torch_nor_a_search_for_shipped_specs() -> None:
+    bind = "bind('Conv3d', in_channels=64, out_channels=64, kernel_size=3)"
+    code = (
+        "import sys, tnpeft.schedule as s; from tnpeft.network import load_spec; "
+        f"[s.plan(load_spec(name).{bind}) for name in ('tenvoo_l', 'tenvoo_q')]; "
+        "assert not {'torch', 'cotengra'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

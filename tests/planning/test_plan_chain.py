@@ -69,10 +69,10 @@ def test_forty_cores_of_any_shape_plan_in_time_in_all_modes(shape: str) -> None:
 @pytest.mark.usefixtures("_nothing_known")
 @pytest.mark.parametrize("cores", [10, 14, 20])
 def test_dense_graphs_of_any_size_plan_in_time(cores: int) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for network in (hyperedge(cores), network_of_graph(networkx.complete_graph(cores))):
         follow(plan(network, "factored"))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.usefixtures("_nothing_known")

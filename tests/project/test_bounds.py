@@ -259,9 +259,9 @@ def test_numbers_that_no_float_holds() -> None:
 
 
 def test_a_contraction_of_more_steps_than_a_float_holds() -> None:
-    network = network_of_graph(GRAPHS["complete"])  # 2**1025 multiplications in one step
+    network = network_of_graph(GRAPHS["complete"], bond=8)  # 2**1025 multiplications and more in one step
     assert str(plan(network, "auto"))
-    assert "1e+290 EFLOP" in str(plan(network))
+    assert "1e+364 EFLOP" in str(plan(network))
     assert predict(plan(network), nominal_call(network.layer)).step >= FOREVER
     assert bytes_text(10**400) == "9.313e+290 GiB"
 
@@ -301,8 +301,9 @@ def spec_of_chain(count: int) -> tnpeft.Spec:
     )
 
 
-@pytest.mark.parametrize("count", [120, 200, 256])
-@pytest.mark.parametrize("mode", ["dense", "factored", "hybrid"])
+@pytest.mark.parametrize(
+    ("count", "mode"), [(120, "dense"), (200, "hybrid"), *((256, mode) for mode in ("dense", "factored", "hybrid"))]
+)
 def test_long_chains_equal_the_product_of_their_matrices(count: int, mode: str) -> None:
     """Pair legs, one a link, have letters that nothing else has."""
     torch.manual_seed(0)

@@ -75,8 +75,14 @@ def moved(handle: tnpeft.Handle) -> None:
             parameter.add_(0.1)
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["compiled first", "attached first"])
-@pytest.mark.parametrize("wrap", [part, layers, nested, in_place, whole_in_place, checkpointed])
+# `nested` holds what `part`, `layers` and `checkpointed` do one by one: it and `in_place` come before and after.
+@pytest.mark.parametrize(
+    ("wrap", "first"),
+    [
+        *((wrap, first) for wrap in (nested, in_place) for first in (True, False)),
+        *((part, True), (layers, False), (whole_in_place, True), (checkpointed, False)),
+    ],
+)
 def test_names_files_and_outputs_are_the_plain_model_s(wrap: Callable[[nn.Sequential], None], first: bool, tmp_path):
     plain, model = base(), base()
     expected, before = attached(plain), base()(X)
