@@ -72,8 +72,9 @@ def _is_connected(neighbours: Sequence[int]) -> bool:
 
 def count_connected_subsets(neighbours: Sequence[int], bound: int) -> int:
     """Connected subsets of two or more cores; counts no further than `bound` + 1."""
-    subsets = connected_sets(neighbours, len(neighbours))
-    return sum(1 for _ in itertools.islice((cores for cores in subsets if cores & (cores - 1)), bound + 1))
+    cores = len(neighbours)
+    subsets = itertools.islice(connected_sets(neighbours, cores), bound + 1 + cores)  # each core is one by itself
+    return min(bound + 1, len([subset for subset in subsets if subset & (subset - 1)]))
 
 
 def _programmed_tree(inputs: Sequence[Legs], output: str, sizes: Mapping[str, int]) -> Tree:
