@@ -143,6 +143,7 @@ LATE = (
     ("tnpeft/cli/", "torch", "commands that need no model start without it"),
     ("tnpeft/network/bind.py", "torch", "only who has a module pays for it"),
     ("tnpeft/draw/", "matplotlib", "an extra"),
+    ("tnpeft/planning/heuristic.py", "cotengra", "20 ms, which only large networks pay"),
     ("tnpeft/adapters/memory_need.py", "resource", "Windows has none"),
 )
 
