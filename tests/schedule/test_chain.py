@@ -38,10 +38,9 @@ def test_sizes_at_each_link(width: int) -> None:
         left = math.prod(space)
         before, after = (2 * math.prod(network.sizes[leg] for leg in legs) for legs in (link.before, link.after))
         assert sizes.space_after == tuple(space)
-        assert (sizes.channels_before, sizes.channels_after) == (before, after)
         assert (sizes.before, sizes.after) == (before * read, after * left)
-        assert sizes.entries == 3 ** len(link.axes) == 3 ** len(sizes.moving)
-        assert sizes.copied == sizes.entries * (before * left if link.gather else after * read)
+        assert len(sizes.moving) == len(link.axes)
+        assert sizes.copied == 3 ** len(link.axes) * (before * left if link.gather else after * read)
     assert space == [4, 4, 4]
 
 

@@ -97,6 +97,16 @@ def test_measured_allocations_are_as_planned(layer: str, spec: str, mode: str):
     assert 0.45 * promised <= measured <= 1.3 * promised
 
 
+@pytest.mark.parametrize("spec", ["lora", "loha", "tenvoo_q"])
+def test_values_made_anew_are_counted_once(spec: str, monkeypatch: pytest.MonkeyPatch):
+    """A strided layer spreads a large input to small products: the copies are most of a hybrid backward pass."""
+    strided = (lambda: nn.Conv3d(16, 24, 3, padding=1, stride=2), (1, 16, 24, 24, 24))
+    monkeypatch.setitem(LAYERS, "large", strided)
+    frozen, adapted, planned = compared("large", spec, "hybrid")
+    measured = planned.memory.held + adapted.backward
+    assert measured == pytest.approx(planned.memory.backward + frozen.backward, rel=0.05)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_of_size_survives_the_forward_pass(mode: str):
     """Neither an intermediate of the chain nor, in factored mode, anything of the weight's size."""

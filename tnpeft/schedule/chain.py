@@ -13,53 +13,37 @@ __all__ = ["ChainRuns", "LinkSizes", "Run", "link_sizes", "runs_of"]
 
 
 class LinkSizes(NamedTuple):
-    """The layer's input at one link: its voxels, and what it has for each voxel, the batch times its channels.
+    """The layer's input at one link: its voxels along each axis, and its elements before and after the link.
 
-    `entries` are those of the link's kernel axes together, `moving` the axes along which voxels move. `rows` is the
-    lesser side of the product's cluster.
+    `copied` are elements with one copy for each kernel entry: of the input where it is gathered, else of the product.
+    `moving` are the link's axes along which voxels move. `rows` is the lesser side of the product's cluster.
     """
 
     link: Link
     space_before: tuple[int, ...]
     space_after: tuple[int, ...]
-    channels_before: int
-    channels_after: int
-    entries: int
+    before: int
+    after: int
+    copied: int
     moving: tuple[Axis, ...]
     rows: int
-
-    @property
-    def before(self) -> int:
-        """Elements that the link reads."""
-        return self.channels_before * math.prod(self.space_before)
-
-    @property
-    def after(self) -> int:
-        """Elements that the link leaves."""
-        return self.channels_after * math.prod(self.space_after)
-
-    @property
-    def copied(self) -> int:
-        """Elements with one copy for each kernel entry: of the input where it is gathered, else of the product."""
-        if self.link.gather:
-            return self.entries * self.channels_before * math.prod(self.space_after)
-        return self.entries * self.channels_after * math.prod(self.space_before)
 
 
 def link_sizes(plan: Contraction, call: Call) -> Iterator[LinkSizes]:
     """Of each link of a factored plan of one term in turn, for any call of its layer."""
     # Axes without legs move the input before the first link.
-    has_legs = map(bool, plan.network.weight[2:])
-    space = tuple(axis.inputs if legs else axis.outputs for axis, legs in zip(call.axes, has_legs, strict=True))
+    axes = zip(call.axes, plan.network.weight[2:], strict=True)
+    space = tuple(axis.inputs if legs else axis.outputs for axis, legs in axes)
     for link in plan.links:
-        before, after = call.batch * plan.elements(link.before), call.batch * plan.elements(link.after)
         later = tuple(axis.outputs if place in link.axes else space[place] for place, axis in enumerate(call.axes))
         moving = tuple(call.axes[axis] for axis in link.axes if not call.axes[axis].plain)
+        voxels_before, voxels_after, entries = math.prod(space), math.prod(later), plan.elements(link.kernel)
+        before, after = call.batch * plan.elements(link.before), call.batch * plan.elements(link.after)
+        copied = entries * (before * voxels_after if link.gather else after * voxels_before)
         new = plan.elements(tuple(leg for leg in link.after if leg not in link.before))
         summed = plan.elements(tuple(leg for leg in link.before if leg not in link.after))
-        entries = plan.elements(link.kernel)
         rows = min(new, summed * entries) if link.gather else min(new * entries, summed)
-        yield LinkSizes(link, space, later, before, after, entries, moving, rows)
+        yield LinkSizes(link, space, later, before * voxels_before, after * voxels_after, copied, moving, rows)
         space = later
 
 

@@ -10,9 +10,9 @@ from functools import cached_property
 from tnpeft.planning.last_step_cost import LARGEST
 from tnpeft.planning.steps import Contraction, Link
 from tnpeft.schedule.chain import link_sizes
-from tnpeft.schedule.memory import FLOAT_BYTES, Memory, memory_of
+from tnpeft.schedule.memory import Memory, memory_of
 
-__all__ = ["FLOAT_BYTES", "Plan"]
+__all__ = ["Plan"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +34,8 @@ class Plan(Contraction):
 
     @cached_property
     def key(self) -> Hashable:
-        paths = (self.path, tuple(term.path for term in self.terms))
-        return (self.network.signature, self.mode, paths, self.call, self._gathers, self.chain and self.chain.key)
-
-    @cached_property
-    def _gathers(self) -> tuple[object, ...]:
-        return tuple(link.gather for link in self.links) + tuple(term._gathers for term in self.terms)
+        gathers, terms = tuple(link.gather for link in self.links), tuple(term.key for term in self.terms)
+        return (self.network.signature, self.mode, self.path, self.call, gathers, terms, self.chain and self.chain.key)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.key == other.key
