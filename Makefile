@@ -48,8 +48,9 @@ catalogue: $(VENV)/.test ## pictures, the table in specs/README.md and the schem
 	@$(RUN) -m tnpeft schema spec > specs/schema/spec.json
 	@$(RUN) -m tnpeft schema recipe > specs/schema/recipe.json
 
+# Work is stolen rather than dealt out: a file's tests stay with one worker and share their set-up, and no worker idles.
 unit: $(VENV)/.test ## the test suite alone
-	@$(ONE) $(RUN) -m pytest -q -n $(WORKERS) $(ARGS)
+	@$(ONE) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-wide: $(WIDE)/.wide ## tests beside heavy frameworks (transformers, diffusers, Lightning, ONNX, torchao), in .venv-wide
 	@$(ONE) $(WIDE)/bin/python -m pytest -q -n $(WORKERS) tests/wide $(ARGS)

@@ -6,8 +6,9 @@ comes here.
 
 Measured with cotengra 0.8.3 on a 2-core Xeon, against the search that stood here before (greedy paths, improved, in
 217 lines): on networks of 12 to 40 cores (grids, cubic, quartic and complete graphs, hyperedges) the operations are
-0.15 to 1.004 times as many, 0.77 on a grid of 40, 0.85 and 0.93 on cubic graphs of 40, 0.55 and 0.35 on quartic ones,
-in about half the time (0.24 s against 0.44 s for a cubic graph of 40). Importing cotengra takes 20 to 27 ms, once.
+0.15 to 1.004 times as many, 0.77 on a grid of 40, 0.85 and 0.93 on cubic graphs of 40, 0.56 and 0.35 on quartic ones,
+in about half the time (0.26 s against 0.55 s for a cubic graph of 40; for a complete one of 20 twice the time, 1.0 s).
+Importing cotengra takes 20 to 27 ms. Releases 0.8.0 and 0.8.3 find the same paths; others need not.
 """
 
 from __future__ import annotations
