@@ -15,14 +15,14 @@ from tnpeft.adapters.dora import composed, magnitudes
 from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.adapters.offload import Resident, present
 from tnpeft.adapters.parked import own_weight
-from tnpeft.adapters.refusals import without_values
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.strides import memory_order, moved
+from tnpeft.errors import ExecutionError, Problem
 from tnpeft.network import BoundCore, Network
 from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
 from tnpeft.schedule import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "without_values"]
 
 _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
 _EARLIER = frozenset({"_kept", "_calling", "_writes"})  # attributes in pickles of earlier versions
@@ -174,7 +174,7 @@ class Adapter(Resident, nn.Module):
         With `compose: dora`, what leads from the weight to its update at the trained magnitudes.
         """
         program, inputs = self._program if weight is None else self.program_for(weight), self.delta_inputs(weight)
-        (delta,) = program.deltas(inputs[: len(self.network.cores)], program.start(self.start_for(weight)))
+        (delta,) = program.deltas(inputs[: len(self.network.cores)], program.start(self.start_tensors(weight)))
         return self.completed(delta, self._base(None) if weight is None and self._layer else weight, inputs)
 
     def delta_inputs(self, weight: Tensor | None = None) -> list[Tensor]:
@@ -193,12 +193,8 @@ class Adapter(Resident, nn.Module):
         return self._tensors(self._core_keys, weight)
 
     def start_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
-        """Their frozen copies; a core that is frozen is its own."""
-        return self._tensors(self._start_keys, weight)
-
-    def start_for(self, weight: Tensor | None) -> list[Tensor] | None:
-        """The frozen copies of the cores; None with `start: zero`."""
-        return None if self.network.start == "zero" else self.start_tensors(weight)
+        """Their frozen copies, none with `start: zero`; a core that is frozen is its own."""
+        return [] if self.network.start == "zero" else self._tensors(self._start_keys, weight)
 
     def completed(self, delta: Tensor, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         """The update of the base `weight`, from the network's `delta` and from `delta_inputs`."""
@@ -374,3 +370,13 @@ class Adapter(Resident, nn.Module):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+
+def without_values(layer_name: str, on_meta: bool) -> ExecutionError:
+    """The error for cores that were neither drawn nor loaded: they are on meta, or have come from there."""
+    found = "memory without values (they were made on the meta device)"
+    if on_meta:
+        found = "none (they are on the meta device, and the layer is not)"
+    fix = "Call `reset_parameters` of the adapted layer, or load the adapter, before the first forward."
+    where = f"layer '{layer_name}'" if layer_name else None
+    return ExecutionError(Problem("cores", "initial or loaded values", found, fix, where=where))

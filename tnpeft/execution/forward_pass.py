@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,15 +100,8 @@ class _Thread(threading.local):
     current: ForwardPass | None = None
 
 
-_T = TypeVar("_T")
-
-
 class _Anew:
     """What copies and pickles of a model begin without."""
-
-    def __deepcopy__(self: _T, memo: dict[int, Any]) -> _T:
-        memo[id(self)] = copied = type(self)()
-        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()

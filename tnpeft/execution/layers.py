@@ -71,7 +71,7 @@ class AdaptedLayer(Resident, nn.Module):
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = [
-        "__jit_ignored_attributes__", "active", "base", "bias", "layer_name", "margins", "names", "results", "site",
+        "__jit_ignored_attributes__", "base", "bias", "layer_name", "margins", "names", "results", "site",
         "weight", "where", "zeros",
     ]  # fmt: skip
 
@@ -121,11 +121,6 @@ class AdaptedLayer(Resident, nn.Module):
         """The effective bias: that of the base layer, or the copy that an adapter trains."""
         bias: Tensor | None = bare(self.base, "bias") if is_bare(self) else self.base.bias
         return bias
-
-    @property
-    def active(self) -> list[tuple[Adapter, float]]:
-        """The active adapters with their scales."""
-        return [(self.adapter(name), scale) for name, scale in self.scales.items()]
 
     def calls(self, name: str) -> Calls:
         """How the layer's calls ran with one of its adapters."""

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnpeft.adapters import Adapter
+from tnpeft.adapters.adapter import Adapter, without_values
 from tnpeft.adapters.parked import own
-from tnpeft.adapters.refusals import without_values
 from tnpeft.execution.calls import Acting, Running
 from tnpeft.execution.site import Site
 from tnpeft.execution.torch_call import add_weight, as_autocast_has_it, chain_input
@@ -66,8 +65,7 @@ def plain_factored(
 ) -> Tensor:
     """base(x) + chain(x), with clusters contracted for this call alone."""
     adapter = acting.adapter
-    start = [] if adapter.network.start == "zero" else adapter.start_tensors()
-    contracted = clusters.split(clusters.flat(adapter.core_tensors(), clusters.start(start)))
+    contracted = clusters.split(clusters.flat(adapter.core_tensors(), clusters.start(adapter.start_tensors())))
     return _with_update(site, acting, chain, contracted, x, *rest)
 
 
@@ -112,8 +110,8 @@ def _clusters(site: Site, acting: Acting, running: Running) -> LayerClusters:
         return clusters
 
     def contracted(cores: Sequence[Tensor]) -> Sequence[Tensor]:
-        start = [] if adapter.network.start == "zero" else adapter.start_tensors()
-        return program.flat(cores, acting.calls.cluster_constants.get(program, start, program.start))
+        start = acting.calls.cluster_constants.get(program, adapter.start_tensors(), program.start)
+        return program.flat(cores, start)
 
     cores = adapter.core_tensors()
     return program.split(site.results.cache.get((program, adapter), (adapter,), (), cores, contracted))
@@ -176,7 +174,7 @@ def _sum(site: Site, weight: Tensor, origin: Tensor, inputs: Sequence[Sequence[T
 
 def _program_and_start(acting: Acting, weight: Tensor) -> tuple[Program, Starts | None]:
     """The program that writes delta weights like `weight`, and what it needs of the frozen copies."""
-    program, copies = acting.adapter.program_for(weight), acting.adapter.start_for(weight)
-    if copies is None or acting.adapter.network.reads_weight:  # the base weight may be written to unseen
+    program, copies = acting.adapter.program_for(weight), acting.adapter.start_tensors(weight)
+    if not copies or acting.adapter.network.reads_weight:  # the base weight may be written to unseen
         return program, program.start(copies)
     return program, acting.calls.delta_constants.get(program, copies, program.start)

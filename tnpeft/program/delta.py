@@ -92,9 +92,9 @@ class Program:
         assert total is not None
         return total
 
-    def start(self, copies: Sequence[Tensor] | None) -> Starts | None:
+    def start(self, copies: Sequence[Tensor]) -> Starts | None:
         """What `deltas` needs of the frozen copies, and may be kept as long as they do not change; None without any."""
-        if copies is None or not self.weight.copies:
+        if not copies or not self.weight.copies:
             return None
         plain = needs_plain_ops(*copies)
         # No copy requires a gradient. An exported graph keeps a block for `no_grad`, and cannot be read if it is empty.

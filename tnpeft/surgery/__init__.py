@@ -12,11 +12,11 @@ and `names_of`, `scales_of`, `record_of`, `adapters_of`, `trained_of`, `statisti
 They and the switches find the adapted model inside wrappers such as DistributedDataParallel.
 """
 
-from tnpeft.surgery.accumulating import accumulating
 from tnpeft.surgery.adapted_model import AdaptedModel, AdapterRecord, adapted, find
 from tnpeft.surgery.checks import SUPPORTED, is_layer, is_opaque, layer_problem, model_problems
 from tnpeft.surgery.detach import detach
 from tnpeft.surgery.install import install
+from tnpeft.surgery.passes import accumulating
 from tnpeft.surgery.queries import (
     adapters_of,
     base_tensors,

@@ -1,11 +1,13 @@
-"""Forward passes of an adapted model: while one is open, its layers contract together what is alike of their cores.
+"""What layers make of their cores, shared within a forward pass of the model, and kept from pass to pass.
 
 The root module has a hook before its forward pass, which opens a pass for the thread that runs it, and one after it,
-which closes it. Both are told of the model by its record.
+which closes it. While one is open, layers contract together what is alike of their cores. The record has the results.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +17,10 @@ from tnpeft.adapters.distributed import SPLIT_FIX, split_problem
 from tnpeft.errors import ExecutionError
 from tnpeft.execution.calls import Acting
 from tnpeft.program import needs_plain_ops
-from tnpeft.surgery.adapted_model import record_on
+from tnpeft.surgery.adapted_model import adapted, record_on
 from tnpeft.surgery.tree import adapted_layers
 
-__all__ = ["register_pass", "remove_pass"]
+__all__ = ["accumulating", "register_pass", "remove_pass"]
 
 
 def register_pass(root: nn.Module) -> None:
@@ -54,3 +56,28 @@ def _acting_alone(root: nn.Module) -> list[tuple[nn.Module, Acting]]:
     """The base layers on which one adapter acts, at scale 1, with it."""
     sites = [layer.site for layer in adapted_layers(root)]
     return [(site.base, site.alone) for site in sites if site.alone is not None]
+
+
+@contextmanager
+def accumulating(model: nn.Module) -> Iterator[None]:
+    """Inside, delta weights and contracted cores are kept from one forward pass to the next: for gradient accumulation.
+
+        with tnpeft.accumulating(model):
+            for x, target in micro_batches:
+                loss(model(x), target).backward()
+        optimiser.step()
+
+    Each forward pass has gradients of its own, those that it would have without the context, so that `backward` may
+    be called after each or once for several, within DistributedDataParallel too. Kept are W + ΔW of dense and hybrid
+    layers and the clusters of hybrid and factored ones; all of it is dropped at the end, and when the model is moved,
+    loaded, attached to or switched. Contexts nest. Compiled graphs keep nothing, and calls within hooks on saved
+    tensors (`checkpoint(..., use_reentrant=False)`, `save_on_cpu`) make their own. It acts on the model for all
+    threads: others that call it meanwhile use what is kept, and get what they would get without, until the last
+    context of any thread ends.
+
+    The cores must not change inside: a forward pass after an optimiser step raises ExecutionError. Writes by fused
+    optimisers and to `.data` cannot be seen. Raises AttachError where nothing is attached.
+    """
+    _, state = adapted(model)
+    with state.results.cache.open():
+        yield
