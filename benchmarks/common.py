@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("tnpeft", "torch", "numpy", "opt_einsum", "networkx", "monai", "peft", "lycoris-lora")
+PACKAGES = ("tnpeft", "torch", "numpy", "cotengra", "opt_einsum", "networkx", "monai", "peft", "lycoris-lora")
 
 
 @dataclass(frozen=True)
