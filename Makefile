@@ -52,11 +52,11 @@ catalogue: $(VENV)/.test ## pictures, the table in specs/README.md and the schem
 unit: $(VENV)/.test ## the test suite alone
 	@$(ONE) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-wide: $(WIDE)/.wide ## tests beside heavy frameworks (transformers, diffusers, Lightning, ONNX, torchao), in .venv-wide
-	@$(ONE) $(WIDE)/bin/python -m pytest -q -n $(WORKERS) tests/wide $(ARGS)
+test-wide: $(WIDE)/.wide ## tests beside heavy frameworks (transformers, ...) and whole runs of the driver (MONAI), in .venv-wide
+	@$(ONE) $(WIDE)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests/wide tests/driver $(ARGS)
 
 lowest: $(LOWEST)/.lowest ## the test suite with the lowest versions that pyproject.toml promises (but torch's), in .venv-lowest
-	@TNPEFT_LOWEST=1 $(ONE) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
+	@TNPEFT_LOWEST=1 $(ONE) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests tests/driver $(ARGS)
 
 pythons: $(VENV)/.test ## the wheel on Python 3.10, 3.12 and 3.13 without torch, where they are installed
 	@$(RUN) tests/pythons.py 3.10 3.12 3.13

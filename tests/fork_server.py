@@ -1,4 +1,4 @@
-"""A process that has imported the driver and forks a copy of itself for each run: test_examples_crash.py kills those.
+"""A process that has imported the driver and forks a copy of itself for each run: tests/driver/test_crash.py kills those.
 
 Reads a job as a line of JSON from its input and answers with one. Nothing has computed before the fork, so that a
 copy starts as a cold process does.
@@ -23,7 +23,7 @@ from ddpm_lab.training.checkpoint import Checkpoints
 
 
 def main() -> None:
-    ddpm_lab.training.driver.plot_curves = lambda path, *_: path.touch()  # test_examples_run.py looks at pictures
+    ddpm_lab.training.driver.plot_curves = lambda path, *_: path.touch()  # tests/driver/test_run.py looks at pictures
     answer(ready=os.getpid())
     for line in sys.stdin:
         job = json.loads(line)

@@ -122,17 +122,18 @@ def test_kinds_that_are_passed_over_and_fused_attention_are_told(model, tmp_path
 
 
 def test_layers_of_other_libraries_are_told_once():
-    class Conv1D(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(2, 2))
+    def model_of(module: str) -> nn.Module:
+        class Conv1D(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.zeros(2, 2))
 
-    model = nn.Sequential(nn.Linear(2, 2), Conv1D(), Conv1D(), nn.LayerNorm(2), nn.Bilinear(2, 2, 2))
-    report = tnpeft.attach(model, "lora", match="all").report()
+        Conv1D.__module__, Conv1D.__qualname__ = module, "Conv1D"
+        return nn.Sequential(nn.Linear(2, 2), Conv1D(), Conv1D(), nn.LayerNorm(2), nn.Bilinear(2, 2, 2))
+
+    report = tnpeft.attach(model_of(__name__), "lora", match="all").report()
     assert report.notes == [f"passed over, of kinds that the spec does not take: 2 Conv1D of {__name__}, 1 Bilinear"]
-    Conv1D.__module__ = "transformers.pytorch_utils"
-    Conv1D.__qualname__ = "Conv1D"
-    report = tnpeft.attach(model, "lora", match="all", name="second").report()
+    report = tnpeft.attach(model_of("transformers.pytorch_utils"), "lora", match="all").report()
     assert report.notes == [
         "skipped: '1', '2' (transformers' Conv1D, a linear layer with a transposed weight)",
         "passed over, of kinds that the spec does not take: 1 Bilinear",

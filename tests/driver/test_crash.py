@@ -1,6 +1,6 @@
 """Runs that are killed, cut off from their disk or started again: the same command ends with the same bits.
 
-`TNPEFT_KILLS=100 pytest tests/examples/test_examples_crash.py` kills more often.
+`TNPEFT_KILLS=100 pytest tests/driver/test_crash.py` kills more often.
 """
 
 from __future__ import annotations
