@@ -1,4 +1,4 @@
-"""A process that has imported the driver and forks a copy of itself for each run; tests/driver/test_crash.py kills those.
+"""A process that has imported the driver and forks a copy of itself for each run; those are what test_crash.py kills.
 
 Reads a job as a line of JSON from its input and answers with one. Nothing has computed before the fork, so that a
 copy starts as a cold process does.

@@ -355,7 +355,7 @@ class Adapter(Resident, nn.Module):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_program": None}
+        return {**super().__getstate__(), "_program": None}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = {key: value for key, value in state.items() if key not in _EARLIER}

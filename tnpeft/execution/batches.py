@@ -16,15 +16,7 @@ from torch import Tensor
 from tnpeft.adapters import Adapter
 from tnpeft.execution.results import Make, ResultCache, StartConstants
 from tnpeft.execution.torch_call import add_weight
-from tnpeft.program import (
-    BatchedCluster,
-    Cluster,
-    ClusterProgram,
-    Program,
-    Weight,
-    needs_plain_ops,
-    versions,
-)
+from tnpeft.program import BatchedCluster, Cluster, ClusterProgram, Program, Weight, needs_plain_ops, versions
 
 __all__ = ["Batch", "Batches", "Member", "Sources", "sources_of"]
 

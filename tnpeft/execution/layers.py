@@ -124,11 +124,11 @@ class AdaptedLayer(Resident, nn.Module):
 
     def calls(self, name: str) -> Calls:
         """How the layer's calls ran with one of its adapters."""
-        return self._calls[name]
+        return self._calls.setdefault(name, Calls())  # a copy begins without
 
     def chosen(self, name: str) -> str | None:
         """The mode in which the layer runs, as far as it was called, if that is another than was asked for."""
-        mode = self._calls[name].mode
+        mode = self.calls(name).mode
         return None if mode == self.adapter(name).mode else mode
 
     def act(self, scales: Mapping[str, float], results: ModelResults | None = None) -> None:
@@ -143,10 +143,15 @@ class AdaptedLayer(Resident, nn.Module):
         self.__dict__["site"] = self._site_of(() if self.merged or self.disabled else self.scales)
 
     def _site_of(self, names: Iterable[str]) -> Site:
-        acting = tuple([Acting(self.adapter(name), self.scales[name], self._calls[name]) for name in names])
+        acting = tuple([Acting(self.adapter(name), self.scales[name], self.calls(name)) for name in names])
         idle = self.disabled or not self.scales
         alone = acting[0] if len(acting) == 1 and acting[0].scale == 1.0 else None
         return Site(self.layer_name, self.base, type(self)._call_base, acting, idle, self.results, alone)
+
+    @property
+    def alone(self) -> Acting | None:
+        """The only adapter that acts, if it does so at scale 1, on a layer that is not merged; disabled or not."""
+        return None if self.merged else self._site_of(self.scales).alone
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,10 +167,10 @@ class AdaptedLayer(Resident, nn.Module):
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """Carry one more adapter, which does not act before `act` says so."""
         self.adapters[_key(name)] = adapter.train(self.training)
-        self._calls[name] = Calls()
 
     def remove_adapter(self, name: str) -> None:
-        del self.adapters[_key(name)], self._calls[name]
+        del self.adapters[_key(name)]
+        self._calls.pop(name, None)
         self.act({known: scale for known, scale in self.scales.items() if known != name})
 
     def merge(self) -> None:
@@ -280,6 +285,9 @@ class AdaptedLayer(Resident, nn.Module):
             if is_bare(self):
                 raise AttributeError(name)
             return getattr(AdaptedLayer, name).fget(self)  # a mistake of its own, for which the table has an answer
+        if name == "site" and "_base" in self.__dict__:  # of a copy, whose adapters are complete only now
+            self._settle()
+            return self.__dict__["site"]
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -310,14 +318,13 @@ class AdaptedLayer(Resident, nn.Module):
             del self.__dict__[_LOADING]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("site", "_calls")}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {key: value for key, value in state.items() if key not in ("site", "_calls")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        super().__setstate__({"results": ModelResults(), **state})  # type: ignore[no-untyped-call]
-        self._calls = {name: Calls() for name in self.names}
+        super().__setstate__({"results": ModelResults(), "_calls": {}, **state})  # type: ignore[no-untyped-call]
         if "_base" not in self.__dict__:
             self._adopt_earlier()
-        self._settle()
 
     def _adopt_earlier(self) -> None:
         """A pickle of the time when the base layer was a module below this one, and merged weights were buffers."""

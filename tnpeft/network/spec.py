@@ -59,11 +59,11 @@ class Spec(Declaration):
         spec's own params: `spec.bind("Conv3d", in_channels=64, out_channels=128, kernel_size=3, r=4)`.
         Raises BindError with every mistake found.
         """
-        if isinstance(layer, str):
+        if isinstance(layer, (str, Layer)) or not {type(value) for value in params.values()} <= {int, float}:
             return bind(self, layer, params)
-        layer = layer if isinstance(layer, Layer) else layer_of(layer)
+        layer = layer_of(layer)
         # Models have many layers alike. Of each size there is one network, and one plan of it.
-        key = (layer, *[(name, type(value), repr(value)) for name, value in params.items()])
+        key = (layer, *[(name, type(value), value) for name, value in params.items()])
         network = self._networks.get(key)
         if network is None:
             network = self._networks[key] = bind(self, layer, params)

@@ -28,14 +28,7 @@ from tnpeft.program.observers import is_recorded, needs_plain_ops, saved_tensors
 from tnpeft.schedule import Plan
 from tnpeft.schedule.chain_legs import ChainLayout, LinkLayout, chain_layouts
 
-__all__ = [
-    "BatchedCluster",
-    "Cluster",
-    "ClusterProgram",
-    "ClusterStart",
-    "LayerClusters",
-    "build_clusters",
-]
+__all__ = ["BatchedCluster", "Cluster", "ClusterProgram", "ClusterStart", "LayerClusters", "build_clusters"]
 
 
 class LayerClusters(NamedTuple):

@@ -98,10 +98,7 @@ def recipe_schema() -> dict[str, Any]:
     entry = {"spec": "${1:lora}", "match": "${2:to_[qv]\\$}", "params": {"r": 4}}
     keywords: dict[str, Keywords] = {
         "name": {"pattern": NAME},
-        "adapters": {
-            "minItems": 1,
-            "defaultSnippets": [{"label": "a spec on some layers", "body": [entry]}],
-        },
+        "adapters": {"minItems": 1, "defaultSnippets": [{"label": "a spec on some layers", "body": [entry]}]},
         "adapters.*.spec": {"anyOf": [{"enum": shipped}, {"type": "string", "pattern": r"\.ya?ml$"}]},
         "adapters.*.match": {"examples": [r"conv[12]\.conv$", ALL]},
         "adapters.*.params": {"propertyNames": {"pattern": rf"^{WORD}$"}, "examples": [{"r": 4}]},

@@ -19,7 +19,7 @@ from tnpeft.execution import Batching, ModelResults
 
 __all__ = ["AdaptedModel", "AdapterRecord", "adapted", "find", "kind_problem", "known_adapter", "record_on"]
 
-_KEY = "_tnpeft"
+_KEY, _OPEN = "_tnpeft", "_tnpeft_results"
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,26 @@ class AdaptedModel:
         """The scale of an adapter named by itself, to save or merge it: that at which it acts, 1 if it does not."""
         return self.active.get(name, 1.0)
 
+    @classmethod
+    def new(cls, root: nn.Module, requires_grad: dict[str, bool]) -> AdaptedModel:
+        """The record of a root that has none."""
+        return cls(requires_grad, results=root.__dict__.pop(_OPEN, None) or ModelResults())
+
     def keep_on(self, root: nn.Module) -> None:
         root.__dict__[_KEY] = self
 
     def is_on(self, root: nn.Module) -> bool:
         return root.__dict__.get(_KEY) is self
 
-    @staticmethod
-    def drop_from(root: nn.Module) -> None:
+    def drop_from(self, root: nn.Module) -> None:
         del root.__dict__[_KEY]
+        if self.results.cache.opened:  # for whom is attached before `accumulating` ends
+            root.__dict__[_OPEN] = self.results
 
 
-def record_on(root: nn.Module) -> AdaptedModel:
-    """The record of a root that something is attached to."""
-    record: AdaptedModel = root.__dict__[_KEY]
-    return record
+def record_on(root: nn.Module) -> AdaptedModel | None:
+    """The record of a root that something is attached to; None of any other module."""
+    return root.__dict__.get(_KEY)
 
 
 def kind_problem(model: object) -> Problem | None:

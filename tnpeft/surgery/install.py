@@ -35,7 +35,7 @@ def install(
     frozen. The new adapter alone is active, at scale 1, so that the model computes what the base computes.
     `about` is kept in the record and in saved files; it must be JSON-like.
 
-    Raises AttachError with every problem parameters; the model is then as it was.
+    Raises AttachError with every problem found; the model is then as it was.
     """
     state, parameters = _checked(model, name, targets, trained := tuple(dict.fromkeys(trained)))
     record = _record(model, parameters, name, targets, trained, about or {})
@@ -74,9 +74,8 @@ def _checked(
         raise AttachError(*problems)
     parameters = slots(model)
     existing = find(model)
-    state = (
-        existing[1] if existing else AdaptedModel({key: slot.tensor.requires_grad for key, slot in parameters.items()})
-    )
+    trains = {key: slot.tensor.requires_grad for key, slot in parameters.items()}
+    state = existing[1] if existing else AdaptedModel.new(model, trains)
     problems += name_problems(name, state)
     problems += target_problems(model, targets)
     problems += trained_problems(model, parameters, targets, trained)

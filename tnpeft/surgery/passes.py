@@ -15,9 +15,10 @@ from torch import nn
 
 from tnpeft.adapters.distributed import SPLIT_FIX, split_problem
 from tnpeft.errors import ExecutionError
+from tnpeft.execution import AdaptedLayer
 from tnpeft.execution.calls import Acting
 from tnpeft.program import needs_plain_ops
-from tnpeft.surgery.adapted_model import adapted, record_on
+from tnpeft.surgery.adapted_model import AdaptedModel, adapted, record_on
 from tnpeft.surgery.tree import adapted_layers
 
 __all__ = ["accumulating", "register_pass", "remove_pass"]
@@ -43,19 +44,28 @@ def _open(root: nn.Module, _inputs: Any) -> None:
         return
     if problem := split_problem([("", root)], SPLIT_FIX):
         raise ExecutionError(problem)
-    record = record_on(root)
-    record.results.open_pass(record.batching.new_pass(lambda: _acting_alone(root), record.results))
+    if (record := record_on(root)) is not None:
+        record.results.open_pass(record.batching.new_pass(lambda: _acting_alone(root, record), record.results))
 
 
 def _close(root: nn.Module, _inputs: Any, _output: Any) -> None:
-    if not torch.compiler.is_compiling():
-        record_on(root).results.close_pass()
+    if not torch.compiler.is_compiling() and (record := record_on(root)) is not None:
+        record.results.close_pass()
 
 
-def _acting_alone(root: nn.Module) -> list[tuple[nn.Module, Acting]]:
-    """The base layers on which one adapter acts, at scale 1, with it."""
-    sites = [layer.site for layer in adapted_layers(root)]
-    return [(site.base, site.alone) for site in sites if site.alone is not None]
+def _acting_alone(root: nn.Module, record: AdaptedModel) -> list[tuple[nn.Module, Acting]]:
+    """The base layers on which one adapter acts, at scale 1, with it; disabled ones may be enabled again."""
+    pairs = [(layer.base, layer.alone) for layer in _joined(root, record)]
+    return [(base, alone) for base, alone in pairs if alone is not None]
+
+
+def _joined(root: nn.Module, record: AdaptedModel) -> list[AdaptedLayer]:
+    """All adapted layers; those of pickles of earlier versions do not have the model's results yet."""
+    layers = adapted_layers(root)
+    for layer in layers:
+        if layer.results is not record.results:
+            layer.act(layer.scales, record.results)
+    return layers
 
 
 @contextmanager
@@ -78,6 +88,7 @@ def accumulating(model: nn.Module) -> Iterator[None]:
     The cores must not change inside: a forward pass after an optimiser step raises ExecutionError. Writes by fused
     optimisers and to `.data` cannot be seen. Raises AttachError where nothing is attached.
     """
-    _, state = adapted(model)
+    root, state = adapted(model)
+    _joined(root, state)
     with state.results.cache.open():
         yield
