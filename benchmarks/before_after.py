@@ -33,9 +33,9 @@ ROUNDS = 9
 # A new process each time: seconds of what nothing has cached.
 _CONV, _LINEAR = "nn.Conv3d(64, 128, 3)", "nn.Linear(768, 768)"
 COLD = {
-    "first attach of tenvoo_l": f"m = nn.Sequential({_CONV}); run = lambda: t.attach(m, 'tenvoo_l', match='0')",
-    "plans of tenvoo_l": f"n = t.load_spec('tenvoo_l').bind({_CONV}); run = lambda: t.plan(n, 'auto')",
-    "plans of quanta": f"n = t.load_spec('quanta').bind({_LINEAR}); run = lambda: t.plan(n, 'auto')",
+    "first attach of tenvoo_l": f"m = nn.Sequential({_CONV}); f = t.attach; run = lambda: f(m, 'tenvoo_l', match='0')",
+    "plans of tenvoo_l": f"n = t.load_spec('tenvoo_l').bind({_CONV}); f = t.plan; run = lambda: f(n, 'auto')",
+    "plans of quanta": f"n = t.load_spec('quanta').bind({_LINEAR}); f = t.plan; run = lambda: f(n, 'auto')",
 }
 
 

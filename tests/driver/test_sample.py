@@ -380,13 +380,13 @@ def test_a_run_draws_what_is_missing_and_nothing_else(files: dict[str, Path], tm
     assert sorted(first) == [f"sample-000{number}.nii.gz" for number in range(3)]
     assert json.loads((folder / "samples.json").read_text(encoding="utf-8"))["count"] == 3
     (folder / "sample-0001.nii.gz").unlink()
-    (folder / "sample-0001.nii.gz.part").write_bytes(b"cut short")
+    (folder / ".sample-0001.nii.gz.0f0f0f0f.tmp").write_bytes(b"cut short")
     sample_volumes(changed(settings, "sampling", batch_size=4, count=4), tmp_path, QUIET)
     second = snapshot(folder)
     assert len(second) == 4
     assert second["sample-0000.nii.gz"] == first["sample-0000.nii.gz"]
     assert second["sample-0002.nii.gz"] == first["sample-0002.nii.gz"]
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob(".*.tmp"))
     drawn = volumes(folder)
     expected = draw_samples(network(), (8, 8, 8), settings.diffusion, Sampling(steps=4, count=4), settings.data)
     assert close(drawn, expected)

@@ -220,7 +220,7 @@ class Adapter(Resident, nn.Module):
 
     @property
     def writes(self) -> tuple[int, ...]:
-        """Counts that change whenever a core or copy that it uses got other values other than by training."""
+        """Counts that change when a core or frozen copy that it uses is drawn, loaded or moved; training changes none."""
         return (self.changes, *(holder.changes for holder in self._holders.values()))
 
     def reset_parameters(self, weight: Tensor | None = None) -> None:

@@ -17,6 +17,7 @@ from ddpm_lab.config.settings import Data
 from ddpm_lab.data.files import UNREADABLE, check_volumes, damaged_volumes, find_volumes
 from ddpm_lab.data.volumes import check_sizes, transforms
 from ddpm_lab.support.faults import fault, reason
+from tnpeft.documents.files import replace_files
 
 __all__ = ["Grid", "grid_of", "read_volume", "write_volume"]
 
@@ -90,13 +91,12 @@ def write_volume(
     image.set_qform(grid.affine, code=ALIGNED)
     header["cal_min"], header["cal_max"] = intensity  # what viewers show as black and white
     header["descrip"] = description.encode("ascii", "replace")[:79]
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
-        temporary.replace(path)
-    except OSError as error:
-        fix = "Free space, or choose another `--out`; then the same command goes on."
-        raise fault(path, "a sample", "a place to write it", reason(error), fix) from None
+    replace_files({path: gzip.compress(image.to_bytes(), mtime=0)}, _unwritten)
+
+
+def _unwritten(path: Path, reason: str) -> Exception:
+    fix = "Free space, or choose another `--out`; then the same command goes on."
+    return fault(path, "a sample", "a place to write it", reason, fix)
 
 
 def read_volume(path: Path) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,11 @@ from monai.transforms import (
 )
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ddpm_lab.config.settings import Data
 from ddpm_lab.data.files import check_volumes
+from ddpm_lab.support.durable import write_tensors
 from ddpm_lab.support.faults import LabError, fault, known_cause, reason
 
 __all__ = ["check_sizes", "dataset", "transforms"]
@@ -135,10 +135,8 @@ class _DiskCache(Dataset):  # type: ignore[misc]
         with contextlib.suppress(OSError, SafetensorError, KeyError):
             return load_file(cached)["volume"]
         volume = torch.as_tensor(super()._transform(index))
-        with contextlib.suppress(OSError, SafetensorError):  # without room for a cache there is none
-            temporary = cached.with_suffix(f".{os.getpid()}.part")
-            save_file({"volume": volume.contiguous()}, temporary)
-            temporary.replace(cached)
+        with contextlib.suppress(LabError):  # without room for a cache there is none
+            write_tensors(cached, {"volume": volume})
         return volume
 
 

@@ -61,6 +61,10 @@ def sample_volumes(config: Config, out: Path, screen: Screen) -> dict[str, Path]
     for task in tasks:
         _draw(task, unet, config, accelerator, screen)
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for task in tasks:
+            for waste in (*task.samples.folder.glob(".*.tmp"), *task.samples.folder.glob("*.part")):
+                waste.unlink(missing_ok=True)  # what a run that was killed left half-written
     screen.line(f"Samples in {out / 'samples'}: {', '.join(task.samples.name for task in tasks)}; {_size(grid)}")
     return {task.samples.name: task.samples.folder for task in tasks}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +114,17 @@ def _pictures(results: Results, study: str, methods: Sequence[str], folder: Path
 def _chart(path: Path, caption: str, panels: Sequence[Panel], share: bool = False) -> Picture:
     """A chart for light screens as a file, and for dark ones as bytes."""
 
-    def drawn(theme: Theme, place: Path) -> bytes:
-        plot_panels(place, panels, theme, share)
-        return place.read_bytes()
+    def drawn(theme: Theme) -> bytes:
+        return _png(lambda place: plot_panels(place, panels, theme, share))
 
-    part = path.with_name(path.name + ".part.png")
-    drawn(LIGHT_THEME, part)
-    part.replace(path)
+    write_whole(path, drawn(LIGHT_THEME))
+    return Picture(path, caption, drawn(DARK_THEME))
+
+
+def _png(draw: Callable[[Path], None]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        return Picture(path, caption, drawn(DARK_THEME, Path(folder) / "dark.png"))
+        draw(Path(folder) / "picture.png")
+        return (Path(folder) / "picture.png").read_bytes()
 
 
 def _curves(results: Results, dataset: str, methods: Sequence[str]) -> list[Panel]:
@@ -201,9 +203,7 @@ def _montage(results: Results, study: str, methods: Sequence[str], folder: Path)
     if len(rows) < 2:
         return []
     path = folder / f"{study}-montage.png"
-    part = path.with_name(path.name + ".part.png")
-    plot_montage_page(part, [row for row, _ in rows], columns, volumes)
-    part.replace(path)
+    write_whole(path, _png(lambda place: plot_montage_page(place, [row for row, _ in rows], columns, volumes)))
     caption = f"{CONVENTION} Samples in one column start from the same noise, with whatever method."
     return [Picture(path, caption)]
 
