@@ -175,7 +175,7 @@ class Adapter(Resident, nn.Module):
         """
         program, inputs = self._program if weight is None else self.program_for(weight), self.delta_inputs(weight)
         (delta,) = program.deltas(inputs[: len(self.network.cores)], program.start(self.start_tensors(weight)))
-        return self.completed(delta, self._base(None) if weight is None and self._layer else weight, inputs)
+        return self.with_magnitude(delta, self._base(None) if weight is None and self._layer else weight, inputs)
 
     def delta_inputs(self, weight: Tensor | None = None) -> list[Tensor]:
         """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
@@ -196,8 +196,8 @@ class Adapter(Resident, nn.Module):
         """Their frozen copies, none with `start: zero`; a core that is frozen is its own."""
         return [] if self.network.start == "zero" else self._tensors(self._start_keys, weight)
 
-    def completed(self, delta: Tensor, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
-        """The update of the base `weight`, from the network's `delta` and from `delta_inputs`."""
+    def with_magnitude(self, delta: Tensor, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+        """`delta`, composed with a trained magnitude if there is one. Raises ExecutionError for cores on meta."""
         if self.network.compose is not None:
             assert weight is not None
             with without_autocast(delta):
@@ -220,7 +220,7 @@ class Adapter(Resident, nn.Module):
 
     @property
     def writes(self) -> tuple[int, ...]:
-        """Counts that change when a core or frozen copy that it uses is drawn, loaded or moved; training changes none."""
+        """Counts that change when a core or copy that it uses is drawn, loaded or moved; training changes none."""
         return (self.changes, *(holder.changes for holder in self._holders.values()))
 
     def reset_parameters(self, weight: Tensor | None = None) -> None:

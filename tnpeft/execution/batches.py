@@ -1,8 +1,8 @@
 """What the layers of a model contract together: the clusters and delta weights that are alike, as one for all of them.
 
-With many layers of small cores, the number of operations to start is what contracting them costs. A batch has one
-cluster of each factored or hybrid layer that has an equal one, or the whole delta weights of dense layers, as far as
-these are small. Batches say what belongs together, for all threads; results are a pass's.
+With many layers of small cores, the number of operations to start is what contracting them costs. A batch has the
+equal clusters of factored and hybrid layers, be it one alone, or the delta weights of two dense layers or more, as far
+as these are small. Batches say what belongs together, for all threads; results are a pass's.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ CALLS = 64
 
 
 class Running(NamedTuple):
-    """How one call runs: the mode; if it is not dense, the factored plan and its programs."""
+    """How one call runs: the mode and its plan; if it is not dense, the programs of the factored chain."""
 
     mode: str
     plan: Plan

@@ -95,7 +95,7 @@ def _plain_run(
 ) -> str | None:
     """The attribute of `calls` with the chain and clusters of a plain call; None: it is dense, as those of hybrid are.
 
-    Nothing is timed. It is nothing to trace: its arguments are guarded, and the same give the same plan.
+    Nothing is timed. Compilers do not trace it: they guard its arguments, and equal arguments give the same plan.
     """
     call = call_of(base, adapter.network.layer, shape, output_size, base.weight.device.type)
     if call is None:

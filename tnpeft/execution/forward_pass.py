@@ -147,7 +147,7 @@ class Batching(_Anew):
     def new_pass(self, layers: Callable[[], Sequence[tuple[Any, Acting]]], results: ModelResults) -> ForwardPass | None:
         """A pass in which layers run in the mode that they were given, or as they did when they were called last.
 
-        `layers` finds the base layers on which one adapter acts at scale 1, with it. None where no two are alike.
+        `layers` finds the base layers on which one adapter acts at scale 1, with it. None where no batch has any.
         """
         if self._layers is None:
             self._layers = layers()

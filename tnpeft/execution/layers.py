@@ -132,7 +132,7 @@ class AdaptedLayer(Resident, nn.Module):
         return None if mode == self.adapter(name).mode else mode
 
     def act(self, scales: Mapping[str, float], results: ModelResults | None = None) -> None:
-        """Let these adapters act, in the results of this model."""
+        """Let these adapters act; `results` is where the model's layers keep what they make."""
         self.__dict__["scales"] = dict(scales)
         if results is not None:
             self.__dict__["results"] = results

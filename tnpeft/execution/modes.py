@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters.adapter import Adapter, without_values
-from tnpeft.adapters.parked import own
+from tnpeft.adapters.parked import own_weight
 from tnpeft.execution.calls import Acting, Running
 from tnpeft.execution.site import Site
 from tnpeft.execution.torch_call import add_weight, as_autocast_has_it, chain_input
@@ -55,7 +55,7 @@ def _dense(site: Site, _acting: Acting, _running: Running, x: Tensor, *rest: Any
 
 
 def _factored(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
-    """base(x) + chain(x), the chain of clusters that pass after pass may have been contracted with other layers'."""
+    """base(x) + chain(x); the clusters come from the pass, contracted with other layers', where there is one."""
     assert running.chain is not None
     return _with_update(site, acting, running.chain, _clusters(site, acting, running), x, *rest)
 
@@ -136,20 +136,20 @@ def summed_weight(site: Site, weight: Tensor, plain: bool) -> Tensor:
         total = None if current is None else current.summed(site.alone.adapter, weight)
         if total is not None:
             return total
-    own_weight = own(site.base, "_parameters", "weight")
+    base_weight = own_weight(site.base)
     constant = weight.detach() if weight.requires_grad else weight
-    origin = constant if own_weight is weight else own_weight.detach()
+    origin = constant if base_weight is weight else base_weight.detach()
     inputs = [acting.adapter.delta_inputs(origin) for acting in site.acting]
     if plain or not site.results.cache.opened:
         return _sum(site, constant, origin, inputs, plain)
 
     def summed(tensors: Sequence[Tensor]) -> tuple[Tensor]:
-        left = iter(tensors)
-        return (_sum(site, constant, origin, [[next(left) for _ in each] for each in inputs], False),)
+        remaining = iter(tensors)
+        return (_sum(site, constant, origin, [[next(remaining) for _ in each] for each in inputs], False),)
 
     adapters = [acting.adapter for acting in site.acting]
     flat = [tensor for each in inputs for tensor in each]
-    return site.results.cache.get(("dense", *site.acting), adapters, (weight, own_weight), flat, summed)[0]
+    return site.results.cache.get(("dense", *site.acting), adapters, (weight, base_weight), flat, summed)[0]
 
 
 def _sum(site: Site, weight: Tensor, origin: Tensor, inputs: Sequence[Sequence[Tensor]], plain: bool) -> Tensor:
@@ -163,7 +163,7 @@ def _sum(site: Site, weight: Tensor, origin: Tensor, inputs: Sequence[Sequence[T
             (delta,) = program.plain_deltas(cores, start)
         else:
             (delta,) = Delta.apply(program, start, *cores)  # type: ignore[no-untyped-call]
-        delta = adapter.completed(delta, origin, tensors)
+        delta = adapter.with_magnitude(delta, origin, tensors)
         if total is None:
             total = delta if acting.scale == 1.0 else delta * acting.scale
         else:

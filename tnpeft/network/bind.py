@@ -68,7 +68,7 @@ def bind(spec: Declaration, layer: Any, params: Mapping[str, Any]) -> Network:
     if resolved.faults:
         raise BindError(*(replace(fault.problem, on=str(layer)) for fault in resolved.faults))
     network = _network(spec, layer, resolved)
-    if too_wide := [*_ranks(network)]:
+    if too_wide := [*_rank_problems(network)]:
         raise BindError(*too_wide)
     return network
 
@@ -101,10 +101,10 @@ def _network(spec: Declaration, layer: Layer, resolved: Resolved) -> Network:
 _SINGULAR = ("from svd_u", "from svd_s", "from svd_v", "svd_us", "svd_vs")
 
 
-def _ranks(network: Network) -> Iterator[Problem]:
+def _rank_problems(network: Network) -> Iterator[Problem]:
     """Singular vectors are as many as the weight, unfolded as out x rest, has."""
     limit = min(network.layer.out_channels, network.layer.numel // network.layer.out_channels)
-    for core, own in zip(network.cores, network.spec.cores, strict=True):
+    for core, declared in zip(network.cores, network.spec.cores, strict=True):
         if core.init.name not in _SINGULAR:
             continue
         part = next(part for part in network.parts if core in part.cores)
@@ -112,7 +112,7 @@ def _ranks(network: Network) -> Iterator[Problem]:
         if network.sizes[bond] > limit:
             what, on = f"core '{core.name}', `{core.origin or core.init.name}`", str(network.layer)
             expected, fix = f"a bond of at most {limit}, the rank of the weight", f"Lower the size of `{bond}`."
-            yield Problem(what, expected, str(network.sizes[bond]), fix, own.position, core=core.name, on=on)
+            yield Problem(what, expected, str(network.sizes[bond]), fix, declared.position, core=core.name, on=on)
 
 
 def _check_kind(spec: Declaration, layer: Layer) -> None:

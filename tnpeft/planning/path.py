@@ -34,7 +34,7 @@ TRIES_TIMES_LEGS = 1000
 
 @lru_cache(maxsize=1024)
 def find_path(inputs: tuple[str, ...], output: str, sizes: tuple[tuple[str, int], ...]) -> Path:
-    """The path of fewest multiplications found, but for `cost.SLACK`.
+    """The path of fewest multiplications found, or one with up to `last_step_cost.SLACK` more for a quicker last step.
 
     One string of index letters for each core and for the output; that has the weight's legs in memory order.
     """

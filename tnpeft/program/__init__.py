@@ -1,4 +1,4 @@
-"""Plan to program: straight-line torch code of pairwise contractions."""
+"""Plan to program: pairwise contractions that are laid out once and run on tensors."""
 
 from tnpeft.program.autocast import autocast_dtype, without_autocast
 from tnpeft.program.clusters import BatchedCluster, Cluster, ClusterProgram, LayerClusters, build_clusters

@@ -75,7 +75,7 @@ class BatchedCluster:
             return ClusterStart(start, half)
 
     def __call__(self, cores: Sequence[Tensor], known: ClusterStart | None) -> tuple[Tensor, ...]:
-        """The values for each layer, then its dual forms; `cores` as in `batched`."""
+        """The values for each layer, then its dual forms; `cores`: the first of every layer, then the second."""
         if not needs_plain_ops(*cores):
             found: tuple[Tensor, ...] = Contracted.apply(self, known, *cores)  # type: ignore[no-untyped-call]
             return found
@@ -181,8 +181,8 @@ class Contracted(torch.autograd.Function):
         if counts.OPEN:
             counts.note("clusters", code.count)
         ctx.set_materialize_grads(False)
-        # Of a group nothing is freed with the graph of one layer: others may have a backward pass of their own. Where
-        # cores are not copied, it is checked that nothing wrote to them.
+        # Of several layers nothing is freed with the graph of one: others may have a backward pass of their own. The
+        # cores of one layer are not copied: autograd checks that nothing wrote to them.
         if not code.tree.copied:
             ctx.save_for_backward(*cores)
         ctx.code, ctx.cores = code, cores if code.tree.copied else None

@@ -91,11 +91,11 @@ class _Convolved(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or needs_plain_ops(gradient):
             return (*_differentiable(x, ctx.shape, weight, gradient, ctx.geometry, wanted), None)
-        own, of_weight = None, None
+        input_grad, weight_grad = None, None
         if wanted[0] or wanted[1]:
-            own, of_weight = _in_halves(x, ctx.shape, weight, gradient, ctx.geometry, wanted)
-        of_bias = gradient.sum([axis for axis in range(gradient.dim()) if axis != gradient.dim() - _AXES - 1])
-        return own, of_weight, of_bias if wanted[2] else None, None
+            input_grad, weight_grad = _in_halves(x, ctx.shape, weight, gradient, ctx.geometry, wanted)
+        bias_grad = gradient.sum([axis for axis in range(gradient.dim()) if axis != gradient.dim() - _AXES - 1])
+        return input_grad, weight_grad, bias_grad if wanted[2] else None, None
 
 
 def _differentiable(
@@ -105,10 +105,10 @@ def _differentiable(
     read = gradient.new_zeros(()).expand(shape) if x is None else x
     lead = () if read.dim() == _AXES + 2 else (None,)
     bias = [weight.shape[0]] if wanted[2] else None
-    own, of_weight, of_bias = torch.ops.aten.convolution_backward(
+    input_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
         gradient[lead], read[lead], weight, bias, *geometry, False, (0,) * _AXES, 1, list(wanted)
     )
-    return [own.reshape(shape) if wanted[0] else None, of_weight, of_bias]
+    return [input_grad.reshape(shape) if wanted[0] else None, weight_grad, bias_grad]
 
 
 class _Halves(NamedTuple):
@@ -146,23 +146,23 @@ def _in_halves(
     else:
         read = _cut(x.reshape(shape[-_AXES - 1 :]), cut)
     padding = (0, *geometry.padding[1:])
-    own, of_weight, _ = torch.ops.aten.convolution_backward(
+    input_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
         pair, read, weight, None, geometry.stride, padding, geometry.dilation, False, (0,) * _AXES, 1,
         [wanted[0], wanted[1], False],
     )  # fmt: skip
-    return _joined(own, depth, cut).reshape(shape) if wanted[0] else None, of_weight
+    return _joined(input_grad, depth, cut).reshape(shape) if wanted[0] else None, weight_grad
 
 
 def _cut(x: Tensor, cut: _Halves) -> Tensor:
     """What the halves read of an input (channels, depth, ...), and zeros around it."""
-    found = x.new_empty(2, x.shape[0], cut.length, *x.shape[2:])
-    for half, first in zip(found.unbind(0), (-cut.before, cut.start - cut.before), strict=True):
+    halves = x.new_empty(2, x.shape[0], cut.length, *x.shape[2:])
+    for half, first in zip(halves.unbind(0), (-cut.before, cut.start - cut.before), strict=True):
         low = max(0, first)
         high = max(low, min(x.shape[1], first + cut.length))
         half[:, : low - first] = 0
         half[:, low - first : high - first] = x[:, low:high]
         half[:, high - first :] = 0
-    return found
+    return halves
 
 
 def _joined(pair: Tensor, depth: int, cut: _Halves) -> Tensor:
@@ -170,17 +170,17 @@ def _joined(pair: Tensor, depth: int, cut: _Halves) -> Tensor:
 
     The first half reads the input's planes up to `middle`, the second those from `low` to `high`.
     """
-    one, other = pair.unbind(0)
+    first_half, second_half = pair.unbind(0)
     first = cut.start - cut.before
     middle = min(max(0, cut.length - cut.before), depth)
     low, high = max(0, first), min(depth, first + cut.length)
-    found = pair.new_empty(one.shape[0], depth, *one.shape[2:])
-    found[:, :middle] = one[:, cut.before : cut.before + middle]
+    joined = pair.new_empty(first_half.shape[0], depth, *first_half.shape[2:])
+    joined[:, :middle] = first_half[:, cut.before : cut.before + middle]
     shared = min(middle, high)
     if low < shared:
-        found[:, low:shared] += other[:, low - first : shared - first]
-    found[:, middle : max(low, middle)] = 0
+        joined[:, low:shared] += second_half[:, low - first : shared - first]
+    joined[:, middle : max(low, middle)] = 0
     if max(low, middle) < high:
-        found[:, max(low, middle) : high] = other[:, max(low, middle) - first : high - first]
-    found[:, max(middle, high) :] = 0
-    return found
+        joined[:, max(low, middle) : high] = second_half[:, max(low, middle) - first : high - first]
+    joined[:, max(middle, high) :] = 0
+    return joined

@@ -116,18 +116,18 @@ class Program:
         totals: list[Tensor] = []
         with without_autocast(cores[0]):
             for place, (term, tree) in enumerate(self.terms):
-                own = self.of_term(term, cores)
+                term_cores = self.of_term(term, cores)
                 if start is None:
-                    tensors = tree.run(tree.scaled(own), (), True, True)
+                    tensors = tree.run(tree.scaled(term_cores), (), True, True)
                     result = tensors[-1] if tree.instructions else tensors[0].clone()  # never the core itself
                 else:
-                    result, _ = tree.change(own, start[place], True)
+                    result, _ = tree.change(term_cores, start[place], True)
                 deltas = term.layout.apply_all(result, self.count)
                 totals = [total + delta for total, delta in zip(totals, deltas, strict=True)] if place else [*deltas]
         return tuple(totals)
 
     def of_term(self, term: Term, tensors: Sequence[Any]) -> Sequence[Any]:
-        """Those of a term's cores, from those of all cores."""
+        """From a list with one entry for each core and layer, the entries of this term's cores."""
         if len(self.terms) == 1:
             return tensors
         return [tensors[core * self.count + layer] for core in term.cores for layer in range(self.count)]
@@ -178,12 +178,12 @@ class Delta(torch.autograd.Function):
         copied = program.count > 1
         with without_autocast(cores[0]):
             for place, (term, tree) in enumerate(program.terms):
-                own = program.of_term(term, cores)
+                term_cores = program.of_term(term, cores)
                 if start is None:
-                    tensors = tree.run(tree.scaled(own), (), True, False)
+                    tensors = tree.run(tree.scaled(term_cores), (), True, False)
                     result = tensors.pop() if tree.instructions else tensors[0].clone()
                 else:
-                    result, tensors = tree.change(own, start[place], False)
+                    result, tensors = tree.change(term_cores, start[place], False)
                 kept += tensors[: tree.size] if copied else ()
                 for tensor, keep in zip(tensors[tree.size :], term.kept, strict=True):
                     kept.append(tensor if keep else None)

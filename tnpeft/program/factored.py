@@ -81,22 +81,22 @@ class ChainProgram:
         self, x: Tensor, values: Sequence[Tensor], dual: Sequence[Tensor], gradient: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Those of the update: the input's, (batch, in_channels, voxels...), and the clusters'; `wanted` says which."""
-        found: list[Tensor | None] = []
+        cluster_grads: list[Tensor | None] = []
         total: Tensor | None = None
         for term in self.terms:
-            made, own = term.chain.gradients(
+            input_grad, term_grads = term.chain.gradients(
                 _padded(x, term.inputs),
                 values[term.clusters],
                 dual[term.clusters],
                 _padded(gradient, term.outputs),
                 (wanted[0], *wanted[1:][term.clusters]),
             )
-            found += own
-            if made is not None:
+            cluster_grads += term_grads
+            if input_grad is not None:
                 narrow, wide = term.inputs
-                shaped = made.reshape(-1, wide, *self.space)[:, :narrow]
+                shaped = input_grad.reshape(-1, wide, *self.space)[:, :narrow]
                 total = shaped if total is None else total + shaped
-        return total, found
+        return total, cluster_grads
 
 
 _CHAINS: WeakValueDictionary[Plan, ChainProgram] = WeakValueDictionary()

@@ -107,11 +107,11 @@ class AxisIm2col:
             return torch.stack([seen.narrow(2, start, self.written) for start in self.starts], place)
         shape = [seen.shape[0], self.outer, self.written, *seen.shape[3:]]
         shape.insert(place, self.kernel)
-        found = seen.new_zeros(shape)
+        columns = seen.new_zeros(shape)
         for entry, pair in enumerate(self.pairs):
             if pair is not None:
-                found.select(place, entry)[:, :, pair[1]] = seen[:, :, pair[0]]
-        return found
+                columns.select(place, entry)[:, :, pair[1]] = seen[:, :, pair[0]]
+        return columns
 
     def col2im(self, tensor: Tensor) -> Tensor:
         """What `im2col` would read is added to what it would write, and the kernel's place is gone."""
@@ -122,15 +122,15 @@ class AxisIm2col:
             entries = tensor.reshape(rows, self.outer, self.read, self.inner * more, self.kernel, -1).unbind(4)
         if self.whole is None:
             shape = entries[0].shape
-            found = tensor.new_zeros(*shape[:2], self.written, *shape[3:])
+            image = tensor.new_zeros(*shape[:2], self.written, *shape[3:])
         else:
             pair = self.pairs[self.whole]
             assert pair is not None
-            found = entries[self.whole][:, :, pair[0]].clone(memory_format=torch.contiguous_format)
+            image = entries[self.whole][:, :, pair[0]].clone(memory_format=torch.contiguous_format)
         for entry, pair in enumerate(self.pairs):
             if pair is not None and entry != self.whole:
-                found[:, :, pair[1]] += entries[entry][:, :, pair[0]]
-        return found
+                image[:, :, pair[1]] += entries[entry][:, :, pair[0]]
+        return image
 
     def im2col_plainly(self, tensor: Tensor) -> Tensor:
         """`im2col` by operations that whoever looks on can follow; its shape is arbitrary."""

@@ -51,11 +51,11 @@ def kept(tables: dict[Hashable, Tensor], key: Hashable, make: Callable[[], Tenso
 
 
 def contract(product: Lowered, left: Tensor, right: Tensor, plain: bool) -> Tensor:
-    """The product of two stored tensors, contiguous in the order that it was lowered for; its shape is arbitrary."""
+    """The product of two stored tensors, contiguous in the order that it was lowered for; reshape it before use."""
     if not plain:
         return (product.__dict__.get("_quick") or specialised(product))(left, right)
-    made = _multiply_plainly(product, left, right)
-    return made if product.result is None else reorder(made, product.result, True)
+    result = _multiply_plainly(product, left, right)
+    return result if product.result is None else reorder(result, product.result, True)
 
 
 def contract_difference(
@@ -65,19 +65,19 @@ def contract_difference(
 
     None stands for a change of zero.
     """
-    (whole, left_change), (start, right_change) = left, right
+    (left_value, left_change), (right_start, right_change) = left, right
     if left_change is None:
-        return None if right_change is None else contract(product, whole, right_change, plain)
+        return None if right_change is None else contract(product, left_value, right_change, plain)
     if right_change is None:
-        return contract(product, left_change, start, plain)
+        return contract(product, left_change, right_start, plain)
     if product.double:
-        made = _doubled(product, (left_change, start), (whole, right_change), plain)
+        change = _doubled(product, (left_change, right_start), (left_value, right_change), plain)
     elif plain:
-        made = _multiply_plainly(product, left_change, start)
-        made = made + _multiply_plainly(product, whole, right_change)
+        change = _multiply_plainly(product, left_change, right_start)
+        change = change + _multiply_plainly(product, left_value, right_change)
     else:
-        made = _added(product, (left_change, start), (whole, right_change))
-    return made if product.result is None else reorder(made, product.result, plain)
+        change = _added(product, (left_change, right_start), (left_value, right_change))
+    return change if product.result is None else reorder(change, product.result, plain)
 
 
 def reorder(tensor: Tensor, view: View, plain: bool) -> Tensor:
@@ -118,8 +118,8 @@ def _strided(view: View, expand: int) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _multiply_stored(product: Lowered, left: Tensor, right: Tensor) -> Tensor:
-    made = _multiply(product, *_factors(product, left, right, False))
-    return made if product.result is None else reorder(made, product.result, False)
+    result = _multiply(product, *_factors(product, left, right, False))
+    return result if product.result is None else reorder(result, product.result, False)
 
 
 def _multiply_plainly(product: Lowered, left: Tensor, right: Tensor) -> Tensor:
@@ -162,33 +162,33 @@ def _multiply(product: Lowered, first: Tensor, second: Tensor) -> Tensor:
         return (first * second).contiguous()  # it takes on the operands' order, where they share one
     if product.product == "addbmm" and first.device.type == "cpu":
         return torch.addbmm(first.new_empty(()), first, second, beta=0)
-    made = torch.bmm(first, second)
+    result = torch.bmm(first, second)
     # On a GPU `addbmm` starts one kernel for each matrix of the batch: 256 of 390 for Conv3d(512, 256, 3) of TenVOO-L.
-    return made if product.product == "bmm" else made.sum(0)
+    return result if product.product == "bmm" else result.sum(0)
 
 
-def _added(product: Lowered, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
+def _added(product: Lowered, pair: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of two products of stored tensors, the second added to the first in place."""
     if product.swapped:
-        one, two = one[::-1], two[::-1]
+        pair, added = pair[::-1], added[::-1]
     (rows, columns), (in_first, in_second) = (product.first, product.second), product.expand
-    made = _multiply(product, _view_of(one[0], rows, in_first, False), _view_of(one[1], columns, in_second, False))
-    first, second = _view_of(two[0], rows, in_first, False), _view_of(two[1], columns, in_second, False)
+    total = _multiply(product, _view_of(pair[0], rows, in_first, False), _view_of(pair[1], columns, in_second, False))
+    first, second = _view_of(added[0], rows, in_first, False), _view_of(added[1], columns, in_second, False)
     if product.product == "mm":
-        return made.addmm_(first, second)
+        return total.addmm_(first, second)
     if product.product == "bmm":
-        return made.baddbmm_(first, second)
+        return total.baddbmm_(first, second)
     if product.product == "mul":
-        return made.addcmul_(first, second)
-    return made.addbmm_(first, second) if first.device.type == "cpu" else made.add_(_multiply(product, first, second))
+        return total.addcmul_(first, second)
+    return total.addbmm_(first, second) if first.device.type == "cpu" else total.add_(_multiply(product, first, second))
 
 
-def _doubled(product: Lowered, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], plain: bool) -> Tensor:
+def _doubled(product: Lowered, pair: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], plain: bool) -> Tensor:
     """The sum of two products of stored tensors as one product over a doubled bond."""
     if product.swapped:
-        one, two = one[::-1], two[::-1]
-    first = torch.cat([_view_of(part[0], product.first, 0, plain) for part in (one, two)], -1)
-    second = torch.cat([_view_of(part[1], product.second, 0, plain) for part in (one, two)], -2)
+        pair, added = pair[::-1], added[::-1]
+    first = torch.cat([_view_of(part[0], product.first, 0, plain) for part in (pair, added)], -1)
+    second = torch.cat([_view_of(part[1], product.second, 0, plain) for part in (pair, added)], -2)
     if product.product == "mm":
         return torch.mm(first, second)
     first, second = (

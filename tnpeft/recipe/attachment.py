@@ -88,10 +88,11 @@ def attach(
     with the sum; `factored` contracts the cores with the layer's input and never builds it; `hybrid` calls
     the layer with the sum and takes the cores' gradients from the factored chain, without the weight's
     gradient. All agree but for rounding. Layers that cannot be factored (groups, DoRA, cores that are the
-    base weight) run dense, and so do all of them inside a compiled graph, with several active adapters or
-    at another scale than 1. `auto` takes, for each layer and input size, the one of least predicted time;
-    with `autotune` it runs all of them a few times when a layer first sees a size (forward passes without
-    gradients apart), and remembers which was the quickest, in saved files too. Second derivatives need `dense`.
+    base weight) run dense, and so do all of them with several active adapters or at another scale than 1; in
+    compiled graphs hybrid runs as dense, and factored too where sizes may vary. `auto` takes, for each layer and
+    input size, the one of least predicted time; with `autotune` it runs all of them a few times when a layer first
+    sees a size (forward passes without gradients apart), and remembers which was the quickest, in saved files too.
+    Second derivatives need `dense`.
 
     Layers whose cores, or their contraction, would take more than the device's memory are refused;
     `tnpeft.memory_limit` moves that bound.

@@ -27,7 +27,7 @@ __all__ = [
     "merge_steps",
 ]
 
-# Letters of the batch, the voxels, and the layers of a group; networks have those of `opt_einsum.get_symbol`, which
+# Letters of the batch, the voxels, and the layers of a batch; networks have those of `opt_einsum.get_symbol`, which
 # are none of these, nor of the pair legs', one for each link from `PAIRS` on, in a part of Unicode that is left free.
 BATCH, VOXELS, GROUP = "\u0001", "\u0002", "\u0003"
 PAIRS = 0xF0000

@@ -85,14 +85,14 @@ def feasible_plans(network: Network, call: Call, inference: bool = False) -> lis
     return [dense, *(other for other in others if _has_room(other, dense, call, inference))]
 
 
-def _has_room(found: Plan, dense: Plan, call: Call, inference: bool) -> bool:
+def _has_room(candidate: Plan, dense: Plan, call: Call, inference: bool) -> bool:
     """Whether a plan takes no more than `ROOM` beyond dense, or twice the layer's input and output if that is more."""
-    layer = found.network.layer
+    layer = candidate.network.layer
     elements = call.batch * (call.inputs * layer.in_channels + call.outputs * layer.out_channels)
     if FLOAT_BYTES * elements <= LITTLE:
         return True
-    one, other = found.memory, dense.memory
-    more = one.forward - other.forward if inference else one.peak - other.peak
+    needs, dense_needs = candidate.memory, dense.memory
+    more = needs.forward - dense_needs.forward if inference else needs.peak - dense_needs.peak
     return more <= max(ROOM, 2 * FLOAT_BYTES * elements)
 
 

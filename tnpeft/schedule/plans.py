@@ -25,7 +25,7 @@ Tensors = Sequence[tuple[int, tuple[str, ...]]]
 
 @lru_cache(maxsize=1024)
 def plan_dense(network: Network) -> Plan:
-    """Contract all cores to the delta weight, which one convolution then uses together with the base weight."""
+    """Contract all cores to the delta weight, which one call of the layer then uses together with the base weight."""
     if network.parts != (network,):
         return Plan(network, "dense", (), (), tuple(map(plan_dense, network.parts)))
     if problems := tuple(_problems(network)):

@@ -5,7 +5,7 @@ Every name is that of the plain model, as if nothing were adapted (`plain_module
 
     modules = plain_modules(model)              # "" and every name a module is reached by
     layer_problem(name, modules[name])          # a Problem where a layer cannot be adapted, else None
-    adapter = compile(spec, modules[name], seed=seed, name=name, mode=mode, **params)
+    adapter = Adapter(spec.bind(modules[name], **params), modules[name], seed=seed, name=name, mode=mode)
     install(model, "default", {name: adapter}, trained=["conv.bias"], about={"recipe": ...})
 
 and `names_of`, `scales_of`, `record_of`, `adapters_of`, `trained_of`, `statistics_of` tell what is attached.

@@ -55,12 +55,12 @@ def _close(root: nn.Module, _inputs: Any, _output: Any) -> None:
 
 def _acting_alone(root: nn.Module, record: AdaptedModel) -> list[tuple[nn.Module, Acting]]:
     """The base layers on which one adapter acts, at scale 1, with it; disabled ones may be enabled again."""
-    pairs = [(layer.base, layer.alone) for layer in _joined(root, record)]
+    pairs = [(layer.base, layer.alone) for layer in _with_results(root, record)]
     return [(base, alone) for base, alone in pairs if alone is not None]
 
 
-def _joined(root: nn.Module, record: AdaptedModel) -> list[AdaptedLayer]:
-    """All adapted layers; those of pickles of earlier versions do not have the model's results yet."""
+def _with_results(root: nn.Module, record: AdaptedModel) -> list[AdaptedLayer]:
+    """All adapted layers, made to use the model's results: those of earlier pickles have results of their own."""
     layers = adapted_layers(root)
     for layer in layers:
         if layer.results is not record.results:
@@ -89,6 +89,6 @@ def accumulating(model: nn.Module) -> Iterator[None]:
     optimisers and to `.data` cannot be seen. Raises AttachError where nothing is attached.
     """
     root, state = adapted(model)
-    _joined(root, state)
+    _with_results(root, state)
     with state.results.cache.open():
         yield
