@@ -71,7 +71,7 @@ class AdaptedLayer(Resident, nn.Module):
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = [
-        "__jit_ignored_attributes__", "base", "bias", "layer_name", "margins", "names", "results", "site",
+        "__jit_ignored_attributes__", "alone", "base", "bias", "layer_name", "margins", "names", "results", "site",
         "weight", "where", "zeros",
     ]  # fmt: skip
 
