@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 
 import tnpeft
 from tnpeft import TnpeftError
+from tnpeft.documents import files as file_writer
 
 ROOT = Path(__file__).parents[2]
 MODEL = Model(channels=(8, 8), attention_levels=(False, True), head_channels=(0, 8), res_blocks=1, norm_groups=4)
@@ -402,13 +403,14 @@ def test_an_interrupted_run_keeps_whole_files(
 ) -> None:
     settings = config(files, count=3, batch_size=1)
 
-    def full_disk(self: Path, data: bytes) -> int:
-        if self.name.startswith("sample-0001"):
-            raise OSError(28, "No space left on device")
-        with self.open("wb") as file:
-            return file.write(data)
+    opened = file_writer._opened
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    def full_disk(temporary: Path, target: Path) -> BinaryIO:
+        if target.name.startswith("sample-0001"):
+            raise OSError(28, "No space left on device")
+        return opened(temporary, target)
+
+    monkeypatch.setattr(file_writer, "_opened", full_disk)
     with pytest.raises(LabError) as excinfo:
         sample_volumes(settings, tmp_path, QUIET)
     folder = tmp_path / "samples" / "base"
