@@ -56,7 +56,7 @@ test-wide: $(WIDE)/.wide ## tests beside heavy frameworks (transformers, ...) an
 	@$(ONE) $(WIDE)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests/wide tests/driver $(ARGS)
 
 lowest: $(LOWEST)/.lowest ## the test suite with the lowest versions that pyproject.toml promises (but torch's), in .venv-lowest
-	@TNPEFT_LOWEST=1 $(ONE) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests tests/driver $(ARGS)
+	@TNPEFT_LOWEST=1 $(ONE) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -o norecursedirs="wide .*" $(ARGS)
 
 pythons: $(VENV)/.test ## the wheel on Python 3.10, 3.12 and 3.13 without torch, where they are installed
 	@$(RUN) tests/pythons.py 3.10 3.12 3.13
