@@ -18,38 +18,27 @@ import torch
 from torch import nn
 
 import tnpeft
+from tnpeft.program import build_program
+from tnpeft.schedule import plan
 
 PACKAGE = str(Path(tnpeft.__file__).parent)
 # At most so many calls: of warm forward passes, of attaching a parsed spec, of the first attach of a process, most of
 # which is the search of a path and of the layouts.
-CALLS = {"lora": 50, "tenvoo_l": 250, "attach": 400, "cold": 13_000}
+CALLS = {"lora": 50, "tenvoo_l": 250, "attach": 400, "cold": 12_000}
 # How deep the first matrix product lies: `forward` is 1.
 FRAMES = 8
+# The same of a warm delta weight of LoRA within `program`.
+DELTA, DEPTH = 12, 4
 
 
-def calls_in(action: Callable[[], object]) -> int:
-    """The calls of tnpeft's functions, comprehensions included."""
-    calls = 0
-
-    def note(frame: FrameType, event: str, _argument: Any) -> None:
-        nonlocal calls
-        calls += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
-
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-    return calls
-
-
-def frames_to_product(action: Callable[[], object]) -> int:
-    """How many of tnpeft's functions, `forward` the first, are on the way to the first matrix product."""
-    depth, depths = 0, list[int]()
+def way(action: Callable[[], object], folder: str = PACKAGE) -> tuple[int, list[int]]:
+    """The calls of functions in a folder, comprehensions included, and how deep in them each matrix product lies."""
+    calls, depth, depths = 0, 0, list[int]()
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal depth
-        if event in ("call", "return") and frame.f_code.co_filename.startswith(PACKAGE):
+        nonlocal calls, depth
+        if event in ("call", "return") and frame.f_code.co_filename.startswith(folder):
+            calls += event == "call"
             depth += 1 if event == "call" else -1
         if event == "c_call" and argument is torch.mm:
             depths.append(depth)
@@ -59,7 +48,7 @@ def frames_to_product(action: Callable[[], object]) -> int:
         action()
     finally:
         sys.setprofile(None)
-    return depths[0]
+    return calls, depths
 
 
 def warm_forward(spec: str, module: nn.Module, mode: str, x: torch.Tensor, **params: Any) -> Callable[[], object]:
@@ -74,7 +63,7 @@ def warm_forward(spec: str, module: nn.Module, mode: str, x: torch.Tensor, **par
 def count() -> dict[str, int]:
     """All that the tests ask for."""
     cold_model = nn.Sequential(nn.Conv3d(8, 8, 3))
-    cold = calls_in(lambda: tnpeft.attach(cold_model, "tenvoo_l", match="0"))
+    cold = way(lambda: tnpeft.attach(cold_model, "tenvoo_l", match="0"))[0]
     spec = tnpeft.load_spec("lora")
 
     def attach() -> None:
@@ -86,10 +75,10 @@ def count() -> dict[str, int]:
     tenvoo = warm_forward("tenvoo_l", conv, "factored", torch.randn(1, 8, 4, 4, 4), r=2)
     return {
         "cold": cold,
-        "attach": calls_in(attach),
-        "lora": calls_in(lora),
-        "tenvoo_l": calls_in(tenvoo),
-        "frames": frames_to_product(lora),
+        "attach": way(attach)[0],
+        "lora": way(lora)[0],
+        "tenvoo_l": way(tenvoo)[0],
+        "frames": way(lora)[1][0],
     }
 
 
@@ -106,6 +95,16 @@ def test_calls(what: str, counted: dict[str, int]):
 
 def test_frames_to_the_first_product(counted: dict[str, int]):
     assert counted["frames"] <= FRAMES
+
+
+def test_a_warm_delta_weight_of_lora():
+    network = tnpeft.load_spec("lora").bind("Linear", in_features=8, out_features=6)
+    program = build_program(plan(network), (0, 1))
+    cores = [torch.randn(core.shape, requires_grad=True) for core in network.cores]
+    program.deltas(cores, None)
+    calls, depths = way(lambda: program.deltas(cores, None), str(Path(PACKAGE) / "program"))
+    assert calls <= DELTA
+    assert depths == [DEPTH]
 
 
 if __name__ == "__main__":
