@@ -68,13 +68,16 @@ class _Resolver:
     def __init__(self, source: Declaration, kind: str, layer: Mapping[str, Value], given: Mapping[str, Number]) -> None:
         self.source, self.given = source, given
         self.spatial = KINDS[kind]
+        self.kernel = kernel_indices(self.spatial)
         self.kind = kind
         self.layer = layer
         self.values: dict[str, Value] = dict(layer)
         self.failed: set[str] = set()
         self.rules = {name: rule for rule in source.sizes for name in rule.names}
         self.padded: set[str] = set()
-        self.bond: Value | ExpressionError | None = None  # worked out once; thousands of legs may have its size
+        # Worked out once; thousands of legs may have its size.
+        self.bond: Value | ExpressionError | None = None
+        self.bond_place = source.place("bond")
         # Expressions that read params alone.
         own = {"bond": source.bond, **{rule.names[0]: rule.expression for rule in source.sizes}}
         self.plain = {key for key, rule in own.items() if rule is not None and not {*rule.names} - {*source.params}}
@@ -179,11 +182,11 @@ class _Resolver:
     def _leg(self, leg: str, core: Core) -> None:
         where = core.position
         rule = self.rules.get(leg)
-        if leg in kernel_indices(self.spatial):
+        if leg in self.kernel:
             kernel = self.values.get(ELLIPSIS, self.layer["kernel_size"])
             if ELLIPSIS in self.failed or not isinstance(kernel, tuple):
                 return
-            value: Value = kernel[kernel_indices(self.spatial).index(leg)]
+            value: Value = kernel[self.kernel.index(leg)]
         elif leg in self.values and (rule or leg in self.source.params):
             value = self.values[leg]
             if rule is not None:
@@ -202,19 +205,21 @@ class _Resolver:
 
     def _bond(self, leg: str) -> None:
         bond = self.source.bond
-        if bond is None or any(name not in self.values for name in bond.names):
+        if bond is None:
             return
         if self.bond is None:
+            if any(name not in self.values for name in bond.names):
+                return
             try:
                 self.bond = bond.number(self.values, self.source.factors)
             except ExpressionError as error:
-                self._fault(self.source.place("bond"), "`bond`", error)
+                self._fault(self.bond_place, "`bond`", error)
                 self.bond = error
         if isinstance(self.bond, ExpressionError):
             return
         if "bond" in self.plain:
             self.out.symbols[leg] = bond
-        self._size(leg, self.bond, self.source.place("bond"), "`bond`")
+        self._size(leg, self.bond, self.bond_place, "`bond`")
 
     def _symbol(self, leg: str, rule: SizeRule | None) -> None:
         if rule is None:
