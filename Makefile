@@ -49,11 +49,12 @@ catalogue: $(VENV)/.test ## pictures, the table in specs/README.md and the schem
 	@$(RUN) -m tnpeft schema recipe > specs/schema/recipe.json
 
 # Work is stolen rather than dealt out: a file's tests stay with one worker and share their set-up, and no worker idles.
-unit: $(VENV)/.test ## the test suite alone
-	@$(ONE) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+unit: $(VENV)/.test ## the test suite alone, without what takes seconds each (`test-wide` has it)
+	@$(ONE) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
-test-wide: $(WIDE)/.wide ## tests beside heavy frameworks (transformers, ...) and whole runs of the driver (MONAI), in .venv-wide
+test-wide: $(WIDE)/.wide ## tests beside heavy frameworks, whole runs of the driver and the suite's slow tests, in .venv-wide
 	@$(ONE) $(WIDE)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests/wide tests/driver $(ARGS)
+	@$(ONE) $(WIDE)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
 lowest: $(LOWEST)/.lowest ## the test suite with the lowest versions that pyproject.toml promises (but torch's), in .venv-lowest
 	@TNPEFT_LOWEST=1 $(ONE) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -o norecursedirs="wide .*" $(ARGS)

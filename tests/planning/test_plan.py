@@ -120,6 +120,7 @@ def test_connected_subsets_are_counted(inputs: list[frozenset[str]], output: fro
     assert count_connected_subsets(neighbours, bound) == min(expected, bound + 1)
 
 
+@pytest.mark.slow
 def test_paths_are_the_same_in_every_process() -> None:
     code = (
         "import test_plan as t; from tnpeft.schedule import plan; "

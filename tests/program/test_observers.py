@@ -78,12 +78,14 @@ def test_per_sample_gradients_and_jacobians_are_those_of_backward(kind, spec, mo
     assert jacobian(model, x) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "spec", "mode"), CASES[::5])
 def test_a_compiled_model_computes_and_trains_alike(kind, spec, mode):
     model, x = subject(kind, spec, mode)
     assert compiled(model, x) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "start", "mode"),
     [
@@ -123,6 +125,7 @@ def test_a_compiled_graph_runs_factored_where_that_is_quicker():
     assert sizes[1:] == [[512 * 512]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "spec", "mode", "varies", "strict"),
     [

@@ -115,6 +115,7 @@ def test_double_backward_is_right(network: Network) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "autocast"),
     [

@@ -45,6 +45,7 @@ def test_parts_of_a_model_are_copied(spec: str, copied: Callable[[Any], Any]):
     torch.testing.assert_close(copied(whole)(X), whole(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_of_a_layer_that_is_compiled_in_place_runs_its_own_weights(copied: Callable[[Any], Any]):
     whole = model()

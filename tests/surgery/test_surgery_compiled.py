@@ -76,6 +76,7 @@ def moved(handle: tnpeft.Handle) -> None:
 
 
 # `nested` holds what `part`, `layers` and `checkpointed` do one by one: it and `in_place` come before and after.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "first"),
     [

@@ -184,6 +184,7 @@ def test_a_switch_plans_nothing(mode, made):
     assert not made
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_one_graph_for_each_set_of_scales():
     model, graphs = two(), []
 

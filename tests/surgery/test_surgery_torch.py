@@ -159,6 +159,7 @@ def test_two_ddp_processes_make_the_gradient_of_one(tmp_path: Path):
     assert found["names"] == ("default",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "warm"), [("frozen_copy", False), ("frozen_copy", True), ("zero", False)])
 def test_an_adapted_model_compiles_as_one_graph(start, warm):
     torch.compiler.reset()
@@ -184,6 +185,7 @@ def test_an_adapted_model_compiles_as_one_graph(start, warm):
         torch.testing.assert_close(compiled(X), base)
 
 
+@pytest.mark.slow
 def test_exact_start_and_base_agree_when_both_are_compiled():
     torch.compiler.reset()
     model = net()
