@@ -15,8 +15,10 @@ from torch.nn.parameter import is_lazy
 from tnpeft.errors import AttachError, Problem, clip, near_miss
 from tnpeft.network import Spec
 from tnpeft.network.look_alikes import kind_name
+from tnpeft.network.signature import kind_of, torch_kind
 from tnpeft.recipe.model import ALL, Entry, Recipe, Train, compiled
-from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, layer_problem, plain_modules, plain_name, plain_parameters
+from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, plain_modules, plain_name, plain_parameters
+from tnpeft.surgery.checks import spec_problem
 from tnpeft.surgery.tree import slots
 
 __all__ = ["Trained", "fused_attention", "passed_over", "skipped", "targets", "trained"]
@@ -82,15 +84,13 @@ def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Prob
         # A pattern may catch the containers around a layer, and what has no parameters of its own.
         layers = _outermost([name for name in found if is_layer(modules[name])], modules)
         unknown = []
-    classes = _kinds(entry.spec)
     refused = {
-        name: problem
-        for name in layers
-        if (problem := layer_problem(name, modules[name], entry.spec.layers)) is not None
+        name: problem for name in layers if (problem := spec_problem(name, modules[name], entry.spec)) is not None
     }
     if isinstance(entry.match, str):
-        fits = any(isinstance(modules[name], classes) for name in layers if name not in refused)
-        elsewhere = fits or any(isinstance(module, classes) for module in modules.values())
+        caught = [modules[name] for name in layers if name not in refused]
+        fits = any((torch_kind(type(layer)) or kind_of(layer)) in entry.spec.layers for layer in caught)
+        elsewhere = fits or any(kind_of(module) in entry.spec.layers for module in modules.values())
         refused = {name: _too_wide(problem, fits, elsewhere) for name, problem in refused.items()}
     problems += refused.values()
     if not layers and not unknown:
@@ -115,18 +115,12 @@ def _of_kinds(spec: Spec, modules: Mapping[str, nn.Module]) -> dict[str, Problem
 
     What lies inside layers that another library has adapted or quantised belongs to those.
     """
-    kinds = _kinds(spec)
     layers = [
         name
         for name, module in modules.items()
-        if name and (isinstance(module, kinds) or (not isinstance(module, SUPPORTED) and is_opaque(module)))
+        if name and (kind_of(module) in spec.layers or (not isinstance(module, SUPPORTED) and is_opaque(module)))
     ]
-    return {name: layer_problem(name, modules[name], spec.layers) for name in _outermost(layers, modules)}
-
-
-def _kinds(spec: Spec) -> tuple[type[nn.Module], ...]:
-    """The classes of the layers that a spec takes."""
-    return tuple([getattr(nn, kind) for kind in spec.layers])
+    return {name: spec_problem(name, modules[name], spec) for name in _outermost(layers, modules)}
 
 
 def _outermost(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -181,7 +175,7 @@ def _none_of_all(entry: Entry, refused: Iterable[Problem]) -> Problem:
 
 
 def _adaptable(modules: Mapping[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if isinstance(module, SUPPORTED)]
+    return [name for name, module in modules.items() if kind_of(module) is not None]
 
 
 def _nothing(entry: Entry, modules: Mapping[str, nn.Module], caught: list[str]) -> Problem:
