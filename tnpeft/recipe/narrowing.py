@@ -7,16 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from tnpeft.errors import Problem, clip, listed, near_miss, ticked
+from tnpeft.network.look_alikes import opaque
+from tnpeft.network.signature import kind_of
 from tnpeft.recipe.model import Entry
 from tnpeft.recipe.selection import Span, block_of, compiled, first_block, in_spans
-from tnpeft.surgery import is_opaque, plain_name
+from tnpeft.surgery import plain_name
 
 __all__ = ["kinds_of", "narrowed", "rank_problems"]
 
 
-def kinds_of(entry: Entry) -> tuple[type[nn.Module], ...]:
-    """The classes of the layers that an entry takes."""
-    return tuple([getattr(nn, kind) for kind in entry.selection.kinds or entry.spec.layers])
+def kinds_of(entry: Entry) -> tuple[str, ...]:
+    """The kinds of the layers that an entry takes."""
+    return entry.selection.kinds or entry.spec.layers
 
 
 def narrowed(
@@ -30,7 +32,7 @@ def narrowed(
         left = [name for name in left if name not in gone]
     if selection.kinds:
         kinds = kinds_of(entry)
-        left = [name for name in left if isinstance(modules[name], kinds) or is_opaque(modules[name])]
+        left = [name for name in left if kind_of(modules[name]) in kinds or opaque(type(modules[name]))]
     if selection.blocks and left:
         left = _in_blocks(entry, left, modules, problems)
     if names and not left and len(problems) == told:

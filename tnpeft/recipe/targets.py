@@ -14,10 +14,12 @@ from torch.nn.parameter import is_lazy
 
 from tnpeft.errors import AttachError, Problem, clip, near_miss
 from tnpeft.network.look_alikes import kind_name
+from tnpeft.network.signature import kind_of, torch_kind
 from tnpeft.recipe.model import Entry, Recipe, Train
 from tnpeft.recipe.narrowing import kinds_of, narrowed, rank_problems
 from tnpeft.recipe.selection import ALL, compiled
-from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, layer_problem, plain_modules, plain_name, plain_parameters
+from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, plain_modules, plain_name, plain_parameters
+from tnpeft.surgery.checks import spec_problem
 from tnpeft.surgery.tree import slots
 
 __all__ = ["Trained", "fused_attention", "passed_over", "skipped", "targets", "trained"]
@@ -61,12 +63,12 @@ def _label(entry: Entry) -> str:
 
 def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Problem]) -> list[str]:
     if entry.match == ALL:
-        kinds = _of_kinds(entry, modules)
-        chosen = narrowed(entry, list(kinds), modules, problems)
-        kinds = {name: kinds[name] for name in chosen or kinds}
-        layers = [name for name in chosen if kinds[name] is None]
-        if not layers and (chosen or not kinds):
-            problems.append(_none_of_all(entry, [problem for problem in kinds.values() if problem is not None]))
+        found_all = _of_kinds(entry, modules)
+        chosen = narrowed(entry, list(found_all), modules, problems)
+        found_all = {name: found_all[name] for name in chosen or found_all}
+        layers = [name for name in chosen if found_all[name] is None]
+        if not layers and (chosen or not found_all):
+            problems.append(_none_of_all(entry, [problem for problem in found_all.values() if problem is not None]))
         problems += rank_problems(entry, layers)
         return layers
     if isinstance(entry.match, tuple):
@@ -87,15 +89,14 @@ def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Prob
         matched = _outermost([name for name in found if is_layer(modules[name])], modules)
         unknown = []
     layers = narrowed(entry, matched, modules, problems)
-    classes = kinds_of(entry)
+    kinds = kinds_of(entry)
     refused = {
-        name: problem
-        for name in layers
-        if (problem := layer_problem(name, modules[name], entry.spec.layers)) is not None
+        name: problem for name in layers if (problem := spec_problem(name, modules[name], entry.spec)) is not None
     }
     if isinstance(entry.match, str):
-        fits = any(isinstance(modules[name], classes) for name in layers if name not in refused)
-        elsewhere = fits or any(isinstance(module, classes) for module in modules.values())
+        caught = [modules[name] for name in layers if name not in refused]
+        fits = any((torch_kind(type(layer)) or kind_of(layer)) in kinds for layer in caught)
+        elsewhere = fits or any(kind_of(module) in kinds for module in modules.values())
         refused = {name: _too_wide(problem, fits, elsewhere) for name, problem in refused.items()}
     problems += refused.values()
     problems += rank_problems(entry, layers)
@@ -125,9 +126,9 @@ def _of_kinds(entry: Entry, modules: Mapping[str, nn.Module]) -> dict[str, Probl
     layers = [
         name
         for name, module in modules.items()
-        if name and (isinstance(module, kinds) or (not isinstance(module, SUPPORTED) and is_opaque(module)))
+        if name and (kind_of(module) in kinds or (not isinstance(module, SUPPORTED) and is_opaque(module)))
     ]
-    return {name: layer_problem(name, modules[name], entry.spec.layers) for name in _outermost(layers, modules)}
+    return {name: spec_problem(name, modules[name], entry.spec) for name in _outermost(layers, modules)}
 
 
 def _outermost(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -186,7 +187,7 @@ def _none_of_all(entry: Entry, refused: Iterable[Problem]) -> Problem:
 
 
 def _adaptable(modules: Mapping[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if isinstance(module, SUPPORTED)]
+    return [name for name, module in modules.items() if kind_of(module) is not None]
 
 
 def _nothing(entry: Entry, modules: Mapping[str, nn.Module], caught: list[str]) -> Problem:
