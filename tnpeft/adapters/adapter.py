@@ -114,7 +114,7 @@ class Adapter(Resident, nn.Module):
                 like = weight.new_empty(core.shape, dtype=dtype)
                 self._register_one(_CORE, core.name, like, core.frozen, copies)
         if self.network.compose == "dora":
-            like = weight.new_empty(self.network.layer.out_channels, dtype=dtype)
+            like = weight.new_empty(self.network.magnitude_shape, dtype=dtype)
             self._register_one(_DORA, _MAGNITUDE, like, False, True)
 
     def _register_one(self, prefix: str, name: str, tensor: Tensor, frozen: bool, copy: bool) -> None:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.offload import Resident, is_bare, store
 from tnpeft.errors import ExecutionError, Problem
+from tnpeft.network import Layer
 
 __all__ = [
     "MANGLED",
     "ORIGINAL",
     "TABLES",
     "UNSET",
+    "ParameterLayer",
     "acting",
     "acting_scales",
     "bare",
@@ -82,8 +84,42 @@ def own(module: nn.Module, table: str, key: str) -> Tensor:
     return tensor
 
 
-def own_weight(base: nn.Module) -> Tensor:
+class ParameterLayer:
+    """A parameter of `owner` as the weight of a Linear layer, or of a stack of them; `signature` says which way round.
+
+    It is no module: the parameter stays in its owner's table, under its own name.
+    """
+
+    def __init__(self, owner: nn.Module, key: str, signature: Layer) -> None:
+        self.owner, self.key, self.signature = owner, key, signature
+        self._tnpeft_wrapper = owner  # whose hooks bring the tensor, for `offload`
+
+    @property
+    def weight(self) -> Tensor:
+        """What acts as the parameter: its own values, or the copy of an adapter that trains it as a whole."""
+        return acting(self.owner, "_parameters", self.key)
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
+        return self.owner._parameters
+
+    @property
+    def training(self) -> bool:
+        return self.owner.training
+
+    @property
+    def orientation(self) -> str:
+        """The parameter's axes, as `ORIENTATIONS` has them."""
+        return "e " * bool(self.signature.slices) + ("i o" if self.signature.turned else "o i")
+
+    def extra_repr(self) -> str:
+        return f"{self.key}: {self.orientation}, {self.signature}"
+
+
+def own_weight(base: nn.Module | ParameterLayer) -> Tensor:
     """The base's own weight, whatever an adapter that trains the layer as a whole has put in its place."""
+    if type(base) is ParameterLayer:
+        return own(base.owner, "_parameters", base.key)
     return own(base, "_parameters", "weight")
 
 

@@ -41,7 +41,7 @@ def core_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
             shapes[f"core_{core.name}"] = core.shape
             shapes |= {f"start_{core.name}": core.shape} if copies and not core.frozen else {}
     if network.compose == "dora":
-        shapes |= dict.fromkeys(("dora_magnitude", "start_magnitude"), (network.layer.out_channels,))
+        shapes |= dict.fromkeys(("dora_magnitude", "start_magnitude"), network.magnitude_shape)
     return shapes
 
 
