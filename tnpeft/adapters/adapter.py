@@ -49,7 +49,7 @@ class Adapter(Resident, nn.Module):
     def __init__(
         self,
         network: Network,
-        layer: nn.Module,
+        layer: Any,
         *,
         seed: int | None = None,
         name: str = "",
@@ -73,7 +73,7 @@ class Adapter(Resident, nn.Module):
         self.captured: Captured = captured or {}
         # In a tuple, for it is no module of this one; kept only where it is asked for its weight.
         asked = network.reads_weight or {core.shared for core in network.cores} != {None}
-        self._layer: tuple[nn.Module, ...] = (layer,) if asked else ()
+        self._layer: tuple[Any, ...] = (layer,) if asked else ()
         self.changes = 0  # how often its tensors got other values than by training
         self._initialised = False
         # Until they have values: the tensors that have none, for `torch.func.functional_call` may pass others that do.

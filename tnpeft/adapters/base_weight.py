@@ -37,7 +37,7 @@ _FOUR_BITS = "bitsandbytes.nn.modules.Params4bit"
 _SINGULAR = ("svd_u", "svd_s", "svd_v", "svd_us", "svd_vs")
 
 
-def base_weight(layer: nn.Module, network: Network) -> Tensor:
+def base_weight(layer: Any, network: Network) -> Tensor:
     """The weight that a network of `layer` stands on: of an opaque layer, its values only if the network needs them.
 
     Otherwise it is a tensor of the weight's shape, on its device and as wide, that holds none.

@@ -21,7 +21,7 @@ __all__ = ["composed", "magnitudes"]
 
 
 def magnitudes(layer: Layer, weight: Tensor) -> Tensor:
-    """The norm of each output channel of a stored weight, as a vector of out_channels; of a stack, one for each slice."""
+    """The norm of each output channel of a stored weight, as a vector of out_channels; of a stack, (slices, out)."""
     channels, inner = _channels(layer, weight)
     norm = _norm(channels.double(), inner)  # squares that fp32 cannot hold
     return norm.reshape(*layer.stack, layer.out_channels).to(weight.dtype)

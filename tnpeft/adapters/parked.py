@@ -29,6 +29,7 @@ __all__ = [
     "acting",
     "acting_scales",
     "bare",
+    "bound_to",
     "combined",
     "copies_of",
     "drop_sum",
@@ -40,6 +41,8 @@ __all__ = [
     "own_weight",
     "park",
     "parked_key",
+    "read_through",
+    "reads_through",
     "remake",
     "set_own",
     "show",
@@ -53,6 +56,8 @@ ORIGINAL = "original"
 _SUM = "sum"
 _SHOWN = "_tnpeft_shown"
 """On a module: for each tensor in whose place another acts, the key of that one."""
+_READ = "_tnpeft_read"
+"""On a module: for each parameter that reads as its sum with updates, the key of the submodule that makes it."""
 _MADE = "_tnpeft_made"
 """On a module: for each tensor that is made of several copies, or merged, the adapters and scales that make it."""
 
@@ -107,18 +112,18 @@ class ParameterLayer:
     def training(self) -> bool:
         return self.owner.training
 
-    @property
-    def orientation(self) -> str:
-        """The parameter's axes, as `ORIENTATIONS` has them."""
-        return "e " * bool(self.signature.slices) + ("i o" if self.signature.turned else "o i")
-
     def extra_repr(self) -> str:
-        return f"{self.key}: {self.orientation}, {self.signature}"
+        return f"{self.key}, {self.signature}"
+
+
+def bound_to(layer: Any) -> Any:
+    """What a spec is bound to: a module, or the signature of a parameter."""
+    return layer.signature if isinstance(layer, ParameterLayer) else layer
 
 
 def own_weight(base: nn.Module | ParameterLayer) -> Tensor:
     """The base's own weight, whatever an adapter that trains the layer as a whole has put in its place."""
-    if type(base) is ParameterLayer:
+    if isinstance(base, ParameterLayer):
         return own(base.owner, "_parameters", base.key)
     return own(base, "_parameters", "weight")
 
@@ -136,14 +141,33 @@ def show(module: nn.Module, table: str, key: str, stored: str | None) -> None:
     shown = {name: other for name, other in module.__dict__.get(_SHOWN, {}).items() if name != key}
     if stored is not None:
         shown[key] = stored
-    plain = _plain_class(module)
-    if shown:
-        module.__dict__[_SHOWN] = shown
-        tables = tuple(sorted((name, table_of(module, name)) for name in shown))
-        module.__class__ = _showing(plain, tables)  # type: ignore[arg-type]
+    _take_class(module, _SHOWN, shown)
+
+
+def read_through(module: nn.Module, key: str, maker: str | None) -> None:
+    """Let a parameter read as what the submodule `maker` makes of it, by `effective`; None: as it is."""
+    read = {name: other for name, other in module.__dict__.get(_READ, {}).items() if name != key}
+    if maker is not None:
+        read[key] = maker
+    _take_class(module, _READ, read)
+
+
+def reads_through(module: nn.Module) -> bool:
+    """Whether some parameter of a module reads as its sum with updates."""
+    return _READ in module.__dict__
+
+
+def _take_class(module: nn.Module, where: str, names: dict[str, str]) -> None:
+    """Keep a table of what reads otherwise than it stands, and give the module the class that reads it so."""
+    if names:
+        module.__dict__[where] = names
     else:
-        module.__dict__.pop(_SHOWN, None)
-        module.__class__ = plain
+        module.__dict__.pop(where, None)
+    read = {**module.__dict__.get(_SHOWN, {}), **module.__dict__.get(_READ, {})}
+    tables = tuple(sorted((name, table_of(module, name)) for name in read))
+    plain = _plain_class(module)
+    module.__class__ = _showing(plain, tables) if tables else plain  # type: ignore[arg-type]
+    if not tables:
         _list_anew(module)
 
 
@@ -335,7 +359,8 @@ def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> typ
             acts = _stored(module, table, shown.get(name, name))
             if UNSET in module.__dict__:
                 _require_values(module, shown.get(name, name), acts)
-            return acts
+            maker = module.__dict__.get(_READ, {}).get(name)
+            return acts if maker is None else module._modules[maker].effective(acts)
 
         return read
 
@@ -365,7 +390,7 @@ def set_own(module: Any, name: str, value: Tensor | None) -> None:
 
 def _list_anew(module: nn.Module) -> None:
     """Recurrent layers keep a list of their parameters beside the table."""
-    if isinstance(module, nn.RNNBase) and _SHOWN not in module.__dict__:
+    if isinstance(module, nn.RNNBase) and type(module) is _plain_class(module):
         module.__dict__["_flat_weights"] = _flat_weights(module)
 
 

@@ -100,6 +100,7 @@ class AdaptedOpaque(AdaptedLayer):
 
     def unwrap(self) -> nn.Module:
         base = super().unwrap()
+        assert base is not None
         plain: nn.Module | None = self.__dict__.get(_PLAIN)
         if plain is None:
             return base

@@ -12,8 +12,8 @@ from tnpeft.errors import BindError, Problem, clip, near_miss
 from tnpeft.network.formula import parameter_formula
 from tnpeft.network.layer import Layer
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
-from tnpeft.network.stack import stacked
 from tnpeft.network.signature import layer_of
+from tnpeft.network.stack import stacked
 from tnpeft.spec.declaration import Declaration
 from tnpeft.spec.expression import MAX_ABSOLUTE
 from tnpeft.spec.habits import unknown_params

@@ -10,11 +10,14 @@ from typing import Any
 from torch import nn
 
 from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
+from tnpeft.adapters.parked import ParameterLayer, bound_to
 from tnpeft.documents.nodes import read_file
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, clip
 from tnpeft.network import Network, Spec, load_spec, param_problems
 from tnpeft.recipe.handle import Handle
 from tnpeft.recipe.model import Entry, Recipe, Train, load_recipe, train_from
+from tnpeft.recipe.parameter_targets import signatures
+from tnpeft.recipe.parameters import parameters_from
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.selection import compiled, selection_of
 from tnpeft.recipe.targets import Trained, passed_over, skipped, targets, trained
@@ -22,8 +25,9 @@ from tnpeft.schedule import DEFAULT_MODE, check_mode
 from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import ATTACH, unknown_params
 from tnpeft.spec.library import shipped_folder
-from tnpeft.surgery import base_shown, install, plain_modules
+from tnpeft.surgery import base_shown, install
 from tnpeft.surgery.checks import model_problems
+from tnpeft.surgery.parameters import bases_of
 
 __all__ = ["Handle", "attach", "recipe_of"]
 
@@ -39,6 +43,7 @@ def attach(
     kinds: Match | None = None,
     layers: int | str | Iterable[int] | Mapping[str, int | str | Iterable[int]] | None = None,
     ranks: Mapping[str, Mapping[str, float]] | None = None,
+    parameters: Match | Mapping[str, str] | None = None,
     name: str = "default",
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
@@ -54,7 +59,11 @@ def attach(
     carry an adapter (the report names those that cannot). `exclude` leaves some out, by a regular expression or names
     (of layers or of what holds them), `kinds` says which of the spec's kinds are meant ("Linear"), `layers` in which
     numbered blocks ("0-5, 8", {"decoder.layers": "0-5"}). `params` override the specs' own numbers, and `ranks` those
-    of some layers, by regular expressions on their names ({"q_proj$": {"r": 8}}). `train` says what trains beside the
+    of some layers, by regular expressions on their names ({"q_proj$": {"r": 8}}). `parameters` are adapted beside
+    layers, or alone: a regular expression on full parameter names, a list of names, or a mapping of regular expressions
+    to orientations, which say the axes as they are stored: {"mlp.w1$": "o i", "experts.down_proj$": "e o i"}, outputs,
+    inputs, and slices of a stack of Linear layers. They may be left out for torch's MultiheadAttention and recurrent
+    layers. A parameter's owner reads W + ΔW under its name (always `dense`). `train` says what trains beside the
     cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the recipe says, by default), `scopes`
     binds the scopes of shared cores to regular expressions on layers' names ({"block": r"layers\\.(\\d+)\\."}), `seed`
     overrides the specs' seed, and `name` tells several adapters on one model apart. Everything else is frozen.
@@ -76,7 +85,8 @@ def attach(
     if not isinstance(model, nn.Module):
         fix = "Pass the model itself."
         raise AttachError(Problem("model", "a torch.nn.Module", clip(model), fix))
-    recipe = recipe_of(what, match, params, exclude=exclude, kinds=kinds, layers=layers, ranks=ranks)
+    selection = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
+    recipe = recipe_of(what, match, params, **selection)
     if train is not None:
         recipe = replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
@@ -86,7 +96,7 @@ def attach(
     also = trained(model, recipe.train, claimed)
     captured = captures(claimed, recipe.scopes)
     with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
-        adapters = _compile(plain_modules(model), claimed, captured, seed, mode, autotune)
+        adapters = _compile(bases_of(model, signatures(model, claimed)), claimed, captured, seed, mode, autotune)
     install(model, name, adapters, also.names, _about(model, recipe, claimed, also))
     return Handle(model, name)
 
@@ -146,6 +156,12 @@ def _is_recipe(path: Path) -> bool:
 
 
 def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any], given: Mapping[str, Any]) -> Entry:
+    parameters, wrong = parameters_from(given.get("parameters"))
+    if wrong:
+        raise AttachError(*(problem for _, problem in wrong))
+    given = {key: value for key, value in given.items() if key != "parameters"}
+    if match is None and parameters:
+        match = ()
     if match is None:
         fix = r"For example `match=r'attn\.to_[qv]$'`, a list of names from `model.named_modules()`, or `match='all'`."
         raise AttachError(Problem(f"spec '{spec.name}'", "`match`", "none", fix))
@@ -154,15 +170,16 @@ def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any], given: Ma
         layers: str | tuple[str, ...] = match
     else:
         layers = tuple(match) if isinstance(match, list | tuple | set | frozenset) else ()
-        if not layers or not all(isinstance(item, str) and item for item in layers):
+        empty = not layers and not (parameters and match == ())
+        if empty or not all(isinstance(item, str) and item for item in layers):
             fix = "Give full module names, as `model.named_modules()` has them."
             raise AttachError(Problem("`match`", "a regular expression or layer names", clip(match), fix))
     if not given:
-        return Entry(spec, layers, params)
+        return Entry(spec, layers, params, parameters=parameters)
     selection, told = selection_of(given, spec, ATTACH)
     if told:
         raise AttachError(*(problem for _, problem in told))
-    return Entry(spec, layers, params, selection=selection)
+    return Entry(spec, layers, params, selection=selection, parameters=parameters)
 
 
 def _override(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
@@ -178,7 +195,7 @@ def _override(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
 
 
 def _compile(
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module | ParameterLayer],
     claimed: Mapping[str, Entry],
     captured: Mapping[str, Captured],
     seed: int | None,
@@ -195,7 +212,7 @@ def _compile(
             continue
         seen.add(id(modules[name]))
         try:
-            networks[name] = entry.spec.bind(modules[name], **entry.params_of(name))
+            networks[name] = entry.spec.bind(bound_to(modules[name]), **entry.params_of(name))
         except BindError as error:
             problems += _of_layer(name, error)
     problems += memory_problems(networks, modules, mode)
@@ -210,7 +227,8 @@ def _compile(
                 modules[name],
                 seed=seed,
                 name=name,
-                mode=mode,
+                # A parameter is read: nobody knows the input of its layer.
+                mode="dense" if isinstance(modules[name], ParameterLayer) else mode,
                 autotune=autotune,
                 sharing=sharing,
                 captured=captured[name],

@@ -14,6 +14,7 @@ from tnpeft.documents.nodes import Node, read_bytes, read_document
 from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_problem, with_text_keys
 from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
 from tnpeft.network import Spec, load_spec
+from tnpeft.recipe.parameters import NO_PARAMETERS, Parameters, parameters_from
 from tnpeft.recipe.selection import ALL, Selection, compiled, selection_of
 from tnpeft.spec import find_shipped, list_specs
 from tnpeft.spec.habits import advice_on, is_word, unknown_params, value_of_param
@@ -35,6 +36,7 @@ Numbers = int | str | list[int]
 class EntryFile(FilePart):
     spec: str
     match: str | list[str]
+    parameters: str | list[str] | dict[str, str] | None = None
     params: dict[str, Scalar] = Field(default_factory=dict)
     exclude: str | list[str] | None = None
     kinds: str | list[str] | None = None
@@ -86,6 +88,10 @@ RECIPE = Schema(
             "a regular expression, a list of layer names, or `all`",
             r"For example `match: 'conv[12]\.conv$'`; `match: all` takes every layer of the spec's kinds.",
         ),
+        "parameters": (
+            "regular expressions on parameters' names with orientations, or parameters of known owners",
+            r"For example `parameters: {'experts\.down_proj$': e o i}`: slices, outputs, inputs, as they are stored.",
+        ),
         "params": ("names with numbers", "For example `params: {r: 4}`."),
         "exclude": (
             "a regular expression or a list of names: what `match` finds and is left out",
@@ -108,6 +114,7 @@ RECIPE = Schema(
     },
     advice=_advice,
     is_word=is_word,
+    instead={"match": "parameters"},
 )
 
 
@@ -118,8 +125,14 @@ def recipe_schema() -> dict[str, Any]:
     keywords: dict[str, Keywords] = {
         "name": {"pattern": NAME},
         "adapters": {"minItems": 1, "defaultSnippets": [{"label": "a spec on some layers", "body": [entry]}]},
+        "adapters.*": {
+            "required": ["spec"],
+            "if": {"not": {"required": ["match"]}},
+            "then": {"required": ["parameters"]},
+        },
         "adapters.*.spec": {"anyOf": [{"enum": shipped}, {"type": "string", "pattern": r"\.ya?ml$"}]},
         "adapters.*.match": {"examples": [r"conv[12]\.conv$", ALL]},
+        "adapters.*.parameters": {"examples": [{r"experts\.(gate_up|down)_proj$": "e o i"}, r"\.in_proj_weight$"]},
         "adapters.*.params": {"propertyNames": {"pattern": rf"^{WORD}$"}, "examples": [{"r": 4}]},
         "adapters.*.exclude": {"examples": ["lm_head$", ["vision_tower", "lm_head"]]},
         "adapters.*.kinds": {"examples": ["Linear", ["Conv2d", "Conv3d"]]},
@@ -142,7 +155,8 @@ _WHOLE = Selection()
 class Entry:
     """One spec of a recipe with its layers: `match` is a regular expression, exact names, or `all`.
 
-    `all` stands for every layer of the spec's kinds that can carry an adapter. `selection` narrows that.
+    `all` stands for every layer of the spec's kinds that can carry an adapter; nothing is matched if `match` is empty.
+    `parameters` are adapted beside layers. `selection` narrows both.
     """
 
     spec: Spec
@@ -150,6 +164,7 @@ class Entry:
     params: Mapping[str, Any] = field(default_factory=dict)
     where: Position | str | None = None
     selection: Selection = _WHOLE
+    parameters: Parameters = NO_PARAMETERS
 
     def params_of(self, layer: str) -> Mapping[str, Any]:
         """The params of one of its layers: those that `ranks` has for it, else the entry's."""
@@ -268,13 +283,12 @@ def _read(root: Node, file: str, folder: Path) -> Recipe:
 def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     spec_node, match, params = node.get("spec"), node.get("match"), node.get("params")
     assert spec_node is not None  # the shape holds
-    assert match is not None
     spec = _spec(spec_node, folder, problems)
-    for item in match.value if match.kind == "list" else ():
-        if not item.text:
-            problems.add(item.position, "`match`", "a layer's name", "an empty one", "Remove it.")
-    if match.kind == "scalar":
-        _check_regex(match, problems)
+    layers = () if match is None else _match(match, problems)
+    parameters_node = node.get("parameters")
+    parameters, wrong = parameters_from(None if parameters_node is None else parameters_node.plain())
+    for path, problem in wrong:
+        problems.put(replace(problem, where=node.along(path)[-1].position))
     given = {key: value.plain() for key in SELECTION if (value := node.get(key)) is not None}
     selection, told = selection_of(given, spec)
     for path, problem in told:
@@ -285,8 +299,16 @@ def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     where = params.position if params is not None else node.position
     for problem in unknown_params(f"params of spec '{spec.name}'", values, spec.params):
         problems.put(replace(problem, where=where))
-    layers = match.value if isinstance(match.value, str) else tuple(item.value for item in match.value)
-    return Entry(spec, layers, values, node.position, selection)
+    return Entry(spec, layers, values, node.position, selection, parameters)
+
+
+def _match(node: Node, problems: Problems) -> str | tuple[str, ...]:
+    for item in node.value if node.kind == "list" else ():
+        if not item.text:
+            problems.add(item.position, "`match`", "a layer's name", "an empty one", "Remove it.")
+    if node.kind == "scalar":
+        _check_regex(node, problems)
+    return node.value if isinstance(node.value, str) else tuple(item.value for item in node.value)
 
 
 def _spec(node: Node, folder: Path, problems: Problems) -> Spec | None:

@@ -38,7 +38,6 @@ __all__ = [
     "name_problems",
     "other_roads",
     "spec_problem",
-    "target_problems",
     "trained_problems",
     "weight_problem",
 ]
@@ -229,35 +228,6 @@ def name_problems(name: object, state: AdaptedModel) -> Iterator[Problem]:
         yield Problem("model", "enabled adapters", "adapters disabled by `tnpeft.disabled`", fix)
 
 
-def target_problems(root: nn.Module, targets: Mapping[str, Adapter]) -> Iterator[Problem]:
-    """Why some of the targets cannot be adapted."""
-    modules = plain_modules(root)
-    adapted = [place.name for place in places(root) if isinstance(place.module, AdaptedLayer)]
-    claimed: dict[int, str] = {}
-    for name, adapter in targets.items():
-        where = (name,)
-        layer = modules.get(name)
-        if layer is None:
-            outer = next((outer for outer in adapted if name.startswith(outer + ".")), None)
-            found = "no such layer" if outer is None else f"a part of the adapted layer '{outer}'"
-            fix = near_miss(name, modules) or "Use a name from `model.named_modules()`."
-            fix = fix if outer is None else f"Name '{outer}' itself."
-            yield Problem("target", "a layer of the model", found, fix, layers=where)
-            continue
-        problem = layer_problem(name, layer)
-        if problem is not None:
-            yield problem
-        elif id(layer) in claimed:
-            found = f"the layer that is also called '{claimed[id(layer)]}'"
-            yield Problem("target", "a layer of its own", found, "Name it once: it is adapted at both.", layers=where)
-        elif adapter.network.layer != layer_of(layer):
-            fix = "Compile the adapter for this layer."
-            yield Problem(
-                "adapter", f"one for {layer_of(layer)}", f"one for {adapter.network.layer}", fix, layers=where
-            )
-        claimed[id(layer)] = name
-
-
 def trained_problems(
     root: nn.Module, parameters: Mapping[str, Slot], targets: Iterable[str], trained: Iterable[str]
 ) -> Iterator[Problem]:
@@ -266,13 +236,14 @@ def trained_problems(
     adapted = {
         id(own_weight(place.module.base)): place.name
         for place in places(root)
-        if isinstance(place.module, AdaptedLayer) and place.module.base._parameters.get("weight") is not None
+        if isinstance(place.module, AdaptedLayer) and _is_held(*place.module.place)
     }
     adapted |= {
         id(own_weight(modules[name])): name
         for name in targets
         if name in modules and modules[name]._parameters.get("weight") is not None
     }
+    adapted |= {id(parameters[name].tensor): name for name in targets if name in parameters}
     for name in trained:
         where = f"parameter '{name}'"
         if name not in parameters:
@@ -289,6 +260,10 @@ def trained_problems(
             dtype = str(parameters[name].tensor.dtype).removeprefix("torch.")
             fix = "Leave it out."
             yield Problem("training", "a floating-point parameter", dtype, fix, where=where)
+
+
+def _is_held(owner: nn.Module, table: str, key: str) -> bool:
+    return owner.__dict__[table].get(key) is not None
 
 
 def other_roads(root: nn.Module, layers: Mapping[str, nn.Module]) -> Problem | None:
