@@ -142,10 +142,10 @@ class AdaptedOpaque(AdaptedLayer):
         if plain is not None:
             plain._apply(fn)
         if type(self.base)._apply is nn.Module._apply:
-            nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+            nn.Module._apply(self, fn, recurse)
         else:
             self.base._apply(fn, recurse)
-            self.adapters._apply(fn)
+            self.adapters._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     @property
