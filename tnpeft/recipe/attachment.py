@@ -75,7 +75,9 @@ def attach(
     them with several active adapters or at another scale than 1; in compiled graphs hybrid runs as dense, and factored
     too where sizes may vary. `auto` takes, for each layer and input size, the one of least predicted time; with
     `autotune` it runs all of them a few times when a layer first sees a size (forward passes without gradients apart),
-    and remembers which was the quickest, in saved files too. Second derivatives need `dense`.
+    and remembers which was the quickest, in saved files too. Second derivatives need `dense`. Opaque layers
+    (quantised, computed, with a `forward` of their own) are called as they are, with the update beside: a chain in
+    `auto` and `factored`, else one product with the delta weight.
 
     Layers whose cores, or their contraction, would take more than the device's memory are refused
     (`tnpeft.memory_limit`).
