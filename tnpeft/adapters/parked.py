@@ -33,6 +33,7 @@ __all__ = [
     "combined",
     "copies_of",
     "drop_sum",
+    "is_lookup",
     "is_parked",
     "is_parked_unmade",
     "keep",
@@ -89,6 +90,11 @@ def own(module: nn.Module, table: str, key: str) -> Tensor:
     return tensor
 
 
+def is_lookup(module: object) -> bool:
+    """Whether a module looks rows of its weight up, and is adapted by the weight that it reads: torch's embeddings."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
 class ParameterLayer:
     """A parameter of `owner` as the weight of a Linear layer, or of a stack of them; `signature` says which way round.
 
@@ -111,6 +117,11 @@ class ParameterLayer:
     @property
     def training(self) -> bool:
         return self.owner.training
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its owner is known as the layer: an embedding, which has no other parameter."""
+        return self.key == "weight" and is_lookup(self.owner)
 
     def extra_repr(self) -> str:
         return f"{self.key}, {self.signature}"
@@ -367,9 +378,18 @@ def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> typ
     names: dict[str, Any] = {name: property(reading(name, table)) for name, table in tables}
     if issubclass(plain, nn.RNNBase):
         names["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
+    if plain.forward is nn.Embedding.forward:
+        names["forward"] = _look_up
     names |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     names |= {"_tnpeft_plain": plain, "_tnpeft_tables": tables}
     return type(plain.__name__, (_Showing, plain), names)
+
+
+def _look_up(module: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+    """An embedding's forward pass, by what makes its weight where that can do without the whole of it."""
+    maker = module.__dict__.get(_READ, {}).get("weight")
+    rows = None if maker is None else module._modules[maker].looked_up(input)
+    return nn.Embedding.forward(module, input) if rows is None else rows
 
 
 def bare(module: nn.Module, name: str) -> Tensor | None:

@@ -21,7 +21,11 @@ from tnpeft.errors import ExecutionError, Problem
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.layers import AdaptedLayer, make_layer_again
 from tnpeft.execution.modes import summed_weight
+from tnpeft.execution.site import Site
+from tnpeft.execution.torch_call import add_weight
 from tnpeft.program import needs_plain_ops
+from tnpeft.program.rows import delta_rows
+from tnpeft.schedule.plans import obstacle
 
 __all__ = ["AdaptedParameter"]
 
@@ -87,6 +91,39 @@ class AdaptedParameter(AdaptedLayer):
             return summed_weight(site, weight, False)
         adapters = [acting.adapter for acting in site.acting]
         return current.once(self, adapters, weight, lambda: summed_weight(site, weight, False))
+
+    def looked_up(self, rows: Tensor) -> Tensor | None:
+        """What an embedding looks up, W and ΔW each at its rows; None where the whole sum is to be read.
+
+        In `auto`, that is for more rows than the weight has.
+        """
+        site, base = self.site, self.base
+        embedding: Any = base.owner
+        weight = base.weight
+        if needs_plain_ops(rows, weight) or site.results.cache.opened:
+            return None
+        for acting in site.acting:
+            mode = acting.adapter.mode
+            if mode in ("dense", "hybrid") or obstacle(acting.adapter.network) is not None:
+                return None
+            if mode == "auto" and rows.numel() >= embedding.num_embeddings:
+                return None
+        found = nn.functional.embedding(rows, weight.detach(), embedding.padding_idx)
+        total = self._rows_of(site, rows.reshape(-1).long())
+        if embedding.padding_idx is not None:  # no gradient comes from there
+            total = torch.where((rows == embedding.padding_idx).reshape(-1, 1), total.detach(), total)
+        return add_weight(total.reshape(found.shape), found, True)
+
+    @staticmethod
+    def _rows_of(site: Site, rows: Tensor) -> Tensor:
+        """(rows, out): Σ s ΔW at some rows."""
+        total: Tensor | None = None
+        for acting in site.acting:
+            adapter = acting.adapter
+            delta = delta_rows(adapter.network, adapter.core_tensors(), adapter.start_tensors(), rows) * acting.scale
+            total = delta if total is None else total + delta
+        assert total is not None
+        return total
 
     def _settle(self) -> None:
         super()._settle()

@@ -229,8 +229,7 @@ def _compile(
                 modules[name],
                 seed=seed,
                 name=name,
-                # A parameter is read: nobody knows the input of its layer.
-                mode="dense" if isinstance(modules[name], ParameterLayer) else mode,
+                mode=_mode_at(modules[name], mode),
                 autotune=autotune,
                 sharing=sharing,
                 captured=captured[name],
@@ -240,6 +239,11 @@ def _compile(
     if problems:
         raise AttachError(*problems)
     return adapters
+
+
+def _mode_at(layer: nn.Module | ParameterLayer, mode: str) -> str:
+    """The mode of an adapter: a parameter that is read shows the whole sum, for nobody knows its layer's input."""
+    return "dense" if isinstance(layer, ParameterLayer) and not layer.is_whole else mode
 
 
 def _of_layer(name: str, error: BindError) -> list[Problem]:

@@ -10,17 +10,24 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tnpeft.adapters.distributed import is_distributed
-from tnpeft.adapters.parked import ParameterLayer
+from tnpeft.adapters.parked import ParameterLayer, is_lookup
 from tnpeft.errors import Problem, clip
 from tnpeft.execution import AdaptedParameter
 from tnpeft.network import Layer
 from tnpeft.network.look_alikes import kind_name, opaque
-from tnpeft.network.orientation import ORIENTATIONS
+from tnpeft.network.orientation import ORIENTATIONS, oriented
 from tnpeft.network.signature import kind_of
 from tnpeft.surgery.checks import weight_problem
 from tnpeft.surgery.tree import Slot, plain_modules, slots
 
-__all__ = ["bases_of", "known_orientation", "orientation_problem", "parameter_layer", "parameter_problem"]
+__all__ = [
+    "bases_of",
+    "known_orientation",
+    "orientation_problem",
+    "parameter_layer",
+    "parameter_problem",
+    "table_layer",
+]
 
 _KNOWN: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.MultiheadAttention, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
@@ -45,16 +52,20 @@ def parameter_layer(slot: Slot, signature: Layer) -> ParameterLayer:
     return ParameterLayer(slot.owner, slot.key, signature)
 
 
+def table_layer(name: str, embedding: Any) -> ParameterLayer:
+    """The layer that an embedding's weight is of: from one input for each row to the vector that stands there."""
+    slot = Slot(f"{name}.weight", embedding, "_parameters", "weight")
+    return parameter_layer(slot, oriented(slot.tensor.shape, "i o"))
+
+
 def bases_of(root: nn.Module, signatures: Mapping[str, Layer | None]) -> dict[str, nn.Module | ParameterLayer]:
     """What adapters stand on, by name: layers, and parameters with the signatures that they are given."""
     modules = plain_modules(root)
-    if modules.keys() >= signatures.keys():
-        return {name: modules[name] for name in signatures}
-    known = slots(root)
+    known = slots(root) if signatures.keys() - modules.keys() else {}
     bases: dict[str, nn.Module | ParameterLayer] = {}
     for name, signature in signatures.items():
         if name in modules:
-            bases[name] = modules[name]
+            bases[name] = table_layer(name, modules[name]) if is_lookup(modules[name]) else modules[name]
         elif name in known and signature is not None:
             bases[name] = parameter_layer(known[name], signature)
     return bases
@@ -71,7 +82,7 @@ def _owner_problem(slot: Slot) -> Problem | None:
     kind: type = type(slot.owner)
     owner = slot.name.rpartition(".")[0]
     found = f"that of the layer '{owner}'"
-    if slot.key == "weight" and (kind_of(slot.owner) or opaque(kind) or isinstance(slot.owner, nn.Embedding)):
+    if slot.key == "weight" and (kind_of(slot.owner) or opaque(kind) or is_lookup(slot.owner)):
         return Problem("its owner", "no layer that can be adapted", found, f"Match '{owner}' as a layer (`match`).")
     if isinstance(slot.owner, (*_CONTAINERS, torch.jit.ScriptModule)):
         fix = "Hold the parameter in a module with a `forward` of its own."

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.parked import is_lookup
 from tnpeft.errors import Problem, near_miss
 from tnpeft.execution import AdaptedLayer
 from tnpeft.network import layer_of
 from tnpeft.network.orientation import orientation_of
 from tnpeft.surgery.checks import layer_problem
-from tnpeft.surgery.parameters import parameter_layer, parameter_problem
+from tnpeft.surgery.parameters import parameter_layer, parameter_problem, table_layer
 from tnpeft.surgery.tree import Slot, places, plain_modules
 
 __all__ = ["target_problems"]
@@ -30,6 +32,9 @@ def target_problems(
         layer = modules.get(name)
         if layer is None and name in parameters:
             yield from _parameter_problems(parameters[name], adapter, claimed)
+            continue
+        if is_lookup(layer):
+            yield from _table_problems(name, layer, adapter, claimed)
             continue
         if layer is None:
             outer = next((outer for outer in adapted if name.startswith(outer + ".")), None)
@@ -50,6 +55,20 @@ def target_problems(
                 "adapter", f"one for {layer_of(layer)}", f"one for {adapter.network.layer}", fix, layers=where
             )
         claimed[id(layer)] = name
+
+
+def _table_problems(name: str, layer: Any, adapter: Adapter, claimed: dict[Hashable, str]) -> Iterator[Problem]:
+    if problem := layer_problem(name, layer):
+        yield problem
+        return
+    signature = table_layer(name, layer).signature
+    if id(layer) in claimed:
+        found, fix = f"the layer that is also called '{claimed[id(layer)]}'", "Name it once: it is adapted at both."
+        yield Problem("target", "a layer of its own", found, fix, layers=(name,))
+    elif adapter.network.layer != signature:
+        fix = "Compile the adapter for this layer."
+        yield Problem("adapter", f"one for {signature}", f"one for {adapter.network.layer}", fix, layers=(name,))
+    claimed[id(layer)] = name
 
 
 def _parameter_problems(slot: Slot, adapter: Adapter, claimed: dict[Hashable, str]) -> Iterator[Problem]:

@@ -86,8 +86,8 @@ class Slot(NamedTuple):
 def places(root: nn.Module) -> list[Place]:
     """Every place below `root`, a module reached by two names at both; below adapted layers, those of their bases.
 
-    What adapts a parameter has that one's name. A module that only runs another one shares its name with it, and comes
-    first.
+    What adapts a parameter has that one's name, an embedding's the embedding's. A module that only runs another one
+    shares its name with it, and comes first.
     """
     below: list[Place] = []
     _add_places(root, "", "", below)
@@ -103,7 +103,9 @@ def _add_places(module: nn.Module, prefix: str, path: str, below: list[Place]) -
             skipped = False  # a layer needs a name
         name = prefix.removesuffix(".") if skipped else prefix + key
         if isinstance(child, AdaptedParameter):
-            name = prefix + child.base.key
+            name = prefix.removesuffix(".") if child.base.is_whole else prefix + child.base.key
+            below.append(Place(name, module, key, child, path + key))
+            continue
         below.append(Place(name, module, key, child, path + key))
         inner = child.__dict__.get("_base", child)  # of an adapted layer: what the base holds
         if inner._modules:
