@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.execution.batches import Batch, Batches, Member, Sources, sources_of
 from tnpeft.execution.calls import Acting
 from tnpeft.execution.results import ResultCache
@@ -30,11 +31,19 @@ class _Cores(NamedTuple):
     sources: Sources
 
 
+class _Sum(NamedTuple):
+    """A parameter's sum with its updates, and what it was made of."""
+
+    total: Tensor
+    sources: Sources
+
+
 class ForwardPass:
     """What the layers of a model contract together while a thread runs its forward pass."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
+        self._sums: dict[tuple[Any, bool, bool], _Sum] = {}
         self._results: dict[tuple[bool, bool], dict[Batch, Any]] = {}
         self._cores: dict[Adapter, _Cores] = {}
 
@@ -67,6 +76,17 @@ class ForwardPass:
         total: Tensor = sums[place].total
         current = sums[place].sources == sources_of((total, weight)) and self.is_current(adapter)
         return total if current else None
+
+    def once(self, key: Any, adapters: Sequence[Adapter], weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """A sum of `weight` and updates of `adapters`, made once as long as they, and it, are as they were."""
+        asked = key, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        stored = [weight, *(tensor for adapter in adapters for tensor in adapter.stored)]
+        known = self._sums.get(asked)
+        if known is not None and known.sources == sources_of([known.total, *stored]):
+            return known.total
+        total = make()
+        self._sums[asked] = _Sum(total, sources_of([total, *stored]))
+        return total
 
     def results(self, batch: Batch) -> Any:
         """Of all members of a batch, made when the first of them asks; None where their tensors do not lie together.
@@ -143,11 +163,13 @@ class Batching(_Anew):
         self._layers: Sequence[tuple[Any, Acting]] | None = None
         self._batches: Batches | None = None
         self._made_for: list[Any] = []
+        self._reads = False
 
     def new_pass(self, layers: Callable[[], Sequence[tuple[Any, Acting]]], results: ModelResults) -> ForwardPass | None:
         """A pass in which layers run in the mode that they were given, or as they did when they were called last.
 
-        `layers` finds the base layers on which one adapter acts at scale 1, with it. None where no batch has any.
+        `layers` finds the base layers on which one adapter acts at scale 1, with it. None where no batch has any, and
+        no parameter is read.
         """
         if self._layers is None:
             self._layers = layers()
@@ -161,7 +183,8 @@ class Batching(_Anew):
             members = [_member(base, acting) for base, acting in self._layers]
             self._batches = batches = Batches([member for member in members if member is not None], results.cache)
             self._made_for = made_for
-        return ForwardPass(batches) if batches.places_of else None
+            self._reads = any(type(base) is ParameterLayer for base, _ in self._layers)
+        return ForwardPass(batches) if batches.places_of or self._reads else None
 
 
 def _member(base: Any, acting: Acting) -> Member | None:

@@ -31,7 +31,7 @@ def base_digests(model: nn.Module, layers: Iterable[str], trained: Iterable[str]
     What has no values here (on the meta device, offloaded, in pieces on several machines) is left out.
     """
     values = base_tensors(model)
-    names = [f"{layer}.{key}" for layer in layers for key in ("weight", "bias")]
+    names = [name for layer in layers for name in (layer, f"{layer}.weight", f"{layer}.bias")]  # or a parameter
     wanted = dict.fromkeys([*names, *trained])
     return {name: digest_of(values[name]) for name in wanted if name in values and has_values(values[name])}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,37 @@ from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
 from tnpeft.adapters.offload import hook_of
+from tnpeft.adapters.parked import ParameterLayer, bound_to
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
 from tnpeft.io.base import base_digests, fingerprint
 from tnpeft.io.checks import MOST_SHOWN, number_problem
 from tnpeft.io.files import FOREIGN, file_path, in_file, of_file, read, refuse, shown, specs_of
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.renaming import with_plain_names
-from tnpeft.network import Network, Spec
+from tnpeft.network import Layer, Network, Spec
+from tnpeft.network.orientation import ORIENTATIONS, oriented
 from tnpeft.recipe import Handle
 from tnpeft.surgery import (
     activate,
+    adapted,
     base_tensors,
+    find,
     install,
     model_problems,
+    names_of,
     norm_statistics,
     parameter_groups,
-    plain_modules,
+    record_of,
+    refill,
     scale_problem,
+    scales_of,
     statistics_of,
     trained_of,
 )
+from tnpeft.surgery.parameters import bases_of
+from tnpeft.surgery.tree import slots
 
-__all__ = ["load", "other_base", "put_on", "without_values"]
+__all__ = ["hot_swap", "load", "other_base", "put_on", "without_values"]
 
 _SHOWN = 3  # differences named in an error
 
@@ -45,14 +55,49 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 
     The adapter gets the name it was saved under, or `name`, and is the only active one, at the
     scale it had; the model then computes what the saved one did, to the bit. Layers keep their execution
-    mode, and the choices that `autotune` made for them.
+    mode, and the choices that `autotune` made for them. Onto a name that is attached already, with the same specs,
+    params and layers, the values alone are loaded, in place: optimisers and compiled graphs stay as they are.
 
     Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made
-    for a base of other shapes, and AttachError where surgery refuses (the name is attached already, the
-    model is merged). The model is then as it was. Warns (TnpeftWarning) of a base of the same shapes that has other
+    for a base of other shapes, and AttachError where surgery refuses (the name is that of an adapter of another kind,
+    the model is merged). The model is then as it was. Warns (TnpeftWarning) of a base of the same shapes that has other
     values in the layers that are adapted or trained, and of NaN and infinity in the file.
     """
     path = file_path(path)
+    manifest, content = _content(model, path)
+    name = manifest.name if name is None else name
+    put_on(model, path, name, *content, manifest.about, manifest.scale)
+    return Handle(model, name)
+
+
+def hot_swap(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Handle:
+    """Give an attached adapter the values of a file that `save` wrote, in place; nothing is compiled or planned anew.
+
+    `name` says which, and may be left out where one adapter is attached; what the file calls its own does not matter.
+    Specs, params (ranks) and layers must be the same. What acts stays, but for the scale of an adapter that acts:
+    that is the file's, and a compiled graph is made anew where it differs.
+
+    Raises AdapterFileError and AttachError as `load` does; the model is then as it was.
+    """
+    path = file_path(path)
+    model, state = adapted(model)  # in what torch.compile and others put around it
+    if name is None and len(state.adapters) > 1:
+        known = ", ".join(f"'{each}'" for each in state.adapters)
+        raise AttachError(Problem("adapter name", f"one of {known}", "none", "Pass `name=`."))
+    name = next(iter(state.adapters)) if name is None else record_of(model, name).name
+    manifest, content = _content(model, path)
+    with _of_file_too(path):
+        refill(model, name, *content, manifest.about)
+    scales = scales_of(model)
+    if scales.get(name, manifest.scale) != manifest.scale:
+        activate(model, {**scales, name: manifest.scale})
+    return Handle(model, name)
+
+
+def _content(
+    model: nn.Module, path: Path
+) -> tuple[Manifest, tuple[dict[str, Adapter], dict[str, Tensor], dict[str, Tensor]]]:
+    """What a file says, its adapters compiled for the model, and what trained beside them, statistics by themselves."""
     manifest, tensors = read(path)
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)
@@ -62,23 +107,19 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     manifest, tensors = with_plain_names(manifest, tensors, base)
     _check_base(path, manifest.base, base)
     numbers = number_problem(tensors, manifest.layers)
-    adapters = _adapters(path, manifest, tensors, plain_modules(model))
+    adapters = _adapters(path, manifest, tensors, _bases(model, manifest))
     _check_names(path, manifest, model)
     here = base_tensors(model)
-    values = {
-        kind: _take(path, tensors, {names[0]: here[names[0]] for names in groups}, f"{kind}.")
+    trained, statistics = (
+        _take(path, tensors, {names[0]: here[names[0]] for names in groups}, f"{kind}.")
         for kind, groups in (("trained", manifest.trained), ("statistics", manifest.statistics))
-    }
+    )
     if tensors:
         raise refuse(path, "tensors", "those of the adapter alone", f"also '{min(tensors)}'", FOREIGN)
-    name = manifest.name if name is None else name
     # Not refused, and probably a mistake: another base of the same shapes, numbers that are none.
     if doubts := [replace(problem, where=shown(path)) for problem in (other_base(manifest, model), numbers) if problem]:
-        warnings.warn(TnpeftWarning(*doubts), stacklevel=2)
-    put_on(model, path, name, adapters, values["trained"], values["statistics"], manifest.about)
-    if manifest.scale != 1.0:
-        activate(model, {name: manifest.scale})
-    return Handle(model, name)
+        warnings.warn(TnpeftWarning(*doubts), stacklevel=3)
+    return manifest, (adapters, trained, statistics)
 
 
 def put_on(
@@ -89,16 +130,32 @@ def put_on(
     trained: Mapping[str, Tensor],
     statistics: Mapping[str, Tensor],
     about: Mapping[str, Any],
+    scale: float = 1.0,
 ) -> None:
-    """Attach a file's adapters, with the values of parameters and running statistics that trained beside them."""
+    """Attach a file's adapters, with the values of parameters and running statistics that trained beside them.
+
+    An adapter of that name takes the values in place. It alone acts then, at `scale`.
+    """
+    with _of_file_too(path):
+        if find(model) is not None and name in names_of(model):
+            refill(model, name, adapters, trained, statistics, about)
+        else:
+            install(model, name, adapters, trained, about)
+            with torch.no_grad():
+                for copies, values in ((trained_of(model, name), trained), (statistics_of(model, name), statistics)):
+                    for key, value in values.items():
+                        copies[key].copy_(value)
+    if scales_of(model) != {name: scale}:
+        activate(model, {name: scale})
+
+
+@contextmanager
+def _of_file_too(path: Path) -> Iterator[None]:
+    """What surgery refuses inside, it refuses of a file."""
     try:
-        install(model, name, adapters, trained, about)
+        yield
     except AttachError as error:
         raise AttachError(*in_file(path, error.problems)) from error
-    with torch.no_grad():
-        for copies, values in ((trained_of(model, name), trained), (statistics_of(model, name), statistics)):
-            for key, value in values.items():
-                copies[key].copy_(value)
 
 
 def without_values(path: Path, layer: str) -> AdapterFileError:
@@ -148,7 +205,7 @@ def _check_names(path: Path, manifest: Manifest, model: nn.Module) -> None:
 
 
 def _adapters(
-    path: Path, manifest: Manifest, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]
+    path: Path, manifest: Manifest, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module | ParameterLayer]
 ) -> dict[str, Adapter]:
     """Every layer's adapter with its values, which are taken out of `tensors`."""
     specs = specs_of(path, manifest)
@@ -171,18 +228,31 @@ def _adapters(
     return adapters
 
 
-def _network(path: Path, specs: list[Spec], entry: LayerEntry, name: str, modules: Mapping[str, nn.Module]) -> Network:
-    layer = modules.get(name)
+def _bases(model: nn.Module, manifest: Manifest) -> dict[str, nn.Module | ParameterLayer]:
+    """What the adapters of a file stand on: layers, and parameters in the orientation that it says."""
+    parameters = slots(model) if any(entry.orientation for entry in manifest.layers.values()) else {}
+    signatures: dict[str, Layer | None] = dict.fromkeys(manifest.layers)
+    for name, entry in manifest.layers.items():
+        slot, axes = parameters.get(name), entry.orientation
+        if slot is not None and axes in ORIENTATIONS and len(axes.split()) == slot.tensor.dim():
+            signatures[name] = oriented(slot.tensor.shape, axes)
+    return bases_of(model, signatures)
+
+
+def _network(
+    path: Path, specs: list[Spec], entry: LayerEntry, name: str, modules: Mapping[str, nn.Module | ParameterLayer]
+) -> Network:
+    layer: Any = modules.get(name)
     if layer is None or entry.spec not in range(len(specs)):
         raise refuse(path, "metadata", "that of an adapter", f"a layer '{name}' that does not fit", FOREIGN)
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type == "meta" and hook_of(layer) is None:
         raise without_values(path, name)
     with of_file(path, f"layer '{name}'"):
-        return specs[entry.spec].bind(layer, **entry.params)
+        return specs[entry.spec].bind(bound_to(layer), **entry.params)
 
 
-def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: nn.Module, sharing: Sharing) -> Adapter:
+def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: Any, sharing: Sharing) -> Adapter:
     """A layer's adapter, its cores still without values."""
     with of_file(path, f"layer '{name}'"):
         return Adapter(

@@ -175,14 +175,15 @@ def report_of(model: nn.Module, name: str) -> Report:
     bias_count, norm, also = (counts[reason] for reason in REASONS)
     trained = cores + bias_count + norm + also
     skipped = record.about.get("skipped", {})
-    fused = tuple(each for each in fused_attention(model, adapters) if not _trains_whole(each, reasons["also"]))
+    whole = [*reasons["also"], *adapters]
+    fused = tuple(each for each in fused_attention(model, adapters) if not _trains_whole(each, whole))
     passed = _counts(record.about.get("passed"))
     shared = _shared(adapters)
     return Report(name, tuple(rows), shared, cores, bias_count, norm, also, trained, base, skipped, passed, fused)
 
 
 def _trains_whole(attention: str, names: Iterable[str]) -> bool:
-    """Whether the q, k and v weights of an attention train beside the cores."""
+    """Whether the q, k and v weights of an attention train, adapted or beside the cores."""
     return any(name.rpartition(".")[0] == attention and name.endswith("_weight") for name in names)
 
 
