@@ -246,6 +246,15 @@ class Adapter(Resident, nn.Module):
         self._written()
         self._initialised, self._empty = True, ()
 
+    def take(self, other: Adapter) -> None:
+        """Hold the values of another adapter of the same network, and its seed; tensors stay the same objects."""
+        with torch.no_grad():
+            for key in self.resident_keys():
+                self._tensor(key).copy_(other._tensor(key))
+        self.seed = other.seed
+        self._written()
+        self._initialised, self._empty = True, ()
+
     def _held(self) -> tuple[Tensor, ...]:
         """All tensors that are its own."""
         tables = (*self._parameters.values(), *self._buffers.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,52 +13,20 @@ from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
 from tnpeft.documents.nodes import read_file
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, clip
 from tnpeft.network import Network, Spec, load_spec, param_problems
+from tnpeft.recipe.handle import Handle
 from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from
-from tnpeft.recipe.report import Report, report_of
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import passed_over, skipped, targets, trained
 from tnpeft.schedule import DEFAULT_MODE, check_mode
 from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import ATTACH, unknown_params
 from tnpeft.spec.library import shipped_folder
-from tnpeft.surgery import adapters_of, base_shown, install, plain_modules, record_of, trained_of
+from tnpeft.surgery import base_shown, install, plain_modules
 from tnpeft.surgery.checks import model_problems
 
 __all__ = ["Handle", "attach", "recipe_of"]
 
 Match = str | Sequence[str]
-
-
-class Handle:
-    """An attached adapter: its model and name, what trains, and how much that is."""
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        record_of(model, name)
-        self.model = model
-        self.name = name
-
-    def report(self) -> Report:
-        """What trains, per layer and in total; prints as a table."""
-        return report_of(self.model, self.name)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this adapter trains: cores as `layer.core`, then biases, norms and joint parameters by name.
-
-        A core that several layers share comes once, under the first of them.
-        """
-        for layer, adapter in adapters_of(self.model, self.name).items():
-            for core, parameter in adapter.trained.items():
-                yield f"{layer}.{core}", parameter
-        for name, tensor in trained_of(self.model, self.name).items():
-            if isinstance(tensor, nn.Parameter):
-                yield name, tensor
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What to give the optimiser."""
-        return (parameter for _, parameter in self.named_parameters())
-
-    def __repr__(self) -> str:
-        return f"Handle(name={self.name!r}, layers={len(adapters_of(self.model, self.name))})"
 
 
 def attach(
