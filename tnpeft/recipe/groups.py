@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from tnpeft.errors import AttachError, Problem, clip, near_miss
-from tnpeft.recipe.model import compiled
 from tnpeft.recipe.report import REASONS, reasons_of
+from tnpeft.recipe.selection import compiled
 from tnpeft.surgery import adapters_of, record_of, trained_of
 
 __all__ = ["TrainedTensor", "groups_of", "tensors_of"]
