@@ -62,7 +62,7 @@ def test_lora_keeps_the_truncated_svd(rank: int, how: dict[str, Any]):
     torch.testing.assert_close(model(X), plain(X), rtol=1e-4, atol=1e-5)
 
 
-SPECS = ("loha", "lokr_both", "tt_lora", "pissa", "dora", "hira", "quanta", "lora_fa", "vera", "mpo", "glora")
+SPECS = ("loha", "lokr_both", "tt_lora", "pissa", "dora", "hira", "quanta", "mpo", "glora", "lora_xs")
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -163,24 +163,55 @@ def test_several_adapters_scales_and_training_go_on():
         torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
 
 
+SHARING = """
+tnpeft: 1
+name: sharing
+layers: any
+params: {r: 4, s: 2}
+sizes: {o: out_channels, i: in_channels, a: s}
+bond: r
+cores: {up: {legs: o r, init: zeros}, mix: r a, fixed: {legs: a i, frozen: true, shared: model}}
+weight: o i
+start: zero
+"""
+
+
 def test_shared_frozen_cores_hang_together(tmp_path: Path):
     torch.manual_seed(0)
     layers = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
     state = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
-    handle = tnpeft.attach(layers, "vera", match="all", r=4)
+    handle = tnpeft.attach(layers, tnpeft.Spec.from_yaml(SHARING.replace("any", "[Linear]")), match="all")
     with torch.no_grad():
         for parameter in handle.parameters():
             parameter.add_(torch.randn_like(parameter))
-    kept = updates(handle)["2"]
-    handle.truncate(ranks={"[01]": {"r": 2}})
-    torch.testing.assert_close(updates(handle)["2"], kept)
-    assert [len(adapter.shared) for adapter in handle.adapters.values()] == [0, 2, 0]
+    before = updates(handle)
+    result = handle.truncate(ranks={"[01]": {"r": 2}})  # as much as the shared core's size lets through
+    assert [row.name for row in result.layers] == ["0", "1"]
+    for layer, kept in before.items():
+        torch.testing.assert_close(updates(handle)[layer], kept, rtol=1e-4, atol=1e-5)
+    assert torch.equal(updates(handle)["2"], before["2"])
+    assert [len(adapter.shared) for adapter in handle.adapters.values()] == [0, 1, 1]
     handle.save(tmp_path / "a")
     fresh = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
     fresh.load_state_dict(state)
     tnpeft.load(fresh, tmp_path / "a")
     x = torch.randn(2, 6)
     torch.testing.assert_close(fresh(x), layers(x))
+
+
+@pytest.mark.parametrize(("spec", "core"), [("lora_fa", "down"), ("vera", "A")])
+def test_frozen_random_cores_of_another_size_are_refused(spec: str, core: str):
+    model, handle = adapted(spec, match="head.0")
+    before = bits(model)
+    with pytest.raises(AttachError) as caught:
+        handle.truncate(r=1)
+    assert {problem.core for problem in caught.value.problems} >= {core}
+    assert str(caught.value).splitlines()[0] == (
+        f"layer 'head.0': spec '{spec}', core '{core}': expected one that trains, or keeps its size, found a frozen "
+        "one that is drawn anew at another size, to which the trained ones do not fit. Attach it anew at the smaller "
+        "rank, or take a spec whose cores all train."
+    )
+    assert same_bits(bits(model), before)
 
 
 def test_a_schedule_is_a_loop():

@@ -23,10 +23,12 @@ from tnpeft.recipe import Handle
 from tnpeft.recipe.report import printed
 from tnpeft.recipe.selection import Selection, compiled, selection_of
 from tnpeft.spec.habits import unknown_params
-from tnpeft.surgery import adapted, layers_of, names_of, record_of, replace_adapters
+from tnpeft.surgery import adapted, layers_of, model_problems, names_of, record_of, replace_adapters
 from tnpeft.surgery.switch import refuse_disabled, refuse_merged
 
 __all__ = ["Truncation", "truncate"]
+
+_CONSTANT = ("zeros", "ones", "eye", "constant")  # inits of which a smaller core is a part of a larger one
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,19 @@ def truncate(
     follow. `name` may be left out where one adapter is attached; `method` and `iterations` are those of `fit`.
 
     For LoRA the update that is kept is that of the truncated singular value decomposition; of other networks `fit` says
-    what it is. With `start: frozen_copy` the copy is chosen anew, as in `fit`; frozen cores are drawn anew from the
-    seed. Cores are other parameters afterwards: give them to an optimiser anew.
+    what it is. With `start: frozen_copy` the copy is chosen anew, as in `fit`. Cores are other parameters afterwards:
+    give them to an optimiser, and the model to DistributedDataParallel, anew.
 
-    Raises AttachError, among others for trained cores that layers share, and BindError; the model is then as it was.
+    Raises AttachError, among others for trained cores that layers share and frozen random ones that would have another
+    size, and BindError; the model is then as it was.
     """
     check_method(method, iterations)
+    if problems := [*model_problems(model)]:
+        raise AttachError(*problems)
     handle = Handle(model, _name(model, name))
     adapters = _checked(handle)
     wanted = _wanted(handle, budget, param, ranks or {}, params)
+    _refuse_drawn(adapters, wanted)
     before = _size(handle)
     fresh = _compiled(handle, wanted)
     bases = {layer: each.base for layer, each in layers_of(model, handle.name).items()}
@@ -137,6 +143,22 @@ def _checked(handle: Handle) -> dict[str, Adapter]:
                 Problem("cores", "values", "none (they were made on the meta device)", fix, layers=(layer,))
             )
     return handle.adapters
+
+
+def _refuse_drawn(adapters: Mapping[str, Adapter], wanted: Mapping[str, Network]) -> None:
+    """Raises AttachError for frozen random cores of another size: training has made what it did for those that go."""
+    problems = []
+    for layer, network in wanted.items():
+        shapes = {core.name: core.shape for core in adapters[layer].network.cores}
+        for core in network.cores:
+            random = core.origin is None and core.init.name not in _CONSTANT
+            if core.frozen and random and core.shape != shapes[core.name]:
+                what, expected = f"spec '{network.spec.name}', core '{core.name}'", "one that trains, or keeps its size"
+                fix = "Attach it anew at the smaller rank, or take a spec whose cores all train."
+                found = "a frozen one that is drawn anew at another size, to which the trained ones do not fit"
+                problems.append(Problem(what, expected, found, fix, core=core.name, layers=(layer,)))
+    if problems:
+        raise AttachError(*problems)
 
 
 def _wanted(
