@@ -14,10 +14,12 @@ from tnpeft.documents.nodes import Node, read_bytes, read_document
 from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_problem, with_text_keys
 from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
 from tnpeft.network import Spec, load_spec
-from tnpeft.recipe.selection import ALL, Selection, compiled, selection_of
+from tnpeft.recipe.selection import ALL, SPANS, Selection, compiled, selection_of
 from tnpeft.spec import find_shipped, list_specs
 from tnpeft.spec.habits import advice_on, is_word, unknown_params, value_of_param
 from tnpeft.spec.library import label_of, shipped_folder
+from tnpeft.spec.pattern import KINDS
+from tnpeft.spec.reader import SHORT_KINDS
 
 __all__ = ["SELECTION", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "recipe_schema", "train_from"]
 
@@ -115,6 +117,9 @@ def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of recipes."""
     shipped = list(list_specs())
     entry = {"spec": "${1:lora}", "match": "${2:to_[qv]\\$}", "params": {"r": 4}}
+    kind = {"enum": [*KINDS, *SHORT_KINDS]}
+    number = {"type": "integer", "minimum": 0}
+    numbers = [number, {"type": "string", "pattern": SPANS}, {"type": "array", "items": number, "minItems": 1}]
     keywords: dict[str, Keywords] = {
         "name": {"pattern": NAME},
         "adapters": {"minItems": 1, "defaultSnippets": [{"label": "a spec on some layers", "body": [entry]}]},
@@ -122,8 +127,11 @@ def recipe_schema() -> dict[str, Any]:
         "adapters.*.match": {"examples": [r"conv[12]\.conv$", ALL]},
         "adapters.*.params": {"propertyNames": {"pattern": rf"^{WORD}$"}, "examples": [{"r": 4}]},
         "adapters.*.exclude": {"examples": ["lm_head$", ["vision_tower", "lm_head"]]},
-        "adapters.*.kinds": {"examples": ["Linear", ["Conv2d", "Conv3d"]]},
-        "adapters.*.layers": {"examples": ["0-5, 8", "16-", {"decoder.layers": "0-5"}]},
+        "adapters.*.kinds": {"anyOf": [kind, {"type": "array", "items": kind, "minItems": 1}]},
+        "adapters.*.layers": {
+            "anyOf": [*numbers, {"type": "object", "additionalProperties": {"anyOf": numbers}, "minProperties": 1}],
+            "examples": ["0-5, 8", "16-", {"decoder.layers": "0-5"}],
+        },
         "adapters.*.ranks": {"examples": [{"q_proj$": {"r": 8}}]},
         "scopes": {
             "propertyNames": {"pattern": rf"^{WORD}$"},
