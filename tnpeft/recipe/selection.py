@@ -90,9 +90,10 @@ def selection_of(
         return Selection(), told
     exclude, kinds = known.get("exclude"), known.get("kinds", ())
     words = (kinds,) if isinstance(kinds, str) else kinds
+    meant = {kind for word in words for kind in SHORT_KINDS.get(word, (word,))}
     return Selection(
         exclude if exclude is None or isinstance(exclude, str) else tuple(exclude),
-        tuple(dict.fromkeys(kind for word in words for kind in SHORT_KINDS.get(word, (word,)))),
+        tuple(kind for kind in (spec.layers if spec is not None else ()) if kind in meant),
         blocks,
         {pattern: dict(params) for pattern, params in known.get("ranks", {}).items()},
     ), []
