@@ -162,7 +162,7 @@ class _Counts:
         layers: dict[int, _Place] = {}
         for name, entry in claimed.items():
             module = modules[name]
-            wide = module.weight.dtype == torch.float64
+            wide = getattr(getattr(module, "weight", None), "dtype", None) == torch.float64
             layers.setdefault(id(module), _Place(entry, layer_of(module), captured[name], wide))
         self.places = list(layers.values())
         self.known: dict[int, int | BindError] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tnpeft.adapters import Adapter
-from tnpeft.adapters.base_weight import dequantiser, needs_weight, unreadable
+from tnpeft.adapters.base_weight import dequantiser, is_computed, needs_weight, unreadable
 from tnpeft.adapters.distributed import is_distributed
 from tnpeft.adapters.parked import MANGLED, own_weight
 from tnpeft.errors import Problem, clip, listed, near_miss
@@ -247,6 +247,8 @@ def target_problems(root: nn.Module, targets: Mapping[str, Adapter]) -> Iterator
         problem = layer_problem(name, layer)
         if problem is not None:
             yield problem
+        elif inner := _bypassed(name, layer, modules):
+            yield inner
         elif id(layer) in claimed:
             found = f"the layer that is also called '{claimed[id(layer)]}'"
             yield Problem("target", "a layer of its own", found, "Name it once: it is adapted at both.", layers=where)
@@ -256,6 +258,15 @@ def target_problems(root: nn.Module, targets: Mapping[str, Adapter]) -> Iterator
                 "adapter", f"one for {layer_of(layer)}", f"one for {adapter.network.layer}", fix, layers=where
             )
         claimed[id(layer)] = name
+
+
+def _bypassed(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> Problem | None:
+    """What is wrong where torch's attention reads the weight of an opaque layer, whose update is not in it."""
+    attention = modules.get(name.rpartition(".")[0])
+    if not isinstance(attention, nn.MultiheadAttention) or not is_opaque_layer(layer) or is_computed(layer):
+        return None
+    found, fix = "one that torch's MultiheadAttention reads and never calls", "Match other layers."
+    return Problem("opaque layer", "one that is called", found, fix, layers=(name,))
 
 
 def trained_problems(
