@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.base_weight import base_weight, dequantised
+from tnpeft.adapters.base_weight import base_weight, dequantised, is_computed
 from tnpeft.adapters.offload import present, wrapper_of
 from tnpeft.adapters.parked_states import set_to_base, translate
 from tnpeft.execution.forward_pass import ModelResults
@@ -24,6 +24,7 @@ from tnpeft.execution.opaque_update import with_updates
 from tnpeft.execution.site import Site
 from tnpeft.execution.torch_call import add_weight
 from tnpeft.network import Layer, layer_of
+from tnpeft.network.signature import torch_kind
 
 __all__ = ["AdaptedOpaque"]
 
@@ -68,8 +69,16 @@ class AdaptedOpaque(AdaptedLayer):
 
     @property
     def weight(self) -> Any:
-        """The base's own: a tensor, or what its library has in its place."""
-        return self.base.weight
+        """The effective weight where the base's is computed; else the base's own, or what its library has for it."""
+        base, site = self.base, self.site
+        plain = self.__dict__.get(_PLAIN)
+        if plain is not None and not self.disabled:
+            return plain.weight
+        if site.idle or not (is_computed(base) and torch_kind(type(base))):
+            return base.weight
+        weight = base.weight
+        inputs = [acting.adapter.delta_inputs(weight) for acting in site.acting]
+        return add_weight(sum_deltas(site.acting, weight.detach(), inputs, True), weight.detach(), True)
 
     @property
     def bias(self) -> Any:

@@ -168,7 +168,8 @@ class _Counts:
         layers: dict[int, _Place] = {}
         for name, entry in claimed.items():
             module = modules[name]
-            wide, own = module.weight.dtype == torch.float64, entry.selection.params_at(name)
+            wide = getattr(getattr(module, "weight", None), "dtype", None) == torch.float64
+            own = entry.selection.params_at(name)
             layers.setdefault(id(module), _Place(entry, layer_of(module), captured[name], wide, own))
         self.places = list(layers.values())
         self.known: dict[int, int | BindError] = {}
