@@ -9,6 +9,7 @@ ones are parked as `ORIGINAL`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.offload import Resident, is_bare, store
+from tnpeft.adapters.distributed import DISTRIBUTED, is_sharded
+from tnpeft.adapters.offload import Resident, is_bare, store, wrapper_of
 from tnpeft.errors import ExecutionError, Problem
 
 __all__ = [
@@ -299,6 +301,8 @@ def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> typ
             acts = _stored(module, table, shown.get(name, name))
             if UNSET in module.__dict__:
                 _require_values(module, shown.get(name, name), acts)
+            if DISTRIBUTED in sys.modules and name in shown and acts is not None and is_sharded(wrapper_of(module)):
+                return acts.to(own(module, table, name).dtype)  # that of FSDP2's MixedPrecisionPolicy
             return acts
 
         return read

@@ -145,7 +145,7 @@ def merge_layers(layers: Iterable[AdaptedLayer]) -> None:
     Raises AttachError where one is split over processes.
     """
     layers, done = list(layers), []
-    fix = "Gather the model's weights in one process, and merge there."
+    fix = "Write the adapter with `tnpeft.save`, load it onto the base in one process, and merge there."
     parts = (
         (layer.adapter(name).layer_name, part) for layer in layers for name in layer.names for part in layer.modules()
     )
