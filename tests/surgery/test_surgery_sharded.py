@@ -1,4 +1,4 @@
-"""Models that FSDP shards after attaching: trained as in one process, saved whole, by one. The rest is in tests/wide."""
+"""Models that FSDP shards after attaching: trained as in one process, saved by one. tests/wide has the rest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tnpeft
 def _trains_and_saves(folder: Path) -> None:
     x, y = rows()
     everything = {"train": {"norm": True, "bias": "adapted"}}
-    for spec, mode, way in (("lora", "factored", "layers"), ("metatt", "dense", "blocks"), ("dora", "auto", "whole")):
+    for spec, mode, way in (("lora", "factored", "layers"), ("metatt", "dense", "blocks")):
         whole, model = (adapted(spec, mode, **everything) for _ in range(2))
         model = sharded(model, way)
         wanted = losses(whole, *everyones())

@@ -80,7 +80,9 @@ def _first_told(error: Exception | None, groups: Sequence[Any]) -> Exception | N
     """The process's own error, or the first that another process tells."""
     from torch import distributed  # imported already, for the model is in parts
 
-    sent: Exception | None = RuntimeError(repr(error)) if error is not None and not isinstance(error, TnpeftError) else error
+    sent = error
+    if error is not None and not isinstance(error, TnpeftError):  # others need not be fit to be sent
+        sent = RuntimeError(repr(error))
     for group in groups:
         told: list[Exception | None] = [None] * group.size()
         distributed.all_gather_object(told, sent, group=group)
