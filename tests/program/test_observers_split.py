@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -105,6 +107,22 @@ def test_a_core_that_is_a_dtensor_is_gathered(mesh: DeviceMesh):
     for each in (net, whole):
         each(X).square().sum().backward()
     torch.testing.assert_close(parts.grad.full_tensor(), whole[2].adapter("default").cores["up"].grad)
+
+
+def test_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch):
+    """ZeRO-3 leaves each parameter empty, with attributes of its own."""
+    net = model()
+    tnpeft.attach(net, "lora", match="0", r=2)
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    net(X)
+    core = net[0].adapter("default").cores["up"]
+    core.ds_id, core.data = 3, torch.empty(0)
+    with pytest.raises(ExecutionError) as excinfo:
+        net(X)
+    assert str(excinfo.value) == (
+        "the weights of the model: expected plain tensors, found pieces of one process (DeepSpeed, ZeRO stage 3). "
+        "Shard the model with `torch.distributed.fsdp.fully_shard`, or use ZeRO stage 2, which splits no parameters."
+    )
 
 
 @pytest.mark.parametrize("way", ["all", "layers", "model"])

@@ -29,6 +29,7 @@ __all__ = [
     "reshard",
     "split_problem",
     "whole",
+    "zero_problem",
 ]
 
 SPLIT_FIX = (
@@ -63,8 +64,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def reshard(model: nn.Module) -> None:
     """Free what FSDP2 has gathered: where a unit keeps it after a forward pass, the parts may be newer."""
-    kind: Any = getattr(sys.modules.get(_UNITS), "FSDPModule", ())
-    for module in model.modules():
+    kind: Any = getattr(sys.modules.get(_UNITS), "FSDPModule", None)
+    for module in () if kind is None else model.modules():
         if isinstance(module, kind):
             module.reshard()
 
@@ -133,6 +134,16 @@ def split_problem(modules: Iterable[tuple[str, nn.Module]], fix: str) -> Problem
             where = f"module '{name}'" if name else None
             return Problem("the weights of the model", EXPECTED, FOUND, fix, where=where)
     return None
+
+
+def zero_problem(modules: Iterable[nn.Module]) -> Problem | None:
+    """What is wrong where DeepSpeed's ZeRO-3 has taken a module's tensors apart, which gathers those of calls alone."""
+    if "deepspeed" not in sys.modules:
+        return None
+    if not any(hasattr(tensor, "ds_id") for module in modules for tensor in module._parameters.values()):
+        return None
+    fix = "Shard the model with `torch.distributed.fsdp.fully_shard`, or use ZeRO stage 2, which splits no parameters."
+    return Problem("the weights of the model", EXPECTED, "pieces of one process (DeepSpeed, ZeRO stage 3)", fix)
 
 
 def refuse_distributed(name: str, tensors: Sequence[Tensor | None]) -> None:

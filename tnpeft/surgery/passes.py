@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnpeft.adapters.distributed import zero_problem
+from tnpeft.errors import ExecutionError
 from tnpeft.execution import AdaptedLayer
 from tnpeft.execution.calls import Acting
 from tnpeft.program import needs_plain_ops
@@ -40,6 +42,8 @@ def remove_pass(root: nn.Module) -> None:
 def _open(root: nn.Module, _inputs: Any) -> None:
     if needs_plain_ops():
         return
+    if problem := zero_problem(root.modules()):
+        raise ExecutionError(problem)
     if (record := record_on(root)) is not None:
         record.results.open_pass(record.batching.new_pass(lambda: _acting_alone(root, record), record.results))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnpeft.adapters.distributed import split_problem
+from tnpeft.adapters.distributed import reshard, split_problem
 from tnpeft.adapters.parked import is_parked
 from tnpeft.errors import AttachError, Problem, TnpeftWarning, clip, listed
 from tnpeft.execution import AdaptedLayer
@@ -196,6 +196,7 @@ def base_shown(model: nn.Module) -> AbstractContextManager[None]:
 
 def apply_state(root: nn.Module, state: AdaptedModel) -> None:
     """Bring layers and trained tensors to what the state says. Nothing in here can be refused."""
+    reshard(root)
     (remove_pass if state.merged else register_pass)(root)  # TorchScript would compile the hooks of a merged model too
     state.forget()
     for layer in adapted_layers(root):
