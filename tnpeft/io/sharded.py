@@ -13,7 +13,7 @@ from tnpeft.adapters.distributed import is_distributed, reshard, whole
 from tnpeft.adapters.parked import MANGLED
 from tnpeft.errors import TnpeftError
 
-__all__ = ["is_flat_sharded", "one_writer"]
+__all__ = ["is_flat_sharded", "is_in_parts", "one_writer"]
 
 
 @contextmanager
@@ -23,15 +23,11 @@ def one_writer(model: nn.Module) -> Iterator[bool]:
     Where processes hold parts (FSDP), all of them must enter. They leave together, once the file is written; an error
     of one is raised in all. A model that is whole in its process is written by each that asks.
     """
-    if not isinstance(model, nn.Module):  # which is told later
+    if not is_in_parts(model):
         yield True
         return
-    reshard(model)
     parts = next(filter(is_distributed, model.parameters()), None)
     flat: Any = next(filter(is_flat_sharded, model.modules()), None)
-    if parts is None and flat is None:
-        yield True
-        return
     groups = _groups(parts, flat)
     error: Exception | None = None
     with _whole(model), nullcontext() if flat is None else type(flat).summon_full_params(model, writeback=False):
@@ -41,6 +37,14 @@ def one_writer(model: nn.Module) -> Iterator[bool]:
             error = raised
     if told := _first_told(error, groups):
         raise told
+
+
+def is_in_parts(model: Any) -> bool:
+    """Whether the processes hold parts of the model, so that all of them must take part in saving it."""
+    if not isinstance(model, nn.Module):  # which is told later
+        return False
+    reshard(model)
+    return any(map(is_distributed, model.parameters())) or any(map(is_flat_sharded, model.modules()))
 
 
 def is_flat_sharded(module: Any) -> bool:
