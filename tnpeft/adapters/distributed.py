@@ -72,6 +72,8 @@ def reshard(model: nn.Module) -> None:
 
 def gathered(tensors: Sequence[Tensor | None]) -> list[Any]:
     """The tensors, whole: parts come from all processes, and the mean of their gradients goes back to the parts."""
+    if DISTRIBUTED not in sys.modules:
+        return list(tensors)
     return [
         _Gathered.apply(tensor) if is_distributed(tensor) else tensor  # type: ignore[no-untyped-call]
         for tensor in tensors
@@ -83,7 +85,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parts: Any) -> Tensor:
-        from torch.distributed.tensor import DTensor  # imported already, for `parts` is one
+        from torch.distributed.tensor import DTensor
 
         ctx.placements, ctx.mesh, ctx.device = parts.placements, parts.device_mesh, parts.to_local().device
         local = parts.to_local().to(ctx.mesh.device_type)  # from the CPU, where FSDP2 offloads parts
@@ -138,8 +140,6 @@ def split_problem(modules: Iterable[tuple[str, nn.Module]], fix: str) -> Problem
 
 def zero_problem(modules: Iterable[nn.Module]) -> Problem | None:
     """What is wrong where DeepSpeed's ZeRO-3 has taken a module's tensors apart, which gathers those of calls alone."""
-    if "deepspeed" not in sys.modules:
-        return None
     if not any(hasattr(tensor, "ds_id") for module in modules for tensor in module._parameters.values()):
         return None
     fix = "Shard the model with `torch.distributed.fsdp.fully_shard`, or use ZeRO stage 2, which splits no parameters."
