@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.distributed import DISTRIBUTED, gathered
+from tnpeft.adapters.distributed import DISTRIBUTED, gathered, refuse_flattened
 from tnpeft.adapters.dora import composed, magnitudes
 from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.adapters.offload import Resident, present
@@ -278,11 +278,17 @@ class Adapter(Resident, nn.Module):
         tensors = self._found(keys)
         if self._layer:
             return self._beside(tensors, self._base(weight).detach())
-        return gathered(tensors) if DISTRIBUTED in sys.modules else tensors  # type: ignore[return-value]
+        return self._whole(tensors) if DISTRIBUTED in sys.modules else tensors  # type: ignore[return-value]
+
+    def _whole(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        """The cores, gathered where processes hold parts of them. Raises ExecutionError where they cannot be."""
+        tensors = gathered(tensors)
+        refuse_flattened(self.layer_name, tensors, [core.shape for core in self.network.cores])
+        return tensors
 
     def _beside(self, tensors: Sequence[Tensor | None], base: Tensor) -> list[Tensor]:
         """Cores where the `base` weight is: layers that share cores may live on several devices, and be wider."""
-        base, *tensors = gathered([base, *tensors])
+        (base,), tensors = gathered([base]), self._whole(tensors)
         cores = [core for core in tensors if core is not None]
         if not base.is_meta and any(core.is_meta for core in cores):
             raise without_values(self.layer_name, True)

@@ -26,6 +26,7 @@ __all__ = [
     "is_split",
     "keep_wide",
     "refuse_distributed",
+    "refuse_flattened",
     "reshard",
     "split_problem",
     "whole",
@@ -144,6 +145,21 @@ def zero_problem(modules: Iterable[nn.Module]) -> Problem | None:
         return None
     fix = "Shard the model with `torch.distributed.fsdp.fully_shard`, or use ZeRO stage 2, which splits no parameters."
     return Problem("the weights of the model", EXPECTED, "pieces of one process (DeepSpeed, ZeRO stage 3)", fix)
+
+
+def refuse_flattened(name: str, cores: Sequence[Tensor | None], shapes: Iterable[Sequence[int]]) -> None:
+    """Raises ExecutionError for cores as FSDP1 leaves them: in pieces while their unit does not run, or cast."""
+    if _UNITS not in sys.modules:
+        return
+    where = f"layer '{name}'" if name else None
+    if any(core is not None and core.shape != tuple(shape) for core, shape in zip(cores, shapes, strict=True)):
+        found = "pieces of one process (FullyShardedDataParallel, in another unit than this layer)"
+        fix = "Wrap the model as a whole, without `auto_wrap_policy`, or shard it with `fully_shard`."
+        raise ExecutionError(Problem("cores that are shared with other layers", "whole tensors", found, fix, where))
+    if any(core is not None and core.dtype.itemsize < 4 for core in cores):
+        found = "narrower ones (`mixed_precision` of FullyShardedDataParallel)"
+        fix = "Use `fully_shard`, whose `mp_policy` leaves cores alone, or `torch.autocast` in its place."
+        raise ExecutionError(Problem("cores", "numbers of 32 bits or more", found, fix, where=where))
 
 
 def refuse_distributed(name: str, tensors: Sequence[Tensor | None]) -> None:
