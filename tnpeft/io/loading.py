@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
+from tnpeft.adapters.distributed import is_split
 from tnpeft.adapters.offload import hook_of
 from tnpeft.adapters.parked import ParameterLayer, bound_to
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
@@ -248,6 +249,9 @@ def _network(
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type == "meta" and hook_of(layer) is None:
         raise without_values(path, name)
+    if is_split(layer):
+        found = f"the parts of one process in layer '{name}' (`fully_shard`)"
+        raise refuse(path, "base model", "whole weights", found, "Load the adapter first, then shard the model.")
     with of_file(path, f"layer '{name}'"):
         return specs[entry.spec].bind(bound_to(layer), **entry.params)
 
