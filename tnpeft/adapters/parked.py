@@ -373,7 +373,7 @@ def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> typ
             if UNSET in module.__dict__:
                 _require_values(module, shown.get(name, name), acts)
             if DISTRIBUTED in sys.modules and name in shown and acts is not None and is_sharded(wrapper_of(module)):
-                return acts.to(own(module, table, name).dtype)  # that of FSDP2's MixedPrecisionPolicy
+                acts = acts.to(own(module, table, name).dtype)  # that of FSDP2's MixedPrecisionPolicy
             maker = module.__dict__.get(_READ, {}).get(name)
             return acts if maker is None else module._modules[maker].effective(acts)
 
