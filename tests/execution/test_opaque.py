@@ -416,6 +416,23 @@ def test_a_model_from_meta():
     assert torch.equal(model(torch.ones(1, 4)), torch.full((1, 4), 10.0))
 
 
+def test_scripts_have_no_opaque_layers():
+    model, x = made("weight norm")
+    train(tnpeft.attach(model, "lora", match="0", train={"bias": "adapted"}))
+    output = model(x)
+    tnpeft.merge(model, dequantise=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with pytest.raises(tnpeft.ExecutionError) as caught:
+            torch.jit.script(model)
+    assert str(caught.value) == (
+        "layer '0': torch.jit.script: expected plain layers, found an opaque one. "
+        "Use `torch.jit.trace`, or take the adapters off: `tnpeft.detach(model, merge=True, dequantise=True)`."
+    )
+    tnpeft.detach(model, merge=True, dequantise=True)
+    torch.testing.assert_close(model(x), output)
+
+
 def test_attention_reads_the_weight_of_a_computed_layer():
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(8, 2, batch_first=True)

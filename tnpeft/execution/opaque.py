@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.base_weight import base_weight, dequantised, is_computed
 from tnpeft.adapters.offload import present, wrapper_of
 from tnpeft.adapters.parked_states import set_to_base, translate
+from tnpeft.errors import ExecutionError, Problem
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.layers import HOOKS, AdaptedLayer
 from tnpeft.execution.modes import sum_deltas
@@ -132,6 +133,11 @@ class AdaptedOpaque(AdaptedLayer):
         super().train(mode)
         self.base.training = mode
         return self
+
+    def __prepare_scriptable__(self) -> AdaptedLayer:
+        """Raises ExecutionError: `torch.jit.script` would compile the call of any base."""
+        fix = "Use `torch.jit.trace`, or take the adapters off: `tnpeft.detach(model, merge=True, dequantise=True)`."
+        raise ExecutionError(Problem("torch.jit.script", "plain layers", "an opaque one", fix, where=self.where))
 
     def extra_repr(self) -> str:
         return f"{type(self.base).__name__}, {super().extra_repr()}"
