@@ -250,6 +250,8 @@ def take_back(module: nn.Module, table: str, key: str) -> None:
     if parked in tensors:
         store(module, table, key, tensors[parked], of=parked)
         store(module, table, parked, None)
+        if module.__dict__.get(_SHOWN, {}).get(key) == parked:  # a copy made while the base was shown
+            show(module, table, key, None)
         _list_anew(module)
     module.__dict__.get(_MADE, {}).pop(key, None)
 

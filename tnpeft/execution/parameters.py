@@ -8,7 +8,7 @@ adapters are a module below the owner.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class AdaptedParameter(AdaptedLayer):
 
     Within a forward pass of the model the sum is made once, however often it is read.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = [*AdaptedLayer.__jit_unused_properties__, "key"]
 
     base: ParameterLayer
 
