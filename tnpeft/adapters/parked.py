@@ -345,6 +345,14 @@ class _Showing(Resident):
         else:
             super().__delattr__(name)
 
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = super()._call_impl  # type: ignore[misc]
+        maker = next(iter(self.__dict__.get(_READ, {}).values()), None)
+        if maker is None:
+            return call(*args, **kwargs)
+        with self.__dict__["_modules"][maker].reading():
+            return call(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The subclass is made on the fly: what is unpickled is of the plain class first."""
         reduced: Any = super().__reduce_ex__(protocol)
