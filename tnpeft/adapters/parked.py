@@ -252,6 +252,8 @@ def take_back(module: nn.Module, table: str, key: str) -> None:
     if parked in tensors:
         store(module, table, key, tensors[parked], of=parked)
         store(module, table, parked, None)
+        if module.__dict__.get(_SHOWN, {}).get(key) == parked:  # a copy made while the base was shown
+            show(module, table, key, None)
         _list_anew(module)
     module.__dict__.get(_MADE, {}).pop(key, None)
 
@@ -344,6 +346,14 @@ class _Showing(Resident):
             del self.__dict__[name]
         else:
             super().__delattr__(name)
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = super()._call_impl  # type: ignore[misc]
+        maker = next(iter(self.__dict__.get(_READ, {}).values()), None)
+        if maker is None:
+            return call(*args, **kwargs)
+        with self.__dict__["_modules"][maker].reading():
+            return call(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The subclass is made on the fly: what is unpickled is of the plain class first."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,9 @@ from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.execution.batches import Batch, Batches, Member, Sources, sources_of
 from tnpeft.execution.calls import Acting
 from tnpeft.execution.results import ResultCache
-from tnpeft.program import ClusterProgram, LayerClusters, Weight, saved_tensors_are_hooked
+from tnpeft.program import ClusterProgram, LayerClusters, Weight, saved_tensor_hooks, saved_tensors_are_hooked
 
-__all__ = ["Batching", "ForwardPass", "ModelResults"]
+__all__ = ["Batching", "ForwardPass", "ModelResults", "Sums"]
 
 
 class _Cores(NamedTuple):
@@ -40,12 +41,36 @@ class _Sum(NamedTuple):
     sources: Sources
 
 
+class Sums:
+    """The sums that adapted parameters read as, during a forward pass of the model or a call of their owner."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[Any, bool, bool], _Sum] = {}
+        self._hooks = saved_tensor_hooks()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether saved tensors go where they went when it was made: what checkpointing calls again makes its own."""
+        return self._hooks == saved_tensor_hooks()
+
+    def once(self, key: Any, adapters: Sequence[Adapter], weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """A sum of `weight` and updates of `adapters`, made once as long as they, and it, are as they were."""
+        asked = key, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        stored = [weight, *(tensor for adapter in adapters for tensor in adapter.stored)]
+        known = self._sums.get(asked)
+        if known is not None and known.sources == sources_of([known.total, *stored]):
+            return known.total
+        total = make()
+        self._sums[asked] = _Sum(total, sources_of([total, *stored]))
+        return total
+
+
 class ForwardPass:
     """What the layers of a model contract together while a thread runs its forward pass."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
-        self._sums: dict[tuple[Any, bool, bool], _Sum] = {}
+        self.sums = Sums()
         self._results: dict[tuple[bool, bool], dict[Batch, Any]] = {}
         self._cores: dict[Adapter, _Cores] = {}
 
@@ -79,17 +104,6 @@ class ForwardPass:
         current = sums[place].sources == sources_of((total, weight)) and self.is_current(adapter)
         return total if current else None
 
-    def once(self, key: Any, adapters: Sequence[Adapter], weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """A sum of `weight` and updates of `adapters`, made once as long as they, and it, are as they were."""
-        asked = key, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        stored = [weight, *(tensor for adapter in adapters for tensor in adapter.stored)]
-        known = self._sums.get(asked)
-        if known is not None and known.sources == sources_of([known.total, *stored]):
-            return known.total
-        total = make()
-        self._sums[asked] = _Sum(total, sources_of([total, *stored]))
-        return total
-
     def results(self, batch: Batch) -> Any:
         """Of all members of a batch, made when the first of them asks; None where their tensors do not lie together.
 
@@ -117,9 +131,10 @@ class ForwardPass:
 
 
 class _Thread(threading.local):
-    """The pass of a model that a thread has open."""
+    """The pass of a model that a thread has open, and the innermost call of an owner of adapted parameters."""
 
     current: ForwardPass | None = None
+    sums: Sums | None = None
 
 
 class _Anew:
@@ -150,6 +165,22 @@ class ModelResults(_Anew):
 
     def close_pass(self) -> None:
         self._thread.current = None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, which is a call of an owner of adapted parameters, each of their sums is made once."""
+        before, self._thread.sums = self._thread.sums, Sums()
+        try:
+            yield
+        finally:
+            self._thread.sums = before
+
+    @property
+    def sums(self) -> Sums | None:
+        """Where sums are kept just now: by the pass of this thread or, within checkpointing, by the owner's call."""
+        current = self.current
+        sums = self._thread.sums if current is None else current.sums
+        return sums if sums is not None and sums.is_open else None
 
     @property
     def current(self) -> ForwardPass | None:

@@ -8,7 +8,8 @@ adapters are a module below the owner.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,10 @@ __all__ = ["AdaptedParameter"]
 class AdaptedParameter(AdaptedLayer):
     """A parameter with named adapters. It has no forward pass: the parameter's owner asks it for the sum.
 
-    Within a forward pass of the model the sum is made once, however often it is read.
+    Within a forward pass of the model, or a call of the owner, the sum is made once, however often it is read.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = [*AdaptedLayer.__jit_unused_properties__, "key"]
 
     base: ParameterLayer
 
@@ -86,11 +89,15 @@ class AdaptedParameter(AdaptedLayer):
         if needs_plain_ops(weight):
             refuse_distributed(site.name, [weight])
             return summed_weight(site, weight, True)
-        current = site.results.current
-        if current is None:
+        sums = site.results.sums
+        if sums is None:
             return summed_weight(site, weight, False)
         adapters = [acting.adapter for acting in site.acting]
-        return current.once(self, adapters, weight, lambda: summed_weight(site, weight, False))
+        return sums.once(self, adapters, weight, lambda: summed_weight(site, weight, False))
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Around a call of the owner."""
+        return nullcontext() if needs_plain_ops() else self.site.results.reading()
 
     def looked_up(self, rows: Tensor) -> Tensor | None:
         """What an embedding looks up, W and ΔW each at its rows; None where the whole sum is to be read.

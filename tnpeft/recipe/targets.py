@@ -168,7 +168,7 @@ def passed_over(model: nn.Module, recipe: Recipe, claimed: Iterable[str]) -> dic
         return {}
     modules, counts = plain_modules(model), Counter[str]()
     known = {*claimed, *(name for entry in recipe.entries if entry.match == ALL for name in _of_kinds(entry, modules))}
-    told = {id(modules[name]) for name in known} | {id(modules[name]) for name in fused_attention(model, known)}
+    told = {id(modules[name]) for name in (*known, *fused_attention(model, known)) if name in modules}
     for slot in slots(model).values():
         name = slot.name.rpartition(".")[0]
         if slot.name in known or id(slot.owner) in told:

@@ -68,7 +68,12 @@ def bases_of(root: nn.Module, signatures: Mapping[str, Layer | None]) -> dict[st
             bases[name] = table_layer(name, modules[name]) if is_lookup(modules[name]) else modules[name]
         elif name in known and signature is not None:
             bases[name] = parameter_layer(known[name], signature)
-    return bases
+    same = {(id(base.owner), base.key): base for base in bases.values() if isinstance(base, ParameterLayer)}
+    # An owner that is reached by two names has one.
+    return {
+        name: same[id(base.owner), base.key] if isinstance(base, ParameterLayer) else base
+        for name, base in bases.items()
+    }
 
 
 def parameter_problem(slot: Slot, orientation: str | None) -> Problem | None:
