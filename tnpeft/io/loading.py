@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
 from tnpeft.adapters.offload import hook_of
-from tnpeft.adapters.parked import ParameterLayer, bound_to
+from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
 from tnpeft.io.base import base_digests, fingerprint
 from tnpeft.io.checks import MOST_SHOWN, number_problem
@@ -248,8 +248,9 @@ def _network(
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type == "meta" and hook_of(layer) is None:
         raise without_values(path, name)
+    bound = layer.signature if isinstance(layer, ParameterLayer) else layer
     with of_file(path, f"layer '{name}'"):
-        return specs[entry.spec].bind(bound_to(layer), **entry.params)
+        return specs[entry.spec].bind(bound, **entry.params)
 
 
 def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: Any, sharing: Sharing) -> Adapter:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.adapters.parked import is_lookup
+from tnpeft.adapters.parked import LOOKUPS
 from tnpeft.errors import Problem, near_miss
 from tnpeft.execution import AdaptedLayer
 from tnpeft.network import layer_of
@@ -33,7 +33,7 @@ def target_problems(
         if layer is None and name in parameters:
             yield from _parameter_problems(parameters[name], adapter, claimed)
             continue
-        if is_lookup(layer):
+        if isinstance(layer, LOOKUPS):
             yield from _table_problems(name, layer, adapter, claimed)
             continue
         if layer is None:
