@@ -23,9 +23,9 @@ from tnpeft.surgery.tree import Slot, plain_modules, slots
 __all__ = [
     "bases_of",
     "known_orientation",
-    "orientation_problem",
     "parameter_layer",
     "parameter_problem",
+    "standing",
     "table_layer",
 ]
 
@@ -44,12 +44,19 @@ def known_orientation(slot: Slot) -> str | None:
     return "o i" if known else None
 
 
-def parameter_layer(slot: Slot, signature: Any) -> ParameterLayer:
-    """The layer that a parameter is the weight of: the one that adapters stand on already, or a new one."""
+def standing(slot: Slot) -> ParameterLayer | None:
+    """The layer that a parameter is the weight of for adapters that stand on it already."""
     for module in slot.owner._modules.values():
         if isinstance(module, AdaptedParameter) and module.base.key == slot.key:
             return module.base
-    return ParameterLayer(slot.owner, slot.key, signature)
+    return None
+
+
+def parameter_layer(slot: Slot, signature: Any) -> ParameterLayer:
+    """The layer that a parameter is the weight of: the one that adapters stand on already, or a new one."""
+    known = standing(slot)
+    fits = known is not None and known.signature == signature
+    return known if known is not None and fits else ParameterLayer(slot.owner, slot.key, signature)
 
 
 def table_layer(name: str, embedding: Any) -> ParameterLayer:
@@ -109,15 +116,14 @@ def _tensor_problem(slot: Slot) -> Problem | None:
 def orientation_problem(slot: Slot, orientation: str | None) -> Problem | None:
     """Why an orientation does not fit a parameter."""
     shape = tuple(slot.tensor.shape)
-    for module in slot.owner._modules.values():
-        if isinstance(module, AdaptedParameter) and module.base.key == slot.key and orientation is not None:
-            known = orientation_of(module.base.signature)
-            if known != orientation:
-                fix = "Give it the same way round, or detach the other adapters first."
-                return Problem("its orientation", f"`{known}`, as other adapters have it", f"`{orientation}`", fix)
-    fits = [known for known in ORIENTATIONS if len(known.split()) == len(shape)]
+    known = standing(slot)
+    if known is not None and orientation not in (None, orientation_of(known.signature)):
+        expected = f"`{orientation_of(known.signature)}`, as other adapters have it"
+        fix = "Give it the same way round, or detach the other adapters first."
+        return Problem("its orientation", expected, f"`{orientation}`", fix)
+    fits = [each for each in ORIENTATIONS if len(each.split()) == len(shape)]
     if orientation in fits:
         return None
-    expected = " or ".join(f"`{known}`" for known in fits) + f" for the shape {shape}"
+    expected = " or ".join(f"`{each}`" for each in fits) + f" for the shape {shape}"
     fix = f"Say which of its axes are outputs (`o`) and inputs (`i`): `parameters: {{'{slot.name}': {fits[0]}}}`."
     return Problem("its orientation", expected, "none" if orientation is None else clip(orientation), fix)

@@ -14,7 +14,7 @@ from tnpeft.execution import AdaptedLayer
 from tnpeft.network import layer_of
 from tnpeft.network.orientation import orientation_of
 from tnpeft.surgery.checks import layer_problem
-from tnpeft.surgery.parameters import parameter_layer, parameter_problem, table_layer
+from tnpeft.surgery.parameters import parameter_problem, table_layer
 from tnpeft.surgery.tree import Slot, places, plain_modules
 
 __all__ = ["target_problems"]
@@ -75,14 +75,13 @@ def _parameter_problems(slot: Slot, adapter: Adapter, claimed: dict[Hashable, st
     """Why a parameter cannot be adapted, or not by this adapter."""
     where = f"parameter '{slot.name}'"
     signature = adapter.network.layer
-    known = parameter_layer(slot, signature).signature
     place = id(slot.owner), slot.key
     if problem := parameter_problem(slot, orientation_of(signature)):
         yield problem
     elif place in claimed:
         fix = "Name it once: it is adapted at both."
         yield Problem("target", "a parameter of its own", f"that which is '{claimed[place]}' too", fix, where=where)
-    elif known != signature or signature.stored_shape != tuple(slot.tensor.shape):
-        fix = "Compile the adapter for this parameter, the same way round as others that stand on it."
-        yield Problem("adapter", f"one for {known}", f"one for {signature}", fix, where=where)
+    elif signature.stored_shape != (shape := tuple(slot.tensor.shape)):
+        fix = "Compile the adapter for this parameter."
+        yield Problem("adapter", f"one for a weight of shape {shape}", f"one for {signature}", fix, where=where)
     claimed[place] = slot.name
