@@ -75,6 +75,19 @@ def test_tokens_of_any_shape_and_weights_of_any_type(shape: tuple[int, ...], dty
     )
 
 
+def test_gradients_are_scaled_by_frequency() -> None:
+    table = nn.Sequential(nn.Embedding(ROWS, OUT, scale_grad_by_freq=True))
+    base = copy.deepcopy(table)
+    handle = tnpeft.attach(table, "lora", match="0", mode="factored")
+    train(handle)
+    weight = base[0].weight.detach() + handle.adapters["0"].delta_weight()
+    wanted = functional.embedding(TOKENS, weight, scale_grad_by_freq=True)
+    cores = list(handle.parameters())
+    grads, others = (torch.autograd.grad(each.square().sum(), cores) for each in (table(TOKENS), wanted))
+    for grad, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(grad, other)
+
+
 def test_a_subclass_with_a_forward_of_its_own_reads_the_sum() -> None:
     class Scaled(nn.Embedding):
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002

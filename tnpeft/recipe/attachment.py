@@ -72,22 +72,17 @@ def attach(
     them with several active adapters or at another scale than 1; in compiled graphs hybrid runs as dense, and factored
     too where sizes may vary. `auto` takes, for each layer and input size, the one of least predicted time; with
     `autotune` it runs all of them a few times when a layer first sees a size (forward passes without gradients apart),
-    and remembers which was the quickest, in saved files too. Second derivatives need `dense`. Opaque layers
-    (quantised, computed, with a `forward` of their own) are called as they are, with the update beside: a chain in
-    `auto` and `factored`, else one product with the delta weight.
+    and remembers which was the quickest, in saved files too. Second derivatives need `dense`. Opaque layers (quantised,
+    computed) are called as they are, with the update beside: a chain, or one product with the delta weight.
 
-    Layers whose cores, or their contraction, would take more than the device's memory are refused
-    (`tnpeft.memory_limit`).
-
+    Layers that would take more than the device's memory are refused (`tnpeft.memory_limit`).
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
-        fix = "Pass the model itself."
-        raise AttachError(Problem("model", "a torch.nn.Module", clip(model), fix))
+        raise AttachError(Problem("model", "a torch.nn.Module", clip(model), "Pass the model itself."))
     where = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
     recipe = recipe_of(what, match, params, **where)
-    if train is not None:
-        recipe = replace(recipe, train=train_from(train))
+    recipe = recipe if train is None else replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)
