@@ -73,7 +73,7 @@ def described(layer: nn.Module) -> str:
     if weight is not None and not is_plain_tensor(type(weight)):
         tensor = type(weight)
         return quantised(tensor) or f"{kind_name(kind)}, whose weight is a {tensor.__name__}"
-    if _is_computed(layer):
+    if is_computed(layer):
         return f"{kind_name(kind)}, whose weight is computed"
     return f"{kind_name(kind)}, with a `forward` of its own"
 
@@ -102,7 +102,7 @@ def dequantiser(layer: Any) -> Callable[[], object] | None:
     computed = getattr(layer, "weight", None)
     if callable(computed) and not isinstance(computed, Tensor):  # torch.ao's
         return lambda: computed().dequantize()
-    if _is_computed(layer) and torch_kind(type(layer)) is not None:
+    if is_computed(layer) and torch_kind(type(layer)) is not None:
         return lambda: _computed(layer)
     return None
 
@@ -133,7 +133,7 @@ def is_packed_for_inference(layer: Any) -> bool:
     return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) is True
 
 
-def _is_computed(layer: nn.Module) -> bool:
+def is_computed(layer: nn.Module) -> bool:
     """Whether a weight is made of other parameters whenever it is asked for, or before each call."""
     return parametrize.is_parametrized(layer, "weight") or any(True for _ in _hooks(layer))
 

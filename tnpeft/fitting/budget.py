@@ -173,7 +173,8 @@ class _Counts:
         layers: dict[int, _Place] = {}
         for name, entry in claimed.items():
             base: Any = bases[name]
-            wide, own = base.weight.dtype == torch.float64, entry.selection.params_at(name)
+            wide = getattr(getattr(base, "weight", None), "dtype", None) == torch.float64
+            own = entry.selection.params_at(name)
             layer = base.signature if isinstance(base, ParameterLayer) else layer_of(base)
             layers.setdefault(id(base), _Place(entry, layer, captured[name], wide, own))
         self.places = list(layers.values())

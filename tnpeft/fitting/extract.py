@@ -235,6 +235,7 @@ def _extracted(
 ) -> Extraction:
     adapters = adapters_of(handle.model, handle.name)
     refuse_shared(adapters, "extract")
+    _refuse_opaque(adapters)
     weights = {name: name if name in changes.base else f"{name}.weight" for name in adapters}
     rows: list[ExtractedLayer] = []
     for name, adapter in adapters.items():
@@ -249,6 +250,15 @@ def _extracted(
     unexplained, beside = changes.beside(weights.values(), copied)
     norm = math.hypot(beside, *(row.norm for row in rows))
     return Extraction(handle, tuple(rows), copied, unexplained, norm)
+
+
+def _refuse_opaque(adapters: Mapping[str, Adapter]) -> None:
+    """A checkpoint has no weight of an opaque layer that the update could be read off."""
+    hidden = [name for name, adapter in adapters.items() if adapter.network.layer.opaque]
+    if hidden:
+        fix = "Match other layers, or extract from the unquantised model."
+        problem = Problem("extracting", "a weight that can be read", "an opaque layer", fix, layers=tuple(hidden))
+        raise AttachError(problem)
 
 
 def refuse_shared(adapters: Mapping[str, Adapter], verb: str) -> None:

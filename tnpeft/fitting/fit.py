@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.dora import magnitudes
 from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.errors import BindError, Problem, clip
@@ -110,11 +111,10 @@ def fit(
     layer = layer.base if isinstance(layer, AdaptedLayer) else layer
     network = spec.bind(layer.signature if isinstance(layer, ParameterLayer) else layer, **params)
     delta = _checked(delta, network.layer.stored_shape)
-    if not isinstance(layer, nn.Module) or layer.weight.device.type == "meta":
+    if not isinstance(layer, nn.Module) or base_weight(layer, network).is_meta:
         layer = _stand_in(network, delta, layer)
     adapter = Adapter(network, layer, seed=seed, name=name)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = base_weight(layer, network)
     return fit_adapter(adapter, weight, delta, method=method, iterations=iterations)
 
 

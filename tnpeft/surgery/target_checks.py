@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.base_weight import is_computed
 from tnpeft.adapters.parked import LOOKUPS
 from tnpeft.errors import Problem, near_miss
 from tnpeft.execution import AdaptedLayer
 from tnpeft.network import layer_of
 from tnpeft.network.orientation import orientation_of
+from tnpeft.network.signature import is_opaque_layer
 from tnpeft.surgery.checks import layer_problem
 from tnpeft.surgery.parameters import parameter_problem, table_layer
 from tnpeft.surgery.tree import Slot, places, plain_modules
@@ -46,6 +48,8 @@ def target_problems(
         problem = layer_problem(name, layer)
         if problem is not None:
             yield problem
+        elif inner := _bypassed(name, layer, modules):
+            yield inner
         elif id(layer) in claimed:
             found = f"the layer that is also called '{claimed[id(layer)]}'"
             yield Problem("target", "a layer of its own", found, "Name it once: it is adapted at both.", layers=where)
@@ -55,6 +59,15 @@ def target_problems(
                 "adapter", f"one for {layer_of(layer)}", f"one for {adapter.network.layer}", fix, layers=where
             )
         claimed[id(layer)] = name
+
+
+def _bypassed(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> Problem | None:
+    """What is wrong where torch's attention reads the weight of an opaque layer, whose update is not in it."""
+    attention = modules.get(name.rpartition(".")[0])
+    if not isinstance(attention, nn.MultiheadAttention) or not is_opaque_layer(layer) or is_computed(layer):
+        return None
+    found, fix = "one that torch's MultiheadAttention reads and never calls", "Match other layers."
+    return Problem("opaque layer", "one that is called", found, fix, layers=(name,))
 
 
 def _table_problems(name: str, layer: Any, adapter: Adapter, claimed: dict[Hashable, str]) -> Iterator[Problem]:
