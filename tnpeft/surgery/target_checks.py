@@ -27,7 +27,6 @@ def target_problems(
 ) -> Iterator[Problem]:
     """Why some of the targets cannot be adapted."""
     modules = plain_modules(root)
-    adapted = [place.name for place in places(root) if isinstance(place.module, AdaptedLayer)]
     claimed: dict[Hashable, str] = {}
     for name, adapter in targets.items():
         where = (name,)
@@ -39,6 +38,7 @@ def target_problems(
             yield from _table_problems(name, layer, adapter, claimed)
             continue
         if layer is None:
+            adapted = [place.name for place in places(root) if isinstance(place.module, AdaptedLayer)]
             outer = next((outer for outer in adapted if name.startswith(outer + ".")), None)
             found = "no such layer" if outer is None else f"a part of the adapted layer '{outer}'"
             fix = near_miss(name, modules) or "Use a name from `model.named_modules()`."
