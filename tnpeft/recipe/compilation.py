@@ -1,0 +1,71 @@
+"""From the layers and parameters that a recipe claims to their adapters, still on no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
+from tnpeft.adapters.parked import ParameterLayer
+from tnpeft.errors import AttachError, BindError, Problem
+from tnpeft.network import Network
+from tnpeft.recipe.model import Entry
+from tnpeft.schedule import check_mode
+
+__all__ = ["compiled_layers"]
+
+
+def compiled_layers(
+    modules: Mapping[str, nn.Module | ParameterLayer],
+    claimed: Mapping[str, Entry],
+    captured: Mapping[str, Captured],
+    seed: int | None,
+    mode: str,
+    autotune: bool,
+) -> dict[str, Adapter]:
+    """One adapter per layer (once for a layer with two names); every layer's mistakes are collected."""
+    check_mode(mode)
+    networks: dict[str, Network] = {}
+    seen: set[int] = set()
+    problems: list[Problem] = []
+    for name, entry in claimed.items():
+        if id(modules[name]) in seen:
+            continue
+        seen.add(id(modules[name]))
+        try:
+            layer = modules[name]
+            bound = layer.signature if isinstance(layer, ParameterLayer) else layer
+            networks[name] = entry.spec.bind(bound, **entry.params_of(name))
+        except BindError as error:
+            problems += _of_layer(name, error)
+    problems += memory_problems(networks, modules, mode)
+    if problems:
+        raise AttachError(*problems)
+    sharing = Sharing()
+    adapters: dict[str, Adapter] = {}
+    for name, network in networks.items():
+        layer = modules[name]
+        # A parameter is read: nobody knows the input of its layer.
+        is_read = isinstance(layer, ParameterLayer) and not layer.is_whole
+        try:
+            adapters[name] = Adapter(
+                network,
+                layer,
+                seed=seed,
+                name=name,
+                mode="dense" if is_read else mode,
+                autotune=autotune,
+                sharing=sharing,
+                captured=captured[name],
+            )
+        except BindError as error:
+            problems += _of_layer(name, error)
+    if problems:
+        raise AttachError(*problems)
+    return adapters
+
+
+def _of_layer(name: str, error: BindError) -> list[Problem]:
+    return [replace(problem, layers=(name,)) for problem in error.problems]
