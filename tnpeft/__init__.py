@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tnpeft.draw import draw_network
     from tnpeft.execution import compile
     from tnpeft.fitting import Budget, Extraction, Fit, budget, extract, fit
-    from tnpeft.io import Inspection, inspect, load, load_foreign, save, save_foreign
+    from tnpeft.io import Inspection, hot_swap, inspect, load, load_foreign, save, save_foreign
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
     from tnpeft.surgery import (
         accumulating,
@@ -91,6 +91,7 @@ __all__ = [
     "draw_network",
     "extract",
     "fit",
+    "hot_swap",
     "inspect",
     "layer_of",
     "list_recipes",
@@ -119,7 +120,7 @@ _LAZY = {
         "execution": "compile",
         "surgery": "accumulating activate detach disabled merge names_of plain_state_dict scales_of unmerge",
         "recipe": "Handle Recipe Report attach list_recipes load_recipe",
-        "io": "Inspection inspect load load_foreign save save_foreign",
+        "io": "Inspection hot_swap inspect load load_foreign save save_foreign",
         "fitting": "Budget Extraction Fit budget extract fit",
         "draw": "draw_network",
     }.items()

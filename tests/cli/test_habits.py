@@ -13,6 +13,8 @@ from tnpeft.recipe.model import train_from
 from tnpeft.spec.habits import advice_on
 
 MATCH = "`match` says which layers: a regular expression on their names, a list of names, or `all`."
+BLOCKS = "`layers` says in which numbered blocks: `0-5, 8`, say."
+RANKS = "`ranks` has params by regular expressions on layers' names: `{'q_proj$': {'r': 8}}`, say."
 ALSO = "`train` says what trains beside the cores: its `also` takes regular expressions on parameters' names."
 
 
@@ -29,8 +31,11 @@ PARAMS = {
     "network_alpha": "Did you mean `alpha`?",
     "alhpa": "Did you mean `alpha`?",
     "target_modules": MATCH,
-    "layers_to_transform": MATCH,
-    "exclude_modules": "`match` says which layers: write a regular expression or a list of names that leaves them out.",
+    "layers_to_transform": BLOCKS,
+    "layers_pattern": BLOCKS,
+    "exclude_modules": "`exclude` says which layers to leave out: a regular expression on their names, or a list of "
+    "names.",
+    "layer_types": "`kinds` says which kinds of layers of the spec's are meant: `Linear`, say.",
     "modules_to_save": ALSO,
     "bias": "`train` says what trains beside the cores: its `bias` is `none`, `adapted` or `all`.",
     "lora_dropout": "Adapters here have no dropout: leave it out.",
@@ -41,7 +46,8 @@ PARAMS = {
     "use_rslora": "Take the spec `rslora`.",
     "use_dora": "Take a spec with a trained magnitude, such as `dora`.",
     "init_lora_weights": "A spec says how each core starts: copy it and change `init` there.",
-    "rank_pattern": "Write a recipe: each of its entries has layers and params of its own.",
+    "rank_pattern": RANKS,
+    "alpha_pattern": RANKS,
     "algo": "The spec is the method: take another one, such as `loha`.",
     "task_type": "tnpeft needs no such setting: leave it out.",
     "lr": "Give it to the optimiser.",
@@ -109,16 +115,23 @@ def test_settings_of_commands_by_other_names(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "rest", "lines"),
     [
-        ("r: 4", "", ["3:38: unknown key 'r' in `adapters`, entry 1: expected one of match, params, spec, found 'r'. "
+        ("r: 4", "", ["3:38: unknown key 'r' in `adapters`, entry 1: expected one of exclude, kinds, layers, "
+                      "match, params, ranks, spec, found 'r'. "
                       "Write `params: {r: 4}`."]),
-        ("rank: 4.5", "", ["3:38: unknown key 'rank' in `adapters`, entry 1: expected one of match, params, spec, "
-                           "found 'rank'. Write `params: {r: 4.5}`."]),
+        ("rank: 4.5", "", ["3:38: unknown key 'rank' in `adapters`, entry 1: expected one of exclude, kinds, "
+                           "layers, match, params, ranks, spec, found 'rank'. Write `params: {r: 4.5}`."]),
         ("target_modules: [a]", "", ["3:38: unknown key 'target_modules' in `adapters`, entry 1: expected one of "
-                                     "match, params, spec, found 'target_modules'. Did you mean `match`?"]),
-        ("lora_dropout: 0.1", "", ["3:38: unknown key 'lora_dropout' in `adapters`, entry 1: expected one of match, "
-                                   "params, spec, found 'lora_dropout'. Adapters here have no dropout: leave it out."]),
-        ("bias: all", "", ["3:38: unknown key 'bias' in `adapters`, entry 1: expected one of match, params, spec, "
-                           "found 'bias'. Write it in `train`, beside `adapters`."]),
+                                     "exclude, kinds, layers, match, params, ranks, spec, found 'target_modules'. "
+                                     "Did you mean `match`?"]),
+        ("lora_dropout: 0.1", "", ["3:38: unknown key 'lora_dropout' in `adapters`, entry 1: expected one of exclude, "
+                                   "kinds, layers, match, params, ranks, spec, found 'lora_dropout'. Adapters here "
+                                   "have no dropout: leave it out."]),
+        ("rank_pattern: {q: 4}", "", ["3:38: unknown key 'rank_pattern' in `adapters`, entry 1: expected one of "
+                                      "exclude, kinds, layers, match, params, ranks, spec, found 'rank_pattern'. "
+                                      "Did you mean `ranks`?"]),
+        ("bias: all", "", ["3:38: unknown key 'bias' in `adapters`, entry 1: expected one of exclude, kinds, "
+                           "layers, match, params, ranks, spec, found 'bias'. Write it in `train`, beside "
+                           "`adapters`."]),
         ("params: {rank: 4, n: 1}", "", [
             "3:46: params of spec 'lora': expected one of r, alpha, found `rank`. Did you mean `r`?",
             "3:46: params of spec 'lora': expected one of r, alpha, found `n`. Remove it."]),

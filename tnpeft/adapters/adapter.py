@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.distributed import refuse_distributed
 from tnpeft.adapters.dora import composed, magnitudes
 from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.adapters.offload import Resident, present
-from tnpeft.adapters.parked import own_weight
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.strides import memory_order, moved
 from tnpeft.errors import ExecutionError, Problem
@@ -82,8 +82,7 @@ class Adapter(Resident, nn.Module):
         self._name_keys()
         # Tensors made under inference mode could never be trained.
         with present(layer), torch.inference_mode(False):
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
+            weight = base_weight(layer, network)
             self._lay_out(weight.stride())
             self._register(weight, sharing or Sharing())
             self._empty = self._held()
@@ -246,6 +245,15 @@ class Adapter(Resident, nn.Module):
         self._written()
         self._initialised, self._empty = True, ()
 
+    def take(self, other: Adapter) -> None:
+        """Hold the values of another adapter of the same network, and its seed; tensors stay the same objects."""
+        with torch.no_grad():
+            for key in self.resident_keys():
+                self._tensor(key).copy_(other._tensor(key))
+        self.seed = other.seed
+        self._written()
+        self._initialised, self._empty = True, ()
+
     def _held(self) -> tuple[Tensor, ...]:
         """All tensors that are its own."""
         tables = (*self._parameters.values(), *self._buffers.values())
@@ -297,7 +305,7 @@ class Adapter(Resident, nn.Module):
         ]
 
     def _base(self, weight: Tensor | None) -> Tensor:
-        return own_weight(self._layer[0]) if weight is None else weight
+        return base_weight(self._layer[0], self.network) if weight is None else weight
 
     def _weight_as(self, core: BoundCore, base: Tensor) -> Tensor:
         """The base weight with the legs of a core."""

@@ -49,7 +49,7 @@ def _norm(channels: Tensor, inner: tuple[int, ...]) -> Tensor:
 
 def _channels(layer: Layer, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """A stored weight with its output channels on axes of their own, and the numbers of all other axes."""
-    if not layer.transposed:
+    if not layer.input_first:
         return weight, tuple(range(1, weight.ndim))
     # stored[g * a + i, o], a = in // groups: output channel g * b + o
     groups, kernel = layer.groups, layer.kernel_size

@@ -76,7 +76,7 @@ def canonical_weight(layer: Layer, weight: Tensor) -> Tensor:
 
     A grouped transposed convolution stores [g * a + i, o] where the canonical weight has [g * b + o, i].
     """
-    if not layer.transposed:
+    if not layer.input_first:
         return weight
     groups, kernel = layer.groups, layer.kernel_size
     split = weight.reshape(groups, layer.in_channels // groups, layer.out_channels // groups, *kernel)

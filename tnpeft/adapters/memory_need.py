@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tnpeft.adapters.base_weight import stand_in
 from tnpeft.adapters.offload import hook_of
 from tnpeft.errors import BindError, Problem
 from tnpeft.network import BoundCore, Network
@@ -79,7 +80,7 @@ def memory_problems(
     peaks: dict[Hashable, int] = {}
     refused = False  # one at least is too large by itself
     for name, network in networks.items():
-        device, width = _place(modules[name])
+        device, width = _place(modules[name], network)
         limit = _limit_of(device)
         if limit.most is None:
             continue
@@ -112,9 +113,9 @@ def _problem(what: str, limit: _Limit, cores: int, peak: int) -> Problem:
     return Problem(what, f"a need of at most {limit.most:,} bytes ({limit.whose})", found, _FIX)
 
 
-def _place(module: nn.Module) -> tuple[torch.device, int]:
+def _place(module: nn.Module, network: Network) -> tuple[torch.device, int]:
     """Where a layer's cores will be, and the bytes of each of their elements."""
-    weight = module.weight
+    weight = module.weight if not network.layer.opaque else stand_in(module, network.layer)
     assert isinstance(weight, torch.Tensor)
     device = weight.device
     if device.type == "meta" and (hook := hook_of(module)) is not None:  # accelerate has the values elsewhere

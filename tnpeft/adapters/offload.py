@@ -23,7 +23,6 @@ __all__ = [
     "Resident",
     "hook_of",
     "is_bare",
-    "is_own_forward",
     "mark",
     "move_hook",
     "present",
@@ -172,15 +171,6 @@ def _as_offloaded(module: Resident, modules: Iterator[Any]) -> Iterator[Any]:
             tensors = module.__dict__[table]
             tables[table] = {key: tensor for key, tensor in tensors.items() if key not in stays}
         yield name, SimpleNamespace(**tables)
-
-
-def is_own_forward(layer: nn.Module, method: str) -> bool:
-    """Whether an attribute of an instance is its class's own method, bare or within accelerate's hook."""
-    replaced = layer.__dict__[method]
-    if method == "forward" and _HOOK in layer.__dict__:
-        replaced = layer.__dict__.get(_FORWARD)
-    bound = getattr(replaced, "__self__", None), getattr(replaced, "__func__", None)
-    return bound[0] is layer and bound[1] is getattr(type(layer), method)
 
 
 def move_hook(source: nn.Module, target: nn.Module) -> None:

@@ -34,7 +34,7 @@ class Schema:
     `expected` gives, for each key, what should stand there and how to mend it; `parts` the same for
     the entries below a key (`cores` → its cores); `instead` a key that may be missing → what stands in for it.
     `advice` says, of an unknown key that is near to no known one, what to write: from the keys above it, the key
-    and its value.
+    and its value. Of a key that `is_word` knows from elsewhere it says so even where a known one is near.
     """
 
     what: str
@@ -44,6 +44,7 @@ class Schema:
     instead: Mapping[str, str] = field(default_factory=dict)
     versioned: str = "tnpeft"
     advice: Callable[[Path, str, object], str] = lambda path, key, value: ""
+    is_word: Callable[[str], bool] = lambda key: False
 
     def words_for(self, path: Path, key: str) -> tuple[str, str] | None:
         """What should stand under `key`; `terms.cores` is another thing than `cores`."""
@@ -103,8 +104,9 @@ def is_remnant(key: Node, value: Node) -> bool:
 def entries_problem(root: Node, expected: str) -> Problem | None:
     """What is said of the entries of a recipe that stand by themselves, one or a list; None for anything else."""
     entry = next((item for item in root.value if item.get("spec")), root) if root.kind == "list" else root
-    keys = [key for key, _ in entry.items() if key.value in ("spec", "match", "params")]
-    if entry.get("spec") is None or any(entry.get(key) for key in ("adapters", "layers", "cores", "weight", "start")):
+    known = ("spec", "match", "params", "exclude", "kinds", "layers", "ranks")
+    keys = [key for key, _ in entry.items() if key.value in known]
+    if entry.get("spec") is None or any(entry.get(key) for key in ("adapters", "cores", "weight", "start")):
         return None
     found = " and ".join(f"`{key.value}`" for key in keys)
     fix = (
@@ -147,7 +149,9 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
         problems.add(_name(parent, str(key)), what, "a quoted value", found, fix, core=core)
     elif kind == "extra_forbidden":
         known = sorted(keys_at(schema.model, path[:-1]))
-        fix = near_miss(str(key), known) or schema.advice(path[:-1], str(key), node.plain()) or "Remove it."
+        advice = schema.advice(path[:-1], str(key), node.plain())
+        near = "" if schema.is_word(str(key)) else near_miss(str(key), known)
+        fix = near or advice or near_miss(str(key), known) or "Remove it."
         what = f"unknown key {clip(str(key))} in {owner}"
         problems.add(_name(parent, str(key)), what, f"one of {', '.join(known)}", clip(str(key)), fix, core=core)
     elif len(path) == 2 and path[0] in schema.parts:

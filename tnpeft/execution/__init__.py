@@ -2,14 +2,17 @@
 
 from tnpeft.execution.build import compile
 from tnpeft.execution.forward_pass import Batching, ForwardPass, ModelResults
-from tnpeft.execution.layer_kinds import AdaptedConv, AdaptedConvTranspose, AdaptedLinear, wrap
+from tnpeft.execution.layer_kinds import AdaptedConv, AdaptedConv1D, AdaptedConvTranspose, AdaptedLinear, wrap
 from tnpeft.execution.layers import AdaptedLayer
+from tnpeft.execution.opaque import AdaptedOpaque
 
 __all__ = [
     "AdaptedConv",
+    "AdaptedConv1D",
     "AdaptedConvTranspose",
     "AdaptedLayer",
     "AdaptedLinear",
+    "AdaptedOpaque",
     "Batching",
     "ForwardPass",
     "ModelResults",

@@ -11,10 +11,13 @@ from torch.nn import functional
 from tnpeft.execution.dispatch import execute
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.layers import AdaptedLayer
+from tnpeft.execution.opaque import AdaptedOpaque
 from tnpeft.execution.scripting import convolution, margins, missing_padding
 from tnpeft.execution.torch_call import convolved
+from tnpeft.network.look_alikes import conv1d_of
+from tnpeft.network.signature import is_opaque_layer
 
-__all__ = ["AdaptedConv", "AdaptedConvTranspose", "AdaptedLinear", "wrap"]
+__all__ = ["AdaptedConv", "AdaptedConv1D", "AdaptedConvTranspose", "AdaptedLinear", "wrap"]
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -29,6 +32,21 @@ class AdaptedLinear(AdaptedLayer):
     @staticmethod
     def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         return functional.linear(x, weight, base.bias)
+
+
+class AdaptedConv1D(AdaptedLayer):
+    """An adapted `Conv1D` of transformers: a linear layer whose weight is stored as (in, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            rows = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)  # type: ignore[arg-type]
+            return rows.view(x.size()[:-1] + (self.weight.size(1),))  # noqa: RUF005 - TorchScript reads it
+        else:
+            return execute(self.site, x)
+
+    @staticmethod
+    def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        return torch.addmm(base.bias, x.view(-1, x.size(-1)), weight).view(*x.size()[:-1], weight.size(1))
 
 
 class AdaptedConv(AdaptedLayer):
@@ -94,8 +112,12 @@ class AdaptedConvTranspose(AdaptedLayer):
 def wrap(layer: nn.Module, results: ModelResults | None = None) -> AdaptedLayer:
     """The wrapper of a layer's call convention, without adapters yet; `results` are its model's."""
     kind: type[AdaptedLayer] = AdaptedConv
-    if isinstance(layer, nn.Linear):
+    if is_opaque_layer(layer):
+        kind = AdaptedOpaque
+    elif isinstance(layer, nn.Linear):
         kind = AdaptedLinear
+    elif conv1d_of(type(layer)) is not None:
+        kind = AdaptedConv1D
     elif isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         kind = AdaptedConvTranspose
     return kind(layer, results or ModelResults())

@@ -35,10 +35,10 @@ from tnpeft.execution.scripting import hidden_attributes, refuse_unmerged
 from tnpeft.execution.site import Site
 from tnpeft.program import needs_plain_ops
 
-__all__ = ["AdaptedLayer"]
+__all__ = ["HOOKS", "AdaptedLayer"]
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -99,7 +99,7 @@ class AdaptedLayer(Resident, nn.Module):
         self._modules.update(base._modules)
         base.__dict__["_tnpeft_wrapper"] = self
         # Shared, not copied: hooks of the base layer run, can be removed, and outlive the adapter.
-        self.__dict__.update({name: base.__dict__[name] for name in _HOOKS})
+        self.__dict__.update({name: base.__dict__[name] for name in HOOKS})
         self.register_load_state_dict_post_hook(_make_again)  # type: ignore[no-untyped-call]
         move_hook(base, self)
 
@@ -284,7 +284,7 @@ class AdaptedLayer(Resident, nn.Module):
         if name in ("weight", "bias") and "_base" in self.__dict__:
             if is_bare(self):
                 raise AttributeError(name)
-            return getattr(AdaptedLayer, name).fget(self)  # a mistake of its own, for which the table has an answer
+            return getattr(type(self), name).fget(self)  # a mistake of its own, for which the table has an answer
         if name == "site" and "_base" in self.__dict__:  # of a copy, whose adapters are complete only now
             self._settle()
             return self.__dict__["site"]

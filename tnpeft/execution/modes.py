@@ -30,7 +30,7 @@ from tnpeft.program import (
     needs_plain_ops,
 )
 
-__all__ = ["dense", "plain_factored", "run", "summed_weight"]
+__all__ = ["clusters_of", "dense", "plain_factored", "require_memory", "run", "sum_deltas", "summed_weight"]
 
 
 def run(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
@@ -57,7 +57,7 @@ def _dense(site: Site, _acting: Acting, _running: Running, x: Tensor, *rest: Any
 def _factored(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
     """base(x) + chain(x); the clusters come from the pass, contracted with other layers', where there is one."""
     assert running.chain is not None
-    return _with_update(site, acting, running.chain, _clusters(site, acting, running), x, *rest)
+    return _with_update(site, acting, running.chain, clusters_of(site, acting, running), x, *rest)
 
 
 def plain_factored(
@@ -72,7 +72,7 @@ def plain_factored(
 def _with_update(
     site: Site, acting: Acting, chain: ChainProgram, clusters: LayerClusters, x: Tensor, *rest: Any
 ) -> Tensor:
-    _require_memory(acting.adapter, clusters, x)
+    require_memory(acting.adapter, clusters, x)
     x = as_autocast_has_it(x)
     output = site.call_base(site.base, x, site.base.weight.detach(), *rest)
     return factored_update(output, chain_input(site.base, x), chain, clusters)
@@ -80,8 +80,8 @@ def _with_update(
 
 def _hybrid(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
     """The output with W + ΔW, to which the chain's gradients hang."""
-    clusters = _clusters(site, acting, running)
-    _require_memory(acting.adapter, clusters, x)
+    clusters = clusters_of(site, acting, running)
+    require_memory(acting.adapter, clusters, x)
     x = as_autocast_has_it(x)
     merge, weight = running.merge, site.base.weight
     assert merge is not None
@@ -101,7 +101,7 @@ def _hybrid(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any)
 _MODES: Mapping[str, Callable[..., Tensor]] = {"dense": _dense, "factored": _factored, "hybrid": _hybrid}
 
 
-def _clusters(site: Site, acting: Acting, running: Running) -> LayerClusters:
+def clusters_of(site: Site, acting: Acting, running: Running) -> LayerClusters:
     """The clusters of the adapter's cores as they are now."""
     program, adapter, current = running.clusters, acting.adapter, site.results.current
     assert program is not None
@@ -117,7 +117,7 @@ def _clusters(site: Site, acting: Acting, running: Running) -> LayerClusters:
     return program.split(site.results.cache.get((program, adapter), (adapter,), (), cores, contracted))
 
 
-def _require_memory(adapter: Adapter, clusters: LayerClusters, x: Tensor) -> None:
+def require_memory(adapter: Adapter, clusters: LayerClusters, x: Tensor) -> None:
     """Raises ExecutionError where the clusters are on meta and the input is not."""
     if clusters.values[0].is_meta and not x.is_meta:
         raise without_values(adapter.layer_name, True)
@@ -141,21 +141,24 @@ def summed_weight(site: Site, weight: Tensor, plain: bool) -> Tensor:
     origin = constant if base_weight is weight else base_weight.detach()
     inputs = [acting.adapter.delta_inputs(origin) for acting in site.acting]
     if plain or not site.results.cache.opened:
-        return _sum(site, constant, origin, inputs, plain)
+        return add_weight(sum_deltas(site.acting, origin, inputs, plain), constant, plain)
 
     def summed(tensors: Sequence[Tensor]) -> tuple[Tensor]:
         remaining = iter(tensors)
-        return (_sum(site, constant, origin, [[next(remaining) for _ in each] for each in inputs], False),)
+        taken = [[next(remaining) for _ in each] for each in inputs]
+        return (add_weight(sum_deltas(site.acting, origin, taken, False), constant, False),)
 
     adapters = [acting.adapter for acting in site.acting]
     flat = [tensor for each in inputs for tensor in each]
     return site.results.cache.get(("dense", *site.acting), adapters, (weight, base_weight), flat, summed)[0]
 
 
-def _sum(site: Site, weight: Tensor, origin: Tensor, inputs: Sequence[Sequence[Tensor]], plain: bool) -> Tensor:
-    """W + Σ s ΔW, from the `delta_inputs` of each adapter; updates are made on the weight `origin`."""
+def sum_deltas(
+    acting_here: Sequence[Acting], origin: Tensor, inputs: Sequence[Sequence[Tensor]], plain: bool
+) -> Tensor:
+    """Σ s ΔW, from the `delta_inputs` of each adapter; updates are made on the weight `origin`."""
     total: Tensor | None = None
-    for acting, tensors in zip(site.acting, inputs, strict=True):
+    for acting, tensors in zip(acting_here, inputs, strict=True):
         adapter = acting.adapter
         program, start = _program_and_start(acting, origin)
         cores = tensors[: len(adapter.network.cores)]
@@ -169,7 +172,7 @@ def _sum(site: Site, weight: Tensor, origin: Tensor, inputs: Sequence[Sequence[T
         else:
             total = total.add(delta, alpha=acting.scale)
     assert total is not None
-    return add_weight(total, weight, plain)
+    return total
 
 
 def _program_and_start(acting: Acting, weight: Tensor) -> tuple[Program, Starts | None]:

@@ -89,6 +89,10 @@ def budget(
     /,
     *,
     match: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    kinds: str | Sequence[str] | None = None,
+    layers: Any = None,
+    ranks: Mapping[str, Mapping[str, float]] | None = None,
     param: str = "r",
     fixed: Iterable[str] = (),
     train: Train | Mapping[str, Any] | None = None,
@@ -97,8 +101,9 @@ def budget(
 ) -> Budget:
     """The largest value of a spec's param (its rank `r`) with which at most `params` parameters train.
 
-    `what`, `match`, `train`, `scopes` and `settings` are those of `attach`. All specs of a recipe get the same value,
-    but for the ones named in `fixed`, which keep the recipe's. Biases, norms and whatever else the recipe trains count
+    `what`, `match`, `exclude`, `kinds`, `layers`, `ranks`, `train`, `scopes` and `settings` are those of `attach`. All
+    specs of a recipe get the same value, but for the ones named in `fixed`, which keep the recipe's, and for layers to
+    which `ranks` gives one. Biases, norms and whatever else the recipe trains count
     too; a core that layers share counts once.
     Only sizes are worked out: the model may be on the meta device.
 
@@ -111,7 +116,7 @@ def budget(
         raise AttachError(*problems)
     if param in settings:
         raise AttachError(Problem("budget", f"`{param}` to be solved for", "a value for it", f"Leave `{param}=` out."))
-    recipe = recipe_of(what, match, settings)
+    recipe = recipe_of(what, match, settings, exclude=exclude, kinds=kinds, layers=layers, ranks=ranks)
     recipe = recipe if train is None else replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
     fixed = tuple(fixed)
@@ -142,6 +147,7 @@ class _Place(NamedTuple):
     layer: Layer
     captured: Captured
     wide: bool
+    own: Mapping[str, Any]  # params that the recipe gives to this layer
 
 
 class _Counts:
@@ -162,11 +168,11 @@ class _Counts:
         layers: dict[int, _Place] = {}
         for name, entry in claimed.items():
             module = modules[name]
-            wide = module.weight.dtype == torch.float64
-            layers.setdefault(id(module), _Place(entry, layer_of(module), captured[name], wide))
+            wide, own = module.weight.dtype == torch.float64, entry.selection.params_at(name)
+            layers.setdefault(id(module), _Place(entry, layer_of(module), captured[name], wide, own))
         self.places = list(layers.values())
         self.known: dict[int, int | BindError] = {}
-        self.bound: dict[tuple[int, Layer, int | None], Network] = {}
+        self.bound: dict[tuple[Any, ...], Network] = {}
 
     def answer(self, params: int) -> Budget:
         smallest = self._smallest()
@@ -224,7 +230,7 @@ class _Counts:
         total = 0
         shared: dict[tuple[Any, ...], int] = {}
         for place in self.places:
-            network = self._network(place.entry, place.layer, value)
+            network = self._network(place, value)
             total += network.num_parameters
             for core in network.cores:
                 if core.shared is not None and not core.frozen:
@@ -233,12 +239,13 @@ class _Counts:
                     shared[network.spec, core.name, label, core.shape, place.wide] = core.numel
         return total + sum(shared.values())
 
-    def _network(self, entry: Entry, layer: Layer, value: int) -> Network:
-        varies = self.param in entry.spec.params and entry.spec.name not in self.fixed
-        key = (id(entry), layer, value if varies else None)
+    def _network(self, place: _Place, value: int) -> Network:
+        entry, own = place.entry, place.own
+        varies = self.param in entry.spec.params and entry.spec.name not in self.fixed and self.param not in own
+        key = (id(entry), place.layer, value if varies else None, *own.items())
         if key not in self.bound:
-            params = {**entry.params, self.param: value} if varies else entry.params
-            self.bound[key] = entry.spec.bind(layer, **params)
+            given = {**entry.params, **own} | ({self.param: value} if varies else {})
+            self.bound[key] = entry.spec.bind(place.layer, **given)
         return self.bound[key]
 
     def _budget(self, best: int, params: int) -> Budget:

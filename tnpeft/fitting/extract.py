@@ -120,6 +120,10 @@ def extract(
     /,
     *,
     match: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    kinds: str | Sequence[str] | None = None,
+    layers: Any = None,
+    ranks: Mapping[str, Mapping[str, float]] | None = None,
     name: str = "default",
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
@@ -145,8 +149,9 @@ def extract(
         fix = "Pass the state dict of the full fine-tune."
         raise AttachError(Problem("tuned checkpoint", "tensors by name", clip(tuned), fix))
     changes = _Changes(_plain(model), tuned)
+    where: dict[str, Any] = {"match": match, "exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks}
     how: dict[str, Any] = {"seed": seed, "mode": mode, "autotune": autotune, **params}
-    handle = attach(model, what, match=match, name=name, train=train, scopes=scopes, **how)
+    handle = attach(model, what, **where, name=name, train=train, scopes=scopes, **how)
     try:
         return _extracted(handle, changes, method, iterations, progress)
     except BaseException:

@@ -2,7 +2,7 @@
 
 from tnpeft.io.foreign import load_foreign, save_foreign
 from tnpeft.io.inspecting import InspectedLayer, Inspection, inspect
-from tnpeft.io.loading import load
+from tnpeft.io.loading import hot_swap, load
 from tnpeft.io.saving import save
 
-__all__ = ["InspectedLayer", "Inspection", "inspect", "load", "load_foreign", "save", "save_foreign"]
+__all__ = ["InspectedLayer", "Inspection", "hot_swap", "inspect", "load", "load_foreign", "save", "save_foreign"]

@@ -55,7 +55,7 @@ def tensor_problems(model: nn.Module, root: nn.Module, name: str, adapters: Mapp
         tensors, where = stored(adapter), f"layer '{layer}'"
         for key, shape in core_shapes(adapter).items():
             yield from _problems(f"tensor '{key}'", where, tensors.get(key), shape, True)
-        weight = values.get(f"{layer}.weight")
+        weight = None if adapter.network.layer.opaque else values.get(f"{layer}.weight")
         yield from _shape_problems("base weight", where, weight, adapter.network.layer.stored_shape)
     for copies in (trained_of(root, name), statistics_of(root, name)):
         for key, tensor in copies.items():

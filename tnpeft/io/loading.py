@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,22 @@ from tnpeft.recipe import Handle
 from tnpeft.surgery import (
     activate,
     base_tensors,
+    find,
     install,
     model_problems,
+    names_of,
     norm_statistics,
     parameter_groups,
     plain_modules,
+    record_of,
+    refill,
     scale_problem,
+    scales_of,
     statistics_of,
     trained_of,
 )
 
-__all__ = ["load", "other_base", "put_on", "without_values"]
+__all__ = ["hot_swap", "load", "other_base", "put_on", "without_values"]
 
 _SHOWN = 3  # differences named in an error
 
@@ -45,14 +51,49 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 
     The adapter gets the name it was saved under, or `name`, and is the only active one, at the
     scale it had; the model then computes what the saved one did, to the bit. Layers keep their execution
-    mode, and the choices that `autotune` made for them.
+    mode, and the choices that `autotune` made for them. Onto a name that is attached already, with the same specs,
+    params and layers, the values alone are loaded, in place: optimisers and compiled graphs stay as they are.
 
     Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made
-    for a base of other shapes, and AttachError where surgery refuses (the name is attached already, the
-    model is merged). The model is then as it was. Warns (TnpeftWarning) of a base of the same shapes that has other
+    for a base of other shapes, and AttachError where surgery refuses (the name is that of an adapter of another kind,
+    the model is merged). The model is then as it was. Warns (TnpeftWarning) of a base of the same shapes that has other
     values in the layers that are adapted or trained, and of NaN and infinity in the file.
     """
     path = file_path(path)
+    manifest, content = _content(model, path)
+    name = manifest.name if name is None else name
+    put_on(model, path, name, *content, manifest.about, manifest.scale)
+    return Handle(model, name)
+
+
+def hot_swap(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Handle:
+    """Give an attached adapter the values of a file that `save` wrote, in place; nothing is compiled or planned anew.
+
+    `name` says which, and may be left out where one adapter is attached; what the file calls its own does not matter.
+    Specs, params (ranks) and layers must be the same. What acts stays, but for the scale of an adapter that acts:
+    that is the file's, and a compiled graph is made anew where it differs.
+
+    Raises AdapterFileError and AttachError as `load` does; the model is then as it was.
+    """
+    path = file_path(path)
+    known = names_of(model)
+    if name is None and len(known) > 1:
+        listed_names = ", ".join(f"'{each}'" for each in known)
+        raise AttachError(Problem("adapter name", f"one of {listed_names}", "none", "Pass `name=`."))
+    name = known[0] if name is None else record_of(model, name).name
+    manifest, content = _content(model, path)
+    with _of_file_too(path):
+        refill(model, name, *content, manifest.about)
+    scales = scales_of(model)
+    if scales.get(name, manifest.scale) != manifest.scale:
+        activate(model, {**scales, name: manifest.scale})
+    return Handle(model, name)
+
+
+def _content(
+    model: nn.Module, path: Path
+) -> tuple[Manifest, tuple[dict[str, Adapter], dict[str, Tensor], dict[str, Tensor]]]:
+    """What a file says, its adapters compiled for the model, and what trained beside them, statistics by themselves."""
     manifest, tensors = read(path)
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)
@@ -65,20 +106,16 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     adapters = _adapters(path, manifest, tensors, plain_modules(model))
     _check_names(path, manifest, model)
     here = base_tensors(model)
-    values = {
-        kind: _take(path, tensors, {names[0]: here[names[0]] for names in groups}, f"{kind}.")
+    trained, statistics = (
+        _take(path, tensors, {names[0]: here[names[0]] for names in groups}, f"{kind}.")
         for kind, groups in (("trained", manifest.trained), ("statistics", manifest.statistics))
-    }
+    )
     if tensors:
         raise refuse(path, "tensors", "those of the adapter alone", f"also '{min(tensors)}'", FOREIGN)
-    name = manifest.name if name is None else name
     # Not refused, and probably a mistake: another base of the same shapes, numbers that are none.
     if doubts := [replace(problem, where=shown(path)) for problem in (other_base(manifest, model), numbers) if problem]:
-        warnings.warn(TnpeftWarning(*doubts), stacklevel=2)
-    put_on(model, path, name, adapters, values["trained"], values["statistics"], manifest.about)
-    if manifest.scale != 1.0:
-        activate(model, {name: manifest.scale})
-    return Handle(model, name)
+        warnings.warn(TnpeftWarning(*doubts), stacklevel=3)
+    return manifest, (adapters, trained, statistics)
 
 
 def put_on(
@@ -89,16 +126,32 @@ def put_on(
     trained: Mapping[str, Tensor],
     statistics: Mapping[str, Tensor],
     about: Mapping[str, Any],
+    scale: float = 1.0,
 ) -> None:
-    """Attach a file's adapters, with the values of parameters and running statistics that trained beside them."""
+    """Attach a file's adapters, with the values of parameters and running statistics that trained beside them.
+
+    An adapter of that name takes the values in place. It alone acts then, at `scale`.
+    """
+    with _of_file_too(path):
+        if find(model) is not None and name in names_of(model):
+            refill(model, name, adapters, trained, statistics, about)
+        else:
+            install(model, name, adapters, trained, about)
+            with torch.no_grad():
+                for copies, values in ((trained_of(model, name), trained), (statistics_of(model, name), statistics)):
+                    for key, value in values.items():
+                        copies[key].copy_(value)
+    if scales_of(model) != {name: scale}:
+        activate(model, {name: scale})
+
+
+@contextmanager
+def _of_file_too(path: Path) -> Iterator[None]:
+    """What surgery refuses inside, it refuses of a file."""
     try:
-        install(model, name, adapters, trained, about)
+        yield
     except AttachError as error:
         raise AttachError(*in_file(path, error.problems)) from error
-    with torch.no_grad():
-        for copies, values in ((trained_of(model, name), trained), (statistics_of(model, name), statistics)):
-            for key, value in values.items():
-                copies[key].copy_(value)
 
 
 def without_values(path: Path, layer: str) -> AdapterFileError:

@@ -6,53 +6,20 @@ import math
 import numbers
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tnpeft.errors import BindError, Problem, clip, near_miss
 from tnpeft.network.formula import parameter_formula
 from tnpeft.network.layer import Layer
-from tnpeft.network.look_alikes import kind_name, opaque
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
+from tnpeft.network.signature import layer_of
 from tnpeft.spec.declaration import Declaration
 from tnpeft.spec.expression import MAX_ABSOLUTE
 from tnpeft.spec.habits import unknown_params
 from tnpeft.spec.pattern import KINDS, LAYER_NAMES
 from tnpeft.spec.resolve import Resolved, layer_names, resolve
 
-if TYPE_CHECKING:
-    from torch import nn
-
-__all__ = ["bind", "layer_of", "param_problems"]
-
-
-def layer_of(module: nn.Module) -> Layer:
-    """The signature of a `torch.nn` layer.
-
-    Subclasses that keep the class's `forward` count as their class. Raises BindError for every
-    other module, and for a lazy one that has not seen an input.
-    """
-    import torch  # only those who have a module pay for the import
-
-    for kind in KINDS:
-        layer_class = getattr(torch.nn, kind)
-        if isinstance(module, layer_class):
-            break
-    else:
-        fix = "Adapt the layers inside it, or train it as a whole with `also`."
-        module_class: type = type(module)
-        found, fix = opaque(module_class) or (kind_name(module_class), fix)
-        raise BindError(Problem("unsupported layer", f"one of {', '.join(KINDS)}", found, fix))
-    for method in ("forward", "_conv_forward"):
-        if getattr(type(module), method, None) is not getattr(layer_class, method, None):
-            found = f"{type(module).__name__}, which overrides `{method}`"
-            raise BindError(Problem("unsupported layer", f"a plain {kind}", found, f"Use {kind} itself."))
-    if isinstance(module.weight, torch.nn.parameter.UninitializedParameter):
-        fix = "Run the model once on a sample first."
-        raise BindError(Problem("lazy layer", "a weight of known shape", "none yet", fix))
-    if kind == "Linear":
-        return Layer(kind, module.in_features, module.out_features)
-    kernel = tuple(int(size) for size in module.kernel_size)
-    return Layer(kind, module.in_channels, module.out_channels, kernel, module.groups)
+__all__ = ["bind", "param_problems"]
 
 
 def bind(spec: Declaration, layer: Any, params: Mapping[str, Any]) -> Network:

@@ -14,6 +14,8 @@ class Layer:
 
     `in_channels` and `out_channels` are the layer's own numbers (`in_features` and
     `out_features` for a Linear); `kernel_size` has one number per kernel axis, none for Linear.
+    A `turned` Linear stores its weight as (in, out), as transformers' Conv1D does. The weight of an `opaque` layer is
+    neither read nor replaced: adapters add to what the layer computes.
     """
 
     kind: str
@@ -21,10 +23,17 @@ class Layer:
     out_channels: int
     kernel_size: tuple[int, ...] = ()
     groups: int = 1
+    turned: bool = False
+    opaque: bool = False
 
     @property
     def transposed(self) -> bool:
         return self.kind.startswith("ConvTranspose")
+
+    @property
+    def input_first(self) -> bool:
+        """Whether the stored weight has its input side first."""
+        return self.turned or self.transposed
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -33,8 +42,8 @@ class Layer:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of torch's `layer.weight`: transposed convolutions store the input side first."""
-        if not self.transposed:
+        """The shape of `layer.weight`: transposed convolutions and turned layers store the input side first."""
+        if not self.input_first:
             return self.weight_shape
         return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
 
@@ -48,4 +57,5 @@ class Layer:
             numbers.append("x".join(map(str, self.kernel_size)))
         if self.groups > 1:
             numbers.append(f"groups={self.groups}")
+        numbers += ["turned"] * self.turned + ["opaque"] * self.opaque
         return f"{self.kind}({', '.join(numbers)})"

@@ -1,13 +1,19 @@
-"""Classes of other libraries that look like torch's layers and weights and are something else, by their names alone."""
+"""Classes of other libraries that look like torch's layers and weights and are something else, by their names alone.
+
+Some cannot be adapted, whatever they are made of: other libraries' adapters, weights in several places. Others are
+quantised; they are adapted as they are, if they say their sizes.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
+from typing import TypeVar
 
 from tnpeft.spec.pattern import KINDS
 
-__all__ = ["full_names", "kind_name", "look_alike", "opaque"]
+__all__ = ["by_class", "conv1d_of", "full_names", "kind_name", "look_alike", "opaque", "quantised"]
 
 _UNQUANTISED = "Attach to the unquantised model."
 _WRAP = "Attach to the plain model first, then wrap it."
@@ -55,7 +61,23 @@ _OTHERS = {
     "torch.distributed.tensor.": ("which lies on several devices", _WRAP),
     "torch.distributed._tensor.": ("which lies on several devices", _WRAP),
 }
+# Those of torch.ao that no update can be added to, by the start of the full name of the class itself.
+_INTEGERS = "quantised by torch.ao, its input and output too"
+_TORCH_AO = {
+    "torch.ao.nn.quantized.modules.": _INTEGERS,
+    "torch.ao.nn.quantized.reference.": _INTEGERS,
+    "torch.ao.nn.intrinsic.qat.": "fused by torch.ao with what follows it",
+    "torch.ao.nn.intrinsic.quantized.": "fused by torch.ao with what follows it",
+}
 _CONV1D = re.compile(r"transformers\.(pytorch_utils|modeling_utils)\.Conv1D")
+
+
+_Result = TypeVar("_Result")
+
+
+def by_class(function: Callable[[type], _Result]) -> Callable[[type], _Result]:
+    """What a function says of a class, asked once for each."""
+    return lru_cache(maxsize=256)(function)
 
 
 def full_names(kind: type) -> list[str]:
@@ -63,37 +85,47 @@ def full_names(kind: type) -> list[str]:
     return [f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__]
 
 
-@lru_cache(maxsize=256)
+@by_class
 def look_alike(kind: type) -> tuple[str, str] | None:
-    """What a class of layers or tensors is in truth, and the way out; None where nothing is known against it."""
+    """What a class of layers or tensors is in truth that cannot be adapted, and the way out; None for any other."""
     name = kind.__name__
     for full in full_names(kind):
-        if _CONV1D.fullmatch(full):
-            fix = (
-                "Put an `nn.Linear` with its bias and `nn.Parameter(weight.T.contiguous())` in its place, then attach; "
-                "save such a model with `tnpeft.save`, or turn the weights back first: "
-                "what `save_pretrained` writes of it loads as another model, or not at all."
-            )
-            return "transformers' Conv1D, a linear layer with a transposed weight", fix
+        for start, (what, fix) in _OTHERS.items():
+            if full.startswith(start):
+                return f"{name}, {what}", fix
+    for start, what in _TORCH_AO.items():
+        if full_names(kind)[0].startswith(start):
+            return f"{name}, {what}", _UNQUANTISED
+    return None
+
+
+@by_class
+def quantised(kind: type) -> str | None:
+    """What a class of layers or tensors is that is quantised, by its library or by its own name; None for any other."""
+    name = kind.__name__
+    for full in full_names(kind):
         library = next((library for start, library in _QUANTISED.items() if full.startswith(start)), None)
         if library is None and (match := _TRANSFORMERS.match(full)):
             library = f"transformers ({match[1]})"
         if library is not None and not _is_float(full):
-            return f"{name}, quantised by {library}", _UNQUANTISED
-        for start, (what, fix) in _OTHERS.items():
-            if full.startswith(start):
-                return f"{name}, {what}", fix
+            return f"{name}, quantised by {library}"
+    if re.search("quant(?!a)", name, re.IGNORECASE) and re.search("(linear|conv.?d)$", name, re.IGNORECASE):
+        return f"{kind_name(kind)}, a quantised layer"
     return None
 
 
-@lru_cache(maxsize=256)
 def opaque(kind: type) -> tuple[str, str] | None:
-    """As `look_alike`, of a class that is none of torch's layers: one that by its name is quantised counts too."""
-    if known := look_alike(kind):
-        return known
-    name = kind.__name__
-    if re.search("quant(?!a)", name, re.IGNORECASE) and re.search("(linear|conv.?d)$", name, re.IGNORECASE):
-        return f"{kind_name(kind)}, a quantised layer", _UNQUANTISED
+    """What a class of layers is that another library has made, by its name, and the way out where it says no sizes."""
+    known = quantised(kind)
+    return look_alike(kind) or (None if known is None else (f"{known}, which does not say its sizes", _UNQUANTISED))
+
+
+@by_class
+def conv1d_of(kind: type) -> type | None:
+    """transformers' Conv1D, a linear layer with a transposed weight, where a class is derived from it."""
+    for each, full in zip(kind.__mro__, full_names(kind), strict=True):
+        if _CONV1D.fullmatch(full):
+            return each
     return None
 
 

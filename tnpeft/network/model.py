@@ -146,7 +146,9 @@ class Network:
     def signature(self) -> Hashable:
         """All that a plan depends on; equal signatures share one plan and one program."""
         terms = tuple(self._signature_of(term) for term in self.terms)
-        return (terms, self.layer.weight_shape, self.layer.transposed, self.layer.groups, self.scale, self.start)
+        layer = self.layer
+        stored = layer.weight_shape, layer.transposed, layer.groups, layer.turned, layer.opaque
+        return (terms, *stored, self.scale, self.start)
 
     def _signature_of(self, term: BoundTerm) -> Hashable:
         cores = tuple(

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.documents.nodes import read_bytes
-from tnpeft.network.bind import bind, layer_of
+from tnpeft.network.bind import bind
 from tnpeft.network.layer import Layer
 from tnpeft.network.model import Network
+from tnpeft.network.signature import layer_of
 from tnpeft.spec.declaration import Declaration
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits

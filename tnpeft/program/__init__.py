@@ -12,6 +12,7 @@ from tnpeft.program.factored import (
     FactoredUpdate,
     build_chain,
     build_cluster_merge,
+    chain_dtype,
     factored_update,
 )
 from tnpeft.program.kernels import is_lasting, versions
@@ -36,6 +37,7 @@ __all__ = [
     "build_cluster_merge",
     "build_clusters",
     "build_program",
+    "chain_dtype",
     "convolve",
     "counting",
     "factored_update",

@@ -31,6 +31,7 @@ __all__ = [
     "FactoredUpdate",
     "build_chain",
     "build_cluster_merge",
+    "chain_dtype",
     "factored_update",
 ]
 
@@ -161,7 +162,7 @@ def _padded(tensor: Tensor, channels: tuple[int, int]) -> Tensor:
     return torch.constant_pad_nd(tensor, (0, 0) * (tensor.dim() - 2) + (0, wide - narrow)).contiguous()
 
 
-def _chain_dtype(x: Tensor) -> torch.dtype:
+def chain_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which the input meets the clusters: autocast's or the input's.
 
     Never fp16: values would overflow whose difference is still zero.
@@ -179,7 +180,7 @@ def factored_update(out: Tensor, x: Tensor, program: ChainProgram, clusters: Lay
     if not needs_plain_ops(x, out, *values):
         updated: Tensor = FactoredUpdate.apply(out, x, program, dual, *values)  # type: ignore[no-untyped-call]
         return updated
-    dtype = _chain_dtype(x)
+    dtype = chain_dtype(x)
     with without_autocast(out):
         flat, total = _flat(x, program.space).to(dtype), _flat(out, program.output_space)
         for update in program.updates(flat, _cast(dual or values, dtype), bool(dual)):
@@ -195,7 +196,7 @@ class FactoredUpdate(torch.autograd.Function):
         ctx: Any, out: Tensor, x: Tensor, program: ChainProgram, dual: tuple[Tensor, ...], *values: Tensor
     ) -> Tensor:
         """`out` is the base layer's, a tensor that no backward pass reads; it is written to."""
-        ctx.dtype = _chain_dtype(x)
+        ctx.dtype = chain_dtype(x)
         out = out.detach()
         with without_autocast(out):
             flat = _flat(x, program.space).to(ctx.dtype)
@@ -218,7 +219,7 @@ class ClusterGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor, program: ChainProgram, *values: Tensor) -> Tensor:
         ctx.save_for_backward(x, *values)
-        ctx.program, ctx.dtype = program, _chain_dtype(x)
+        ctx.program, ctx.dtype = program, chain_dtype(x)
         return out.detach()
 
     @staticmethod

@@ -39,14 +39,14 @@ class WeightLayout:
     @classmethod
     def of(cls, network: Network, memory_order: tuple[int, ...]) -> WeightLayout:
         layer = network.layer
-        direct = network.padded_shape == layer.weight_shape and (not layer.transposed or layer.groups == 1)
+        direct = network.padded_shape == layer.weight_shape and (not layer.input_first or layer.groups == 1)
         axes = list(network.weight)
         if direct:
-            if layer.transposed:
+            if layer.input_first:
                 axes[0], axes[1] = axes[1], axes[0]
             axes = [axes[axis] for axis in memory_order]
         legs = "".join(network.symbols[leg] for axis in axes for leg in axis)
-        groups, stored = layer.groups if layer.transposed else 0, layer.stored_shape
+        groups, stored = layer.groups if layer.input_first else 0, layer.stored_shape
         shape = tuple(stored[axis] for axis in memory_order)
         back = tuple(memory_order.index(axis) for axis in range(len(memory_order)))
         return cls(legs, direct, network.padded_shape, layer.weight_shape, stored, groups, memory_order, shape, back)

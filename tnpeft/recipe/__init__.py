@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tnpeft.recipe.model import Entry, Recipe, Train, list_recipes, load_recipe
 
 if TYPE_CHECKING:
-    from tnpeft.recipe.attachment import Handle, attach
+    from tnpeft.recipe.attachment import attach
+    from tnpeft.recipe.handle import Handle
     from tnpeft.recipe.report import LayerReport, Report, report_of
 
 __all__ = [
@@ -24,9 +25,7 @@ __all__ = [
     "report_of",
 ]
 
-_LAZY = dict.fromkeys(("Handle", "attach"), "attachment") | dict.fromkeys(
-    ("LayerReport", "Report", "report_of"), "report"
-)
+_LAZY = {"Handle": "handle", "attach": "attachment"} | dict.fromkeys(("LayerReport", "Report", "report_of"), "report")
 
 
 def __getattr__(name: str) -> Any:

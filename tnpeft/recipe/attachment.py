@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
 from tnpeft.documents.nodes import read_file
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, clip
 from tnpeft.network import Network, Spec, load_spec, param_problems
-from tnpeft.recipe.model import Entry, Recipe, Train, compiled, load_recipe, train_from
-from tnpeft.recipe.report import Report, report_of
+from tnpeft.recipe.handle import Handle
+from tnpeft.recipe.model import Entry, Recipe, Train, load_recipe, train_from
 from tnpeft.recipe.scopes import captures, scopes_from
-from tnpeft.recipe.targets import passed_over, skipped, targets, trained
+from tnpeft.recipe.selection import compiled, selection_of
+from tnpeft.recipe.targets import Trained, passed_over, skipped, targets, trained
 from tnpeft.schedule import DEFAULT_MODE, check_mode
 from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import ATTACH, unknown_params
 from tnpeft.spec.library import shipped_folder
-from tnpeft.surgery import adapters_of, base_shown, install, plain_modules, record_of, trained_of
+from tnpeft.surgery import base_shown, install, plain_modules
 from tnpeft.surgery.checks import model_problems
 
 __all__ = ["Handle", "attach", "recipe_of"]
@@ -29,43 +30,15 @@ __all__ = ["Handle", "attach", "recipe_of"]
 Match = str | Sequence[str]
 
 
-class Handle:
-    """An attached adapter: its model and name, what trains, and how much that is."""
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        record_of(model, name)
-        self.model = model
-        self.name = name
-
-    def report(self) -> Report:
-        """What trains, per layer and in total; prints as a table."""
-        return report_of(self.model, self.name)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this adapter trains: cores as `layer.core`, then biases, norms and joint parameters by name.
-
-        A core that several layers share comes once, under the first of them.
-        """
-        for layer, adapter in adapters_of(self.model, self.name).items():
-            for core, parameter in adapter.trained.items():
-                yield f"{layer}.{core}", parameter
-        for name, tensor in trained_of(self.model, self.name).items():
-            if isinstance(tensor, nn.Parameter):
-                yield name, tensor
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What to give the optimiser."""
-        return (parameter for _, parameter in self.named_parameters())
-
-    def __repr__(self) -> str:
-        return f"Handle(name={self.name!r}, layers={len(adapters_of(self.model, self.name))})"
-
-
 def attach(
     model: nn.Module,
     what: Recipe | Spec | str | Path,
     *,
     match: Match | None = None,
+    exclude: Match | None = None,
+    kinds: Match | None = None,
+    layers: int | str | Iterable[int] | Mapping[str, int | str | Iterable[int]] | None = None,
+    ranks: Mapping[str, Mapping[str, float]] | None = None,
     name: str = "default",
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
@@ -76,33 +49,34 @@ def attach(
 ) -> Handle:
     """Put an adapter on a model; until the first optimiser step the model computes what it did, bit for bit.
 
-    `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers:
-    a regular expression (searched in full module names), a list of names, or `"all"`: every layer of the spec's kinds
-    that can carry an adapter (the report names those that cannot). `train` says what
-    trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the
-    recipe says, by default), `scopes` binds the scopes of shared cores to regular expressions on layers'
-    names ({"block": r"layers\\.(\\d+)\\."}), `params` override the specs' own numbers, `seed` their seed, and
-    `name` tells several adapters on one model apart. Everything else is frozen.
+    `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers: a regular
+    expression (searched in full module names), a list of names, or `"all"`: every layer of the spec's kinds that can
+    carry an adapter (the report names those that cannot). `exclude` leaves some out, by a regular expression or names
+    (of layers or of what holds them), `kinds` says which of the spec's kinds are meant ("Linear"), `layers` in which
+    numbered blocks ("0-5, 8", {"decoder.layers": "0-5"}). `params` override the specs' own numbers, and `ranks` those
+    of some layers, by regular expressions on their names ({"q_proj$": {"r": 8}}). `train` says what trains beside the
+    cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the recipe says, by default), `scopes`
+    binds the scopes of shared cores to regular expressions on layers' names ({"block": r"layers\\.(\\d+)\\."}), `seed`
+    overrides the specs' seed, and `name` tells several adapters on one model apart. Everything else is frozen.
 
-    `mode` says how each layer applies its update: `dense` builds the delta weight and calls the layer once
-    with the sum; `factored` contracts the cores with the layer's input and never builds it; `hybrid` calls
-    the layer with the sum and takes the cores' gradients from the factored chain, without the weight's
-    gradient. All agree but for rounding. Layers that cannot be factored (groups, DoRA, cores that are the
-    base weight) run dense, and so do all of them with several active adapters or at another scale than 1; in
-    compiled graphs hybrid runs as dense, and factored too where sizes may vary. `auto` takes, for each layer and
-    input size, the one of least predicted time; with `autotune` it runs all of them a few times when a layer first
-    sees a size (forward passes without gradients apart), and remembers which was the quickest, in saved files too.
-    Second derivatives need `dense`.
+    `mode` says how each layer applies its update: `dense` builds the delta weight and calls the layer once with the
+    sum; `factored` contracts the cores with the layer's input and never builds it; `hybrid` calls the layer with the
+    sum and takes the cores' gradients from the factored chain, without the weight's gradient. All agree but for
+    rounding. Layers that cannot be factored (groups, DoRA, cores that are the base weight) run dense, and so do all of
+    them with several active adapters or at another scale than 1; in compiled graphs hybrid runs as dense, and factored
+    too where sizes may vary. `auto` takes, for each layer and input size, the one of least predicted time; with
+    `autotune` it runs all of them a few times when a layer first sees a size (forward passes without gradients apart),
+    and remembers which was the quickest, in saved files too. Second derivatives need `dense`.
 
-    Layers whose cores, or their contraction, would take more than the device's memory are refused;
-    `tnpeft.memory_limit` moves that bound.
+    Layers whose cores, or their contraction, would take more than the device's memory are refused
+    (`tnpeft.memory_limit`).
 
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         fix = "Pass the model itself."
         raise AttachError(Problem("model", "a torch.nn.Module", clip(model), fix))
-    recipe = recipe_of(what, match, params)
+    recipe = recipe_of(what, match, params, exclude=exclude, kinds=kinds, layers=layers, ranks=ranks)
     if train is not None:
         recipe = replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
@@ -113,38 +87,41 @@ def attach(
     captured = captures(claimed, recipe.scopes)
     with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
         adapters = _compile(plain_modules(model), claimed, captured, seed, mode, autotune)
-    about: dict[str, Any] = {"recipe": recipe.name, "trained": asdict(also)}
+    install(model, name, adapters, also.names, _about(model, recipe, claimed, also))
+    return Handle(model, name)
+
+
+def _about(model: nn.Module, recipe: Recipe, claimed: Mapping[str, Entry], also: Trained) -> dict[str, Any]:
+    """What the adapter's record and files say of how it was attached; JSON-like, as files give it back."""
+    trained_names = {reason: list(names) for reason, names in asdict(also).items()}
+    about: dict[str, Any] = {"recipe": recipe.name, "trained": trained_names}
     if left_out := skipped(model, recipe):
         about["skipped"] = left_out
     if others := passed_over(model, recipe, claimed):
         about["passed"] = others
-    install(model, name, adapters, also.names, _json_like(about))
-    return Handle(model, name)
+    return about
 
 
-def _json_like(about: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists: what a file gives back must equal what was attached."""
-    return {**about, "trained": {reason: list(names) for reason, names in about["trained"].items()}}
-
-
-def recipe_of(what: object, match: Match | None, params: Mapping[str, Any]) -> Recipe:
+def recipe_of(what: object, match: Match | None, params: Mapping[str, Any], **selection: Any) -> Recipe:
     """What `attach` takes as a recipe: a spec becomes one of a single entry. Raises SpecError and AttachError."""
-    recipe = _recipe_of(what, match, params)
+    recipe = _recipe_of(what, match, params, {key: value for key, value in selection.items() if value is not None})
     if problems := [each for entry in recipe.entries for each in param_problems(entry.spec, entry.params, ATTACH)]:
         raise AttachError(*problems)
     return recipe
 
 
-def _recipe_of(what: object, match: Match | None, params: Mapping[str, Any]) -> Recipe:
+def _recipe_of(what: object, match: Match | None, params: Mapping[str, Any], selection: Mapping[str, Any]) -> Recipe:
     found = _find(what) if isinstance(what, str | Path) else what
     if isinstance(found, Spec):
-        return Recipe(found.name, (_entry(found, match, params),), Train(), found.title, found.source, found.file)
+        entry = _entry(found, match, params, selection)
+        return Recipe(found.name, (entry,), Train(), found.title, found.source, found.file)
     if not isinstance(found, Recipe):
         fix = "Pass the name or path of one, `load_spec(...)` or `load_recipe(...)`."
         raise AttachError(Problem("attach", "a spec or a recipe", type(what).__name__, fix))
-    if match is not None:
-        fix = "Remove `match`, or attach a spec."
-        raise AttachError(Problem(f"recipe '{found.name}'", "its own patterns", f"match={clip(match)}", fix))
+    for key, value in {"match": match, **selection}.items():
+        if value is not None:
+            fix = f"Remove `{key}`, or attach a spec."
+            raise AttachError(Problem(f"recipe '{found.name}'", "its own patterns", f"{key}={clip(value)}", fix))
     return _override(found, params)
 
 
@@ -168,18 +145,24 @@ def _is_recipe(path: Path) -> bool:
         return False
 
 
-def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any]) -> Entry:
+def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any], given: Mapping[str, Any]) -> Entry:
     if match is None:
         fix = r"For example `match=r'attn\.to_[qv]$'`, a list of names from `model.named_modules()`, or `match='all'`."
         raise AttachError(Problem(f"spec '{spec.name}'", "`match`", "none", fix))
     if isinstance(match, str):
         compiled(match)
-        return Entry(spec, match, params)
-    names = tuple(match) if isinstance(match, list | tuple | set | frozenset) else ()
-    if not names or not all(isinstance(item, str) and item for item in names):
-        fix = "Give full module names, as `model.named_modules()` has them."
-        raise AttachError(Problem("`match`", "a regular expression or layer names", clip(match), fix))
-    return Entry(spec, names, params)
+        layers: str | tuple[str, ...] = match
+    else:
+        layers = tuple(match) if isinstance(match, list | tuple | set | frozenset) else ()
+        if not layers or not all(isinstance(item, str) and item for item in layers):
+            fix = "Give full module names, as `model.named_modules()` has them."
+            raise AttachError(Problem("`match`", "a regular expression or layer names", clip(match), fix))
+    if not given:
+        return Entry(spec, layers, params)
+    selection, told = selection_of(given, spec, ATTACH)
+    if told:
+        raise AttachError(*(problem for _, problem in told))
+    return Entry(spec, layers, params, selection=selection)
 
 
 def _override(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
@@ -212,7 +195,7 @@ def _compile(
             continue
         seen.add(id(modules[name]))
         try:
-            networks[name] = entry.spec.bind(modules[name], **entry.params)
+            networks[name] = entry.spec.bind(modules[name], **entry.params_of(name))
         except BindError as error:
             problems += _of_layer(name, error)
     problems += memory_problems(networks, modules, mode)

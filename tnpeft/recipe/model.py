@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,24 +14,32 @@ from tnpeft.documents.nodes import Node, read_bytes, read_document
 from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_problem, with_text_keys
 from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
 from tnpeft.network import Spec, load_spec
+from tnpeft.recipe.selection import ALL, Selection, compiled, selection_of
 from tnpeft.spec import find_shipped, list_specs
-from tnpeft.spec.habits import advice_on, unknown_params, value_of_param
+from tnpeft.spec.habits import advice_on, is_word, unknown_params, value_of_param
 from tnpeft.spec.library import label_of, shipped_folder
 
-__all__ = ["ALL", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "recipe_schema", "train_from"]
+__all__ = ["SELECTION", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "recipe_schema", "train_from"]
 
-ALL = "all"
-"""What `match` says for every layer of the spec's kinds."""
+SELECTION = ("exclude", "kinds", "layers", "ranks")
+"""The keys of an entry that narrow `match`, and give single layers params of their own."""
 
 Norm = bool | Literal["all"]
 Bias = Literal["none", "adapted", "all"]
 Scalar = int | float
 
 
+Numbers = int | str | list[int]
+
+
 class EntryFile(FilePart):
     spec: str
     match: str | list[str]
     params: dict[str, Scalar] = Field(default_factory=dict)
+    exclude: str | list[str] | None = None
+    kinds: str | list[str] | None = None
+    layers: Numbers | dict[str, Numbers] | None = None
+    ranks: dict[str, dict[str, Scalar]] | None = None
 
 
 class TrainFile(FilePart):
@@ -82,6 +87,19 @@ RECIPE = Schema(
             r"For example `match: 'conv[12]\.conv$'`; `match: all` takes every layer of the spec's kinds.",
         ),
         "params": ("names with numbers", "For example `params: {r: 4}`."),
+        "exclude": (
+            "a regular expression or a list of names: what `match` finds and is left out",
+            "For example `exclude: 'lm_head$'`.",
+        ),
+        "kinds": ("kinds of layers that the spec takes: which of them are meant", "For example `kinds: Linear`."),
+        "layers": (
+            "numbers of blocks: only layers in these are adapted",
+            "For example `layers: 0-5, 8`; `layers: {decoder.layers: 0-5}` where a model has several lists of blocks.",
+        ),
+        "ranks": (
+            "params by regular expressions on layers' names, in place of those in `params`",
+            r"For example `ranks: {'q_proj$': {r: 8}}`; of each param the first pattern that finds a layer counts.",
+        ),
         "scopes": ("scopes with regular expressions", r"For example `scopes: {block: 'layers\.(\d+)\.'}`."),
         "train": ("what trains beside the cores", "For example `train: {bias: adapted, norm: true}`."),
         "bias": ("`none`, `adapted` or `all`", "Write `bias: adapted`, say."),
@@ -89,6 +107,7 @@ RECIPE = Schema(
         "also": ("a list of regular expressions", r"For example `also: ['^out\.']`."),
     },
     advice=_advice,
+    is_word=is_word,
 )
 
 
@@ -102,6 +121,10 @@ def recipe_schema() -> dict[str, Any]:
         "adapters.*.spec": {"anyOf": [{"enum": shipped}, {"type": "string", "pattern": r"\.ya?ml$"}]},
         "adapters.*.match": {"examples": [r"conv[12]\.conv$", ALL]},
         "adapters.*.params": {"propertyNames": {"pattern": rf"^{WORD}$"}, "examples": [{"r": 4}]},
+        "adapters.*.exclude": {"examples": ["lm_head$", ["vision_tower", "lm_head"]]},
+        "adapters.*.kinds": {"examples": ["Linear", ["Conv2d", "Conv3d"]]},
+        "adapters.*.layers": {"examples": ["0-5, 8", "16-", {"decoder.layers": "0-5"}]},
+        "adapters.*.ranks": {"examples": [{"q_proj$": {"r": 8}}]},
         "scopes": {
             "propertyNames": {"pattern": rf"^{WORD}$"},
             "examples": [{"layer": r"layers\.(\d+)\.", "matrix": r"\.([qkvo])_proj$"}],
@@ -112,17 +135,25 @@ def recipe_schema() -> dict[str, Any]:
     return schema_document(RECIPE, "tnpeft recipe: which spec goes on which layers", keywords)
 
 
+_WHOLE = Selection()
+
+
 @dataclass(frozen=True)
 class Entry:
     """One spec of a recipe with its layers: `match` is a regular expression, exact names, or `all`.
 
-    `all` stands for every layer of the spec's kinds that can carry an adapter.
+    `all` stands for every layer of the spec's kinds that can carry an adapter. `selection` narrows that.
     """
 
     spec: Spec
     match: str | tuple[str, ...]
     params: Mapping[str, Any] = field(default_factory=dict)
     where: Position | str | None = None
+    selection: Selection = _WHOLE
+
+    def params_of(self, layer: str) -> Mapping[str, Any]:
+        """The params of one of its layers: those that `ranks` has for it, else the entry's."""
+        return {**self.params, **self.selection.params_at(layer)} if self.selection.ranks else self.params
 
 
 @dataclass(frozen=True)
@@ -244,6 +275,10 @@ def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
             problems.add(item.position, "`match`", "a layer's name", "an empty one", "Remove it.")
     if match.kind == "scalar":
         _check_regex(match, problems)
+    given = {key: value.plain() for key in SELECTION if (value := node.get(key)) is not None}
+    selection, told = selection_of(given, spec)
+    for path, problem in told:
+        problems.put(replace(problem, where=node.along(path)[-1].position))
     if spec is None:
         return None
     values = params.plain() if params is not None else {}
@@ -251,7 +286,7 @@ def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     for problem in unknown_params(f"params of spec '{spec.name}'", values, spec.params):
         problems.put(replace(problem, where=where))
     layers = match.value if isinstance(match.value, str) else tuple(item.value for item in match.value)
-    return Entry(spec, layers, values, node.position)
+    return Entry(spec, layers, values, node.position, selection)
 
 
 def _spec(node: Node, folder: Path, problems: Problems) -> Spec | None:
@@ -272,19 +307,6 @@ def _check_regex(node: Node, problems: Problems) -> None:
     except TnpeftError as error:
         problem = error.problems[0]
         problems.add(node.position, problem.what, problem.expected, problem.found, problem.fix)
-
-
-@lru_cache(maxsize=256)
-def compiled(pattern: str) -> re.Pattern[str]:
-    """A regular expression; raises SpecError that says where it breaks."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "possible nested set": it means what it always meant
-            return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        fix = r"A dot of a module's name is written `\.`." if pattern.strip("*. ") else f"Write `{ALL}` for all layers."
-        problem = Problem(f"pattern {clip(pattern)}", "a regular expression", clip(str(error))[1:-1], fix)
-        raise SpecError(problem) from None
 
 
 def _scopes(root: Node, broken: set[Any], entries: Sequence[Entry], problems: Problems) -> dict[str, str]:

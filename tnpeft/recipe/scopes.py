@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from tnpeft.adapters import Captured
 from tnpeft.errors import AttachError, Problem, SpecError, clip, near_miss, ticked
-from tnpeft.recipe.model import Entry, Recipe, compiled
+from tnpeft.recipe.model import Entry, Recipe
+from tnpeft.recipe.selection import compiled
 
 __all__ = ["captures", "scopes_from"]
 

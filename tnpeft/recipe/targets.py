@@ -13,10 +13,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from tnpeft.errors import AttachError, Problem, clip, near_miss
-from tnpeft.network import Spec
 from tnpeft.network.look_alikes import kind_name
-from tnpeft.recipe.model import ALL, Entry, Recipe, Train, compiled
-from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, layer_problem, plain_modules, plain_name, plain_parameters
+from tnpeft.network.signature import kind_of, torch_kind
+from tnpeft.recipe.model import Entry, Recipe, Train
+from tnpeft.recipe.narrowing import kinds_of, narrowed, rank_problems
+from tnpeft.recipe.selection import ALL, compiled
+from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, plain_modules, plain_name, plain_parameters
+from tnpeft.surgery.checks import spec_problem
 from tnpeft.surgery.tree import slots
 
 __all__ = ["Trained", "fused_attention", "passed_over", "skipped", "targets", "trained"]
@@ -60,10 +63,13 @@ def _label(entry: Entry) -> str:
 
 def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Problem]) -> list[str]:
     if entry.match == ALL:
-        kinds = _of_kinds(entry.spec, modules)
-        layers = [name for name, problem in kinds.items() if problem is None]
-        if not layers:
-            problems.append(_none_of_all(entry, [problem for problem in kinds.values() if problem is not None]))
+        found_all = _of_kinds(entry, modules)
+        chosen = narrowed(entry, list(found_all), modules, problems)
+        found_all = {name: found_all[name] for name in chosen or found_all}
+        layers = [name for name in chosen if found_all[name] is None]
+        if not layers and (chosen or not found_all):
+            problems.append(_none_of_all(entry, [problem for problem in found_all.values() if problem is not None]))
+        problems += rank_problems(entry, layers)
         return layers
     if isinstance(entry.match, tuple):
         names = [name if name in modules else plain_name(name) for name in entry.match]
@@ -75,25 +81,26 @@ def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Prob
             layer = (clip(name)[1:-1],)
             problems.append(Problem("", "the name of a layer", "no such layer", fix, entry.where, layers=layer))
         found = [name for name in dict.fromkeys(names) if name in modules]
-        layers = found
+        matched = found
     else:
         pattern = compiled(entry.match)
         found = [name for name in modules if name and pattern.search(name)]
         # A pattern may catch the containers around a layer, and what has no parameters of its own.
-        layers = _outermost([name for name in found if is_layer(modules[name])], modules)
+        matched = _outermost([name for name in found if is_layer(modules[name])], modules)
         unknown = []
-    classes = _kinds(entry.spec)
+    layers = narrowed(entry, matched, modules, problems)
+    kinds = kinds_of(entry)
     refused = {
-        name: problem
-        for name in layers
-        if (problem := layer_problem(name, modules[name], entry.spec.layers)) is not None
+        name: problem for name in layers if (problem := spec_problem(name, modules[name], entry.spec)) is not None
     }
     if isinstance(entry.match, str):
-        fits = any(isinstance(modules[name], classes) for name in layers if name not in refused)
-        elsewhere = fits or any(isinstance(module, classes) for module in modules.values())
+        caught = [modules[name] for name in layers if name not in refused]
+        fits = any((torch_kind(type(layer)) or kind_of(layer)) in kinds for layer in caught)
+        elsewhere = fits or any(kind_of(module) in kinds for module in modules.values())
         refused = {name: _too_wide(problem, fits, elsewhere) for name, problem in refused.items()}
     problems += refused.values()
-    if not layers and not unknown:
+    problems += rank_problems(entry, layers)
+    if not matched and not unknown:
         problems.append(_nothing(entry, modules, found))
     return layers
 
@@ -110,23 +117,18 @@ def _too_wide(problem: Problem, fits: bool, elsewhere: bool) -> Problem:
     return replace(problem, fix=f"Narrow the pattern, or match `{ALL}`: every layer of the spec's kinds.")
 
 
-def _of_kinds(spec: Spec, modules: Mapping[str, nn.Module]) -> dict[str, Problem | None]:
-    """Every layer of the kinds that the spec names, and why it cannot be adapted, where it cannot.
+def _of_kinds(entry: Entry, modules: Mapping[str, nn.Module]) -> dict[str, Problem | None]:
+    """Every layer of the kinds that the entry takes, and why it cannot be adapted, where it cannot.
 
     What lies inside layers that another library has adapted or quantised belongs to those.
     """
-    kinds = _kinds(spec)
+    kinds = kinds_of(entry)
     layers = [
         name
         for name, module in modules.items()
-        if name and (isinstance(module, kinds) or (not isinstance(module, SUPPORTED) and is_opaque(module)))
+        if name and (kind_of(module) in kinds or (not isinstance(module, SUPPORTED) and is_opaque(module)))
     ]
-    return {name: layer_problem(name, modules[name], spec.layers) for name in _outermost(layers, modules)}
-
-
-def _kinds(spec: Spec) -> tuple[type[nn.Module], ...]:
-    """The classes of the layers that a spec takes."""
-    return tuple([getattr(nn, kind) for kind in spec.layers])
+    return {name: spec_problem(name, modules[name], entry.spec) for name in _outermost(layers, modules)}
 
 
 def _outermost(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -144,9 +146,12 @@ def _parents(name: str) -> Iterator[str]:
 def skipped(model: nn.Module, recipe: Recipe) -> dict[str, str]:
     """The layers that an entry for all would take and cannot, with what they are."""
     modules = plain_modules(model)
-    entries = [entry for entry in recipe.entries if entry.match == ALL]
-    kinds = (_of_kinds(entry.spec, modules) for entry in entries)
-    return {name: problem.found for layers in kinds for name, problem in layers.items() if problem is not None}
+    found: dict[str, str] = {}
+    for entry in (entry for entry in recipe.entries if entry.match == ALL):
+        kinds = _of_kinds(entry, modules)
+        chosen = narrowed(entry, list(kinds), modules, [])
+        found |= {name: problem.found for name in chosen if (problem := kinds[name]) is not None}
+    return found
 
 
 def passed_over(model: nn.Module, recipe: Recipe, claimed: Iterable[str]) -> dict[str, int]:
@@ -154,7 +159,7 @@ def passed_over(model: nn.Module, recipe: Recipe, claimed: Iterable[str]) -> dic
     if all(entry.match != ALL for entry in recipe.entries):
         return {}
     modules, counts = plain_modules(model), Counter[str]()
-    known = {*claimed, *skipped(model, recipe)}
+    known = {*claimed, *(name for entry in recipe.entries if entry.match == ALL for name in _of_kinds(entry, modules))}
     told = {id(modules[name]) for name in known} | {id(modules[name]) for name in fused_attention(model, known)}
     for slot in slots(model).values():
         name = slot.name.rpartition(".")[0]
@@ -174,14 +179,15 @@ def fused_attention(model: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 def _none_of_all(entry: Entry, refused: Iterable[Problem]) -> Problem:
-    what, expected = f"spec '{entry.spec.name}', match '{ALL}'", f"at least one of {', '.join(entry.spec.layers)}"
+    kinds = entry.selection.kinds or entry.spec.layers
+    what, expected = f"spec '{entry.spec.name}', match '{ALL}'", f"at least one of {', '.join(kinds)}"
     for problem in AttachError(*refused).problems:  # folded
         return replace(problem, what=what, expected=f"{expected} that can be adapted", where=entry.where)
     return Problem(what, expected, "none", "Choose another spec.", entry.where)
 
 
 def _adaptable(modules: Mapping[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if isinstance(module, SUPPORTED)]
+    return [name for name, module in modules.items() if kind_of(module) is not None]
 
 
 def _nothing(entry: Entry, modules: Mapping[str, nn.Module], caught: list[str]) -> Problem:

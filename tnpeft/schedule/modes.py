@@ -22,6 +22,8 @@ DEFAULT_MODE = "auto"
 # Bytes that `auto` may spend on a layer for speed, and those of an input and output for which it need not ask: the
 # copies that a chain makes of them are a few times as much.
 ROOM, LITTLE = 256 << 20, 16 << 20
+# How a dense plan runs on an opaque layer.
+_PRODUCT = "one product with the delta weight beside the layer's own"
 
 
 def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inference: bool = False) -> Plan:
@@ -33,6 +35,9 @@ def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inf
     forward and a backward pass; with `inference`, of a forward pass, to which hybrid does not add anything. Without a
     `call` one of moderate size is assumed.
 
+    An opaque layer is called as it is, and its update is added to the output: that of the chain, in `auto` and
+    `factored`, or one product with the delta weight where a network cannot be factored, in `dense` and `hybrid`.
+
     Raises:
         TnpeftError: `mode` is unknown, or `network` is none.
         BindError: the cores' sizes contradict each other, or an index dangles.
@@ -42,6 +47,8 @@ def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inf
         fix = "Bind a spec to a layer: `tnpeft.plan(spec.bind(layer))`."
         raise TnpeftError(Problem("plan", "a network", type(network).__name__, fix))
     call = call or nominal_call(network.layer)
+    if network.layer.opaque:
+        return _plan_opaque(network, mode, call)
     if mode == "auto":
         return best_plan(feasible_plans(network, call, inference), call, inference)
     dense = plan_dense(network)  # checks the sizes first
@@ -51,6 +58,14 @@ def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inf
     if isinstance(chain, str):
         return replace(dense, reason=chain)
     return chain if mode == "factored" else plan_hybrid(dense, chain)
+
+
+def _plan_opaque(network: Network, mode: str, call: Call) -> Plan:
+    dense = plan_dense(network)
+    chain = plan_factored(network, call) if mode in ("auto", "factored") else ""
+    if isinstance(chain, str):
+        return replace(dense, reason=f"{chain}: {_PRODUCT}" if chain else _PRODUCT)
+    return chain
 
 
 def check_mode(mode: object) -> None:

@@ -148,7 +148,7 @@ def _linear(pairs: Sequence[tuple[int, int]]) -> Path:
 def _stored_legs(network: Network) -> tuple[str, ...]:
     """The weight's legs in the order in which the layer stores it."""
     outputs, inputs, *kernel = network.weight
-    ends = (inputs, outputs) if network.layer.transposed else (outputs, inputs)
+    ends = (inputs, outputs) if network.layer.input_first else (outputs, inputs)
     return tuple(leg for axis in (*ends, *kernel) for leg in axis)
 
 

@@ -6,13 +6,16 @@ from collections.abc import Collection, Iterable, Iterator
 
 from tnpeft.errors import Problem, near_miss, ticked
 
-__all__ = ["advice_on", "unknown_params"]
+__all__ = ["advice_on", "is_word", "unknown_params"]
 
 # What `attach` takes beside the params of specs.
-ATTACH = ("match", "name", "train", "scopes", "seed", "mode", "autotune")
+ATTACH = ("match", "exclude", "kinds", "layers", "ranks", "name", "train", "scopes", "seed", "mode", "autotune")
 
 _MATCH = "`match` says which layers: a regular expression on their names, a list of names, or `all`."
-_EXCEPT = "`match` says which layers: write a regular expression or a list of names that leaves them out."
+_EXCLUDE = "`exclude` says which layers to leave out: a regular expression on their names, or a list of names."
+_BLOCKS = "`layers` says in which numbered blocks: `0-5, 8`, say."
+_RANKS = "`ranks` has params by regular expressions on layers' names: `{'q_proj$': {'r': 8}}`, say."
+_KINDS = "`kinds` says which kinds of layers of the spec's are meant: `Linear`, say."
 _ALSO = "`train` says what trains beside the cores: its `also` takes regular expressions on parameters' names."
 _BIAS = "`train` says what trains beside the cores: its `bias` is `none`, `adapted` or `all`."
 _NORM = "`train` says what trains beside the cores: its `norm` is `true`, `false` or `all`."
@@ -21,24 +24,30 @@ _METHOD = "The spec is the method: take another one, such as `loha`."
 _DORA = "Take a spec with a trained magnitude, such as `dora`."
 _TUCKER = "Take a spec with a Tucker core, such as `locon_tucker`, `loha_tucker` or `lokr_tucker`."
 _INIT = "A spec says how each core starts: copy it and change `init` there."
-_EACH = "Write a recipe: each of its entries has layers and params of its own."
 _SCALE = "A spec has its own `scale`; `tnpeft.activate(model, {name: scale})` multiplies it."
 _NEEDLESS = "tnpeft needs no such setting: leave it out."
 _OPTIMISER = "Give it to the optimiser."
 
 # The name here, then the names elsewhere.
 _SAME = {
-    "r": "rank ranks dim lora_r lora_rank lora_dim network_dim network_rank linear_dim conv_dim n_rank",
+    "r": "rank dim lora_r lora_rank lora_dim network_dim network_rank linear_dim conv_dim n_rank",
     "alpha": "lora_alpha network_alpha linear_alpha conv_alpha alphas",
-    "match": "target_modules target_module target_layers target_names targets target modules module_names layers "
-    "layer_names layers_to_transform layers_pattern include_modules include pattern patterns regex",
+    "match": "target_modules target_module target_layers target_names targets target modules module_names "
+    "layer_names include_modules include pattern patterns regex",
+    "exclude": "exclude_modules ignore ignore_modules skip_modules",
+    "kinds": "layer_types module_types target_types",
+    "layers": "layers_to_transform layers_pattern blocks layer_indices block_indices",
+    "ranks": "rank_pattern alpha_pattern block_dims block_alphas",
     "name": "adapter_name adapter",
     "seed": "random_state random_seed manual_seed init_seed",
     "autotune": "tune benchmark",
 }
 _SENTENCES = {
     _MATCH: _SAME["match"],
-    _EXCEPT: "exclude_modules exclude ignore ignore_modules",
+    _EXCLUDE: _SAME["exclude"],
+    _KINDS: _SAME["kinds"],
+    _BLOCKS: _SAME["layers"],
+    _RANKS: _SAME["ranks"],
     _ALSO: "modules_to_save trainable_modules trainable_token_indices",
     _BIAS: "bias biases train_bias train_biases",
     _NORM: "norm norms train_norm train_norms",
@@ -49,7 +58,6 @@ _SENTENCES = {
     "Take the spec `lokr_both`.": "decompose_both",
     _TUCKER: "use_tucker use_cp use_effective_conv2d conv_cp",
     _INIT: "init inits init_weights init_lora_weights initialization",
-    _EACH: "rank_pattern alpha_pattern block_dims block_alphas",
     _SCALE: "scale scaling multiplier lora_scale network_multiplier",
     _NEEDLESS: "task_type inference_mode fan_in_fan_out base_model_name_or_path",
     _OPTIMISER: "lr learning_rate weight_decay",
@@ -73,6 +81,11 @@ def advice_on(name: str, known: Collection[str], also: Collection[str] = ()) -> 
     if meant is not None:
         return near_miss(name, known) or f"There is no `{meant}` here: leave it out."
     return near_miss(name, [*known, *also])
+
+
+def is_word(name: str) -> bool:
+    """Whether it is a name for something that is called otherwise here."""
+    return name.casefold() in _MEANT
 
 
 def unknown_params(

@@ -25,7 +25,10 @@ __all__ = [
 ELLIPSIS = "k..."
 LAYER_NAMES = ("in_channels", "out_channels", "in_features", "out_features", "groups", "kernel_size")
 # Argument names of `attach` and `bind`: a param or index of that name could not be told apart from them.
-RESERVED = ("model", "what", "spec", "layer", "kind", "match", "name", "train", "seed", "mode", "scopes")
+RESERVED = (
+    "model", "what", "spec", "layer", "kind", "match", "exclude", "kinds", "layers", "ranks", "name", "train", "seed",
+    "mode", "scopes",
+)  # fmt: skip
 
 KINDS = {  # layer kind → its number of kernel axes
     "Linear": 0,

@@ -30,6 +30,7 @@ from tnpeft.surgery.queries import (
     statistics_of,
     trained_of,
 )
+from tnpeft.surgery.refill import refill
 from tnpeft.surgery.switch import activate, base_shown, disabled, merge, scale_problem, unmerge
 from tnpeft.surgery.trained import norm_statistics
 from tnpeft.surgery.tree import plain_modules, plain_name, plain_parameters
@@ -63,6 +64,7 @@ __all__ = [
     "plain_parameters",
     "plain_state_dict",
     "record_of",
+    "refill",
     "scale_problem",
     "scales_of",
     "statistics_of",

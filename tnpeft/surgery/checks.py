@@ -5,22 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.base_weight import dequantiser, needs_weight, unreadable
 from tnpeft.adapters.distributed import is_distributed
-from tnpeft.adapters.offload import is_own_forward
 from tnpeft.adapters.parked import MANGLED, own_weight
 from tnpeft.errors import Problem, clip, listed, near_miss
 from tnpeft.execution import AdaptedLayer
-from tnpeft.network import layer_of
-from tnpeft.network.look_alikes import full_names, kind_name, look_alike, opaque
+from tnpeft.network import Layer, Spec, layer_of
+from tnpeft.network.look_alikes import kind_name, look_alike, opaque
+from tnpeft.network.signature import (
+    METHODS,
+    STATE_METHODS,
+    is_opaque_layer,
+    is_plain_tensor,
+    kind_of,
+    torch_kind,
+)
 from tnpeft.surgery.adapted_model import AdaptedModel, find, kind_problem
 from tnpeft.surgery.tree import Slot, places, plain_modules
 
@@ -32,6 +37,7 @@ __all__ = [
     "model_problems",
     "name_problems",
     "other_roads",
+    "spec_problem",
     "target_problems",
     "trained_problems",
     "weight_problem",
@@ -39,8 +45,6 @@ __all__ = [
 
 SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS = tuple(supported.__name__ for supported in SUPPORTED)
-_METHODS = ("forward", "_conv_forward", "_output_padding")
-_STATE_METHODS = ("get_extra_state", "set_extra_state", "_save_to_state_dict", "_load_from_state_dict")
 # Tables of a module that hold no other road to a layer.
 _OF_MODULES = {"_modules", "_parameters", "_buffers"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -54,16 +58,23 @@ def layer_problem(name: str, layer: nn.Module, kinds: Sequence[str] = _KINDS) ->
 
     One of another kind that a different spec takes has none: binding says so.
     """
-    problem = (
-        _split_problem(layer) or _class_problem(layer, kinds) or _parameter_problem(layer) or _forward_problem(layer)
-    )
-    problem = problem or weight_problem(cast(Tensor, layer.weight)) or _shape_problem(layer)
+    problem = _split_problem(layer) or _class_problem(layer, kinds) or _lazy_problem(layer) or _forward_problem(layer)
+    problem = problem or _tensor_problem(layer)
     return None if problem is None else replace(problem, layers=(name,))
+
+
+def spec_problem(name: str, layer: nn.Module, spec: Spec) -> Problem | None:
+    """Why `layer` cannot carry an adapter of a spec; None if it can, or is of another kind."""
+    problem = layer_problem(name, layer, spec.layers)
+    if problem is not None or not needs_weight(spec) or kind_of(layer) not in spec.layers:
+        return problem
+    hidden = is_opaque_layer(layer) and dequantiser(layer) is None
+    return replace(unreadable(spec, layer), layers=(name,)) if hidden else None
 
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a layer, one that can be adapted or not; containers and what has no parameters are none."""
-    if isinstance(module, SUPPORTED) or is_opaque(module):
+    if torch_kind(type(module)) is not None or is_opaque(module):
         return True
     return next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
 
@@ -71,25 +82,21 @@ def is_layer(module: nn.Module) -> bool:
 def is_opaque(module: nn.Module) -> bool:
     """Whether a module is a layer that another library has quantised, adapted or sharded, whatever it holds inside."""
     kind: type = type(module)
-    return opaque(kind) is not None
+    return opaque(kind) is not None or (torch_kind(kind) is None and kind_of(module) is not None)
 
 
 def _class_problem(layer: nn.Module, kinds: Sequence[str]) -> Problem | None:
-    supported = isinstance(layer, SUPPORTED)
     kind: type = type(layer)
-    known = look_alike(kind) if supported else opaque(kind)
-    if known is None and isinstance(layer, nn.MultiheadAttention):
-        found = "MultiheadAttention, whose q, k and v weights are parameters of its own"
-        known = found, "Adapt its `out_proj`; `train`'s `also` trains the others as they are."
-    if known is None and not supported:
-        known = kind_name(type(layer)), "Match other layers."
+    known = look_alike(kind)
+    if known is None and torch_kind(kind) is None and kind_of(layer) is None:
+        known = opaque(kind) or (kind_name(kind), "Match other layers.")
+        if isinstance(layer, nn.MultiheadAttention):
+            found = "MultiheadAttention, whose q, k and v weights are parameters of its own"
+            known = found, "Adapt its `out_proj`; `train`'s `also` trains the others as they are."
     return None if known is None else Problem("layer type", f"one of {', '.join(kinds)}", *known)
 
 
-def _parameter_problem(layer: nn.Module) -> Problem | None:
-    if parametrize.is_parametrized(layer) or not {"weight", "bias"} <= layer._parameters.keys():
-        fix = "Remove the parametrization (weight norm, spectral norm, pruning) before attaching."
-        return Problem("layer", "`weight` and `bias` as plain parameters", "ones that are computed", fix)
+def _lazy_problem(layer: nn.Module) -> Problem | None:
     if any(map(is_lazy, layer.parameters())):
         found = f"a {type(layer).__name__} without sizes yet"
         return Problem("layer", "known sizes", found, "Run the model once, then attach.")
@@ -97,35 +104,46 @@ def _parameter_problem(layer: nn.Module) -> Problem | None:
 
 
 def _split_problem(layer: nn.Module) -> Problem | None:
-    plain = next((supported for supported in SUPPORTED if isinstance(layer, supported)), None)
+    plain = torch_kind(type(layer))
     if plain is None or not any(map(is_distributed, layer.parameters(recurse=False))):
         return None
-    found = f"a {plain.__name__} of DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
+    found = f"a {plain} of DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
     fix = "Attach to the whole model, and train it in DistributedDataParallel."
     return Problem("layer", "`weight` and `bias` as plain parameters", found, fix)
 
 
 def _forward_problem(layer: nn.Module) -> Problem | None:
-    plain = next(supported for supported in SUPPORTED if isinstance(layer, supported))
-    for method in (*_METHODS, *_STATE_METHODS):
-        replaced = method in layer.__dict__ and not is_own_forward(layer, method)
-        if replaced or getattr(type(layer), method, None) is not getattr(plain, method, None):
-            what = "state dict" if method in _STATE_METHODS else "forward"
-            expected, kind = f"the {what} of {plain.__name__}", kind_name(type(layer))
-            owner: type = type(getattr(layer.__dict__.get(method), "__self__", layer))
-            if replaced and owner is not type(layer):  # somebody has put a method of another module here
-                known = look_alike(owner) or (f", with the `{method}` of {owner.__name__}", _TAKE_OFF)
-                return Problem("layer", expected, f"{kind},{known[0].partition(',')[2]}", known[1])
-            found = f"{kind} with a `{method}` of its own"
-            fix = "An adapter would bypass it: match other layers, or use the plain class."
-            return Problem("layer", expected, found, fix)
+    """What is wrong where somebody has put a method of another module in place of the layer's own, as adapters do."""
+    for method in (method for method in (*METHODS, *STATE_METHODS) if method in layer.__dict__):
+        owner: type = type(getattr(layer.__dict__[method], "__self__", layer))
+        if owner is not type(layer):
+            known = look_alike(owner) or (f", with the `{method}` of {owner.__name__}", _TAKE_OFF)
+            what = "state dict" if method in STATE_METHODS else "forward"
+            expected = f"the {what} of {torch_kind(type(layer)) or kind_name(type(layer))}"
+            return Problem("layer", expected, f"{kind_name(type(layer))},{known[0].partition(',')[2]}", known[1])
     return None
+
+
+def _tensor_problem(layer: nn.Module) -> Problem | None:
+    """What is wrong with a layer's tensors; those of an opaque one may be of any type that computes by itself."""
+    weight = layer._parameters.get("weight")
+    signature = layer_of(layer)
+    if not signature.opaque:
+        assert weight is not None
+        return weight_problem(weight) or _shape_problem(weight, signature)
+    if weight is not None and (look_alike(type(weight)) or (is_plain_tensor(type(weight)) and _is_odd(weight))):
+        return weight_problem(weight)
+    return None
+
+
+def _is_odd(weight: Tensor) -> bool:
+    return weight.is_complex() or weight.layout != torch.strided
 
 
 def weight_problem(weight: Tensor) -> Problem | None:
     """Why no update can be added to a base weight, or None if one can: it must be a plain dense tensor of floats."""
     kind = type(weight)
-    if not _is_plain(kind):
+    if not is_plain_tensor(kind):
         found, fix = look_alike(kind) or (f"{kind.__name__}, with operations of its own", "Match other layers.")
         return Problem("weight", "a plain tensor", found, fix)
     if weight.dtype not in _DTYPES:
@@ -141,21 +159,9 @@ def weight_problem(weight: Tensor) -> Problem | None:
     return None
 
 
-@lru_cache(maxsize=64)
-def _is_plain(kind: type[Tensor]) -> bool:
-    """Whether tensors of this class compute as torch's own do; fake ones, which hold no values, stand in for such."""
-    if any(name.startswith("torch._subclasses.") for name in full_names(kind)):
-        return True
-    functions = {
-        getattr(each.__torch_function__, "__func__", each.__torch_function__) for each in (Tensor, nn.Parameter)
-    }
-    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
-    return function in functions and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
-def _shape_problem(layer: nn.Module) -> Problem | None:
+def _shape_problem(weight: Tensor, expected: Layer) -> Problem | None:
     """A weight that was cut in parts for several devices has another shape than its layer says."""
-    expected, shape = layer_of(layer), tuple(cast(Tensor, layer.weight).shape)
+    shape = tuple(weight.shape)
     if shape == expected.stored_shape:
         return None
     fix = "Attach before the weights are taken apart (by FSDP or ZeRO), or give the layer its whole weight."
@@ -260,7 +266,7 @@ def trained_problems(
     adapted = {
         id(own_weight(place.module.base)): place.name
         for place in places(root)
-        if isinstance(place.module, AdaptedLayer)
+        if isinstance(place.module, AdaptedLayer) and place.module.base._parameters.get("weight") is not None
     }
     adapted |= {
         id(own_weight(modules[name])): name

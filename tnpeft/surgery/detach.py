@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from tnpeft.adapters.offload import unmark
@@ -18,7 +20,7 @@ from tnpeft.surgery.tree import adapted_layers, places, slots
 __all__ = ["detach"]
 
 
-def detach(model: nn.Module, merge: bool = False, name: str | None = None) -> None:
+def detach(model: nn.Module, merge: bool = False, name: str | None = None, *, dequantise: bool = False) -> None:
     """Give the model its plain layers back: original classes, state-dict keys and `requires_grad` flags.
 
     Without `merge` every parameter is the base's own, to the bit. With it the update of the active
@@ -29,21 +31,24 @@ def detach(model: nn.Module, merge: bool = False, name: str | None = None) -> No
     which it acted, at 1 if it did not: the base is another from now on, and the others stand on top of
     it. Their cores keep their bits; their biases, norms and statistics move along with the base's.
 
+    `merge` refuses opaque layers (quantised, computed), unless `dequantise` lets plain layers with the dequantised
+    weight and the update take their places, where a layer's library can dequantise.
+
     Raises AttachError where nothing, or no adapter of that name, is attached, and with `merge` where
     the update of another adapter depends on a weight that would change, or the model is merged already
     and others are attached. Warns (TnpeftWarning) where a merged weight was tied to another layer's.
     """
     root, state = adapted(model)
     if name is None:
-        _restore(root, state, state.active if merge else {})
+        _restore(root, state, state.active if merge else {}, dequantise)
     elif known_adapter(state, name) and len(state.adapters) == 1:
-        _restore(root, state, {name: state.scale_of(name)} if merge else {})
+        _restore(root, state, {name: state.scale_of(name)} if merge else {}, dequantise)
     elif merge:
         refuse_disabled(state)
         refuse_merged(state)
         if problems := [*merging_problems(root, state, name)]:
             raise AttachError(*problems)
-        merge_into_base(root, state, name)
+        merge_into_base(root, state, name, dequantise)
         _remove(root, state, name)
     else:
         refuse_disabled(state)
@@ -68,23 +73,33 @@ def _remove(root: nn.Module, state: AdaptedModel, name: str) -> None:
     _unwrap(root, [layer for layer in adapted_layers(root) if not layer.names])
 
 
-def _restore(root: nn.Module, state: AdaptedModel, kept: dict[str, float]) -> None:
+def _restore(root: nn.Module, state: AdaptedModel, kept: dict[str, float], dequantise: bool) -> None:
     """Take all adapters off; the updates of some stay."""
     layers = adapted_layers(root)
-    _keep(root, state, layers, kept)
+    _keep(root, state, layers, kept, dequantise)
     for tied in all_tied(root, state):
         tied.settle()
-    _unwrap(root, layers)
+    replaced = _unwrap(root, layers)
     for name, slot in slots(root).items():
         note_tie(slot.owner, None)
-        if name in state.requires_grad:
-            slot.tensor.requires_grad_(state.requires_grad[name])
+        if name in state.requires_grad or id(slot.owner) in replaced:
+            slot.tensor.requires_grad_(_flag_of(name, state.requires_grad))
     remove_pass(root)
     unmark(root)
     state.drop_from(root)
 
 
-def _keep(root: nn.Module, state: AdaptedModel, layers: list[AdaptedLayer], kept: dict[str, float]) -> None:
+def _flag_of(name: str, flags: Mapping[str, bool]) -> bool:
+    """Whether a parameter was trained before; of a weight that a plain layer has now, whether what made it was."""
+    if name in flags:
+        return flags[name]
+    place = f"{name.rpartition('.')[0]}."
+    return any(flag for known, flag in flags.items() if known.startswith(place) and not known.endswith("bias"))
+
+
+def _keep(
+    root: nn.Module, state: AdaptedModel, layers: list[AdaptedLayer], kept: dict[str, float], dequantise: bool
+) -> None:
     """Give the base the updates that stay. All are computed first: what follows cannot fail."""
     if kept and kept != state.active:
         refuse_merged(state)
@@ -93,7 +108,7 @@ def _keep(root: nn.Module, state: AdaptedModel, layers: list[AdaptedLayer], kept
     try:
         with acting(root, state, kept):
             if kept and not state.merged:
-                merge_layers(layers)
+                merge_layers(layers, dequantise)
     except BaseException:
         state.disabled = disabled
         apply_state(root, state)
@@ -107,8 +122,14 @@ def _keep(root: nn.Module, state: AdaptedModel, layers: list[AdaptedLayer], kept
             layer.unmerge()
 
 
-def _unwrap(root: nn.Module, layers: list[AdaptedLayer]) -> None:
+def _unwrap(root: nn.Module, layers: list[AdaptedLayer]) -> set[int]:
+    """Put what is left of adapted layers in their places; the `id`s of plain layers that stand for their bases."""
     gone = {id(layer): layer for layer in layers}
+    replaced = set()
     for place in places(root):
         if id(place.module) in gone:
-            place.put(gone[id(place.module)].unwrap())
+            layer = gone[id(place.module)]
+            left = layer.unwrap()
+            place.put(left)
+            replaced |= {id(left)} - {id(layer.base)}
+    return replaced

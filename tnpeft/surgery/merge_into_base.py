@@ -41,7 +41,9 @@ def _dependent(layer: AdaptedLayer, ties: list[Tied]) -> Iterator[tuple[str, str
     """The adapters for which the weight of a layer is more than what they are added to, and why."""
     for name in layer.names:
         network = layer.adapter(name).network
-        if network.reads_weight:
+        if network.layer.opaque:
+            yield name, f"which stands on an opaque layer ({type(layer.base).__name__})"
+        elif network.reads_weight:
             yield name, f"whose update ({network.spec.name}) is made of it"
     for tied in ties:
         if any(slot.owner is layer.base and slot.key == "weight" for slot in tied.slots):
@@ -49,7 +51,7 @@ def _dependent(layer: AdaptedLayer, ties: list[Tied]) -> Iterator[tuple[str, str
                 yield name, "which trains it as a whole"
 
 
-def merge_into_base(root: nn.Module, state: AdaptedModel, name: str) -> None:
+def merge_into_base(root: nn.Module, state: AdaptedModel, name: str, dequantise: bool = False) -> None:
     """Give the base the update of an adapter, at the scale of its own; what is left is to take it off.
 
     All is computed first: what follows cannot fail, and where it fails nothing has changed.
@@ -60,7 +62,7 @@ def merge_into_base(root: nn.Module, state: AdaptedModel, name: str) -> None:
         ties = [tied for tied in all_tied(root, state) if name in tied.trainers]
         with torch.inference_mode(False), torch.no_grad():
             moves = [move for tied in ties for move in tied.moved(name)]
-        merge_layers(layers)
+        merge_layers(layers, dequantise)
     with torch.no_grad():
         for copy, values in moves:
             copy.copy_(values)

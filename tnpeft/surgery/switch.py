@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnpeft.adapters.base_weight import dequantiser, described
 from tnpeft.adapters.distributed import split_problem
 from tnpeft.adapters.parked import is_parked
 from tnpeft.errors import AttachError, Problem, TnpeftWarning, clip, listed
-from tnpeft.execution import AdaptedLayer
+from tnpeft.execution import AdaptedLayer, AdaptedOpaque
 from tnpeft.surgery.adapted_model import AdaptedModel, adapted, find, known_adapter
 from tnpeft.surgery.passes import register_pass, remove_pass
 from tnpeft.surgery.trained import all_tied
@@ -80,7 +81,7 @@ def scale_problem(name: str, scale: Any) -> Problem | None:
     return None
 
 
-def merge(model: nn.Module, name: str | None = None) -> None:
+def merge(model: nn.Module, name: str | None = None, *, dequantise: bool = False) -> None:
     """Compute every adapted layer's weight once, beside the base weight, for faster inference.
 
     Merged are the active adapters or, with `name`, this one alone: at the scale at which it acts, at 1
@@ -88,7 +89,11 @@ def merge(model: nn.Module, name: str | None = None) -> None:
     what is merged changes nothing. It acts on the model for all threads: none may run it meanwhile. Warns
     (TnpeftWarning) where a merged weight was tied to another layer's.
 
-    Raises AttachError for unknown names, and where others are merged.
+    The weight of an opaque layer (quantised, computed) has no sum. With `dequantise` a plain layer with the dequantised
+    weight and the update computes in its place, where its library can dequantise.
+
+    Raises AttachError for unknown names, where others are merged, and for opaque layers without `dequantise`, or that
+    nobody can dequantise.
     """
     root, state = adapted(model)
     refuse_disabled(state)
@@ -99,7 +104,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
         return
     before = state.active
     with acting(root, state, wanted):
-        merge_layers(adapted_layers(root))
+        merge_layers(adapted_layers(root), dequantise)
     state.merged, state.before = True, before
     apply_state(root, state)
     warn_of_ties(root, 3)
@@ -139,12 +144,14 @@ def unmerge(model: nn.Module) -> None:
     apply_state(root, state)
 
 
-def merge_layers(layers: Iterable[AdaptedLayer]) -> None:
+def merge_layers(layers: Iterable[AdaptedLayer], dequantise: bool = False) -> None:
     """Merge all of them or, where one cannot be merged for want of memory or values, none.
 
-    Raises AttachError where one is split over processes.
+    Raises AttachError where one is split over processes, or opaque and not to be dequantised.
     """
     layers, done = list(layers), []
+    if problems := [*_opaque_problems(layers, dequantise)]:
+        raise AttachError(*problems)
     fix = "Gather the model's weights in one process, and merge there."
     parts = (
         (layer.adapter(name).layer_name, part) for layer in layers for name in layer.names for part in layer.modules()
@@ -159,6 +166,19 @@ def merge_layers(layers: Iterable[AdaptedLayer]) -> None:
         for layer in done:
             layer.unmerge()
         raise
+
+
+def _opaque_problems(layers: Iterable[AdaptedLayer], dequantise: bool) -> Iterator[Problem]:
+    """Opaque layers on which something acts that has no weight to be added to."""
+    for layer in layers:
+        if not isinstance(layer, AdaptedOpaque) or not layer.scales:
+            continue
+        fix, found = "Keep the adapter beside it: `tnpeft.save` writes that.", described(layer.base)
+        if dequantiser(layer.base) is not None:
+            if dequantise:
+                continue
+            fix = "Let `dequantise=True` put a plain layer with the dequantised weight in its place."
+        yield Problem("merging", "a weight that the update can be added to", found, fix, layers=(layer.layer_name,))
 
 
 @contextmanager

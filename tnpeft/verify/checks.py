@@ -46,7 +46,7 @@ class Check:
 def check_sizes(subject: Subject) -> None:
     network, layer = subject.network, subject.case.build()
     axes = list(layer.weight.shape)  # type: ignore[arg-type]
-    if network.layer.transposed:
+    if network.layer.input_first:
         axes[:2] = [subject.case.out_channels, subject.case.in_channels // subject.case.groups]
     padded = any(rule.expression.pads for rule in subject.spec.sizes)
     for term in network.terms:

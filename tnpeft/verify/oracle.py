@@ -94,7 +94,7 @@ def dense_delta(
 
 def stored(weight: Tensor, layer: Layer) -> Tensor:
     """The canonical weight (out, in // groups, k...) as torch stores it: transposed convolutions input side first."""
-    if not layer.transposed:
+    if not layer.input_first:
         return weight
     return torch.cat([block.transpose(0, 1) for block in weight.chunk(layer.groups)])
 
@@ -140,7 +140,7 @@ def entry(network: Network, cores: Mapping[str, Tensor], position: Sequence[int]
 
 def _canonical_position(layer: Layer, position: Sequence[int]) -> tuple[int, ...]:
     """stored[g*a + i, o] = canonical[g*b + o, i], with a = in // groups and b = out // groups."""
-    if not layer.transposed:
+    if not layer.input_first:
         return tuple(position)
     group, inner = divmod(position[0], layer.in_channels // layer.groups)
     return (group * (layer.out_channels // layer.groups) + position[1], inner, *position[2:])

@@ -1,0 +1,198 @@
+"""Opaque layers, adapted: the base layer computes as it is, and the update is added to its output.
+
+Its weight is quantised, made of other parameters, or used in a `forward` of its own: nobody reads it, or puts another
+in its place. Where its library can dequantise it, the sum may be put into a plain layer instead (`merge`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.adapters.base_weight import base_weight, dequantised
+from tnpeft.adapters.offload import present, wrapper_of
+from tnpeft.adapters.parked_states import set_to_base, translate
+from tnpeft.execution.forward_pass import ModelResults
+from tnpeft.execution.layers import HOOKS, AdaptedLayer
+from tnpeft.execution.modes import sum_deltas
+from tnpeft.execution.opaque_call import call_opaque, passing_gradients
+from tnpeft.execution.opaque_update import with_updates
+from tnpeft.execution.site import Site
+from tnpeft.execution.torch_call import add_weight
+from tnpeft.network import Layer, layer_of
+
+__all__ = ["AdaptedOpaque"]
+
+_PLAIN = "_plain_layer"
+"""On a merged layer: the plain one that stands for it."""
+_MERGED_HOOKS = tuple(name for name in HOOKS if "state_dict" not in name)
+
+
+class AdaptedOpaque(AdaptedLayer):
+    """An adapted layer whose weight cannot be read or replaced.
+
+    `weight` and `bias` are the base's own, whatever they are. State dicts are the base's, with the adapters' beside.
+    While it is merged, a plain layer with the dequantised weight and the update computes in its place.
+    """
+
+    def __init__(self, base: nn.Module, results: ModelResults) -> None:
+        super().__init__(base, results)
+        self.__dict__["layer"] = layer_of(base)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plain = self.__dict__.get(_PLAIN)
+        if plain is not None and not self.disabled:
+            return plain(*args, **kwargs)
+        site: Site = self.site
+        if site.idle:
+            return site.base.forward(*args, **kwargs)
+        if args and isinstance(args[0], torch.fx.Proxy):  # the graph has the layer as one node
+            tracer: Any = args[0].tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(wrapper_of(site.base)), args, kwargs)
+        layer: Layer = self.__dict__["layer"]
+        called = call_opaque(site.base, layer, self.where, args, kwargs)
+        output = called.output
+        if torch.is_grad_enabled() and called.x.requires_grad and not torch.compiler.is_compiling():
+            output = passing_gradients(site.base, layer, self.where, called.x, output)
+        return with_updates(site, layer, called, output)
+
+    @property
+    def alone(self) -> None:
+        """None: a forward pass contracts nothing of it together with other layers."""
+        return
+
+    @property
+    def weight(self) -> Any:
+        """The base's own: a tensor, or what its library has in its place."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base.bias
+
+    def merge(self) -> None:
+        """Make the plain layer that computes with the dequantised weight and the update."""
+        if self.scales:
+            base, layer = self.base, self.__dict__["layer"]
+            with present(base), torch.inference_mode(False), torch.no_grad():
+                weight = dequantised(base, layer)
+                assert weight is not None  # it has been asked before
+                site = self._site_of(self.scales)
+                inputs = [acting.adapter.delta_inputs(weight) for acting in site.acting]
+                total = add_weight(sum_deltas(site.acting, weight, inputs, False), weight, False)
+                self.__dict__[_PLAIN] = _plain_layer(base, layer, total.clone()).train(self.training)
+        self.merged = True
+        self._settle()
+
+    def unmerge(self) -> None:
+        self.__dict__.pop(_PLAIN, None)
+        super().unmerge()
+
+    def keep_merged(self) -> None:
+        """Let the plain layer be the base, which `unwrap` gives."""
+        self.disable(False)
+        self.merged = False
+        self._settle()
+
+    def unwrap(self) -> nn.Module:
+        base = super().unwrap()
+        plain: nn.Module | None = self.__dict__.get(_PLAIN)
+        if plain is None:
+            return base
+        for name in _MERGED_HOOKS:
+            plain.__dict__[name] = base.__dict__[name]
+        for number in [number for number, hook in plain._forward_pre_hooks.items() if _computes_weight(hook)]:
+            del plain._forward_pre_hooks[number]
+        return plain
+
+    def reset_parameters(self) -> None:
+        for name in self.names:
+            adapter = self.adapter(name)
+            adapter.reset_parameters(base_weight(self.base, adapter.network))
+        set_to_base(self.base)
+        if self.merged:
+            self.merge()
+
+    def train(self, mode: bool = True) -> AdaptedOpaque:
+        super().train(mode)
+        self.base.training = mode
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{type(self.base).__name__}, {super().extra_repr()}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):  # as the hooks of weight normalisation do before each call
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in ("weight", "bias"):
+            delattr(self.base, name)
+        else:
+            super().__delattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedOpaque:
+        plain = self.__dict__.get(_PLAIN)
+        if plain is not None:
+            plain._apply(fn)
+        if type(self.base)._apply is nn.Module._apply:
+            nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        else:
+            self.base._apply(fn, recurse)
+            self.adapters._apply(fn)
+        return self
+
+    @property
+    def _version(self) -> int:  # type: ignore[override]
+        """What the base's state dicts say of their format."""
+        version: int = self.base._version
+        return version
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own, as it writes it, and the adapters'."""
+        if type(self.base).state_dict is nn.Module.state_dict or args:
+            return super().state_dict(*args, **kwargs)
+        destination = kwargs.setdefault("destination", OrderedDict())
+        self.base.state_dict(**{"prefix": "", "keep_vars": False, **kwargs})
+        kwargs["prefix"] = f"{kwargs.get('prefix', '')}adapters."
+        self.adapters.state_dict(**kwargs)
+        return destination
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        plain = self.__dict__.get(_PLAIN)
+        shown = self.base if plain is None or self.disabled else plain
+        shown._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        *_, unexpected, errors = rest
+        if self.__dict__.get(_PLAIN) is not None:
+            errors.append(f"{self.where or 'a layer'} is merged into a plain one: call `tnpeft.unmerge` first.")
+            return
+        translate(self.base, state_dict, prefix)
+        self.base._load_from_state_dict(state_dict, prefix, *rest)
+        unexpected[:] = [key for key in unexpected if not key.startswith(f"{prefix}adapters.")]
+
+
+def _computes_weight(hook: Any) -> bool:
+    return "weight" in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
+
+
+def _plain_layer(base: Any, layer: Layer, weight: Tensor) -> nn.Module:
+    """torch's own layer with a weight, otherwise like the base."""
+    bias = base.bias() if callable(base.bias) and not isinstance(base.bias, Tensor) else base.bias
+    given: dict[str, Any] = {"bias": bias is not None, "device": "meta", "dtype": weight.dtype}
+    kind: Any = getattr(nn, layer.kind)
+    if layer.kernel_size:
+        keys = ["stride", "padding", "dilation", "groups", "padding_mode"] + ["output_padding"] * layer.transposed
+        given |= {key: getattr(base, key) for key in keys} | {"kernel_size": layer.kernel_size}
+    plain: nn.Module = kind(layer.in_channels, layer.out_channels, **given)
+    plain.weight = nn.Parameter(weight.T.contiguous() if layer.turned else weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().clone().to(weight.device, weight.dtype), requires_grad=False)
+    return plain

@@ -1,0 +1,165 @@
+"""A call of an opaque layer: what its own `forward` gives, and what its weight meets meanwhile.
+
+The update of a convolution reads what the layer's convolution reads, which a `forward` of its own may have padded. It
+is watched for that, call by call. A Linear is taken to read its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from tnpeft.adapters.base_weight import dequantised, described, is_packed_for_inference
+from tnpeft.errors import ExecutionError, Problem
+from tnpeft.network import Layer
+from tnpeft.network.signature import torch_kind
+
+__all__ = ["OpaqueCall", "call_opaque", "geometry_of", "passing_gradients"]
+
+_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_CONVOLUTIONS = {getattr(functional, f"conv{axes}d"): _NAMES for axes in (1, 2, 3)} | {
+    getattr(functional, f"conv_transpose{axes}d"): _TRANSPOSED_NAMES for axes in (1, 2, 3)
+}
+# Nodes of autograd that a layer's own call makes, at most.
+_NODES = 10_000
+
+
+class OpaqueCall(NamedTuple):
+    """What a layer gave, what its weight read, and for a convolution how: its stride and the like."""
+
+    output: Tensor
+    x: Tensor
+    how: tuple[Any, ...] | None = None
+
+
+def call_opaque(base: Any, layer: Layer, where: str | None, args: Sequence[Any], kwargs: dict[str, Any]) -> OpaqueCall:
+    """The base layer's own output. Raises ExecutionError where it is none that an update can be added to."""
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if args and isinstance(x, Tensor) and is_packed_for_inference(base):
+        args = (x.detach(), *args[1:])
+    watched = bool(layer.kernel_size) and not _is_torchs(type(base))
+    calls: list[dict[str, Any]] = []
+    if watched:
+        with _Watch() as watch:
+            output = base.forward(*args, **kwargs)
+        calls = [call for call in watch.calls if tuple(call["weight"].shape) == layer.stored_shape]
+    else:
+        output = base.forward(*args, **kwargs)
+    if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+        kinds = f"a {type(x).__name__} and a {type(output).__name__}"
+        raise ExecutionError(Problem("input and output", "tensors", kinds, "Match other layers.", where=where))
+    if not layer.kernel_size:
+        return OpaqueCall(output, x)
+    if not watched or not calls:
+        return OpaqueCall(output, x, _how(vars(base), layer))
+    if len(calls) > 1:
+        found = f"{len(calls)} of them in its `forward`"
+        raise ExecutionError(Problem("an opaque layer", "one convolution", found, "Match other layers.", where=where))
+    return OpaqueCall(output, calls[0]["input"], _how(calls[0], layer))
+
+
+def _is_torchs(kind: type) -> bool:
+    """Whether a convolution pads and calls as torch's does."""
+    own = torch_kind(kind)
+    methods = ("forward", "_conv_forward")
+    return own is not None and all(
+        getattr(kind, method, None) is getattr(getattr(nn, own), method, None) for method in methods
+    )
+
+
+def _how(call: Any, layer: Layer) -> tuple[Any, ...]:
+    """Stride, padding, dilation and output padding along every axis, the padding mode and what it pads."""
+    axes = len(layer.kernel_size)
+
+    def along(value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        return tuple(value) if isinstance(value, (tuple, list)) and len(value) > 1 else _repeated(value, axes)
+
+    defaults = (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0))
+    numbers = (along(call.get(key, usual)) for key, usual in defaults)
+    return (*numbers, call.get("padding_mode", "zeros"), tuple(call.get("_reversed_padding_repeated_twice", ())))
+
+
+def _repeated(value: Any, axes: int) -> tuple[int, ...]:
+    (number,) = value if isinstance(value, (tuple, list)) else (value,)
+    return (number,) * axes
+
+
+def geometry_of(how: tuple[Any, ...] | None, layer: Layer) -> Any:
+    """An object with the attributes of a convolution that is called so; None for a Linear."""
+    if how is None:
+        return None
+    stride, padding, dilation, output_padding, padding_mode, around = how
+    return SimpleNamespace(
+        kernel_size=layer.kernel_size, stride=stride, padding=padding, dilation=dilation, groups=layer.groups,
+        output_padding=output_padding, padding_mode=padding_mode, _reversed_padding_repeated_twice=around,
+    )  # fmt: skip
+
+
+class _Watch(TorchFunctionMode):
+    """Notes torch's convolutions and their arguments by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = _CONVOLUTIONS.get(func)
+        if names is not None:
+            self.calls.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
+        return func(*args, **(kwargs or {}))
+
+
+def passing_gradients(base: nn.Module, layer: Layer, where: str | None, x: Tensor, output: Tensor) -> Tensor:
+    """The output, through which gradients reach the input.
+
+    Kernels for integers alone pass none on. Where the weight can be dequantised they are those of that, as a Linear
+    has them; else ExecutionError is raised, for what lies before would be trained on a part of its gradient.
+    """
+    if _reaches(output, x):
+        return output
+    if layer.kernel_size or dequantised(base, layer) is None:
+        fix = "Adapt layers behind it, or attach to the unquantised model."
+        found = f"{described(base)}, which passes none on"
+        raise ExecutionError(Problem("gradients of the input", "a base layer that has them", found, fix, where=where))
+    passed: Tensor = _PassedOn.apply(x, output, base, layer)  # type: ignore[no-untyped-call]
+    return passed
+
+
+def _reaches(output: Tensor, x: Tensor) -> bool:
+    """Whether the graph of autograd leads from an output to an input that it was made of."""
+    seen: set[Any] = set()
+    below, left = x.grad_fn, [output.grad_fn]
+    while left and len(seen) < _NODES:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (below is not None and node is below) or (below is None and getattr(node, "variable", None) is x):
+            return True
+        left += [parent for parent, _ in node.next_functions]
+    return False
+
+
+class _PassedOn(torch.autograd.Function):
+    """Leaves a Linear's output as it is; the input's gradient is that with the dequantised weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output: Tensor, base: nn.Module, layer: Layer) -> Tensor:
+        ctx.base, ctx.layer, ctx.dtype = base, layer, x.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        weight = dequantised(ctx.base, ctx.layer)
+        assert weight is not None
+        weight = weight.T if ctx.layer.turned else weight
+        return (gradient.to(weight.dtype) @ weight).to(ctx.dtype), gradient, None, None

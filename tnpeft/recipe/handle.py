@@ -1,0 +1,110 @@
+"""`Handle`: an attached adapter, and what can be done with it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from tnpeft.adapters import Adapter
+from tnpeft.recipe.groups import groups_of, tensors_of
+from tnpeft.recipe.report import Report, report_of
+from tnpeft.surgery import activate, adapters_of, detach, disabled, merge, record_of, scales_of, unmerge
+
+__all__ = ["Handle"]
+
+_NO_FACTORS: Mapping[str, float] = MappingProxyType({})
+
+
+class Handle:
+    """An attached adapter: its model and name, what trains, and the functions of the library with these filled in."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        record_of(model, name)
+        self.model = model
+        self.name = name
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The compiled adapter of each layer by the layer's name, with its cores and its `delta_weight()`."""
+        return adapters_of(self.model, self.name)
+
+    def report(self) -> Report:
+        """What trains, per layer and in total; prints as a table."""
+        return report_of(self.model, self.name)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this adapter trains: cores as `layer.core`, then biases, norms and joint parameters by name.
+
+        A core that several layers share comes once, under the first of them.
+        """
+        return ((tensor.name, tensor.parameter) for tensor in tensors_of(self.model, self.name))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What to give the optimiser."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def parameter_groups(
+        self,
+        *,
+        lr: float,
+        lr_factors: Mapping[str, float] = _NO_FACTORS,
+        no_decay: Iterable[str] = (),
+        weight_decay: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """What to give an optimiser that treats cores, layers, biases or norms differently: LoRA+ and its kin.
+
+        Each key of `lr_factors` multiplies `lr` for what it names, and several multiply each other; what a key of
+        `no_decay` names has a `weight_decay` of 0. A key is a core (`up`), a core of one of several specs (`lora.up`),
+        a role (`bias`, `norm` or `also`: what trains beside the cores), or else a regular expression, searched in the
+        names of `named_parameters`. Every parameter is in one group. A core that layers share is of them all: a
+        regular expression finds it where it matches each of them. Groups have a `name` beside what torch knows.
+
+        Raises AttachError for a key that names nothing and what is no number.
+        """
+        return groups_of(tensors_of(self.model, self.name), lr, lr_factors, no_decay, weight_decay)
+
+    def activate(self, scale: float = 1.0) -> None:
+        """Let this adapter act at a scale, and no other; see `tnpeft.activate`."""
+        activate(self.model, {self.name: scale})
+
+    def scale(self, scale: float) -> None:
+        """Let this adapter act at a scale, beside the others that act; see `tnpeft.activate`."""
+        activate(self.model, {**scales_of(self.model), self.name: scale})
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside, the model computes what its base computes; see `tnpeft.disabled`."""
+        return disabled(self.model)
+
+    def merge(self) -> None:
+        """Compute the adapted layers' weights with this adapter alone; see `tnpeft.merge`."""
+        merge(self.model, self.name)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, to the bit; see `tnpeft.unmerge`."""
+        unmerge(self.model)
+
+    def detach(self, merge: bool = False) -> None:
+        """Take this adapter off and leave the others, with its update or without; see `tnpeft.detach`."""
+        detach(self.model, merge, self.name)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write this adapter to a file; see `tnpeft.save`."""
+        _room_above("io").save(self.model, path, self.name)
+
+    def hot_swap(self, path: str | os.PathLike[str]) -> None:
+        """Give this adapter the values of a file, in place; see `tnpeft.hot_swap`."""
+        _room_above("io").hot_swap(self.model, path, self.name)
+
+    def __repr__(self) -> str:
+        return f"Handle(name={self.name!r}, layers={len(adapters_of(self.model, self.name))})"
+
+
+def _room_above(room: str) -> Any:
+    """A room that imports this one, looked up when a method of its is called: files and fits know handles."""
+    return importlib.import_module(f"tnpeft.{room}")
