@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tnpeft.adapters import Adapter, memory_limit
     from tnpeft.draw import draw_network
     from tnpeft.execution import compile
-    from tnpeft.fitting import Budget, Extraction, Fit, budget, extract, fit
+    from tnpeft.fitting import Budget, Extraction, Fit, Truncation, budget, extract, fit, truncate
     from tnpeft.io import Inspection, hot_swap, inspect, load, load_foreign, save, save_foreign
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
     from tnpeft.surgery import (
@@ -80,6 +80,7 @@ __all__ = [
     "SpecError",
     "TnpeftError",
     "TnpeftWarning",
+    "Truncation",
     "__version__",
     "accumulating",
     "activate",
@@ -109,6 +110,7 @@ __all__ = [
     "save",
     "save_foreign",
     "scales_of",
+    "truncate",
     "unmerge",
 ]
 
@@ -121,7 +123,7 @@ _LAZY = {
         "surgery": "accumulating activate detach disabled merge names_of plain_state_dict scales_of unmerge",
         "recipe": "Handle Recipe Report attach list_recipes load_recipe",
         "io": "Inspection hot_swap inspect load load_foreign save save_foreign",
-        "fitting": "Budget Extraction Fit budget extract fit",
+        "fitting": "Budget Extraction Fit Truncation budget extract fit truncate",
         "draw": "draw_network",
     }.items()
     for name in names.split()

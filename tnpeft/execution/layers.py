@@ -165,8 +165,9 @@ class AdaptedLayer(Resident, nn.Module):
         return adapter
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Carry one more adapter, which does not act before `act` says so."""
+        """Carry one more adapter, or another in one's place, which does not act before `act` says so."""
         self.adapters[_key(name)] = adapter.train(self.training)
+        self._calls.pop(name, None)
 
     def remove_adapter(self, name: str) -> None:
         del self.adapters[_key(name)]

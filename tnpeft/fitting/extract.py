@@ -32,7 +32,16 @@ from tnpeft.surgery import (
     trained_of,
 )
 
-__all__ = ["ExtractedLayer", "Extraction", "Unexplained", "check_tensors", "extract"]
+__all__ = [
+    "ExtractedLayer",
+    "Extraction",
+    "Unexplained",
+    "check_tensors",
+    "extract",
+    "fitted_layer",
+    "refuse_shared",
+    "row_of",
+]
 
 _SHOWN = 3  # tensors named in an error
 
@@ -223,13 +232,13 @@ def _extracted(
     progress: Callable[[ExtractedLayer, int, int], None] | None,
 ) -> Extraction:
     adapters = adapters_of(handle.model, handle.name)
-    _refuse_shared(adapters)
+    refuse_shared(adapters, "extract")
     rows: list[ExtractedLayer] = []
     for name, adapter in adapters.items():
         began = time.perf_counter()
         delta = changes.of(f"{name}.weight")
-        fitted = _fitted(name, adapter, changes.base[f"{name}.weight"], delta, method, iterations)
-        row = _row(name, fitted, delta, time.perf_counter() - began)
+        fitted = fitted_layer(name, adapter, changes.base[f"{name}.weight"], delta, method, iterations)
+        row = row_of(name, fitted, delta, time.perf_counter() - began)
         rows.append(row)
         if progress is not None:
             progress(row, len(rows), len(adapters))
@@ -239,7 +248,8 @@ def _extracted(
     return Extraction(handle, tuple(rows), copied, unexplained, norm)
 
 
-def _refuse_shared(adapters: Mapping[str, Adapter]) -> None:
+def refuse_shared(adapters: Mapping[str, Adapter], verb: str) -> None:
+    """Raises AttachError for trained cores that layers share; `verb` is what cannot be done with them."""
     for name, adapter in adapters.items():
         shared = [core for core in adapter.network.cores if core.shared and not core.frozen]
         if shared:
@@ -249,20 +259,24 @@ def _refuse_shared(adapters: Mapping[str, Adapter]) -> None:
                     f"spec '{adapter.network.spec.name}', core '{core}'",
                     "cores that each belong to one layer: layers are fitted one by one",
                     f"one shared by layers, such as '{name}'",
-                    "Freeze it (`frozen: true`), or extract with a spec without shared cores.",
+                    f"Freeze it (`frozen: true`), or {verb} with a spec without shared cores.",
                     core=core,
                 )
             )
 
 
-def _fitted(name: str, adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, iterations: int | None) -> Fit:
+def fitted_layer(
+    name: str, adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, iterations: int | None
+) -> Fit:
+    """The adapter of a layer, fitted to an update of its weight. Raises AttachError that names the layer."""
     try:
         return fit_adapter(adapter, weight, delta, method=method, iterations=iterations)
     except TnpeftError as error:
         raise AttachError(*(replace(problem, layers=(name,)) for problem in error.problems)) from error
 
 
-def _row(name: str, fitted: Fit, delta: Tensor, seconds: float) -> ExtractedLayer:
+def row_of(name: str, fitted: Fit, delta: Tensor, seconds: float) -> ExtractedLayer:
+    """What is reported of a layer that was fitted to an update."""
     network: Network = fitted.adapter.network
     norm = float(torch.linalg.vector_norm(delta))
     return ExtractedLayer(

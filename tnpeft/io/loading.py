@@ -25,6 +25,7 @@ from tnpeft.network import Network, Spec
 from tnpeft.recipe import Handle
 from tnpeft.surgery import (
     activate,
+    adapted,
     base_tensors,
     find,
     install,
@@ -76,11 +77,11 @@ def hot_swap(model: nn.Module, path: str | os.PathLike[str], name: str | None = 
     Raises AdapterFileError and AttachError as `load` does; the model is then as it was.
     """
     path = file_path(path)
-    known = names_of(model)
-    if name is None and len(known) > 1:
-        listed_names = ", ".join(f"'{each}'" for each in known)
-        raise AttachError(Problem("adapter name", f"one of {listed_names}", "none", "Pass `name=`."))
-    name = known[0] if name is None else record_of(model, name).name
+    model, state = adapted(model)  # in what torch.compile and others put around it
+    if name is None and len(state.adapters) > 1:
+        known = ", ".join(f"'{each}'" for each in state.adapters)
+        raise AttachError(Problem("adapter name", f"one of {known}", "none", "Pass `name=`."))
+    name = next(iter(state.adapters)) if name is None else record_of(model, name).name
     manifest, content = _content(model, path)
     with _of_file_too(path):
         refill(model, name, *content, manifest.about)

@@ -101,6 +101,10 @@ class Handle:
         """Give this adapter the values of a file, in place; see `tnpeft.hot_swap`."""
         _room_above("io").hot_swap(self.model, path, self.name)
 
+    def truncate(self, budget: int | None = None, /, **how: Any) -> Any:
+        """Shrink this adapter's ranks and keep the best fit of its update; see `tnpeft.truncate`."""
+        return _room_above("fitting").truncate(self.model, budget, name=self.name, **how)
+
     def __repr__(self) -> str:
         return f"Handle(name={self.name!r}, layers={len(adapters_of(self.model, self.name))})"
 

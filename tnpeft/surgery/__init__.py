@@ -15,7 +15,7 @@ They and the switches find the adapted model inside wrappers such as Distributed
 from tnpeft.surgery.adapted_model import AdaptedModel, AdapterRecord, adapted, find
 from tnpeft.surgery.checks import SUPPORTED, is_layer, is_opaque, layer_problem, model_problems
 from tnpeft.surgery.detach import detach
-from tnpeft.surgery.install import install
+from tnpeft.surgery.install import install, replace_adapters
 from tnpeft.surgery.passes import accumulating
 from tnpeft.surgery.queries import (
     adapters_of,
@@ -65,6 +65,7 @@ __all__ = [
     "plain_state_dict",
     "record_of",
     "refill",
+    "replace_adapters",
     "scale_problem",
     "scales_of",
     "statistics_of",

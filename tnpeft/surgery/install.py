@@ -12,13 +12,14 @@ from tnpeft.adapters import Adapter
 from tnpeft.adapters.parked_states import note_tie
 from tnpeft.errors import AttachError, TnpeftWarning
 from tnpeft.execution import AdaptedLayer, ModelResults, wrap
-from tnpeft.surgery.adapted_model import AdaptedModel, AdapterRecord, find
+from tnpeft.surgery.adapted_model import AdaptedModel, AdapterRecord, adapted, find
 from tnpeft.surgery.checks import model_problems, name_problems, other_roads, target_problems, trained_problems
-from tnpeft.surgery.switch import apply_state
+from tnpeft.surgery.queries import layers_of
+from tnpeft.surgery.switch import apply_state, refuse_disabled, refuse_merged
 from tnpeft.surgery.trained import Tied, all_tied, norm_statistics
 from tnpeft.surgery.tree import Slot, places, plain_modules, slots, ties
 
-__all__ = ["install"]
+__all__ = ["install", "replace_adapters"]
 
 
 def install(
@@ -63,6 +64,20 @@ def install(
     state.keep_on(model)
     apply_state(model, state)
     return record
+
+
+def replace_adapters(model: nn.Module, name: str, adapters: Mapping[str, Adapter]) -> None:
+    """Put other compiled adapters in the place of those that some layers have under the name `name`.
+
+    What acts stays. Raises AttachError for merged models and inside a `disabled` context.
+    """
+    root, state = adapted(model)
+    refuse_disabled(state)
+    refuse_merged(state)
+    for layer, adapted_layer in layers_of(root, name).items():
+        if layer in adapters:
+            adapted_layer.add_adapter(name, adapters[layer])
+    apply_state(root, state)
 
 
 def _checked(

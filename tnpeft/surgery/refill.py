@@ -80,8 +80,8 @@ def _difference(here: Adapter, there: Adapter) -> tuple[str, str, str] | None:
         return "params of its adapter", _in_words(ours.params), _in_words(theirs.params)
     for key, own in here.cores.items():
         other = there.cores[key]
-        if is_distributed(own) or own.is_meta:
-            found = "one that is split over processes" if is_distributed(own) else "none (it is on the meta device)"
+        if is_distributed(own) or own.is_meta or own.shape != other.shape:
+            found = "none (it is on the meta device)" if own.is_meta else "a part, as each process of several holds it"
             return f"core '{key}'", "one with all of its values", found
         if torch.promote_types(own.dtype, other.dtype) != own.dtype:
             return f"core '{key}'", _dtype(own), _dtype(other)
@@ -100,7 +100,7 @@ def _dtype(core: Tensor) -> str:
 
 def _beside_problems(name: str, here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> Iterator[Problem]:
     """Why what trains beside the cores is not what values are there for."""
-    odd = [key for key in there if key not in here]
+    odd = [key for key in there if key not in here or is_distributed(here[key]) or here[key].shape != there[key].shape]
     missing = [key for key in here if key not in there]
     for found, names in (("also {}", odd), ("none for {}", missing)):
         if names:
