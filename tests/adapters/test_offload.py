@@ -305,16 +305,17 @@ def test_a_preloaded_ancestor_reaches_no_core_and_no_copy(
     close(model(X), trained)
 
 
-def test_a_forward_of_ones_own_is_still_refused_within_a_hook(tmp_path: Path):
+def test_a_forward_of_ones_own_runs_within_a_hook(tmp_path: Path):
     class Twice(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
             return 2 * super().forward(input)
 
     model = nn.Sequential(Twice(3, 3))
+    x = torch.randn(2, 3)
+    expected = model(x)
     cpu(model, tmp_path)
-    with pytest.raises(tnpeft.AttachError) as excinfo:
-        tnpeft.attach(model, "lora", match="0", r=2)
-    assert str(excinfo.value) == (
-        "layer '0': layer: expected the forward of Linear, found Twice with a `forward` of its own. "
-        "An adapter would bypass it: match other layers, or use the plain class."
-    )
+    handle = tnpeft.attach(model, "lora", match="0", r=2)
+    assert torch.equal(model(x), expected)
+    for parameter in handle.parameters():
+        nn.init.ones_(parameter.data)
+    torch.testing.assert_close(model(x), expected + 2 * x.sum(1, keepdim=True))

@@ -40,44 +40,61 @@ def layers_of(found: str, fix: str, names: str = "layer '0'") -> str:
 @pytest.mark.parametrize(
     ("layer", "found"),
     [
-        (kind("bitsandbytes.nn.modules.Linear4bit", nn.Linear), "Linear4bit, quantised by bitsandbytes"),
-        (kind("bitsandbytes.nn.modules.Linear8bitLt", nn.Linear), "Linear8bitLt, quantised by bitsandbytes"),
         (kind("gptqmodel.nn_modules.qlinear.torch.TorchQuantLinear"), "TorchQuantLinear, quantised by GPTQ"),
         (kind("awq.modules.linear.gemm.WQLinear_GEMM"), "WQLinear_GEMM, quantised by AWQ"),
         (kind("hqq.core.quantize.HQQLinear"), "HQQLinear, quantised by HQQ"),
-        (kind("optimum.quanto.nn.qlinear.QLinear", nn.Linear), "QLinear, quantised by optimum-quanto"),
-        (kind("optimum.quanto.nn.qconv2d.QConv2d", nn.Linear), "QConv2d, quantised by optimum-quanto"),
-        (kind("torchao.float8.float8_linear.Float8Linear", nn.Linear), "Float8Linear, quantised by torchao"),
-        (
-            kind("transformers.integrations.finegrained_fp8.FP8Linear", nn.Linear),
-            "FP8Linear, quantised by transformers (finegrained_fp8)",
-        ),
-        (kind("diffusers.quantizers.gguf.utils.GGUFLinear", nn.Linear), "GGUFLinear, quantised by GGUF"),
         (kind("somebody.layers.QuantLinear"), "QuantLinear, a quantised layer"),
     ],
 )
-def test_quantised_layers_are_said_to_be(layer, found):
-    expected = layers_of(found, UNQUANTISED)
+def test_quantised_layers_without_sizes_are_said_to_be(layer, found):
+    expected = layers_of(f"{found}, which does not say its sizes", UNQUANTISED)
     assert refused(nn.Sequential(layer)) == expected
     assert refused(nn.Sequential(layer), match="all") == expected.replace(
         f"layer type: expected one of {KINDS}",
         f"spec 'lora', match 'all': expected at least one of {KINDS} that can be adapted",
     )
     with pytest.raises(tnpeft.BindError) as caught:
-        tnpeft.load_spec("lora").bind(layer if not isinstance(layer, nn.Linear) else nn.ReLU())
-    assert str(caught.value).startswith("unsupported layer: ")
+        tnpeft.load_spec("lora").bind(layer)
+    assert str(caught.value) == (
+        f"unsupported layer: expected one of {KINDS}, found {found}, which does not say its sizes. {UNQUANTISED}"
+    )
+    layer.in_features = layer.out_features = 4
+    assert str(tnpeft.load_spec("lora").bind(layer).layer) == "Linear(4, 4, opaque)"
+
+
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [
+        (kind("bitsandbytes.nn.modules.Linear4bit", nn.Linear), "Linear4bit, quantised by bitsandbytes"),
+        (kind("optimum.quanto.nn.qlinear.QLinear", nn.Linear), "QLinear, quantised by optimum-quanto"),
+        (kind("torchao.float8.float8_linear.Float8Linear", nn.Linear), "Float8Linear, quantised by torchao"),
+        (
+            kind("transformers.integrations.finegrained_fp8.FP8Linear", nn.Linear),
+            "FP8Linear, quantised by transformers (finegrained_fp8)",
+        ),
+        (kind("diffusers.quantizers.gguf.utils.GGUFLinear", nn.Linear), "GGUFLinear, quantised by GGUF"),
+        (kind("somebody.layers.QuantLinear", nn.Linear), "QuantLinear, a quantised layer"),
+    ],
+)
+def test_quantised_layers_are_adapted_without_their_weight(layer, found):
+    model = nn.Sequential(layer)
+    assert [row.layer for row in tnpeft.attach(model, "lora", match="all").report().layers] == ["Linear(4, 4, opaque)"]
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.merge(model)
+    assert str(caught.value) == (
+        f"layer '0': merging: expected a weight that the update can be added to, found {found}. "
+        "Keep the adapter beside it: `tnpeft.save` writes that."
+    )
+    tnpeft.detach(model)
+    assert refused(model, "dora") == (
+        f"layer '0': spec 'dora': expected a base weight that can be read, found {found}. "
+        "Use a spec that does not read the weight, such as `lora`, or match other layers."
+    )
 
 
 @pytest.mark.parametrize(
     ("layer", "found", "fix"),
     [
-        (
-            kind("transformers.pytorch_utils.Conv1D"),
-            "transformers' Conv1D, a linear layer with a transposed weight",
-            "Put an `nn.Linear` with its bias and `nn.Parameter(weight.T.contiguous())` in its place, then attach; "
-            "save such a model with `tnpeft.save`, or turn the weights back first: "
-            "what `save_pretrained` writes of it loads as another model, or not at all.",
-        ),
         (
             kind("transformer_engine.pytorch.module.linear.Linear"),
             "Linear, a layer of Transformer Engine with kernels of its own",
@@ -100,10 +117,15 @@ def test_a_class_of_the_same_name_is_told_with_its_module():
     model[0].weight = nn.Parameter(torch.zeros(2))
     assert refused(model) == (
         f"layer '0': layer type: expected one of {KINDS}, found Conv1D of my.layers. "
-        "Narrow the pattern, or match `all`: every layer of the spec's kinds.\n"
-        "layer '1': layer: expected the forward of Linear, found Linear of my.layers with a `forward` of its own. "
-        "An adapter would bypass it: match other layers, or use the plain class."
-    ).replace("Narrow the pattern, or match `all`: every layer of the spec's kinds.", "Match other layers.")
+        "Narrow the pattern, or match `all`: every layer of the spec's kinds."
+    )
+    tnpeft.attach(model, "lora", match="1")
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.merge(model)
+    assert str(caught.value) == (
+        "layer '1': merging: expected a weight that the update can be added to, found Linear of my.layers, "
+        "with a `forward` of its own. Keep the adapter beside it: `tnpeft.save` writes that."
+    )
 
 
 def test_attention_is_told_where_its_weights_are():
@@ -124,26 +146,21 @@ def quantise():
         yield torch.ao.quantization
 
 
-def test_layers_that_torch_has_quantised(quantise):
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    dynamic = quantise.quantize_dynamic(model, {nn.Linear})
-    assert refused(dynamic) == layers_of("Linear, quantised by torch.ao", UNQUANTISED, "layers '0', '2'")
+def test_layers_that_torch_has_quantised_with_integers_around(quantise):
+    static = nn.Sequential(torch.ao.nn.quantized.Linear(4, 4), nn.Linear(4, 4))
+    found = "Linear, quantised by torch.ao, its input and output too"
+    assert refused(static, match="0") == layers_of(found, UNQUANTISED)
     with pytest.raises(tnpeft.BindError) as caught:
-        tnpeft.load_spec("lora").bind(dynamic[0])
-    assert str(caught.value) == (
-        f"unsupported layer: expected one of {KINDS}, found Linear, quantised by torch.ao. {UNQUANTISED}"
-    )
-    model.qconfig = quantise.get_default_qat_qconfig("fbgemm")
-    trained = quantise.prepare_qat(model.train())
-    assert refused(trained, match=r"^\d$") == layers_of("Linear, quantised by torch.ao", UNQUANTISED, "layers '0', '2'")
+        tnpeft.load_spec("lora").bind(static[0])
+    assert str(caught.value) == f"unsupported layer: expected one of {KINDS}, found {found}. {UNQUANTISED}"
+    report = tnpeft.attach(static, "lora", match="all").report()
+    assert ([row.name for row in report.layers], report.skipped) == (["1"], {"0": found})
 
 
-def test_a_model_that_is_quantised_in_part_is_adapted_elsewhere(quantise):
-    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4)), "b": nn.Linear(4, 4)})
-    model["a"] = quantise.quantize_dynamic(model["a"], {nn.Linear})
-    report = tnpeft.attach(model, "lora", match="all").report()
-    assert [row.name for row in report.layers] == ["b"]
-    assert report.skipped == {"a.0": "Linear, quantised by torch.ao"}
+def test_layers_that_torch_has_fused(quantise):
+    fused = torch.ao.nn.intrinsic.quantized.dynamic.LinearReLU(4, 4)
+    found = "LinearReLU, fused by torch.ao with what follows it"
+    assert refused(nn.Sequential(fused), match="0") == layers_of(found, UNQUANTISED)
 
 
 class Scaled(torch.Tensor):
@@ -188,19 +205,6 @@ def fake(full: str) -> type:
     ("model", "problem"),
     [
         (
-            with_weight(torch.zeros(4, 4).as_subclass(Scaled)),
-            "found Scaled, with operations of its own. Match other layers.",
-        ),
-        (with_weight(Wrapped(torch.zeros(4, 4))), "found Wrapped, with operations of its own. Match other layers."),
-        (
-            with_weight(torch.zeros(4, 4).as_subclass(fake("torchao.dtypes.affine.AffineQuantizedTensor"))),
-            "found AffineQuantizedTensor, quantised by torchao. Attach to the unquantised model.",
-        ),
-        (
-            with_weight(torch.zeros(4, 4).as_subclass(fake("optimum.quanto.tensor.weights.qbytes.WeightQBytesTensor"))),
-            "found WeightQBytesTensor, quantised by optimum-quanto. Attach to the unquantised model.",
-        ),
-        (
             with_weight(torch.zeros(4, 4).as_subclass(fake("torch.distributed.tensor._api.DTensor"))),
             "found DTensor, which lies on several devices. Attach to the plain model first, then wrap it.",
         ),
@@ -209,6 +213,33 @@ def fake(full: str) -> type:
 @pytest.mark.parametrize("spec", ["lora", "quanta", "pissa"])
 def test_weights_that_are_no_plain_tensors(model, problem, spec):
     assert refused(model, spec) == f"layer '0': weight: expected a plain tensor, {problem}"
+
+
+@pytest.mark.parametrize(
+    ("weight", "found"),
+    [
+        (torch.ones(4, 4).as_subclass(Scaled), "Linear, whose weight is a Scaled"),
+        (
+            torch.ones(4, 4).as_subclass(fake("optimum.quanto.tensor.weights.qbytes.WeightQBytesTensor")),
+            "WeightQBytesTensor, quantised by optimum-quanto",
+        ),
+    ],
+)
+def test_weights_of_other_classes_are_left_alone(weight, found):
+    model, x = with_weight(weight), torch.randn(2, 4)
+    expected = model(x)
+    tnpeft.attach(model, "lora", match="0")
+    assert torch.equal(model(x), expected)
+    with pytest.raises(tnpeft.AttachError) as caught:
+        tnpeft.detach(model, merge=True, dequantise=True)
+    assert str(caught.value) == (
+        f"layer '0': merging: expected a weight that the update can be added to, found {found}. "
+        "Keep the adapter beside it: `tnpeft.save` writes that."
+    )
+    assert refused(with_weight(weight), "pissa") == (
+        f"layer '0': spec 'pissa': expected a base weight that can be read, found {found}. "
+        "Use a spec that does not read the weight, such as `lora`, or match other layers."
+    )
 
 
 def test_weights_that_compute_as_torchs_own():

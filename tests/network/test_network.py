@@ -279,16 +279,17 @@ class Doubled(torch.nn.Linear):
             f"unsupported layer: {KIND}, found GroupNorm. "
             "Adapt the layers inside it, or train it as a whole with `also`.",
         ),
-        (
-            Doubled(2, 2),
-            "unsupported layer: expected a plain Linear, found Doubled, which overrides `forward`. Use Linear itself.",
-        ),
     ],
 )
 def test_modules_that_are_no_layer_of_ours(module, message):
     with pytest.raises(tnpeft.BindError) as caught:
         tnpeft.load_spec("lora").bind(module)
     assert str(caught.value) == message
+
+
+def test_a_layer_with_a_forward_of_its_own_is_opaque():
+    layer = tnpeft.load_spec("lora").bind(Doubled(2, 2)).layer
+    assert (layer.opaque, str(layer)) == (True, "Linear(2, 2, opaque)")
 
 
 def test_a_spec_is_what_was_declared_and_cannot_change():

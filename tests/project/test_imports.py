@@ -141,7 +141,7 @@ def test_a_room_stands_after_those_that_it_imports():
 LATE = (
     ("tnpeft/cli/", "tnpeft.", "a command loads the rooms that it needs"),
     ("tnpeft/cli/", "torch", "commands that need no model start without it"),
-    ("tnpeft/network/bind.py", "torch", "only who has a module pays for it"),
+    ("tnpeft/network/signature.py", "torch", "only who has a module pays for it"),
     ("tnpeft/draw/", "matplotlib", "an extra"),
     ("tnpeft/planning/heuristic.py", "cotengra", "20 ms, which only large networks pay"),
     ("tnpeft/adapters/memory_need.py", "resource", "Windows has none"),

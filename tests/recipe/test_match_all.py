@@ -71,11 +71,14 @@ def test_training_a_tied_layer_leaves_the_embedding(model):
 
 
 def odd(model: nn.Module) -> nn.Module:
-    """One layer with a forward of its own, two with computed weights."""
-    model.small.forward = lambda x: x
-    nn.utils.parametrizations.weight_norm(model.conv)
-    nn.utils.parametrizations.orthogonal(model.attn.out_proj)
+    """Layers that cannot be adapted: weights that are laid out with gaps, or are none of floats."""
+    model.small.weight = nn.Parameter(torch.randn(4, 16)[:, ::2])
+    for layer in (model.conv, model.attn.out_proj):
+        layer.weight = nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.complex64))
     return model
+
+
+GAPS = "strides (16, 2) for the shape (4, 8)"
 
 
 def test_what_cannot_be_adapted_is_skipped_and_reported(model, tmp_path):
@@ -84,15 +87,15 @@ def test_what_cannot_be_adapted_is_skipped_and_reported(model, tmp_path):
     report = handle.report()
     assert [row.name for row in report.layers] == ["head"]
     assert report.skipped == {
-        "attn.out_proj": "ones that are computed",
-        "conv": "ones that are computed",
-        "small": "Linear with a `forward` of its own",
-        "again": "Linear with a `forward` of its own",
+        "attn.out_proj": "complex64",
+        "conv": "complex64",
+        "small": GAPS,
+        "again": GAPS,
     }
     assert str(report).splitlines()[-4:] == [
         "cores 26",
-        "skipped: 'attn.out_proj', 'conv' (ones that are computed)",
-        "skipped: 'small', 'again' (Linear with a `forward` of its own)",
+        "skipped: 'attn.out_proj', 'conv' (complex64)",
+        f"skipped: 'small', 'again' ({GAPS})",
         "passed over, of kinds that the spec does not take: 1 Embedding",
     ]
     assert json.loads(json.dumps(report.as_dict()))["skipped"] == report.skipped
@@ -135,9 +138,9 @@ def test_layers_of_other_libraries_are_told_once():
     assert report.notes == [f"passed over, of kinds that the spec does not take: 2 Conv1D of {__name__}, 1 Bilinear"]
     report = tnpeft.attach(model_of("transformers.pytorch_utils"), "lora", match="all").report()
     assert report.notes == [
-        "skipped: '1', '2' (transformers' Conv1D, a linear layer with a transposed weight)",
         "passed over, of kinds that the spec does not take: 1 Bilinear",
     ]
+    assert [row.layer for row in report.layers] == ["Linear(2, 2)", *["Linear(2, 2, turned, opaque)"] * 2]
 
 
 def test_a_spec_that_refuses_a_layer_says_which(model):
@@ -159,13 +162,12 @@ def test_nothing_to_adapt():
     )
     odd = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     for layer in odd:
-        layer.forward = lambda x: x
+        layer.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(odd, "quanta", match="all")
     assert str(caught.value) == (
         "layers '0', '1': spec 'quanta', match 'all': expected at least one of Linear that can be adapted, "
-        "found Linear with a `forward` of its own. "
-        "An adapter would bypass it: match other layers, or use the plain class."
+        "found complex64. Match other layers."
     )
 
 
@@ -223,16 +225,20 @@ def test_recipes_and_commands_take_all(model, tmp_path, monkeypatch):
     handle = tnpeft.attach(model, tnpeft.Recipe.from_yaml(RECIPE))
     assert len(handle.report().layers) == 4
     monkeypatch.chdir(tmp_path)
-    source = "from torch import nn\n\ndef plain():\n    return nn.Sequential(nn.Linear(4, 4), nn.ReLU())\n"
+    source = (
+        "import torch\nfrom torch import nn\n\ndef plain():\n    return nn.Sequential(nn.Linear(4, 4), nn.ReLU())\n"
+    )
     source += "\ndef odd():\n    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))\n"
-    Path("all_nets.py").write_text(source + "    model[0].forward = lambda x: x\n    return model\n")
+    Path("all_nets.py").write_text(
+        source + "    model[0].weight = nn.Parameter(torch.zeros(4, 4).cfloat())\n    return model\n"
+    )
     Path("recipe.yaml").write_text(RECIPE)
     assert data("count", "recipe.yaml", "--model", "all_nets:plain")["cores"] == 16
     assert data("count", "lora", "--match", "all", "--model", "all_nets:odd", "--set", "r=2")["skipped"] == {
-        "0": "Linear with a `forward` of its own"
+        "0": "complex64"
     }
     shown = text("count", "lora", "--match", "all", "--model", "all_nets:odd")
-    assert "\nskipped: '0' (Linear with a `forward` of its own)\n" in shown
+    assert "\nskipped: '0' (complex64)\n" in shown
     budget = ("budget", "lora", "--match", "all", "--model", "all_nets:plain", "--params", "20")
     assert data(*budget)["value"] == 2
     assert mistakes("count", "lora", "--model", "all_nets:plain", status=2) == [

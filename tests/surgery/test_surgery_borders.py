@@ -388,12 +388,16 @@ class Extra(nn.Linear):
         assert state == 3
 
 
-def test_a_layer_with_a_state_of_its_own_is_refused():
+def test_a_layer_with_a_state_of_its_own_keeps_it():
     model = nn.Sequential(Extra(3, 4))
-    assert refused(lambda: tnpeft.attach(model, "lora", match="0")) == (
-        "layer '0': layer: expected the state dict of Linear, found Extra with a `get_extra_state` of its own. "
-        "An adapter would bypass it: match other layers, or use the plain class."
-    )
+    before = model.state_dict()
+    tnpeft.attach(model, "lora", match="0")
+    state = model.state_dict()
+    assert state["0._extra_state"] == 3
+    assert {*state} - {*before} == {"0.adapters.default.core_down", "0.adapters.default.core_up"}
+    model.load_state_dict(state)
+    tnpeft.detach(model)
+    assert [*model.state_dict()] == [*before]
 
 
 # reparametrisations

@@ -19,7 +19,7 @@ from tnpeft.adapters.parked_states import set_to_base, translate
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.layers import HOOKS, AdaptedLayer
 from tnpeft.execution.modes import sum_deltas
-from tnpeft.execution.opaque_call import call_opaque, passing_gradients
+from tnpeft.execution.opaque_call import call_opaque, pads_itself, passing_gradients
 from tnpeft.execution.opaque_update import with_updates
 from tnpeft.execution.site import Site
 from tnpeft.execution.torch_call import add_weight
@@ -41,7 +41,8 @@ class AdaptedOpaque(AdaptedLayer):
 
     def __init__(self, base: nn.Module, results: ModelResults) -> None:
         super().__init__(base, results)
-        self.__dict__["layer"] = layer_of(base)
+        layer = layer_of(base)
+        self.__dict__.update(layer=layer, pads_itself=pads_itself(base, layer))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plain = self.__dict__.get(_PLAIN)
@@ -54,7 +55,7 @@ class AdaptedOpaque(AdaptedLayer):
             tracer: Any = args[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(wrapper_of(site.base)), args, kwargs)
         layer: Layer = self.__dict__["layer"]
-        called = call_opaque(site.base, layer, self.where, args, kwargs)
+        called = call_opaque(site.base, layer, self.__dict__["pads_itself"], self.where, args, kwargs)
         output = called.output
         if torch.is_grad_enabled() and called.x.requires_grad and not torch.compiler.is_compiling():
             output = passing_gradients(site.base, layer, self.where, called.x, output)
@@ -142,10 +143,10 @@ class AdaptedOpaque(AdaptedLayer):
         if plain is not None:
             plain._apply(fn)
         if type(self.base)._apply is nn.Module._apply:
-            nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+            nn.Module._apply(self, fn, recurse)
         else:
             self.base._apply(fn, recurse)
-            self.adapters._apply(fn)
+            self.adapters._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     @property

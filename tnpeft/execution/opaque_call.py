@@ -7,7 +7,6 @@ is watched for that, call by call. A Linear is taken to read its input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from tnpeft.errors import ExecutionError, Problem
 from tnpeft.network import Layer
 from tnpeft.network.signature import torch_kind
 
-__all__ = ["OpaqueCall", "call_opaque", "geometry_of", "passing_gradients"]
+__all__ = ["OpaqueCall", "call_opaque", "geometry_of", "pads_itself", "passing_gradients"]
 
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -39,17 +38,22 @@ class OpaqueCall(NamedTuple):
     how: tuple[Any, ...] | None = None
 
 
-def call_opaque(base: Any, layer: Layer, where: str | None, args: Sequence[Any], kwargs: dict[str, Any]) -> OpaqueCall:
-    """The base layer's own output. Raises ExecutionError where it is none that an update can be added to."""
+def call_opaque(
+    base: Any, layer: Layer, watched: bool, where: str | None, args: Sequence[Any], kwargs: dict[str, Any]
+) -> OpaqueCall:
+    """The base layer's own output; convolutions in it are `watched` where they may have another input than it has.
+
+    Raises ExecutionError where it is none that an update can be added to.
+    """
     x = args[0] if args else next(iter(kwargs.values()), None)
     if args and isinstance(x, Tensor) and is_packed_for_inference(base):
         args = (x.detach(), *args[1:])
-    watched = bool(layer.kernel_size) and not _is_torchs(type(base))
+    noted: list[dict[str, Any]] = []
     calls: list[dict[str, Any]] = []
     if watched:
-        with _Watch() as watch:
+        with _Watch(noted):
             output = base.forward(*args, **kwargs)
-        calls = [call for call in watch.calls if tuple(call["weight"].shape) == layer.stored_shape]
+        calls = [call for call in noted if tuple(call["weight"].shape) == layer.stored_shape]
     else:
         output = base.forward(*args, **kwargs)
     if not isinstance(x, Tensor) or not isinstance(output, Tensor):
@@ -65,12 +69,14 @@ def call_opaque(base: Any, layer: Layer, where: str | None, args: Sequence[Any],
     return OpaqueCall(output, calls[0]["input"], _how(calls[0], layer))
 
 
-def _is_torchs(kind: type) -> bool:
-    """Whether a convolution pads and calls as torch's does."""
-    own = torch_kind(kind)
-    methods = ("forward", "_conv_forward")
-    return own is not None and all(
-        getattr(kind, method, None) is getattr(getattr(nn, own), method, None) for method in methods
+def pads_itself(base: nn.Module, layer: Layer) -> bool:
+    """Whether a convolution may pad or change its input in a `forward` that is not torch's."""
+    if not layer.kernel_size:
+        return False
+    kind: type = type(base)
+    own, methods = getattr(nn, torch_kind(kind) or "", None), ("forward", "_conv_forward")
+    return any(
+        method in base.__dict__ or getattr(kind, method, None) is not getattr(own, method, None) for method in methods
     )
 
 
@@ -97,24 +103,29 @@ def geometry_of(how: tuple[Any, ...] | None, layer: Layer) -> Any:
     """An object with the attributes of a convolution that is called so; None for a Linear."""
     if how is None:
         return None
-    stride, padding, dilation, output_padding, padding_mode, around = how
-    return SimpleNamespace(
-        kernel_size=layer.kernel_size, stride=stride, padding=padding, dilation=dilation, groups=layer.groups,
-        output_padding=output_padding, padding_mode=padding_mode, _reversed_padding_repeated_twice=around,
-    )  # fmt: skip
+    return _Geometry(how, layer)
+
+
+class _Geometry:
+    """What of a convolution's attributes says how it is called."""
+
+    def __init__(self, how: tuple[Any, ...], layer: Layer) -> None:
+        self.stride, self.padding, self.dilation, self.output_padding, self.padding_mode, around = how
+        self.kernel_size, self.groups = layer.kernel_size, layer.groups
+        self._reversed_padding_repeated_twice = around
 
 
 class _Watch(TorchFunctionMode):
-    """Notes torch's convolutions and their arguments by name."""
+    """Notes torch's convolutions, their arguments by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, noted: list[dict[str, Any]]) -> None:
         super().__init__()
-        self.calls: list[dict[str, Any]] = []
+        self.noted = noted
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         names = _CONVOLUTIONS.get(func)
         if names is not None:
-            self.calls.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
+            self.noted.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
         return func(*args, **(kwargs or {}))
 
 
@@ -124,18 +135,23 @@ def passing_gradients(base: nn.Module, layer: Layer, where: str | None, x: Tenso
     Kernels for integers alone pass none on. Where the weight can be dequantised they are those of that, as a Linear
     has them; else ExecutionError is raised, for what lies before would be trained on a part of its gradient.
     """
-    if _reaches(output, x):
+    reached, severed = _reaches(output, x)
+    if reached:
         return output
     if layer.kernel_size or dequantised(base, layer) is None:
         fix = "Adapt layers behind it, or attach to the unquantised model."
         found = f"{described(base)}, which passes none on"
         raise ExecutionError(Problem("gradients of the input", "a base layer that has them", found, fix, where=where))
-    passed: Tensor = _PassedOn.apply(x, output, base, layer)  # type: ignore[no-untyped-call]
+    passed: Tensor = _PassedOn.apply(x, output.detach() if severed else output, base, layer)  # type: ignore[no-untyped-call]
     return passed
 
 
-def _reaches(output: Tensor, x: Tensor) -> bool:
-    """Whether the graph of autograd leads from an output to an input that it was made of."""
+def _reaches(output: Tensor, x: Tensor) -> tuple[bool, bool]:
+    """Whether autograd's graph leads from an output to an input that it was made of.
+
+    And whether an operator stands in between of which autograd knows no gradient.
+    """
+    severed = False
     seen: set[Any] = set()
     below, left = x.grad_fn, [output.grad_fn]
     while left and len(seen) < _NODES:
@@ -143,10 +159,13 @@ def _reaches(output: Tensor, x: Tensor) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if node.name().endswith("NotImplemented"):
+            severed = True
+            continue
         if (below is not None and node is below) or (below is None and getattr(node, "variable", None) is x):
-            return True
+            return True, severed
         left += [parent for parent, _ in node.next_functions]
-    return False
+    return False, severed
 
 
 class _PassedOn(torch.autograd.Function):

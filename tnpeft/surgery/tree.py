@@ -81,7 +81,7 @@ class Slot(NamedTuple):
 
 
 def places(root: nn.Module) -> list[Place]:
-    """Every place below `root`, a module reached by two names at both; adapted layers are leaves.
+    """Every place below `root`, a module reached by two names at both; below adapted layers, those of their bases.
 
     A module that only runs another one shares its name with it, and comes first.
     """
@@ -99,8 +99,9 @@ def _add_places(module: nn.Module, prefix: str, path: str, below: list[Place]) -
             skipped = False  # a layer needs a name
         name = prefix.removesuffix(".") if skipped else prefix + key
         below.append(Place(name, module, key, child, path + key))
-        if child._modules and not isinstance(child, AdaptedLayer):
-            _add_places(child, f"{name}." if name else "", f"{path}{key}.", below)
+        inner = child.__dict__.get("_base", child)  # of an adapted layer: what the base holds
+        if inner._modules:
+            _add_places(inner, f"{name}." if name else "", f"{path}{key}.", below)
 
 
 def _only_runs(module: nn.Module, key: str) -> bool:
