@@ -1,9 +1,12 @@
-"""Models whose tensors are split over processes are refused before anything changes or is written."""
+"""Models whose tensors are split over processes: what runs, and what is refused before anything changes."""
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,8 +21,8 @@ from tnpeft.errors import AdapterFileError, AttachError, ExecutionError
 
 FOUND = "DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
 WAY_OUT = (
-    "Train the whole model in each process, in DistributedDataParallel, or split it after "
-    "`tnpeft.detach(model, merge=True)`."
+    "Call the model, or the part that `fully_shard` was given: the tensors are whole inside. In place of tensor "
+    "parallelism use `fully_shard`, or split the model after `tnpeft.detach(model, merge=True)`."
 )
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -59,56 +62,88 @@ def test_a_split_model_is_not_attached_to(mesh: DeviceMesh, way: str):
         tnpeft.attach(net, "lora", match="0", r=2)
     assert str(excinfo.value) == (
         "layer '0': layer: expected `weight` and `bias` as plain parameters, found a Linear of DTensors, of which each "
-        "process holds a part (FSDP2, tensor parallelism). Attach to the whole model, and train it in "
-        "DistributedDataParallel."
+        "process holds a part (FSDP2, tensor parallelism). Attach to the whole model first, then shard it with "
+        "`fully_shard`."
     )
     assert {name: id(tensor) for name, tensor in net.named_parameters()} == before
 
 
 @pytest.mark.parametrize("mode", ["auto", "dense", "factored", "hybrid"])
-@pytest.mark.parametrize("way", ["all", "layers", "model"])
-def test_a_model_that_was_split_after_attaching_does_not_run(mesh: DeviceMesh, way: str, mode: str):
+def test_a_layer_of_dtensors_does_not_run(mesh: DeviceMesh, mode: str):
+    """As tensor parallelism leaves them, and FSDP2 outside of its units."""
     net = model()
     tnpeft.attach(net, "lora", match="0|2|4", r=2, mode=mode)
     net(X)
-    split(net, way, mesh)
-    with pytest.raises(ExecutionError) as excinfo:
-        net(X)
-    (problem,) = excinfo.value.problems
-    assert (problem.expected, problem.found, problem.fix) == ("plain tensors", FOUND, WAY_OUT)
-
-
-def test_the_layer_is_named_where_one_is_split(mesh: DeviceMesh):
-    net = model()
-    tnpeft.attach(net, "lora", match="0|2|4", r=2)
-    net[2].adapter("default")._parameters["core_up"] = nn.Parameter(
-        distribute_tensor(net[2].adapter("default").cores["up"], mesh)
-    )
+    distribute_module(net, mesh)
     with pytest.raises(ExecutionError) as excinfo:
         net(X)
     assert str(excinfo.value) == (
-        f"layer '2': an adapted layer's input and weights: expected plain tensors, found {FOUND}. {WAY_OUT}"
+        f"layer '0': an adapted layer's input and weights: expected plain tensors, found {FOUND}. {WAY_OUT}"
+    )
+    whole = model()
+    tnpeft.attach(whole, "lora", match="0|2|4", r=2, mode=mode)
+    fully_shard(whole, mesh=mesh)
+    with pytest.raises(ExecutionError, match=re.escape(WAY_OUT)):
+        whole[0](X)
+
+
+@pytest.mark.parametrize("mode", ["auto", "dense", "factored", "hybrid"])
+@pytest.mark.parametrize("way", ["layers", "model"])
+def test_a_model_that_was_sharded_after_attaching_runs(mesh: DeviceMesh, way: str, mode: str):
+    net = model()
+    tnpeft.attach(net, "lora", match="0|2|4", r=2, mode=mode)
+    before = net(X)
+    split(net, way, mesh)
+    torch.testing.assert_close(net(X), before)
+
+
+def test_a_core_that_is_a_dtensor_is_gathered(mesh: DeviceMesh):
+    net, whole = model(), model()
+    for each in (net, whole):
+        tnpeft.attach(each, "lora", match="0|2|4", r=2)
+    adapter = net[2].adapter("default")
+    parts = nn.Parameter(distribute_tensor(adapter.cores["up"], mesh))
+    adapter._parameters["core_up"] = parts
+    for each in (net, whole):
+        each(X).square().sum().backward()
+    torch.testing.assert_close(parts.grad.full_tensor(), whole[2].adapter("default").cores["up"].grad)
+
+
+def test_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch):
+    """ZeRO-3 leaves each parameter empty, with attributes of its own."""
+    net = model()
+    tnpeft.attach(net, "lora", match="0", r=2)
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    net(X)
+    core = net[0].adapter("default").cores["up"]
+    core.ds_id, core.data = 3, torch.empty(0)
+    with pytest.raises(ExecutionError) as excinfo:
+        net(X)
+    assert str(excinfo.value) == (
+        "the weights of the model: expected plain tensors, found pieces of one process (DeepSpeed, ZeRO stage 3). "
+        "Shard the model with `torch.distributed.fsdp.fully_shard`, or use ZeRO stage 2, which splits no parameters."
     )
 
 
 @pytest.mark.parametrize("way", ["all", "layers", "model"])
-def test_a_split_model_is_neither_saved_nor_merged(mesh: DeviceMesh, way: str, tmp_path: Path):
+def test_a_split_model_is_saved_whole_and_not_merged(mesh: DeviceMesh, way: str, tmp_path: Path):
     net, file = model(), tmp_path / "a.safetensors"
     tnpeft.attach(net, "lora", match="0|2|4", r=2)
     tnpeft.save(net, file)
     written = file.read_bytes()
+    file.unlink()
     split(net, way, mesh)
-    module = {"all": "'0'", "layers": "'0'", "model": "'0'"}[way]
-    with pytest.raises(AdapterFileError) as excinfo:
-        tnpeft.save(net, file)
-    assert "found one of class DTensor. Save while the weights are whole: " in str(excinfo.value)
+    tnpeft.save(net, file)
     assert file.read_bytes() == written
+    with pytest.raises(AdapterFileError, match="Choose a folder that exists"):
+        tnpeft.save(net, tmp_path / "missing" / "a.safetensors")
+    tnpeft.save_foreign(net, tmp_path / "kohya.safetensors", "kohya")
     for act in (tnpeft.merge, lambda model: tnpeft.detach(model, merge=True)):
         with pytest.raises(AttachError) as excinfo:
             act(net)
         assert str(excinfo.value) == (
-            f"module {module}: the weights of the model: expected plain tensors, found {FOUND}. Gather the model's "
-            "weights in one process, and merge there."
+            f"module '0': the weights of the model: expected plain tensors, found {FOUND}. Write the adapter with "
+            "`tnpeft.save`, load it onto the base in one process, and merge there."
         )
         assert tnpeft.scales_of(net) == {"default": 1.0}
         assert any(isinstance(tensor, DTensor) for tensor in net.parameters())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.base_weight import base_weight
-from tnpeft.adapters.distributed import refuse_distributed
+from tnpeft.adapters.distributed import DISTRIBUTED, gathered
 from tnpeft.adapters.dora import composed, magnitudes
 from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.adapters.offload import Resident, present
@@ -286,13 +286,11 @@ class Adapter(Resident, nn.Module):
         tensors = self._found(keys)
         if self._layer:
             return self._beside(tensors, self._base(weight).detach())
-        if "torch.distributed.tensor" in sys.modules:
-            refuse_distributed(self.layer_name, tensors)
-        return tensors  # type: ignore[return-value]
+        return gathered(tensors) if DISTRIBUTED in sys.modules else tensors  # type: ignore[return-value]
 
     def _beside(self, tensors: Sequence[Tensor | None], base: Tensor) -> list[Tensor]:
         """Cores where the `base` weight is: layers that share cores may live on several devices, and be wider."""
-        refuse_distributed(self.layer_name, [base, *tensors])
+        base, *tensors = gathered([base, *tensors])
         cores = [core for core in tensors if core is not None]
         if not base.is_meta and any(core.is_meta for core in cores):
             raise without_values(self.layer_name, True)

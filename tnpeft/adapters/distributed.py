@@ -1,51 +1,154 @@
-"""Tensors of which each process holds a part: DTensors, as FSDP2 and tensor parallelism make them.
+"""Tensors of which each process holds a part: DTensors, as FSDP2 (`fully_shard`) and tensor parallelism make them.
 
-An adapted layer contracts cores that belong to whole weights, and is refused where something is split. Each process
-may hold all of the model, as with DistributedDataParallel.
+FSDP2 gathers the tensors of a unit while the unit runs, so that an adapted layer finds whole ones. What is still in
+parts then is gathered here: cores that the layer shares with one of another unit. Tensor parallelism never gathers,
+and is refused. Each process may also hold all of the model, as with DistributedDataParallel.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import ExecutionError, Problem
 
-__all__ = ["SPLIT_FIX", "is_distributed", "refuse_distributed", "split_problem"]
+__all__ = [
+    "DISTRIBUTED",
+    "SPLIT_FIX",
+    "gathered",
+    "is_distributed",
+    "is_sharded",
+    "is_split",
+    "keep_wide",
+    "refuse_distributed",
+    "reshard",
+    "split_problem",
+    "whole",
+    "zero_problem",
+]
 
 SPLIT_FIX = (
-    "Train the whole model in each process, in DistributedDataParallel, or split it after "
-    "`tnpeft.detach(model, merge=True)`."
+    "Call the model, or the part that `fully_shard` was given: the tensors are whole inside. In place of tensor "
+    "parallelism use `fully_shard`, or split the model after `tnpeft.detach(model, merge=True)`."
 )
 EXPECTED = "plain tensors"
 FOUND = "DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
+DISTRIBUTED, _UNITS = "torch.distributed.tensor", "torch.distributed.fsdp"
 
 
 def is_distributed(tensor: object) -> bool:
     """Whether it is a DTensor; the class is not imported for that."""
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    kind = getattr(sys.modules.get(DISTRIBUTED), "DTensor", None)
     return kind is not None and isinstance(tensor, kind)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP gathers its tensors while it runs, and frees them afterwards."""
+    return "_is_fsdp_managed_module" in module.__dict__
+
+
+def is_split(*modules: nn.Module) -> bool:
+    """Whether processes hold parts of a layer's tensors."""
+    return any(is_sharded(module) or any(map(is_distributed, module._parameters.values())) for module in modules)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, as a constant; every process that holds a part must ask."""
+    return tensor.detach().full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered: where a unit keeps it after a forward pass, the parts may be newer."""
+    kind: Any = getattr(sys.modules.get(_UNITS), "FSDPModule", None)
+    for module in () if kind is None else model.modules():
+        if isinstance(module, kind):
+            module.reshard()
+
+
+def gathered(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """The tensors, whole: parts come from all processes, and the mean of their gradients goes back to the parts."""
+    return [
+        _Gathered.apply(tensor) if is_distributed(tensor) else tensor  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    ]
+
+
+class _Gathered(torch.autograd.Function):
+    """A DTensor as the whole tensor, on the mesh's device; gradients are means over processes, as FSDP2 takes them."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Any) -> Tensor:
+        from torch.distributed.tensor import DTensor  # imported already, for `parts` is one
+
+        ctx.placements, ctx.mesh, ctx.device = parts.placements, parts.device_mesh, parts.to_local().device
+        local = parts.to_local().to(ctx.mesh.device_type)  # from the CPU, where FSDP2 offloads parts
+        shape = {"shape": parts.shape, "stride": parts.stride()}
+        tensor: Tensor = DTensor.from_local(local, ctx.mesh, ctx.placements, run_check=False, **shape).full_tensor()
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh, placements = ctx.mesh, ctx.placements
+        mean = (gradient / mesh.size()).contiguous()
+        parts = DTensor.from_local(mean, mesh, [Partial()] * mesh.ndim, run_check=False)
+        local = parts.redistribute(mesh, placements).to_local().to(ctx.device)
+        shape = {"shape": gradient.shape, "stride": mean.stride()}
+        return DTensor.from_local(local, mesh, placements, run_check=False, **shape)
+
+
+def keep_wide(parts: Any) -> None:
+    """Let FSDP2 gather a parameter in its own dtype, whatever the unit's MixedPrecisionPolicy is.
+
+    Its hooks on how a part is gathered (`fsdp_pre_all_gather`) may be put on the part itself.
+    """
+    part = parts._local_tensor
+    part.fsdp_pre_all_gather = lambda mesh: ((_padded(part, parts.shape, mesh.size()),), None)
+    part.fsdp_post_all_gather = _as_gathered
+
+
+def _padded(part: Tensor, shape: Sequence[int], processes: int) -> Tensor:
+    """A process's part, with zeros to the size of the first process's; only the first axis is cut unevenly."""
+    missing = math.ceil(shape[0] / processes) - part.shape[0] if part.shape[1:] == tuple(shape[1:]) else 0
+    return torch.cat([part, part.new_zeros((missing, *part.shape[1:]))]) if missing > 0 else part
+
+
+def _as_gathered(outputs: Sequence[Tensor], _about: None, _dtype: torch.dtype, *, out: Tensor | None = None) -> Any:
+    (tensor,) = outputs
+    return None if out is not None else (tensor, (tensor,))
 
 
 def split_problem(modules: Iterable[tuple[str, nn.Module]], fix: str) -> Problem | None:
     """What is wrong with the first of some named modules that has a DTensor, or that FSDP2 has taken over, if any."""
-    if "torch.distributed.tensor" not in sys.modules:
+    if DISTRIBUTED not in sys.modules:
         return None
-    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     for name, module in modules:
         tensors = (*module._parameters.values(), *module._buffers.values())
-        if any(map(is_distributed, tensors)) or (sharded is not None and isinstance(module, sharded)):
+        if is_sharded(module) or any(map(is_distributed, tensors)):
             where = f"module '{name}'" if name else None
             return Problem("the weights of the model", EXPECTED, FOUND, fix, where=where)
     return None
 
 
+def zero_problem(modules: Iterable[nn.Module]) -> Problem | None:
+    """What is wrong where DeepSpeed's ZeRO-3 has taken a module's tensors apart, which gathers those of calls alone."""
+    if "deepspeed" not in sys.modules:
+        return None
+    if not any(hasattr(tensor, "ds_id") for module in modules for tensor in module._parameters.values()):
+        return None
+    fix = "Shard the model with `torch.distributed.fsdp.fully_shard`, or use ZeRO stage 2, which splits no parameters."
+    return Problem("the weights of the model", EXPECTED, "pieces of one process (DeepSpeed, ZeRO stage 3)", fix)
+
+
 def refuse_distributed(name: str, tensors: Sequence[Tensor | None]) -> None:
     """Raises ExecutionError where one of them is a DTensor; `name` is the layer's."""
-    if torch.compiler.is_compiling() or "torch.distributed.tensor" not in sys.modules:
+    if torch.compiler.is_compiling() or DISTRIBUTED not in sys.modules:
         return
     if not any(map(is_distributed, tensors)):
         return

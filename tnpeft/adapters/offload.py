@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters.distributed import is_distributed, keep_wide
+
 __all__ = [
     "Resident",
     "hook_of",
@@ -39,7 +41,8 @@ _BELOW = "_tnpeft_below"
 """On a module: the one above it whose hook brings its tensors, and its name below that."""
 _TORCH = "torch.nn.modules.module"
 _LISTS, _HOOKS = "accelerate.utils.modeling", "accelerate.hooks"
-# Files of accelerate and of FSDP that ask a module for a tensor as an attribute, and write to its table.
+# Files of accelerate, FSDP and distributed checkpoints that ask a module for a tensor as an attribute, and write to its
+# table.
 _FSDP = "torch.distributed.fsdp"
 _MOVERS = frozenset(
     {
@@ -49,6 +52,7 @@ _MOVERS = frozenset(
         f"{_FSDP}._fully_shard._fsdp_common",
         f"{_FSDP}._fully_shard._fsdp_init",
         f"{_FSDP}._fully_shard._fsdp_param",
+        "torch.distributed.checkpoint.state_dict",
     }
 )
 _CALLS = ("pre_forward", "post_forward", "detach_hook")
@@ -68,6 +72,8 @@ class Resident:
         elif name == _HOOK:
             _put_back(self)
             _guard(value)
+        elif is_distributed(value) and name in self.resident_keys():  # FSDP2 takes a tensor that trains
+            keep_wide(value)
         super().__setattr__(name, value)
 
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:

@@ -9,6 +9,7 @@ ones are parked as `ORIGINAL`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.offload import Resident, is_bare, store
+from tnpeft.adapters.distributed import DISTRIBUTED, is_sharded, whole
+from tnpeft.adapters.offload import Resident, is_bare, store, wrapper_of
 from tnpeft.errors import ExecutionError, Problem
 
 __all__ = [
@@ -202,7 +204,7 @@ def keep(module: nn.Module, table: str, key: str, tensor: Tensor) -> None:
 def show_sum(module: nn.Module, table: str, key: str, scales: Mapping[str, float], tensor: Tensor) -> None:
     """Let a sum of copies act; it moves with the module and is not saved."""
     stored = parked_key(_SUM, key)
-    module._buffers[stored] = tensor
+    module._buffers[stored] = whole(tensor)  # FSDP gathers no buffers
     module._non_persistent_buffers_set.add(stored)
     module.__dict__.setdefault(_MADE, {})[key] = dict(scales)
     show(module, table, key, stored)
@@ -224,7 +226,7 @@ def remake(module: nn.Module) -> None:
         target = _stored(module, table, stored)
         assert target is not None
         with torch.no_grad():
-            target.copy_(combined(module, table, key, scales))
+            target.copy_(whole(combined(module, table, key, scales)))
 
 
 def _require_values(module: nn.Module, stored: str, copy: Tensor | None) -> None:
@@ -299,6 +301,8 @@ def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> typ
             acts = _stored(module, table, shown.get(name, name))
             if UNSET in module.__dict__:
                 _require_values(module, shown.get(name, name), acts)
+            if DISTRIBUTED in sys.modules and name in shown and acts is not None and is_sharded(wrapper_of(module)):
+                return acts.to(own(module, table, name).dtype)  # that of FSDP2's MixedPrecisionPolicy
             return acts
 
         return read

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters import Adapter
-from tnpeft.adapters.distributed import refuse_distributed
+from tnpeft.adapters.distributed import is_split, refuse_distributed
 from tnpeft.adapters.offload import wrapper_of
 from tnpeft.adapters.strides import memory_order
 from tnpeft.execution.autotune import can_be_timed, quickest
@@ -131,7 +131,7 @@ def _planned(site: Site, acting: Acting, x: Tensor, rest: Sequence[Any], trainin
     if name in adapter.choices:
         return _ready(plan(adapter.network, adapter.choices[name], call), call, base)
     plans = feasible_plans(adapter.network, call, not training)
-    if not adapter.autotune or saved_tensors_are_hooked() or not can_be_timed(x):
+    if not adapter.autotune or saved_tensors_are_hooked() or is_split(base, adapter) or not can_be_timed(x):
         return _ready(best_plan(plans, call, not training), call, base)
     options = [_ready(feasible, call, base) for feasible in plans]
     adapter.choices[name] = mode = quickest(site, options, x, rest, training)

@@ -7,6 +7,7 @@ contracts its own.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.distributed import DISTRIBUTED, is_split
 from tnpeft.execution.batches import Batch, Batches, Member, Sources, sources_of
 from tnpeft.execution.calls import Acting
 from tnpeft.execution.results import ResultCache
@@ -151,6 +153,8 @@ class Batching(_Anew):
         """
         if self._layers is None:
             self._layers = layers()
+        if DISTRIBUTED in sys.modules and any(is_split(base, acting.adapter) for base, acting in self._layers):
+            return None  # their tensors are whole while the layer runs, and no longer
         made_for: list[Any] = []
         for base, acting in self._layers:  # a loop with few calls, for every pass goes through all layers
             adapter, weight = acting.adapter, base.weight

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.distributed import refuse_distributed
 from tnpeft.adapters.offload import Resident, is_bare, move_hook, present
 from tnpeft.adapters.parked import (
     ORIGINAL,
@@ -114,7 +115,10 @@ class AdaptedLayer(Resident, nn.Module):
         if is_bare(self):
             return bare(self.base, "weight")  # type: ignore[return-value]
         weight: Tensor = self.base.weight
-        return weight if self.site.idle else summed_weight(self.site, weight, needs_plain_ops(weight))
+        if self.site.idle:
+            return weight
+        refuse_distributed(self.layer_name, [weight])
+        return summed_weight(self.site, weight, needs_plain_ops(weight))
 
     @property
     def bias(self) -> Tensor | None:

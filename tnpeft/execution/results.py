@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.distributed import is_split
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.program import is_lasting, needs_plain_ops, saved_tensors_are_hooked, versions
 
@@ -89,7 +90,7 @@ class ResultCache:
         activation checkpointing, results are made anew and not kept: what is saved belongs to that forward pass.
         Raises ExecutionError if a tensor that trains, or one of `others`, has been written to since.
         """
-        if not self.opened or needs_plain_ops() or torch.is_inference_mode_enabled():
+        if not self.opened or needs_plain_ops() or torch.is_inference_mode_enabled() or is_split(*adapters):
             return tuple(make(inputs))
         sources = [*others, *(tensor for adapter in adapters for tensor in adapter.stored)]
         with self._lock:  # others wait for what one of them makes

@@ -15,9 +15,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from tnpeft.errors import AdapterFileError, TnpeftWarning
 from tnpeft.io import save
-from tnpeft.io.files import read, shown
+from tnpeft.io.files import read, refuse, shown
 from tnpeft.io.loading import other_base
 from tnpeft.io.saving import chosen
+from tnpeft.io.sharded import is_in_parts, one_writer
 from tnpeft.surgery import adapted, plain_keys
 
 __all__ = ["AdapterCallback"]
@@ -43,7 +44,12 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_others: Any) -> None:
         """Called by the Trainer before the first step. Raises AdapterFileError for what could not be saved later."""
-        chosen(model, Path(args.output_dir) / self.file, self.name)
+        path = Path(args.output_dir) / self.file
+        if not self.base and is_in_parts(model):
+            found = "one of which each holds parts (FSDP)"
+            raise refuse(path, "`base=False`", "a model that each process holds as a whole", found, "Leave it out.")
+        with one_writer(model):
+            chosen(model, path, self.name)
         if state.global_step and not self.base:
             self._compare(_folder(args, state) / self.file, adapted(model)[0])
 
@@ -59,11 +65,10 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_others: Any) -> None:
         """Called by the Trainer after it wrote a checkpoint. Raises AdapterFileError as `tnpeft.save` does."""
-        if not state.is_world_process_zero:
-            return
-        folder = _folder(args, state)
-        save(model, folder / self.file, self.name)
-        if not self.base:
+        first, folder = state.is_world_process_zero, _folder(args, state)
+        if first or is_in_parts(model):
+            save(model, folder / self.file, self.name)
+        if first and not self.base:
             _leave_base_out(model, folder)
 
 

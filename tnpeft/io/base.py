@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters.distributed import whole
 from tnpeft.io.manifest import BaseTensor, digest_of, dtype_name
 from tnpeft.surgery import base_tensors
 
@@ -28,12 +29,17 @@ def fingerprint(root: nn.Module) -> dict[str, BaseTensor]:
 def base_digests(model: nn.Module, layers: Iterable[str], trained: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the base's own parameters of the adapted layers, and of those that train beside them, by name.
 
-    What has no values here (on the meta device, offloaded, in pieces on several machines) is left out.
+    What has no values here (on the meta device, offloaded) is left out. Of a sharded model all processes must ask.
     """
     values = base_tensors(model)
     names = [f"{layer}.{key}" for layer in layers for key in ("weight", "bias")]
     wanted = dict.fromkeys([*names, *trained])
-    return {name: digest_of(values[name]) for name in wanted if name in values and has_values(values[name])}
+    digests = {}
+    for name in (name for name in wanted if name in values):
+        tensor = whole(values[name])  # one at a time
+        if has_values(tensor):
+            digests[name] = digest_of(tensor)
+    return digests
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tnpeft.adapters import Adapter
 from tnpeft.errors import Problem, listed
 from tnpeft.io.manifest import dtype_name
+from tnpeft.io.sharded import is_flat_sharded
 from tnpeft.surgery import base_tensors, statistics_of, trained_of
 
 __all__ = ["MOST_SHOWN", "core_shapes", "number_problem", "stored", "tensor_problems"]
@@ -61,7 +62,7 @@ def tensor_problems(model: nn.Module, root: nn.Module, name: str, adapters: Mapp
         for key, tensor in copies.items():
             like = values.get(key, tensor)
             yield from _problems("trained tensor", f"'{key}'", tensor, tuple(like.shape), like.is_floating_point())
-    if any(map(_is_sharded, model.modules())):
+    if any(map(is_flat_sharded, model.modules())):
         yield Problem("model", "whole parameters", "the pieces of one rank (FullyShardedDataParallel)", _SUMMON)
 
 
@@ -90,13 +91,6 @@ def _shape_problems(what: str, where: str, tensor: Tensor | None, shape: tuple[i
     flat = getattr(tensor, "_fsdp_flattened", False) or tensor.ndim == 1
     found = f"{tuple(tensor.shape)}" + ", a piece as FullyShardedDataParallel holds it" * flat
     yield Problem(what, f"the shape {shape}", found, _SUMMON if flat else _RESHAPED, where)
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether it is a FullyShardedDataParallel that holds its own piece of the parameters just now."""
-    handle = module.__dict__.get("_handle")
-    flat = getattr(handle, "flat_param", None)
-    return handle is not None and flat is not None and bool(handle.uses_sharded_strategy and handle.is_sharded(flat))
 
 
 def number_problem(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> Problem | None:

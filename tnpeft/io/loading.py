@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
+from tnpeft.adapters.distributed import is_split
 from tnpeft.adapters.offload import hook_of
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
 from tnpeft.io.base import base_digests, fingerprint
@@ -232,6 +233,9 @@ def _network(path: Path, specs: list[Spec], entry: LayerEntry, name: str, module
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type == "meta" and hook_of(layer) is None:
         raise without_values(path, name)
+    if is_split(layer):
+        found = f"the parts of one process in layer '{name}' (`fully_shard`)"
+        raise refuse(path, "base model", "whole weights", found, "Load the adapter first, then shard the model.")
     with of_file(path, f"layer '{name}'"):
         return specs[entry.spec].bind(layer, **entry.params)
 

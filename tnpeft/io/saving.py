@@ -16,6 +16,7 @@ from tnpeft.io.base import base_digests, fingerprint
 from tnpeft.io.checks import number_problem, stored, tensor_problems
 from tnpeft.io.files import file_path, in_file, refuse, shown, write
 from tnpeft.io.manifest import LayerEntry, Manifest, SpecEntry, digest_of
+from tnpeft.io.sharded import one_writer
 from tnpeft.spec import Declaration
 from tnpeft.surgery import AdaptedModel, adapted, adapters_of, statistics_of, trained_of
 from tnpeft.version import __version__
@@ -31,17 +32,22 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     fresh base model. `name` may be left out where one adapter is attached. The file is replaced as a
     whole or not at all.
 
+    Of a model that FSDP has sharded every process must call it: all gather, the first one writes, and all return once
+    the file is there. With DistributedDataParallel one process is enough.
+
     Raises AdapterFileError, before anything is written, where the model is not adapted or is merged, the name is
-    unknown, or a tensor has no values or another shape than its network says (FullyShardedDataParallel: save inside
-    `summon_full_params`), and where the file cannot be written. Warns (TnpeftWarning) of NaN and infinity.
+    unknown, or a tensor has no values or another shape than its network says, and where the file cannot be written.
+    Warns (TnpeftWarning) of NaN and infinity.
     """
     path = file_path(path)
-    root, state, name, adapters = chosen(model, path, name)
-    drawn = {layer: _drawn(adapter) for layer, adapter in adapters.items()}
-    manifest, kept = _manifest(root, state, name, adapters, drawn), _tensors(root, name, adapters, drawn)
-    # Copies: what writes them shares their memory, which makes it unresizable.
-    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in kept.items()}
-    write(path, manifest, tensors)
+    with one_writer(model) as writes:
+        root, state, name, adapters = chosen(model, path, name)
+        drawn = {layer: _drawn(adapter) for layer, adapter in adapters.items()}
+        manifest, kept = _manifest(root, state, name, adapters, drawn), _tensors(root, name, adapters, drawn)
+        # Copies: what writes them shares their memory, which makes it unresizable.
+        tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in kept.items()}
+        if writes:
+            write(path, manifest, tensors)
     if problem := number_problem(tensors, adapters):
         warnings.warn(TnpeftWarning(replace(problem, where=shown(path))), stacklevel=2)
 

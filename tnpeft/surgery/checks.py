@@ -108,7 +108,7 @@ def _split_problem(layer: nn.Module) -> Problem | None:
     if plain is None or not any(map(is_distributed, layer.parameters(recurse=False))):
         return None
     found = f"a {plain} of DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
-    fix = "Attach to the whole model, and train it in DistributedDataParallel."
+    fix = "Attach to the whole model first, then shard it with `fully_shard`."
     return Problem("layer", "`weight` and `bias` as plain parameters", found, fix)
 
 

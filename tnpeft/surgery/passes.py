@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnpeft.adapters.distributed import SPLIT_FIX, split_problem
+from tnpeft.adapters.distributed import zero_problem
 from tnpeft.errors import ExecutionError
 from tnpeft.execution import AdaptedLayer
 from tnpeft.execution.calls import Acting
@@ -42,7 +42,7 @@ def remove_pass(root: nn.Module) -> None:
 def _open(root: nn.Module, _inputs: Any) -> None:
     if needs_plain_ops():
         return
-    if problem := split_problem([("", root)], SPLIT_FIX):
+    if problem := zero_problem(root.modules()):
         raise ExecutionError(problem)
     if (record := record_on(root)) is not None:
         record.results.open_pass(record.batching.new_pass(lambda: _acting_alone(root, record), record.results))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tnpeft.adapters.base_weight import dequantiser, described
-from tnpeft.adapters.distributed import split_problem
+from tnpeft.adapters.distributed import reshard, split_problem
 from tnpeft.adapters.parked import is_parked
 from tnpeft.errors import AttachError, Problem, TnpeftWarning, clip, listed
 from tnpeft.execution import AdaptedLayer, AdaptedOpaque
@@ -152,7 +152,7 @@ def merge_layers(layers: Iterable[AdaptedLayer], dequantise: bool = False) -> No
     layers, done = list(layers), []
     if problems := [*_opaque_problems(layers, dequantise)]:
         raise AttachError(*problems)
-    fix = "Gather the model's weights in one process, and merge there."
+    fix = "Write the adapter with `tnpeft.save`, load it onto the base in one process, and merge there."
     parts = (
         (layer.adapter(name).layer_name, part) for layer in layers for name in layer.names for part in layer.modules()
     )
@@ -216,6 +216,7 @@ def base_shown(model: nn.Module) -> AbstractContextManager[None]:
 
 def apply_state(root: nn.Module, state: AdaptedModel) -> None:
     """Bring layers and trained tensors to what the state says. Nothing in here can be refused."""
+    reshard(root)
     (remove_pass if state.merged else register_pass)(root)  # TorchScript would compile the hooks of a merged model too
     state.forget()
     for layer in adapted_layers(root):

@@ -28,6 +28,7 @@ from tnpeft.io.foreign.peft_files import method_of, peft_contents, peft_problems
 from tnpeft.io.foreign.rewrites import part_of, untuckered
 from tnpeft.io.foreign.source import DIFFUSERS_WEIGHTS
 from tnpeft.io.saving import chosen
+from tnpeft.io.sharded import one_writer
 from tnpeft.network import layer_of
 from tnpeft.surgery import AdaptedModel, plain_modules, statistics_of
 from tnpeft.surgery.trained import all_tied
@@ -73,15 +74,18 @@ def save_foreign(
         raise refuse(path, "`format`", f"one of {', '.join(WRITTEN)}", clip(format), "Pass one of these.")
     _check_folder_name(path, format)
     prefix = _checked_prefix(path, format, prefix)
-    root, state, name, adapters = chosen(model, path, name)
-    gain = state.active.get(name, 1.0)
-    parts = _parts(path, adapters, gain, _statistics_problems(root, state, name))
-    contents = _contents(path, root, format, prefix, parts, _trained(root, state, name, gain))
-    if format == "peft" or (format == "diffusers" and path.suffix != _FILE):
-        _write_folder(path, contents)
-    else:
-        _check_place(path)
-        replace_files(contents)
+    with one_writer(model) as writes:
+        root, state, name, adapters = chosen(model, path, name)
+        gain = state.active.get(name, 1.0)
+        parts = _parts(path, adapters, gain, _statistics_problems(root, state, name))
+        contents = _contents(path, root, format, prefix, parts, _trained(root, state, name, gain))
+        if not writes:
+            pass
+        elif format == "peft" or (format == "diffusers" and path.suffix != _FILE):
+            _write_folder(path, contents)
+        else:
+            _check_place(path)
+            replace_files(contents)
 
 
 def _parts(

@@ -1,0 +1,61 @@
+"""Models that FSDP shards after attaching: trained as in one process, saved by one. tests/wide has the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sharded import adapted, base, cores, everyones, losses, mean, rows, run, sharded
+from torch import distributed
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import tnpeft
+
+
+def _trains_and_saves(folder: Path) -> None:
+    x, y = rows()
+    everything = {"train": {"norm": True, "bias": "adapted"}}
+    for spec, mode, way in (("lora", "factored", "layers"), ("metatt", "dense", "blocks")):
+        whole, model = (adapted(spec, mode, **everything) for _ in range(2))
+        model = sharded(model, way)
+        wanted = losses(whole, *everyones())
+        torch.testing.assert_close(mean(losses(model, x, y)), wanted, rtol=1e-6, atol=1e-6)
+        tnpeft.save(model, folder / f"{spec}.safetensors")  # it is there for all once any of them returns
+        loaded = base()
+        tnpeft.load(loaded, folder / f"{spec}.safetensors")
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+def _refuses_in_all(folder: Path) -> None:
+    model = sharded(adapted("lora"), "blocks")
+    path = folder / ("missing/x.safetensors" if distributed.get_rank() == 0 else "never.safetensors")
+    with pytest.raises(tnpeft.AdapterFileError, match="Choose a folder that exists") as excinfo:
+        tnpeft.save(model, path)
+    assert "missing" in str(excinfo.value)  # what the first one says
+    assert not (folder / "never.safetensors").exists()
+
+
+def _stays_wide(_folder: Path) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    plain, model = sharded(base(), "blocks", mp_policy=policy), adapted("mpo", train={"norm": True})
+    model = sharded(model, "blocks", mp_policy=policy)
+    x, y = rows()
+    dtypes = []
+    model[1].register_forward_hook(lambda *_: dtypes.extend(core.dtype for core in cores(model[1])))
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))  # T(θ) - T(θ₀) with θ in bf16 is not zero
+    assert set(dtypes) == {torch.float32}
+    losses(model, x, y)
+    assert {core.grad is None or core.grad.dtype for core in cores(model)} <= {True, torch.float32}
+
+
+def _all(folder: Path) -> None:
+    _trains_and_saves(folder)
+    _refuses_in_all(folder)
+    _stays_wide(folder)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path):
+    run(_all, 2, tmp_path)
