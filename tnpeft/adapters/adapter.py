@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.distributed import DISTRIBUTED, gathered
 from tnpeft.adapters.dora import composed, magnitudes
+from tnpeft.adapters.dropout import Dropout, Mask, masks_of
 from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.adapters.offload import Resident, present
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
@@ -43,8 +44,12 @@ class Adapter(Resident, nn.Module):
 
     `mode` is the execution mode that was asked for. With `auto` and `autotune` the modes are timed once for
     each new call, which `choices` remembers: the call in words, and the mode. Choices are used without
-    `autotune` too.
+    `autotune` too. `dropout` says what calls of a layer that trains leave out; weights that are asked for leave out
+    nothing.
     """
+
+    dropout: Dropout | None = None
+    masks: tuple[Mask, ...] = ()
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class Adapter(Resident, nn.Module):
         initialise: bool = True,
         sharing: Sharing | None = None,
         captured: Captured | None = None,
+        dropout: Dropout | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -67,6 +73,8 @@ class Adapter(Resident, nn.Module):
         self.mode = mode
         self.autotune = autotune
         self.choices = dict(choices or {})
+        if dropout is not None:
+            self.dropout, self.masks = dropout, masks_of(network, dropout)
         self.plan: Plan = plan(network)
         self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name

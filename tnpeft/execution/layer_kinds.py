@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tnpeft.execution.dispatch import execute
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.layers import AdaptedLayer
 from tnpeft.execution.opaque import AdaptedOpaque
@@ -27,7 +26,7 @@ class AdaptedLinear(AdaptedLayer):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return functional.linear(input, self.weight, self.bias)
         else:
-            return execute(self.site, input)
+            return self.site.way(self.site, input)
 
     @staticmethod
     def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -42,7 +41,7 @@ class AdaptedConv1D(AdaptedLayer):
             rows = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)  # type: ignore[arg-type]
             return rows.view(x.size()[:-1] + (self.weight.size(1),))  # noqa: RUF005 - TorchScript reads it
         else:
-            return execute(self.site, x)
+            return self.site.way(self.site, x)
 
     @staticmethod
     def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -73,7 +72,7 @@ class AdaptedConv(AdaptedLayer):
                 padded, self.weight, self.bias, self.stride, self.zeros, self.dilation, False, self.zeros, self.groups
             )
         else:
-            return execute(self.site, input)
+            return self.site.way(self.site, input)
 
     @staticmethod
     def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -99,7 +98,7 @@ class AdaptedConvTranspose(AdaptedLayer):
                 input, self.weight, self.bias, self.stride, self.padding, self.dilation, True, extra, self.groups
             )
         else:
-            return execute(self.site, input, output_size)
+            return self.site.way(self.site, input, output_size)
 
     @staticmethod
     def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:

@@ -24,6 +24,7 @@ from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtyp
 from tnpeft.io.renaming import with_plain_names
 from tnpeft.network import Network, Spec
 from tnpeft.recipe import Handle
+from tnpeft.recipe.dropout import dropout_of
 from tnpeft.surgery import (
     activate,
     adapted,
@@ -242,6 +243,9 @@ def _network(path: Path, specs: list[Spec], entry: LayerEntry, name: str, module
 
 def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: nn.Module, sharing: Sharing) -> Adapter:
     """A layer's adapter, its cores still without values."""
+    dropout, odd = dropout_of(entry.dropout)
+    if odd:
+        raise AdapterFileError(*(replace(problem, where=shown(path)) for _, problem in odd))
     with of_file(path, f"layer '{name}'"):
         return Adapter(
             network,
@@ -253,6 +257,7 @@ def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: 
             initialise=False,
             sharing=sharing,
             captured=entry.captured,
+            dropout=dropout,
         )
 
 

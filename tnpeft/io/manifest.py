@@ -51,6 +51,7 @@ class LayerEntry(_Entry):
     `choices` are the modes that were found quickest, call by call. `captured` says with which layers it shares cores,
     scope by scope. `drawn` are the frozen cores that the seed gives again and the file therefore leaves out, each with
     the SHA-256 of its bytes. `label` is the name under which the seed draws its cores, where that is not the layer's.
+    `dropout` has the probabilities of what is dropped when training goes on.
     """
 
     spec: int
@@ -61,6 +62,7 @@ class LayerEntry(_Entry):
     captured: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     drawn: dict[str, str] = Field(default_factory=dict)
     label: str | None = None
+    dropout: dict[str, float] = Field(default_factory=dict)
 
 
 class BaseTensor(_Entry):

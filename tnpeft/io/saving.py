@@ -112,6 +112,7 @@ def _manifest(
             captured={scope: tuple(texts) for scope, texts in adapter.captured.items()},
             drawn=drawn[layer],
             label=None if adapter.layer_name == layer else adapter.layer_name,
+            dropout=adapter.dropout.as_dict() if adapter.dropout else {},
         )
         for layer, adapter in adapters.items()
     }

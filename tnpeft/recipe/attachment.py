@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
+from tnpeft.adapters import Adapter, Captured, Sharing, dropout_problems, memory_problems
 from tnpeft.documents.nodes import read_file
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, clip
 from tnpeft.network import Network, Spec, load_spec, param_problems
+from tnpeft.recipe.dropout import dropout_of
 from tnpeft.recipe.handle import Handle
 from tnpeft.recipe.model import Entry, Recipe, Train, load_recipe, train_from
 from tnpeft.recipe.scopes import captures, scopes_from
@@ -42,6 +43,7 @@ def attach(
     name: str = "default",
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
+    dropout: Mapping[str, float] | None = None,
     seed: int | None = None,
     mode: str = DEFAULT_MODE,
     autotune: bool = False,
@@ -58,6 +60,11 @@ def attach(
     cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the recipe says, by default), `scopes`
     binds the scopes of shared cores to regular expressions on layers' names ({"block": r"layers\\.(\\d+)\\."}), `seed`
     overrides the specs' seed, and `name` tells several adapters on one model apart. Everything else is frozen.
+
+    `dropout` says what a layer's calls leave out at random while it trains, with probabilities, or takes the place of
+    what the recipe says: `input`, an entry of what the update reads (PEFT's `lora_dropout`); `bond`, an entry of an
+    index that joins cores (LyCORIS's `rank_dropout`), both with the rest scaled up; `module`, the layer's update
+    ({"input": 0.05, "bond": 0.1, "module": 0.1}). All modes drop the same for the same seed of torch's. Files keep it.
 
     `mode` says how each layer applies its update: `dense` builds the delta weight and calls the layer once with the
     sum; `factored` contracts the cores with the layer's input and never builds it; `hybrid` calls the layer with the
@@ -79,7 +86,7 @@ def attach(
     recipe = recipe_of(what, match, params, exclude=exclude, kinds=kinds, layers=layers, ranks=ranks)
     if train is not None:
         recipe = replace(recipe, train=train_from(train))
-    recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
+    recipe = _with_dropout(replace(recipe, scopes=scopes_from(scopes, recipe)), dropout)
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)
     claimed = targets(model, recipe)
@@ -89,6 +96,16 @@ def attach(
         adapters = _compile(plain_modules(model), claimed, captured, seed, mode, autotune)
     install(model, name, adapters, also.names, _about(model, recipe, claimed, also))
     return Handle(model, name)
+
+
+def _with_dropout(recipe: Recipe, given: object) -> Recipe:
+    """The recipe with what `attach` says of dropout, if it does. Raises AttachError."""
+    if given is None:
+        return recipe
+    dropout, told = dropout_of(given)
+    if told:
+        raise AttachError(*(problem for _, problem in told))
+    return replace(recipe, entries=tuple(replace(entry, dropout=dropout) for entry in recipe.entries))
 
 
 def _about(model: nn.Module, recipe: Recipe, claimed: Mapping[str, Entry], also: Trained) -> dict[str, Any]:
@@ -199,6 +216,9 @@ def _compile(
         except BindError as error:
             problems += _of_layer(name, error)
     problems += memory_problems(networks, modules, mode)
+    for name, network in networks.items():
+        if dropout := claimed[name].dropout:
+            problems += (replace(each, layers=(name,)) for each in dropout_problems(network, modules[name], dropout))
     if problems:
         raise AttachError(*problems)
     sharing = Sharing()
@@ -214,6 +234,7 @@ def _compile(
                 autotune=autotune,
                 sharing=sharing,
                 captured=captured[name],
+                dropout=claimed[name].dropout,
             )
         except BindError as error:
             problems += _of_layer(name, error)

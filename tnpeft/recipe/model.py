@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tnpeft.adapters import Dropout
 from tnpeft.documents.json_schema import NAME, WORD, Keywords, schema_document
 from tnpeft.documents.nodes import Node, read_bytes, read_document
 from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_problem, with_text_keys
 from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
 from tnpeft.network import Spec, load_spec
+from tnpeft.recipe.dropout import dropout_of
 from tnpeft.recipe.selection import ALL, Selection, compiled, selection_of
 from tnpeft.spec import find_shipped, list_specs
 from tnpeft.spec.habits import advice_on, is_word, unknown_params, value_of_param
@@ -32,6 +34,12 @@ Scalar = int | float
 Numbers = int | str | list[int]
 
 
+class DropoutFile(FilePart):
+    input: Scalar = 0
+    bond: Scalar = 0
+    module: Scalar = 0
+
+
 class EntryFile(FilePart):
     spec: str
     match: str | list[str]
@@ -40,6 +48,7 @@ class EntryFile(FilePart):
     kinds: str | list[str] | None = None
     layers: Numbers | dict[str, Numbers] | None = None
     ranks: dict[str, dict[str, Scalar]] | None = None
+    dropout: DropoutFile | None = None
 
 
 class TrainFile(FilePart):
@@ -100,6 +109,13 @@ RECIPE = Schema(
             "params by regular expressions on layers' names, in place of those in `params`",
             r"For example `ranks: {'q_proj$': {r: 8}}`; of each param the first pattern that finds a layer counts.",
         ),
+        "dropout": (
+            "what training drops at random, with probabilities",
+            "For example `dropout: {input: 0.05, bond: 0.1}`.",
+        ),
+        "input": ("a probability below 1: of an entry that the update reads", "For example `input: 0.05`."),
+        "bond": ("a probability below 1: of an entry of a bond", "For example `bond: 0.1`."),
+        "module": ("a probability below 1: of a layer's update, for a call", "For example `module: 0.1`."),
         "scopes": ("scopes with regular expressions", r"For example `scopes: {block: 'layers\.(\d+)\.'}`."),
         "train": ("what trains beside the cores", "For example `train: {bias: adapted, norm: true}`."),
         "bias": ("`none`, `adapted` or `all`", "Write `bias: adapted`, say."),
@@ -125,6 +141,8 @@ def recipe_schema() -> dict[str, Any]:
         "adapters.*.kinds": {"examples": ["Linear", ["Conv2d", "Conv3d"]]},
         "adapters.*.layers": {"examples": ["0-5, 8", "16-", {"decoder.layers": "0-5"}]},
         "adapters.*.ranks": {"examples": [{"q_proj$": {"r": 8}}]},
+        "adapters.*.dropout": {"examples": [{"input": 0.05}, {"bond": 0.1, "module": 0.1}]},
+        **{f"adapters.*.dropout.{each}": {"minimum": 0, "exclusiveMaximum": 1} for each in DropoutFile.model_fields},
         "scopes": {
             "propertyNames": {"pattern": rf"^{WORD}$"},
             "examples": [{"layer": r"layers\.(\d+)\.", "matrix": r"\.([qkvo])_proj$"}],
@@ -142,7 +160,8 @@ _WHOLE = Selection()
 class Entry:
     """One spec of a recipe with its layers: `match` is a regular expression, exact names, or `all`.
 
-    `all` stands for every layer of the spec's kinds that can carry an adapter. `selection` narrows that.
+    `all` stands for every layer of the spec's kinds that can carry an adapter. `selection` narrows that. `dropout` is
+    what training leaves out at random.
     """
 
     spec: Spec
@@ -150,6 +169,7 @@ class Entry:
     params: Mapping[str, Any] = field(default_factory=dict)
     where: Position | str | None = None
     selection: Selection = _WHOLE
+    dropout: Dropout | None = None
 
     def params_of(self, layer: str) -> Mapping[str, Any]:
         """The params of one of its layers: those that `ranks` has for it, else the entry's."""
@@ -279,6 +299,10 @@ def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     selection, told = selection_of(given, spec)
     for path, problem in told:
         problems.put(replace(problem, where=node.along(path)[-1].position))
+    dropping = node.get("dropout")
+    dropout, told = dropout_of(None if dropping is None else dropping.plain())
+    for path, problem in told:
+        problems.put(replace(problem, where=node.along(("dropout", *path))[-1].position))
     if spec is None:
         return None
     values = params.plain() if params is not None else {}
@@ -286,7 +310,7 @@ def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     for problem in unknown_params(f"params of spec '{spec.name}'", values, spec.params):
         problems.put(replace(problem, where=where))
     layers = match.value if isinstance(match.value, str) else tuple(item.value for item in match.value)
-    return Entry(spec, layers, values, node.position, selection)
+    return Entry(spec, layers, values, node.position, selection, dropout)
 
 
 def _spec(node: Node, folder: Path, problems: Problems) -> Spec | None:
