@@ -94,11 +94,12 @@ $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	@$(PIP) -c constraints.txt -e ".[demo,peers]"
 	@touch $@
 
-$(WIDE)/.wide: constraints.txt pyproject.toml
+$(WIDE)/.wide: constraints.txt pyproject.toml requirements-nodeps.txt
 	@echo "Setting up $(WIDE) (once, a few minutes) ..."
 	@$(PYTHON) -m venv $(WIDE)
 	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt torch
 	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt -e ".[demo,test,wide]"
+	@$(WIDE)/bin/python $(INSTALL) --no-deps -r requirements-nodeps.txt
 	@touch $@
 
 # Each `name>=version` becomes `name==version`, so that every lower bound is a release that is tested.

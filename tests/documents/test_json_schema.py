@@ -63,6 +63,12 @@ RECIPE_MISTAKES = [
     ("spec: lora", "spec: lorra", "adapters/0/spec"),
     (", match: to_q", "", "adapters/0"),
     ("params: {r: 8}", "params: {r: eight}", "adapters/0/params/r"),
+    ("params: {r: 8}", "layers: '0-5; 8'", "adapters/0/layers"),
+    ("params: {r: 8}", "layers: -1", "adapters/0/layers"),
+    ("params: {r: 8}", "layers: {decoder.layers: first}", "adapters/0/layers"),
+    ("params: {r: 8}", "kinds: Linaer", "adapters/0/kinds"),
+    ("params: {r: 8}", "exclude: 3", "adapters/0/exclude"),
+    ("params: {r: 8}", "ranks: {q_proj: 8}", "adapters/0/ranks/q_proj"),
     ("bias: adapted", "bias: some", "train/bias"),
     ("train:", "trains:", ""),
 ]
@@ -120,6 +126,20 @@ def test_mistakes_in_recipes_are_marked_where_they_stand(old: str, new: str, whe
     assert faults("recipe", RECIPE) == []
     tnpeft.Recipe.from_yaml(RECIPE)
     assert where in [fault[: len(where)] for fault in faults("recipe", RECIPE.replace(old, new))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "layers: 3", "layers: '0-5, 8'", "layers: 16-", "layers: [0, 1]", "layers: {decoder.layers: 0-1}",
+        "kinds: Linear", "kinds: [Linear, conv]", "exclude: lm_head$", "exclude: [a, b]",
+        "ranks: {q$: {r: 2, alpha: 1}}",
+    ],
+)  # fmt: skip
+def test_what_narrows_a_recipe_fits_the_schema(text: str):
+    recipe = RECIPE.replace("params: {r: 8}", text)
+    assert faults("recipe", recipe) == []
+    tnpeft.Recipe.from_yaml(recipe)
 
 
 def test_every_key_has_a_sentence():

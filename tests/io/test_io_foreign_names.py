@@ -254,7 +254,7 @@ ATTENTION = "MultiheadAttention, whose q, k and v weights are parameters of its 
 
 
 class Words(nn.Module):
-    """Layers that PEFT adapts and tnpeft does not."""
+    """Layers that PEFT adapts; tnpeft adapts some of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,16 +274,24 @@ class Words(nn.Module):
         (["words", "line"], {"words": "Embedding"}),
         (["attend"], {"attend": ATTENTION}),
         (["attend", "line", "words"], {"attend": ATTENTION, "words": "Embedding"}),
-        (["mix", "line"], {"mix": "transformers' Conv1D, a linear layer with a transposed weight"}),
     ],
 )
 def test_layers_that_are_not_adapted_here_are_named(targets: list[str], kinds: dict[str, str], tmp_path: Path):
-    with_peft(peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out="mix" in targets), Words()).save_pretrained(
-        tmp_path
-    )
+    with_peft(peft.LoraConfig(r=2, target_modules=targets), Words()).save_pretrained(tmp_path)
     assert refused(tmp_path, base=Words()).splitlines() == [
         f"PATH: layer '{name}': layer type: expected {KINDS}, found {kind}. {OUTSIDE}" for name, kind in kinds.items()
     ]
+
+
+def test_a_linear_layer_that_is_stored_the_other_way_round(tmp_path: Path):
+    theirs = with_peft(peft.LoraConfig(r=2, target_modules=["mix"], fan_in_fan_out=True), Words())
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(3, 8)
+    model = loaded(tmp_path / "theirs", Words())
+    assert_same(model.mix(x), theirs.base_model.model.mix(x))
+    tnpeft.save_foreign(model, tmp_path / "ours", format="peft")
+    again = peft.PeftModel.from_pretrained(Words(), tmp_path / "ours")
+    assert_same(again.base_model.model.mix(x), model.mix(x))
 
 
 def test_one_projection_of_an_attention(tmp_path: Path):

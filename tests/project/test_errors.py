@@ -140,17 +140,17 @@ def test_what_no_layer_takes_is_told_once(spec, params, message):
     assert not any("adapters" in name for name, _ in model.named_modules())
 
 
-def test_a_file_that_fits_no_layer_of_a_quantised_model_says_so_once(tmp_path):
+def test_a_file_that_fits_no_layer_of_a_changed_model_says_so_once(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     plain = copy.deepcopy(model)
     tnpeft.save(tnpeft.attach(model, "lora", match=r"\d").model, tmp_path / "a.safetensors")
     for layer in plain:
-        layer.forward = lambda x: x
+        layer.forward = nn.ReLU().forward
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.load(plain, tmp_path / "a.safetensors")
     assert str(caught.value) == (
-        f"{tmp_path / 'a.safetensors'}: layers '0', '1': layer: expected the forward of Linear, found Linear with a "
-        "`forward` of its own. An adapter would bypass it: match other layers, or use the plain class."
+        f"{tmp_path / 'a.safetensors'}: layers '0', '1': layer: expected the forward of Linear, found Linear, with the "
+        "`forward` of ReLU. An adapter would bypass it: take it off first, or match other layers."
     )
 
 

@@ -107,6 +107,25 @@ def test_layers_and_ranks_are_pefts(experts, ours, theirs):
     assert chosen(Decoder(experts), **ours) == by_peft(Decoder(experts), **theirs)
 
 
+def test_blocks_of_all_lists_of_a_name_are_pefts():
+    assert chosen(Pair(), match="q_proj$", layers={"layers": [0, 2]}) == by_peft(
+        Pair(), target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern="layers"
+    )
+
+
+def test_kinds_are_those_of_the_spec():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.Conv3d(4, 4, 1), nn.ConvTranspose3d(4, 4, 1))
+    for spec, kinds, layers in (
+        ("tenvoo_l", "conv", ["2"]),
+        ("tenvoo_l", "any", ["2"]),
+        ("lora", "conv", ["1", "2"]),
+        ("lora", ["Linear", "conv_transpose"], ["0", "3"]),
+    ):
+        handle = tnpeft.attach(model, spec, match=r"\d", kinds=kinds)
+        assert [*handle.adapters] == layers
+        tnpeft.detach(model)
+
+
 def test_the_outermost_number_is_the_blocks():
     found = chosen(Decoder(experts=3), match="experts", layers="0-1")
     assert [*found] == [f"model.layers.{block}.experts.{expert}" for block in range(2) for expert in range(3)]

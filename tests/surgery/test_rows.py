@@ -309,8 +309,8 @@ def test_what_rows_would_share_is_refused():
     attention = nn.MultiheadAttention(8, 2)
     with_two(attention)
     assert refused(attention) == (
-        "rows: expected layers whose `forward` is called, found the output projection of an attention, 'out_proj'. "
-        "Attach to the other layers alone."
+        "rows: expected layers whose input is seen, found the output projection of an attention: 'out_proj'. "
+        "Leave them out (`exclude`)."
     )
 
 

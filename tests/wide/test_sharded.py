@@ -20,7 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import tnpeft
@@ -250,6 +257,26 @@ def _switches(folder: Path) -> None:
                 assert torch.equal(model(x), wanted)
             with pytest.raises(tnpeft.AdapterFileError, match="Load the adapter first, then shard the model"):
                 tnpeft.load(plain, file)
+
+
+def _flat(_folder: Path) -> None:
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    x, _ = rows()
+    nested = FullyShardedDataParallel(adapted("lora"), auto_wrap_policy=ModuleWrapPolicy([Block]), **options)
+    close(mean(losses(nested, *rows())), in_one_process("lora", "auto", False))
+    shared = FullyShardedDataParallel(adapted("metatt"), auto_wrap_policy=ModuleWrapPolicy([Block]), **options)
+    with pytest.raises(
+        tnpeft.ExecutionError, match=r"layer '1\.a': cores that are shared with other layers: expected whole"
+    ):
+        shared(x)
+    narrow = FullyShardedDataParallel(adapted("quanta"), mixed_precision=MixedPrecision(torch.bfloat16), **options)
+    with pytest.raises(tnpeft.ExecutionError, match="cores: expected numbers of 32 bits or more, found narrower ones"):
+        narrow(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*requires_grad:UserWarning")
+def test_units_of_fsdp1(tmp_path: Path):
+    run(_flat, 2, tmp_path)
 
 
 def test_switching_and_what_is_refused(tmp_path: Path):

@@ -1,7 +1,6 @@
 """What is trained and saved: the cores of a network as a module, and tensors that stand beside a layer's own."""
 
 from tnpeft.adapters.adapter import Adapter
-from tnpeft.adapters.dropout import Dropout, dropout_problems
 from tnpeft.adapters.inits import is_drawn
 from tnpeft.adapters.memory_need import memory_limit, memory_problems
 from tnpeft.adapters.sharing import Captured, Sharing
@@ -9,9 +8,7 @@ from tnpeft.adapters.sharing import Captured, Sharing
 __all__ = [
     "Adapter",
     "Captured",
-    "Dropout",
     "Sharing",
-    "dropout_problems",
     "is_drawn",
     "memory_limit",
     "memory_problems",

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.base_weight import base_weight
-from tnpeft.adapters.distributed import DISTRIBUTED, gathered
+from tnpeft.adapters.distributed import DISTRIBUTED, gathered, refuse_flattened
 from tnpeft.adapters.dora import composed, magnitudes
-from tnpeft.adapters.dropout import Dropout, Mask, masks_of
 from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.adapters.offload import Resident, present
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.strides import memory_order, moved
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.network import BoundCore, Network
+from tnpeft.network.dropout import Dropout, Mask, masks_of
 from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
 from tnpeft.schedule import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 
@@ -44,8 +44,7 @@ class Adapter(Resident, nn.Module):
 
     `mode` is the execution mode that was asked for. With `auto` and `autotune` the modes are timed once for
     each new call, which `choices` remembers: the call in words, and the mode. Choices are used without
-    `autotune` too. `dropout` says what calls of a layer that trains leave out; weights that are asked for leave out
-    nothing.
+    `autotune` too. Calls of a layer that trains leave out what `dropout` says.
     """
 
     dropout: Dropout | None = None
@@ -54,7 +53,7 @@ class Adapter(Resident, nn.Module):
     def __init__(
         self,
         network: Network,
-        layer: nn.Module,
+        layer: Any,
         *,
         seed: int | None = None,
         name: str = "",
@@ -81,7 +80,7 @@ class Adapter(Resident, nn.Module):
         self.captured: Captured = captured or {}
         # In a tuple, for it is no module of this one; kept only where it is asked for its weight.
         asked = network.reads_weight or {core.shared for core in network.cores} != {None}
-        self._layer: tuple[nn.Module, ...] = (layer,) if asked else ()
+        self._layer: tuple[Any, ...] = (layer,) if asked else ()
         self.changes = 0  # how often its tensors got other values than by training
         self._initialised = False
         # Until they have values: the tensors that have none, for `torch.func.functional_call` may pass others that do.
@@ -122,7 +121,7 @@ class Adapter(Resident, nn.Module):
                 like = weight.new_empty(core.shape, dtype=dtype)
                 self._register_one(_CORE, core.name, like, core.frozen, copies)
         if self.network.compose == "dora":
-            like = weight.new_empty(self.network.layer.out_channels, dtype=dtype)
+            like = weight.new_empty(self.network.magnitude_shape, dtype=dtype)
             self._register_one(_DORA, _MAGNITUDE, like, False, True)
 
     def _register_one(self, prefix: str, name: str, tensor: Tensor, frozen: bool, copy: bool) -> None:
@@ -294,11 +293,17 @@ class Adapter(Resident, nn.Module):
         tensors = self._found(keys)
         if self._layer:
             return self._beside(tensors, self._base(weight).detach())
-        return gathered(tensors) if DISTRIBUTED in sys.modules else tensors  # type: ignore[return-value]
+        return self._whole(tensors) if DISTRIBUTED in sys.modules else tensors  # type: ignore[return-value]
+
+    def _whole(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        """The cores, gathered where processes hold parts of them. Raises ExecutionError where they cannot be."""
+        tensors = gathered(tensors)
+        refuse_flattened(self.layer_name, tensors, [core.shape for core in self.network.cores])
+        return tensors
 
     def _beside(self, tensors: Sequence[Tensor | None], base: Tensor) -> list[Tensor]:
         """Cores where the `base` weight is: layers that share cores may live on several devices, and be wider."""
-        base, *tensors = gathered([base, *tensors])
+        (base,), tensors = gathered([base]), self._whole(tensors)
         cores = [core for core in tensors if core is not None]
         if not base.is_meta and any(core.is_meta for core in cores):
             raise without_values(self.layer_name, True)
@@ -372,8 +377,7 @@ class Adapter(Resident, nn.Module):
         return {**super().__getstate__(), "_program": None}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        known = {key: value for key, value in state.items() if key not in _EARLIER}
-        super().__setstate__({"changes": 0, **known})  # type: ignore[no-untyped-call]
+        super().__setstate__({"changes": 0} | {key: state[key] for key in state.keys() - _EARLIER})  # type: ignore[no-untyped-call]
         self._name_keys()
         self._lay_out(self._strides)
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from tnpeft.adapters.parked import own_weight
+from tnpeft.adapters.parked import ParameterLayer, own_weight
 from tnpeft.errors import BindError, Problem
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.network.look_alikes import full_names, kind_name, quantised
@@ -28,6 +29,7 @@ __all__ = [
     "described",
     "is_packed_for_inference",
     "needs_weight",
+    "never_called",
     "stand_in",
     "unreadable",
 ]
@@ -37,7 +39,7 @@ _FOUR_BITS = "bitsandbytes.nn.modules.Params4bit"
 _SINGULAR = ("svd_u", "svd_s", "svd_v", "svd_us", "svd_vs")
 
 
-def base_weight(layer: nn.Module, network: Network) -> Tensor:
+def base_weight(layer: Any, network: Network) -> Tensor:
     """The weight that a network of `layer` stands on: of an opaque layer, its values only if the network needs them.
 
     Otherwise it is a tensor of the weight's shape, on its device and as wide, that holds none.
@@ -65,6 +67,16 @@ def unreadable(spec: Any, layer: nn.Module) -> Problem:
     return Problem(f"spec '{spec.name}'", "a base weight that can be read", described(layer), fix)
 
 
+def never_called(layer: nn.Module | ParameterLayer) -> str | None:
+    """What a layer is whose calls nobody sees, in words; None of all others.
+
+    `nn.MultiheadAttention` takes the weight of its output projection, and adapted parameters are read by their owners.
+    """
+    if isinstance(layer, ParameterLayer):
+        return "an embedding" if layer.is_whole else "a parameter that its owner reads"
+    return "the output projection of an attention" if isinstance(layer, NonDynamicallyQuantizableLinear) else None
+
+
 def described(layer: nn.Module) -> str:
     """What an opaque layer is, for a message."""
     kind, weight = type(layer), layer._parameters.get("weight")
@@ -73,7 +85,7 @@ def described(layer: nn.Module) -> str:
     if weight is not None and not is_plain_tensor(type(weight)):
         tensor = type(weight)
         return quantised(tensor) or f"{kind_name(kind)}, whose weight is a {tensor.__name__}"
-    if _is_computed(layer):
+    if is_computed(layer):
         return f"{kind_name(kind)}, whose weight is computed"
     return f"{kind_name(kind)}, with a `forward` of its own"
 
@@ -102,7 +114,7 @@ def dequantiser(layer: Any) -> Callable[[], object] | None:
     computed = getattr(layer, "weight", None)
     if callable(computed) and not isinstance(computed, Tensor):  # torch.ao's
         return lambda: computed().dequantize()
-    if _is_computed(layer) and torch_kind(type(layer)) is not None:
+    if is_computed(layer) and torch_kind(type(layer)) is not None:
         return lambda: _computed(layer)
     return None
 
@@ -133,7 +145,7 @@ def is_packed_for_inference(layer: Any) -> bool:
     return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) is True
 
 
-def _is_computed(layer: nn.Module) -> bool:
+def is_computed(layer: nn.Module) -> bool:
     """Whether a weight is made of other parameters whenever it is asked for, or before each call."""
     return parametrize.is_parametrized(layer, "weight") or any(True for _ in _hooks(layer))
 

@@ -26,6 +26,7 @@ __all__ = [
     "is_split",
     "keep_wide",
     "refuse_distributed",
+    "refuse_flattened",
     "reshard",
     "split_problem",
     "whole",
@@ -72,6 +73,8 @@ def reshard(model: nn.Module) -> None:
 
 def gathered(tensors: Sequence[Tensor | None]) -> list[Any]:
     """The tensors, whole: parts come from all processes, and the mean of their gradients goes back to the parts."""
+    if DISTRIBUTED not in sys.modules:
+        return list(tensors)
     return [
         _Gathered.apply(tensor) if is_distributed(tensor) else tensor  # type: ignore[no-untyped-call]
         for tensor in tensors
@@ -83,7 +86,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parts: Any) -> Tensor:
-        from torch.distributed.tensor import DTensor  # imported already, for `parts` is one
+        from torch.distributed.tensor import DTensor
 
         ctx.placements, ctx.mesh, ctx.device = parts.placements, parts.device_mesh, parts.to_local().device
         local = parts.to_local().to(ctx.mesh.device_type)  # from the CPU, where FSDP2 offloads parts
@@ -138,12 +141,25 @@ def split_problem(modules: Iterable[tuple[str, nn.Module]], fix: str) -> Problem
 
 def zero_problem(modules: Iterable[nn.Module]) -> Problem | None:
     """What is wrong where DeepSpeed's ZeRO-3 has taken a module's tensors apart, which gathers those of calls alone."""
-    if "deepspeed" not in sys.modules:
-        return None
     if not any(hasattr(tensor, "ds_id") for module in modules for tensor in module._parameters.values()):
         return None
     fix = "Shard the model with `torch.distributed.fsdp.fully_shard`, or use ZeRO stage 2, which splits no parameters."
     return Problem("the weights of the model", EXPECTED, "pieces of one process (DeepSpeed, ZeRO stage 3)", fix)
+
+
+def refuse_flattened(name: str, cores: Sequence[Tensor | None], shapes: Iterable[Sequence[int]]) -> None:
+    """Raises ExecutionError for cores as FSDP1 leaves them: in pieces while their unit does not run, or cast."""
+    if _UNITS not in sys.modules:
+        return
+    where = f"layer '{name}'" if name else None
+    if any(core is not None and core.shape != tuple(shape) for core, shape in zip(cores, shapes, strict=True)):
+        found = "pieces of one process (FullyShardedDataParallel, in another unit than this layer)"
+        fix = "Wrap the model as a whole, without `auto_wrap_policy`, or shard it with `fully_shard`."
+        raise ExecutionError(Problem("cores that are shared with other layers", "whole tensors", found, fix, where))
+    if any(core is not None and core.dtype.itemsize < 4 for core in cores):
+        found = "narrower ones (`mixed_precision` of FullyShardedDataParallel)"
+        fix = "Use `fully_shard`, whose `mp_policy` leaves cores alone, or `torch.autocast` in its place."
+        raise ExecutionError(Problem("cores", "numbers of 32 bits or more", found, fix, where=where))
 
 
 def refuse_distributed(name: str, tensors: Sequence[Tensor | None]) -> None:

@@ -21,9 +21,10 @@ __all__ = ["composed", "magnitudes"]
 
 
 def magnitudes(layer: Layer, weight: Tensor) -> Tensor:
-    """The norm of each output channel of a stored weight, as a vector of out_channels."""
+    """The norm of each output channel of a stored weight, as a vector of out_channels; of a stack, (slices, out)."""
     channels, inner = _channels(layer, weight)
-    return _norm(channels.double(), inner).flatten().to(weight.dtype)  # squares that fp32 cannot hold
+    norm = _norm(channels.double(), inner)  # squares that fp32 cannot hold
+    return norm.reshape(*layer.stack, layer.out_channels).to(weight.dtype)
 
 
 def composed(layer: Layer, weight: Tensor, delta: Tensor, magnitude: Tensor, start: Tensor) -> Tensor:
@@ -50,8 +51,8 @@ def _norm(channels: Tensor, inner: tuple[int, ...]) -> Tensor:
 def _channels(layer: Layer, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """A stored weight with its output channels on axes of their own, and the numbers of all other axes."""
     if not layer.input_first:
-        return weight, tuple(range(1, weight.ndim))
+        return weight, tuple(range(len(layer.stack) + 1, weight.ndim))
     # stored[g * a + i, o], a = in // groups: output channel g * b + o
-    groups, kernel = layer.groups, layer.kernel_size
-    split = weight.reshape(groups, layer.in_channels // groups, layer.out_channels // groups, *kernel)
+    number, outputs, inputs, *kernel = layer.split_shape
+    split = weight.reshape(number, inputs, outputs, *kernel)
     return split, (1, *range(3, split.ndim))

@@ -38,7 +38,14 @@ def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weigh
     Raises BindError where the distribution does not fit the core.
     """
     with torch.device("cpu"):
-        return _initial_core(network, core, seed, layer, weight)
+        one = network.slice_network
+        if one is None or core.shared is not None:
+            return _initial_core(one or network, core, seed, layer, weight)
+        slice_core = one.cores[network.cores.index(core)]
+        # As if each slice were a layer of its own, with its number at the end of its name.
+        weights = [None] * network.layer.slices if weight is None else weight.unbind(0)
+        slices = [_initial_core(one, slice_core, seed, f"{layer}.{n}", part) for n, part in enumerate(weights)]
+        return torch.stack(slices)
 
 
 def _initial_core(network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None) -> Tensor:
@@ -78,9 +85,8 @@ def canonical_weight(layer: Layer, weight: Tensor) -> Tensor:
     """
     if not layer.input_first:
         return weight
-    groups, kernel = layer.groups, layer.kernel_size
-    split = weight.reshape(groups, layer.in_channels // groups, layer.out_channels // groups, *kernel)
-    return split.transpose(1, 2).reshape(layer.weight_shape)
+    split, outputs, inputs, *kernel = layer.split_shape
+    return weight.reshape(split, inputs, outputs, *kernel).transpose(1, 2).reshape(layer.weight_shape)
 
 
 def _constant(value: float) -> Callable[[BoundCore, torch.Generator, Mapping[str, float]], Tensor]:

@@ -13,12 +13,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from tnpeft.adapters.base_weight import stand_in
 from tnpeft.adapters.offload import hook_of
+from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.errors import BindError, Problem
 from tnpeft.network import BoundCore, Network
 from tnpeft.schedule import plan
@@ -73,7 +75,7 @@ class _Demand:
 
 
 def memory_problems(
-    networks: Mapping[str, Network], modules: Mapping[str, nn.Module], mode: str | Mapping[str, str]
+    networks: Mapping[str, Network], modules: Mapping[str, nn.Module | ParameterLayer], mode: str | Mapping[str, str]
 ) -> Iterator[Problem]:
     """Layers, by name, whose network takes more than there is, alone or together; on meta nothing is taken."""
     demands: dict[torch.device, _Demand] = {}
@@ -113,7 +115,7 @@ def _problem(what: str, limit: _Limit, cores: int, peak: int) -> Problem:
     return Problem(what, f"a need of at most {limit.most:,} bytes ({limit.whose})", found, _FIX)
 
 
-def _place(module: nn.Module, network: Network) -> tuple[torch.device, int]:
+def _place(module: Any, network: Network) -> tuple[torch.device, int]:
     """Where a layer's cores will be, and the bytes of each of their elements."""
     weight = module.weight if not network.layer.opaque else stand_in(module, network.layer)
     assert isinstance(weight, torch.Tensor)

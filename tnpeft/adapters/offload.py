@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.distributed import is_distributed, keep_wide
+from tnpeft.adapters.distributed import DISTRIBUTED, is_distributed, keep_wide
 
 __all__ = [
     "Resident",
@@ -72,7 +72,7 @@ class Resident:
         elif name == _HOOK:
             _put_back(self)
             _guard(value)
-        elif is_distributed(value) and name in self.resident_keys():  # FSDP2 takes a tensor that trains
+        elif DISTRIBUTED in sys.modules and is_distributed(value) and name in self.resident_keys():  # FSDP2 takes it
             keep_wide(value)
         super().__setattr__(name, value)
 

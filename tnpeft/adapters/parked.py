@@ -20,18 +20,22 @@ from torch import Tensor, nn
 from tnpeft.adapters.distributed import DISTRIBUTED, is_sharded, whole
 from tnpeft.adapters.offload import Resident, is_bare, store, wrapper_of
 from tnpeft.errors import ExecutionError, Problem
+from tnpeft.network import Layer
 
 __all__ = [
     "MANGLED",
     "ORIGINAL",
     "TABLES",
     "UNSET",
+    "ParameterLayer",
     "acting",
     "acting_scales",
     "bare",
+    "bound_to",
     "combined",
     "copies_of",
     "drop_sum",
+    "is_lookup",
     "is_parked",
     "is_parked_unmade",
     "keep",
@@ -40,6 +44,8 @@ __all__ = [
     "own_weight",
     "park",
     "parked_key",
+    "read_through",
+    "reads_through",
     "remake",
     "set_own",
     "show",
@@ -53,6 +59,8 @@ ORIGINAL = "original"
 _SUM = "sum"
 _SHOWN = "_tnpeft_shown"
 """On a module: for each tensor in whose place another acts, the key of that one."""
+_READ = "_tnpeft_read"
+"""On a module: for each parameter that reads as its sum with updates, the key of the submodule that makes it."""
 _MADE = "_tnpeft_made"
 """On a module: for each tensor that is made of several copies, or merged, the adapters and scales that make it."""
 
@@ -84,8 +92,52 @@ def own(module: nn.Module, table: str, key: str) -> Tensor:
     return tensor
 
 
-def own_weight(base: nn.Module) -> Tensor:
+def is_lookup(module: object) -> bool:
+    """Whether a module looks rows of its weight up, and is adapted by the weight that it reads: torch's embeddings."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+class ParameterLayer:
+    """A parameter of `owner` as the weight of a Linear layer, or of a stack of them; `signature` says which way round.
+
+    It is no module: the parameter stays in its owner's table, under its own name.
+    """
+
+    def __init__(self, owner: nn.Module, key: str, signature: Layer) -> None:
+        self.owner, self.key, self.signature = owner, key, signature
+        self._tnpeft_wrapper = owner  # whose hooks bring the tensor, for `offload`
+
+    @property
+    def weight(self) -> Tensor:
+        """What acts as the parameter: its own values, or the copy of an adapter that trains it as a whole."""
+        return acting(self.owner, "_parameters", self.key)
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
+        return self.owner._parameters
+
+    @property
+    def training(self) -> bool:
+        return self.owner.training
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its owner is known as the layer: an embedding, which has no other parameter."""
+        return self.key == "weight" and is_lookup(self.owner)
+
+    def extra_repr(self) -> str:
+        return f"{self.key}, {self.signature}"
+
+
+def bound_to(layer: Any) -> Any:
+    """What a spec is bound to: a module, or the signature of a parameter."""
+    return layer.signature if isinstance(layer, ParameterLayer) else layer
+
+
+def own_weight(base: nn.Module | ParameterLayer) -> Tensor:
     """The base's own weight, whatever an adapter that trains the layer as a whole has put in its place."""
+    if isinstance(base, ParameterLayer):
+        return own(base.owner, "_parameters", base.key)
     return own(base, "_parameters", "weight")
 
 
@@ -102,14 +154,33 @@ def show(module: nn.Module, table: str, key: str, stored: str | None) -> None:
     shown = {name: other for name, other in module.__dict__.get(_SHOWN, {}).items() if name != key}
     if stored is not None:
         shown[key] = stored
-    plain = _plain_class(module)
-    if shown:
-        module.__dict__[_SHOWN] = shown
-        tables = tuple(sorted((name, table_of(module, name)) for name in shown))
-        module.__class__ = _showing(plain, tables)  # type: ignore[arg-type]
+    _take_class(module, _SHOWN, shown)
+
+
+def read_through(module: nn.Module, key: str, maker: str | None) -> None:
+    """Let a parameter read as what the submodule `maker` makes of it, by `effective`; None: as it is."""
+    read = {name: other for name, other in module.__dict__.get(_READ, {}).items() if name != key}
+    if maker is not None:
+        read[key] = maker
+    _take_class(module, _READ, read)
+
+
+def reads_through(module: nn.Module) -> bool:
+    """Whether some parameter of a module reads as its sum with updates."""
+    return _READ in module.__dict__
+
+
+def _take_class(module: nn.Module, where: str, names: dict[str, str]) -> None:
+    """Keep a table of what reads otherwise than it stands, and give the module the class that reads it so."""
+    if names:
+        module.__dict__[where] = names
     else:
-        module.__dict__.pop(_SHOWN, None)
-        module.__class__ = plain
+        module.__dict__.pop(where, None)
+    read = {**module.__dict__.get(_SHOWN, {}), **module.__dict__.get(_READ, {})}
+    tables = tuple(sorted((name, table_of(module, name)) for name in read))
+    plain = _plain_class(module)
+    module.__class__ = _showing(plain, tables) if tables else plain  # type: ignore[arg-type]
+    if not tables:
         _list_anew(module)
 
 
@@ -181,6 +252,8 @@ def take_back(module: nn.Module, table: str, key: str) -> None:
     if parked in tensors:
         store(module, table, key, tensors[parked], of=parked)
         store(module, table, parked, None)
+        if module.__dict__.get(_SHOWN, {}).get(key) == parked:  # a copy made while the base was shown
+            show(module, table, key, None)
         _list_anew(module)
     module.__dict__.get(_MADE, {}).pop(key, None)
 
@@ -274,6 +347,14 @@ class _Showing(Resident):
         else:
             super().__delattr__(name)
 
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = super()._call_impl  # type: ignore[misc]
+        maker = next(iter(self.__dict__.get(_READ, {}).values()), None)
+        if maker is None:
+            return call(*args, **kwargs)
+        with self.__dict__["_modules"][maker].reading():
+            return call(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The subclass is made on the fly: what is unpickled is of the plain class first."""
         reduced: Any = super().__reduce_ex__(protocol)
@@ -302,17 +383,27 @@ def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> typ
             if UNSET in module.__dict__:
                 _require_values(module, shown.get(name, name), acts)
             if DISTRIBUTED in sys.modules and name in shown and acts is not None and is_sharded(wrapper_of(module)):
-                return acts.to(own(module, table, name).dtype)  # that of FSDP2's MixedPrecisionPolicy
-            return acts
+                acts = acts.to(own(module, table, name).dtype)  # that of FSDP2's MixedPrecisionPolicy
+            maker = module.__dict__.get(_READ, {}).get(name)
+            return acts if maker is None else module._modules[maker].effective(acts)
 
         return read
 
     names: dict[str, Any] = {name: property(reading(name, table)) for name, table in tables}
     if issubclass(plain, nn.RNNBase):
         names["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
+    if plain.forward is nn.Embedding.forward:
+        names["forward"] = _look_up
     names |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     names |= {"_tnpeft_plain": plain, "_tnpeft_tables": tables}
     return type(plain.__name__, (_Showing, plain), names)
+
+
+def _look_up(module: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+    """An embedding's forward pass, by what makes its weight where that can do without the whole of it."""
+    maker = module.__dict__.get(_READ, {}).get("weight")
+    rows = None if maker is None else module._modules[maker].looked_up(input)
+    return nn.Embedding.forward(module, input) if rows is None else rows
 
 
 def bare(module: nn.Module, name: str) -> Tensor | None:
@@ -333,7 +424,7 @@ def set_own(module: Any, name: str, value: Tensor | None) -> None:
 
 def _list_anew(module: nn.Module) -> None:
     """Recurrent layers keep a list of their parameters beside the table."""
-    if isinstance(module, nn.RNNBase) and _SHOWN not in module.__dict__:
+    if isinstance(module, nn.RNNBase) and type(module) is _plain_class(module):
         module.__dict__["_flat_weights"] = _flat_weights(module)
 
 

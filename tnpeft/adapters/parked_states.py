@@ -86,7 +86,8 @@ def set_to_base(module: nn.Module) -> None:
 
 def make_again(module: nn.Module, listening: bool) -> None:
     """Let loading a state dict give each tensor of a module its own values, as long as copies stand beside some."""
-    copies = any(key.startswith(MANGLED) for table in TABLES for key in module.__dict__[table])
+    tables = *TABLES, "_modules"  # adapted parameters have a module of their own below their owner
+    copies = any(key.startswith(MANGLED) for table in tables for key in module.__dict__[table])
     hooks = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
     known = [number for number, hook in hooks[1].items() if hook is _loaded]
     if listening and not known:

@@ -92,8 +92,14 @@ def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
     for path, kind in kinds.items():
         if path not in inner and not (kind == "missing" and path in misspelt):
             _report(root, path, kind, schema, problems)
-    present = {(key,) for key, other in schema.instead.items() if root.get(other) is not None}
-    return {path for path in kinds if path not in present or root.get(path[0]) is not None} | misspelt
+    return {path for path in kinds if not _is_replaced(root, path, schema)} | misspelt
+
+
+def _is_replaced(root: Node, path: Path, schema: Schema) -> bool:
+    """Whether a key is missing where another one stands in for it."""
+    parent = root.along(path[:-1])[-1] if path else root
+    other = schema.instead.get(str(path[-1])) if path else None
+    return other is not None and parent.get(path[-1]) is None and parent.get(other) is not None
 
 
 def is_remnant(key: Node, value: Node) -> bool:
@@ -104,7 +110,7 @@ def is_remnant(key: Node, value: Node) -> bool:
 def entries_problem(root: Node, expected: str) -> Problem | None:
     """What is said of the entries of a recipe that stand by themselves, one or a list; None for anything else."""
     entry = next((item for item in root.value if item.get("spec")), root) if root.kind == "list" else root
-    known = ("spec", "match", "params", "exclude", "kinds", "layers", "ranks", "dropout")
+    known = ("spec", "match", "parameters", "params", "exclude", "kinds", "layers", "ranks", "dropout")
     keys = [key for key, _ in entry.items() if key.value in known]
     if entry.get("spec") is None or any(entry.get(key) for key in ("adapters", "cores", "weight", "start")):
         return None

@@ -6,6 +6,7 @@ from tnpeft.execution.forward_pass import Batching, ForwardPass, ModelResults
 from tnpeft.execution.layer_kinds import AdaptedConv, AdaptedConv1D, AdaptedConvTranspose, AdaptedLinear, wrap
 from tnpeft.execution.layers import AdaptedLayer
 from tnpeft.execution.opaque import AdaptedOpaque
+from tnpeft.execution.parameters import AdaptedParameter
 
 __all__ = [
     "AdaptedConv",
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptedLayer",
     "AdaptedLinear",
     "AdaptedOpaque",
+    "AdaptedParameter",
     "Batching",
     "ForwardPass",
     "ModelResults",

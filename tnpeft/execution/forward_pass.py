@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.distributed import DISTRIBUTED, is_split
+from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.execution.batch_rows import Rows
 from tnpeft.execution.batches import Batch, Batches, Member, Sources, sources_of
 from tnpeft.execution.calls import Acting
 from tnpeft.execution.results import ResultCache
-from tnpeft.program import ClusterProgram, LayerClusters, Weight, saved_tensors_are_hooked
+from tnpeft.program import ClusterProgram, LayerClusters, Weight, saved_tensor_hooks, saved_tensors_are_hooked
 
-__all__ = ["Batching", "ForwardPass", "ModelResults"]
+__all__ = ["Batching", "ForwardPass", "ModelResults", "Sums"]
 
 
 class _Cores(NamedTuple):
@@ -33,11 +35,43 @@ class _Cores(NamedTuple):
     sources: Sources
 
 
+class _Sum(NamedTuple):
+    """A parameter's sum with its updates, and what it was made of."""
+
+    total: Tensor
+    sources: Sources
+
+
+class Sums:
+    """The sums that adapted parameters read as, during a forward pass of the model or a call of their owner."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[Any, bool, bool], _Sum] = {}
+        self._hooks = saved_tensor_hooks()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether saved tensors go where they went when it was made: what checkpointing calls again makes its own."""
+        return self._hooks == saved_tensor_hooks()
+
+    def once(self, key: Any, adapters: Sequence[Adapter], weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """A sum of `weight` and updates of `adapters`, made once as long as they, and it, are as they were."""
+        asked = key, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        stored = [weight, *(tensor for adapter in adapters for tensor in adapter.stored)]
+        known = self._sums.get(asked)
+        if known is not None and known.sources == sources_of([known.total, *stored]):
+            return known.total
+        total = make()
+        self._sums[asked] = _Sum(total, sources_of([total, *stored]))
+        return total
+
+
 class ForwardPass:
     """What the layers of a model contract together while a thread runs its forward pass."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
+        self.sums = Sums()
         self._results: dict[tuple[bool, bool], dict[Batch, Any]] = {}
         self._cores: dict[Adapter, _Cores] = {}
 
@@ -98,9 +132,10 @@ class ForwardPass:
 
 
 class _Thread(threading.local):
-    """The pass of a model that a thread has open, and the adapters of the rows of its batches."""
+    """The pass of a model that a thread has open, its innermost call of an owner of adapted parameters, its rows."""
 
     current: ForwardPass | None = None
+    sums: Sums | None = None
     rows: Rows | None = None
 
 
@@ -135,6 +170,22 @@ class ModelResults(_Anew):
     def close_pass(self) -> None:
         self._thread.current = None
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, which is a call of an owner of adapted parameters, each of their sums is made once."""
+        before, self._thread.sums = self._thread.sums, Sums()
+        try:
+            yield
+        finally:
+            self._thread.sums = before
+
+    @property
+    def sums(self) -> Sums | None:
+        """Where sums are kept just now: by the pass of this thread or, within checkpointing, by the owner's call."""
+        current = self.current
+        sums = self._thread.sums if current is None else current.sums
+        return sums if sums is not None and sums.is_open else None
+
     @property
     def current(self) -> ForwardPass | None:
         """The pass that is open in this thread, for layers on their fast path; None within activation checkpointing."""
@@ -158,11 +209,13 @@ class Batching(_Anew):
         self._layers: Sequence[tuple[Any, Acting]] | None = None
         self._batches: Batches | None = None
         self._made_for: list[Any] = []
+        self._reads = False
 
     def new_pass(self, layers: Callable[[], Sequence[tuple[Any, Acting]]], results: ModelResults) -> ForwardPass | None:
         """A pass in which layers run in the mode that they were given, or as they did when they were called last.
 
-        `layers` finds the base layers on which one adapter acts at scale 1, with it. None where no batch has any.
+        `layers` finds the base layers on which one adapter acts at scale 1, with it. None where no batch has any, and
+        no parameter is read.
         """
         if self._layers is None:
             self._layers = layers()
@@ -178,7 +231,8 @@ class Batching(_Anew):
             members = [_member(base, acting) for base, acting in self._layers]
             self._batches = batches = Batches([member for member in members if member is not None], results.cache)
             self._made_for = made_for
-        return ForwardPass(batches) if batches.places_of else None
+            self._reads = any(type(base) is ParameterLayer for base, _ in self._layers)
+        return ForwardPass(batches) if batches.places_of or self._reads else None
 
 
 def _member(base: Any, acting: Acting) -> Member | None:

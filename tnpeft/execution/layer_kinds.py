@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.layers import AdaptedLayer
 from tnpeft.execution.opaque import AdaptedOpaque
+from tnpeft.execution.parameters import AdaptedParameter
 from tnpeft.execution.scripting import convolution, margins, missing_padding
 from tnpeft.execution.torch_call import convolved
 from tnpeft.network.look_alikes import conv1d_of
@@ -108,9 +110,11 @@ class AdaptedConvTranspose(AdaptedLayer):
         return _TRANSPOSED[axes](x, weight, base.bias, base.stride, base.padding, padding, base.groups, base.dilation)
 
 
-def wrap(layer: nn.Module, results: ModelResults | None = None) -> AdaptedLayer:
+def wrap(layer: nn.Module | ParameterLayer, results: ModelResults | None = None) -> AdaptedLayer:
     """The wrapper of a layer's call convention, without adapters yet; `results` are its model's."""
     kind: type[AdaptedLayer] = AdaptedConv
+    if isinstance(layer, ParameterLayer):
+        return AdaptedParameter(layer, results or ModelResults())
     if is_opaque_layer(layer):
         kind = AdaptedOpaque
     elif isinstance(layer, nn.Linear):

@@ -19,6 +19,7 @@ from tnpeft.adapters.parked import (
     combined,
     is_parked,
     keep,
+    own,
     own_weight,
     park,
     parked_key,
@@ -39,7 +40,7 @@ from tnpeft.execution.scripting import hidden_attributes, refuse_unmerged
 from tnpeft.execution.site import Site, Ways
 from tnpeft.program import needs_plain_ops
 
-__all__ = ["HOOKS", "AdaptedLayer"]
+__all__ = ["HOOKS", "AdaptedLayer", "make_layer_again"]
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))
 HOOKS = (
@@ -76,8 +77,8 @@ class AdaptedLayer(Resident, nn.Module):
 
     _ways: ClassVar[Ways] = Ways(execute, execute_dropping, execute_rows)
     __jit_unused_properties__: ClassVar[list[str]] = [
-        "__jit_ignored_attributes__", "alone", "base", "bias", "layer_name", "margins", "names", "results", "site",
-        "weight", "where", "zeros",
+        "__jit_ignored_attributes__", "alone", "base", "bias", "layer_name", "margins", "names", "place", "results",
+        "site", "weight", "where", "zeros",
     ]  # fmt: skip
 
     if TYPE_CHECKING:  # TorchScript would read them
@@ -105,13 +106,18 @@ class AdaptedLayer(Resident, nn.Module):
         base.__dict__["_tnpeft_wrapper"] = self
         # Shared, not copied: hooks of the base layer run, can be removed, and outlive the adapter.
         self.__dict__.update({name: base.__dict__[name] for name in HOOKS})
-        self.register_load_state_dict_post_hook(_make_again)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(make_layer_again)  # type: ignore[no-untyped-call]
         move_hook(base, self)
 
     @property
     def base(self) -> Any:
         """The layer that was wrapped, with its own class and parameters."""
         return self.__dict__["_base"]  # not through `__getattr__`: every forward comes here
+
+    @property
+    def place(self) -> tuple[nn.Module, str, str]:
+        """Where the weight stands: the module, its table, and the key."""
+        return self.base, "_parameters", "weight"
 
     @property
     def weight(self) -> Tensor:
@@ -201,44 +207,44 @@ class AdaptedLayer(Resident, nn.Module):
 
     def merge(self) -> None:
         """Compute the effective weight and put it where the base weight stands, which is parked."""
-        base = self.base
-        with present(base), torch.inference_mode(False), torch.no_grad():
-            scales, base_weight = acting_scales(base, "weight"), own_weight(base)
+        owner, table, key = self.place
+        with present(owner), torch.inference_mode(False), torch.no_grad():
+            scales, base_weight = acting_scales(owner, key), own(owner, table, key)
             # That of an adapter that trains the layer as a whole, or the base's own.
-            weight = combined(base, "_parameters", "weight", scales) if scales else base_weight.detach()
+            weight = combined(owner, table, key, scales) if scales else base_weight.detach()
             if self.scales:  # a clone, for the sum may be a view into something larger
                 weight = summed_weight(self._site_of(self.scales), weight, needs_plain_ops(weight)).clone()
             if self.scales or scales:
-                park(base, "_parameters", "weight", scales, weight)
+                park(owner, table, key, scales, weight)
         self.merged = True
         self.disable(self.disabled)  # parking shows what is merged
 
     def unmerge(self) -> None:
-        take_back(self.base, "_parameters", "weight")
+        take_back(*self.place)
         self.merged = False
         self._settle()
 
     def disable(self, disabled: bool) -> None:
         """Compute what the base layer computes, merged or not, or no more."""
         self.disabled = disabled
-        if is_parked(self.base, "_parameters", "weight"):
-            show(self.base, "_parameters", "weight", parked_key(ORIGINAL, "weight") if disabled else None)
+        if is_parked(*self.place):
+            show(*self.place, parked_key(ORIGINAL, self.place[2]) if disabled else None)
         self._settle()
 
     def keep_merged(self) -> None:
         """Leave the merged weight to the base layer as its own; the old one is not written."""
         self.disable(False)
-        keep(self.base, "_parameters", "weight", acting(self.base, "_parameters", "weight"))
+        keep(*self.place, acting(*self.place))
         self.merged = False
         self._settle()
 
-    def unwrap(self) -> nn.Module:
+    def unwrap(self) -> nn.Module | None:
         """The base layer, with the hooks that were registered here meanwhile."""
         base: nn.Module = self.base
         base._is_full_backward_hook = self._is_full_backward_hook
         base.training = self.training
         base.__dict__.pop("_tnpeft_wrapper", None)  # a layer with several names comes here once for each
-        forget_hook(base._load_state_dict_post_hooks, _make_again)
+        forget_hook(base._load_state_dict_post_hooks, make_layer_again)
         make_again(base, False)
         move_hook(self, base)
         return base
@@ -247,7 +253,7 @@ class AdaptedLayer(Resident, nn.Module):
         """Draw the initial cores of every adapter; the base layer keeps its values."""
         for name in self.names:
             self.adapter(name).reset_parameters(own_weight(self.base))
-        set_to_base(self.base)
+        set_to_base(self.place[0])
         if self.merged:
             self.merge()
 
@@ -366,12 +372,12 @@ def _key(name: str) -> str:
     return f"_{name}" if name in _TAKEN else name
 
 
-def _make_again(layer: nn.Module, _incompatible: object) -> None:
+def make_layer_again(layer: nn.Module, _incompatible: object) -> None:
     """After `load_state_dict` the cores are others, and so is what was made of them."""
     if isinstance(layer, AdaptedLayer):
-        remake(layer.base)
+        remake(layer.place[0])
         if layer.merged:
             layer.merge()
 
 
-_merge_again = _make_again  # as pickled models of the first version know it
+_merge_again = _make_again = make_layer_again  # as pickled models of the first version know it

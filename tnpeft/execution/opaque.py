@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.base_weight import base_weight, dequantised
+from tnpeft.adapters.base_weight import base_weight, dequantised, is_computed
 from tnpeft.adapters.offload import present, wrapper_of
 from tnpeft.adapters.parked_states import set_to_base, translate
+from tnpeft.errors import ExecutionError, Problem
 from tnpeft.execution.base_call import call_opaque, pads_itself, passing_gradients
 from tnpeft.execution.dropout import updates_dropping
 from tnpeft.execution.forward_pass import ModelResults
@@ -26,6 +27,7 @@ from tnpeft.execution.site import Site, Ways
 from tnpeft.execution.torch_call import add_weight
 from tnpeft.execution.updates import with_updates
 from tnpeft.network import Layer, layer_of
+from tnpeft.network.signature import torch_kind
 
 __all__ = ["AdaptedOpaque"]
 
@@ -72,8 +74,16 @@ class AdaptedOpaque(AdaptedLayer):
 
     @property
     def weight(self) -> Any:
-        """The base's own: a tensor, or what its library has in its place."""
-        return self.base.weight
+        """The effective weight where the base's is computed; else the base's own, or what its library has for it."""
+        base, site = self.base, self.site
+        plain = self.__dict__.get(_PLAIN)
+        if plain is not None and not self.disabled:
+            return plain.weight
+        if site.idle or not (is_computed(base) and torch_kind(type(base))):
+            return base.weight
+        weight = base.weight
+        inputs = [acting.adapter.delta_inputs(weight) for acting in site.acting]
+        return add_weight(sum_deltas(site.acting, weight.detach(), inputs, True), weight.detach(), True)
 
     @property
     def bias(self) -> Any:
@@ -105,6 +115,7 @@ class AdaptedOpaque(AdaptedLayer):
 
     def unwrap(self) -> nn.Module:
         base = super().unwrap()
+        assert base is not None
         plain: nn.Module | None = self.__dict__.get(_PLAIN)
         if plain is None:
             return base
@@ -126,6 +137,11 @@ class AdaptedOpaque(AdaptedLayer):
         super().train(mode)
         self.base.training = mode
         return self
+
+    def __prepare_scriptable__(self) -> AdaptedLayer:
+        """Raises ExecutionError: `torch.jit.script` would compile the call of any base."""
+        fix = "Use `torch.jit.trace`, or take the adapters off: `tnpeft.detach(model, merge=True, dequantise=True)`."
+        raise ExecutionError(Problem("torch.jit.script", "plain layers", "an opaque one", fix, where=self.where))
 
     def extra_repr(self) -> str:
         return f"{type(self.base).__name__}, {super().extra_repr()}"

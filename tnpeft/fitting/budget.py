@@ -12,17 +12,20 @@ from rich.table import Table
 from torch import nn
 
 from tnpeft.adapters import Captured
+from tnpeft.adapters.parked import bound_to
 from tnpeft.adapters.sharing import sharing_label
 from tnpeft.errors import AttachError, BindError, Problem, clip, near_miss, ticked
 from tnpeft.network import Layer, Network, Spec, layer_of
 from tnpeft.recipe import Entry, Recipe, Train
 from tnpeft.recipe.attachment import recipe_of
 from tnpeft.recipe.model import train_from
+from tnpeft.recipe.parameter_targets import signatures
 from tnpeft.recipe.report import printed
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.targets import targets, trained
 from tnpeft.spec.habits import advice_on
-from tnpeft.surgery import model_problems, plain_modules, plain_parameters
+from tnpeft.surgery import model_problems, plain_parameters
+from tnpeft.surgery.parameters import bases_of
 
 __all__ = ["Budget", "BudgetRow", "budget"]
 
@@ -93,6 +96,7 @@ def budget(
     kinds: str | Sequence[str] | None = None,
     layers: Any = None,
     ranks: Mapping[str, Mapping[str, float]] | None = None,
+    parameters: str | Sequence[str] | Mapping[str, str] | None = None,
     param: str = "r",
     fixed: Iterable[str] = (),
     train: Train | Mapping[str, Any] | None = None,
@@ -116,7 +120,8 @@ def budget(
         raise AttachError(*problems)
     if param in settings:
         raise AttachError(Problem("budget", f"`{param}` to be solved for", "a value for it", f"Leave `{param}=` out."))
-    recipe = recipe_of(what, match, settings, exclude=exclude, kinds=kinds, layers=layers, ranks=ranks)
+    selection = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
+    recipe = recipe_of(what, match, settings, **selection)
     recipe = recipe if train is None else replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
     fixed = tuple(fixed)
@@ -155,8 +160,8 @@ class _Counts:
 
     def __init__(self, model: nn.Module, recipe: Recipe, param: str, fixed: tuple[str, ...]) -> None:
         self.recipe, self.param, self.fixed = recipe, param, fixed
-        modules = plain_modules(model)
         claimed = targets(model, recipe)
+        bases = bases_of(model, signatures(model, claimed))
         also = trained(model, recipe.train, claimed)
         parameters = plain_parameters(model)
         sizes = {"bias": also.bias, "norm": also.norm, "also": also.also}
@@ -167,9 +172,12 @@ class _Counts:
         captured = captures(claimed, recipe.scopes)
         layers: dict[int, _Place] = {}
         for name, entry in claimed.items():
-            module = modules[name]
-            wide, own = module.weight.dtype == torch.float64, entry.selection.params_at(name)
-            layers.setdefault(id(module), _Place(entry, layer_of(module), captured[name], wide, own))
+            base: Any = bases[name]
+            wide = getattr(getattr(base, "weight", None), "dtype", None) == torch.float64
+            own = entry.selection.params_at(name)
+            bound = bound_to(base)
+            layer = bound if isinstance(bound, Layer) else layer_of(bound)
+            layers.setdefault(id(base), _Place(entry, layer, captured[name], wide, own))
         self.places = list(layers.values())
         self.known: dict[int, int | BindError] = {}
         self.bound: dict[tuple[Any, ...], Network] = {}

@@ -133,6 +133,7 @@ def extract(
     kinds: str | Sequence[str] | None = None,
     layers: Any = None,
     ranks: Mapping[str, Mapping[str, float]] | None = None,
+    parameters: str | Sequence[str] | Mapping[str, str] | None = None,
     name: str = "default",
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
@@ -159,6 +160,7 @@ def extract(
         raise AttachError(Problem("tuned checkpoint", "tensors by name", clip(tuned), fix))
     changes = _Changes(_plain(model), tuned)
     where: dict[str, Any] = {"match": match, "exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks}
+    where["parameters"] = parameters
     how: dict[str, Any] = {"seed": seed, "mode": mode, "autotune": autotune, **params}
     handle = attach(model, what, **where, name=name, train=train, scopes=scopes, **how)
     try:
@@ -233,19 +235,30 @@ def _extracted(
 ) -> Extraction:
     adapters = adapters_of(handle.model, handle.name)
     refuse_shared(adapters, "extract")
+    _refuse_opaque(adapters)
+    weights = {name: name if name in changes.base else f"{name}.weight" for name in adapters}
     rows: list[ExtractedLayer] = []
     for name, adapter in adapters.items():
         began = time.perf_counter()
-        delta = changes.of(f"{name}.weight")
-        fitted = fitted_layer(name, adapter, changes.base[f"{name}.weight"], delta, method, iterations)
+        delta = changes.of(weights[name])
+        fitted = fitted_layer(name, adapter, changes.base[weights[name]], delta, method, iterations)
         row = row_of(name, fitted, delta, time.perf_counter() - began)
         rows.append(row)
         if progress is not None:
             progress(row, len(rows), len(adapters))
     copied = tuple(_copy(handle, changes))
-    unexplained, beside = changes.beside([f"{name}.weight" for name in adapters], copied)
+    unexplained, beside = changes.beside(weights.values(), copied)
     norm = math.hypot(beside, *(row.norm for row in rows))
     return Extraction(handle, tuple(rows), copied, unexplained, norm)
+
+
+def _refuse_opaque(adapters: Mapping[str, Adapter]) -> None:
+    """A checkpoint has no weight of an opaque layer that the update could be read off."""
+    hidden = [name for name, adapter in adapters.items() if adapter.network.layer.opaque]
+    if hidden:
+        fix = "Match other layers, or extract from the unquantised model."
+        problem = Problem("extracting", "a weight that can be read", "an opaque layer", fix, layers=tuple(hidden))
+        raise AttachError(problem)
 
 
 def refuse_shared(adapters: Mapping[str, Adapter], verb: str) -> None:

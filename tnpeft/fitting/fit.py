@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.dora import magnitudes
+from tnpeft.adapters.parked import bound_to
 from tnpeft.errors import BindError, Problem, clip
 from tnpeft.execution import AdaptedLayer
 from tnpeft.fitting import problem as fitting_problem
 from tnpeft.fitting.descent import Descent, adam, alternate, balanced, quasi_newton
 from tnpeft.fitting.problem import Cores
 from tnpeft.fitting.setup import FACTOR, build_problem, build_problem_with_factor, vector_of_channels
+from tnpeft.fitting.slices import fit_slices
 from tnpeft.fitting.start import random_start, tree_start
 from tnpeft.network import Network, Spec, load_spec
 
@@ -106,13 +109,12 @@ def fit(
     check_method(method, iterations)
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
     layer = layer.base if isinstance(layer, AdaptedLayer) else layer
-    network = spec.bind(layer, **params)
+    network = spec.bind(bound_to(layer), **params)
     delta = _checked(delta, network.layer.stored_shape)
-    if not isinstance(layer, nn.Module) or layer.weight.device.type == "meta":
+    if not isinstance(layer, nn.Module) or base_weight(layer, network).is_meta:
         layer = _stand_in(network, delta, layer)
     adapter = Adapter(network, layer, seed=seed, name=name)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = base_weight(layer, network)
     return fit_adapter(adapter, weight, delta, method=method, iterations=iterations)
 
 
@@ -139,6 +141,14 @@ def fit_adapter(
     delta = _checked(delta, adapter.network.layer.stored_shape).detach()
     if not bool(delta.any()):
         return Fit(adapter, 0.0, "start", 0, (0.0,))
+    if adapter.network.slice_network is not None:
+
+        def fit_slice(part: Adapter, part_weight: Tensor, part_delta: Tensor) -> tuple[float, str, int]:
+            fitted = fit_adapter(part, part_weight, part_delta, method=method, iterations=iterations)
+            return fitted.error, fitted.method, fitted.sweeps
+
+        error, said, sweeps = fit_slices(adapter, weight, delta, fit_slice)
+        return Fit(adapter, error, said, sweeps, (error,))
     steps = iterations if iterations is not None else STEPS if method == "adam" else SWEEPS
     # Some descents take gradients, wherever they are asked for; a tensor of inference mode has none.
     with torch.inference_mode(False), torch.enable_grad():

@@ -32,7 +32,7 @@ def base_digests(model: nn.Module, layers: Iterable[str], trained: Iterable[str]
     What has no values here (on the meta device, offloaded) is left out. Of a sharded model all processes must ask.
     """
     values = base_tensors(model)
-    names = [f"{layer}.{key}" for layer in layers for key in ("weight", "bias")]
+    names = [name for layer in layers for name in (layer, f"{layer}.weight", f"{layer}.bias")]  # or a parameter
     wanted = dict.fromkeys([*names, *trained])
     digests = {}
     for name in (name for name in wanted if name in values):

@@ -42,7 +42,7 @@ def core_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
             shapes[f"core_{core.name}"] = core.shape
             shapes |= {f"start_{core.name}": core.shape} if copies and not core.frozen else {}
     if network.compose == "dora":
-        shapes |= dict.fromkeys(("dora_magnitude", "start_magnitude"), (network.layer.out_channels,))
+        shapes |= dict.fromkeys(("dora_magnitude", "start_magnitude"), network.magnitude_shape)
     return shapes
 
 
@@ -56,7 +56,7 @@ def tensor_problems(model: nn.Module, root: nn.Module, name: str, adapters: Mapp
         tensors, where = stored(adapter), f"layer '{layer}'"
         for key, shape in core_shapes(adapter).items():
             yield from _problems(f"tensor '{key}'", where, tensors.get(key), shape, True)
-        weight = None if adapter.network.layer.opaque else values.get(f"{layer}.weight")
+        weight = None if adapter.network.layer.opaque else values.get(f"{layer}.weight", values.get(layer))
         yield from _shape_problems("base weight", where, weight, adapter.network.layer.stored_shape)
     for copies in (trained_of(root, name), statistics_of(root, name)):
         for key, tensor in copies.items():

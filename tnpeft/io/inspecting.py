@@ -224,7 +224,7 @@ def _layer(
 ) -> InspectedLayer:
     cores = {f"core_{core.name}" for core in spec.cores if not core.frozen} | {"dora_magnitude"}
     trained = sum(tensor.numel() for key, tensor in tensors.items() if key in cores)
-    weight = manifest.base.get(f"{name}.weight")
+    weight = manifest.base.get(f"{name}.weight", manifest.base.get(name))
     return InspectedLayer(
         name,
         spec.name,
@@ -236,7 +236,7 @@ def _layer(
         entry.mode,
         entry.choices,
         tuple(entry.drawn),
-        manifest.digests.get(f"{name}.weight"),
+        manifest.digests.get(f"{name}.weight", manifest.digests.get(name)),
     )
 
 

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
 from tnpeft.adapters.distributed import is_split
 from tnpeft.adapters.offload import hook_of
+from tnpeft.adapters.parked import ParameterLayer, bound_to
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
 from tnpeft.io.base import base_digests, fingerprint
 from tnpeft.io.checks import MOST_SHOWN, number_problem
 from tnpeft.io.files import FOREIGN, file_path, in_file, of_file, read, refuse, shown, specs_of
 from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.renaming import with_plain_names
-from tnpeft.network import Network, Spec
+from tnpeft.network import Layer, Network, Spec
+from tnpeft.network.orientation import ORIENTATIONS, oriented
 from tnpeft.recipe import Handle
 from tnpeft.recipe.dropout import dropout_of
 from tnpeft.surgery import (
@@ -35,7 +37,6 @@ from tnpeft.surgery import (
     names_of,
     norm_statistics,
     parameter_groups,
-    plain_modules,
     record_of,
     refill,
     scale_problem,
@@ -43,6 +44,8 @@ from tnpeft.surgery import (
     statistics_of,
     trained_of,
 )
+from tnpeft.surgery.parameters import bases_of
+from tnpeft.surgery.tree import slots
 
 __all__ = ["hot_swap", "load", "other_base", "put_on", "without_values"]
 
@@ -106,7 +109,7 @@ def _content(
     manifest, tensors = with_plain_names(manifest, tensors, base)
     _check_base(path, manifest.base, base)
     numbers = number_problem(tensors, manifest.layers)
-    adapters = _adapters(path, manifest, tensors, plain_modules(model))
+    adapters = _adapters(path, manifest, tensors, _bases(model, manifest))
     _check_names(path, manifest, model)
     here = base_tensors(model)
     trained, statistics = (
@@ -204,7 +207,7 @@ def _check_names(path: Path, manifest: Manifest, model: nn.Module) -> None:
 
 
 def _adapters(
-    path: Path, manifest: Manifest, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]
+    path: Path, manifest: Manifest, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module | ParameterLayer]
 ) -> dict[str, Adapter]:
     """Every layer's adapter with its values, which are taken out of `tensors`."""
     specs = specs_of(path, manifest)
@@ -227,8 +230,21 @@ def _adapters(
     return adapters
 
 
-def _network(path: Path, specs: list[Spec], entry: LayerEntry, name: str, modules: Mapping[str, nn.Module]) -> Network:
-    layer = modules.get(name)
+def _bases(model: nn.Module, manifest: Manifest) -> dict[str, nn.Module | ParameterLayer]:
+    """What the adapters of a file stand on: layers, and parameters in the orientation that it says."""
+    parameters = slots(model) if any(entry.orientation for entry in manifest.layers.values()) else {}
+    signatures: dict[str, Layer | None] = dict.fromkeys(manifest.layers)
+    for name, entry in manifest.layers.items():
+        slot, axes = parameters.get(name), entry.orientation
+        if slot is not None and axes in ORIENTATIONS and len(axes.split()) == slot.tensor.dim():
+            signatures[name] = oriented(slot.tensor.shape, axes)
+    return bases_of(model, signatures)
+
+
+def _network(
+    path: Path, specs: list[Spec], entry: LayerEntry, name: str, modules: Mapping[str, nn.Module | ParameterLayer]
+) -> Network:
+    layer: Any = modules.get(name)
     if layer is None or entry.spec not in range(len(specs)):
         raise refuse(path, "metadata", "that of an adapter", f"a layer '{name}' that does not fit", FOREIGN)
     weight = getattr(layer, "weight", None)
@@ -238,10 +254,10 @@ def _network(path: Path, specs: list[Spec], entry: LayerEntry, name: str, module
         found = f"the parts of one process in layer '{name}' (`fully_shard`)"
         raise refuse(path, "base model", "whole weights", found, "Load the adapter first, then shard the model.")
     with of_file(path, f"layer '{name}'"):
-        return specs[entry.spec].bind(layer, **entry.params)
+        return specs[entry.spec].bind(bound_to(layer), **entry.params)
 
 
-def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: nn.Module, sharing: Sharing) -> Adapter:
+def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: Any, sharing: Sharing) -> Adapter:
     """A layer's adapter, its cores still without values."""
     dropout, odd = dropout_of(entry.dropout)
     if odd:

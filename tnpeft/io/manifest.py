@@ -51,6 +51,9 @@ class LayerEntry(_Entry):
     `choices` are the modes that were found quickest, call by call. `captured` says with which layers it shares cores,
     scope by scope. `drawn` are the frozen cores that the seed gives again and the file therefore leaves out, each with
     the SHA-256 of its bytes. `label` is the name under which the seed draws its cores, where that is not the layer's.
+    `orientation` is there for a parameter that is adapted by itself, whose name stands in the layer's place: its axes
+    as they are stored, `o i`, `i o`, or of a stack `e o i`, `e i o`. Cores of a stack have the axis of its slices
+    first, but for shared ones.
     `dropout` has the probabilities of what is dropped when training goes on.
     """
 
@@ -62,6 +65,7 @@ class LayerEntry(_Entry):
     captured: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     drawn: dict[str, str] = Field(default_factory=dict)
     label: str | None = None
+    orientation: str | None = None
     dropout: dict[str, float] = Field(default_factory=dict)
 
 

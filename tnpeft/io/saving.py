@@ -17,8 +17,10 @@ from tnpeft.io.checks import number_problem, stored, tensor_problems
 from tnpeft.io.files import file_path, in_file, refuse, shown, write
 from tnpeft.io.manifest import LayerEntry, Manifest, SpecEntry, digest_of
 from tnpeft.io.sharded import one_writer
+from tnpeft.network.orientation import orientation_of
 from tnpeft.spec import Declaration
 from tnpeft.surgery import AdaptedModel, adapted, adapters_of, statistics_of, trained_of
+from tnpeft.surgery.tree import slots
 from tnpeft.version import __version__
 
 __all__ = ["chosen", "save"]
@@ -100,7 +102,7 @@ def _drawn(adapter: Adapter) -> dict[str, str]:
 def _manifest(
     root: nn.Module, state: AdaptedModel, name: str, adapters: dict[str, Adapter], drawn: dict[str, dict[str, str]]
 ) -> Manifest:
-    record = state.adapters[name]
+    record, parameters = state.adapters[name], slots(root)
     specs: dict[Declaration, int] = {}
     layers = {
         layer: LayerEntry(
@@ -112,6 +114,7 @@ def _manifest(
             captured={scope: tuple(texts) for scope, texts in adapter.captured.items()},
             drawn=drawn[layer],
             label=None if adapter.layer_name == layer else adapter.layer_name,
+            orientation=orientation_of(adapter.network.layer) if layer in parameters else None,
             dropout=adapter.dropout.as_dict() if adapter.dropout else {},
         )
         for layer, adapter in adapters.items()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.distributed import is_distributed, reshard, whole
@@ -82,8 +82,6 @@ def _whole(model: nn.Module) -> Iterator[None]:
 
 def _first_told(error: Exception | None, groups: Sequence[Any]) -> Exception | None:
     """The process's own error, or the first that another process tells."""
-    from torch import distributed  # imported already, for the model is in parts
-
     sent = error
     if error is not None and not isinstance(error, TnpeftError):  # others need not be fit to be sent
         sent = RuntimeError(repr(error))

@@ -13,6 +13,7 @@ from tnpeft.network.formula import parameter_formula
 from tnpeft.network.layer import Layer
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
 from tnpeft.network.signature import layer_of
+from tnpeft.network.stack import stacked
 from tnpeft.spec.declaration import Declaration
 from tnpeft.spec.expression import MAX_ABSOLUTE
 from tnpeft.spec.habits import unknown_params
@@ -30,6 +31,8 @@ def bind(spec: Declaration, layer: Any, params: Mapping[str, Any]) -> Network:
     elif not isinstance(layer, Layer):
         layer = layer_of(layer)
     _check_kind(spec, layer)
+    if layer.slices:
+        return stacked(bind(spec, replace(layer, slices=0), params), layer)
     values = _check_params(spec, given)
     resolved = resolve(spec, layer.kind, layer_names(layer.weight_shape, layer.groups), values)
     if resolved.faults:

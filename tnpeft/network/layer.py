@@ -16,6 +16,8 @@ class Layer:
     `out_features` for a Linear); `kernel_size` has one number per kernel axis, none for Linear.
     A `turned` Linear stores its weight as (in, out), as transformers' Conv1D does. The weight of an `opaque` layer is
     neither read nor replaced: adapters add to what the layer computes.
+    With `slices` it is a stack of so many Linear layers, whose weights are one tensor: (slices, out, in) or, `turned`,
+    (slices, in, out). The numbers are those of each of them.
     """
 
     kind: str
@@ -25,6 +27,12 @@ class Layer:
     groups: int = 1
     turned: bool = False
     opaque: bool = False
+    slices: int = 0
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The first axis of a stack, none of a single layer."""
+        return (self.slices,) if self.slices else ()
 
     @property
     def transposed(self) -> bool:
@@ -37,15 +45,22 @@ class Layer:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """The canonical shape (out_channels, in_channels // groups, *kernel_size), for every kind."""
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        """The canonical shape (out_channels, in_channels // groups, *kernel_size), of each slice of a stack."""
+        return (*self.stack, self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of `layer.weight`: transposed convolutions and turned layers store the input side first."""
         if not self.input_first:
             return self.weight_shape
-        return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
+        return (*self.stack, self.in_channels, self.out_channels // self.groups, *self.kernel_size)
+
+    @property
+    def split_shape(self) -> tuple[int, ...]:
+        """The canonical weight as (groups or slices, out, in, *kernel_size): what stores the input first swaps two."""
+        split = self.slices or self.groups
+        outputs, inputs = self.out_channels // self.groups, self.in_channels // self.groups
+        return (split, outputs, inputs, *self.kernel_size)
 
     @property
     def numel(self) -> int:
@@ -58,4 +73,4 @@ class Layer:
         if self.groups > 1:
             numbers.append(f"groups={self.groups}")
         numbers += ["turned"] * self.turned + ["opaque"] * self.opaque
-        return f"{self.kind}({', '.join(numbers)})"
+        return f"{self.kind}({', '.join(numbers)})" + f" x {self.slices}" * bool(self.slices)

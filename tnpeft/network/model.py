@@ -46,7 +46,7 @@ class BoundCore:
 class BoundTerm:
     """One term of the update: the cores of its network, by name, its scale, and how its open legs make the weight.
 
-    `weight` holds, for each axis of the canonical weight (out_channels, in_channels // groups,
+    `weight` holds, for each axis of the canonical weight (slices of a stack, out_channels, in_channels // groups,
     kernel axes...), the open legs that multiply out to it in row-major order. An axis whose legs
     multiply to more than the layer has (a padded `factorize`) keeps its first entries.
     """
@@ -68,6 +68,7 @@ class Network:
     terms: tuple[BoundTerm, ...]
     scale: float
     formula: str
+    slice_network: Network | None = None  # of a stack: that of each of its layers
 
     @property
     def start(self) -> str:
@@ -85,8 +86,13 @@ class Network:
 
         A shared core counts here for each layer that has it, and once in the report of a model.
         """
-        magnitudes = self.layer.out_channels if self.compose == "dora" else 0
+        magnitudes = math.prod(self.magnitude_shape) if self.compose == "dora" else 0
         return sum(core.numel for core in self.cores if not core.frozen) + magnitudes
+
+    @property
+    def magnitude_shape(self) -> tuple[int, ...]:
+        """The shape of the magnitudes of `compose: dora`: one for each output channel."""
+        return (*self.layer.stack, self.layer.out_channels)
 
     @cached_property
     def parts(self) -> tuple[Network, ...]:
@@ -100,7 +106,8 @@ class Network:
         cores = tuple(core for core in self.cores if core.name in names)
         sizes = {leg: self.sizes[leg] for core in cores for leg in core.legs}
         plain = replace(term, scale=1.0)
-        return replace(self, sizes=sizes, cores=cores, terms=(plain,), scale=self.scale * term.scale, formula="")
+        scale = self.scale * term.scale
+        return replace(self, sizes=sizes, cores=cores, terms=(plain,), scale=scale, formula="", slice_network=None)
 
     @property
     def weight(self) -> tuple[tuple[str, ...], ...]:
@@ -147,7 +154,7 @@ class Network:
         """All that a plan depends on; equal signatures share one plan and one program."""
         terms = tuple(self._signature_of(term) for term in self.terms)
         layer = self.layer
-        stored = layer.weight_shape, layer.transposed, layer.groups, layer.turned, layer.opaque
+        stored = layer.weight_shape, layer.transposed, layer.groups, layer.turned, layer.opaque, layer.slices
         return (terms, *stored, self.scale, self.start)
 
     def _signature_of(self, term: BoundTerm) -> Hashable:

@@ -16,7 +16,7 @@ from tnpeft.program.factored import (
     factored_update,
 )
 from tnpeft.program.kernels import is_lasting, versions
-from tnpeft.program.observers import needs_plain_ops, records_sizes, saved_tensors_are_hooked
+from tnpeft.program.observers import needs_plain_ops, records_sizes, saved_tensor_hooks, saved_tensors_are_hooked
 
 __all__ = [
     "BatchedCluster",
@@ -44,6 +44,7 @@ __all__ = [
     "is_lasting",
     "needs_plain_ops",
     "records_sizes",
+    "saved_tensor_hooks",
     "saved_tensors_are_hooked",
     "versions",
     "without_autocast",

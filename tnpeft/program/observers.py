@@ -18,7 +18,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["is_recorded", "needs_plain_ops", "records_sizes", "saved_tensors_are_hooked"]
+__all__ = ["is_recorded", "needs_plain_ops", "records_sizes", "saved_tensor_hooks", "saved_tensors_are_hooked"]
 
 _tracing_state = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -74,7 +74,13 @@ def records_sizes() -> bool:
 
 def saved_tensors_are_hooked() -> bool:
     """Whether tensors that autograd saves go through hooks, as under activation checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return saved_tensor_hooks() is not None
+
+
+def saved_tensor_hooks() -> object:
+    """The hooks through which tensors go that autograd saves; None where there are none."""
+    hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
 
 
 def _proxy_before_dispatch() -> object:

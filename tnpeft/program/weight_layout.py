@@ -31,7 +31,7 @@ class WeightLayout:
     padded: tuple[int, ...]
     canonical: tuple[int, ...]
     stored: tuple[int, ...]
-    groups: int
+    split: tuple[int, ...]  # of the canonical weight: (groups or slices, out, in, ...); empty if it is stored so
     order: tuple[int, ...]
     shape: tuple[int, ...]  # of memory form
     back: tuple[int, ...]  # from the axes of memory form to the stored ones
@@ -43,13 +43,14 @@ class WeightLayout:
         axes = list(network.weight)
         if direct:
             if layer.input_first:
-                axes[0], axes[1] = axes[1], axes[0]
+                first = len(layer.stack)
+                axes[first], axes[first + 1] = axes[first + 1], axes[first]
             axes = [axes[axis] for axis in memory_order]
         legs = "".join(network.symbols[leg] for axis in axes for leg in axis)
-        groups, stored = layer.groups if layer.input_first else 0, layer.stored_shape
+        split, stored = layer.split_shape if layer.input_first else (), layer.stored_shape
         shape = tuple(stored[axis] for axis in memory_order)
         back = tuple(memory_order.index(axis) for axis in range(len(memory_order)))
-        return cls(legs, direct, network.padded_shape, layer.weight_shape, stored, groups, memory_order, shape, back)
+        return cls(legs, direct, network.padded_shape, layer.weight_shape, stored, split, memory_order, shape, back)
 
     def apply(self, result: Tensor) -> Tensor:
         """The last step's result as the stored weight; its strides are those of the memory order."""
@@ -81,15 +82,13 @@ class WeightLayout:
     def _stored(self, padded: Tensor) -> Tensor:
         """Crop; transposed convolutions store (in, out // groups, ...): stored[g*a + i, o] = canonical[g*b + o, i]."""
         cropped = padded[tuple(slice(size) for size in self.canonical)]
-        if not self.groups:
+        if not self.split:
             return cropped
-        outputs, inputs, *kernel = self.canonical
-        grouped = cropped.reshape(self.groups, outputs // self.groups, inputs, *kernel)
-        return grouped.transpose(1, 2).reshape(self.stored)
+        return cropped.reshape(self.split).transpose(1, 2).reshape(self.stored)
 
     def _canonical(self, stored: Tensor) -> Tensor:
-        if not self.groups:
+        if not self.split:
             return stored
-        outputs, inputs, *kernel = self.canonical
-        grouped = stored.reshape(self.groups, inputs, outputs // self.groups, *kernel)
+        split, outputs, inputs, *kernel = self.split
+        grouped = stored.reshape(split, inputs, outputs, *kernel)
         return grouped.transpose(1, 2).reshape(self.canonical)

@@ -9,13 +9,18 @@ from typing import Any
 
 from torch import nn
 
-from tnpeft.adapters import Adapter, Captured, Sharing, dropout_problems, memory_problems
+from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
+from tnpeft.adapters.base_weight import never_called
+from tnpeft.adapters.parked import ParameterLayer, bound_to
 from tnpeft.documents.nodes import read_file
 from tnpeft.errors import AttachError, BindError, Problem, SpecError, clip
 from tnpeft.network import Network, Spec, load_spec, param_problems
+from tnpeft.network.dropout import Dropout, dropout_problems
 from tnpeft.recipe.dropout import dropout_of
 from tnpeft.recipe.handle import Handle
 from tnpeft.recipe.model import Entry, Recipe, Train, load_recipe, train_from
+from tnpeft.recipe.parameter_targets import signatures
+from tnpeft.recipe.parameters import parameters_from
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.selection import compiled, selection_of
 from tnpeft.recipe.targets import Trained, passed_over, skipped, targets, trained
@@ -23,8 +28,9 @@ from tnpeft.schedule import DEFAULT_MODE, check_mode
 from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import ATTACH, unknown_params
 from tnpeft.spec.library import shipped_folder
-from tnpeft.surgery import base_shown, install, plain_modules
+from tnpeft.surgery import base_shown, install
 from tnpeft.surgery.checks import model_problems
+from tnpeft.surgery.parameters import bases_of
 
 __all__ = ["Handle", "attach", "recipe_of"]
 
@@ -40,6 +46,7 @@ def attach(
     kinds: Match | None = None,
     layers: int | str | Iterable[int] | Mapping[str, int | str | Iterable[int]] | None = None,
     ranks: Mapping[str, Mapping[str, float]] | None = None,
+    parameters: Match | Mapping[str, str] | None = None,
     name: str = "default",
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
@@ -53,55 +60,50 @@ def attach(
 
     `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers: a regular
     expression (searched in full module names), a list of names, or `"all"`: every layer of the spec's kinds that can
-    carry an adapter (the report names those that cannot). `exclude` leaves some out, by a regular expression or names
-    (of layers or of what holds them), `kinds` says which of the spec's kinds are meant ("Linear"), `layers` in which
+    carry an adapter (the report names the others). `exclude` leaves some out, by a regular expression or names (of
+    layers or of what holds them), `kinds` says which of the spec's kinds are meant ("Linear"), `layers` in which
     numbered blocks ("0-5, 8", {"decoder.layers": "0-5"}). `params` override the specs' own numbers, and `ranks` those
-    of some layers, by regular expressions on their names ({"q_proj$": {"r": 8}}). `train` says what trains beside the
-    cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the recipe says, by default), `scopes`
-    binds the scopes of shared cores to regular expressions on layers' names ({"block": r"layers\\.(\\d+)\\."}), `seed`
-    overrides the specs' seed, and `name` tells several adapters on one model apart. Everything else is frozen.
+    of some layers ({"q_proj$": {"r": 8}}). `parameters` are adapted beside layers, or alone: regular expressions or
+    names, or a mapping of these to the axes as they are stored ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}:
+    outputs, inputs, slices of a stack of Linear layers); their owner reads W + ΔW (always `dense`).
 
-    `dropout` says what a layer's calls leave out at random while it trains, with probabilities, or takes the place of
-    what the recipe says: `input`, an entry of what the update reads (PEFT's `lora_dropout`); `bond`, an entry of an
-    index that joins cores (LyCORIS's `rank_dropout`), both with the rest scaled up; `module`, the layer's update
-    ({"input": 0.05, "bond": 0.1, "module": 0.1}). All modes drop the same for the same seed of torch's. Files keep it.
+    `train` says what trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the
+    recipe says, by default); everything else is frozen. `dropout` says what layers leave out at random while they train
+    ({"input": 0.05, "bond": 0.1, "module": 0.1}: entries of what the update reads, of indices that join cores, whole
+    updates). `scopes` binds the scopes of shared cores to regular expressions ({"block": r"layers\\.(\\d+)\\."}), `seed`
+    overrides the specs' seed, and `name` tells several adapters apart.
 
-    `mode` says how each layer applies its update: `dense` builds the delta weight and calls the layer once with the
-    sum; `factored` contracts the cores with the layer's input and never builds it; `hybrid` calls the layer with the
-    sum and takes the cores' gradients from the factored chain, without the weight's gradient. All agree but for
-    rounding. Layers that cannot be factored (groups, DoRA, cores that are the base weight) run dense, and so do all of
-    them with several active adapters or at another scale than 1; in compiled graphs hybrid runs as dense, and factored
-    too where sizes may vary. `auto` takes, for each layer and input size, the one of least predicted time; with
-    `autotune` it runs all of them a few times when a layer first sees a size (forward passes without gradients apart),
-    and remembers which was the quickest, in saved files too. Second derivatives need `dense`.
-
-    Layers whose cores, or their contraction, would take more than the device's memory are refused
-    (`tnpeft.memory_limit`).
+    `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
+    `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'
+    gradients from the factored chain. All agree but for rounding. Layers that cannot be factored (groups, DoRA, cores
+    that are the base weight) run dense, as do all with several active adapters or at another scale than 1; compiled,
+    hybrid runs as dense. `auto` takes the one of least predicted time for each input size; with `autotune` it times
+    them, and remembers. Second derivatives need `dense`. Layers beyond the device's memory are refused.
 
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
-        fix = "Pass the model itself."
-        raise AttachError(Problem("model", "a torch.nn.Module", clip(model), fix))
-    recipe = recipe_of(what, match, params, exclude=exclude, kinds=kinds, layers=layers, ranks=ranks)
+        raise AttachError(Problem("model", "a torch.nn.Module", clip(model), "Pass the model itself."))
+    selection = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
+    recipe = recipe_of(what, match, params, **selection)
     if train is not None:
         recipe = replace(recipe, train=train_from(train))
-    recipe = _with_dropout(replace(recipe, scopes=scopes_from(scopes, recipe)), dropout)
+    recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
+    if dropout is not None:
+        recipe = _with_dropout(recipe, dropout)
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)
     claimed = targets(model, recipe)
     also = trained(model, recipe.train, claimed)
     captured = captures(claimed, recipe.scopes)
     with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
-        adapters = _compile(plain_modules(model), claimed, captured, seed, mode, autotune)
+        adapters = _compile(bases_of(model, signatures(model, claimed)), claimed, captured, seed, mode, autotune)
     install(model, name, adapters, also.names, _about(model, recipe, claimed, also))
     return Handle(model, name)
 
 
 def _with_dropout(recipe: Recipe, given: object) -> Recipe:
-    """The recipe with what `attach` says of dropout, if it does. Raises AttachError."""
-    if given is None:
-        return recipe
+    """The recipe with what `attach` says of dropout. Raises AttachError."""
     dropout, told = dropout_of(given)
     if told:
         raise AttachError(*(problem for _, problem in told))
@@ -163,6 +165,12 @@ def _is_recipe(path: Path) -> bool:
 
 
 def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any], given: Mapping[str, Any]) -> Entry:
+    parameters, wrong = parameters_from(given.get("parameters"))
+    if wrong:
+        raise AttachError(*(problem for _, problem in wrong))
+    given = {key: value for key, value in given.items() if key != "parameters"}
+    if match is None and parameters:
+        match = ()
     if match is None:
         fix = r"For example `match=r'attn\.to_[qv]$'`, a list of names from `model.named_modules()`, or `match='all'`."
         raise AttachError(Problem(f"spec '{spec.name}'", "`match`", "none", fix))
@@ -171,15 +179,16 @@ def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any], given: Ma
         layers: str | tuple[str, ...] = match
     else:
         layers = tuple(match) if isinstance(match, list | tuple | set | frozenset) else ()
-        if not layers or not all(isinstance(item, str) and item for item in layers):
+        empty = not layers and not (parameters and match == ())
+        if empty or not all(isinstance(item, str) and item for item in layers):
             fix = "Give full module names, as `model.named_modules()` has them."
             raise AttachError(Problem("`match`", "a regular expression or layer names", clip(match), fix))
     if not given:
-        return Entry(spec, layers, params)
+        return Entry(spec, layers, params, parameters=parameters)
     selection, told = selection_of(given, spec, ATTACH)
     if told:
         raise AttachError(*(problem for _, problem in told))
-    return Entry(spec, layers, params, selection=selection)
+    return Entry(spec, layers, params, selection=selection, parameters=parameters)
 
 
 def _override(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
@@ -195,7 +204,7 @@ def _override(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
 
 
 def _compile(
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module | ParameterLayer],
     claimed: Mapping[str, Entry],
     captured: Mapping[str, Captured],
     seed: int | None,
@@ -212,13 +221,13 @@ def _compile(
             continue
         seen.add(id(modules[name]))
         try:
-            networks[name] = entry.spec.bind(modules[name], **entry.params_of(name))
+            networks[name] = entry.spec.bind(bound_to(modules[name]), **entry.params_of(name))
         except BindError as error:
             problems += _of_layer(name, error)
     problems += memory_problems(networks, modules, mode)
     for name, network in networks.items():
         if dropout := claimed[name].dropout:
-            problems += (replace(each, layers=(name,)) for each in dropout_problems(network, modules[name], dropout))
+            problems += _dropout_problems(name, network, modules[name], dropout)
     if problems:
         raise AttachError(*problems)
     sharing = Sharing()
@@ -230,7 +239,7 @@ def _compile(
                 modules[name],
                 seed=seed,
                 name=name,
-                mode=mode,
+                mode=_mode_at(modules[name], mode),
                 autotune=autotune,
                 sharing=sharing,
                 captured=captured[name],
@@ -241,6 +250,21 @@ def _compile(
     if problems:
         raise AttachError(*problems)
     return adapters
+
+
+def _dropout_problems(
+    name: str, network: Network, layer: nn.Module | ParameterLayer, dropout: Dropout
+) -> list[Problem]:
+    """Why calls of a layer cannot leave out so much."""
+    if found := never_called(layer):
+        fix = "Exclude it, or adapt it by another entry of a recipe, or under another name, without `dropout`."
+        return [Problem("`dropout`", "a layer whose input is seen", found, fix, layers=(name,))]
+    return [replace(problem, layers=(name,)) for problem in dropout_problems(network, dropout)]
+
+
+def _mode_at(layer: nn.Module | ParameterLayer, mode: str) -> str:
+    """The mode of an adapter: a parameter that is read shows the whole sum, for nobody knows its layer's input."""
+    return "dense" if isinstance(layer, ParameterLayer) and not layer.is_whole else mode
 
 
 def _of_layer(name: str, error: BindError) -> list[Problem]:

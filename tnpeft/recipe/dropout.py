@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 
-from tnpeft.adapters import Dropout
 from tnpeft.errors import Problem, clip, near_miss, ticked
+from tnpeft.network.dropout import Dropout
 
 __all__ = ["dropout_of"]
 

@@ -9,17 +9,20 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tnpeft.adapters import Dropout
 from tnpeft.documents.json_schema import NAME, WORD, Keywords, schema_document
 from tnpeft.documents.nodes import Node, read_bytes, read_document
 from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_problem, with_text_keys
 from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
 from tnpeft.network import Spec, load_spec
+from tnpeft.network.dropout import Dropout
 from tnpeft.recipe.dropout import dropout_of
-from tnpeft.recipe.selection import ALL, Selection, compiled, selection_of
+from tnpeft.recipe.parameters import NO_PARAMETERS, Parameters, parameters_from
+from tnpeft.recipe.selection import ALL, SPANS, Selection, compiled, selection_of
 from tnpeft.spec import find_shipped, list_specs
 from tnpeft.spec.habits import advice_on, is_word, unknown_params, value_of_param
 from tnpeft.spec.library import label_of, shipped_folder
+from tnpeft.spec.pattern import KINDS
+from tnpeft.spec.reader import SHORT_KINDS
 
 __all__ = ["SELECTION", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "recipe_schema", "train_from"]
 
@@ -43,6 +46,7 @@ class DropoutFile(FilePart):
 class EntryFile(FilePart):
     spec: str
     match: str | list[str]
+    parameters: str | list[str] | dict[str, str] | None = None
     params: dict[str, Scalar] = Field(default_factory=dict)
     exclude: str | list[str] | None = None
     kinds: str | list[str] | None = None
@@ -95,6 +99,10 @@ RECIPE = Schema(
             "a regular expression, a list of layer names, or `all`",
             r"For example `match: 'conv[12]\.conv$'`; `match: all` takes every layer of the spec's kinds.",
         ),
+        "parameters": (
+            "regular expressions on parameters' names with orientations, or parameters of known owners",
+            r"For example `parameters: {'experts\.down_proj$': e o i}`: slices, outputs, inputs, as they are stored.",
+        ),
         "params": ("names with numbers", "For example `params: {r: 4}`."),
         "exclude": (
             "a regular expression or a list of names: what `match` finds and is left out",
@@ -124,6 +132,7 @@ RECIPE = Schema(
     },
     advice=_advice,
     is_word=is_word,
+    instead={"match": "parameters"},
 )
 
 
@@ -131,15 +140,27 @@ def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of recipes."""
     shipped = list(list_specs())
     entry = {"spec": "${1:lora}", "match": "${2:to_[qv]\\$}", "params": {"r": 4}}
+    kind = {"enum": [*KINDS, *SHORT_KINDS]}
+    number = {"type": "integer", "minimum": 0}
+    numbers = [number, {"type": "string", "pattern": SPANS}, {"type": "array", "items": number, "minItems": 1}]
     keywords: dict[str, Keywords] = {
         "name": {"pattern": NAME},
         "adapters": {"minItems": 1, "defaultSnippets": [{"label": "a spec on some layers", "body": [entry]}]},
+        "adapters.*": {
+            "required": ["spec"],
+            "if": {"not": {"required": ["match"]}},
+            "then": {"required": ["parameters"]},
+        },
         "adapters.*.spec": {"anyOf": [{"enum": shipped}, {"type": "string", "pattern": r"\.ya?ml$"}]},
         "adapters.*.match": {"examples": [r"conv[12]\.conv$", ALL]},
+        "adapters.*.parameters": {"examples": [{r"experts\.(gate_up|down)_proj$": "e o i"}, r"\.in_proj_weight$"]},
         "adapters.*.params": {"propertyNames": {"pattern": rf"^{WORD}$"}, "examples": [{"r": 4}]},
         "adapters.*.exclude": {"examples": ["lm_head$", ["vision_tower", "lm_head"]]},
-        "adapters.*.kinds": {"examples": ["Linear", ["Conv2d", "Conv3d"]]},
-        "adapters.*.layers": {"examples": ["0-5, 8", "16-", {"decoder.layers": "0-5"}]},
+        "adapters.*.kinds": {"anyOf": [kind, {"type": "array", "items": kind, "minItems": 1}]},
+        "adapters.*.layers": {
+            "anyOf": [*numbers, {"type": "object", "additionalProperties": {"anyOf": numbers}, "minProperties": 1}],
+            "examples": ["0-5, 8", "16-", {"decoder.layers": "0-5"}],
+        },
         "adapters.*.ranks": {"examples": [{"q_proj$": {"r": 8}}]},
         "adapters.*.dropout": {"examples": [{"input": 0.05}, {"bond": 0.1, "module": 0.1}]},
         **{f"adapters.*.dropout.{each}": {"minimum": 0, "exclusiveMaximum": 1} for each in DropoutFile.model_fields},
@@ -160,8 +181,9 @@ _WHOLE = Selection()
 class Entry:
     """One spec of a recipe with its layers: `match` is a regular expression, exact names, or `all`.
 
-    `all` stands for every layer of the spec's kinds that can carry an adapter. `selection` narrows that. `dropout` is
-    what training leaves out at random.
+    `all` stands for every layer of the spec's kinds that can carry an adapter; nothing is matched if `match` is empty.
+    `parameters` are adapted beside layers. `selection` narrows both. `dropout` is what training leaves
+    out at random.
     """
 
     spec: Spec
@@ -169,6 +191,7 @@ class Entry:
     params: Mapping[str, Any] = field(default_factory=dict)
     where: Position | str | None = None
     selection: Selection = _WHOLE
+    parameters: Parameters = NO_PARAMETERS
     dropout: Dropout | None = None
 
     def params_of(self, layer: str) -> Mapping[str, Any]:
@@ -288,13 +311,12 @@ def _read(root: Node, file: str, folder: Path) -> Recipe:
 def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     spec_node, match, params = node.get("spec"), node.get("match"), node.get("params")
     assert spec_node is not None  # the shape holds
-    assert match is not None
     spec = _spec(spec_node, folder, problems)
-    for item in match.value if match.kind == "list" else ():
-        if not item.text:
-            problems.add(item.position, "`match`", "a layer's name", "an empty one", "Remove it.")
-    if match.kind == "scalar":
-        _check_regex(match, problems)
+    layers = () if match is None else _match(match, problems)
+    parameters_node = node.get("parameters")
+    parameters, wrong = parameters_from(None if parameters_node is None else parameters_node.plain())
+    for path, problem in wrong:
+        problems.put(replace(problem, where=node.along(path)[-1].position))
     given = {key: value.plain() for key in SELECTION if (value := node.get(key)) is not None}
     selection, told = selection_of(given, spec)
     for path, problem in told:
@@ -309,8 +331,16 @@ def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     where = params.position if params is not None else node.position
     for problem in unknown_params(f"params of spec '{spec.name}'", values, spec.params):
         problems.put(replace(problem, where=where))
-    layers = match.value if isinstance(match.value, str) else tuple(item.value for item in match.value)
-    return Entry(spec, layers, values, node.position, selection, dropout)
+    return Entry(spec, layers, values, node.position, selection, parameters, dropout)
+
+
+def _match(node: Node, problems: Problems) -> str | tuple[str, ...]:
+    for item in node.value if node.kind == "list" else ():
+        if not item.text:
+            problems.add(item.position, "`match`", "a layer's name", "an empty one", "Remove it.")
+    if node.kind == "scalar":
+        _check_regex(node, problems)
+    return node.value if isinstance(node.value, str) else tuple(item.value for item in node.value)
 
 
 def _spec(node: Node, folder: Path, problems: Problems) -> Spec | None:

@@ -32,7 +32,8 @@ def narrowed(
         left = [name for name in left if name not in gone]
     if selection.kinds:
         kinds = kinds_of(entry)
-        left = [name for name in left if kind_of(modules[name]) in kinds or opaque(type(modules[name]))]
+        # Parameters are of no kind.
+        left = [name for name in left if name not in modules or _is_of(modules[name], kinds)]
     if selection.blocks and left:
         left = _in_blocks(entry, left, modules, problems)
     if names and not left and len(problems) == told:
@@ -41,6 +42,11 @@ def narrowed(
         found = f"none: {said} leave{'s' * (' and ' not in said)} out all {len(names)} that are matched"
         problems.append(_problem(entry, "at least one layer", found, "Leave out less."))
     return left
+
+
+def _is_of(layer: nn.Module, kinds: Sequence[str]) -> bool:
+    kind: type = type(layer)
+    return kind_of(layer) in kinds or opaque(kind) is not None
 
 
 def rank_problems(entry: Entry, layers: Sequence[str]) -> Iterable[Problem]:

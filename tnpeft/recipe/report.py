@@ -95,7 +95,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """A line for what is dropped, each tensor that layers share, layers skipped for one reason, and what is left."""
+        """A line for what is dropped, each tensor that layers share, layers skipped for one reason, and so on."""
         reasons: dict[str, list[str]] = {}
         for layer, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(layer)
@@ -182,7 +182,8 @@ def report_of(model: nn.Module, name: str) -> Report:
     bias_count, norm, also = (counts[reason] for reason in REASONS)
     trained = cores + bias_count + norm + also
     skipped = record.about.get("skipped", {})
-    fused = tuple(each for each in fused_attention(model, adapters) if not _trains_whole(each, reasons["also"]))
+    whole = [*reasons["also"], *adapters]
+    fused = tuple(each for each in fused_attention(model, adapters) if not _trains_whole(each, whole))
     passed = _counts(record.about.get("passed"))
     shared = _shared(adapters)
     dropout = dict(Counter(str(adapter.dropout) for adapter in adapters.values() if adapter.dropout))
@@ -191,7 +192,7 @@ def report_of(model: nn.Module, name: str) -> Report:
 
 
 def _trains_whole(attention: str, names: Iterable[str]) -> bool:
-    """Whether the q, k and v weights of an attention train beside the cores."""
+    """Whether the q, k and v weights of an attention train, adapted or beside the cores."""
     return any(name.rpartition(".")[0] == attention and name.endswith("_weight") for name in names)
 
 

@@ -16,7 +16,7 @@ from tnpeft.errors import Problem, SpecError, clip, near_miss, ticked
 from tnpeft.network import Spec, param_problems
 from tnpeft.spec.reader import SHORT_KINDS
 
-__all__ = ["ALL", "Selection", "Span", "block_of", "compiled", "first_block", "in_spans", "selection_of"]
+__all__ = ["ALL", "SPANS", "Selection", "Span", "block_of", "compiled", "first_block", "in_spans", "selection_of"]
 
 ALL = "all"
 """What `match` says for every layer of the spec's kinds."""
@@ -26,7 +26,10 @@ Span = tuple[int, int | None]
 
 Told = Iterator[tuple[tuple[str, ...], Problem]]
 
-_SPAN = re.compile(r"(\d{1,6})(?:\s*(-)\s*(\d{1,6})?)?")
+_SPAN = re.compile(r"([0-9]{1,6})(?:\s*(-)\s*([0-9]{1,6})?)?")
+SPANS = r"^\s*[0-9]+(\s*-\s*[0-9]*)?(\s*,\s*[0-9]+(\s*-\s*[0-9]*)?)*\s*$"
+"""A regular expression for the texts that `layers` takes, for editors."""
+
 _BLOCKS = "numbers of blocks"
 _BLOCKS_FIX = "For example `0-5, 8`, or `{decoder.layers: 0-5}` of one of several lists."
 
@@ -87,9 +90,10 @@ def selection_of(
         return Selection(), told
     exclude, kinds = known.get("exclude"), known.get("kinds", ())
     words = (kinds,) if isinstance(kinds, str) else kinds
+    meant = {kind for word in words for kind in SHORT_KINDS.get(word, (word,))}
     return Selection(
         exclude if exclude is None or isinstance(exclude, str) else tuple(exclude),
-        tuple(dict.fromkeys(kind for word in words for kind in SHORT_KINDS.get(word, (word,)))),
+        tuple(kind for kind in (spec.layers if spec is not None else ()) if kind in meant),
         blocks,
         {pattern: dict(params) for pattern, params in known.get("ranks", {}).items()},
     ), []

@@ -17,6 +17,7 @@ from tnpeft.network.look_alikes import kind_name
 from tnpeft.network.signature import kind_of, torch_kind
 from tnpeft.recipe.model import Entry, Recipe, Train
 from tnpeft.recipe.narrowing import kinds_of, narrowed, rank_problems
+from tnpeft.recipe.parameter_targets import matched_parameters
 from tnpeft.recipe.selection import ALL, compiled
 from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, plain_modules, plain_name, plain_parameters
 from tnpeft.surgery.checks import spec_problem
@@ -26,7 +27,7 @@ __all__ = ["Trained", "fused_attention", "passed_over", "skipped", "targets", "t
 
 
 def targets(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
-    """The layers that each entry claims, by name, in the model's order.
+    """The layers and parameters that each entry claims, by name, in the model's order.
 
     Raises AttachError for an entry that matches nothing, a layer that two entries claim, and a
     matched layer that cannot be adapted; each with near misses.
@@ -34,10 +35,13 @@ def targets(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
     modules = plain_modules(model)
     problems: list[Problem] = []
     claimed: dict[str, Entry] = {}
-    owners: dict[int, tuple[str, Entry]] = {}  # by layer: one reached by two names is still one
+    owners: dict[object, tuple[str, Entry]] = {}  # by layer: one reached by two names is still one
+    parameters = slots(model) if any(entry.parameters for entry in recipe.entries) else {}
     for entry in recipe.entries:
-        for name in _matched(entry, modules, problems):
-            first_name, first = owners.setdefault(id(modules[name]), (name, entry))
+        beside = matched_parameters(entry, parameters, problems)
+        for name in _matched(entry, modules, beside, problems):
+            place = id(modules[name]) if name in modules else (id(parameters[name].owner), parameters[name].key)
+            first_name, first = owners.setdefault(place, (name, entry))
             claimed.setdefault(name, entry)
             if first is not entry:
                 found, fix = f"two, {_label(first)} and {_label(entry)}", "Narrow one of the patterns."
@@ -47,7 +51,7 @@ def targets(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
                 problems.append(problem)
     if problems:
         raise AttachError(*problems)
-    return {name: claimed[name] for name in modules if name in claimed}
+    return {name: claimed[name] for name in (*modules, *parameters) if name in claimed}
 
 
 # What people write for all layers elsewhere.
@@ -58,12 +62,15 @@ _GUESSED = 10  # unknown names for which near ones are looked for, which takes t
 
 
 def _label(entry: Entry) -> str:
-    return f"{entry.spec.name} ({clip(entry.match)})"
+    return f"{entry.spec.name} ({clip(entry.match or [*entry.parameters.patterns] or entry.parameters.names)})"
 
 
-def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Problem]) -> list[str]:
+def _matched(
+    entry: Entry, modules: Mapping[str, nn.Module], parameters: Sequence[str], problems: list[Problem]
+) -> list[str]:
+    """The layers that an entry takes, with those of the `parameters` it matches that its selection leaves."""
     if entry.match == ALL:
-        found_all = _of_kinds(entry, modules)
+        found_all = {**_of_kinds(entry, modules), **dict.fromkeys(parameters)}
         chosen = narrowed(entry, list(found_all), modules, problems)
         found_all = {name: found_all[name] for name in chosen or found_all}
         layers = [name for name in chosen if found_all[name] is None]
@@ -88,7 +95,8 @@ def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Prob
         # A pattern may catch the containers around a layer, and what has no parameters of its own.
         matched = _outermost([name for name in found if is_layer(modules[name])], modules)
         unknown = []
-    layers = narrowed(entry, matched, modules, problems)
+    both = narrowed(entry, [*matched, *parameters], modules, problems)
+    layers = [name for name in both if name in modules]
     kinds = kinds_of(entry)
     refused = {
         name: problem for name in layers if (problem := spec_problem(name, modules[name], entry.spec)) is not None
@@ -99,10 +107,10 @@ def _matched(entry: Entry, modules: Mapping[str, nn.Module], problems: list[Prob
         elsewhere = fits or any(kind_of(module) in kinds for module in modules.values())
         refused = {name: _too_wide(problem, fits, elsewhere) for name, problem in refused.items()}
     problems += refused.values()
-    problems += rank_problems(entry, layers)
-    if not matched and not unknown:
+    problems += rank_problems(entry, both)
+    if entry.match and not matched and not unknown:
         problems.append(_nothing(entry, modules, found))
-    return layers
+    return both
 
 
 def _too_wide(problem: Problem, fits: bool, elsewhere: bool) -> Problem:
@@ -160,10 +168,12 @@ def passed_over(model: nn.Module, recipe: Recipe, claimed: Iterable[str]) -> dic
         return {}
     modules, counts = plain_modules(model), Counter[str]()
     known = {*claimed, *(name for entry in recipe.entries if entry.match == ALL for name in _of_kinds(entry, modules))}
-    told = {id(modules[name]) for name in known} | {id(modules[name]) for name in fused_attention(model, known)}
+    told = {id(modules[name]) for name in (*known, *fused_attention(model, known)) if name in modules}
     for slot in slots(model).values():
         name = slot.name.rpartition(".")[0]
-        if id(slot.owner) in told or not known.isdisjoint(itertools.accumulate(_parents(f"{name}."))):
+        if slot.name in known or id(slot.owner) in told:
+            continue
+        if not known.isdisjoint(itertools.accumulate(_parents(f"{name}."))):
             continue
         if "weight" in slot.key and not is_lazy(slot.tensor) and slot.tensor.dim() > 1:
             told.add(id(slot.owner))
@@ -254,7 +264,7 @@ def trained(model: nn.Module, train: Train, adapted: Iterable[str]) -> Trained:
     """The parameters that `train` names; weights of adapted layers stay frozen. Raises AttachError."""
     adapted = tuple(adapted)
     names = list(plain_parameters(model))
-    weights = {f"{layer}.weight" for layer in adapted}
+    weights = {f"{layer}.weight" for layer in adapted} | {*adapted}
     if train.bias == "all":
         bias = [name for name in names if name.rpartition(".")[2].endswith("bias")]
     elif train.bias == "adapted":

@@ -37,6 +37,8 @@ def plan_dense(network: Network) -> Plan:
 
 def obstacle(network: Network) -> str | None:
     """Why a network cannot be contracted with its layer's input, whatever the call, or None if it may be."""
+    if network.layer.slices:
+        return "a stack of layers: each slice has its own input"
     if network.layer.groups > 1:
         return f"groups={network.layer.groups}: each group has its own input"
     if network.compose is not None:
@@ -147,9 +149,10 @@ def _linear(pairs: Sequence[tuple[int, int]]) -> Path:
 
 def _stored_legs(network: Network) -> tuple[str, ...]:
     """The weight's legs in the order in which the layer stores it."""
-    outputs, inputs, *kernel = network.weight
+    first = len(network.layer.stack)
+    outputs, inputs, *kernel = network.weight[first:]
     ends = (inputs, outputs) if network.layer.input_first else (outputs, inputs)
-    return tuple(leg for axis in (*ends, *kernel) for leg in axis)
+    return tuple(leg for axis in (*network.weight[:first], *ends, *kernel) for leg in axis)
 
 
 def _problems(network: Network) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.base_weight import dequantiser, needs_weight, unreadable
 from tnpeft.adapters.distributed import is_distributed
-from tnpeft.adapters.parked import MANGLED, own_weight
+from tnpeft.adapters.parked import MANGLED, is_lookup, own_weight
 from tnpeft.errors import Problem, clip, listed, near_miss
 from tnpeft.execution import AdaptedLayer
 from tnpeft.network import Layer, Spec, layer_of
@@ -38,7 +39,6 @@ __all__ = [
     "name_problems",
     "other_roads",
     "spec_problem",
-    "target_problems",
     "trained_problems",
     "weight_problem",
 ]
@@ -58,6 +58,9 @@ def layer_problem(name: str, layer: nn.Module, kinds: Sequence[str] = _KINDS) ->
 
     One of another kind that a different spec takes has none: binding says so.
     """
+    if is_lookup(layer):
+        problem = _table_problem(layer)
+        return None if problem is None else replace(problem, layers=(name,))
     problem = _split_problem(layer) or _class_problem(layer, kinds) or _lazy_problem(layer) or _forward_problem(layer)
     problem = problem or _tensor_problem(layer)
     return None if problem is None else replace(problem, layers=(name,))
@@ -85,6 +88,27 @@ def is_opaque(module: nn.Module) -> bool:
     return opaque(kind) is not None or (torch_kind(kind) is None and kind_of(module) is not None)
 
 
+def _table_problem(embedding: Any) -> Problem | None:
+    """Why an embedding cannot be adapted; any other is, by the weight that it reads."""
+    kind: type = type(embedding)
+    if known := look_alike(kind) or opaque(kind):
+        return Problem("layer type", "an embedding of torch", *known)
+    weight = embedding._parameters.get("weight")
+    if weight is None:
+        return Problem("weight", "a parameter", "one that is computed", "Match other layers.")
+    if is_distributed(weight):
+        fix = "Attach to the whole model, and train it in DistributedDataParallel."
+        return Problem("weight", "a plain parameter", "a DTensor, of which each process holds a part", fix)
+    if embedding.max_norm is not None:
+        found = f"max_norm={embedding.max_norm:g}, which writes to the weight"
+        return Problem(
+            "embedding", "one that only reads its weight", found, "Set `max_norm` to None, and clip the rows."
+        )
+    if embedding.sparse:
+        return Problem("embedding", "dense gradients", "`sparse=True`", "Set `sparse` to False: cores take dense ones.")
+    return weight_problem(weight)
+
+
 def _class_problem(layer: nn.Module, kinds: Sequence[str]) -> Problem | None:
     kind: type = type(layer)
     known = look_alike(kind)
@@ -92,7 +116,7 @@ def _class_problem(layer: nn.Module, kinds: Sequence[str]) -> Problem | None:
         known = opaque(kind) or (kind_name(kind), "Match other layers.")
         if isinstance(layer, nn.MultiheadAttention):
             found = "MultiheadAttention, whose q, k and v weights are parameters of its own"
-            known = found, "Adapt its `out_proj`; `train`'s `also` trains the others as they are."
+            known = found, "Adapt its `out_proj`, and the others by their names (`parameters`)."
     return None if known is None else Problem("layer type", f"one of {', '.join(kinds)}", *known)
 
 
@@ -229,35 +253,6 @@ def name_problems(name: object, state: AdaptedModel) -> Iterator[Problem]:
         yield Problem("model", "enabled adapters", "adapters disabled by `tnpeft.disabled`", fix)
 
 
-def target_problems(root: nn.Module, targets: Mapping[str, Adapter]) -> Iterator[Problem]:
-    """Why some of the targets cannot be adapted."""
-    modules = plain_modules(root)
-    adapted = [place.name for place in places(root) if isinstance(place.module, AdaptedLayer)]
-    claimed: dict[int, str] = {}
-    for name, adapter in targets.items():
-        where = (name,)
-        layer = modules.get(name)
-        if layer is None:
-            outer = next((outer for outer in adapted if name.startswith(outer + ".")), None)
-            found = "no such layer" if outer is None else f"a part of the adapted layer '{outer}'"
-            fix = near_miss(name, modules) or "Use a name from `model.named_modules()`."
-            fix = fix if outer is None else f"Name '{outer}' itself."
-            yield Problem("target", "a layer of the model", found, fix, layers=where)
-            continue
-        problem = layer_problem(name, layer)
-        if problem is not None:
-            yield problem
-        elif id(layer) in claimed:
-            found = f"the layer that is also called '{claimed[id(layer)]}'"
-            yield Problem("target", "a layer of its own", found, "Name it once: it is adapted at both.", layers=where)
-        elif adapter.network.layer != layer_of(layer):
-            fix = "Compile the adapter for this layer."
-            yield Problem(
-                "adapter", f"one for {layer_of(layer)}", f"one for {adapter.network.layer}", fix, layers=where
-            )
-        claimed[id(layer)] = name
-
-
 def trained_problems(
     root: nn.Module, parameters: Mapping[str, Slot], targets: Iterable[str], trained: Iterable[str]
 ) -> Iterator[Problem]:
@@ -266,13 +261,14 @@ def trained_problems(
     adapted = {
         id(own_weight(place.module.base)): place.name
         for place in places(root)
-        if isinstance(place.module, AdaptedLayer) and place.module.base._parameters.get("weight") is not None
+        if isinstance(place.module, AdaptedLayer) and _is_held(*place.module.place)
     }
     adapted |= {
         id(own_weight(modules[name])): name
         for name in targets
         if name in modules and modules[name]._parameters.get("weight") is not None
     }
+    adapted |= {id(parameters[name].tensor): name for name in targets if name in parameters}
     for name in trained:
         where = f"parameter '{name}'"
         if name not in parameters:
@@ -289,6 +285,10 @@ def trained_problems(
             dtype = str(parameters[name].tensor.dtype).removeprefix("torch.")
             fix = "Leave it out."
             yield Problem("training", "a floating-point parameter", dtype, fix, where=where)
+
+
+def _is_held(owner: nn.Module, table: str, key: str) -> bool:
+    return owner.__dict__[table].get(key) is not None
 
 
 def other_roads(root: nn.Module, layers: Mapping[str, nn.Module]) -> Problem | None:

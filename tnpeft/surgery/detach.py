@@ -131,5 +131,5 @@ def _unwrap(root: nn.Module, layers: list[AdaptedLayer]) -> set[int]:
             layer = gone[id(place.module)]
             left = layer.unwrap()
             place.put(left)
-            replaced |= {id(left)} - {id(layer.base)}
+            replaced |= set() if left is None else {id(left)} - {id(layer.base)}
     return replaced

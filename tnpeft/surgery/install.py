@@ -9,15 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.adapters.parked_states import note_tie
 from tnpeft.errors import AttachError, TnpeftWarning
-from tnpeft.execution import AdaptedLayer, ModelResults, wrap
+from tnpeft.execution import AdaptedLayer, AdaptedParameter, ModelResults, wrap
 from tnpeft.surgery.adapted_model import AdaptedModel, AdapterRecord, adapted, find
-from tnpeft.surgery.checks import model_problems, name_problems, other_roads, target_problems, trained_problems
+from tnpeft.surgery.checks import model_problems, name_problems, other_roads, trained_problems
+from tnpeft.surgery.parameters import bases_of
 from tnpeft.surgery.queries import layers_of
 from tnpeft.surgery.switch import apply_state, refuse_disabled, refuse_merged
+from tnpeft.surgery.target_checks import target_problems
 from tnpeft.surgery.trained import Tied, all_tied, norm_statistics
-from tnpeft.surgery.tree import Slot, places, plain_modules, slots, ties
+from tnpeft.surgery.tree import Slot, places, slots, ties
 
 __all__ = ["install", "replace_adapters"]
 
@@ -32,7 +35,8 @@ def install(
     """Put the adapter `name` on `model`: compiled adapters on the target layers, own copies of the trained parameters.
 
     All names are those of the plain model (`plain_modules`, `plain_parameters`), whatever is adapted
-    already; a layer or parameter with several names is given once, by any of them. Every other parameter is
+    already; a layer or parameter with several names is given once, by any of them. A target is a layer or,
+    for an adapter of a `ParameterLayer`, a parameter. Every other parameter is
     frozen. The new adapter alone is active, at scale 1, so that the model computes what the base computes.
     `about` is kept in the record and in saved files; it must be JSON-like.
 
@@ -40,10 +44,9 @@ def install(
     """
     state, parameters = _checked(model, name, targets, trained := tuple(dict.fromkeys(trained)))
     record = _record(model, parameters, name, targets, trained, about or {})
-    modules = plain_modules(model)
-    layers = {target: modules[target] for target in targets}
+    layers = bases_of(model, {target: adapter.network.layer for target, adapter in targets.items()})
     wrappers = _wrappers(model, layers.values(), state.results)
-    if problem := other_roads(model, layers):
+    if problem := other_roads(model, {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}):
         warnings.warn(TnpeftWarning(problem), stacklevel=3)
     copies = _copies(model, parameters, state, record)
 
@@ -52,6 +55,9 @@ def install(
     for place in places(model):
         if id(place.module) in wrappers:
             place.put(wrappers[id(place.module)])
+    for layer in wrappers.values():
+        if isinstance(layer, AdaptedParameter):
+            layer.hang()
     for target, layer in zip(targets.values(), wrappers.values(), strict=True):
         layer.add_adapter(name, target)
     for slot in parameters.values():
@@ -92,7 +98,7 @@ def _checked(
     trains = {key: slot.tensor.requires_grad for key, slot in parameters.items()}
     state = existing[1] if existing else AdaptedModel.new(model, trains)
     problems += name_problems(name, state)
-    problems += target_problems(model, targets)
+    problems += target_problems(model, parameters, targets)
     problems += trained_problems(model, parameters, targets, trained)
     if problems:
         raise AttachError(*problems)
@@ -112,7 +118,9 @@ def _record(
     return AdapterRecord(name, tuple(targets), tuple(tied), norm_statistics(model), dict(about))
 
 
-def _wrappers(model: nn.Module, layers: Iterable[nn.Module], results: ModelResults) -> dict[int, AdaptedLayer]:
+def _wrappers(
+    model: nn.Module, layers: Iterable[nn.Module | ParameterLayer], results: ModelResults
+) -> dict[int, AdaptedLayer]:
     """For each target layer, in order: its wrapper by the `id` of what hangs in the tree now."""
     adapted = {id(place.module.base): place.module for place in places(model) if isinstance(place.module, AdaptedLayer)}
     wrappers: dict[int, AdaptedLayer] = {}

@@ -21,11 +21,11 @@ __all__ = ["merge_into_base", "merging_problems"]
 def merging_problems(root: nn.Module, state: AdaptedModel, name: str) -> Iterator[Problem]:
     """Why other adapters would not be what they are on the base that has the update of `name`; one for each of them."""
     ties = all_tied(root, state)
-    changed = {id(slot.owner) for tied in ties if name in tied.trainers for slot in tied.slots if slot.key == "weight"}
+    changed = {_place(slot.owner, slot.key) for tied in ties if name in tied.trainers for slot in tied.slots}
     told: set[str] = set()
     for place in places(root):
         layer = place.module
-        if not isinstance(layer, AdaptedLayer) or not (name in layer.names or id(layer.base) in changed):
+        if not isinstance(layer, AdaptedLayer) or not (name in layer.names or _place_of(layer) in changed):
             continue
         for other, why in _dependent(layer, ties):
             if other != name and other not in told:
@@ -46,9 +46,18 @@ def _dependent(layer: AdaptedLayer, ties: list[Tied]) -> Iterator[tuple[str, str
         elif network.reads_weight:
             yield name, f"whose update ({network.spec.name}) is made of it"
     for tied in ties:
-        if any(slot.owner is layer.base and slot.key == "weight" for slot in tied.slots):
+        if any(_place(slot.owner, slot.key) == _place_of(layer) for slot in tied.slots):
             for name in tied.trainers:
                 yield name, "which trains it as a whole"
+
+
+def _place_of(layer: AdaptedLayer) -> tuple[int, str]:
+    owner, _, key = layer.place
+    return _place(owner, key)
+
+
+def _place(owner: nn.Module, key: str) -> tuple[int, str]:
+    return id(owner), key
 
 
 def merge_into_base(root: nn.Module, state: AdaptedModel, name: str, dequantise: bool = False) -> None:

@@ -112,7 +112,7 @@ def _make_sums_again(root: nn.Module, state: AdaptedModel, name: str) -> None:
     """Sums of the base's values and of several adapters' hold the values of before; results kept by layers too."""
     state.results.forget()
     for layer in layers_of(root, name).values():
-        remake(layer.base)
+        remake(layer.place[0])
     for tied in all_tied(root, state):
         if name in tied.trainers:
             for slot in tied.slots:

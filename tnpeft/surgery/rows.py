@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.dropout import is_read_by_owner
+from tnpeft.adapters.base_weight import never_called
 from tnpeft.errors import AttachError, ExecutionError, Problem, clip, listed
 from tnpeft.execution import Rows
 from tnpeft.surgery.adapted_model import AdaptedModel, adapted, known_adapter, record_on
@@ -100,10 +100,12 @@ def _problems(root: nn.Module, state: AdaptedModel, used: Sequence[str]) -> Iter
         found = f"others in {listed([*owners])}"
         yield Problem("rows, running statistics of norms", "the base's, for all rows", found, fix)
     layers = [layer for layer in adapted_layers(root) if not set(layer.names).isdisjoint(used)]
-    unread = [layer.layer_name for layer in layers if is_read_by_owner(layer.base)]
-    if unread:
-        found = f"the output projection of an attention, {listed(unread)}"
-        yield Problem("rows", "layers whose `forward` is called", found, "Attach to the other layers alone.")
+    unseen: dict[str, list[str]] = {}
+    for layer in layers:
+        if kind := never_called(layer.base):
+            unseen.setdefault(kind, []).append(layer.layer_name)
+    for kind, places in unseen.items():
+        yield Problem("rows", "layers whose input is seen", f"{kind}: {listed(places)}", "Leave them out (`exclude`).")
 
 
 def _check_batch(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

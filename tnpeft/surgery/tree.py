@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.offload import store
 from tnpeft.adapters.parked import MANGLED, acting, own, parked_key
 from tnpeft.adapters.parked_states import note_values
-from tnpeft.execution import AdaptedLayer
+from tnpeft.execution import AdaptedLayer, AdaptedParameter
 
 __all__ = [
     "Place",
@@ -40,8 +40,11 @@ class Place(NamedTuple):
     module: nn.Module
     path: str
 
-    def put(self, module: nn.Module) -> None:
-        """Hang another module there."""
+    def put(self, module: nn.Module | None) -> None:
+        """Hang another module there; None: no more."""
+        if module is None:
+            self.parent._modules.pop(self.key, None)
+            return
         self.parent._modules[self.key] = module
         initialise = getattr(type(self.parent), "_initialize", None) if self.key == _COMPILED else None
         if initialise is not None:
@@ -83,7 +86,8 @@ class Slot(NamedTuple):
 def places(root: nn.Module) -> list[Place]:
     """Every place below `root`, a module reached by two names at both; below adapted layers, those of their bases.
 
-    A module that only runs another one shares its name with it, and comes first.
+    What adapts a parameter has that one's name, an embedding's the embedding's. A module that only runs another one
+    shares its name with it, and comes first.
     """
     below: list[Place] = []
     _add_places(root, "", "", below)
@@ -98,6 +102,10 @@ def _add_places(module: nn.Module, prefix: str, path: str, below: list[Place]) -
         if skipped and not prefix and not child._modules:
             skipped = False  # a layer needs a name
         name = prefix.removesuffix(".") if skipped else prefix + key
+        if isinstance(child, AdaptedParameter):
+            name = prefix.removesuffix(".") if child.base.is_whole else prefix + child.base.key
+            below.append(Place(name, module, key, child, path + key))
+            continue
         below.append(Place(name, module, key, child, path + key))
         inner = child.__dict__.get("_base", child)  # of an adapted layer: what the base holds
         if inner._modules:
@@ -129,7 +137,8 @@ def plain_modules(root: nn.Module) -> dict[str, nn.Module]:
     """Every module by name, adapted layers as their base layers; a module reached by two names stands at both."""
     modules = {"": root}
     for place in places(root):
-        modules[place.name] = place.module.base if isinstance(place.module, AdaptedLayer) else place.module
+        if not isinstance(place.module, AdaptedParameter):
+            modules[place.name] = place.module.base if isinstance(place.module, AdaptedLayer) else place.module
     return modules
 
 

@@ -96,6 +96,8 @@ def stored(weight: Tensor, layer: Layer) -> Tensor:
     """The canonical weight (out, in // groups, k...) as torch stores it: transposed convolutions input side first."""
     if not layer.input_first:
         return weight
+    if layer.slices:
+        return weight.transpose(1, 2)
     return torch.cat([block.transpose(0, 1) for block in weight.chunk(layer.groups)])
 
 

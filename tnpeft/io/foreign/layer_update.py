@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, memory_problems
+from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.dora import magnitudes
 from tnpeft.errors import BindError, Problem, SpecError
 from tnpeft.io.foreign.formats import MADE_FOR
@@ -65,8 +66,7 @@ def adapter_of(part: LayerUpdate, module: nn.Module, name: str) -> Adapter:
         if values is None:
             continue
         if part.magnitude is not None:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
+            weight = base_weight(module, network)
             start = magnitudes(layer, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
             values |= {"dora_magnitude": part.magnitude, "start_magnitude": start}
         if problems := [*memory_problems({name: network}, {name: module}, DEFAULT_MODE)]:

@@ -129,7 +129,7 @@ def _adapters(path: Path, foreign: Foreign, modules: Mapping[str, nn.Module]) ->
     for name in modules:
         if name not in foreign.parts:
             continue
-        weight = modules[name].weight
+        weight = getattr(modules[name], "weight", None)
         if isinstance(weight, Tensor) and weight.device.type == "meta":
             raise without_values(path, name)
         try:

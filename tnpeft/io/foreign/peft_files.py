@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tnpeft.errors import Problem
 from tnpeft.io.files import refuse
@@ -30,7 +30,7 @@ from tnpeft.io.foreign.rewrites import (
 )
 from tnpeft.io.foreign.source import CONFIG, WEIGHTS
 from tnpeft.io.foreign.topologies import KRONS
-from tnpeft.network import Layer
+from tnpeft.network import Layer, layer_of
 
 __all__ = ["config_of", "lora_tensors", "method_of", "peft_contents", "peft_problems", "targets"]
 
@@ -79,11 +79,11 @@ def peft_problems(
 
 
 def peft_contents(
-    path: Path, parts: Mapping[str, LayerUpdate], trained: Mapping[str, Tensor], modules: Collection[str]
+    path: Path, parts: Mapping[str, LayerUpdate], trained: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> dict[Path, bytes]:
     """The folder's files, the config last. Raises AdapterFileError for LoKr of sizes that one config cannot say.
 
-    `modules` are the names of all modules, which PEFT looks for the targets among.
+    `modules` are all modules by name, which PEFT looks for the targets among.
     """
     method = method_of(next(iter(parts.values())))
     if method == "LOKR":
@@ -96,6 +96,8 @@ def peft_contents(
     if method == "LORA":
         adapted = [name.removesuffix(".bias") in parts for name in trained]
         config["bias"] = ("lora_only" if all(adapted) else "all") if trained else "none"
+        if any(layer_of(modules[name]).turned for name in parts):
+            config["fan_in_fan_out"] = True  # PEFT's word for it
         values |= {_bias_key(name, parts): value for name, value in trained.items()}
     data = safetensors.torch.save({key: value.contiguous() for key, value in values.items()}, {"format": "pt"})
     return {path / WEIGHTS: data, path / CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}

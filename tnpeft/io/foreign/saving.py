@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.errors import AdapterFileError, Problem, clip
+from tnpeft.adapters.parked import is_lookup
+from tnpeft.errors import AdapterFileError, Problem, clip, listed
 from tnpeft.io.files import file_path, in_file, refuse, replace_files, shown, what_is_at
 from tnpeft.io.foreign.components import named_parts
 from tnpeft.io.foreign.diffusers_files import diffusers_contents, diffusers_problems
@@ -77,6 +78,7 @@ def save_foreign(
     with one_writer(model) as writes:
         root, state, name, adapters = chosen(model, path, name)
         gain = state.active.get(name, 1.0)
+        _raise(path, [*_parameter_problems(root, adapters)])
         parts = _parts(path, adapters, gain, _statistics_problems(root, state, name))
         contents = _contents(path, root, format, prefix, parts, _trained(root, state, name, gain))
         if not writes:
@@ -86,6 +88,15 @@ def save_foreign(
         else:
             _check_place(path)
             replace_files(contents)
+
+
+def _parameter_problems(root: nn.Module, adapters: Iterable[str]) -> Iterator[Problem]:
+    """No file of another library's holds what stands on an embedding or a parameter as other layers' updates."""
+    modules = plain_modules(root)
+    beside = [name for name in adapters if name not in modules or is_lookup(modules[name])]
+    if beside:
+        fix = "Write it with `tnpeft.save`, or merge it into the model."
+        yield Problem("adapters", "those of layers alone", f"also {listed(beside)}", fix)
 
 
 def _parts(

@@ -11,13 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-
 from tnpeft.errors import Problem
-from tnpeft.network import Network
+from tnpeft.network.model import Network
 
-__all__ = ["Dropout", "Mask", "dropout_problems", "is_read_by_owner", "masks_of"]
+__all__ = ["Dropout", "Mask", "dropout_problems", "masks_of"]
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,8 @@ def _shape(network: Network, core: int, leg: str | None = None) -> tuple[int, ..
     return tuple(network.sizes[each] if each == leg else 1 for each in network.cores[core].legs)
 
 
-def dropout_problems(network: Network, layer: nn.Module, dropout: Dropout) -> Iterator[Problem]:
-    """Why the calls of a layer cannot leave out so much of its network."""
-    if is_read_by_owner(layer):
-        fix = "Match other layers with `dropout`, and this one in an entry of its own without."
-        yield Problem("`dropout`", "a layer whose `forward` is called", "the output projection of an attention", fix)
+def dropout_problems(network: Network, dropout: Dropout) -> Iterator[Problem]:
+    """Why so much of a network cannot be left out."""
     if not dropout.bond:
         return
     what, name = "`dropout`, `bond`", network.spec.name
@@ -94,11 +88,6 @@ def dropout_problems(network: Network, layer: nn.Module, dropout: Dropout) -> It
         if cores is None:
             found = "terms that have its cores in common in such a way that none has it once in each"
             yield Problem(what, f"a bond '{leg}' of '{name}' that can be dropped", found, "Drop `input` or `module`.")
-
-
-def is_read_by_owner(layer: nn.Module) -> bool:
-    """Whether nobody calls a layer: `nn.MultiheadAttention` takes the weight of its output projection."""
-    return isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
 def _carriers(network: Network) -> dict[str, tuple[int, ...] | None]:

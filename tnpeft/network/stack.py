@@ -1,0 +1,44 @@
+"""A stack of Linear layers whose weights are one tensor: each slice has its own cores, and all are one network.
+
+    dW[e, o, i] = sum over bonds of core_1[e, ...] core_2[e, ...] ...
+
+Every core has the leg of the slices before its own, but for cores that layers share: those have no slice of their own.
+An index in every core is kept by the contraction, as any hyperedge is, and so all slices are contracted together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tnpeft.errors import BindError, Problem
+from tnpeft.network.layer import Layer
+from tnpeft.network.model import BoundCore, Network
+
+__all__ = ["stacked"]
+
+
+def stacked(slice_network: Network, layer: Layer) -> Network:
+    """The network of a stack, from that of one of its slices. Raises BindError where slices would be all the same."""
+    for term in slice_network.terms:
+        if all(core.shared is not None for core in slice_network.cores if core.name in term.cores):
+            what = f"spec '{slice_network.spec.name}' on {layer}"
+            fix = "Choose a spec of which each layer has a core of its own."
+            raise BindError(Problem(what, "a core of its own for each slice", "cores that layers share alone", fix))
+    leg = "slice"
+    while leg in slice_network.sizes:
+        leg += "_"
+    return replace(
+        slice_network,
+        layer=layer,
+        sizes={leg: layer.slices, **slice_network.sizes},
+        cores=tuple(_stacked_core(core, leg, layer.slices) for core in slice_network.cores),
+        terms=tuple(replace(term, weight=((leg,), *term.weight)) for term in slice_network.terms),
+        formula=f"{layer.slices} ({slice_network.formula})",
+        slice_network=slice_network,
+    )
+
+
+def _stacked_core(core: BoundCore, leg: str, slices: int) -> BoundCore:
+    if core.shared is not None:
+        return core
+    return replace(core, legs=(leg, *core.legs), shape=(slices, *core.shape))

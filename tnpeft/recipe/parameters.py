@@ -1,0 +1,81 @@
+"""`parameters` of an entry: which parameters beside layers it adapts, and which of their axes are outputs and inputs.
+
+Files and `attach` say it alike: a regular expression searched in full parameter names, a list of names, or a mapping of
+regular expressions to orientations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tnpeft.errors import Problem, SpecError, clip, near_miss
+from tnpeft.network.orientation import ORIENTATIONS
+from tnpeft.recipe.selection import Told, compiled
+
+__all__ = ["NO_PARAMETERS", "Parameters", "parameters_from"]
+
+_EXPECTED = "regular expressions on parameters' names, with orientations"
+_EXAMPLE = r"For example `parameters: {'experts\.down_proj$': e o i}`."
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Regular expressions with orientations, or exact names; an orientation of None is that of a known owner."""
+
+    patterns: Mapping[str, str | None] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.patterns or self.names)
+
+    def orientation_of(self, name: str) -> str | None:
+        """What the first pattern that finds a parameter says of its axes."""
+        return next((axes for pattern, axes in self.patterns.items() if compiled(pattern).search(name)), None)
+
+
+NO_PARAMETERS = Parameters()
+
+
+def parameters_from(value: Any) -> tuple[Parameters, list[tuple[tuple[str, ...], Problem]]]:
+    """What `parameters` says, and what is wrong with it, each with the keys under which it stands."""
+    if value is None:
+        return NO_PARAMETERS, []
+    told = [*_problems(value)]
+    if told:
+        return NO_PARAMETERS, told
+    if isinstance(value, str):
+        return Parameters({value: None}), []
+    if isinstance(value, Mapping):
+        return Parameters({pattern: axes and " ".join(axes.split()) for pattern, axes in value.items()}), []
+    return Parameters(names=tuple(value)), []
+
+
+def _problems(value: Any) -> Told:
+    if isinstance(value, str) and value:
+        yield from _pattern_problems(value, ("parameters",))
+    elif isinstance(value, Mapping) and value:
+        for pattern, axes in value.items():
+            yield from _item_problems(pattern, axes)
+    elif not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) and name for name in value):
+        yield ("parameters",), Problem("`parameters`", _EXPECTED, clip(value), _EXAMPLE)
+
+
+def _item_problems(pattern: Any, axes: Any) -> Told:
+    if not isinstance(pattern, str) or not pattern:
+        yield ("parameters",), Problem("`parameters`", _EXPECTED, clip(pattern), _EXAMPLE)
+        return
+    path = "parameters", pattern
+    yield from _pattern_problems(pattern, path)
+    if axes is not None and (not isinstance(axes, str) or " ".join(axes.split()) not in ORIENTATIONS):
+        known = ", ".join(f"`{each}`" for each in ORIENTATIONS)
+        fix = near_miss(str(axes), ORIENTATIONS) or "`e` are slices, `o` outputs and `i` inputs, as they are stored."
+        yield path, Problem(f"the orientation of {clip(pattern)}", f"one of {known}", clip(axes), fix)
+
+
+def _pattern_problems(pattern: str, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    try:
+        compiled(pattern)
+    except SpecError as error:
+        yield path, error.problems[0]

@@ -1,0 +1,119 @@
+"""Parameters that carry adapters beside layers: which can, which way round they are, and the layers they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from tnpeft.adapters.distributed import is_distributed
+from tnpeft.adapters.parked import ParameterLayer, is_lookup
+from tnpeft.errors import Problem, clip
+from tnpeft.execution import AdaptedParameter
+from tnpeft.network import Layer
+from tnpeft.network.look_alikes import kind_name, opaque
+from tnpeft.network.orientation import ORIENTATIONS, oriented
+from tnpeft.network.signature import kind_of
+from tnpeft.surgery.checks import weight_problem
+from tnpeft.surgery.tree import Slot, plain_modules, slots
+
+__all__ = [
+    "bases_of",
+    "known_orientation",
+    "orientation_problem",
+    "parameter_layer",
+    "parameter_problem",
+    "table_layer",
+]
+
+_KNOWN: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (nn.MultiheadAttention, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
+    (nn.RNNBase, ("weight_ih", "weight_hh", "weight_hr")),
+    (nn.RNNCellBase, ("weight_ih", "weight_hh")),
+)
+"""Classes of torch whose parameters of these names, or that begin so, are stored as `o i`."""
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def known_orientation(slot: Slot) -> str | None:
+    """The orientation of a parameter whose owner is known."""
+    known = any(isinstance(slot.owner, owner) and slot.key.startswith(keys) for owner, keys in _KNOWN)
+    return "o i" if known else None
+
+
+def parameter_layer(slot: Slot, signature: Layer) -> ParameterLayer:
+    """The layer that a parameter is the weight of: the one that adapters stand on already, or a new one."""
+    for module in slot.owner._modules.values():
+        if isinstance(module, AdaptedParameter) and module.base.key == slot.key:
+            return module.base
+    return ParameterLayer(slot.owner, slot.key, signature)
+
+
+def table_layer(name: str, embedding: Any) -> ParameterLayer:
+    """The layer that an embedding's weight is of: from one input for each row to the vector that stands there."""
+    slot = Slot(f"{name}.weight", embedding, "_parameters", "weight")
+    return parameter_layer(slot, oriented(slot.tensor.shape, "i o"))
+
+
+def bases_of(root: nn.Module, signatures: Mapping[str, Layer | None]) -> dict[str, nn.Module | ParameterLayer]:
+    """What adapters stand on, by name: layers, and parameters with the signatures that they are given."""
+    modules = plain_modules(root)
+    known = slots(root) if signatures.keys() - modules.keys() else {}
+    bases: dict[str, nn.Module | ParameterLayer] = {}
+    for name, signature in signatures.items():
+        if name in modules:
+            bases[name] = table_layer(name, modules[name]) if is_lookup(modules[name]) else modules[name]
+        elif name in known and signature is not None:
+            bases[name] = parameter_layer(known[name], signature)
+    same = {(id(base.owner), base.key): base for base in bases.values() if isinstance(base, ParameterLayer)}
+    # An owner that is reached by two names has one.
+    return {
+        name: same[id(base.owner), base.key] if isinstance(base, ParameterLayer) else base
+        for name, base in bases.items()
+    }
+
+
+def parameter_problem(slot: Slot, orientation: str | None) -> Problem | None:
+    """Why a parameter cannot carry an adapter, or None if it can."""
+    where = f"parameter '{slot.name}'"
+    problem = _owner_problem(slot) or _tensor_problem(slot) or orientation_problem(slot, orientation)
+    return None if problem is None else Problem(problem.what, problem.expected, problem.found, problem.fix, where)
+
+
+def _owner_problem(slot: Slot) -> Problem | None:
+    kind: type = type(slot.owner)
+    owner = slot.name.rpartition(".")[0]
+    found = f"that of the layer '{owner}'"
+    if slot.key == "weight" and (kind_of(slot.owner) or opaque(kind) or is_lookup(slot.owner)):
+        return Problem("its owner", "no layer that can be adapted", found, f"Match '{owner}' as a layer (`match`).")
+    if isinstance(slot.owner, (*_CONTAINERS, torch.jit.ScriptModule)):
+        fix = "Hold the parameter in a module with a `forward` of its own."
+        return Problem("its owner", "a module that a submodule can be added to", f"a {kind_name(kind)}", fix)
+    return None
+
+
+def _tensor_problem(slot: Slot) -> Problem | None:
+    tensor: Any = slot.tensor
+    if is_lazy(tensor):
+        return Problem("its shape", "a known one", "none yet", "Run the model once, then attach.")
+    if is_distributed(tensor):
+        fix = "Attach to the whole model, and train it in DistributedDataParallel."
+        return Problem("its values", "whole", "a DTensor, of which each process holds a part", fix)
+    if tensor.ndim not in (2, 3):
+        fix = "Match other parameters."
+        return Problem("its axes", "2 (outputs and inputs), or 3 (a stack)", str(tensor.ndim), fix)
+    return weight_problem(tensor)
+
+
+def orientation_problem(slot: Slot, orientation: str | None) -> Problem | None:
+    """Why an orientation does not fit a parameter."""
+    shape = tuple(slot.tensor.shape)
+    fits = [known for known in ORIENTATIONS if len(known.split()) == len(shape)]
+    if orientation in fits:
+        return None
+    expected = " or ".join(f"`{known}`" for known in fits) + f" for the shape {shape}"
+    fix = f"Say which of its axes are outputs (`o`) and inputs (`i`): `parameters: {{'{slot.name}': {fits[0]}}}`."
+    return Problem("its orientation", expected, "none" if orientation is None else clip(orientation), fix)
