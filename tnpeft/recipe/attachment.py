@@ -60,25 +60,23 @@ def attach(
 
     `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers: a regular
     expression (searched in full module names), a list of names, or `"all"`: every layer of the spec's kinds that can
-    carry an adapter (the report names the others). `exclude` leaves some out, by a regular expression or names (of
-    layers or of what holds them), `kinds` says which of the spec's kinds are meant ("Linear"), `layers` in which
-    numbered blocks ("0-5, 8", {"decoder.layers": "0-5"}). `params` override the specs' own numbers, and `ranks` those
-    of some layers ({"q_proj$": {"r": 8}}). `parameters` are adapted beside layers, or alone: regular expressions or
-    names, or a mapping of these to the axes as they are stored ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}:
-    outputs, inputs, slices of a stack of Linear layers); their owner reads W + ΔW (always `dense`).
+    carry an adapter. `exclude` leaves some out, by a regular expression or names (of layers or of what holds them),
+    `kinds` says which kinds of layers are meant ("Linear"), `layers` which numbered blocks ("0-5, 8", {"decoder.layers":
+    "0-5"}). `params` override the specs' own numbers, and `ranks` those of some layers ({"q_proj$": {"r": 8}}).
+    `parameters` are adapted beside layers, or alone: regular expressions or names, or a mapping of these to the axes as
+    they are stored ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}: outputs, inputs, slices of a stack of layers).
 
-    `train` says what trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the
-    recipe says, by default); everything else is frozen. `dropout` says what layers leave out at random while they train
-    ({"input": 0.05, "bond": 0.1, "module": 0.1}: entries of what the update reads, of indices that join cores, whole
-    updates). `scopes` binds the scopes of shared cores to regular expressions ({"block": r"layers\\.(\\d+)\\."}), `seed`
-    overrides the specs' seed, and `name` tells several adapters apart.
+    `train` says what trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}); all else is frozen.
+    `dropout` says what layers leave out at random while they train ({"input": 0.05, "bond": 0.1, "module": 0.1}: of
+    what the update reads, of indices that join cores, all of it). `scopes` binds the scopes of shared cores to regular
+    expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` tells several adapters apart.
 
     `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
     `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'
     gradients from the factored chain. All agree but for rounding. Layers that cannot be factored (groups, DoRA, cores
-    that are the base weight) run dense, as do all with several active adapters or at another scale than 1; compiled,
-    hybrid runs as dense. `auto` takes the one of least predicted time for each input size; with `autotune` it times
-    them, and remembers. Second derivatives need `dense`. Layers beyond the device's memory are refused.
+    that are the base weight) run dense, as do several active adapters, or one at another scale than 1; compiled, hybrid
+    runs as dense. `auto` takes the one of least predicted time for each input size; with `autotune` it times them, and
+    remembers. Second derivatives need `dense`. Layers beyond the device's memory are refused.
 
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """
