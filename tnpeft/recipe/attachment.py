@@ -61,10 +61,10 @@ def attach(
     `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers: a regular
     expression (searched in full module names), a list of names, or `"all"`: every layer of the spec's kinds that can
     carry an adapter. `exclude` leaves some out, by a regular expression or names (of layers or of what holds them),
-    `kinds` says which kinds of layers are meant ("Linear"), `layers` which numbered blocks ("0-5, 8", {"decoder.layers":
-    "0-5"}). `params` override the specs' own numbers, and `ranks` those of some layers ({"q_proj$": {"r": 8}}).
-    `parameters` are adapted beside layers, or alone: regular expressions or names, or a mapping of these to the axes as
-    they are stored ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}: outputs, inputs, slices of a stack of layers).
+    `kinds` says which kinds are meant ("Linear"), `layers` which numbered blocks ("0-5", {"decoder.layers": "0-5, 8"}).
+    `params` override the specs' own numbers, `ranks` those of some layers ({"q_proj$": {"r": 8}}). `parameters` are
+    adapted beside layers, or alone: regular expressions or names, or a mapping of these to the axes as they are stored
+    ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}: outputs, inputs, slices of a stack of layers).
 
     `train` says what trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}); all else is frozen.
     `dropout` says what layers leave out at random while they train ({"input": 0.05, "bond": 0.1, "module": 0.1}: of
@@ -73,10 +73,9 @@ def attach(
 
     `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
     `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'
-    gradients from the factored chain. All agree but for rounding. Layers that cannot be factored (groups, DoRA, cores
-    that are the base weight) run dense, as do several active adapters, or one at another scale than 1; compiled, hybrid
-    runs as dense. `auto` takes the one of least predicted time for each input size; with `autotune` it times them, and
-    remembers. Second derivatives need `dense`. Layers beyond the device's memory are refused.
+    gradients from the factored chain. All agree but for rounding. What cannot be factored (groups, DoRA, cores that are
+    the base weight, several active adapters, other scales than 1) runs dense. `auto` takes the one of least predicted
+    time; with `autotune` it times them, and remembers. Second derivatives need `dense`.
 
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """

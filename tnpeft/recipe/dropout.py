@@ -8,7 +8,7 @@ from dataclasses import fields
 from tnpeft.errors import Problem, clip, near_miss, ticked
 from tnpeft.network.dropout import Dropout
 
-__all__ = ["dropout_of"]
+__all__ = ["dropout_advice", "dropout_of"]
 
 _KNOWN = tuple(each.name for each in fields(Dropout))
 _EXAMPLE = "For example `dropout: {input: 0.05, bond: 0.1, module: 0.0}`."
@@ -35,8 +35,7 @@ def dropout_of(given: object) -> tuple[Dropout | None, list[tuple[tuple[str, ...
     values: dict[str, float] = {}
     for key, value in given.items():
         if key not in _KNOWN:
-            meant = next((name for name, words in _MEANT.items() if str(key).casefold() in words), None)
-            fix = f"Did you mean `{meant}`?" if meant else near_miss(str(key), _KNOWN) or _EXAMPLE
+            fix = dropout_advice(str(key), None) or near_miss(str(key), _KNOWN) or _EXAMPLE
             told.append(((str(key),), Problem("`dropout`", f"some of {', '.join(_KNOWN)}", ticked(str(key)), fix)))
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             fix = "Write how likely an entry is to be dropped, such as 0.1."
@@ -46,3 +45,13 @@ def dropout_of(given: object) -> tuple[Dropout | None, list[tuple[tuple[str, ...
         else:
             values[key] = float(value)
     return (None if told else Dropout.of(values)), told
+
+
+def dropout_advice(key: str, value: object) -> str:
+    """What to write for a key of another library's, within `dropout` (no value) or in its place; empty for others."""
+    meant = next((name for name, words in _MEANT.items() if key.casefold() in words), None)
+    if meant is None or isinstance(value, bool):
+        return ""
+    if value is None:
+        return f"Did you mean `{meant}`?"
+    return f"Write `dropout: {{{meant}: {value:g}}}`." if isinstance(value, int | float) else ""

@@ -15,7 +15,7 @@ from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_probl
 from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
 from tnpeft.network import Spec, load_spec
 from tnpeft.network.dropout import Dropout
-from tnpeft.recipe.dropout import dropout_of
+from tnpeft.recipe.dropout import dropout_advice, dropout_of
 from tnpeft.recipe.parameters import NO_PARAMETERS, Parameters, parameters_from
 from tnpeft.recipe.selection import ALL, SPANS, Selection, compiled, selection_of
 from tnpeft.spec import find_shipped, list_specs
@@ -75,7 +75,11 @@ def _advice(path: tuple[str | int, ...], key: str, value: object) -> str:
     """What to write for a key that no recipe has, or that belongs elsewhere in it."""
     if path == ("train",):
         return advice_on(key, ())
+    if path[-1:] == ("dropout",):
+        return dropout_advice(key, None)
     within = "" if path else " in an entry of `adapters`"
+    if key.endswith("_dropout") and (said := dropout_advice(key, value)):
+        return said.replace("`.", f"`{within}.")
     if key in EntryFile.model_fields:
         return f"Write it{within}."
     if key in TrainFile.model_fields:
