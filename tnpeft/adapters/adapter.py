@@ -377,7 +377,7 @@ class Adapter(Resident, nn.Module):
         return {**super().__getstate__(), "_program": None}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"changes": 0} | {key: state[key] for key in state.keys() - _EARLIER})  # type: ignore[no-untyped-call]
+        super().__setstate__({"changes": 0} | {key: state[key] for key in state if key not in _EARLIER})  # type: ignore[no-untyped-call]
         self._name_keys()
         self._lay_out(self._strides)
 

@@ -27,9 +27,7 @@ def dropout_of(given: object) -> tuple[Dropout | None, list[tuple[tuple[str, ...
     if not isinstance(given, Mapping):
         fix = _EXAMPLE
         if isinstance(given, int | float) and not isinstance(given, bool):
-            fix = (
-                f"Say of what: `dropout: {{input: {given}}}` is PEFT's `lora_dropout`, `bond` LyCORIS's `rank_dropout`."
-            )
+            fix = f"Say of what: `{{'input': {given}}}` is PEFT's `lora_dropout`, `bond` LyCORIS's `rank_dropout`."
         told.append(((), Problem("`dropout`", "what is dropped, with probabilities", clip(given), fix)))
         return None, told
     values: dict[str, float] = {}
@@ -39,7 +37,7 @@ def dropout_of(given: object) -> tuple[Dropout | None, list[tuple[tuple[str, ...
             told.append(((str(key),), Problem("`dropout`", f"some of {', '.join(_KNOWN)}", ticked(str(key)), fix)))
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             fix = "Write how likely an entry is to be dropped, such as 0.1."
-            if value == 1:
+            if type(value) is not bool and value == 1:
                 fix = "Where everything is dropped nothing trains: leave the layers out, or write less than 1."
             told.append(((key,), Problem(f"`dropout`, `{key}`", "a probability below 1", clip(value), fix)))
         else:
