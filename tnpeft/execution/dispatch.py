@@ -31,6 +31,7 @@ from tnpeft.program import (
     needs_plain_ops,
     records_sizes,
     saved_tensors_are_hooked,
+    without_inference_gradients,
 )
 from tnpeft.schedule import Plan, best_plan, feasible_plans, plan
 
@@ -47,8 +48,8 @@ def execute(site: Site, x: Tensor, *rest: Any) -> Tensor:
     acting = site.alone
     if acting is None or acting.adapter.mode == "dense" or x.is_nested or x.layout is not torch.strided:
         return dense(site, False, x, *rest)
-    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # autograd functions may save nothing there
-        with torch.no_grad():
+    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():
+        with without_inference_gradients():
             return run(site, acting, running_of(site, acting, x, rest), x, *rest)
     return run(site, acting, running_of(site, acting, x, rest), x, *rest)
 
@@ -65,9 +66,9 @@ def execute_drawn(site: Site, drawn: Site, plain: bool, x: Tensor, *rest: Any) -
     if plain:
         return _plain(site, drawn, x, *rest)
     acting, masked = site.alone, drawn.alone
-    if acting is None or masked is None or acting.adapter.mode == "dense" or x.is_nested:
-        return dense(drawn, False, x, *rest)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not torch.is_inference_mode_enabled()):
+    with without_inference_gradients():
+        if acting is None or masked is None or acting.adapter.mode == "dense" or x.is_nested:
+            return dense(drawn, False, x, *rest)
         return run(drawn, masked, running_of(site, acting, x, rest), x, *rest)
 
 

@@ -9,6 +9,7 @@ layer cannot be read, and elsewhere the update may read another input than the b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from tnpeft.program import (
     needs_plain_ops,
     records_sizes,
     without_autocast,
+    without_inference_gradients,
 )
 from tnpeft.schedule import plan
 
@@ -48,8 +50,13 @@ _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 
 
 def with_updates(site: Site, layer: Layer, called: BaseCall, output: Tensor) -> Tensor:
-    """The output with the updates of all that acts, rounded once for each of them."""
+    """The output with the updates of all that acts, rounded once for each of them; that of a plain layer is used up."""
     plain = needs_plain_ops(called.x)
+    with nullcontext() if plain else without_inference_gradients():
+        return _with_updates(site, layer, called, output, plain)
+
+
+def _with_updates(site: Site, layer: Layer, called: BaseCall, output: Tensor, plain: bool) -> Tensor:
     x = as_autocast_has_it(called.x)
     left = []
     for acting in site.acting:
@@ -60,6 +67,9 @@ def with_updates(site: Site, layer: Layer, called: BaseCall, output: Tensor) -> 
         program, clusters = _programs(site, acting, chain, plain)
         require_memory(acting.adapter, clusters, x)
         seen = chain_input(geometry_of(called.how, layer), x)
+        if not layer.opaque and acting.scale == 1.0 and output.dtype == chain_dtype(x):
+            output = factored_update(output, seen, program, clusters)
+            continue
         zeros = torch.zeros(_shape(layer, x, program), dtype=chain_dtype(x), device=x.device)
         update = factored_update(zeros, seen, program, clusters)
         output = _added(site, layer, output, update if acting.scale == 1.0 else update * acting.scale)
