@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         merge,
         names_of,
         plain_state_dict,
+        rows,
         scales_of,
         unmerge,
     )
@@ -107,6 +108,7 @@ __all__ = [
     "plain_state_dict",
     "plan",
     "register_init",
+    "rows",
     "save",
     "save_foreign",
     "scales_of",
@@ -120,7 +122,7 @@ _LAZY = {
     for room, names in {
         "adapters": "Adapter memory_limit",
         "execution": "compile",
-        "surgery": "accumulating activate detach disabled merge names_of plain_state_dict scales_of unmerge",
+        "surgery": "accumulating activate detach disabled merge names_of plain_state_dict rows scales_of unmerge",
         "recipe": "Handle Recipe Report attach list_recipes load_recipe",
         "io": "Inspection hot_swap inspect load load_foreign save save_foreign",
         "fitting": "Budget Extraction Fit Truncation budget extract fit truncate",

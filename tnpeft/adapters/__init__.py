@@ -5,4 +5,11 @@ from tnpeft.adapters.inits import is_drawn
 from tnpeft.adapters.memory_need import memory_limit, memory_problems
 from tnpeft.adapters.sharing import Captured, Sharing
 
-__all__ = ["Adapter", "Captured", "Sharing", "is_drawn", "memory_limit", "memory_problems"]
+__all__ = [
+    "Adapter",
+    "Captured",
+    "Sharing",
+    "is_drawn",
+    "memory_limit",
+    "memory_problems",
+]

@@ -19,6 +19,7 @@ from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.strides import memory_order, moved
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.network import BoundCore, Network
+from tnpeft.network.dropout import Dropout, Mask, masks_of
 from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
 from tnpeft.schedule import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 
@@ -43,8 +44,11 @@ class Adapter(Resident, nn.Module):
 
     `mode` is the execution mode that was asked for. With `auto` and `autotune` the modes are timed once for
     each new call, which `choices` remembers: the call in words, and the mode. Choices are used without
-    `autotune` too.
+    `autotune` too. Calls of a layer that trains leave out what `dropout` says.
     """
+
+    dropout: Dropout | None = None
+    masks: tuple[Mask, ...] = ()
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Adapter(Resident, nn.Module):
         initialise: bool = True,
         sharing: Sharing | None = None,
         captured: Captured | None = None,
+        dropout: Dropout | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -67,6 +72,8 @@ class Adapter(Resident, nn.Module):
         self.mode = mode
         self.autotune = autotune
         self.choices = dict(choices or {})
+        if dropout is not None:
+            self.dropout, self.masks = dropout, masks_of(network, dropout)
         self.plan: Plan = plan(network)
         self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name
@@ -370,8 +377,7 @@ class Adapter(Resident, nn.Module):
         return {**super().__getstate__(), "_program": None}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        known = {key: value for key, value in state.items() if key not in _EARLIER}
-        super().__setstate__({"changes": 0, **known})  # type: ignore[no-untyped-call]
+        super().__setstate__({"changes": 0} | {key: state[key] for key in state if key not in _EARLIER})  # type: ignore[no-untyped-call]
         self._name_keys()
         self._lay_out(self._strides)
 

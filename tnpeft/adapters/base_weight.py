@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from tnpeft.adapters.parked import own_weight
+from tnpeft.adapters.parked import ParameterLayer, own_weight
 from tnpeft.errors import BindError, Problem
 from tnpeft.network import Layer, Network, layer_of
 from tnpeft.network.look_alikes import full_names, kind_name, quantised
@@ -28,6 +29,7 @@ __all__ = [
     "described",
     "is_packed_for_inference",
     "needs_weight",
+    "never_called",
     "stand_in",
     "unreadable",
 ]
@@ -63,6 +65,16 @@ def unreadable(spec: Any, layer: nn.Module) -> Problem:
     """What to say of an opaque layer of which a spec needs the weight, where nobody can give it."""
     fix = "Use a spec that does not read the weight, such as `lora`, or match other layers."
     return Problem(f"spec '{spec.name}'", "a base weight that can be read", described(layer), fix)
+
+
+def never_called(layer: nn.Module | ParameterLayer) -> str | None:
+    """What a layer is whose calls nobody sees, in words; None of all others.
+
+    `nn.MultiheadAttention` takes the weight of its output projection, and adapted parameters are read by their owners.
+    """
+    if isinstance(layer, ParameterLayer):
+        return "an embedding" if layer.is_whole else "a parameter that its owner reads"
+    return "the output projection of an attention" if isinstance(layer, NonDynamicallyQuantizableLinear) else None
 
 
 def described(layer: nn.Module) -> str:

@@ -110,7 +110,7 @@ def is_remnant(key: Node, value: Node) -> bool:
 def entries_problem(root: Node, expected: str) -> Problem | None:
     """What is said of the entries of a recipe that stand by themselves, one or a list; None for anything else."""
     entry = next((item for item in root.value if item.get("spec")), root) if root.kind == "list" else root
-    known = ("spec", "match", "parameters", "params", "exclude", "kinds", "layers", "ranks")
+    known = ("spec", "match", "parameters", "params", "exclude", "kinds", "layers", "ranks", "dropout")
     keys = [key for key, _ in entry.items() if key.value in known]
     if entry.get("spec") is None or any(entry.get(key) for key in ("adapters", "cores", "weight", "start")):
         return None

@@ -1,5 +1,6 @@
 """How adapted layers compute: which mode a call runs in, what is kept meanwhile, and the layers themselves."""
 
+from tnpeft.execution.batch_rows import Rows
 from tnpeft.execution.build import compile
 from tnpeft.execution.forward_pass import Batching, ForwardPass, ModelResults
 from tnpeft.execution.layer_kinds import AdaptedConv, AdaptedConv1D, AdaptedConvTranspose, AdaptedLinear, wrap
@@ -18,6 +19,7 @@ __all__ = [
     "Batching",
     "ForwardPass",
     "ModelResults",
+    "Rows",
     "compile",
     "wrap",
 ]

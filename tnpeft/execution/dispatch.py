@@ -31,10 +31,11 @@ from tnpeft.program import (
     needs_plain_ops,
     records_sizes,
     saved_tensors_are_hooked,
+    without_inference_gradients,
 )
 from tnpeft.schedule import Plan, best_plan, feasible_plans, plan
 
-__all__ = ["execute", "running_of"]
+__all__ = ["execute", "execute_drawn", "is_looked_on", "running_of"]
 
 
 def execute(site: Site, x: Tensor, *rest: Any) -> Tensor:
@@ -43,18 +44,36 @@ def execute(site: Site, x: Tensor, *rest: Any) -> Tensor:
     if "weight" not in parameters:
         raise taken_away(site.name, "weight")
     if needs_plain_ops(x, parameters["weight"]):
-        return _plain(site, x, *rest)
+        return _plain(site, site, x, *rest)
     acting = site.alone
     if acting is None or acting.adapter.mode == "dense" or x.is_nested or x.layout is not torch.strided:
         return dense(site, False, x, *rest)
-    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # autograd functions may save nothing there
-        with torch.no_grad():
+    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():
+        with without_inference_gradients():
             return run(site, acting, running_of(site, acting, x, rest), x, *rest)
     return run(site, acting, running_of(site, acting, x, rest), x, *rest)
 
 
-def _plain(site: Site, x: Tensor, *rest: Any) -> Tensor:
-    """The output by plain operations.
+def is_looked_on(site: Site, x: Tensor) -> bool:
+    """Whether a call takes the plain path. Raises ExecutionError where the weight was taken away."""
+    if "weight" not in site.base._parameters:
+        raise taken_away(site.name, "weight")
+    return needs_plain_ops(x, site.base._parameters["weight"])
+
+
+def execute_drawn(site: Site, drawn: Site, plain: bool, x: Tensor, *rest: Any) -> Tensor:
+    """`execute` with what acts on a site with masks, in the mode that the site without them has for this call."""
+    if plain:
+        return _plain(site, drawn, x, *rest)
+    acting, masked = site.alone, drawn.alone
+    with without_inference_gradients():
+        if acting is None or masked is None or acting.adapter.mode == "dense" or x.is_nested:
+            return dense(drawn, False, x, *rest)
+        return run(drawn, masked, running_of(site, acting, x, rest), x, *rest)
+
+
+def _plain(site: Site, drawn: Site, x: Tensor, *rest: Any) -> Tensor:
+    """The output by plain operations, with what acts on `drawn`: the site itself, or with masks.
 
     Who records operations for inputs of other sizes gets the dense ones, which fit any size, as does a compiled graph
     whose sizes may vary.
@@ -65,17 +84,17 @@ def _plain(site: Site, x: Tensor, *rest: Any) -> Tensor:
         return node
     tensors = [x, *(tensor for tensor in site.base._parameters.values() if tensor is not None)]
     refuse_distributed(site.name, tensors)
-    acting = site.alone
-    if acting is None or acting.adapter.mode in ("dense", "hybrid") or records_sizes():
-        return dense(site, True, x, *rest)
+    acting, masked = site.alone, drawn.alone
+    if acting is None or masked is None or acting.adapter.mode in ("dense", "hybrid") or records_sizes():
+        return dense(drawn, True, x, *rest)
     output_size = tuple(rest[0]) if rest and rest[0] is not None else None
     shape = tuple(x.shape)
     if not all(map(_is_static, (*shape, *(output_size or ())))):
-        return dense(site, True, x, *rest)
+        return dense(drawn, True, x, *rest)
     key = _plain_run(acting.adapter, site.base, acting.calls, shape, output_size, torch.is_grad_enabled())
     if key is None:
-        return dense(site, True, x, *rest)
-    return plain_factored(site, acting, *getattr(acting.calls, key), x, *rest)
+        return dense(drawn, True, x, *rest)
+    return plain_factored(drawn, masked, *getattr(acting.calls, key), x, *rest)
 
 
 def _is_static(size: int) -> bool:

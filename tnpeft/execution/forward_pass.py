@@ -19,6 +19,7 @@ from torch import Tensor
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.distributed import DISTRIBUTED, is_split
 from tnpeft.adapters.parked import ParameterLayer
+from tnpeft.execution.batch_rows import Rows
 from tnpeft.execution.batches import Batch, Batches, Member, Sources, sources_of
 from tnpeft.execution.calls import Acting
 from tnpeft.execution.results import ResultCache
@@ -131,10 +132,11 @@ class ForwardPass:
 
 
 class _Thread(threading.local):
-    """The pass of a model that a thread has open, and the innermost call of an owner of adapted parameters."""
+    """The pass of a model that a thread has open, its innermost call of an owner of adapted parameters, its rows."""
 
     current: ForwardPass | None = None
     sums: Sums | None = None
+    rows: Rows | None = None
 
 
 class _Anew:
@@ -152,6 +154,8 @@ class ModelResults(_Anew):
 
     def __init__(self) -> None:
         self.cache = ResultCache()
+        self.rows_opened = 0  # contexts of any thread in which rows have adapters of their own
+        self.lock = threading.RLock()  # for who opens or closes one
         self._thread = _Thread()
 
     def forget(self) -> None:
@@ -187,6 +191,15 @@ class ModelResults(_Anew):
         """The pass that is open in this thread, for layers on their fast path; None within activation checkpointing."""
         current = self._thread.current
         return None if current is None or saved_tensors_are_hooked() else current
+
+    @property
+    def rows(self) -> Rows | None:
+        """The adapters of the rows of this thread's batches; None where all rows have what acts."""
+        return self._thread.rows
+
+    @rows.setter
+    def rows(self, rows: Rows | None) -> None:
+        self._thread.rows = rows
 
 
 class Batching(_Anew):

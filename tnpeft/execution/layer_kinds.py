@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tnpeft.adapters.parked import ParameterLayer
-from tnpeft.execution.dispatch import execute
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.layers import AdaptedLayer
 from tnpeft.execution.opaque import AdaptedOpaque
@@ -29,7 +28,7 @@ class AdaptedLinear(AdaptedLayer):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return functional.linear(input, self.weight, self.bias)
         else:
-            return execute(self.site, input)
+            return self.site.way(self.site, input)
 
     @staticmethod
     def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -44,7 +43,7 @@ class AdaptedConv1D(AdaptedLayer):
             rows = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)  # type: ignore[arg-type]
             return rows.view(x.size()[:-1] + (self.weight.size(1),))  # noqa: RUF005 - TorchScript reads it
         else:
-            return execute(self.site, x)
+            return self.site.way(self.site, x)
 
     @staticmethod
     def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -75,7 +74,7 @@ class AdaptedConv(AdaptedLayer):
                 padded, self.weight, self.bias, self.stride, self.zeros, self.dilation, False, self.zeros, self.groups
             )
         else:
-            return execute(self.site, input)
+            return self.site.way(self.site, input)
 
     @staticmethod
     def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -101,7 +100,7 @@ class AdaptedConvTranspose(AdaptedLayer):
                 input, self.weight, self.bias, self.stride, self.padding, self.dilation, True, extra, self.groups
             )
         else:
-            return execute(self.site, input, output_size)
+            return self.site.way(self.site, input, output_size)
 
     @staticmethod
     def _call_base(base: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:

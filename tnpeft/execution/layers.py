@@ -30,11 +30,14 @@ from tnpeft.adapters.parked import (
 )
 from tnpeft.adapters.parked_states import forget_hook, make_again, set_to_base, translate
 from tnpeft.execution.calls import Acting, Calls
+from tnpeft.execution.dispatch import execute
+from tnpeft.execution.dropout import execute_dropping
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.modes import summed_weight
 from tnpeft.execution.refusals import replace_own, replicated, taken_away
+from tnpeft.execution.rows import execute_rows
 from tnpeft.execution.scripting import hidden_attributes, refuse_unmerged
-from tnpeft.execution.site import Site
+from tnpeft.execution.site import Site, Ways
 from tnpeft.program import needs_plain_ops
 
 __all__ = ["HOOKS", "AdaptedLayer", "make_layer_again"]
@@ -72,6 +75,7 @@ class AdaptedLayer(Resident, nn.Module):
     TorchScript takes the tensors in the tables for `weight` and `bias`, those of a merged layer.
     """
 
+    _ways: ClassVar[Ways] = Ways(execute, execute_dropping, execute_rows)
     __jit_unused_properties__: ClassVar[list[str]] = [
         "__jit_ignored_attributes__", "alone", "base", "bias", "layer_name", "margins", "names", "place", "results",
         "site", "weight", "where", "zeros",
@@ -150,13 +154,22 @@ class AdaptedLayer(Resident, nn.Module):
 
     def _settle(self) -> None:
         """Make the site anew, after a change of what acts."""
-        self.__dict__["site"] = self._site_of(() if self.merged or self.disabled else self.scales)
+        site = self._site_of(() if self.merged or self.disabled else self.scales)
+        if self.results.rows_opened and not (self.merged or self.disabled):
+            scales = {name: self.scales.get(name, 1.0) for name in self.names}
+            every = {name: Acting(self.adapter(name), scale, self.calls(name)) for name, scale in scales.items()}
+            site = site._replace(way=self._ways.rows, every=every, usual=site, idle=False)
+        self.__dict__["site"] = site
 
     def _site_of(self, names: Iterable[str]) -> Site:
         acting = tuple([Acting(self.adapter(name), self.scales[name], self.calls(name)) for name in names])
         idle = self.disabled or not self.scales
         alone = acting[0] if len(acting) == 1 and acting[0].scale == 1.0 else None
-        return Site(self.layer_name, self.base, type(self)._call_base, acting, idle, self.results, alone)
+        way = self._ways.usual
+        if self.training:
+            for each in acting:
+                way = self._ways.dropping if each.adapter.dropout is not None else way
+        return Site(self.layer_name, self.base, type(self)._call_base, acting, idle, self.results, alone, way)
 
     @property
     def alone(self) -> Acting | None:
@@ -183,6 +196,14 @@ class AdaptedLayer(Resident, nn.Module):
         del self.adapters[_key(name)]
         self._calls.pop(name, None)
         self.act({known: scale for known, scale in self.scales.items() if known != name})
+
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        """As of any module; what adapters drop, they drop in training alone."""
+        changed = mode != self.training
+        super().train(mode)
+        if changed and any(self.adapter(name).dropout for name in self.names):
+            self._settle()
+        return self
 
     def merge(self) -> None:
         """Compute the effective weight and put it where the base weight stands, which is parked."""

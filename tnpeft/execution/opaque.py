@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,15 @@ from tnpeft.adapters.base_weight import base_weight, dequantised, is_computed
 from tnpeft.adapters.offload import present, wrapper_of
 from tnpeft.adapters.parked_states import set_to_base, translate
 from tnpeft.errors import ExecutionError, Problem
+from tnpeft.execution.base_call import call_opaque, pads_itself, passing_gradients
+from tnpeft.execution.dropout import updates_dropping
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.layers import HOOKS, AdaptedLayer
 from tnpeft.execution.modes import sum_deltas
-from tnpeft.execution.opaque_call import call_opaque, pads_itself, passing_gradients
-from tnpeft.execution.opaque_update import with_updates
-from tnpeft.execution.site import Site
+from tnpeft.execution.rows import updates_of_rows
+from tnpeft.execution.site import Site, Ways
 from tnpeft.execution.torch_call import add_weight
+from tnpeft.execution.updates import with_updates
 from tnpeft.network import Layer, layer_of
 from tnpeft.network.signature import torch_kind
 
@@ -40,6 +42,8 @@ class AdaptedOpaque(AdaptedLayer):
     `weight` and `bias` are the base's own, whatever they are. State dicts are the base's, with the adapters' beside.
     While it is merged, a plain layer with the dequantised weight and the update computes in its place.
     """
+
+    _ways: ClassVar[Ways] = Ways(with_updates, updates_dropping, updates_of_rows)
 
     def __init__(self, base: nn.Module, results: ModelResults) -> None:
         super().__init__(base, results)
@@ -61,7 +65,7 @@ class AdaptedOpaque(AdaptedLayer):
         output = called.output
         if torch.is_grad_enabled() and called.x.requires_grad and not torch.compiler.is_compiling():
             output = passing_gradients(site.base, layer, self.where, called.x, output)
-        return with_updates(site, layer, called, output)
+        return site.way(site, layer, called, output)
 
     @property
     def alone(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -10,7 +11,15 @@ from torch import Tensor
 from tnpeft.execution.calls import Acting
 from tnpeft.execution.forward_pass import ModelResults
 
-__all__ = ["Site"]
+__all__ = ["Site", "Ways"]
+
+
+class Ways(NamedTuple):
+    """What computes the calls of a kind of layer: as a rule, with something dropped, with adapters of single rows."""
+
+    usual: Callable[..., Tensor]
+    dropping: Callable[..., Tensor]
+    rows: Callable[..., Tensor]
 
 
 class Site(NamedTuple):
@@ -23,3 +32,6 @@ class Site(NamedTuple):
     idle: bool
     results: ModelResults
     alone: Acting | None  # the only adapter that acts, if it does so at scale 1
+    way: Callable[..., Tensor]  # what computes a call: the usual way, that with dropout, or that with rows
+    every: Mapping[str, Acting] = MappingProxyType({})  # while rows have adapters of their own: all that there are
+    usual: Any = None  # then, the site for threads whose rows have none

@@ -262,6 +262,7 @@ def _compiled(handle: Handle, wanted: Mapping[str, Network]) -> dict[str, Adapte
                 autotune=adapter.autotune,
                 sharing=sharing,
                 captured=adapter.captured,
+                dropout=adapter.dropout,
             )
             if any(core.dtype == torch.float64 for core in adapter.parameters()):
                 fresh[layer].double()  # cores that were widened with their model keep their digits

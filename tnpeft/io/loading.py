@@ -26,6 +26,7 @@ from tnpeft.io.renaming import with_plain_names
 from tnpeft.network import Layer, Network, Spec
 from tnpeft.network.orientation import ORIENTATIONS, oriented
 from tnpeft.recipe import Handle
+from tnpeft.recipe.dropout import dropout_of
 from tnpeft.surgery import (
     activate,
     adapted,
@@ -259,6 +260,9 @@ def _network(
 
 def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: Any, sharing: Sharing) -> Adapter:
     """A layer's adapter, its cores still without values."""
+    dropout, odd = dropout_of(entry.dropout)
+    if odd:
+        raise AdapterFileError(*(replace(problem, where=shown(path)) for _, problem in odd))
     with of_file(path, f"layer '{name}'"):
         return Adapter(
             network,
@@ -270,6 +274,7 @@ def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: 
             initialise=False,
             sharing=sharing,
             captured=entry.captured,
+            dropout=dropout,
         )
 
 

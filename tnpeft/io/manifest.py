@@ -54,6 +54,7 @@ class LayerEntry(_Entry):
     `orientation` is there for a parameter that is adapted by itself, whose name stands in the layer's place: its axes
     as they are stored, `o i`, `i o`, or of a stack `e o i`, `e i o`. Cores of a stack have the axis of its slices
     first, but for shared ones.
+    `dropout` has the probabilities of what is dropped when training goes on.
     """
 
     spec: int
@@ -65,6 +66,7 @@ class LayerEntry(_Entry):
     drawn: dict[str, str] = Field(default_factory=dict)
     label: str | None = None
     orientation: str | None = None
+    dropout: dict[str, float] = Field(default_factory=dict)
 
 
 class BaseTensor(_Entry):

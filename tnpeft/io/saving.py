@@ -115,6 +115,7 @@ def _manifest(
             drawn=drawn[layer],
             label=None if adapter.layer_name == layer else adapter.layer_name,
             orientation=orientation_of(adapter.network.layer) if layer in parameters else None,
+            dropout=adapter.dropout.as_dict() if adapter.dropout else {},
         )
         for layer, adapter in adapters.items()
     }

@@ -16,7 +16,13 @@ from tnpeft.program.factored import (
     factored_update,
 )
 from tnpeft.program.kernels import is_lasting, versions
-from tnpeft.program.observers import needs_plain_ops, records_sizes, saved_tensor_hooks, saved_tensors_are_hooked
+from tnpeft.program.observers import (
+    needs_plain_ops,
+    records_sizes,
+    saved_tensor_hooks,
+    saved_tensors_are_hooked,
+    without_inference_gradients,
+)
 
 __all__ = [
     "BatchedCluster",
@@ -48,4 +54,5 @@ __all__ = [
     "saved_tensors_are_hooked",
     "versions",
     "without_autocast",
+    "without_inference_gradients",
 ]

@@ -11,6 +11,9 @@ Function as well, and are shown what runs without them.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,7 +21,14 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["is_recorded", "needs_plain_ops", "records_sizes", "saved_tensor_hooks", "saved_tensors_are_hooked"]
+__all__ = [
+    "is_recorded",
+    "needs_plain_ops",
+    "records_sizes",
+    "saved_tensor_hooks",
+    "saved_tensors_are_hooked",
+    "without_inference_gradients",
+]
 
 _tracing_state = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -81,6 +91,11 @@ def saved_tensor_hooks() -> object:
     """The hooks through which tensors go that autograd saves; None where there are none."""
     hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks
+
+
+def without_inference_gradients() -> AbstractContextManager[Any]:
+    """Inside, nothing is recorded where inference mode is on: autograd's functions may save nothing there."""
+    return torch.no_grad() if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _proxy_before_dispatch() -> object:

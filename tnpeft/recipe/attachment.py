@@ -13,6 +13,7 @@ from tnpeft.documents.nodes import read_file
 from tnpeft.errors import AttachError, Problem, SpecError, clip
 from tnpeft.network import Spec, load_spec, param_problems
 from tnpeft.recipe.compilation import compiled_layers
+from tnpeft.recipe.dropout import dropout_of
 from tnpeft.recipe.handle import Handle
 from tnpeft.recipe.model import Entry, Recipe, Train, load_recipe, train_from
 from tnpeft.recipe.parameter_targets import signatures
@@ -46,6 +47,7 @@ def attach(
     name: str = "default",
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
+    dropout: Mapping[str, float] | None = None,
     seed: int | None = None,
     mode: str = DEFAULT_MODE,
     autotune: bool = False,
@@ -55,25 +57,22 @@ def attach(
 
     `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers: a regular
     expression (searched in full module names), a list of names, or `"all"`: every layer of the spec's kinds that can
-    carry an adapter (the report names those that cannot). `exclude` leaves some out, by a regular expression or names
-    (of layers or of what holds them), `kinds` says which of the spec's kinds are meant ("Linear"), `layers` in which
-    numbered blocks ("0-5, 8", {"decoder.layers": "0-5"}). `params` override the specs' own numbers, and `ranks` those
-    of some layers, by regular expressions on their names ({"q_proj$": {"r": 8}}). `parameters` are adapted beside
-    layers, or alone, always `dense`: names, a regular expression, or such with orientations, the axes as they are
-    stored: {"mlp.w1$": "o i", "experts.down_proj$": "e o i"}, slices, outputs, inputs. `train` says what trains beside
-    the cores ({"bias": "adapted", "norm": True, "also": [...]}; nothing, or what the recipe says, by default), `scopes`
-    binds the scopes of shared cores to regular expressions on layers' names ({"block": r"layers\\.(\\d+)\\."}), `seed`
-    overrides the specs' seed, and `name` tells several adapters on one model apart. Everything else is frozen.
+    carry an adapter. `exclude` leaves some out, by a regular expression or names (of layers or of what holds them),
+    `kinds` says which kinds are meant ("Linear"), `layers` which numbered blocks ("0-5", {"decoder.layers": "0-5, 8"}).
+    `params` override the specs' own numbers, `ranks` those of some layers ({"q_proj$": {"r": 8}}). `parameters` are
+    adapted beside layers, or alone: regular expressions or names, or a mapping of these to the axes as they are stored
+    ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}: outputs, inputs, slices of a stack of layers).
 
-    `mode` says how each layer applies its update: `dense` builds the delta weight and calls the layer once with the
-    sum; `factored` contracts the cores with the layer's input and never builds it; `hybrid` calls the layer with the
-    sum and takes the cores' gradients from the factored chain, without the weight's gradient. All agree but for
-    rounding. Layers that cannot be factored (groups, DoRA, cores that are the base weight) run dense, and so do all of
-    them with several active adapters or at another scale than 1; in compiled graphs hybrid runs as dense, and factored
-    too where sizes may vary. `auto` takes, for each layer and input size, the one of least predicted time; with
-    `autotune` it runs all of them a few times when a layer first sees a size (forward passes without gradients apart),
-    and remembers which was the quickest, in saved files too. Second derivatives need `dense`. Opaque layers (quantised,
-    computed) are called as they are, with the update beside: a chain, or one product with the delta weight.
+    `train` says what trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}); all else is frozen.
+    `dropout` says what layers leave out at random while they train ({"input": 0.05, "bond": 0.1, "module": 0.1}: of
+    what the update reads, of indices that join cores, all of it). `scopes` binds the scopes of shared cores to regular
+    expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` tells several adapters apart.
+
+    `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
+    `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'
+    gradients from the factored chain. All agree but for rounding. What cannot be factored (groups, DoRA, cores that are
+    the base weight, several active adapters, other scales than 1) runs dense. `auto` takes the one of least predicted
+    time; with `autotune` it times them, and remembers. Second derivatives need `dense`.
 
     Layers that would take more than the device's memory are refused (`tnpeft.memory_limit`).
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
@@ -84,6 +83,8 @@ def attach(
     recipe = recipe_of(what, match, params, **where)
     recipe = recipe if train is None else replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
+    if dropout is not None:
+        recipe = _with_dropout(recipe, dropout)
     if problems := [*model_problems(model)]:
         raise AttachError(*problems)
     claimed = targets(model, recipe)
@@ -93,6 +94,14 @@ def attach(
         adapters = compiled_layers(bases_of(model, signatures(model, claimed)), claimed, captured, seed, mode, autotune)
     install(model, name, adapters, also.names, _about(model, recipe, claimed, also))
     return Handle(model, name)
+
+
+def _with_dropout(recipe: Recipe, given: object) -> Recipe:
+    """The recipe with what `attach` says of dropout. Raises AttachError."""
+    dropout, told = dropout_of(given)
+    if told:
+        raise AttachError(*(problem for _, problem in told))
+    return replace(recipe, entries=tuple(replace(entry, dropout=dropout) for entry in recipe.entries))
 
 
 def _about(model: nn.Module, recipe: Recipe, claimed: Mapping[str, Entry], also: Trained) -> dict[str, Any]:

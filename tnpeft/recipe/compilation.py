@@ -8,9 +8,11 @@ from dataclasses import replace
 from torch import nn
 
 from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
+from tnpeft.adapters.base_weight import never_called
 from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.errors import AttachError, BindError, Problem
 from tnpeft.network import Network
+from tnpeft.network.dropout import Dropout, dropout_problems
 from tnpeft.recipe.model import Entry
 from tnpeft.schedule import check_mode
 
@@ -41,6 +43,9 @@ def compiled_layers(
         except BindError as error:
             problems += _of_layer(name, error)
     problems += memory_problems(networks, modules, mode)
+    for name, network in networks.items():
+        if dropout := claimed[name].dropout:
+            problems += _dropout_problems(name, network, modules[name], dropout)
     if problems:
         raise AttachError(*problems)
     sharing = Sharing()
@@ -59,12 +64,23 @@ def compiled_layers(
                 autotune=autotune,
                 sharing=sharing,
                 captured=captured[name],
+                dropout=claimed[name].dropout,
             )
         except BindError as error:
             problems += _of_layer(name, error)
     if problems:
         raise AttachError(*problems)
     return adapters
+
+
+def _dropout_problems(
+    name: str, network: Network, layer: nn.Module | ParameterLayer, dropout: Dropout
+) -> list[Problem]:
+    """Why calls of a layer cannot leave out so much."""
+    if found := never_called(layer):
+        fix = "Exclude it, or adapt it by another entry of a recipe, or under another name, without `dropout`."
+        return [Problem("`dropout`", "a layer whose input is seen", found, fix, layers=(name,))]
+    return [replace(problem, layers=(name,)) for problem in dropout_problems(network, dropout)]
 
 
 def _of_layer(name: str, error: BindError) -> list[Problem]:

@@ -14,6 +14,8 @@ from tnpeft.documents.nodes import Node, read_bytes, read_document
 from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_problem, with_text_keys
 from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
 from tnpeft.network import Spec, load_spec
+from tnpeft.network.dropout import Dropout
+from tnpeft.recipe.dropout import dropout_advice, dropout_of
 from tnpeft.recipe.parameters import Parameters, parameters_from
 from tnpeft.recipe.selection import ALL, SPANS, Selection, compiled, selection_of
 from tnpeft.spec import find_shipped, list_specs
@@ -35,6 +37,12 @@ Scalar = int | float
 Numbers = int | str | list[int]
 
 
+class DropoutFile(FilePart):
+    input: Scalar = 0
+    bond: Scalar = 0
+    module: Scalar = 0
+
+
 class EntryFile(FilePart):
     spec: str
     match: str | list[str]
@@ -44,6 +52,7 @@ class EntryFile(FilePart):
     kinds: str | list[str] | None = None
     layers: Numbers | dict[str, Numbers] | None = None
     ranks: dict[str, dict[str, Scalar]] | None = None
+    dropout: DropoutFile | None = None
 
 
 class TrainFile(FilePart):
@@ -66,7 +75,11 @@ def _advice(path: tuple[str | int, ...], key: str, value: object) -> str:
     """What to write for a key that no recipe has, or that belongs elsewhere in it."""
     if path == ("train",):
         return advice_on(key, ())
+    if path[-1:] == ("dropout",):
+        return dropout_advice(key, None)
     within = "" if path else " in an entry of `adapters`"
+    if key.endswith("_dropout") and (said := dropout_advice(key, value)):
+        return said.replace("`.", f"`{within}.")
     if key in EntryFile.model_fields:
         return f"Write it{within}."
     if key in TrainFile.model_fields:
@@ -108,6 +121,13 @@ RECIPE = Schema(
             "params by regular expressions on layers' names, in place of those in `params`",
             r"For example `ranks: {'q_proj$': {r: 8}}`; of each param the first pattern that finds a layer counts.",
         ),
+        "dropout": (
+            "what training drops at random, with probabilities",
+            "For example `dropout: {input: 0.05, bond: 0.1}`.",
+        ),
+        "input": ("a probability below 1: of an entry that the update reads", "For example `input: 0.05`."),
+        "bond": ("a probability below 1: of an entry of a bond", "For example `bond: 0.1`."),
+        "module": ("a probability below 1: of a layer's update, for a call", "For example `module: 0.1`."),
         "scopes": ("scopes with regular expressions", r"For example `scopes: {block: 'layers\.(\d+)\.'}`."),
         "train": ("what trains beside the cores", "For example `train: {bias: adapted, norm: true}`."),
         "bias": ("`none`, `adapted` or `all`", "Write `bias: adapted`, say."),
@@ -146,6 +166,8 @@ def recipe_schema() -> dict[str, Any]:
             "examples": ["0-5, 8", "16-", {"decoder.layers": "0-5"}],
         },
         "adapters.*.ranks": {"examples": [{"q_proj$": {"r": 8}}]},
+        "adapters.*.dropout": {"examples": [{"input": 0.05}, {"bond": 0.1, "module": 0.1}]},
+        **{f"adapters.*.dropout.{each}": {"minimum": 0, "exclusiveMaximum": 1} for each in DropoutFile.model_fields},
         "scopes": {
             "propertyNames": {"pattern": rf"^{WORD}$"},
             "examples": [{"layer": r"layers\.(\d+)\.", "matrix": r"\.([qkvo])_proj$"}],
@@ -164,7 +186,8 @@ class Entry:
     """One spec of a recipe with its layers: `match` is a regular expression, exact names, or `all`.
 
     `all` stands for every layer of the spec's kinds that can carry an adapter; nothing is matched if `match` is empty.
-    `parameters` are adapted beside layers. `selection` narrows both.
+    `parameters` are adapted beside layers. `selection` narrows both. `dropout` is what training leaves
+    out at random.
     """
 
     spec: Spec
@@ -173,6 +196,7 @@ class Entry:
     where: Position | str | None = None
     selection: Selection = _WHOLE
     parameters: Parameters | None = None
+    dropout: Dropout | None = None
 
     def params_of(self, layer: str) -> Mapping[str, Any]:
         """The params of one of its layers: those that `ranks` has for it, else the entry's."""
@@ -298,13 +322,17 @@ def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     selection, told = selection_of(given, spec)
     for path, problem in told:
         problems.put(replace(problem, where=node.along(path)[-1].position))
+    dropping = node.get("dropout")
+    dropout, told = dropout_of(None if dropping is None else dropping.plain())
+    for path, problem in told:
+        problems.put(replace(problem, where=node.along(("dropout", *path))[-1].position))
     if spec is None:
         return None
     values = params.plain() if params is not None else {}
     where = params.position if params is not None else node.position
     for problem in unknown_params(f"params of spec '{spec.name}'", values, spec.params):
         problems.put(replace(problem, where=where))
-    return Entry(spec, layers, values, node.position, selection, parameters)
+    return Entry(spec, layers, values, node.position, selection, parameters, dropout)
 
 
 def _parameters(entry: Node, problems: Problems) -> Parameters | None:

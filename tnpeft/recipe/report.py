@@ -20,6 +20,7 @@ from tnpeft.surgery import AdapterRecord, base_tensors, layers_of, plain_paramet
 __all__ = ["REASONS", "LayerReport", "Report", "SharedReport", "printed", "reasons_of", "report_of"]
 
 REASONS = ("bias", "norm", "also")
+_ONLY_IF_ANY = ("skipped", "passed", "fused", "dropout")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Report:
 
     `skipped` are the layers of the spec's kinds that `match="all"` left out, with what each of them is,
     `passed` the other kinds of modules that have weights, with their numbers. `fused` are the modules of which the
-    output projection alone is adapted, for their q, k and v weights are none of a layer.
+    output projection alone is adapted, for their q, k and v weights are none of a layer. `dropout` says what training
+    drops at random, and of how many layers.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Report:
     skipped: Mapping[str, str] = field(default_factory=dict)
     passed: Mapping[str, int] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
+    dropout: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -92,7 +95,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """A line for each tensor that layers share, for layers skipped for one reason, for what else is left out."""
+        """A line for what is dropped, each tensor that layers share, layers skipped for one reason, and so on."""
         reasons: dict[str, list[str]] = {}
         for layer, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(layer)
@@ -104,12 +107,16 @@ class Report:
             lines.append(
                 f"left out: q, k and v of {listed(self.fused)} (MultiheadAttention: out_proj alone is adapted)"
             )
-        return [*map(str, self.shared), *lines]
+        dropped = [
+            f"dropout in training: {said}, of {number} layer{'s' * (number != 1)}"
+            for said, number in self.dropout.items()
+        ]
+        return [*dropped, *map(str, self.shared), *lines]
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
         data = {**asdict(self), "share": self.share}
-        return {key: value for key, value in data.items() if value or key not in ("skipped", "passed", "fused")}
+        return {key: value for key, value in data.items() if value or key not in _ONLY_IF_ANY}
 
     def __rich__(self) -> Table:
         title = f"Adapter '{self.name}': {self.trained:,} of {self.base:,} parameters train ({self.share:.3%})"
@@ -179,7 +186,9 @@ def report_of(model: nn.Module, name: str) -> Report:
     fused = tuple(each for each in fused_attention(model, adapters) if not _trains_whole(each, whole))
     passed = _counts(record.about.get("passed"))
     shared = _shared(adapters)
-    return Report(name, tuple(rows), shared, cores, bias_count, norm, also, trained, base, skipped, passed, fused)
+    dropout = dict(Counter(str(adapter.dropout) for adapter in adapters.values() if adapter.dropout))
+    counts_of = (cores, bias_count, norm, also, trained, base)
+    return Report(name, tuple(rows), shared, *counts_of, skipped, passed, fused, dropout)
 
 
 def _trains_whole(attention: str, names: Iterable[str]) -> bool:

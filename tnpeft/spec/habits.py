@@ -9,7 +9,10 @@ from tnpeft.errors import Problem, near_miss, ticked
 __all__ = ["advice_on", "is_word", "unknown_params"]
 
 # What `attach` takes beside the params of specs.
-ATTACH = ("match", "exclude", "kinds", "layers", "ranks", "name", "train", "scopes", "seed", "mode", "autotune")
+ATTACH = (
+    *("match", "exclude", "kinds", "layers", "ranks", "name", "train", "scopes", "dropout"),
+    *("seed", "mode", "autotune"),
+)
 
 _MATCH = "`match` says which layers: a regular expression on their names, a list of names, or `all`."
 _EXCLUDE = "`exclude` says which layers to leave out: a regular expression on their names, or a list of names."
@@ -19,7 +22,7 @@ _KINDS = "`kinds` says which kinds of layers of the spec's are meant: `Linear`, 
 _ALSO = "`train` says what trains beside the cores: its `also` takes regular expressions on parameters' names."
 _BIAS = "`train` says what trains beside the cores: its `bias` is `none`, `adapted` or `all`."
 _NORM = "`train` says what trains beside the cores: its `norm` is `true`, `false` or `all`."
-_DROPOUT = "Adapters here have no dropout: leave it out."
+_DROPOUT = "`dropout` says what is dropped in training: `{'input': 0.05, 'bond': 0.1, 'module': 0.1}`, say."
 _METHOD = "The spec is the method: take another one, such as `loha`."
 _DORA = "Take a spec with a trained magnitude, such as `dora`."
 _TUCKER = "Take a spec with a Tucker core, such as `locon_tucker`, `loha_tucker` or `lokr_tucker`."
@@ -40,6 +43,7 @@ _SAME = {
     "ranks": "rank_pattern alpha_pattern block_dims block_alphas",
     "name": "adapter_name adapter",
     "seed": "random_state random_seed manual_seed init_seed",
+    "dropout": "lora_dropout network_dropout rank_dropout module_dropout dropout_p dropout_prob hada_dropout",
     "autotune": "tune benchmark",
 }
 _SENTENCES = {
@@ -51,7 +55,7 @@ _SENTENCES = {
     _ALSO: "modules_to_save trainable_modules trainable_token_indices",
     _BIAS: "bias biases train_bias train_biases",
     _NORM: "norm norms train_norm train_norms",
-    _DROPOUT: "dropout lora_dropout network_dropout rank_dropout module_dropout dropout_p dropout_prob hada_dropout",
+    _DROPOUT: _SAME["dropout"],
     _METHOD: "algo algorithm network_module peft_type method adapter_type peft_config config",
     _DORA: "use_dora weight_decompose dora_wd",
     "Take the spec `rslora`.": "use_rslora rs_lora",

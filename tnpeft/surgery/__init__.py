@@ -31,6 +31,7 @@ from tnpeft.surgery.queries import (
     trained_of,
 )
 from tnpeft.surgery.refill import refill
+from tnpeft.surgery.rows import rows
 from tnpeft.surgery.switch import activate, base_shown, disabled, merge, scale_problem, unmerge
 from tnpeft.surgery.trained import norm_statistics
 from tnpeft.surgery.tree import plain_modules, plain_name, plain_parameters
@@ -66,6 +67,7 @@ __all__ = [
     "record_of",
     "refill",
     "replace_adapters",
+    "rows",
     "scale_problem",
     "scales_of",
     "statistics_of",

@@ -227,7 +227,10 @@ def apply_state(root: nn.Module, state: AdaptedModel) -> None:
 
 
 def refuse_disabled(state: AdaptedModel) -> None:
-    """Raises AttachError inside a `disabled` context, which could not end after the change."""
+    """Raises AttachError inside a `disabled` or `rows` context, which could not end after the change."""
+    if state.results.rows_opened:
+        fix = "Leave the `rows` context first, in every thread."
+        raise AttachError(Problem("model", "adapters of all rows", "some for single rows, by `tnpeft.rows`", fix))
     if state.disabled:
         fix = "Leave the `disabled` context first."
         raise AttachError(Problem("model", "enabled adapters", "adapters disabled by `tnpeft.disabled`", fix))

@@ -62,6 +62,11 @@ class Tied:
         assert copy is not None
         return copy
 
+    def is_like_base(self, names: Iterable[str]) -> bool:
+        """Whether the copies of some adapters have the base's values."""
+        copies = [self.copy_of(name) for name in names if name in self.trainers]
+        return all(torch.equal(copy, self.original) for copy in copies)
+
     def new_copy(self) -> Tensor:
         """The start of an adapter's own copy: the original's bits."""
         with present(self.slots[0].owner), torch.inference_mode(False):

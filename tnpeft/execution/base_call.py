@@ -1,4 +1,4 @@
-"""A call of an opaque layer: what its own `forward` gives, and what its weight meets meanwhile.
+"""A call of a base layer: what its own `forward` gives, and what its weight meets meanwhile; for opaque ones, watched.
 
 The update of a convolution reads what the layer's convolution reads, which a `forward` of its own may have padded. It
 is watched for that, call by call. A Linear is taken to read its input.
@@ -19,7 +19,7 @@ from tnpeft.errors import ExecutionError, Problem
 from tnpeft.network import Layer
 from tnpeft.network.signature import torch_kind
 
-__all__ = ["OpaqueCall", "call_opaque", "geometry_of", "pads_itself", "passing_gradients"]
+__all__ = ["BaseCall", "call_opaque", "geometry_of", "pads_itself", "passing_gradients", "plain_call"]
 
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -30,7 +30,7 @@ _CONVOLUTIONS = {getattr(functional, f"conv{axes}d"): _NAMES for axes in (1, 2, 
 _NODES = 10_000
 
 
-class OpaqueCall(NamedTuple):
+class BaseCall(NamedTuple):
     """What a layer gave, what its weight read, and for a convolution how: its stride and the like."""
 
     output: Tensor
@@ -40,7 +40,7 @@ class OpaqueCall(NamedTuple):
 
 def call_opaque(
     base: Any, layer: Layer, watched: bool, where: str | None, args: Sequence[Any], kwargs: dict[str, Any]
-) -> OpaqueCall:
+) -> BaseCall:
     """The base layer's own output; convolutions in it are `watched` where they may have another input than it has.
 
     Raises ExecutionError where it is none that an update can be added to.
@@ -60,13 +60,18 @@ def call_opaque(
         kinds = f"a {type(x).__name__} and a {type(output).__name__}"
         raise ExecutionError(Problem("input and output", "tensors", kinds, "Match other layers.", where=where))
     if not layer.kernel_size:
-        return OpaqueCall(output, x)
+        return BaseCall(output, x)
     if not watched or not calls:
-        return OpaqueCall(output, x, _how(vars(base), layer))
+        return BaseCall(output, x, _how(vars(base), layer))
     if len(calls) > 1:
         found = f"{len(calls)} of them in its `forward`"
         raise ExecutionError(Problem("an opaque layer", "one convolution", found, "Match other layers.", where=where))
-    return OpaqueCall(output, calls[0]["input"], _how(calls[0], layer))
+    return BaseCall(output, calls[0]["input"], _how(calls[0], layer))
+
+
+def plain_call(base: Any, layer: Layer, output: Tensor, x: Tensor) -> BaseCall:
+    """A call of a layer of torch's own that gave this output of an input of this shape."""
+    return BaseCall(output, x, _how(vars(base), layer) if layer.kernel_size else None)
 
 
 def pads_itself(base: nn.Module, layer: Layer) -> bool:

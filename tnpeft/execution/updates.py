@@ -1,13 +1,15 @@
-"""What adapters add to the output of an opaque layer: chains of its input, and one product with the other updates.
+"""What adapters add to the output of a base layer: chains of an input, and one product with the other updates.
 
     y = base(x) + sum of s chain(x) + (sum of s dW) x
 
-Chains are of the adapters that run factored, dW of all others. The base weight W has no part in it.
+Chains are of the adapters that run factored, dW of all others. The base weight W has no part in it: that of an opaque
+layer cannot be read, and elsewhere the update may read another input than the base, or some of its rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,12 +19,12 @@ from torch.nn import functional
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.base_weight import base_weight
 from tnpeft.errors import ExecutionError, Problem
+from tnpeft.execution.base_call import BaseCall, geometry_of
 from tnpeft.execution.calls import Acting, Calls, Running
 from tnpeft.execution.modes import clusters_of, require_memory, sum_deltas
-from tnpeft.execution.opaque_call import OpaqueCall, geometry_of
 from tnpeft.execution.site import Site
 from tnpeft.execution.torch_call import as_autocast_has_it, call_of, chain_input
-from tnpeft.network import Layer
+from tnpeft.network import Layer, Network
 from tnpeft.program import (
     ChainProgram,
     LayerClusters,
@@ -33,6 +35,7 @@ from tnpeft.program import (
     needs_plain_ops,
     records_sizes,
     without_autocast,
+    without_inference_gradients,
 )
 from tnpeft.schedule import plan
 
@@ -46,9 +49,14 @@ _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 }
 
 
-def with_updates(site: Site, layer: Layer, called: OpaqueCall, output: Tensor) -> Tensor:
-    """The output with the updates of all that acts, rounded once for each of them."""
+def with_updates(site: Site, layer: Layer, called: BaseCall, output: Tensor) -> Tensor:
+    """The output with the updates of all that acts, rounded once for each of them; that of a plain layer is used up."""
     plain = needs_plain_ops(called.x)
+    with nullcontext() if plain else without_inference_gradients():
+        return _with_updates(site, layer, called, output, plain)
+
+
+def _with_updates(site: Site, layer: Layer, called: BaseCall, output: Tensor, plain: bool) -> Tensor:
     x = as_autocast_has_it(called.x)
     left = []
     for acting in site.acting:
@@ -59,6 +67,9 @@ def with_updates(site: Site, layer: Layer, called: OpaqueCall, output: Tensor) -
         program, clusters = _programs(site, acting, chain, plain)
         require_memory(acting.adapter, clusters, x)
         seen = chain_input(geometry_of(called.how, layer), x)
+        if not layer.opaque and acting.scale == 1.0 and output.dtype == chain_dtype(x):
+            output = factored_update(output, seen, program, clusters)
+            continue
         zeros = torch.zeros(_shape(layer, x, program), dtype=chain_dtype(x), device=x.device)
         update = factored_update(zeros, seen, program, clusters)
         output = _added(site, layer, output, update if acting.scale == 1.0 else update * acting.scale)
@@ -78,7 +89,7 @@ def _added(site: Site, layer: Layer, output: Tensor, update: Tensor) -> Tensor:
     return (output + update).to(output.dtype)
 
 
-def _chain(acting: Acting, layer: Layer, called: OpaqueCall, plain: bool) -> str | Running | None:
+def _chain(acting: Acting, layer: Layer, called: BaseCall, plain: bool) -> str | Running | None:
     """How the chain of a call runs, or on the plain path the attribute of `calls` that says so; None: not at all."""
     adapter, x, how = acting.adapter, called.x, called.how
     if adapter.mode in ("dense", "hybrid") or adapter.network.reads_weight:
@@ -89,7 +100,7 @@ def _chain(acting: Acting, layer: Layer, called: OpaqueCall, plain: bool) -> str
     if plain:
         if records_sizes() or not all(map(_is_static, (*shape, *(size or ())))):
             return None
-        return _plain_run(adapter, layer, acting.calls, shape, how, size, x.device.type)
+        return _plain_run(adapter.network, layer, acting.calls, shape, how, size, x.device.type)
     running = acting.calls.get((shape, how, size, x.device), lambda: _planned(adapter, layer, called, size))
     return running if running.mode == "factored" else None
 
@@ -100,7 +111,7 @@ def _is_static(size: int) -> bool:
     return type(size) is int
 
 
-def _planned(adapter: Adapter, layer: Layer, called: OpaqueCall, size: tuple[int, ...] | None) -> Running:
+def _planned(adapter: Adapter, layer: Layer, called: BaseCall, size: tuple[int, ...] | None) -> Running:
     call = call_of(geometry_of(called.how, layer), layer, called.x.shape, size, called.x.device.type)
     if call is None:
         return Running("dense", adapter.plan)
@@ -111,7 +122,7 @@ def _planned(adapter: Adapter, layer: Layer, called: OpaqueCall, size: tuple[int
 
 
 def _plain_run(
-    adapter: Adapter,
+    network: Network,
     layer: Layer,
     calls: Calls,
     shape: tuple[int, ...],
@@ -124,7 +135,7 @@ def _plain_run(
     Compilers do not trace it: they guard its arguments, and equal arguments give the same plan.
     """
     call = call_of(geometry_of(how, layer), layer, shape, size, device)
-    planned = None if call is None else plan(adapter.network, "factored", call)
+    planned = None if call is None else plan(network, "factored", call)
     if planned is None or planned.mode != "factored":
         return None
     return calls.keep_plain(build_chain(planned), build_clusters(planned))
@@ -155,7 +166,7 @@ def _shape(layer: Layer, x: Tensor, program: ChainProgram) -> tuple[int, ...]:
 def _delta(site: Site, left: Sequence[Acting], plain: bool) -> Tensor:
     """Σ s ΔW of the adapters that have no chain, kept while accumulating; base weights are read where ΔW needs them."""
     network = next((acting.adapter.network for acting in left if acting.adapter.network.reads_weight), None)
-    origin = base_weight(site.base, network or left[0].adapter.network)
+    origin = base_weight(site.base, network or left[0].adapter.network).detach()
     inputs = [acting.adapter.delta_inputs(origin) for acting in left]
     if plain or network is not None or not site.results.cache.opened:
         return sum_deltas(left, origin, inputs, plain)
@@ -169,7 +180,7 @@ def _delta(site: Site, left: Sequence[Acting], plain: bool) -> Tensor:
     return site.results.cache.get(("opaque", *left), adapters, (), flat, summed)[0]
 
 
-def _product(layer: Layer, called: OpaqueCall, x: Tensor, delta: Tensor) -> Tensor:
+def _product(layer: Layer, called: BaseCall, x: Tensor, delta: Tensor) -> Tensor:
     """One call of torch's function of the layer's kind with ΔW, outside autocast, in the dtype of a chain."""
     dtype = chain_dtype(x)
     how: Any = geometry_of(called.how, layer)
