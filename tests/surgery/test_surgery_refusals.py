@@ -43,10 +43,6 @@ def strided(weight: torch.Tensor) -> nn.Module:
     ("make", "expected"),
     [
         (
-            lambda: nn.Embedding(3, 3),
-            f"layer 'x': layer type: expected one of {KINDS}, found Embedding. Match other layers.",
-        ),
-        (
             lambda: nn.Bilinear(3, 3, 3),
             f"layer 'x': layer type: expected one of {KINDS}, found Bilinear. Match other layers.",
         ),
