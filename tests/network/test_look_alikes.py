@@ -134,7 +134,7 @@ def test_attention_is_told_where_its_weights_are():
         tnpeft.attach(model, "lora", match=["0"])
     assert str(caught.value) == layers_of(
         "MultiheadAttention, whose q, k and v weights are parameters of its own",
-        "Adapt its `out_proj`; `train`'s `also` trains the others as they are.",
+        "Adapt its `out_proj`, and the others by their names (`parameters`).",
     )
     assert len(tnpeft.attach(model, "lora", match="0").report().layers) == 1
 

@@ -149,7 +149,7 @@ def zero_problem(modules: Iterable[nn.Module]) -> Problem | None:
 
 def refuse_flattened(name: str, cores: Sequence[Tensor | None], shapes: Iterable[Sequence[int]]) -> None:
     """Raises ExecutionError for cores as FSDP1 leaves them: in pieces while their unit does not run, or cast."""
-    if _UNITS not in sys.modules:
+    if _UNITS not in sys.modules or torch._C._get_tracing_state() is not None:
         return
     where = f"layer '{name}'" if name else None
     if any(core is not None and core.shape != tuple(shape) for core, shape in zip(cores, shapes, strict=True)):

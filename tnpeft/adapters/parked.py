@@ -2,27 +2,37 @@
 
 A module's own tensor keeps its own name, so that a state dict of an adapted model holds the base under the base's
 names and all that adapters add under names of their own. Where a copy acts instead, the table `SHOWN` of the module
-says so and, as long as it does, the module's class is a subclass whose attributes read that table (torch's
-parametrizations do the same). While a model is merged, the effective tensors stand under the plain names, whose own
-ones are parked as `ORIGINAL`.
+says so and, as long as it does, the module's class is a subclass whose attributes read that table (`showing`). While a
+model is merged, the effective tensors stand under the plain names, whose own ones are parked as `ORIGINAL`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.distributed import DISTRIBUTED, is_sharded, whole
-from tnpeft.adapters.offload import Resident, is_bare, store, wrapper_of
-from tnpeft.errors import ExecutionError, Problem
+from tnpeft.adapters.distributed import whole
+from tnpeft.adapters.offload import store
+from tnpeft.adapters.showing import (
+    READ,
+    SHOWN,
+    UNSET,
+    _made_again,
+    bare,
+    flat_weights,
+    key_of,
+    plain_class,
+    require_values,
+    set_own,
+    showing,
+    stored_at,
+)
 from tnpeft.network import Layer
 
 __all__ = [
+    "LOOKUPS",
     "MANGLED",
     "ORIGINAL",
     "TABLES",
@@ -31,11 +41,9 @@ __all__ = [
     "acting",
     "acting_scales",
     "bare",
-    "bound_to",
     "combined",
     "copies_of",
     "drop_sum",
-    "is_lookup",
     "is_parked",
     "is_parked_unmade",
     "keep",
@@ -57,15 +65,8 @@ __all__ = [
 MANGLED = "_tnpeft_"
 ORIGINAL = "original"
 _SUM = "sum"
-_SHOWN = "_tnpeft_shown"
-"""On a module: for each tensor in whose place another acts, the key of that one."""
-_READ = "_tnpeft_read"
-"""On a module: for each parameter that reads as its sum with updates, the key of the submodule that makes it."""
 _MADE = "_tnpeft_made"
 """On a module: for each tensor that is made of several copies, or merged, the adapters and scales that make it."""
-
-UNSET = "_tnpeft_unset"
-"""On a module: the keys of copies that were made of tensors without memory, and were not loaded since."""
 
 TABLES = ("_parameters", "_buffers")
 
@@ -87,14 +88,13 @@ def own(module: nn.Module, table: str, key: str) -> Tensor:
     if tensor is None:  # a table alone, as nearly always, takes no call
         tensor = tensors.get(key)
     if tensor is None:
-        tensor = _stored(module, table, key)
+        tensor = stored_at(module, table, key)
     assert tensor is not None
     return tensor
 
 
-def is_lookup(module: object) -> bool:
-    """Whether a module looks rows of its weight up, and is adapted by the weight that it reads: torch's embeddings."""
-    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
+"""Modules that look rows of their weight up, and are adapted by the weight that they read."""
 
 
 class ParameterLayer:
@@ -123,15 +123,10 @@ class ParameterLayer:
     @property
     def is_whole(self) -> bool:
         """Whether its owner is known as the layer: an embedding, which has no other parameter."""
-        return self.key == "weight" and is_lookup(self.owner)
+        return self.key == "weight" and isinstance(self.owner, LOOKUPS)
 
     def extra_repr(self) -> str:
         return f"{self.key}, {self.signature}"
-
-
-def bound_to(layer: Any) -> Any:
-    """What a spec is bound to: a module, or the signature of a parameter."""
-    return layer.signature if isinstance(layer, ParameterLayer) else layer
 
 
 def own_weight(base: nn.Module | ParameterLayer) -> Tensor:
@@ -143,31 +138,31 @@ def own_weight(base: nn.Module | ParameterLayer) -> Tensor:
 
 def acting(module: nn.Module, table: str, key: str) -> Tensor:
     """The tensor with which the module computes."""
-    stored = module.__dict__.get(_SHOWN, {}).get(key, key)
-    tensor = _stored(module, table, stored)
+    stored = module.__dict__.get(SHOWN, {}).get(key, key)
+    tensor = stored_at(module, table, stored)
     assert tensor is not None
     return tensor
 
 
 def show(module: nn.Module, table: str, key: str, stored: str | None) -> None:
     """Let what is stored as `stored` act as `key`; None: what stands at `key` itself."""
-    shown = {name: other for name, other in module.__dict__.get(_SHOWN, {}).items() if name != key}
+    shown = {name: other for name, other in module.__dict__.get(SHOWN, {}).items() if name != key}
     if stored is not None:
         shown[key] = stored
-    _take_class(module, _SHOWN, shown)
+    _take_class(module, SHOWN, shown)
 
 
 def read_through(module: nn.Module, key: str, maker: str | None) -> None:
     """Let a parameter read as what the submodule `maker` makes of it, by `effective`; None: as it is."""
-    read = {name: other for name, other in module.__dict__.get(_READ, {}).items() if name != key}
+    read = {name: other for name, other in module.__dict__.get(READ, {}).items() if name != key}
     if maker is not None:
         read[key] = maker
-    _take_class(module, _READ, read)
+    _take_class(module, READ, read)
 
 
 def reads_through(module: nn.Module) -> bool:
     """Whether some parameter of a module reads as its sum with updates."""
-    return _READ in module.__dict__
+    return READ in module.__dict__
 
 
 def _take_class(module: nn.Module, where: str, names: dict[str, str]) -> None:
@@ -176,10 +171,10 @@ def _take_class(module: nn.Module, where: str, names: dict[str, str]) -> None:
         module.__dict__[where] = names
     else:
         module.__dict__.pop(where, None)
-    read = {**module.__dict__.get(_SHOWN, {}), **module.__dict__.get(_READ, {})}
+    read = {**module.__dict__.get(SHOWN, {}), **module.__dict__.get(READ, {})}
     tables = tuple(sorted((name, table_of(module, name)) for name in read))
-    plain = _plain_class(module)
-    module.__class__ = _showing(plain, tables) if tables else plain  # type: ignore[arg-type]
+    plain = plain_class(module)
+    module.__class__ = showing(plain, tables) if tables else plain  # type: ignore[arg-type]
     if not tables:
         _list_anew(module)
 
@@ -188,7 +183,7 @@ def acting_scales(module: nn.Module, key: str) -> dict[str, float]:
     """The adapters whose copies make what acts as `key`, with their scales; none where it is the module's own."""
     if key in module.__dict__.get(_MADE, {}):
         return dict(module.__dict__[_MADE][key])
-    stored = module.__dict__.get(_SHOWN, {}).get(key, "")
+    stored = module.__dict__.get(SHOWN, {}).get(key, "")
     name = stored.removeprefix(f"{MANGLED}of_").rpartition(":")[0]
     return {name: 1.0} if stored.startswith(f"{MANGLED}of_") else {}
 
@@ -197,7 +192,7 @@ def combined(module: nn.Module, table: str, key: str, scales: Mapping[str, float
     """b0 + sum of s (b - b0) over the copies of some adapters, rounded once; an integer stays what it is."""
     original = own(module, table, key).detach()
     for stored in (parked_key(copies_of(name), key) for name in scales):
-        _require_values(module, stored, module.__dict__[table][stored])
+        require_values(module, stored, module.__dict__[table][stored])
     if list(scales.values()) == [1.0]:
         (name,) = scales
         return module.__dict__[table][parked_key(copies_of(name), key)].detach().clone()  # type: ignore[no-any-return]
@@ -252,7 +247,7 @@ def take_back(module: nn.Module, table: str, key: str) -> None:
     if parked in tensors:
         store(module, table, key, tensors[parked], of=parked)
         store(module, table, parked, None)
-        if module.__dict__.get(_SHOWN, {}).get(key) == parked:  # a copy made while the base was shown
+        if module.__dict__.get(SHOWN, {}).get(key) == parked:  # a copy made while the base was shown
             show(module, table, key, None)
         _list_anew(module)
     module.__dict__.get(_MADE, {}).pop(key, None)
@@ -296,141 +291,20 @@ def remake(module: nn.Module) -> None:
     for key, scales in module.__dict__.get(_MADE, {}).items():
         table = table_of(module, key)
         stored = parked_key(_SUM, key) if parked_key(_SUM, key) in module._buffers else key
-        target = _stored(module, table, stored)
+        target = stored_at(module, table, stored)
         assert target is not None
         with torch.no_grad():
             target.copy_(whole(combined(module, table, key, scales)))
-
-
-def _require_values(module: nn.Module, stored: str, copy: Tensor | None) -> None:
-    """Raises ExecutionError for a copy that was made on meta, has memory now, and no values."""
-    if copy is None or copy.is_meta or stored not in module.__dict__.get(UNSET, ()):
-        return
-    found = "memory without values (it was made on the meta device)"
-    fix = "Load the adapter, or the base's state dict, before the first forward; or attach once the model has values."
-    raise ExecutionError(Problem(f"the trained `{key_of(stored)}` of a {type(module).__name__}", "values", found, fix))
-
-
-def key_of(stored: str) -> str:
-    return stored.rpartition(":")[2]
 
 
 def table_of(module: nn.Module, key: str) -> str:
     return "_parameters" if key in module._parameters else "_buffers"
 
 
-def _stored(module: nn.Module, table: str, stored: str) -> Tensor | None:
-    for tensors in (module.__dict__[table], module.__dict__["_buffers"]):
-        if stored in tensors:
-            return tensors[stored]  # type: ignore[no-any-return]
-    return module.__dict__[stored]  # type: ignore[no-any-return] # FSDP has taken the parameter and left a view of it
-
-
-class _Showing(Resident):
-    """What the subclasses have in common in whose place of a module's class they stand."""
-
-    _tnpeft_plain: type[nn.Module]
-    _tnpeft_tables: tuple[tuple[str, str], ...]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        table = dict(self._tnpeft_tables).get(name)
-        if table is None:
-            super().__setattr__(name, value)
-        elif table == "_buffers":  # as a norm that puts a new tensor in place of its running mean
-            store(self, table, self.__dict__[_SHOWN][name], value)  # type: ignore[arg-type]
-        else:
-            set_own(self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if name in dict(self._tnpeft_tables) and name not in self.__dict__["_parameters"]:
-            del self.__dict__[name]
-        else:
-            super().__delattr__(name)
-
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        call: Callable[..., Any] = super()._call_impl  # type: ignore[misc]
-        maker = next(iter(self.__dict__.get(_READ, {}).values()), None)
-        if maker is None:
-            return call(*args, **kwargs)
-        with self.__dict__["_modules"][maker].reading():
-            return call(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """The subclass is made on the fly: what is unpickled is of the plain class first."""
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, arguments, *rest = reduced
-        plain = self._tnpeft_plain
-        arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
-        return (_made_again, (self._tnpeft_tables, make, arguments), *rest)
-
-
-def _made_again(tables: tuple[tuple[str, str], ...], make: Any, arguments: Any) -> Any:
-    module = make(*arguments)
-    module.__class__ = _showing(type(module), tables)  # type: ignore[arg-type]
-    return module
-
-
-@lru_cache(maxsize=1024)
-def _showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> type[nn.Module]:
-    """The subclass of `plain` in which some names read `SHOWN`; each comes with the table that its tensor is in."""
-
-    def reading(name: str, table: str) -> Callable[[Any], Tensor | None]:
-        def read(module: Any) -> Tensor | None:
-            shown = module.__dict__.get(_SHOWN, {})
-            if is_bare(module):
-                return bare(module, name) if table == "_parameters" else _stored(module, table, name)
-            acts = _stored(module, table, shown.get(name, name))
-            if UNSET in module.__dict__:
-                _require_values(module, shown.get(name, name), acts)
-            if DISTRIBUTED in sys.modules and name in shown and acts is not None and is_sharded(wrapper_of(module)):
-                acts = acts.to(own(module, table, name).dtype)  # that of FSDP2's MixedPrecisionPolicy
-            maker = module.__dict__.get(_READ, {}).get(name)
-            return acts if maker is None else module._modules[maker].effective(acts)
-
-        return read
-
-    names: dict[str, Any] = {name: property(reading(name, table)) for name, table in tables}
-    if issubclass(plain, nn.RNNBase):
-        names["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
-    if plain.forward is nn.Embedding.forward:
-        names["forward"] = _look_up
-    names |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
-    names |= {"_tnpeft_plain": plain, "_tnpeft_tables": tables}
-    return type(plain.__name__, (_Showing, plain), names)
-
-
-def _look_up(module: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-    """An embedding's forward pass, by what makes its weight where that can do without the whole of it."""
-    maker = module.__dict__.get(_READ, {}).get("weight")
-    rows = None if maker is None else module._modules[maker].looked_up(input)
-    return nn.Embedding.forward(module, input) if rows is None else rows
-
-
-def bare(module: nn.Module, name: str) -> Tensor | None:
-    """What stands under a parameter's name. Raises AttributeError where nothing does, as while FSDP exchanges it."""
-    if name not in module._parameters and name not in module.__dict__:
-        raise AttributeError(name)
-    return _stored(module, "_parameters", name)
-
-
-def set_own(module: Any, name: str, value: Tensor | None) -> None:
-    """Set a module's own parameter, or the view that FSDP puts in place of one that it has taken."""
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        module.__dict__[name] = value
-    else:
-        module.__dict__.pop(name, None)
-        module.__dict__["_parameters"][name] = value
-
-
 def _list_anew(module: nn.Module) -> None:
     """Recurrent layers keep a list of their parameters beside the table."""
-    if isinstance(module, nn.RNNBase) and type(module) is _plain_class(module):
-        module.__dict__["_flat_weights"] = _flat_weights(module)
+    if isinstance(module, nn.RNNBase) and type(module) is plain_class(module):
+        module.__dict__["_flat_weights"] = flat_weights(module)
 
 
-def _flat_weights(module: Any) -> list[Tensor | None]:
-    return [getattr(module, name, None) for name in module._flat_weights_names]
-
-
-def _plain_class(module: nn.Module) -> type[nn.Module]:
-    return getattr(type(module), "_tnpeft_plain", type(module))
+_earlier = _made_again  # pickled models of earlier versions know it here

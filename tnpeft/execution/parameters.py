@@ -107,7 +107,7 @@ class AdaptedParameter(AdaptedLayer):
         site, base = self.site, self.base
         embedding: Any = base.owner
         weight = base.weight
-        if needs_plain_ops(rows, weight) or site.results.cache.opened:
+        if needs_plain_ops(rows, weight) or site.results.cache.opened or embedding.scale_grad_by_freq:
             return None
         for acting in site.acting:
             mode = acting.adapter.mode

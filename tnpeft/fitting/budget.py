@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from tnpeft.adapters import Captured
-from tnpeft.adapters.parked import bound_to
+from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.adapters.sharing import sharing_label
 from tnpeft.errors import AttachError, BindError, Problem, clip, near_miss, ticked
 from tnpeft.network import Layer, Network, Spec, layer_of
@@ -175,8 +175,7 @@ class _Counts:
             base: Any = bases[name]
             wide = getattr(getattr(base, "weight", None), "dtype", None) == torch.float64
             own = entry.selection.params_at(name)
-            bound = bound_to(base)
-            layer = bound if isinstance(bound, Layer) else layer_of(bound)
+            layer = base.signature if isinstance(base, ParameterLayer) else layer_of(base)
             layers.setdefault(id(base), _Place(entry, layer, captured[name], wide, own))
         self.places = list(layers.values())
         self.known: dict[int, int | BindError] = {}

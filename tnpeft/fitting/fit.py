@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.dora import magnitudes
-from tnpeft.adapters.parked import bound_to
+from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.errors import BindError, Problem, clip
 from tnpeft.execution import AdaptedLayer
 from tnpeft.fitting import problem as fitting_problem
@@ -109,7 +109,7 @@ def fit(
     check_method(method, iterations)
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
     layer = layer.base if isinstance(layer, AdaptedLayer) else layer
-    network = spec.bind(bound_to(layer), **params)
+    network = spec.bind(layer.signature if isinstance(layer, ParameterLayer) else layer, **params)
     delta = _checked(delta, network.layer.stored_shape)
     if not isinstance(layer, nn.Module) or base_weight(layer, network).is_meta:
         layer = _stand_in(network, delta, layer)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
 from tnpeft.adapters.distributed import is_split
 from tnpeft.adapters.offload import hook_of
-from tnpeft.adapters.parked import ParameterLayer, bound_to
+from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
 from tnpeft.io.base import base_digests, fingerprint
 from tnpeft.io.checks import MOST_SHOWN, number_problem
@@ -253,8 +253,9 @@ def _network(
     if is_split(layer):
         found = f"the parts of one process in layer '{name}' (`fully_shard`)"
         raise refuse(path, "base model", "whole weights", found, "Load the adapter first, then shard the model.")
+    bound = layer.signature if isinstance(layer, ParameterLayer) else layer
     with of_file(path, f"layer '{name}'"):
-        return specs[entry.spec].bind(bound_to(layer), **entry.params)
+        return specs[entry.spec].bind(bound, **entry.params)
 
 
 def _adapter(path: Path, network: Network, entry: LayerEntry, name: str, layer: Any, sharing: Sharing) -> Adapter:

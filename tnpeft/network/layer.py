@@ -46,7 +46,8 @@ class Layer:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """The canonical shape (out_channels, in_channels // groups, *kernel_size), of each slice of a stack."""
-        return (*self.stack, self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        sides = self.out_channels, self.in_channels // self.groups
+        return (self.slices, *sides) if self.slices else (*sides, *self.kernel_size)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

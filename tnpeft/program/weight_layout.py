@@ -43,7 +43,7 @@ class WeightLayout:
         axes = list(network.weight)
         if direct:
             if layer.input_first:
-                first = len(layer.stack)
+                first = 1 if layer.slices else 0
                 axes[first], axes[first + 1] = axes[first + 1], axes[first]
             axes = [axes[axis] for axis in memory_order]
         legs = "".join(network.symbols[leg] for axis in axes for leg in axis)

@@ -9,22 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
-from tnpeft.adapters.base_weight import never_called
-from tnpeft.adapters.parked import ParameterLayer, bound_to
 from tnpeft.documents.nodes import read_file
-from tnpeft.errors import AttachError, BindError, Problem, SpecError, clip
-from tnpeft.network import Network, Spec, load_spec, param_problems
-from tnpeft.network.dropout import Dropout, dropout_problems
+from tnpeft.errors import AttachError, Problem, SpecError, clip
+from tnpeft.network import Spec, load_spec, param_problems
+from tnpeft.recipe.compilation import compiled_layers
 from tnpeft.recipe.dropout import dropout_of
 from tnpeft.recipe.handle import Handle
 from tnpeft.recipe.model import Entry, Recipe, Train, load_recipe, train_from
 from tnpeft.recipe.parameter_targets import signatures
-from tnpeft.recipe.parameters import parameters_from
+from tnpeft.recipe.parameters import Parameters, parameters_from
 from tnpeft.recipe.scopes import captures, scopes_from
 from tnpeft.recipe.selection import compiled, selection_of
 from tnpeft.recipe.targets import Trained, passed_over, skipped, targets, trained
-from tnpeft.schedule import DEFAULT_MODE, check_mode
+from tnpeft.schedule import DEFAULT_MODE
 from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import ATTACH, unknown_params
 from tnpeft.spec.library import shipped_folder
@@ -77,14 +74,14 @@ def attach(
     the base weight, several active adapters, other scales than 1) runs dense. `auto` takes the one of least predicted
     time; with `autotune` it times them, and remembers. Second derivatives need `dense`.
 
+    Layers that would take more than the device's memory are refused (`tnpeft.memory_limit`).
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise AttachError(Problem("model", "a torch.nn.Module", clip(model), "Pass the model itself."))
-    selection = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
-    recipe = recipe_of(what, match, params, **selection)
-    if train is not None:
-        recipe = replace(recipe, train=train_from(train))
+    where = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
+    recipe = recipe_of(what, match, params, **where)
+    recipe = recipe if train is None else replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
     if dropout is not None:
         recipe = _with_dropout(recipe, dropout)
@@ -94,7 +91,7 @@ def attach(
     also = trained(model, recipe.train, claimed)
     captured = captures(claimed, recipe.scopes)
     with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
-        adapters = _compile(bases_of(model, signatures(model, claimed)), claimed, captured, seed, mode, autotune)
+        adapters = compiled_layers(bases_of(model, signatures(model, claimed)), claimed, captured, seed, mode, autotune)
     install(model, name, adapters, also.names, _about(model, recipe, claimed, also))
     return Handle(model, name)
 
@@ -162,12 +159,13 @@ def _is_recipe(path: Path) -> bool:
 
 
 def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any], given: Mapping[str, Any]) -> Entry:
-    parameters, wrong = parameters_from(given.get("parameters"))
-    if wrong:
-        raise AttachError(*(problem for _, problem in wrong))
-    given = {key: value for key, value in given.items() if key != "parameters"}
-    if match is None and parameters:
-        match = ()
+    parameters: Parameters | None = None
+    if "parameters" in given:
+        given = dict(given)
+        parameters, wrong = parameters_from(given.pop("parameters"))
+        if wrong:
+            raise AttachError(*(problem for _, problem in wrong))
+        match = () if match is None else match
     if match is None:
         fix = r"For example `match=r'attn\.to_[qv]$'`, a list of names from `model.named_modules()`, or `match='all'`."
         raise AttachError(Problem(f"spec '{spec.name}'", "`match`", "none", fix))
@@ -176,7 +174,7 @@ def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any], given: Ma
         layers: str | tuple[str, ...] = match
     else:
         layers = tuple(match) if isinstance(match, list | tuple | set | frozenset) else ()
-        empty = not layers and not (parameters and match == ())
+        empty = not layers and (parameters is None or match != ())
         if empty or not all(isinstance(item, str) and item for item in layers):
             fix = "Give full module names, as `model.named_modules()` has them."
             raise AttachError(Problem("`match`", "a regular expression or layer names", clip(match), fix))
@@ -198,71 +196,3 @@ def _override(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
         for entry in recipe.entries
     )
     return replace(recipe, entries=entries)
-
-
-def _compile(
-    modules: Mapping[str, nn.Module | ParameterLayer],
-    claimed: Mapping[str, Entry],
-    captured: Mapping[str, Captured],
-    seed: int | None,
-    mode: str,
-    autotune: bool,
-) -> dict[str, Adapter]:
-    """One adapter per layer (once for a layer with two names); every layer's mistakes are collected."""
-    check_mode(mode)
-    networks: dict[str, Network] = {}
-    seen: set[int] = set()
-    problems: list[Problem] = []
-    for name, entry in claimed.items():
-        if id(modules[name]) in seen:
-            continue
-        seen.add(id(modules[name]))
-        try:
-            networks[name] = entry.spec.bind(bound_to(modules[name]), **entry.params_of(name))
-        except BindError as error:
-            problems += _of_layer(name, error)
-    problems += memory_problems(networks, modules, mode)
-    for name, network in networks.items():
-        if dropout := claimed[name].dropout:
-            problems += _dropout_problems(name, network, modules[name], dropout)
-    if problems:
-        raise AttachError(*problems)
-    sharing = Sharing()
-    adapters: dict[str, Adapter] = {}
-    for name, network in networks.items():
-        try:
-            adapters[name] = Adapter(
-                network,
-                modules[name],
-                seed=seed,
-                name=name,
-                mode=_mode_at(modules[name], mode),
-                autotune=autotune,
-                sharing=sharing,
-                captured=captured[name],
-                dropout=claimed[name].dropout,
-            )
-        except BindError as error:
-            problems += _of_layer(name, error)
-    if problems:
-        raise AttachError(*problems)
-    return adapters
-
-
-def _dropout_problems(
-    name: str, network: Network, layer: nn.Module | ParameterLayer, dropout: Dropout
-) -> list[Problem]:
-    """Why calls of a layer cannot leave out so much."""
-    if found := never_called(layer):
-        fix = "Exclude it, or adapt it by another entry of a recipe, or under another name, without `dropout`."
-        return [Problem("`dropout`", "a layer whose input is seen", found, fix, layers=(name,))]
-    return [replace(problem, layers=(name,)) for problem in dropout_problems(network, dropout)]
-
-
-def _mode_at(layer: nn.Module | ParameterLayer, mode: str) -> str:
-    """The mode of an adapter: a parameter that is read shows the whole sum, for nobody knows its layer's input."""
-    return "dense" if isinstance(layer, ParameterLayer) and not layer.is_whole else mode
-
-
-def _of_layer(name: str, error: BindError) -> list[Problem]:
-    return [replace(problem, layers=(name,)) for problem in error.problems]

@@ -16,7 +16,7 @@ from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, c
 from tnpeft.network import Spec, load_spec
 from tnpeft.network.dropout import Dropout
 from tnpeft.recipe.dropout import dropout_advice, dropout_of
-from tnpeft.recipe.parameters import NO_PARAMETERS, Parameters, parameters_from
+from tnpeft.recipe.parameters import Parameters, parameters_from
 from tnpeft.recipe.selection import ALL, SPANS, Selection, compiled, selection_of
 from tnpeft.spec import find_shipped, list_specs
 from tnpeft.spec.habits import advice_on, is_word, unknown_params, value_of_param
@@ -195,7 +195,7 @@ class Entry:
     params: Mapping[str, Any] = field(default_factory=dict)
     where: Position | str | None = None
     selection: Selection = _WHOLE
-    parameters: Parameters = NO_PARAMETERS
+    parameters: Parameters | None = None
     dropout: Dropout | None = None
 
     def params_of(self, layer: str) -> Mapping[str, Any]:
@@ -317,10 +317,7 @@ def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     assert spec_node is not None  # the shape holds
     spec = _spec(spec_node, folder, problems)
     layers = () if match is None else _match(match, problems)
-    parameters_node = node.get("parameters")
-    parameters, wrong = parameters_from(None if parameters_node is None else parameters_node.plain())
-    for path, problem in wrong:
-        problems.put(replace(problem, where=node.along(path)[-1].position))
+    parameters = _parameters(node, problems)
     given = {key: value.plain() for key in SELECTION if (value := node.get(key)) is not None}
     selection, told = selection_of(given, spec)
     for path, problem in told:
@@ -336,6 +333,16 @@ def _entry(node: Node, folder: Path, problems: Problems) -> Entry | None:
     for problem in unknown_params(f"params of spec '{spec.name}'", values, spec.params):
         problems.put(replace(problem, where=where))
     return Entry(spec, layers, values, node.position, selection, parameters, dropout)
+
+
+def _parameters(entry: Node, problems: Problems) -> Parameters | None:
+    node = entry.get("parameters")
+    if node is None:
+        return None
+    parameters, told = parameters_from(node.plain())
+    for path, problem in told:
+        problems.put(replace(problem, where=entry.along(path)[-1].position))
+    return parameters
 
 
 def _match(node: Node, problems: Problems) -> str | tuple[str, ...]:

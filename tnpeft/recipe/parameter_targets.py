@@ -10,6 +10,7 @@ from tnpeft.errors import Problem, clip, listed, near_miss
 from tnpeft.network import Layer
 from tnpeft.network.orientation import oriented
 from tnpeft.recipe.model import Entry
+from tnpeft.recipe.parameters import Parameters
 from tnpeft.recipe.selection import compiled
 from tnpeft.surgery import plain_name
 from tnpeft.surgery.parameters import known_orientation, parameter_problem
@@ -18,10 +19,12 @@ from tnpeft.surgery.tree import Slot, slots
 __all__ = ["matched_parameters", "signatures"]
 
 
-def matched_parameters(entry: Entry, parameters: Mapping[str, Slot], problems: list[Problem]) -> list[str]:
-    """The parameters that `parameters` of an entry finds; what it says in vain, and what cannot be, is a problem."""
+def matched_parameters(
+    entry: Entry, wanted: Parameters, parameters: Mapping[str, Slot], problems: list[Problem]
+) -> list[str]:
+    """The parameters that an entry wants; what it says in vain, and what cannot be, is a problem."""
     found: dict[str, None] = {}
-    for given in entry.parameters.names:
+    for given in wanted.names:
         name = given if given in parameters else plain_name(given)
         if name in parameters:
             found[name] = None
@@ -29,7 +32,7 @@ def matched_parameters(entry: Entry, parameters: Mapping[str, Slot], problems: l
             fix = near_miss(given, parameters) or "List the names with `model.named_parameters()`."
             where = f"parameter {clip(given)}"
             problems.append(Problem("", "the name of a parameter", "no such parameter", fix, where=where))
-    for pattern in entry.parameters.patterns:
+    for pattern in wanted.patterns:
         names = [name for name in parameters if compiled(pattern).search(name)]
         found |= dict.fromkeys(names)
         if not names:
@@ -40,23 +43,23 @@ def matched_parameters(entry: Entry, parameters: Mapping[str, Slot], problems: l
             what = f"spec '{entry.spec.name}', parameters {clip(pattern)}"
             problems.append(Problem(what, "at least one parameter", "none", fix, entry.where))
     for name in found:
-        if problem := parameter_problem(parameters[name], _orientation(entry, parameters[name])):
+        if problem := parameter_problem(parameters[name], _orientation(wanted, parameters[name])):
             problems.append(problem)
     return list(found)
 
 
-def _orientation(entry: Entry, slot: Slot) -> str | None:
-    return entry.parameters.orientation_of(slot.name) or known_orientation(slot)
+def _orientation(wanted: Parameters, slot: Slot) -> str | None:
+    return wanted.orientation_of(slot.name) or known_orientation(slot)
 
 
 def signatures(model: nn.Module, claimed: Mapping[str, Entry]) -> dict[str, Layer | None]:
     """For each name that entries claim: of a parameter the layer that it is the weight of, None of a layer."""
-    if not any(entry.parameters for entry in claimed.values()):
-        return dict.fromkeys(claimed)
-    parameters = slots(model)
-    return {name: _signature(entry, parameters.get(name)) for name, entry in claimed.items()}
-
-
-def _signature(entry: Entry, slot: Slot | None) -> Layer | None:
-    orientation = None if slot is None else _orientation(entry, slot)
-    return None if slot is None or orientation is None else oriented(slot.tensor.shape, orientation)
+    found: dict[str, Layer | None] = {}
+    parameters: dict[str, Slot] = {}
+    for name, entry in claimed.items():
+        found[name] = None
+        if entry.parameters is not None:
+            parameters = parameters or slots(model)
+            orientation = _orientation(entry.parameters, parameters[name]) if name in parameters else None
+            found[name] = None if orientation is None else oriented(parameters[name].tensor.shape, orientation)
+    return found

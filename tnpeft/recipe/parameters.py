@@ -14,7 +14,7 @@ from tnpeft.errors import Problem, SpecError, clip, near_miss
 from tnpeft.network.orientation import ORIENTATIONS
 from tnpeft.recipe.selection import Told, compiled
 
-__all__ = ["NO_PARAMETERS", "Parameters", "parameters_from"]
+__all__ = ["Parameters", "parameters_from"]
 
 _EXPECTED = "regular expressions on parameters' names, with orientations"
 _EXAMPLE = r"For example `parameters: {'experts\.down_proj$': e o i}`."
@@ -27,24 +27,16 @@ class Parameters:
     patterns: Mapping[str, str | None] = field(default_factory=dict)
     names: tuple[str, ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.patterns or self.names)
-
     def orientation_of(self, name: str) -> str | None:
         """What the first pattern that finds a parameter says of its axes."""
         return next((axes for pattern, axes in self.patterns.items() if compiled(pattern).search(name)), None)
 
 
-NO_PARAMETERS = Parameters()
-
-
 def parameters_from(value: Any) -> tuple[Parameters, list[tuple[tuple[str, ...], Problem]]]:
     """What `parameters` says, and what is wrong with it, each with the keys under which it stands."""
-    if value is None:
-        return NO_PARAMETERS, []
     told = [*_problems(value)]
     if told:
-        return NO_PARAMETERS, told
+        return Parameters(), told
     if isinstance(value, str):
         return Parameters({value: None}), []
     if isinstance(value, Mapping):

@@ -21,7 +21,7 @@ from tnpeft.recipe.parameter_targets import matched_parameters
 from tnpeft.recipe.selection import ALL, compiled
 from tnpeft.surgery import SUPPORTED, is_layer, is_opaque, plain_modules, plain_name, plain_parameters
 from tnpeft.surgery.checks import spec_problem
-from tnpeft.surgery.tree import slots
+from tnpeft.surgery.tree import Slot, slots
 
 __all__ = ["Trained", "fused_attention", "passed_over", "skipped", "targets", "trained"]
 
@@ -36,9 +36,12 @@ def targets(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
     problems: list[Problem] = []
     claimed: dict[str, Entry] = {}
     owners: dict[object, tuple[str, Entry]] = {}  # by layer: one reached by two names is still one
-    parameters = slots(model) if any(entry.parameters for entry in recipe.entries) else {}
+    parameters: dict[str, Slot] = {}
     for entry in recipe.entries:
-        beside = matched_parameters(entry, parameters, problems)
+        beside: list[str] = []
+        if entry.parameters is not None:
+            parameters = parameters or slots(model)
+            beside = matched_parameters(entry, entry.parameters, parameters, problems)
         for name in _matched(entry, modules, beside, problems):
             place = id(modules[name]) if name in modules else (id(parameters[name].owner), parameters[name].key)
             first_name, first = owners.setdefault(place, (name, entry))
@@ -62,7 +65,9 @@ _GUESSED = 10  # unknown names for which near ones are looked for, which takes t
 
 
 def _label(entry: Entry) -> str:
-    return f"{entry.spec.name} ({clip(entry.match or [*entry.parameters.patterns] or entry.parameters.names)})"
+    given = entry.parameters
+    said = entry.match if given is None or entry.match else [*given.patterns] or given.names
+    return f"{entry.spec.name} ({clip(said)})"
 
 
 def _matched(
@@ -96,7 +101,7 @@ def _matched(
         matched = _outermost([name for name in found if is_layer(modules[name])], modules)
         unknown = []
     both = narrowed(entry, [*matched, *parameters], modules, problems)
-    layers = [name for name in both if name in modules]
+    layers = [name for name in both if name in modules] if parameters else both
     kinds = kinds_of(entry)
     refused = {
         name: problem for name in layers if (problem := spec_problem(name, modules[name], entry.spec)) is not None

@@ -149,7 +149,7 @@ def _linear(pairs: Sequence[tuple[int, int]]) -> Path:
 
 def _stored_legs(network: Network) -> tuple[str, ...]:
     """The weight's legs in the order in which the layer stores it."""
-    first = len(network.layer.stack)
+    first = 1 if network.layer.slices else 0
     outputs, inputs, *kernel = network.weight[first:]
     ends = (inputs, outputs) if network.layer.input_first else (outputs, inputs)
     return tuple(leg for axis in (*network.weight[:first], *ends, *kernel) for leg in axis)

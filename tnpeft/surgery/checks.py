@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.base_weight import dequantiser, needs_weight, unreadable
 from tnpeft.adapters.distributed import is_distributed
-from tnpeft.adapters.parked import MANGLED, is_lookup, own_weight
+from tnpeft.adapters.parked import LOOKUPS, MANGLED, own_weight
 from tnpeft.errors import Problem, clip, listed, near_miss
 from tnpeft.execution import AdaptedLayer
 from tnpeft.network import Layer, Spec, layer_of
@@ -58,7 +58,7 @@ def layer_problem(name: str, layer: nn.Module, kinds: Sequence[str] = _KINDS) ->
 
     One of another kind that a different spec takes has none: binding says so.
     """
-    if is_lookup(layer):
+    if isinstance(layer, LOOKUPS):
         problem = _table_problem(layer)
         return None if problem is None else replace(problem, layers=(name,))
     problem = _split_problem(layer) or _class_problem(layer, kinds) or _lazy_problem(layer) or _forward_problem(layer)
@@ -211,7 +211,7 @@ def model_problems(model: nn.Module) -> Iterator[Problem]:
         fix = "Attach to the plain model first, then wrap it."
         yield Problem("model", "a plain module", f"a {type(model).__name__}", fix)
         return
-    if isinstance(model, (*SUPPORTED, AdaptedLayer)):
+    if isinstance(model, (*SUPPORTED, *LOOKUPS, AdaptedLayer)):
         fix = "Put it into a container, for example `torch.nn.Sequential(layer)`, and attach to that."
         yield Problem("model", "a module that holds the layers", f"the layer {type(model).__name__} itself", fix)
         return
@@ -268,7 +268,9 @@ def trained_problems(
         for name in targets
         if name in modules and modules[name]._parameters.get("weight") is not None
     }
-    adapted |= {id(parameters[name].tensor): name for name in targets if name in parameters}
+    for name in targets:
+        if name in parameters:
+            adapted[id(parameters[name].tensor)] = name
     for name in trained:
         where = f"parameter '{name}'"
         if name not in parameters:
@@ -291,7 +293,7 @@ def _is_held(owner: nn.Module, table: str, key: str) -> bool:
     return owner.__dict__[table].get(key) is not None
 
 
-def other_roads(root: nn.Module, layers: Mapping[str, nn.Module]) -> Problem | None:
+def other_roads(root: nn.Module, layers: Mapping[str, object]) -> Problem | None:
     """What to warn of where a module holds a layer outside its submodules: calls on that road meet no adapter."""
     names = {id(layer): name for name, layer in layers.items()}
     for place, module in root.named_modules():

@@ -43,10 +43,11 @@ def install(
     Raises AttachError with every problem found; the model is then as it was.
     """
     state, parameters = _checked(model, name, targets, trained := tuple(dict.fromkeys(trained)))
-    record = _record(model, parameters, name, targets, trained, about or {})
+    tied_names = ties(parameters)
+    record = _record(model, parameters, tied_names, name, targets, trained, about or {})
     layers = bases_of(model, {target: adapter.network.layer for target, adapter in targets.items()})
     wrappers = _wrappers(model, layers.values(), state.results)
-    if problem := other_roads(model, {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}):
+    if problem := other_roads(model, layers):
         warnings.warn(TnpeftWarning(problem), stacklevel=3)
     copies = _copies(model, parameters, state, record)
 
@@ -62,7 +63,7 @@ def install(
         layer.add_adapter(name, target)
     for slot in parameters.values():
         slot.tensor.requires_grad_(False)
-    for names in ties(parameters).values():
+    for names in tied_names.values():
         for key in names if len(names) > 1 else ():
             note_tie(parameters[key].owner, parameters[key].key)
     state.adapters[name] = record
@@ -108,12 +109,12 @@ def _checked(
 def _record(
     model: nn.Module,
     parameters: dict[str, Slot],
+    names: dict[int, tuple[str, ...]],
     name: str,
     targets: Iterable[str],
     trained: Iterable[str],
     about: Mapping[str, Any],
 ) -> AdapterRecord:
-    names = ties(parameters)
     tied = dict.fromkeys(names[id(parameters[key].tensor)] for key in trained)
     return AdapterRecord(name, tuple(targets), tuple(tied), norm_statistics(model), dict(about))
 

@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tnpeft.adapters.distributed import is_distributed
-from tnpeft.adapters.parked import ParameterLayer, is_lookup
+from tnpeft.adapters.parked import LOOKUPS, ParameterLayer
 from tnpeft.errors import Problem, clip
 from tnpeft.execution import AdaptedParameter
 from tnpeft.network import Layer
 from tnpeft.network.look_alikes import kind_name, opaque
-from tnpeft.network.orientation import ORIENTATIONS, oriented
+from tnpeft.network.orientation import ORIENTATIONS, orientation_of, oriented
 from tnpeft.network.signature import kind_of
 from tnpeft.surgery.checks import weight_problem
 from tnpeft.surgery.tree import Slot, plain_modules, slots
@@ -23,9 +23,9 @@ from tnpeft.surgery.tree import Slot, plain_modules, slots
 __all__ = [
     "bases_of",
     "known_orientation",
-    "orientation_problem",
     "parameter_layer",
     "parameter_problem",
+    "standing",
     "table_layer",
 ]
 
@@ -44,12 +44,19 @@ def known_orientation(slot: Slot) -> str | None:
     return "o i" if known else None
 
 
-def parameter_layer(slot: Slot, signature: Layer) -> ParameterLayer:
-    """The layer that a parameter is the weight of: the one that adapters stand on already, or a new one."""
+def standing(slot: Slot) -> ParameterLayer | None:
+    """The layer that a parameter is the weight of for adapters that stand on it already."""
     for module in slot.owner._modules.values():
         if isinstance(module, AdaptedParameter) and module.base.key == slot.key:
             return module.base
-    return ParameterLayer(slot.owner, slot.key, signature)
+    return None
+
+
+def parameter_layer(slot: Slot, signature: Any) -> ParameterLayer:
+    """The layer that a parameter is the weight of: the one that adapters stand on already, or a new one."""
+    known = standing(slot)
+    fits = known is not None and known.signature == signature
+    return known if known is not None and fits else ParameterLayer(slot.owner, slot.key, signature)
 
 
 def table_layer(name: str, embedding: Any) -> ParameterLayer:
@@ -63,17 +70,15 @@ def bases_of(root: nn.Module, signatures: Mapping[str, Layer | None]) -> dict[st
     modules = plain_modules(root)
     known = slots(root) if signatures.keys() - modules.keys() else {}
     bases: dict[str, nn.Module | ParameterLayer] = {}
+    made: dict[tuple[int, str], ParameterLayer] = {}  # an owner that is reached by two names has one
     for name, signature in signatures.items():
-        if name in modules:
-            bases[name] = table_layer(name, modules[name]) if is_lookup(modules[name]) else modules[name]
-        elif name in known and signature is not None:
-            bases[name] = parameter_layer(known[name], signature)
-    same = {(id(base.owner), base.key): base for base in bases.values() if isinstance(base, ParameterLayer)}
-    # An owner that is reached by two names has one.
-    return {
-        name: same[id(base.owner), base.key] if isinstance(base, ParameterLayer) else base
-        for name, base in bases.items()
-    }
+        module = modules.get(name)
+        if module is not None and not isinstance(module, LOOKUPS):
+            bases[name] = module
+        elif module is not None or (name in known and signature is not None):
+            base = table_layer(name, module) if module is not None else parameter_layer(known[name], signature)
+            bases[name] = made.setdefault((id(base.owner), base.key), base)
+    return bases
 
 
 def parameter_problem(slot: Slot, orientation: str | None) -> Problem | None:
@@ -87,7 +92,7 @@ def _owner_problem(slot: Slot) -> Problem | None:
     kind: type = type(slot.owner)
     owner = slot.name.rpartition(".")[0]
     found = f"that of the layer '{owner}'"
-    if slot.key == "weight" and (kind_of(slot.owner) or opaque(kind) or is_lookup(slot.owner)):
+    if slot.key == "weight" and (kind_of(slot.owner) or opaque(kind) or isinstance(slot.owner, LOOKUPS)):
         return Problem("its owner", "no layer that can be adapted", found, f"Match '{owner}' as a layer (`match`).")
     if isinstance(slot.owner, (*_CONTAINERS, torch.jit.ScriptModule)):
         fix = "Hold the parameter in a module with a `forward` of its own."
@@ -111,9 +116,14 @@ def _tensor_problem(slot: Slot) -> Problem | None:
 def orientation_problem(slot: Slot, orientation: str | None) -> Problem | None:
     """Why an orientation does not fit a parameter."""
     shape = tuple(slot.tensor.shape)
-    fits = [known for known in ORIENTATIONS if len(known.split()) == len(shape)]
+    known = standing(slot)
+    if known is not None and orientation not in (None, orientation_of(known.signature)):
+        expected = f"`{orientation_of(known.signature)}`, as other adapters have it"
+        fix = "Give it the same way round, or detach the other adapters first."
+        return Problem("its orientation", expected, f"`{orientation}`", fix)
+    fits = [each for each in ORIENTATIONS if len(each.split()) == len(shape)]
     if orientation in fits:
         return None
-    expected = " or ".join(f"`{known}`" for known in fits) + f" for the shape {shape}"
+    expected = " or ".join(f"`{each}`" for each in fits) + f" for the shape {shape}"
     fix = f"Say which of its axes are outputs (`o`) and inputs (`i`): `parameters: {{'{slot.name}': {fits[0]}}}`."
     return Problem("its orientation", expected, "none" if orientation is None else clip(orientation), fix)

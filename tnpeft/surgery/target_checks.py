@@ -9,14 +9,14 @@ from torch import nn
 
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.base_weight import is_computed
-from tnpeft.adapters.parked import is_lookup
+from tnpeft.adapters.parked import LOOKUPS
 from tnpeft.errors import Problem, near_miss
 from tnpeft.execution import AdaptedLayer
 from tnpeft.network import layer_of
 from tnpeft.network.orientation import orientation_of
 from tnpeft.network.signature import is_opaque_layer
 from tnpeft.surgery.checks import layer_problem
-from tnpeft.surgery.parameters import parameter_layer, parameter_problem, table_layer
+from tnpeft.surgery.parameters import parameter_problem, table_layer
 from tnpeft.surgery.tree import Slot, places, plain_modules
 
 __all__ = ["target_problems"]
@@ -27,7 +27,6 @@ def target_problems(
 ) -> Iterator[Problem]:
     """Why some of the targets cannot be adapted."""
     modules = plain_modules(root)
-    adapted = [place.name for place in places(root) if isinstance(place.module, AdaptedLayer)]
     claimed: dict[Hashable, str] = {}
     for name, adapter in targets.items():
         where = (name,)
@@ -35,10 +34,11 @@ def target_problems(
         if layer is None and name in parameters:
             yield from _parameter_problems(parameters[name], adapter, claimed)
             continue
-        if is_lookup(layer):
+        if isinstance(layer, LOOKUPS):
             yield from _table_problems(name, layer, adapter, claimed)
             continue
         if layer is None:
+            adapted = [place.name for place in places(root) if isinstance(place.module, AdaptedLayer)]
             outer = next((outer for outer in adapted if name.startswith(outer + ".")), None)
             found = "no such layer" if outer is None else f"a part of the adapted layer '{outer}'"
             fix = near_miss(name, modules) or "Use a name from `model.named_modules()`."
@@ -88,14 +88,13 @@ def _parameter_problems(slot: Slot, adapter: Adapter, claimed: dict[Hashable, st
     """Why a parameter cannot be adapted, or not by this adapter."""
     where = f"parameter '{slot.name}'"
     signature = adapter.network.layer
-    known = parameter_layer(slot, signature).signature
     place = id(slot.owner), slot.key
     if problem := parameter_problem(slot, orientation_of(signature)):
         yield problem
     elif place in claimed:
         fix = "Name it once: it is adapted at both."
         yield Problem("target", "a parameter of its own", f"that which is '{claimed[place]}' too", fix, where=where)
-    elif known != signature or signature.stored_shape != tuple(slot.tensor.shape):
-        fix = "Compile the adapter for this parameter, the same way round as others that stand on it."
-        yield Problem("adapter", f"one for {known}", f"one for {signature}", fix, where=where)
+    elif signature.stored_shape != (shape := tuple(slot.tensor.shape)):
+        fix = "Compile the adapter for this parameter."
+        yield Problem("adapter", f"one for a weight of shape {shape}", f"one for {signature}", fix, where=where)
     claimed[place] = slot.name

@@ -7,10 +7,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from tnpeft.errors import AdapterFileError
+from tnpeft.adapters.parked import LOOKUPS
+from tnpeft.errors import AdapterFileError, Problem
 from tnpeft.io.files import shown
 from tnpeft.io.foreign.formats import MADE_FOR, clip_key
 from tnpeft.io.foreign.source import Source
+from tnpeft.network.look_alikes import kind_name
+from tnpeft.spec.pattern import KINDS
 from tnpeft.surgery import layer_problem
 from tnpeft.surgery.tree import places
 
@@ -74,7 +77,13 @@ def check_layers(source: Source, names: Iterable[str], modules: Mapping[str, nn.
     """Refuse layers that this library does not adapt, though the file does, all of them."""
     problems = []
     for name in names:
-        if problem := layer_problem(name, modules[name]):
+        if isinstance(modules[name], LOOKUPS):
+            found = kind_name(type(modules[name]))
+            kinds = ", ".join(KINDS)
+            problem: Problem | None = Problem("layer type", f"one of {kinds}", found, _OUTSIDE, layers=(name,))
+        else:
+            problem = layer_problem(name, modules[name])
+        if problem is not None:
             fix = _OUTSIDE if problem.what == "layer type" else problem.fix
             problems.append(replace(problem, fix=fix, where=shown(source.path)))
     if problems:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.adapters.parked import is_lookup
+from tnpeft.adapters.parked import LOOKUPS
 from tnpeft.errors import AdapterFileError, Problem, clip, listed
 from tnpeft.io.files import file_path, in_file, refuse, replace_files, shown, what_is_at
 from tnpeft.io.foreign.components import named_parts
@@ -93,7 +93,7 @@ def save_foreign(
 def _parameter_problems(root: nn.Module, adapters: Iterable[str]) -> Iterator[Problem]:
     """No file of another library's holds what stands on an embedding or a parameter as other layers' updates."""
     modules = plain_modules(root)
-    beside = [name for name in adapters if name not in modules or is_lookup(modules[name])]
+    beside = [name for name in adapters if name not in modules or isinstance(modules[name], LOOKUPS)]
     if beside:
         fix = "Write it with `tnpeft.save`, or merge it into the model."
         yield Problem("adapters", "those of layers alone", f"also {listed(beside)}", fix)

@@ -1,0 +1,164 @@
+"""Modules that show other tensors under their names than those that stand there: subclasses that are made on the fly.
+
+Where something else acts than a module's own tensor, the tables `SHOWN` and `READ` of the module say so and, as long as
+they do, its class is a subclass in which those names are properties (torch's parametrizations do the same).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from tnpeft.adapters.distributed import DISTRIBUTED, is_sharded
+from tnpeft.adapters.offload import Resident, is_bare, store, wrapper_of
+from tnpeft.errors import ExecutionError, Problem
+
+__all__ = [
+    "READ",
+    "SHOWN",
+    "UNSET",
+    "bare",
+    "flat_weights",
+    "key_of",
+    "plain_class",
+    "require_values",
+    "set_own",
+    "showing",
+    "stored_at",
+]
+
+SHOWN = "_tnpeft_shown"
+"""On a module: for each tensor in whose place another acts, the key of that one."""
+READ = "_tnpeft_read"
+"""On a module: for each parameter that reads as its sum with updates, the key of the submodule that makes it."""
+UNSET = "_tnpeft_unset"
+"""On a module: the keys of copies that were made of tensors without memory, and were not loaded since."""
+
+
+def key_of(stored: str) -> str:
+    return stored.rpartition(":")[2]
+
+
+def require_values(module: nn.Module, stored: str, copy: Tensor | None) -> None:
+    """Raises ExecutionError for a copy that was made on meta, has memory now, and no values."""
+    if copy is None or copy.is_meta or stored not in module.__dict__.get(UNSET, ()):
+        return
+    found = "memory without values (it was made on the meta device)"
+    fix = "Load the adapter, or the base's state dict, before the first forward; or attach once the model has values."
+    raise ExecutionError(Problem(f"the trained `{key_of(stored)}` of a {type(module).__name__}", "values", found, fix))
+
+
+def stored_at(module: nn.Module, table: str, stored: str) -> Tensor | None:
+    for tensors in (module.__dict__[table], module.__dict__["_buffers"]):
+        if stored in tensors:
+            return tensors[stored]  # type: ignore[no-any-return]
+    return module.__dict__[stored]  # type: ignore[no-any-return] # FSDP has taken the parameter and left a view of it
+
+
+class _Showing(Resident):
+    """What the subclasses have in common in whose place of a module's class they stand."""
+
+    _tnpeft_plain: type[nn.Module]
+    _tnpeft_tables: tuple[tuple[str, str], ...]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        table = dict(self._tnpeft_tables).get(name)
+        if table is None:
+            super().__setattr__(name, value)
+        elif table == "_buffers":  # as a norm that puts a new tensor in place of its running mean
+            store(self, table, self.__dict__[SHOWN][name], value)  # type: ignore[arg-type]
+        else:
+            set_own(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in dict(self._tnpeft_tables) and name not in self.__dict__["_parameters"]:
+            del self.__dict__[name]
+        else:
+            super().__delattr__(name)
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = super()._call_impl  # type: ignore[misc]
+        maker = next(iter(self.__dict__.get(READ, {}).values()), None)
+        if maker is None:
+            return call(*args, **kwargs)
+        with self.__dict__["_modules"][maker].reading():
+            return call(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The subclass is made on the fly: what is unpickled is of the plain class first."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
+        plain = self._tnpeft_plain
+        arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
+        return (_made_again, (self._tnpeft_tables, make, arguments), *rest)
+
+
+def _made_again(tables: tuple[tuple[str, str], ...], make: Any, arguments: Any) -> Any:
+    module = make(*arguments)
+    module.__class__ = showing(type(module), tables)  # type: ignore[arg-type]
+    return module
+
+
+@lru_cache(maxsize=1024)
+def showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> type[nn.Module]:
+    """The subclass of `plain` in which some names read `SHOWN`; each comes with the table that its tensor is in."""
+
+    def reading(name: str, table: str) -> Callable[[Any], Tensor | None]:
+        def read(module: Any) -> Tensor | None:
+            shown = module.__dict__.get(SHOWN, {})
+            if is_bare(module):
+                return bare(module, name) if table == "_parameters" else stored_at(module, table, name)
+            acts = stored_at(module, table, shown.get(name, name))
+            if UNSET in module.__dict__:
+                require_values(module, shown.get(name, name), acts)
+            if DISTRIBUTED in sys.modules and name in shown and acts is not None and is_sharded(wrapper_of(module)):
+                own = stored_at(module, table, name)
+                acts = acts if own is None else acts.to(own.dtype)  # that of FSDP2's MixedPrecisionPolicy
+            maker = module.__dict__.get(READ, {}).get(name)
+            return acts if maker is None else module._modules[maker].effective(acts)
+
+        return read
+
+    names: dict[str, Any] = {name: property(reading(name, table)) for name, table in tables}
+    if issubclass(plain, nn.RNNBase):
+        names["_flat_weights"] = property(flat_weights, lambda module, weights: None)
+    if plain.forward is nn.Embedding.forward:
+        names["forward"] = _look_up
+    names |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    names |= {"_tnpeft_plain": plain, "_tnpeft_tables": tables}
+    return type(plain.__name__, (_Showing, plain), names)
+
+
+def _look_up(module: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+    """An embedding's forward pass, by what makes its weight where that can do without the whole of it."""
+    maker = module.__dict__.get(READ, {}).get("weight")
+    rows = None if maker is None else module._modules[maker].looked_up(input)
+    return nn.Embedding.forward(module, input) if rows is None else rows
+
+
+def bare(module: nn.Module, name: str) -> Tensor | None:
+    """What stands under a parameter's name. Raises AttributeError where nothing does, as while FSDP exchanges it."""
+    if name not in module._parameters and name not in module.__dict__:
+        raise AttributeError(name)
+    return stored_at(module, "_parameters", name)
+
+
+def set_own(module: Any, name: str, value: Tensor | None) -> None:
+    """Set a module's own parameter, or the view that FSDP puts in place of one that it has taken."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        module.__dict__[name] = value
+    else:
+        module.__dict__.pop(name, None)
+        module.__dict__["_parameters"][name] = value
+
+
+def flat_weights(module: Any) -> list[Tensor | None]:
+    return [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    return getattr(type(module), "_tnpeft_plain", type(module))

@@ -1,0 +1,87 @@
+"""From the layers and parameters that a recipe claims to their adapters, still on no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
+from tnpeft.adapters.base_weight import never_called
+from tnpeft.adapters.parked import ParameterLayer
+from tnpeft.errors import AttachError, BindError, Problem
+from tnpeft.network import Network
+from tnpeft.network.dropout import Dropout, dropout_problems
+from tnpeft.recipe.model import Entry
+from tnpeft.schedule import check_mode
+
+__all__ = ["compiled_layers"]
+
+
+def compiled_layers(
+    modules: Mapping[str, nn.Module | ParameterLayer],
+    claimed: Mapping[str, Entry],
+    captured: Mapping[str, Captured],
+    seed: int | None,
+    mode: str,
+    autotune: bool,
+) -> dict[str, Adapter]:
+    """One adapter per layer (once for a layer with two names); every layer's mistakes are collected."""
+    check_mode(mode)
+    networks: dict[str, Network] = {}
+    seen: set[int] = set()
+    problems: list[Problem] = []
+    for name, entry in claimed.items():
+        if id(modules[name]) in seen:
+            continue
+        seen.add(id(modules[name]))
+        try:
+            layer = modules[name]
+            bound = layer.signature if isinstance(layer, ParameterLayer) else layer
+            networks[name] = entry.spec.bind(bound, **entry.params_of(name))
+        except BindError as error:
+            problems += _of_layer(name, error)
+    problems += memory_problems(networks, modules, mode)
+    for name, network in networks.items():
+        if dropout := claimed[name].dropout:
+            problems += _dropout_problems(name, network, modules[name], dropout)
+    if problems:
+        raise AttachError(*problems)
+    sharing = Sharing()
+    adapters: dict[str, Adapter] = {}
+    for name, network in networks.items():
+        layer = modules[name]
+        # A parameter is read: nobody knows the input of its layer.
+        is_read = isinstance(layer, ParameterLayer) and not layer.is_whole
+        try:
+            adapters[name] = Adapter(
+                network,
+                layer,
+                seed=seed,
+                name=name,
+                mode="dense" if is_read else mode,
+                autotune=autotune,
+                sharing=sharing,
+                captured=captured[name],
+                dropout=claimed[name].dropout,
+            )
+        except BindError as error:
+            problems += _of_layer(name, error)
+    if problems:
+        raise AttachError(*problems)
+    return adapters
+
+
+def _dropout_problems(
+    name: str, network: Network, layer: nn.Module | ParameterLayer, dropout: Dropout
+) -> list[Problem]:
+    """Why calls of a layer cannot leave out so much."""
+    if found := never_called(layer):
+        fix = "Exclude it, or adapt it by another entry of a recipe, or under another name, without `dropout`."
+        return [Problem("`dropout`", "a layer whose input is seen", found, fix, layers=(name,))]
+    return [replace(problem, layers=(name,)) for problem in dropout_problems(network, dropout)]
+
+
+def _of_layer(name: str, error: BindError) -> list[Problem]:
+    return [replace(problem, layers=(name,)) for problem in error.problems]
