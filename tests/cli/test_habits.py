@@ -22,6 +22,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
 
 
+DROPOUT = "`dropout`, of `attach` and of entries of recipes, says what training drops: `{'input': 0.05}`, say."
 PARAMS = {
     "rank": "Did you mean `r`?",
     "lora_r": "Did you mean `r`?",
@@ -38,8 +39,7 @@ PARAMS = {
     "layer_types": "`kinds` says which kinds of layers of the spec's are meant: `Linear`, say.",
     "modules_to_save": ALSO,
     "bias": "`train` says what trains beside the cores: its `bias` is `none`, `adapted` or `all`.",
-    "lora_dropout": "Adapters here have no dropout: leave it out.",
-    "dropout": "Adapters here have no dropout: leave it out.",
+    "lora_dropout": DROPOUT,
     "adapter_name": "Did you mean `name`?",
     "random_state": "Did you mean `seed`?",
     "modee": "Did you mean `mode`?",
@@ -101,7 +101,7 @@ def test_settings_of_commands_by_other_names(monkeypatch, tmp_path):
     count = ("count", "lora", "--model", "nets:build", "--match", "0", "--set", "rank=4", "--set", "dropout=0.1")
     assert mistakes(*count, status=2) == [
         "--set rank: expected one of r, alpha, found `rank`. Did you mean `r`?",
-        "--set dropout: expected one of r, alpha, found `dropout`. Adapters here have no dropout: leave it out.",
+        f"--set dropout: expected one of r, alpha, found `dropout`. {DROPOUT}",
     ]
     budget = ("budget", "lora", "--model", "nets:build", "--match", "0", "--params", "99", "--param", "rank")
     assert mistakes(*budget) == [
@@ -112,26 +112,20 @@ def test_settings_of_commands_by_other_names(monkeypatch, tmp_path):
     ]
 
 
+def unknown(key: str, fix: str) -> str:
+    known = "dropout, exclude, kinds, layers, match, parameters, params, ranks, spec"
+    return f"3:38: unknown key '{key}' in `adapters`, entry 1: expected one of {known}, found '{key}'. {fix}"
+
+
 @pytest.mark.parametrize(
     ("entry", "rest", "lines"),
     [
-        ("r: 4", "", ["3:38: unknown key 'r' in `adapters`, entry 1: expected one of exclude, kinds, layers, "
-                      "match, params, ranks, spec, found 'r'. "
-                      "Write `params: {r: 4}`."]),
-        ("rank: 4.5", "", ["3:38: unknown key 'rank' in `adapters`, entry 1: expected one of exclude, kinds, "
-                           "layers, match, params, ranks, spec, found 'rank'. Write `params: {r: 4.5}`."]),
-        ("target_modules: [a]", "", ["3:38: unknown key 'target_modules' in `adapters`, entry 1: expected one of "
-                                     "exclude, kinds, layers, match, params, ranks, spec, found 'target_modules'. "
-                                     "Did you mean `match`?"]),
-        ("lora_dropout: 0.1", "", ["3:38: unknown key 'lora_dropout' in `adapters`, entry 1: expected one of exclude, "
-                                   "kinds, layers, match, params, ranks, spec, found 'lora_dropout'. Adapters here "
-                                   "have no dropout: leave it out."]),
-        ("rank_pattern: {q: 4}", "", ["3:38: unknown key 'rank_pattern' in `adapters`, entry 1: expected one of "
-                                      "exclude, kinds, layers, match, params, ranks, spec, found 'rank_pattern'. "
-                                      "Did you mean `ranks`?"]),
-        ("bias: all", "", ["3:38: unknown key 'bias' in `adapters`, entry 1: expected one of exclude, kinds, "
-                           "layers, match, params, ranks, spec, found 'bias'. Write it in `train`, beside "
-                           "`adapters`."]),
+        ("r: 4", "", [unknown("r", "Write `params: {r: 4}`.")]),
+        ("rank: 4.5", "", [unknown("rank", "Write `params: {r: 4.5}`.")]),
+        ("target_modules: [a]", "", [unknown("target_modules", "Did you mean `match`?")]),
+        ("lora_dropout: 0.1", "", [unknown("lora_dropout", "Write `dropout: {input: 0.1}`.")]),
+        ("rank_pattern: {q: 4}", "", [unknown("rank_pattern", "Did you mean `ranks`?")]),
+        ("bias: all", "", [unknown("bias", "Write it in `train`, beside `adapters`.")]),
         ("params: {rank: 4, n: 1}", "", [
             "3:46: params of spec 'lora': expected one of r, alpha, found `rank`. Did you mean `r`?",
             "3:46: params of spec 'lora': expected one of r, alpha, found `n`. Remove it."]),

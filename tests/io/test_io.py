@@ -88,8 +88,9 @@ def test_the_file_carries_all_that_is_needed_and_nothing_of_this_machine(file):
         "choices": {},
         "captured": {},
         "drawn": {},
-        "label": None,
+        "dropout": {},
         "orientation": None,
+        "label": None,
     }
     layers = {f"{layer}.{key}" for layer in ("first", "wide", "up", "head.0") for key in ("weight", "bias")}
     assert set(fields["digests"]) == layers - {"wide.bias"} | {"norm.weight", "norm.bias"}

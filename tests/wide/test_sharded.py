@@ -281,3 +281,33 @@ def test_units_of_fsdp1(tmp_path: Path):
 
 def test_switching_and_what_is_refused(tmp_path: Path):
     run(_switches, 2, tmp_path)
+
+
+def _drops_and_has_rows(_folder: Path) -> None:
+    x, _ = rows()
+    names = ["one", "two", None][: len(x)]
+    for way in WAYS:
+        for spec, mode in (("lora", "factored"), ("tt_lora", "dense"), ("metatt", "auto")):
+            whole, model = (adapted(spec, mode, dropout={"input": 0.2, "bond": 0.2, "module": 0.1}) for _ in range(2))
+            outputs = []
+            for each in (whole, sharded(model, way)):
+                torch.manual_seed(3)
+                outputs.append(each(x))
+                outputs[-1].square().sum().backward()
+            close(outputs[1].detach(), outputs[0].detach())
+            whole, model = (adapted(spec, mode, name="one") for _ in range(2))
+            for each in (whole, model):
+                tnpeft.attach(each, "lora", match=r"\.[ab]$", name="two", seed=7)
+                with torch.no_grad():
+                    for core in cores(each):
+                        core.copy_(torch.linspace(-0.5, 0.5, core.numel()).view(core.shape))
+            outputs = []
+            for each in (whole, sharded(model, way)):
+                with tnpeft.rows(each, names):
+                    outputs.append(each(x))
+                    outputs[-1].square().sum().backward()
+            close(outputs[1].detach(), outputs[0].detach())
+
+
+def test_dropout_and_rows(tmp_path: Path):
+    run(_drops_and_has_rows, 2, tmp_path)

@@ -22,7 +22,7 @@ _KINDS = "`kinds` says which kinds of layers of the spec's are meant: `Linear`, 
 _ALSO = "`train` says what trains beside the cores: its `also` takes regular expressions on parameters' names."
 _BIAS = "`train` says what trains beside the cores: its `bias` is `none`, `adapted` or `all`."
 _NORM = "`train` says what trains beside the cores: its `norm` is `true`, `false` or `all`."
-_DROPOUT = "`dropout` says what is dropped in training: `{'input': 0.05, 'bond': 0.1, 'module': 0.1}`, say."
+_DROPOUT = "`dropout`, of `attach` and of entries of recipes, says what training drops: `{'input': 0.05}`, say."
 _METHOD = "The spec is the method: take another one, such as `loha`."
 _DORA = "Take a spec with a trained magnitude, such as `dora`."
 _TUCKER = "Take a spec with a Tucker core, such as `locon_tucker`, `loha_tucker` or `lokr_tucker`."
@@ -55,7 +55,7 @@ _SENTENCES = {
     _ALSO: "modules_to_save trainable_modules trainable_token_indices",
     _BIAS: "bias biases train_bias train_biases",
     _NORM: "norm norms train_norm train_norms",
-    _DROPOUT: _SAME["dropout"],
+    _DROPOUT: f"dropout {_SAME['dropout']}",
     _METHOD: "algo algorithm network_module peft_type method adapter_type peft_config config",
     _DORA: "use_dora weight_decompose dora_wd",
     "Take the spec `rslora`.": "use_rslora rs_lora",
