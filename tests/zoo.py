@@ -144,7 +144,7 @@ def swin_unetr() -> Specimen:
     from monai.networks.nets import SwinUNETR
 
     model = SwinUNETR(in_channels=1, out_channels=2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4))
-    return Specimen(model, lambda model: model(_volumes(1, 1, 64, 64, 64)))
+    return Specimen(model, lambda model: model(_volumes(1, 1, 64, 32, 32)))
 
 
 def dynunet() -> Specimen:

@@ -40,6 +40,12 @@ def swin(model: nn.Module) -> Iterator[nn.Module]:
     yield from wide_convolutions(model, "UnetResBlock")
 
 
+def pointwise(model: nn.Module) -> Iterator[nn.Module]:
+    found = below(model, "InvertedResidual|DepthwiseSeparableConv", "Conv2d")
+    squeezed = {id(module) for module in below(model, "SqueezeExcite", "Conv2d")}
+    return (module for module in found if module.groups == 1 and id(module) not in squeezed)
+
+
 # Recipe, model → what the class says should be adapted.
 CASES: dict[tuple[str, str], Callable[[nn.Module], Iterator[object]]] = {
     ("lora_llama", "llama"): lambda model: below(model, "LlamaAttention|LlamaMLP", "Linear"),
@@ -57,6 +63,14 @@ CASES: dict[tuple[str, str], Callable[[nn.Module], Iterator[object]]] = {
     ("tenvoo_l_nnunet", "plain_conv_unet"): lambda model: wide_convolutions(model, "ConvDropoutNormReLU"),
     ("tenvoo_l_nnunet", "residual_encoder_unet"): lambda model: wide_convolutions(model, "ConvDropoutNormReLU"),
 }
+# Networks without a recipe of their own, as their pages match them.
+MATCHED: dict[str, tuple[str, str, Callable[[nn.Module], Iterator[object]]]] = {
+    "dynunet": ("tenvoo_l", r"\.conv[12]\.conv$", lambda model: wide_convolutions(model, "UnetBasicBlock")),
+    "segresnet": ("lora", r"\.conv[12]\.conv$", lambda model: below(model, "ResBlock", "Conv3d")),
+    "autoencoder": ("tenvoo_l", r"\.conv[12]\.conv$", lambda model: wide_convolutions(model, "AEKLResBlock")),
+    "convnext": ("lora", r"mlp\.fc[12]$", lambda model: below(model, "GlobalResponseNormMlp|Mlp", "Conv2d", "Linear")),
+    "efficientnet": ("lora", r"conv_pwl?$", lambda model: pointwise(model)),
+}
 each_case = pytest.mark.parametrize(("recipe", "name"), CASES)
 
 
@@ -67,7 +81,7 @@ def output(found: Specimen) -> Tensor:
 
 def trained(found: Specimen, handle: tnpeft.Handle) -> tuple[float, float]:
     """The losses before and after one step."""
-    optimiser = torch.optim.Adam(handle.parameters(), 1e-3)
+    optimiser = torch.optim.Adam(handle.parameters(), 1e-4)
     losses = []
     for _ in range(2):
         loss = found.run(found.model).square().mean()
@@ -93,9 +107,24 @@ def test_the_layers_are_those_of_the_class(recipe: str, name: str):
 
 @each_case
 def test_start_step_file_and_merging(recipe: str, name: str, tmp_path: Path):
+    _through_its_life(name, tmp_path, recipe)
+
+
+@pytest.mark.parametrize("name", MATCHED)
+def test_networks_without_a_recipe(name: str, tmp_path: Path):
+    spec, pattern, layers = MATCHED[name]
+    model = specimen(name).model
+    wanted = {id(each) for each in layers(model)}
+    known = dict(model.named_modules())
+    assert {id(known[layer]) for layer in tnpeft.attach(model, spec, match=pattern).adapters} == wanted
+    _through_its_life(name, tmp_path, spec, match=pattern, r=2)
+
+
+def _through_its_life(name: str, tmp_path: Path, what: str, **options: object) -> None:
+    """The exact start, a step that helps, a file that gives the same bits on a fresh base, merging both ways."""
     found, keys = specimen(name), [*specimen(name).model.state_dict()]
     first = output(found)
-    handle = tnpeft.attach(found.model, recipe)
+    handle = tnpeft.attach(found.model, what, **options)
     assert torch.equal(output(found), first)
     before, after = trained(found, handle)
     assert after < before
