@@ -1,4 +1,4 @@
-"""What the pages in `docs` show is what happens."""
+"""What the pages in `docs` show is what happens. tests/wide runs those that need heavy libraries."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+from pages import HEAVY, LIGHT, PAGES, run
 
 import tnpeft
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
 
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LIGHT, ids=lambda page: page.name)
 def test_python_runs_and_recipes_are_read(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    text = page.read_text(encoding="utf-8")
-    names: dict[str, object] = {"__name__": page.stem}
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(compile(block, page.name, "exec"), names)
-    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
-        assert tnpeft.Recipe.from_yaml(block, page.name).entries
+    run(page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -33,3 +26,9 @@ def test_links_and_names(page: Path):
         assert hasattr(tnpeft, name), name
     for name in re.findall(r"handle\.(\w+)", text):
         assert hasattr(tnpeft.Handle, name), name
+
+
+@pytest.mark.parametrize("page", HEAVY, ids=lambda page: page.name)
+def test_recipes_that_are_named_are_shipped(page: Path):
+    for recipe in re.findall(r"`((?:lora|tenvoo_[lq])_\w+)`", page.read_text(encoding="utf-8")):
+        assert recipe in (*tnpeft.list_recipes(), *tnpeft.list_specs()), recipe

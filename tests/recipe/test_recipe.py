@@ -153,12 +153,22 @@ def test_shipped_recipes_are_found_by_name():
     assert tnpeft.list_recipes() == (
         "loha_ddpm",
         "lokr_ddpm",
+        "lora_bert",
         "lora_ddpm",
+        "lora_flux",
+        "lora_gpt2",
+        "lora_llama",
         "lora_maisi",
         "lora_maisi_controlnet",
+        "lora_mixtral",
+        "lora_nnunet",
+        "lora_unet",
+        "lora_vit",
         "tenvoo_l_ddpm",
         "tenvoo_l_maisi",
         "tenvoo_l_maisi_controlnet",
+        "tenvoo_l_nnunet",
+        "tenvoo_l_swin_unetr",
         "tenvoo_q_ddpm",
     )
     recipe = tnpeft.load_recipe("tenvoo_l_ddpm")

@@ -203,6 +203,45 @@ def test_merging_dequantises(name: str):
     torch.testing.assert_close(model(x), output, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("name", QUANTISED)
+def test_files_of_quantised_and_plain_bases(name: str, back: bool, tmp_path):
+    """Trained on 4 bits, used on the whole weight, as QLoRA's users do; and the reverse."""
+
+    def both() -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(INPUTS, OUTPUTS), nn.LayerNorm(OUTPUTS))
+        found = (nn.Sequential(model_of(name)[0], nn.LayerNorm(OUTPUTS)), plain)
+        return found[::-1] if back else found
+
+    first, second = both()
+    train(tnpeft.attach(first, "lora", match="0", train={"norm": True}))
+    tnpeft.save(first, tmp_path / "a.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tnpeft.TnpeftWarning)
+        tnpeft.load(second, tmp_path / "a.safetensors")
+    x, delta = torch.randn(3, INPUTS), first[0].adapter("default").delta_weight()
+    torch.testing.assert_close(second[0](x), second[0].base.forward(x) + functional.linear(x, delta))
+    assert torch.equal(first[1].bias, second[1].bias)
+    tnpeft.save(second, tmp_path / "b.safetensors")
+    tnpeft.hot_swap(first, tmp_path / "b.safetensors")
+
+
+def test_conv1d_and_a_linear_in_its_place_take_each_others_files(tmp_path):
+    torch.manual_seed(0)
+    layer, linear = Conv1D(6, 8), nn.Linear(8, 6)
+    linear.weight, linear.bias = nn.Parameter(layer.weight.T.contiguous()), nn.Parameter(layer.bias.detach().clone())
+    x, models = torch.randn(2, 8), {"turned": nn.Sequential(layer), "plain": nn.Sequential(linear)}
+    for there, here in (("turned", "plain"), ("plain", "turned")):
+        first, second = (copy.deepcopy(models[each]) for each in (there, here))
+        train(tnpeft.attach(first, "dora", match="0"))
+        tnpeft.save(first, tmp_path / "a.safetensors")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", tnpeft.TnpeftWarning)
+            tnpeft.load(second, tmp_path / "a.safetensors")
+        torch.testing.assert_close(second(x), first(x))
+
+
 @pytest.mark.parametrize("spec", ["dora", "pissa"])
 @pytest.mark.parametrize("name", QUANTISED)
 def test_specs_that_read_the_weight_have_the_dequantised_one(name: str, spec: str):

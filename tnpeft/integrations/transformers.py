@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from tnpeft.errors import AdapterFileError, TnpeftWarning
 from tnpeft.io import save
 from tnpeft.io.files import read, refuse, shown
-from tnpeft.io.loading import other_base
+from tnpeft.io.same_base import other_base
 from tnpeft.io.saving import chosen
 from tnpeft.io.sharded import is_in_parts, one_writer
 from tnpeft.surgery import adapted, plain_keys
@@ -59,7 +59,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
             manifest, _ = read(file)
         except AdapterFileError:
             return  # saved by another callback, or elsewhere
-        if problem := other_base(manifest, root):
+        if problem := other_base(file, manifest, root):
             fix = "Resume on that base: the checkpoint itself holds none."
             warnings.warn(TnpeftWarning(replace(problem, fix=fix, where=shown(file))), stacklevel=2)
 

@@ -17,12 +17,13 @@ from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
 from tnpeft.adapters.distributed import is_split
 from tnpeft.adapters.offload import hook_of
 from tnpeft.adapters.parked import ParameterLayer
-from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
-from tnpeft.io.base import base_digests, fingerprint
-from tnpeft.io.checks import MOST_SHOWN, number_problem
+from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning
+from tnpeft.io.base import fingerprint
+from tnpeft.io.checks import number_problem
 from tnpeft.io.files import FOREIGN, file_path, in_file, of_file, read, refuse, shown, specs_of
-from tnpeft.io.manifest import BaseTensor, LayerEntry, Manifest, digest_of, dtype_name
+from tnpeft.io.manifest import LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.renaming import with_plain_names
+from tnpeft.io.same_base import check_base, other_base
 from tnpeft.network import Layer, Network, Spec
 from tnpeft.network.orientation import ORIENTATIONS, oriented
 from tnpeft.recipe import Handle
@@ -47,9 +48,7 @@ from tnpeft.surgery import (
 from tnpeft.surgery.parameters import bases_of
 from tnpeft.surgery.tree import slots
 
-__all__ = ["hot_swap", "load", "other_base", "put_on", "without_values"]
-
-_SHOWN = 3  # differences named in an error
+__all__ = ["hot_swap", "load", "put_on", "without_values"]
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Handle:
@@ -101,13 +100,13 @@ def _content(
 ) -> tuple[Manifest, tuple[dict[str, Adapter], dict[str, Tensor], dict[str, Tensor]]]:
     """What a file says, its adapters compiled for the model, and what trained beside them, statistics by themselves."""
     manifest, tensors = read(path)
-    if problems := [*model_problems(model)]:
-        raise AttachError(*problems)
+    if wrong := [*model_problems(model)]:
+        raise AttachError(*wrong)
     if problem := scale_problem(manifest.name, manifest.scale):
         raise AdapterFileError(replace(problem, what="`scale`", where=shown(path)))
     base = fingerprint(model)
     manifest, tensors = with_plain_names(manifest, tensors, base)
-    _check_base(path, manifest.base, base)
+    check_base(path, manifest, model, base)
     numbers = number_problem(tensors, manifest.layers)
     adapters = _adapters(path, manifest, tensors, _bases(model, manifest))
     _check_names(path, manifest, model)
@@ -119,7 +118,9 @@ def _content(
     if tensors:
         raise refuse(path, "tensors", "those of the adapter alone", f"also '{min(tensors)}'", FOREIGN)
     # Not refused, and probably a mistake: another base of the same shapes, numbers that are none.
-    if doubts := [replace(problem, where=shown(path)) for problem in (other_base(manifest, model), numbers) if problem]:
+    if doubts := [
+        replace(problem, where=shown(path)) for problem in (other_base(path, manifest, model), numbers) if problem
+    ]:
         warnings.warn(TnpeftWarning(*doubts), stacklevel=3)
     return manifest, (adapters, trained, statistics)
 
@@ -164,36 +165,6 @@ def without_values(path: Path, layer: str) -> AdapterFileError:
     """What is said of a base layer on the meta device."""
     fix = "Give the model its weights before loading an adapter."
     return refuse(path, "base model", "values", f"none in layer '{layer}' (it is on the meta device)", fix)
-
-
-def other_base(manifest: Manifest, model: nn.Module) -> Problem | None:
-    """What to warn of where the base has other values than the one that a file's adapter was trained on."""
-    here = base_digests(model, manifest.layers, (names[0] for names in manifest.trained))
-    others = [name for name, digest in manifest.digests.items() if here.get(name, digest) != digest]
-    if not others:
-        return None
-    owners = [*dict.fromkeys(name.rpartition(".")[0] or name for name in others)]
-    found = f"others in {listed(owners, MOST_SHOWN)}"
-    fix = "Load it onto that base; here it computes something else than it was trained to."
-    return Problem("base model", "the values that the adapter was trained on", found, fix)
-
-
-def _check_base(path: Path, saved: Mapping[str, BaseTensor], here: Mapping[str, BaseTensor]) -> None:
-    differences = [f"'{name}' is {saved[name]} there and missing here" for name in saved if name not in here]
-    differences += [f"'{name}' is {here[name]} here and missing there" for name in here if name not in saved]
-    differences += [
-        f"'{name}' is {saved[name]} there and {here[name]} here"
-        for name in saved
-        if name in here and saved[name] != here[name]
-    ]
-    if not differences:
-        return
-    more = len(differences) - _SHOWN
-    found = "; ".join(differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-    fix = "Build the base model as it was when the adapter was saved."
-    if saved.keys() == here.keys() and all(saved[name].like(here[name]) for name in saved):
-        fix = "Load the adapter before casting the model to another type."
-    raise refuse(path, "base model", "the one the adapter was saved from", found, fix)
 
 
 def _check_names(path: Path, manifest: Manifest, model: nn.Module) -> None:

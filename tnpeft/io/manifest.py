@@ -76,6 +76,10 @@ class BaseTensor(_Entry):
     dtype: str
     tied: str | None = None
 
+    @property
+    def is_floating(self) -> bool:
+        return "float" in self.dtype
+
     def like(self, other: BaseTensor) -> bool:
         """Equal but for the type."""
         return (self.shape, self.tied) == (other.shape, other.tied)
