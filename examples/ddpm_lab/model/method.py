@@ -14,6 +14,7 @@ from torch import nn
 import tnpeft
 import tnpeft.surgery
 from ddpm_lab.config.settings import Base, Method, Model
+from ddpm_lab.model.sharding import whole_tensors
 from ddpm_lab.model.unet import build_unet
 from ddpm_lab.support.durable import write_tensors
 from ddpm_lab.support.faults import fault
@@ -48,13 +49,18 @@ class Trained:
     report: Any | None = None  # tnpeft's, printable by rich or as text
 
     def save(self, folder: Path) -> Path:
-        """Write what trained: an adapter file, or the trained tensors."""
+        """Write what trained: an adapter file, or the trained tensors.
+
+        Of a sharded model every process comes here, and the first one writes.
+        """
         path = folder / self.file_name
         if self.report is not None:
             tnpeft.save(self.unet, path)
         else:
-            tensors = self.unet.named_parameters()
-            write_tensors(path, {name: tensor for name, tensor in tensors if tensor.requires_grad})
+            named = self.unet.named_parameters()
+            tensors = whole_tensors({name: tensor for name, tensor in named if tensor.requires_grad})
+            if tensors:
+                write_tensors(path, tensors)
         return path
 
 
