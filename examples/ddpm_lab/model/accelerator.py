@@ -12,7 +12,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from ddpm_lab.config.settings import Distributed, Training
 from ddpm_lab.support.faults import fault
 
-__all__ = ["make_accelerator"]
+__all__ = ["make_accelerator", "micro_batches"]
 
 WHOLE = Distributed()
 
@@ -49,22 +49,21 @@ def make_accelerator(training: Training, distributed: Distributed = WHOLE) -> Ac
         fix = f"Start the driver with `torchrun --nproc_per_node {training.processes} examples/ddpm.py ...`."
         raise fault("training.processes", "the processes", str(training.processes), str(found), fix)
     if distributed.shard is not None:
-        accelerator.gradient_accumulation_steps = _share(training, accelerator)
+        accelerator.gradient_accumulation_steps = micro_batches(training, found)
+        if accelerator.mixed_precision == "fp16":
+            fix = "Set `training.precision=fp32`."
+            raise fault("training.precision", "the precision of a sharded model", "fp32 or bf16", "fp16", fix)
     return accelerator
 
 
-def _share(training: Training, accelerator: Accelerator) -> int:
-    """The micro-batches of an optimiser step that one process of a sharded run takes; raises LabError."""
-    processes: int = accelerator.num_processes
+def micro_batches(training: Training, processes: int) -> int:
+    """The micro-batches of an optimiser step that each process of a sharded run takes; raises LabError."""
     total = training.accumulation
     if total % processes:
         counts = ", ".join(str(count) for count in range(1, total + 1) if total % count == 0)
         found = f"{total} for {processes} processes"
         fix = f"Start {counts} with `torchrun --nproc_per_node`, or start anew with another accumulation."
         raise fault("training.accumulation", "micro-batches", "as many for each process", found, fix)
-    if accelerator.mixed_precision == "fp16":
-        fix = "Set `training.precision=fp32`."
-        raise fault("training.precision", "the precision of a sharded model", "fp32 or bf16", "fp16", fix)
     return total // processes
 
 

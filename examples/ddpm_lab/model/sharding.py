@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-__all__ = ["is_sharded", "shard", "units_of", "whole_tensors"]
+__all__ = ["elements_of_part", "is_sharded", "shard", "units_of", "whole_tensors"]
 
 
 def units_of(unet: nn.Module) -> list[nn.Module]:
@@ -22,18 +21,25 @@ def units_of(unet: nn.Module) -> list[nn.Module]:
     return [block for block in blocks if any(True for _ in block.parameters())]
 
 
-def shard(unet: nn.Module, accelerator: Accelerator) -> None:
-    """Share the tensors of `unet` out to the processes; adapters are attached before.
+def shard(unet: nn.Module, device: torch.device, processes: int) -> None:
+    """Share the tensors of `unet` out to all processes, each on its device; adapters are attached before.
 
     The last unit is freed after a forward pass as the others are, so that its parameters are always the parts.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mesh = init_device_mesh(device.type, (processes,))
     for unit in units_of(unet):
         fully_shard(unit, mesh=mesh)
     fully_shard(unet, mesh=mesh, reshard_after_forward=True)
+
+
+def elements_of_part(tensor: Tensor, process: int, processes: int) -> int:
+    """How many elements of a sharded tensor a process holds: it is cut along its first axis, in equal slices."""
+    slices = -(-tensor.shape[0] // processes)
+    mine = min(slices, max(0, tensor.shape[0] - process * slices))
+    return mine * tensor[0].numel() if mine else 0
 
 
 def is_sharded(unet: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from ddpm_lab.support.durable import write_json, writing
 from ddpm_lab.support.faults import fault
 from ddpm_lab.support.folders import files_in
 from ddpm_lab.support.locks import alone_in_out
-from ddpm_lab.support.processes import together
+from ddpm_lab.support.processes import missing, together
 from ddpm_lab.support.record import write_record
 from ddpm_lab.training.checkpoint import Checkpoints
 from ddpm_lab.training.finetune import Run, Setup, prepare, probe, run_training, sample
@@ -75,11 +75,12 @@ def _run(command: str, config: Config, out: Path, screen: Screen, title: str) ->
             write_record(out, command, config, processes=setup.accelerator.num_processes)
     if found is not None:
         screen.line(f"Going on after step {found.step}, from {found.folder.parent.name}/{found.folder.name}")
-    run = run_training(setup, screen, title, found=found, safe=True)
+    with missing():
+        run = run_training(setup, screen, title, found=found, safe=True)
     first = setup.accelerator.is_main_process
     if not (first or setup.sharded):
         return None
-    with writing(out, "the results"):
+    with missing(), writing(out, "the results"):
         summary = finish(setup, run, screen)
         if not first:
             return None

@@ -78,7 +78,7 @@ class Setup:
     def place(self, unet: nn.Module) -> None:
         """Put a network where it runs: in parts on all devices, or whole on this one."""
         if self.sharded:
-            shard(unet, self.accelerator)
+            shard(unet, self.accelerator.device, self.accelerator.num_processes)
         else:
             unet.to(self.accelerator.device)
 
