@@ -33,6 +33,12 @@ Override = Annotated[
 ]
 
 
+Dry = Annotated[
+    int,
+    typer.Option("--dry-run", min=0, metavar="N", help="Say what each of N processes would hold; nothing is trained."),
+]
+
+
 @app.command("demo")
 def demo(config: Settings = CONFIGS / "demo.yaml", out: Folder = Path("runs/demo"), overrides: Override = []) -> None:  # noqa: B006
     """Make a population from the MNI152 template, pretrain on its source, fine-tune on its target."""
@@ -46,15 +52,15 @@ def prepare(config: Settings, out: Folder, overrides: Override = []) -> None:  #
 
 
 @app.command("pretrain")
-def pretrain(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
+def pretrain(config: Settings, out: Folder, overrides: Override = [], processes: Dry = 0) -> None:  # noqa: B006
     """Train every weight of a model from nothing; model.safetensors is the base of later runs."""
-    _run("training.driver:pretrain", "config.settings:Config", config, overrides, out)
+    _train("pretrain", config, overrides, out, processes)
 
 
 @app.command("finetune")
-def finetune(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
+def finetune(config: Settings, out: Folder, overrides: Override = [], processes: Dry = 0) -> None:  # noqa: B006
     """Fine-tune a base checkpoint; the same command goes on where a run was cut short."""
-    _run("training.driver:finetune", "config.settings:Config", config, overrides, out)
+    _train("finetune", config, overrides, out, processes)
 
 
 @app.command("sample")
@@ -90,6 +96,14 @@ def report(out: Folder) -> None:
         check_filled(report(out, _screen()))
 
     _guarded(run)
+
+
+def _train(command: str, config: Path, overrides: list[str], out: Path, processes: int) -> None:
+    """Train, or say what each of so many processes would hold."""
+    if processes:
+        _run("training.dry_run:dry_run", "config.settings:Config", config, overrides, out, command, processes)
+    else:
+        _run(f"training.driver:{command}", "config.settings:Config", config, overrides, out)
 
 
 def _run(function: str, kind: str, config: Path, overrides: list[str], out: Path, *more: Any) -> None:

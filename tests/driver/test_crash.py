@@ -29,7 +29,8 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 import ddpm
 import nibabel
 from accelerate.state import AcceleratorState
-from ddpm_lab.config.settings import Model
+from ddpm_lab.config.settings import Model, Training
+from ddpm_lab.model.accelerator import micro_batches
 from ddpm_lab.model.unet import build_unet, save_weights
 from ddpm_lab.support.durable import write_tensors
 from ddpm_lab.support.faults import LabError
@@ -200,16 +201,20 @@ def test_runs_stopped_inside_their_writes_end_with_the_same_bits(server: Server,
     same_results(out, whole)
 
 
-# Two processes
+# Several processes
 
 
-def two_processes() -> list[dict[str, str]]:
-    """What torchrun puts into the environments of two processes."""
+def processes(count: int) -> list[dict[str, str]]:
+    """What torchrun puts into the environments of so many processes."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**both, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def words(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 @pytest.mark.slow
@@ -218,32 +223,119 @@ def test_two_processes_that_are_killed_go_on_and_end_with_the_same_bits(
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     settings = ("training.accumulation=1", "training.steps=4", "validation.every=2", "method={recipe: lora_ddpm}")
-    more = [word for setting in settings for word in ("--set", setting)]
+    more = words(*settings)
     log = Path(f"{out}.log")
-    assert server(whole, *more, environments=two_processes()) == 0, Path(f"{whole}.log").read_text(encoding="utf-8")
+    assert server(whole, *more, environments=processes(2)) == 0, Path(f"{whole}.log").read_text(encoding="utf-8")
     until = str(out / "checkpoints" / "step-00000002")
-    assert server(out, *more, environments=two_processes(), until=until) == -9, log.read_text(encoding="utf-8")
+    assert server(out, *more, environments=processes(2), until=until) == -9, log.read_text(encoding="utf-8")
     alone = command(lab, out, *settings)
     assert alone.exit_code == 1
     assert alone.stderr == (
         f"error: {out}: processes of the run in this folder: expected 2, found 1. "
         f"Start as many with `torchrun --nproc_per_node`, choose another `--out`, or remove the folder to start anew.\n"
     )
-    assert server(out, *more, environments=two_processes()) == 0, log.read_text(encoding="utf-8")
+    assert server(out, *more, environments=processes(2)) == 0, log.read_text(encoding="utf-8")
     assert "Going on after step" in log.read_text(encoding="utf-8")
     same_results(out, whole)
 
 
 @pytest.mark.slow
-def test_a_disk_that_fails_the_first_process_stops_both_in_order(server: Server, lab: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [(), ("distributed.shard=block",)], ids=["whole", "sharded"])
+def test_a_disk_that_fails_the_first_process_stops_both_in_order(
+    server: Server, lab: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     out = tmp_path / "run"
     out.mkdir()
     (out / "checkpoints").write_text("not a folder", encoding="utf-8")
-    assert server(out, environments=two_processes()) == 1
+    assert server(out, *words(*settings), environments=processes(2)) == 1
     said = Path(f"{out}.log").read_text(encoding="utf-8")
     folder = out / "checkpoints" / "step-00000001"
     assert said.count(f"error: {folder}: a checkpoint: expected to be written, found Not a directory. {FIX}") == 2
     assert "Traceback" not in said
+
+
+SHARDED = ("training.batch_size=1", "training.accumulation=6", "training.steps=5", "sampling={count: 3, steps: 2}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["{recipe: tenvoo_l_ddpm, params: {r: 2}}", "{kind: full}"], ids=["adapter", "full"])
+def test_a_sharded_run_goes_on_with_any_number_of_processes(
+    server: Server, lab: Path, tmp_path: Path, method: str
+) -> None:
+    """Two processes are killed, then three; one ends the run as one that was never sharded ends."""
+    one, out = tmp_path / "one", tmp_path / "run"
+    settings = words(*SHARDED, f"method={method}")
+    assert server(one, *settings) == 0, Path(f"{one}.log").read_text(encoding="utf-8")
+    settings += words("distributed.shard=block")
+    log = Path(f"{out}.log")
+    for count, until in ((2, 1), (3, 3)):
+        step = str(out / "checkpoints" / f"step-{until:08d}")
+        status = server(out, *settings, environments=processes(count), until=step)
+        assert status == -9, log.read_text(encoding="utf-8")
+    assert server(out, *settings) == 0, log.read_text(encoding="utf-8")
+    assert log.read_text(encoding="utf-8").count("Going on after step") == 2
+    same_within(out, one, 1e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_ends_as_one_that_is_whole(server: Server, lab: Path, tmp_path: Path) -> None:
+    """Errors before and after, the adapter, samples of the base and of the result, with activations recomputed."""
+    one, out = tmp_path / "one", tmp_path / "run"
+    settings = words(*SHARDED)
+    assert server(one, *settings) == 0, Path(f"{one}.log").read_text(encoding="utf-8")
+    settings += words("distributed.shard=block", "model.checkpointing=true")
+    assert server(out, *settings, environments=processes(3)) == 0, Path(f"{out}.log").read_text(encoding="utf-8")
+    same_within(out, one, 1e-4)
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["machine"]["processes"] == 3
+    assert summary["run"]["start_difference"] == 0.0
+    assert summary["run"]["reload_difference"] == 0.0
+    assert not (out / "checkpoints").exists()
+
+
+def same_within(out: Path, one: Path, tolerance: float) -> None:
+    """Two runs that add up in other orders."""
+    found, expected = (json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in (out, one))
+    assert found["history"]["losses"] == pytest.approx(expected["history"]["losses"], abs=tolerance)
+    assert len(set(expected["history"]["losses"])) == 5
+    for here, there in zip(found["history"]["validation"], expected["history"]["validation"], strict=True):
+        assert here[1] == pytest.approx(there[1], abs=tolerance)
+    for name in ("held_out_error_before", "held_out_error_after"):
+        assert found["run"][name] == pytest.approx(expected["run"][name], abs=tolerance)
+    assert found["run"]["trainable_parameters"] == expected["run"]["trainable_parameters"]
+    assert found["samples"]["sets"].keys() == expected["samples"]["sets"].keys()
+    weights, others = (load_file(folder / expected["result"]) for folder in (one, out))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_while_others_wait_ends_all(server: Server, lab: Path, tmp_path: Path) -> None:
+    """A held-out volume that cannot be read is found by one process, while the other wants its parts."""
+    out = tmp_path / "run"
+    environments = processes(2)
+    environments[1]["BROKEN"] = "1"
+    settings = words(*SHARDED, "distributed.shard=block")
+    assert server(out, *settings, environments=environments) == 1
+    said = Path(f"{out}.log").read_text(encoding="utf-8")
+    assert said.count("error: a volume: held out: expected one that can be read, found none. Mend it.") == 1
+    gone = (
+        "error: the processes: another process: expected at work, found gone. Its own message says why. "
+        "The same command goes on from the last checkpoint."
+    )
+    assert said.count(gone) == 1
+    assert "Traceback" not in said
+
+
+def test_micro_batches_must_be_shared_out_evenly() -> None:
+    with pytest.raises(LabError) as excinfo:
+        micro_batches(Training(accumulation=4), 3)
+    assert str(excinfo.value) == (
+        "training.accumulation: micro-batches: expected as many for each process, found 4 for 3 processes. "
+        "Start 1, 2, 4 with `torchrun --nproc_per_node`, or start anew with another accumulation."
+    )
+    assert micro_batches(Training(accumulation=4), 2) == 2
 
 
 def saved(step: int) -> Callable[[Path], None]:
@@ -287,8 +379,7 @@ def test_a_checkpoint_is_complete_or_does_not_count(server: Server, tmp_path: Pa
 
 def command(lab: Path, out: Path, *settings: str) -> Result:
     AcceleratorState._reset_state(reset_partial_state=True)
-    overrides = [word for setting in settings for word in ("--set", setting)]
-    arguments = ["finetune", "--config", str(lab / "run.yaml"), "--out", str(out), *overrides]
+    arguments = ["finetune", "--config", str(lab / "run.yaml"), "--out", str(out), *words(*settings)]
     return CliRunner(env={"COLUMNS": "200"}).invoke(ddpm.app, arguments, catch_exceptions=False)
 
 

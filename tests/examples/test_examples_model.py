@@ -327,9 +327,9 @@ def test_a_model_that_accelerate_would_shard_is_refused(
     with pytest.raises(LabError) as excinfo:
         make_accelerator(Training(precision="fp32", device="cpu"))
     assert str(excinfo.value) == (
-        "accelerate's configuration: several processes: expected the whole model in each process (DDP), found "
-        f"{name} ({variable}). Start the driver with `torchrun`, without {variable}. To save memory set "
-        "`model.checkpointing=true` and `training.precision=bf16`."
+        "accelerate's configuration: several processes: expected none that shards the model, for the driver does "
+        f"(FSDP2), found {name} ({variable}). Start the driver with `torchrun`, without {variable}, and set "
+        "`distributed.shard=block`."
     )
     monkeypatch.setenv(variable, "false")
     assert make_accelerator(Training(precision="fp32", device="cpu")).num_processes == 1

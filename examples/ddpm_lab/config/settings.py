@@ -28,6 +28,7 @@ __all__ = [
     "Data",
     "DemoConfig",
     "Diffusion",
+    "Distributed",
     "Method",
     "Metrics",
     "Model",
@@ -204,6 +205,14 @@ class Metrics(Section):
     seed: int = 99
 
 
+class Distributed(Section):
+    """Several processes, started by torchrun: each holds the whole model, or a part of every tensor (FSDP2)."""
+
+    # Gather one residual, attention or resampling block at a time. Then `batch_size * accumulation` samples of an
+    # optimiser step are shared out to the processes, so that their number changes no result.
+    shard: Literal["block"] | None = None
+
+
 class Config(Section):
     """One fine-tuning run."""
 
@@ -213,9 +222,18 @@ class Config(Section):
     diffusion: Diffusion = Diffusion()
     method: Method = Method()
     training: Training = Training()
+    distributed: Distributed = Distributed()
     validation: Validation = Validation()
     sampling: Sampling = Sampling()
     metrics: Metrics = Metrics()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `distributed` where it says nothing: then runs have the names that they always had."""
+        values: dict[str, Any] = dump(self)
+        if self.distributed == Distributed():
+            values.pop("distributed", None)
+        return values
 
 
 class Population(Section):

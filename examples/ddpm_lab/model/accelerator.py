@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
-from ddpm_lab.config.settings import Training
+from ddpm_lab.config.settings import Distributed, Training
 from ddpm_lab.support.faults import fault
 
-__all__ = ["make_accelerator"]
+__all__ = ["make_accelerator", "micro_batches"]
+
+WHOLE = Distributed()
 
 # What `accelerate launch` puts into the environment for a configuration that asks for it.
 SHARDING = {
@@ -23,8 +25,11 @@ SHARDING = {
 }
 
 
-def make_accelerator(training: Training) -> Accelerator:
-    """The device, the precision and the processes of a run; raises LabError for what it cannot have."""
+def make_accelerator(training: Training, distributed: Distributed = WHOLE) -> Accelerator:
+    """The device, the precision and the processes of a run; raises LabError for what it cannot have.
+
+    Where the model is sharded, `gradient_accumulation_steps` are this process's share of `training.accumulation`.
+    """
     _refuse_sharding()
     cpu = training.device == "cpu" or not torch.cuda.is_available()
     precision: str = training.precision
@@ -43,22 +48,35 @@ def make_accelerator(training: Training) -> Accelerator:
         # `accelerate launch --cpu --num_processes 2` starts one process and does not say so.
         fix = f"Start the driver with `torchrun --nproc_per_node {training.processes} examples/ddpm.py ...`."
         raise fault("training.processes", "the processes", str(training.processes), str(found), fix)
+    if distributed.shard is not None:
+        accelerator.gradient_accumulation_steps = micro_batches(training, found)
+        if accelerator.mixed_precision == "fp16":
+            fix = "Set `training.precision=fp32`."
+            raise fault("training.precision", "the precision of a sharded model", "fp32 or bf16", "fp16", fix)
     return accelerator
+
+
+def micro_batches(training: Training, processes: int) -> int:
+    """The micro-batches of an optimiser step that each process of a sharded run takes; raises LabError."""
+    total = training.accumulation
+    if total % processes:
+        counts = ", ".join(str(count) for count in range(1, total + 1) if total % count == 0)
+        found = f"{total} for {processes} processes"
+        fix = f"Start {counts} with `torchrun --nproc_per_node`, or start anew with another accumulation."
+        raise fault("training.accumulation", "micro-batches", "as many for each process", found, fix)
+    return total // processes
 
 
 def _refuse_sharding() -> None:
     """Raise LabError where accelerate's configuration spreads one model over processes.
 
-    Adapters contract the cores of many layers at once, which FSDP would have in parts; on a CPU accelerate passes
-    over FSDP and does not say so.
+    The driver shards a model itself, after adapters are attached; on a CPU accelerate passes over FSDP and does not
+    say so.
     """
     for variable, name in SHARDING.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "on", "t"):
-            expected = "the whole model in each process (DDP)"
-            fix = (
-                f"Start the driver with `torchrun`, without {variable}. To save memory set `model.checkpointing=true` "
-                "and `training.precision=bf16`."
-            )
+            expected = "none that shards the model, for the driver does (FSDP2)"
+            fix = f"Start the driver with `torchrun`, without {variable}, and set `distributed.shard=block`."
             raise fault("accelerate's configuration", "several processes", expected, f"{name} ({variable})", fix)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ddpm_lab.config.settings import Data, Diffusion, Validation
 from ddpm_lab.data.order import stream
+from ddpm_lab.model.sharding import is_sharded
 
 __all__ = ["HeldOut", "HeldOutError", "noise_schedule", "predict", "sampling_schedule"]
 
@@ -102,15 +103,21 @@ class HeldOut:
         done = 0
         for number, (bucket, places) in enumerate(batches):
             if number % processes == process:
-                drawn = [self._drawn(bucket, place) for place in places]
-                clean, noise, timesteps = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
-                found, target = predict(unet, self.scheduler, clean, noise, timesteps)
-                sums[number] = (found.float() - target.float()).pow(2).flatten(1).mean(1).double().sum().cpu()
+                sums[number] = self._sum(unet, bucket, places, device)
             done += len(places)
             if (number + 1) % processes == 0 or number + 1 == len(batches):
                 progress(done)
+        if is_sharded(unet) and 0 < len(batches) % processes <= process:
+            self._sum(unet, *batches[-1], device)  # in vain: the others' last batch needs this process's parts
         unet.train(was_training)
         return sums
+
+    def _sum(self, unet: nn.Module, bucket: int, places: range, device: torch.device | str) -> torch.Tensor:
+        """The sum of the errors of one batch."""
+        drawn = [self._drawn(bucket, place) for place in places]
+        clean, noise, timesteps = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
+        found, target = predict(unet, self.scheduler, clean, noise, timesteps)
+        return (found.float() - target.float()).pow(2).flatten(1).mean(1).double().sum().cpu()
 
     def error_of(self, sums: torch.Tensor) -> HeldOutError:
         """The error from the sums of all batches, added in one order whoever measured them."""

@@ -14,11 +14,12 @@ from torch import nn
 import tnpeft
 import tnpeft.surgery
 from ddpm_lab.config.settings import Base, Method, Model
+from ddpm_lab.model.sharding import whole_tensors
 from ddpm_lab.model.unet import build_unet
 from ddpm_lab.support.durable import write_tensors
 from ddpm_lab.support.faults import fault
 
-__all__ = ["PAPER_JOINT", "PAPER_LAYERS", "Trained", "apply_method", "check_fit", "check_method"]
+__all__ = ["PAPER_JOINT", "PAPER_LAYERS", "Trained", "apply_method", "check_fit", "check_method", "check_parts"]
 
 # The layers that the paper adapts. It leaves the middle block out.
 PAPER_LAYERS = (
@@ -48,17 +49,31 @@ class Trained:
     report: Any | None = None  # tnpeft's, printable by rich or as text
 
     def save(self, folder: Path) -> Path:
-        """Write what trained: an adapter file, or the trained tensors."""
+        """Write what trained: an adapter file, or the trained tensors.
+
+        Of a sharded model every process comes here, and the first one writes.
+        """
         path = folder / self.file_name
         if self.report is not None:
             tnpeft.save(self.unet, path)
         else:
-            tensors = self.unet.named_parameters()
-            write_tensors(path, {name: tensor for name, tensor in tensors if tensor.requires_grad})
+            named = self.unet.named_parameters()
+            tensors = whole_tensors({name: tensor for name, tensor in named if tensor.requires_grad})
+            if tensors:
+                write_tensors(path, tensors)
         return path
 
 
 def check_method(method: Method, base: Base) -> None:
+    """Raise TnpeftError where a method cannot be read, its parts do not fit each other, or it has no base."""
+    check_parts(method)
+    if method.kind != "full" and base.checkpoint is None:
+        expected = "a pretrained model's checkpoint"
+        fix = "Pass `--set base.checkpoint=FILE`, or train from nothing with `--set method.kind=full`."
+        raise fault("base.checkpoint", f"the base of method `{method.kind}`", expected, "nothing", fix)
+
+
+def check_parts(method: Method) -> None:
     """Raise TnpeftError where a recipe or spec cannot be read, or the parts of `method` do not fit each other."""
     if method.kind == "adapter":
         if (method.recipe is None) == (method.spec is None):
@@ -77,10 +92,6 @@ def check_method(method: Method, base: Base) -> None:
         except re.error as error:
             raise fault("method.match", "the layers", "a regular expression", str(error), "Mend it.") from None
     _check_extras(method)
-    if method.kind != "full" and base.checkpoint is None:
-        expected = "a pretrained model's checkpoint"
-        fix = "Pass `--set base.checkpoint=FILE`, or train from nothing with `--set method.kind=full`."
-        raise fault("base.checkpoint", f"the base of method `{method.kind}`", expected, "nothing", fix)
 
 
 def check_fit(model: Model, base: Base, method: Method) -> None:

@@ -34,9 +34,14 @@ def draw_samples(
     data: Data,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] = lambda _: None,
+    numbers: range | None = None,
 ) -> torch.Tensor:
-    """`sampling.count` volumes, (count, 1, D, H, W) on the CPU in the range of the data; see `draw_batches`."""
-    numbers = range(sampling.count)
+    """The volumes of `numbers`, by default the first `sampling.count`; see `draw_batches`.
+
+    They are (count, 1, D, H, W), on the CPU, in the range of the data.
+    """
+    if numbers is None:
+        numbers = range(sampling.count)
     batches = draw_batches(unet, numbers, shape, diffusion, sampling, data, device, progress)
     return torch.cat([volumes for _, volumes in batches])
 

@@ -7,9 +7,12 @@ from contextlib import contextmanager
 
 from accelerate.utils import gather_object
 
+from ddpm_lab.support.faults import fault
 from tnpeft import TnpeftError
 
-__all__ = ["together"]
+__all__ = ["missing", "together"]
+
+GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # as gloo and NCCL say it
 
 
 @contextmanager
@@ -27,3 +30,15 @@ def together() -> Iterator[None]:
     for one in found:
         if one is not None:
             raise one
+
+
+@contextmanager
+def missing() -> Iterator[None]:
+    """Say as LabError that another process has ended while this one waited for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in GONE):
+            raise
+        fix = "Its own message says why. The same command goes on from the last checkpoint."
+        raise fault("the processes", "another process", "at work", "gone", fix) from error

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,25 +72,52 @@ class Checkpoints:
         save: Callable[[Path], object],
     ) -> None:
         """Write one; `save` puts what trains into a folder. Raises LabError, leaving the older ones as they are."""
-        folder = self.folder / f"{PREFIX}{step:08d}"
-        temporary = folder.with_name(folder.name + UNFINISHED)
-        try:
-            with writing(folder, "a checkpoint"):
-                self._tidy()
-                temporary.mkdir(parents=True)
+        with self.begun(step) as temporary:
+            self.make(step)
+            with self.writing(step):
                 save(temporary)
                 for name, values in tensors.items():
                     write_tensors(temporary / f"{name}.safetensors", values)
-                digests = {path.name: digest_of_file(path) for path in sorted(temporary.iterdir())}
-                whole = {"version": VERSION, "step": step, **state, "tensors": list(tensors), "files": digests}
-                write_whole(temporary / STATE, _encoded(whole))
-                _discard(folder)
-                os.replace(temporary, folder)  # noqa: PTH105 - tests stop a run at every one of these
-                sync_folder(self.folder)
-                for old in sorted(self._complete())[: -self.keep]:
-                    _discard(old)
+            self.complete(step, {**state, "tensors": list(tensors)})
+
+    def unfinished(self, step: int) -> Path:
+        """The folder of one that does not count yet."""
+        return self.folder / f"{PREFIX}{step:08d}{UNFINISHED}"
+
+    def _folder(self, step: int) -> Path:
+        return self.folder / f"{PREFIX}{step:08d}"
+
+    @contextmanager
+    def begun(self, step: int) -> Iterator[Path]:
+        """Where the files of one are put before it counts; nothing of it is left where it was not completed."""
+        temporary = self.unfinished(step)
+        try:
+            yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def writing(self, step: int) -> AbstractContextManager[None]:
+        """Inside, a full disk is a LabError that names the checkpoint."""
+        return writing(self._folder(step), "a checkpoint")
+
+    def make(self, step: int) -> None:
+        """Make its folder, after removing what a process that was killed left half-written."""
+        with self.writing(step):
+            self._tidy()
+            self.unfinished(step).mkdir(parents=True)
+
+    def complete(self, step: int, state: Mapping[str, Any]) -> None:
+        """Let the files that were put into its folder count, with `state`; older ones than the last few go."""
+        folder, temporary = self._folder(step), self.unfinished(step)
+        with self.writing(step):
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            digests = {path.relative_to(temporary).as_posix(): digest_of_file(path) for path in files}
+            write_whole(temporary / STATE, _encoded({"version": VERSION, "step": step, **state, "files": digests}))
+            _discard(folder)
+            os.replace(temporary, folder)  # noqa: PTH105 - tests stop a run at every one of these
+            sync_folder(self.folder)
+            for old in sorted(self._complete())[: -self.keep]:
+                _discard(old)
 
     def clear(self) -> None:
         """Remove all of them, when the run is done."""

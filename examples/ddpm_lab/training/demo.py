@@ -18,7 +18,7 @@ from ddpm_lab.model.diffusion import noise_schedule
 from ddpm_lab.model.unet import build_unet, save_weights
 from ddpm_lab.support.console import Screen
 from ddpm_lab.support.durable import read_json, write_json
-from ddpm_lab.support.faults import raise_all
+from ddpm_lab.support.faults import fault, raise_all
 from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone_in_out
 from ddpm_lab.training.driver import finish
@@ -43,6 +43,10 @@ CAVEAT = (
 def demo(config: DemoConfig, out: Path, screen: Screen) -> dict[str, Any]:
     """Run the demonstration in `out`; what an earlier run made there from the same settings is used again."""
     started = time.perf_counter()
+    if config.distributed.shard is not None:
+        fix = "Leave it out; `finetune` takes it."
+        found = config.distributed.shard
+        raise fault("distributed.shard", "the demonstration", "nothing, for it runs whole", found, fix)
     _check_population(config)
     make_folder(out)
     screen.line(expected_time(config, _says(*_people(config, out)), _has_base(config, out)))

@@ -21,7 +21,7 @@ from ddpm_lab.support.durable import write_json, writing
 from ddpm_lab.support.faults import fault
 from ddpm_lab.support.folders import files_in
 from ddpm_lab.support.locks import alone_in_out
-from ddpm_lab.support.processes import together
+from ddpm_lab.support.processes import missing, together
 from ddpm_lab.support.record import write_record
 from ddpm_lab.training.checkpoint import Checkpoints
 from ddpm_lab.training.finetune import Run, Setup, prepare, probe, run_training, sample
@@ -75,19 +75,26 @@ def _run(command: str, config: Config, out: Path, screen: Screen, title: str) ->
             write_record(out, command, config, processes=setup.accelerator.num_processes)
     if found is not None:
         screen.line(f"Going on after step {found.step}, from {found.folder.parent.name}/{found.folder.name}")
-    run = run_training(setup, screen, title, found=found, safe=True)
-    if not setup.accelerator.is_main_process:
+    with missing():
+        run = run_training(setup, screen, title, found=found, safe=True)
+    first = setup.accelerator.is_main_process
+    if not (first or setup.sharded):
         return None
-    with writing(out, "the results"):
-        summary = _results(command, setup, run, screen, started)
+    with missing(), writing(out, "the results"):
+        summary = finish(setup, run, screen)
+        if not first:
+            return None
+        summary = _results(command, setup, run, summary, screen, started)
     _tidy(config, out)
     _show(summary, out, screen)
     return summary
 
 
-def _results(command: str, setup: Setup, run: Run, screen: Screen, started: float) -> dict[str, Any]:
-    """Write everything; the summary, which says that the run is done, last."""
-    summary = {"command": command, "result": run.trained.file_name, **finish(setup, run, screen)}
+def _results(
+    command: str, setup: Setup, run: Run, found: dict[str, Any], screen: Screen, started: float
+) -> dict[str, Any]:
+    """Write what `finish` has not; the summary, which says that the run is done, last."""
+    summary = {"command": command, "result": run.trained.file_name, **found}
     with screen.phase("pictures"):
         curves = [Curve(run.trained.title, run.history, run.before, run.after)]
         plot_curves(setup.out / "loss_curves.png", curves, None, "")
@@ -117,7 +124,8 @@ def _show(summary: dict[str, Any], out: Path, screen: Screen) -> None:
 def finish(setup: Setup, run: Run, screen: Screen, held_out: str = "real (held out)") -> dict[str, Any]:
     """Save what trained, sample, measure and draw the montage; returns the summary's data.
 
-    `held_out` is what the montage calls the volumes that the samples are to look like.
+    `held_out` is what the montage calls the volumes that the samples are to look like. Where the model is sharded
+    every process saves and samples, and the first one does the rest.
     """
     path = run.trained.save(setup.out)
     summary = {**describe_setup(setup), "run": describe_run(run)}
@@ -130,6 +138,8 @@ def finish(setup: Setup, run: Run, screen: Screen, held_out: str = "real (held o
         with _base_model(setup, run) as base:
             samples["base samples"] = sample(setup, screen, "sample the base", base)
     samples["fine-tuned samples"] = sample(setup, screen, "sample the fine-tuned model")
+    if not setup.accelerator.is_main_process:
+        return summary
     with screen.phase("metrics"):
         summary["samples"] = describe_samples(setup, samples)
     real = setup.volumes.validation
@@ -148,13 +158,14 @@ def _base_model(setup: Setup, run: Run) -> Iterator[nn.Module]:
         with tnpeft.disabled(setup.unet):
             yield setup.unet
         return
-    yield _fresh_base(setup)
+    base = _fresh_base(setup)
+    setup.place(base)
+    yield base
 
 
 def _fresh_base(setup: Setup) -> nn.Module:
     unet: nn.Module = build_unet(setup.config.model, setup.config.base)
     load_base(unet, setup.config.base)
-    unet.to(setup.accelerator.device)
     return unet
 
 
@@ -162,7 +173,7 @@ def _reload_difference(setup: Setup, path: Path) -> float:
     """The largest difference between the trained model and a fresh base that loads the adapter's file."""
     unet = _fresh_base(setup)
     tnpeft.load(unet, path)
-    unet.to(setup.accelerator.device)
+    setup.place(unet)
     for one in (setup.unet, unet):  # a first pass plans how later ones run, which may round otherwise
         probe(setup, one)
     difference = probe(setup, setup.unet) - probe(setup, unet)

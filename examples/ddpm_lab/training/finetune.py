@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +15,7 @@ from accelerate import Accelerator
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 
+import tnpeft
 from ddpm_lab.config.settings import Config, Training
 from ddpm_lab.data.files import Split, check_data, find_volumes, rooted, split_volumes
 from ddpm_lab.data.order import Source
@@ -22,6 +25,7 @@ from ddpm_lab.evaluation.encoder import Encoder, load_encoder
 from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.diffusion import HeldOut, HeldOutError, noise_schedule
 from ddpm_lab.model.method import Trained, apply_method, check_fit, check_method
+from ddpm_lab.model.sharding import shard
 from ddpm_lab.model.unet import build_unet, divisor, load_base, recompute_activations
 from ddpm_lab.sampling.draw import check_sampling, draw_samples
 from ddpm_lab.support.console import Screen
@@ -31,7 +35,7 @@ from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.processes import together
 from ddpm_lab.training.checkpoint import Checkpoint
 from ddpm_lab.training.engine import smaller_steps
-from ddpm_lab.training.resume import Kept, Saver, check_identity, identity
+from ddpm_lab.training.resume import Kept, Saver, check_identity, identity, in_shards
 from ddpm_lab.training.train import History, Step, measure, steps_of, train
 
 __all__ = ["Run", "Setup", "Volumes", "prepare", "prepare_volumes", "probe", "run_training", "sample"]
@@ -66,6 +70,18 @@ class Setup:
     encoder: Encoder
     accelerator: Accelerator
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds parts of the network: of several ones, where the configuration says so."""
+        return in_shards(self.config) and self.accelerator.num_processes > 1
+
+    def place(self, unet: nn.Module) -> None:
+        """Put a network where it runs: in parts on all devices, or whole on this one."""
+        if self.sharded:
+            shard(unet, self.accelerator.device, self.accelerator.num_processes)
+        else:
+            unet.to(self.accelerator.device)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -93,7 +109,7 @@ def prepare(config: Config, out: Path, screen: Screen) -> Setup:
         load_base(unet, config.base, screen.line)
     check_fit(config.model, config.base, config.method)
     encoder = load_encoder(config.metrics.medicalnet)
-    accelerator = make_accelerator(config.training)
+    accelerator = make_accelerator(config.training, config.distributed)
     with together():
         volumes = prepare_volumes(config, out, screen, accelerator)
     if config.model.checkpointing:
@@ -105,8 +121,10 @@ def prepare(config: Config, out: Path, screen: Screen) -> Setup:
         config.validation,
         config.training.batch_size,
     )
-    unet.to(accelerator.device)
-    return Setup(config, out, volumes, unet, scheduler, held_out, encoder, accelerator)
+    setup = Setup(config, out, volumes, unet, scheduler, held_out, encoder, accelerator)
+    if not setup.sharded:  # that is for later: adapters are attached first
+        setup.place(unet)
+    return setup
 
 
 def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Accelerator) -> Volumes:
@@ -154,6 +172,8 @@ def run_training(
     """
     config, accelerator = setup.config, setup.accelerator
     training = training or config.training
+    if setup.sharded:
+        training = training.model_copy(update={"accumulation": accelerator.gradient_accumulation_steps})
     trained, kept = _started(setup, screen, title) if found is None else _continued(setup, found)
     share = f"{trained.parameters:,} of {trained.total:,} parameters train ({trained.parameters / trained.total:.2%})"
     screen.line(f"{trained.title}: {share}")
@@ -187,9 +207,20 @@ def run_training(
 
 def _started(setup: Setup, screen: Screen, title: str) -> tuple[Trained, Kept]:
     """A new run: what trains, and how the model did without it."""
+    if setup.sharded:
+        return _started_in_parts(setup, screen, title)
     before = _measured(setup, screen, f"{title}, before", BROKEN_BASE)
     start = probe(setup, setup.unet)
     trained = _applied(setup)
+    return trained, Kept(before, (probe(setup, setup.unet) - start).abs().max().item())
+
+
+def _started_in_parts(setup: Setup, screen: Screen, title: str) -> tuple[Trained, Kept]:
+    """The same, measured after the model is sharded: no device holds all of the base."""
+    trained = _applied(setup)
+    with tnpeft.disabled(setup.unet) if trained.report is not None else contextlib.nullcontext():
+        before = _measured(setup, screen, f"{title}, before", BROKEN_BASE)
+        start = probe(setup, setup.unet)
     return trained, Kept(before, (probe(setup, setup.unet) - start).abs().max().item())
 
 
@@ -197,7 +228,8 @@ def _continued(setup: Setup, found: Checkpoint) -> tuple[Trained, Kept]:
     """A run that goes on: what trains, with the values of the checkpoint. Raises LabError where it is another run."""
     own = identity(setup.config, setup.volumes.split, setup.accelerator)
     check_identity(setup.out, own, found.state["identity"])
-    trained = _applied(setup, found.folder)
+    whole = setup.config.method.kind != "adapter"  # what trains of these is in the parts that the saver reads
+    trained = _applied(setup, None if in_shards(setup.config) and whole else found.folder)
     probe(setup, setup.unet)  # as a new run does: layers plan how they run when they are first called
     return trained, Kept.of(found)
 
@@ -205,7 +237,7 @@ def _continued(setup: Setup, found: Checkpoint) -> tuple[Trained, Kept]:
 def _applied(setup: Setup, saved: Path | None = None) -> Trained:
     config = setup.config
     trained = apply_method(setup.unet, config.method, saved)
-    setup.unet.to(setup.accelerator.device)
+    setup.place(setup.unet)
     from_nothing = config.method.kind == "full" and config.base.checkpoint is None
     return replace(trained, title="pretraining") if from_nothing else trained
 
@@ -258,15 +290,24 @@ def probe(setup: Setup, unet: nn.Module) -> torch.Tensor:
 
 
 def sample(setup: Setup, screen: Screen, title: str, unet: nn.Module | None = None) -> torch.Tensor:
-    """Samples of a network, of the setup's own as it is now when none is given."""
-    sampling = setup.config.sampling
-    with screen.bar(title, sampling.count * sampling.steps) as bar, setup.accelerator.autocast():
-        return draw_samples(
+    """Samples of a network, of the setup's own as it is now when none is given.
+
+    Of a sharded one each process draws as many, so that they call it equally often; what is too much is dropped.
+    """
+    sampling, accelerator = setup.config.sampling, setup.accelerator
+    each = math.ceil(sampling.count / accelerator.num_processes) if setup.sharded else sampling.count
+    first = each * accelerator.process_index if setup.sharded else 0
+    with screen.bar(title, each * sampling.steps) as bar, accelerator.autocast():
+        drawn = draw_samples(
             unet or setup.unet,
             setup.volumes.shape,
             setup.config.diffusion,
             sampling,
             setup.config.data,
-            setup.accelerator.device,
+            accelerator.device,
             bar,
+            range(first, first + each),
         )
+    if setup.sharded:
+        drawn = accelerator.gather(drawn.to(accelerator.device)).cpu()[: sampling.count]
+    return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ __all__ = [
     "finished_summary",
     "flat",
     "identity",
+    "in_shards",
 ]
 
 # Settings that change how fast a run is and how it is watched, not what comes out of it.
@@ -132,12 +134,17 @@ def identity(config: Config, split: Split, accelerator: Accelerator) -> dict[str
     """What else must be the same when a run goes on, beside its settings."""
     names = [[str(path) for path in files] for files in (split.train, split.validation)]
     base = config.base.checkpoint
-    return {
+    found = {
         "volumes": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
         "base": None if base is None else digest_of_file(base),
-        "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
     }
+    return found if in_shards(config) else found | {"processes": accelerator.num_processes}
+
+
+def in_shards(config: Config) -> bool:
+    """Whether checkpoints are written in parts, for any number of processes to go on from, one included."""
+    return config.distributed.shard is not None
 
 
 WORDS = {
@@ -197,33 +204,64 @@ class Saver:
 
     def restore(self, loop: Loop) -> None:
         """Bring a loop, and this process's random states, to where the checkpoint has them."""
-        if self.found is not None:
-            loop.restore(self.found.state["loop"], self.found.tensors())
-            restore_random_states(self.found.state["random"][self.accelerator.process_index])
+        if self.found is None:
+            return
+        loop.restore(self.found.state["loop"], self._tensors(self.found, loop))
+        states = self.found.state["random"]
+        if len(states) == self.accelerator.num_processes:  # order and noise need none of them
+            restore_random_states(states[self.accelerator.process_index])
+
+    def _tensors(self, found: Checkpoint, loop: Loop) -> dict[str, dict[str, torch.Tensor]]:
+        if not in_shards(self.config):
+            return found.tensors()
+        from ddpm_lab.training.shards import SHARDS, read_shards
+
+        return read_shards(found.folder / SHARDS, loop.parameters)
 
     def after_step(self, loop: Loop, total: int) -> None:
         """Write a checkpoint where one is due, and after the last step."""
         every = self.config.training.checkpoint_every
         if every is None or not (loop.step % every == 0 or loop.step == total):
             return
-        states = gather_object([random_states()])
+        state = {
+            "config": self.config.model_dump(mode="json"),
+            "identity": self.identity,
+            "threads": torch.get_num_threads(),
+            "position": self._position(loop.step),
+            "before": [self.kept.before.mean, list(self.kept.before.buckets)],
+            "start_difference": self.kept.start_difference,
+            "random": gather_object([random_states()]),
+            "loop": loop.data(),
+        }
+        if in_shards(self.config):
+            self._write_shards(loop, state)
+            return
         with together():
             if self.accelerator.is_main_process:
-                state = {
-                    "config": self.config.model_dump(mode="json"),
-                    "identity": self.identity,
-                    "threads": torch.get_num_threads(),
-                    "position": self._position(loop.step),
-                    "before": [self.kept.before.mean, list(self.kept.before.buckets)],
-                    "start_difference": self.kept.start_difference,
-                    "random": states,
-                    "loop": loop.data(),
-                }
                 self.checkpoints.write(loop.step, state, loop.tensors(), self.trained.save)
+
+    def _write_shards(self, loop: Loop, state: Mapping[str, Any]) -> None:
+        """The parts of all processes, and the adapter's file, which says what to attach before they are read."""
+        from ddpm_lab.training.shards import SHARDS, write_shards
+
+        first, step = self.accelerator.is_main_process, loop.step
+        with self.checkpoints.begun(step) if first else contextlib.nullcontext():
+            with together():
+                if first:
+                    self.checkpoints.make(step)
+            folder = self.checkpoints.unfinished(step)
+            with together(), self.checkpoints.writing(step):
+                if self.trained.report is not None:
+                    self.trained.save(folder)
+                write_shards(folder / SHARDS, loop)
+            with together():
+                if first:
+                    self.checkpoints.complete(step, {**state, "tensors": []})
 
     def _position(self, step: int) -> dict[str, int]:
         """The next sample: follows from the step alone, and is written down for people."""
-        training = self.config.training
-        samples = step * training.batch_size * training.accumulation * self.accelerator.num_processes
+        accelerator = self.accelerator
+        share = self.config.training.batch_size * accelerator.gradient_accumulation_steps
+        samples = step * share * accelerator.num_processes
         epoch, sample = divmod(samples, self.volumes)
         return {"epoch": epoch, "sample": sample}

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from ddpm_lab.config.settings import Training
 from ddpm_lab.data.order import Batches, Noised, Source, collate
 from ddpm_lab.model.diffusion import HeldOut, HeldOutError
+from ddpm_lab.model.sharding import is_sharded
 from ddpm_lab.support.faults import fault
 from ddpm_lab.support.processes import together
 from ddpm_lab.training.average import Average
@@ -81,7 +82,7 @@ def train(
     torch.manual_seed(training.seed + accelerator.process_index)
     total = steps_of(training, len(source), accelerator.num_processes)
     loop = _loop(unet, training, accelerator, total)
-    model, optimizer = accelerator.prepare(unet, loop.optimizer)
+    model, optimizer = _prepared(unet, loop.optimizer, accelerator)
     if keeper is not None:
         keeper.restore(loop)
     model.train()
@@ -108,6 +109,15 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return loop.history
+
+
+def _prepared(unet: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[nn.Module, Any]:
+    """The network and the optimiser as accelerate runs them; to what is sharded it adds the precision alone."""
+    if not is_sharded(unet):
+        model, prepared = accelerator.prepare(unet, optimizer)
+        return model, prepared
+    model = accelerator.prepare_model(unet, device_placement=False, evaluation_mode=True)
+    return model, accelerator.prepare_optimizer(optimizer)
 
 
 def _loop(unet: nn.Module, training: Training, accelerator: Accelerator, total: int) -> Loop:
@@ -163,10 +173,11 @@ def measure(
 ) -> HeldOutError:
     """The held-out error in the run's own precision; processes share the batches, and all get the same error.
 
-    Raises LabError, which says `when` and gives `fix`, for one that is not finite.
+    Raises LabError, which says `when` and gives `fix`, for one that is not finite. While a sharded model is measured
+    processes wait for each other's parts: what goes wrong in one ends that one, and torchrun ends the others.
     """
     device, process, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    with together(), accelerator.autocast():
+    with contextlib.nullcontext() if is_sharded(unet) else together(), accelerator.autocast():
         sums = held_out.sums(unet, device, progress, process, processes)
     # Each sum is one process's; adding the others' zeros changes no bit of it.
     error = held_out.error_of(accelerator.reduce(sums.to(device), "sum").cpu())
