@@ -225,6 +225,9 @@ def test_show_as_json():
         "out_channels": 128,
         "kernel_size": [3, 3, 3],
         "groups": 1,
+        "turned": False,
+        "opaque": False,
+        "slices": 0,
     }
     assert shown["cores"][-1] == {
         "name": "centre",

@@ -83,6 +83,19 @@ def test_another_network_is_refused_all_the_same(tmp_path: Path):
     assert type(wider[0]) is nn.Linear
 
 
+def test_a_bias_that_trained_and_is_no_parameter_here(tmp_path: Path):
+    tnpeft.save(trained(plain(), train={"bias": "adapted"}), tmp_path / "a.safetensors")
+    model = packed()
+    with pytest.raises(tnpeft.AdapterFileError) as caught:
+        tnpeft.load(model, tmp_path / "a.safetensors")
+    assert str(caught.value) == (
+        f"{tmp_path / 'a.safetensors'}: trained parameters: expected parameters of the base model, "
+        "found none here for '0.bias', '3.bias'. "
+        "Load it onto a base that has them as parameters, or train the adapter without them."
+    )
+    assert type(model[0]) is PackedQuantLinear
+
+
 def test_specs_that_are_made_of_the_weight_warn(tmp_path: Path):
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 8)))
     tnpeft.save(trained(model, "dora"), tmp_path / "a.safetensors")

@@ -168,3 +168,27 @@ def test_peft_adapts_the_same_layers_with_as_many_numbers(recipe: str, name: str
     if not stacks:
         layers = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in numbers}
         assert layers == set(handle.adapters)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "layers"),
+    [
+        ("lora_llama", "MistralForCausalLM", 14), ("lora_llama", "Qwen2ForCausalLM", 14),
+        ("lora_llama", "Qwen3ForCausalLM", 14), ("lora_llama", "Gemma2ForCausalLM", 14),
+        ("lora_bert", "RobertaForSequenceClassification", 12), ("lora_vit", "DeiTForImageClassification", 12),
+    ],
+)  # fmt: skip
+def test_their_kin_have_the_same_names(recipe: str, name: str, layers: int):
+    """Seven layers in each of two blocks, or six."""
+    import transformers
+
+    known = getattr(transformers, name)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {"vocab_size": 32, "pad_token_id": 0}
+    more = {
+        "lora_llama": {**words, "num_key_value_heads": 1, "head_dim": 8},
+        "lora_bert": words,
+        "lora_vit": {"image_size": 8, "patch_size": 4},
+    }
+    handle = tnpeft.attach(known(known.config_class(**sizes, **more[recipe])), recipe)
+    assert len(handle.adapters) == layers

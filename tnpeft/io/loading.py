@@ -17,9 +17,9 @@ from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
 from tnpeft.adapters.distributed import is_split
 from tnpeft.adapters.offload import hook_of
 from tnpeft.adapters.parked import ParameterLayer
-from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning
+from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
 from tnpeft.io.base import fingerprint
-from tnpeft.io.checks import number_problem
+from tnpeft.io.checks import MOST_SHOWN, number_problem
 from tnpeft.io.files import FOREIGN, file_path, in_file, of_file, read, refuse, shown, specs_of
 from tnpeft.io.manifest import LayerEntry, Manifest, digest_of, dtype_name
 from tnpeft.io.renaming import with_plain_names
@@ -170,6 +170,11 @@ def without_values(path: Path, layer: str) -> AdapterFileError:
 def _check_names(path: Path, manifest: Manifest, model: nn.Module) -> None:
     """What the file says was trained must be what training it here would change."""
     groups = {names[0]: names for names in parameter_groups(model)}
+    hidden = [names[0] for names in manifest.trained if names[0] not in groups]
+    if hidden:  # quantised layers may keep their bias as a buffer, or nowhere to be seen
+        fix = "Load it onto a base that has them as parameters, or train the adapter without them."
+        found = f"none here for {listed(hidden, MOST_SHOWN)}"
+        raise refuse(path, "trained parameters", "parameters of the base model", found, fix)
     odd = [names[0] for names in manifest.trained if groups.get(names[0]) != names]
     if manifest.statistics != norm_statistics(model):
         odd.append("running statistics")
