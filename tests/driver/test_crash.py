@@ -276,9 +276,10 @@ def test_a_sharded_run_goes_on_with_any_number_of_processes(
     settings += words("distributed.shard=block")
     log = Path(f"{out}.log")
     for count, until in ((2, 1), (3, 2)):
-        step = str(out / "checkpoints" / f"step-{until:08d}")
-        status = server(out, *settings, environments=processes(count), until=step)
+        step = out / "checkpoints" / f"step-{until:08d}"
+        status = server(out, *settings, environments=processes(count), until=str(step))
         assert status == -9, log.read_text(encoding="utf-8")
+        assert {path.suffix for path in step.rglob("*") if path.is_file()} == {".safetensors", ".json"}
     assert server(out, *settings) == 0, log.read_text(encoding="utf-8")
     assert log.read_text(encoding="utf-8").count("Going on after step") == 2
     same_within(out, one, 1e-4)
