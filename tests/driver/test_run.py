@@ -266,3 +266,12 @@ def test_the_script_stands_alone(tmp_path: Path) -> None:
         f"error: {missing}: cannot read this configuration: expected a readable file, found No such file or directory. "
         "Check the path.\n"
     )
+
+
+def test_the_demonstration_is_not_sharded(tmp_path: Path) -> None:
+    done = driver("demo", "--out", tmp_path / "out", "--set", "distributed.shard=block")
+    assert done.exit_code == 1
+    assert done.stderr == (
+        "error: distributed.shard: the demonstration: expected nothing, for it runs whole, found block. "
+        "Leave it out; `finetune` takes it.\n"
+    )

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 from ddpm_lab.config.reader import read_config
-from ddpm_lab.config.settings import Config, DemoConfig
+from ddpm_lab.config.settings import Config, DemoConfig, Distributed
 from ddpm_lab.study.settings import StudyConfig
 from ddpm_lab.support.faults import LabError
 
@@ -185,3 +185,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         f"{path}: cannot read this configuration: expected a readable file, found No such file or directory. "
         "Check the path."
     )
+
+
+def test_a_run_that_is_not_sharded_has_the_settings_that_it_always_had() -> None:
+    """Or folders of earlier runs would be refused, and studies would not know theirs."""
+    assert "distributed" not in Config().model_dump(mode="json")
+    sharded = Config(distributed=Distributed(shard="block"))
+    assert sharded.model_dump(mode="json")["distributed"] == {"shard": "block"}
+    assert Config.model_validate(sharded.model_dump()) == sharded
