@@ -11,7 +11,8 @@ ARGS    ?=
 BENCH   ?= step_time
 VENV    := .venv
 RUN     := $(VENV)/bin/python
-INSTALL := -m pip --disable-pip-version-check install -qq
+# Python compiles what it imports when it does; compiling all of torch beforehand takes as long as the rest of the installation.
+INSTALL := -m pip --disable-pip-version-check install -qq --no-compile
 PIP     := $(RUN) $(INSTALL)
 # Other people's frameworks, which are heavy and bring versions of their own, stand apart.
 WIDE    := .venv-wide
