@@ -166,9 +166,8 @@ class AdaptedLayer(Resident, nn.Module):
         idle = self.disabled or not self.scales
         alone = acting[0] if len(acting) == 1 and acting[0].scale == 1.0 else None
         way = self._ways.usual
-        if self.training:
-            for each in acting:
-                way = self._ways.dropping if each.adapter.dropout is not None else way
+        for each in acting:  # a call asks whether they train: flags may be written to, as Lightning does
+            way = self._ways.dropping if each.adapter.dropout is not None else way
         return Site(self.layer_name, self.base, type(self)._call_base, acting, idle, self.results, alone, way)
 
     @property
@@ -196,14 +195,6 @@ class AdaptedLayer(Resident, nn.Module):
         del self.adapters[_key(name)]
         self._calls.pop(name, None)
         self.act({known: scale for known, scale in self.scales.items() if known != name})
-
-    def train(self, mode: bool = True) -> AdaptedLayer:
-        """As of any module; what adapters drop, they drop in training alone."""
-        changed = mode != self.training
-        super().train(mode)
-        if changed and any(self.adapter(name).dropout for name in self.names):
-            self._settle()
-        return self
 
     def merge(self) -> None:
         """Compute the effective weight and put it where the base weight stands, which is parked."""
