@@ -77,8 +77,8 @@ class AdaptedLayer(Resident, nn.Module):
 
     _ways: ClassVar[Ways] = Ways(execute, execute_dropping, execute_rows)
     __jit_unused_properties__: ClassVar[list[str]] = [
-        "__jit_ignored_attributes__", "alone", "base", "bias", "layer_name", "margins", "names", "place", "results",
-        "site", "weight", "where", "zeros",
+        "__jit_ignored_attributes__", "alone", "base", "bias", "layer_name", "margins", "names", "place",
+        "replaced_parts", "results", "site", "weight", "where", "zeros",
     ]  # fmt: skip
 
     if TYPE_CHECKING:  # TorchScript would read them
@@ -174,6 +174,11 @@ class AdaptedLayer(Resident, nn.Module):
     def alone(self) -> Acting | None:
         """The only adapter that acts, if it does so at scale 1, on a layer that is not merged; disabled or not."""
         return None if self.merged else self._site_of(self.scales).alone
+
+    @property
+    def replaced_parts(self) -> tuple[str, ...]:
+        """Submodules of the base in whose place another layer computes, and which that does not have."""
+        return ()
 
     @property
     def names(self) -> tuple[str, ...]:
