@@ -328,7 +328,7 @@ def test_a_compiled_model_drops_the_same(spec: str, mode: str):
 @pytest.mark.parametrize("layer", [nn.Linear(8, 8), Doubled(8, 8)], ids=["plain", "opaque"])
 def test_flags_that_are_written_to_are_followed(layer: nn.Module):
     """As Lightning gives modules their flags back after each validation: no call of `train`."""
-    model, _ = attached(copy.deepcopy(layer), "lora", {"bond": 0.5}, r=4)
+    model, _ = attached(copy.deepcopy(layer), "lora", {"input": 0.5}, r=4)
     x = torch.randn(4, 8, dtype=torch.float64)
     flags = {module: module.training for module in model.modules()}
     model.eval()
