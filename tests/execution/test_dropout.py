@@ -323,3 +323,19 @@ def test_a_compiled_model_drops_the_same(spec: str, mode: str):
         torch.manual_seed(1)
         torch.testing.assert_close(compiled(x), y)
     torch.testing.assert_close(torch.compile(model.eval(), fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), Doubled(8, 8)], ids=["plain", "opaque"])
+def test_flags_that_are_written_to_are_followed(layer: nn.Module):
+    """As Lightning gives modules their flags back after each validation: no call of `train`."""
+    model, _ = attached(copy.deepcopy(layer), "lora", {"input": 0.5}, r=4)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    exact = model(x)
+    for module, flag in flags.items():
+        module.training = flag
+    assert not torch.equal(model(x), model(x))
+    for module in model.modules():
+        module.training = False
+    torch.testing.assert_close(model(x), exact, rtol=0, atol=0)

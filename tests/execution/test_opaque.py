@@ -482,6 +482,27 @@ def test_fits_and_budgets_of_opaque_layers(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["weight norm", "old weight norm", "spectral norm", "pruned", "transposed"])
+def test_the_plain_state_dict_of_a_merged_layer_is_that_of_the_plain_one(name: str):
+    """No parameters of a parametrization beside the merged weight: a lax loader would take the base from them."""
+    model, x = made(name)
+    handle = tnpeft.attach(model, "lora", match="0", r=2)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(0.1)
+    wanted = list(tnpeft.plain_state_dict(model))
+    tnpeft.merge(model, dequantise=True)
+    assert sorted(tnpeft.plain_state_dict(model)) == ["0.bias", "0.weight"]
+    with tnpeft.disabled(model):
+        assert sorted(tnpeft.plain_state_dict(model)) == sorted(wanted)
+    state, y = tnpeft.plain_state_dict(model), model(x)
+    tnpeft.unmerge(model)
+    assert list(tnpeft.plain_state_dict(model)) == wanted
+    tnpeft.detach(model, merge=True, dequantise=True)
+    model.load_state_dict(state)
+    torch.testing.assert_close(model(x), y, rtol=0, atol=0)
+
+
 def sizes_of(layer: tnpeft.Layer) -> dict[str, object]:
     if not layer.kernel_size:
         return {"in_features": layer.in_channels, "out_features": layer.out_channels}

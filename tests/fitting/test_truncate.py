@@ -279,3 +279,29 @@ def test_what_cannot_be_truncated_is_refused_and_nothing_changes():
         "one shared by layers, such as 'head.0'. Freeze it (`frozen: true`), or truncate with a spec without shared "
         "cores."
     )
+
+
+@pytest.mark.parametrize("spec", ["lora", "hira", "dora"])
+@pytest.mark.parametrize("kind", ["computed", "packed"])
+def test_opaque_layers_are_truncated(spec: str, kind: str):
+    """Specs that are made of the weight get the dequantised one, others none."""
+    torch.manual_seed(0)
+    layer: nn.Module = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+    weight = layer.weight.detach()
+    if kind == "packed":
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        layer = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
+        layer.load_state_dict(nn.Linear(64, 64).state_dict())
+        layer = layer.to("cpu")
+        weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    model = nn.Sequential(layer)
+    handle = tnpeft.attach(model, spec, match="0", r=4)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    before = handle.adapters["0"].delta_weight(weight).detach()
+    (row,) = handle.truncate(r=2).layers
+    error = (handle.adapters["0"].delta_weight(weight).detach() - before).norm() / before.norm()
+    assert row.error == pytest.approx(float(error), rel=1e-3)
+    if spec == "lora":
+        assert row.error == pytest.approx(truncated(before, 2, False), rel=1e-3)

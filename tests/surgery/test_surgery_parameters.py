@@ -254,3 +254,13 @@ def test_a_parameter_that_is_replaced_is_the_base_from_then_on() -> None:
     close(adapted(TOKENS), expected(base, handle, TOKENS))
     state = summed(base, {handle: 1.0})
     close(adapted.blocks[0].square, state["blocks.0.square"])
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, delattr])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_a_parameter_is_not_taken_away(norm: Callable[[nn.Module, str], object]) -> None:
+    owner = nn.MultiheadAttention(8, 2)
+    net = nn.Sequential(owner)
+    tnpeft.attach(net, "lora", parameters="in_proj_weight$", r=2)
+    with pytest.raises(ExecutionError, match=r"`in_proj_weight` of a MultiheadAttention: expected to stay what it is"):
+        norm(owner, "in_proj_weight")

@@ -75,10 +75,18 @@ class _Showing(Resident):
             set_own(self, name, value)
 
     def __delattr__(self, name: str) -> None:
+        if name in self.__dict__.get(READ, {}) and name in self.__dict__["_parameters"] and not is_bare(self):
+            raise _taken_away(self, name)
         if name in dict(self._tnpeft_tables) and name not in self.__dict__["_parameters"]:
             del self.__dict__[name]
         else:
             super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        for read in self.__dict__.get(READ, {}):  # weight normalisation of old has deleted it from the table
+            if name.startswith(f"{read}_") and read not in self.__dict__["_parameters"]:
+                raise _taken_away(self, read)
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         call: Callable[..., Any] = super()._call_impl  # type: ignore[misc]
@@ -95,6 +103,14 @@ class _Showing(Resident):
         plain = self._tnpeft_plain
         arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
         return (_made_again, (self._tnpeft_tables, make, arguments), *rest)
+
+
+def _taken_away(module: Any, name: str) -> ExecutionError:
+    """The error for who would take an adapted parameter off its owner, to compute it from something else."""
+    expected = "to stay what it is while adapters are attached"
+    found = "something that would delete or compute it, as weight_norm and parametrizations do"
+    fix = "Take the adapters off first, with `tnpeft.detach(model, merge=True)` to keep what they learned."
+    return ExecutionError(Problem(f"`{name}` of a {module._tnpeft_plain.__name__}", expected, found, fix))
 
 
 def _made_again(tables: tuple[tuple[str, str], ...], make: Any, arguments: Any) -> Any:

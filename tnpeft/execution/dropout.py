@@ -34,11 +34,11 @@ _NOWHERE = ModelResults()
 
 
 def execute_dropping(site: Site, x: Tensor, *rest: Any) -> Tensor:
-    """`execute` for a layer that trains, with adapters some of which drop something.
+    """`execute` with adapters some of which drop something while they train.
 
     An update that reads the layer's own input joins its weight, as ever; one that reads another is a product beside.
     """
-    if isinstance(x, torch.fx.Proxy):
+    if isinstance(x, torch.fx.Proxy) or not _drops(site):
         return execute(site, x, *rest)
     plain = is_looked_on(site, x)
     pairs = [drawn(acting, x) for acting in site.acting]
@@ -55,10 +55,17 @@ def execute_dropping(site: Site, x: Tensor, *rest: Any) -> Tensor:
 
 
 def updates_dropping(site: Site, layer: Layer, called: BaseCall, output: Tensor) -> Tensor:
-    """`with_updates` for an opaque layer that trains, with adapters some of which drop something."""
+    """`with_updates` for an opaque layer, with adapters some of which drop something while they train."""
+    if not _drops(site):
+        return with_updates(site, layer, called, output)
     for acting, read in [drawn(acting, called.x) for acting in site.acting]:
         output = with_updates(on_its_own(site, acting), layer, called._replace(x=read), output)
     return output
+
+
+def _drops(site: Site) -> bool:
+    """Whether this call leaves out something."""
+    return any(acting.adapter.dropout is not None and acting.adapter.training for acting in site.acting)
 
 
 def drawn(acting: Acting, x: Tensor) -> tuple[Acting, Tensor]:

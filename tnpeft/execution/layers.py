@@ -77,8 +77,8 @@ class AdaptedLayer(Resident, nn.Module):
 
     _ways: ClassVar[Ways] = Ways(execute, execute_dropping, execute_rows)
     __jit_unused_properties__: ClassVar[list[str]] = [
-        "__jit_ignored_attributes__", "alone", "base", "bias", "layer_name", "margins", "names", "place", "results",
-        "site", "weight", "where", "zeros",
+        "__jit_ignored_attributes__", "alone", "base", "bias", "layer_name", "margins", "names", "place",
+        "replaced_parts", "results", "site", "weight", "where", "zeros",
     ]  # fmt: skip
 
     if TYPE_CHECKING:  # TorchScript would read them
@@ -166,15 +166,19 @@ class AdaptedLayer(Resident, nn.Module):
         idle = self.disabled or not self.scales
         alone = acting[0] if len(acting) == 1 and acting[0].scale == 1.0 else None
         way = self._ways.usual
-        if self.training:
-            for each in acting:
-                way = self._ways.dropping if each.adapter.dropout is not None else way
+        for each in acting:  # a call asks whether they train: flags may be written to, as Lightning does
+            way = self._ways.dropping if each.adapter.dropout is not None else way
         return Site(self.layer_name, self.base, type(self)._call_base, acting, idle, self.results, alone, way)
 
     @property
     def alone(self) -> Acting | None:
         """The only adapter that acts, if it does so at scale 1, on a layer that is not merged; disabled or not."""
         return None if self.merged else self._site_of(self.scales).alone
+
+    @property
+    def replaced_parts(self) -> tuple[str, ...]:
+        """Submodules of the base in whose place another layer computes, and which that does not have."""
+        return ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -196,14 +200,6 @@ class AdaptedLayer(Resident, nn.Module):
         del self.adapters[_key(name)]
         self._calls.pop(name, None)
         self.act({known: scale for known, scale in self.scales.items() if known != name})
-
-    def train(self, mode: bool = True) -> AdaptedLayer:
-        """As of any module; what adapters drop, they drop in training alone."""
-        changed = mode != self.training
-        super().train(mode)
-        if changed and any(self.adapter(name).dropout for name in self.names):
-            self._settle()
-        return self
 
     def merge(self) -> None:
         """Compute the effective weight and put it where the base weight stands, which is parked."""

@@ -73,6 +73,12 @@ class AdaptedOpaque(AdaptedLayer):
         return
 
     @property
+    def replaced_parts(self) -> tuple[str, ...]:
+        """What makes the base's weight, as of a parametrization, while a plain layer stands for it."""
+        merged = self.__dict__.get(_PLAIN) is not None and not self.disabled
+        return tuple(self.base._modules) if merged else ()
+
+    @property
     def weight(self) -> Any:
         """The effective weight where the base's is computed; else the base's own, or what its library has for it."""
         base, site = self.base, self.site

@@ -12,9 +12,9 @@ from rich.table import Table
 from torch import nn
 
 from tnpeft.adapters import Adapter, Sharing
+from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.distributed import refuse_distributed
 from tnpeft.adapters.offload import present
-from tnpeft.adapters.parked import own_weight
 from tnpeft.errors import AttachError, BindError, ExecutionError, Problem, clip, listed
 from tnpeft.fitting.extract import ExtractedLayer, fitted_layer, refuse_shared, row_of
 from tnpeft.fitting.fit import Method, check_method
@@ -104,7 +104,7 @@ def truncate(
     for layer in wanted:
         began = time.perf_counter()
         with present(bases[layer]), torch.no_grad():
-            weight = own_weight(bases[layer]).detach()
+            weight = base_weight(bases[layer], fresh[layer].network).detach()
             delta = adapters[layer].delta_weight(weight)
             fitted = fitted_layer(layer, fresh[layer], weight, delta, method, iterations)
         rows.append(row_of(layer, fitted, delta, time.perf_counter() - began))

@@ -97,7 +97,8 @@ def plain_keys(root: nn.Module, state: Iterable[str]) -> dict[str, str]:
     """The keys of a state dict of `root` that are the plain model's → the names they have there."""
     hung = places(root)
     names = {"": ""} | {place.path: place.name for place in hung}
-    below = tuple(f"{place.name}.adapters." for place in hung if isinstance(place.module, AdaptedLayer))
+    layers = [(place.name, place.module) for place in hung if isinstance(place.module, AdaptedLayer)]
+    below = tuple(f"{name}.{part}." for name, layer in layers for part in ("adapters", *layer.replaced_parts))
     plain = {key: _plain_key(key, names) for key in state}
     return {
         key: name
