@@ -50,21 +50,23 @@ def in_step(groups: Sequence[Any], path: Path) -> Iterator[list[Callable[[], str
         yield said
         return
     error: Exception | None = None
-    texts: list[str] = []
+    read: set[str] = set()
     try:
         yield said
-        texts = [say() for say in said]
+        read = {"".join(say() for say in said)}
     except Exception as raised:  # noqa: BLE001 - as above
         error = raised
     if told := _first_told(error, groups):
         raise told
-    if any(other != texts for group in groups for other in _everyones(texts, group)):
+    for group in groups:
+        read = read.union(*_everyones(read, group))
+    if len(read) > 1:
         fix = "Give each process the same file: copy it to every machine, or to a folder that they share."
         raise refuse(path, "adapter file", "the same in every process", "others in some", fix)
 
 
 def is_in_parts(model: Any) -> bool:
-    """Whether the processes hold parts of the model, so that all of them must take part in saving it."""
+    """Whether the processes hold parts of the model, so that all of them must take part in saving and loading."""
     if not isinstance(model, nn.Module):  # which is told later
         return False
     reshard(model)
