@@ -89,7 +89,7 @@ class Adapter(Resident, nn.Module):
         self._name_keys()
         # Tensors made under inference mode could never be trained.
         with present(layer), torch.inference_mode(False):
-            weight = outline(base_weight(layer, network))
+            weight = base_weight(layer, network) if initialise else outline(base_weight(layer, network))
             self._lay_out(weight.stride())
             self._register(weight, sharing or Sharing())
             self._empty = self._held()
