@@ -42,6 +42,15 @@ def adapted(spec: str, mode: str = "auto", conv: bool = False, **options: Any) -
     return model
 
 
+def changed(model: nn.Sequential, seed: int) -> nn.Sequential:
+    """The adapted model with other values in all that trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in tnpeft.Handle(model, "default").parameters():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) / 10)
+    return model
+
+
 def sharded(model: nn.Sequential, way: str, **options: Any) -> nn.Module:
     """The model, taken apart in one of the `WAYS`."""
     if way == "FSDP1":

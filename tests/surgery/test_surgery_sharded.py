@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharded import adapted, base, cores, everyones, losses, mean, rows, run, sharded
+from sharded import adapted, base, changed, cores, everyones, losses, mean, optimiser, rows, run, sharded
 from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -36,6 +36,29 @@ def _refuses_in_all(folder: Path) -> None:
     assert not (folder / "never.safetensors").exists()
 
 
+def _loads_in_place(folder: Path) -> None:
+    x, y = rows()
+    everything = {"train": {"norm": True, "bias": "adapted"}}
+    file, mine = (folder / f"{name}-{distributed.get_rank()}.safetensors" for name in ("values", "mine"))
+    other = changed(adapted("dora", **everything), 5)
+    tnpeft.save(other, file)
+    model = sharded(adapted("dora", **everything), "blocks")
+    adam = optimiser(model)
+    with torch.no_grad():
+        before = model(x)  # leaves what the root holds gathered
+    tnpeft.save(changed(adapted("dora", **everything), distributed.get_rank()), mine)
+    missing = file if distributed.get_rank() else folder / "none"
+    for wrong, said in ((missing, "found no such file"), (mine, "expected the same in every process")):
+        with pytest.raises(tnpeft.AdapterFileError, match=said):
+            tnpeft.load(model, wrong)
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+    tnpeft.load(model, file)
+    torch.testing.assert_close(model(x).detach(), other(x).detach(), rtol=1e-6, atol=1e-6)
+    wanted = losses(other, *everyones())
+    torch.testing.assert_close(mean(losses(model, x, y, adam=adam)), wanted, rtol=1e-6, atol=1e-6)
+
+
 def _stays_wide(_folder: Path) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     plain, model = sharded(base(), "blocks", mp_policy=policy), adapted("mpo", train={"norm": True})
@@ -53,6 +76,7 @@ def _stays_wide(_folder: Path) -> None:
 def _all(folder: Path) -> None:
     _trains_and_saves(folder)
     _refuses_in_all(folder)
+    _loads_in_place(folder)
     _stays_wide(folder)
 
 

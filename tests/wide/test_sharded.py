@@ -9,7 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharded import WAYS, Block, adapted, base, cores, everyones, losses, mean, optimiser, rows, run, sharded
+from sharded import (
+    WAYS,
+    Block,
+    adapted,
+    base,
+    changed,
+    cores,
+    everyones,
+    losses,
+    mean,
+    optimiser,
+    rows,
+    run,
+    sharded,
+)
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -36,10 +50,12 @@ MODES = ("dense", "factored", "hybrid", "auto")
 THOROUGH = ("lora", "loha", "tt_lora", "dora", "vera", "quanta", "metatt", "lotr")
 OF_VOLUMES = ("tenvoo_l", "tenvoo_q", "lora")
 EVERYTHING = {"train": {"norm": True, "bias": "adapted"}}
+FLAT = {"use_orig_params": True, "device_id": torch.device("cpu")}
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 SPECS = sorted(path.stem for path in (Path(__file__).parents[2] / "specs").glob("*.yaml"))
 
 close = functools.partial(torch.testing.assert_close, rtol=2e-6, atol=1e-6)
+about = functools.partial(torch.testing.assert_close, rtol=0.1, atol=0.1, check_dtype=False)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -260,16 +276,15 @@ def _switches(folder: Path) -> None:
 
 
 def _flat(_folder: Path) -> None:
-    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
     x, _ = rows()
-    nested = FullyShardedDataParallel(adapted("lora"), auto_wrap_policy=ModuleWrapPolicy([Block]), **options)
+    nested = FullyShardedDataParallel(adapted("lora"), auto_wrap_policy=ModuleWrapPolicy([Block]), **FLAT)
     close(mean(losses(nested, *rows())), in_one_process("lora", "auto", False))
-    shared = FullyShardedDataParallel(adapted("metatt"), auto_wrap_policy=ModuleWrapPolicy([Block]), **options)
+    shared = FullyShardedDataParallel(adapted("metatt"), auto_wrap_policy=ModuleWrapPolicy([Block]), **FLAT)
     with pytest.raises(
         tnpeft.ExecutionError, match=r"layer '1\.a': cores that are shared with other layers: expected whole"
     ):
         shared(x)
-    narrow = FullyShardedDataParallel(adapted("quanta"), mixed_precision=MixedPrecision(torch.bfloat16), **options)
+    narrow = FullyShardedDataParallel(adapted("quanta"), mixed_precision=MixedPrecision(torch.bfloat16), **FLAT)
     with pytest.raises(tnpeft.ExecutionError, match="cores: expected numbers of 32 bits or more, found narrower ones"):
         narrow(x)
 
@@ -311,3 +326,146 @@ def _drops_and_has_rows(_folder: Path) -> None:
 
 def test_dropout_and_rows(tmp_path: Path):
     run(_drops_and_has_rows, 2, tmp_path)
+
+
+def _loads(folder: Path, specs: list[str], act: Callable[..., tnpeft.Handle]) -> None:
+    """Values, and the scale, onto models that are sharded and were called; their optimisers go on."""
+    offload = CPUOffloadPolicy(pin_memory=False)
+    x, y = rows()
+    for spec in specs:
+        other = changed(adapted(spec, **EVERYTHING), 5)
+        tnpeft.activate(other, {"default": 0.5})
+        file = folder / f"{spec}-{distributed.get_rank()}.safetensors"
+        tnpeft.save(other, file)
+        wanted = other(x).detach()
+        whole = base()
+        tnpeft.load(whole, file)
+        wanted_losses = losses(whole, *everyones())
+        for way in WAYS[:-1]:
+            for options in ({}, {"mp_policy": BF16}, {"offload_policy": offload}) if way != "FSDP1" else ({},):
+                case = spec, way, [*options]
+                near = about if "mp_policy" in options else close
+                model = sharded(adapted(spec, **EVERYTHING), way, **options)
+                adam = optimiser(model)
+                with torch.no_grad():
+                    model(x)
+                handle = (tnpeft.hot_swap if way == "FSDP1" else act)(model, file)
+                assert tnpeft.scales_of(handle.model) == {"default": 0.5}, case
+                with torch.no_grad():
+                    near(model(x), wanted, msg=lambda text, case=case: f"{case}: {text}")
+                found = mean(losses(model, x, y, adam=adam))
+                near(found, wanted_losses, msg=lambda text, case=case: f"{case}: {text}")
+
+
+def test_loading_in_place(tmp_path: Path):
+    run(_loads, 2, tmp_path, ["lora", "metatt"], tnpeft.load)
+    run(_loads, 3, tmp_path, ["dora"], tnpeft.hot_swap)
+    run(_loads_alone, 2, tmp_path, [spec for spec in SPECS if False in kinds(spec)])
+
+
+def _loads_alone(folder: Path, specs: list[str]) -> None:
+    x, _ = rows()
+    for spec in specs:
+        file = folder / f"{spec}-{distributed.get_rank()}.safetensors"
+        other, model = changed(adapted(spec), 5), sharded(adapted(spec), "blocks")
+        tnpeft.save(other, file)
+        tnpeft.load(model, file)
+        with torch.no_grad():
+            close(model(x), other(x), msg=lambda text, spec=spec: f"{spec}: {text}")
+
+
+def _refuses_files(folder: Path) -> None:
+    rank = distributed.get_rank()
+    x, _ = rows()
+    two = [adapted("lora", **EVERYTHING) for _ in range(2)]
+    for model in two:
+        tnpeft.attach(model, "lora", match=r"\.[ab]$", name="two", seed=3, **EVERYTHING)
+        tnpeft.activate(model, {"default": 0.5, "two": 2.0})
+    file, other, narrow, norms = (folder / f"{name}-{rank}" for name in ("file", "other", "narrow", "norms"))
+    tnpeft.save(changed(adapted("lora", **EVERYTHING), 5), file)
+    tnpeft.save(changed(adapted("lora", **EVERYTHING), rank), other)
+    tnpeft.save(adapted("lora", r=2, **EVERYTHING), narrow)
+    tnpeft.save(adapted("lora", train={"norm": True}), norms)
+    model = sharded(two[0], "blocks")
+    with torch.no_grad():
+        before = model(x)
+    for path, name, error, said in (
+        (file if rank else folder / "none", "default", tnpeft.AdapterFileError, "found no such file"),
+        (other, "default", tnpeft.AdapterFileError, "expected the same in every process, found others in some"),
+        (narrow, "default", tnpeft.AttachError, "expected r=4, alpha=4, found r=2, alpha=2"),
+        (file, "new", tnpeft.AdapterFileError, "Load the adapter first, then shard the model"),
+    ):
+        with pytest.raises(error, match=said):
+            tnpeft.load(model, path, name)
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+    for each in (model, two[1]):
+        tnpeft.hot_swap(each, file, "default")  # biases and norms are sums
+    with torch.no_grad():
+        close(model(x), two[1](x))
+    strange = adapted("lora", **EVERYTHING)
+    with torch.no_grad():
+        next(strange.parameters()).add_(1)
+    with pytest.raises(tnpeft.TnpeftWarning, match="base model: expected the values that the adapter was trained on"):
+        tnpeft.load(sharded(strange, "blocks"), file)
+    model = base()
+    for block in model:
+        fully_shard(block.norm)
+    with pytest.raises(tnpeft.AttachError, match=r"parameter '0\.norm\.weight': training: expected a whole parameter"):
+        tnpeft.attach(model, "lora", match=r"\.a$", train={"norm": True})
+    with pytest.raises(tnpeft.AdapterFileError, match=r"one process in '0\.norm\.weight' \(`fully_shard`\)"):
+        tnpeft.load(model, norms)
+
+
+def test_what_is_refused_of_files_is_so_in_every_process(tmp_path: Path):
+    run(_refuses_files, 2, tmp_path)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.up, self.down = (nn.Parameter(torch.randn(shape) / 4) for shape in ((4, 32, 16), (4, 32, 16)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.attention(x, x, x)[0]
+        hidden = torch.relu(torch.einsum("bti,eoi->beto", x, self.up))
+        return x + torch.einsum("beti,eio->bto", hidden, self.down) / 4
+
+
+def _has_parameters(folder: Path) -> None:
+    def made(spec: str, mode: str, seed: int = 0) -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(Experts())
+        parameters = {"in_proj_weight$": "o i", r"up$": "e o i", r"down$": "e i o"}
+        tnpeft.attach(model, spec, match="embed$", parameters=parameters, mode=mode, seed=seed)
+        return model
+
+    generator = torch.Generator().manual_seed(1)
+    tokens, y = torch.randint(0, 20, (6, 3), generator=generator), torch.randn(6, 3, 16, generator=generator)
+    mine = slice(3 * distributed.get_rank(), 3 * distributed.get_rank() + 3)
+    for spec, mode in (("lora", "auto"), ("lora", "dense"), ("tt_lora", "auto"), ("dora", "auto"), ("loha", "auto")):
+        wanted = losses(made(spec, mode), tokens, y)
+        for way in ("parts", "block", "whole", "FSDP1"):
+            model = made(spec, mode)
+            for part in {"parts": (model[0].embed, model[0].attention), "block": (model[0],)}.get(way, ()):
+                fully_shard(part)
+            model = FullyShardedDataParallel(model, **FLAT) if way == "FSDP1" else fully_shard(model)
+            found = mean(losses(model, tokens[mine], y[mine]))
+            close(found, wanted, msg=lambda text, case=(spec, mode, way): f"{case}: {text}")
+            if way == "FSDP1":
+                continue
+            file = folder / f"{spec}-{mode}-{way}.safetensors"
+            tnpeft.save(model, file)
+            fresh, again = made(spec, mode, 5), fully_shard(made(spec, mode, 5))
+            for each in (fresh, again):
+                tnpeft.load(each, file)
+            with torch.no_grad():
+                close(again(tokens), fresh(tokens))
+                close(model(tokens), fresh(tokens))
+
+
+def test_parameters_and_embeddings(tmp_path: Path):
+    run(_has_parameters, 2, tmp_path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.base_weight import base_weight
-from tnpeft.adapters.distributed import DISTRIBUTED, gathered, refuse_flattened
+from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_flattened, write
 from tnpeft.adapters.dora import composed, magnitudes
 from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.adapters.offload import Resident, present
@@ -89,7 +89,7 @@ class Adapter(Resident, nn.Module):
         self._name_keys()
         # Tensors made under inference mode could never be trained.
         with present(layer), torch.inference_mode(False):
-            weight = base_weight(layer, network)
+            weight = base_weight(layer, network) if initialise else outline(base_weight(layer, network))
             self._lay_out(weight.stride())
             self._register(weight, sharing or Sharing())
             self._empty = self._held()
@@ -256,7 +256,7 @@ class Adapter(Resident, nn.Module):
         """Hold the values of another adapter of the same network, and its seed; tensors stay the same objects."""
         with torch.no_grad():
             for key in self.resident_keys():
-                self._tensor(key).copy_(other._tensor(key))
+                write(self._tensor(key), other._tensor(key))
         self.seed = other.seed
         self._written()
         self._initialised, self._empty = True, ()

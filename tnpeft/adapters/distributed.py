@@ -25,11 +25,13 @@ __all__ = [
     "is_sharded",
     "is_split",
     "keep_wide",
+    "outline",
     "refuse_distributed",
     "refuse_flattened",
     "reshard",
     "split_problem",
     "whole",
+    "write",
     "zero_problem",
 ]
 
@@ -53,7 +55,7 @@ def is_sharded(module: nn.Module) -> bool:
     return "_is_fsdp_managed_module" in module.__dict__
 
 
-def is_split(*modules: nn.Module) -> bool:
+def is_split(*modules: Any) -> bool:
     """Whether processes hold parts of a layer's tensors."""
     return any(is_sharded(module) or any(map(is_distributed, module._parameters.values())) for module in modules)
 
@@ -61,6 +63,26 @@ def is_split(*modules: nn.Module) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, as a constant; every process that holds a part must ask."""
     return tensor.detach().full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def outline(tensor: Tensor) -> Tensor:
+    """Where and how wide a tensor is, and its shape: of one in parts, one that holds no values; nothing is gathered."""
+    return tensor.to_local().new_empty(1).expand(tensor.shape) if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def write(target: Any, values: Tensor) -> None:
+    """Copy values into a tensor of this shape: all of them, or those of the part that this process holds.
+
+    Every process has the values: nothing is exchanged.
+    """
+    if not is_distributed(target):
+        target.copy_(values)
+        return
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = target.device_mesh
+    alike = DTensor.from_local(values.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    target.to_local().copy_(alike.redistribute(mesh, target.placements).to_local())
 
 
 def reshard(model: nn.Module) -> None:

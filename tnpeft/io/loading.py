@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
-from tnpeft.adapters.distributed import is_split
+from tnpeft.adapters.distributed import is_distributed, is_split
 from tnpeft.adapters.offload import hook_of
 from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
 from tnpeft.io.base import fingerprint
 from tnpeft.io.checks import MOST_SHOWN, number_problem
 from tnpeft.io.files import FOREIGN, file_path, in_file, of_file, read, refuse, shown, specs_of
-from tnpeft.io.manifest import LayerEntry, Manifest, digest_of, dtype_name
+from tnpeft.io.manifest import LayerEntry, Manifest, digest_of, dtype_name, encode
 from tnpeft.io.renaming import with_plain_names
 from tnpeft.io.same_base import check_base, other_base
+from tnpeft.io.sharded import holders_of, in_step, summoned
 from tnpeft.network import Layer, Network, Spec
 from tnpeft.network.orientation import ORIENTATIONS, oriented
 from tnpeft.recipe import Handle
@@ -31,6 +32,7 @@ from tnpeft.recipe.dropout import dropout_of
 from tnpeft.surgery import (
     activate,
     adapted,
+    adapters_of,
     base_tensors,
     find,
     install,
@@ -38,6 +40,7 @@ from tnpeft.surgery import (
     names_of,
     norm_statistics,
     parameter_groups,
+    plain_modules,
     record_of,
     refill,
     scale_problem,
@@ -57,7 +60,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     The adapter gets the name it was saved under, or `name`, and is the only active one, at the
     scale it had; the model then computes what the saved one did, to the bit. Layers keep their execution
     mode, and the choices that `autotune` made for them. Onto a name that is attached already, with the same specs,
-    params and layers, the values alone are loaded, in place: optimisers and compiled graphs stay as they are.
+    params and layers, the values alone are loaded, in place: optimisers and compiled graphs stay as they are. That
+    works on a model that FSDP2 has sharded since, too: every process calls, reads the file, and takes its own parts.
 
     Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made
     for a base of other shapes, and AttachError where surgery refuses (the name is that of an adapter of another kind,
@@ -65,7 +69,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     values in the layers that are adapted or trained, and of NaN and infinity in the file.
     """
     path = file_path(path)
-    manifest, content = _content(model, path)
+    manifest, content = _content(model, path, name, holders_of(model))
     name = manifest.name if name is None else name
     put_on(model, path, name, *content, manifest.about, manifest.scale)
     return Handle(model, name)
@@ -76,47 +80,58 @@ def hot_swap(model: nn.Module, path: str | os.PathLike[str], name: str | None = 
 
     `name` says which, and may be left out where one adapter is attached; what the file calls its own does not matter.
     Specs, params (ranks) and layers must be the same. What acts stays, but for the scale of an adapter that acts:
-    that is the file's, and a compiled graph is made anew where it differs.
+    that is the file's, and a compiled graph is made anew where it differs. Of a sharded model every process must call,
+    with the same file; each takes its own parts.
 
     Raises AdapterFileError and AttachError as `load` does; the model is then as it was.
     """
-    path = file_path(path)
+    path, given, holders = file_path(path), model, holders_of(model)
     model, state = adapted(model)  # in what torch.compile and others put around it
     if name is None and len(state.adapters) > 1:
         known = ", ".join(f"'{each}'" for each in state.adapters)
         raise AttachError(Problem("adapter name", f"one of {known}", "none", "Pass `name=`."))
     name = next(iter(state.adapters)) if name is None else record_of(model, name).name
-    manifest, content = _content(model, path)
-    with _of_file_too(path):
-        refill(model, name, *content, manifest.about)
-    scales = scales_of(model)
-    if scales.get(name, manifest.scale) != manifest.scale:
-        activate(model, {**scales, name: manifest.scale})
+    with summoned(given, True):
+        manifest, content = _content(model, path, name, holders)
+        with _of_file_too(path):
+            refill(model, name, *content, manifest.about)
+        scales = scales_of(model)
+        if scales.get(name, manifest.scale) != manifest.scale:
+            activate(model, {**scales, name: manifest.scale})
     return Handle(model, name)
 
 
 def _content(
-    model: nn.Module, path: Path
+    model: nn.Module, path: Path, name: str | None, holders: Sequence[Any]
 ) -> tuple[Manifest, tuple[dict[str, Adapter], dict[str, Tensor], dict[str, Tensor]]]:
-    """What a file says, its adapters compiled for the model, and what trained beside them, statistics by themselves."""
-    manifest, tensors = read(path)
-    if wrong := [*model_problems(model)]:
-        raise AttachError(*wrong)
-    if problem := scale_problem(manifest.name, manifest.scale):
-        raise AdapterFileError(replace(problem, what="`scale`", where=shown(path)))
-    base = fingerprint(model)
-    manifest, tensors = with_plain_names(manifest, tensors, base)
-    check_base(path, manifest, model, base)
-    numbers = number_problem(tensors, manifest.layers)
-    adapters = _adapters(path, manifest, tensors, _bases(model, manifest))
-    _check_names(path, manifest, model)
-    here = base_tensors(model)
-    trained, statistics = (
-        _take(path, tensors, {names[0]: here[names[0]] for names in groups}, f"{kind}.")
-        for kind, groups in (("trained", manifest.trained), ("statistics", manifest.statistics))
-    )
-    if tensors:
-        raise refuse(path, "tensors", "those of the adapter alone", f"also '{min(tensors)}'", FOREIGN)
+    """What a file says, its adapters compiled for the model, and what trained beside them, statistics by themselves.
+
+    Where an adapter of that name is attached, they are for it to take.
+    """
+    with in_step(holders, path) as said:
+        manifest, tensors = read(path)
+        content = manifest, dict(tensors)
+        said.append(lambda: encode(*content))
+        if wrong := [*model_problems(model)]:
+            raise AttachError(*wrong)
+        if problem := scale_problem(manifest.name, manifest.scale):
+            raise AdapterFileError(replace(problem, what="`scale`", where=shown(path)))
+        base = fingerprint(model)
+        manifest, tensors = with_plain_names(manifest, tensors, base)
+        check_base(path, manifest, model, base)
+        numbers = number_problem(tensors, manifest.layers)
+        attached = _attached(model, manifest.name if name is None else name)
+        if attached is None:
+            _refuse_parts(path, model, manifest.layers, [each for names in manifest.trained for each in names])
+        adapters = _adapters(path, manifest, tensors, _bases(model, manifest), attached or {})
+        _check_names(path, manifest, model)
+        here = base_tensors(model)
+        trained, statistics = (
+            _take(path, tensors, {names[0]: here[names[0]] for names in groups}, f"{kind}.")
+            for kind, groups in (("trained", manifest.trained), ("statistics", manifest.statistics))
+        )
+        if tensors:
+            raise refuse(path, "tensors", "those of the adapter alone", f"also '{min(tensors)}'", FOREIGN)
     # Not refused, and probably a mistake: another base of the same shapes, numbers that are none.
     if doubts := [
         replace(problem, where=shown(path)) for problem in (other_base(path, manifest, model), numbers) if problem
@@ -140,7 +155,7 @@ def put_on(
     An adapter of that name takes the values in place. It alone acts then, at `scale`.
     """
     with _of_file_too(path):
-        if find(model) is not None and name in names_of(model):
+        if _attached(model, name) is not None:
             refill(model, name, adapters, trained, statistics, about)
         else:
             install(model, name, adapters, trained, about)
@@ -150,6 +165,21 @@ def put_on(
                         copies[key].copy_(value)
     if scales_of(model) != {name: scale}:
         activate(model, {name: scale})
+
+
+def _attached(model: nn.Module, name: str) -> dict[str, Adapter] | None:
+    """The adapters of that name by layer, None where there are none."""
+    return adapters_of(model, name) if find(model) is not None and name in names_of(model) else None
+
+
+def _refuse_parts(path: Path, model: nn.Module, layers: Collection[str], trained: Collection[str]) -> None:
+    """A model that is sharded takes no new adapters: FSDP would neither gather them nor reduce their gradients."""
+    modules, tensors = plain_modules(model), base_tensors(model)
+    split = [f"layer '{name}'" for name in layers if name in modules and is_split(modules[name])]
+    split += [f"'{name}'" for name in (*layers, *trained) if is_distributed(tensors.get(name))]
+    if split:
+        found = f"the parts of one process in {split[0]} (`fully_shard`)"
+        raise refuse(path, "base model", "whole weights", found, "Load the adapter first, then shard the model.")
 
 
 @contextmanager
@@ -183,11 +213,22 @@ def _check_names(path: Path, manifest: Manifest, model: nn.Module) -> None:
 
 
 def _adapters(
-    path: Path, manifest: Manifest, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module | ParameterLayer]
+    path: Path,
+    manifest: Manifest,
+    tensors: dict[str, Tensor],
+    modules: Mapping[str, nn.Module | ParameterLayer],
+    attached: Mapping[str, Adapter],
 ) -> dict[str, Adapter]:
-    """Every layer's adapter with its values, which are taken out of `tensors`."""
+    """Every layer's adapter with its values, which are taken out of `tensors`; `attached` ones are to take them."""
     specs = specs_of(path, manifest)
-    networks = {layer: _network(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
+    # What a layer in parts is was seen when it was whole.
+    known = {
+        layer: own.network.layer for layer, own in attached.items() if layer in modules and is_split(modules[layer])
+    }
+    networks = {
+        layer: _network(path, specs, entry, layer, modules, known.get(layer))
+        for layer, entry in manifest.layers.items()
+    }
     modes = {layer: entry.mode for layer, entry in manifest.layers.items()}
     if problems := [*memory_problems(networks, modules, modes)]:
         raise AdapterFileError(*(replace(problem, where=shown(path)) for problem in problems))
@@ -218,7 +259,12 @@ def _bases(model: nn.Module, manifest: Manifest) -> dict[str, nn.Module | Parame
 
 
 def _network(
-    path: Path, specs: list[Spec], entry: LayerEntry, name: str, modules: Mapping[str, nn.Module | ParameterLayer]
+    path: Path,
+    specs: list[Spec],
+    entry: LayerEntry,
+    name: str,
+    modules: Mapping[str, nn.Module | ParameterLayer],
+    known: Layer | None,
 ) -> Network:
     layer: Any = modules.get(name)
     if layer is None or entry.spec not in range(len(specs)):
@@ -226,10 +272,7 @@ def _network(
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type == "meta" and hook_of(layer) is None:
         raise without_values(path, name)
-    if is_split(layer):
-        found = f"the parts of one process in layer '{name}' (`fully_shard`)"
-        raise refuse(path, "base model", "whole weights", found, "Load the adapter first, then shard the model.")
-    bound = layer.signature if isinstance(layer, ParameterLayer) else layer
+    bound = known or (layer.signature if isinstance(layer, ParameterLayer) else layer)
     with of_file(path, f"layer '{name}'"):
         return specs[entry.spec].bind(bound, **entry.params)
 

@@ -1,9 +1,10 @@
-"""Saving a model of which each process holds parts: all gather what adapters train, and one writes."""
+"""Files of a model of which each process holds parts: all gather what adapters train and one writes, or all read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import distributed, nn
@@ -12,8 +13,9 @@ from tnpeft.adapters import Adapter
 from tnpeft.adapters.distributed import is_distributed, reshard, whole
 from tnpeft.adapters.parked import MANGLED
 from tnpeft.errors import TnpeftError
+from tnpeft.io.files import refuse
 
-__all__ = ["is_flat_sharded", "is_in_parts", "one_writer"]
+__all__ = ["holders_of", "in_step", "is_flat_sharded", "is_in_parts", "one_writer", "summoned"]
 
 
 @contextmanager
@@ -23,14 +25,12 @@ def one_writer(model: nn.Module) -> Iterator[bool]:
     Where processes hold parts (FSDP), all of them must enter. They leave together, once the file is written; an error
     of one is raised in all. A model that is whole in its process is written by each that asks.
     """
-    if not is_in_parts(model):
+    groups = holders_of(model)
+    if not groups:
         yield True
         return
-    parts = next(filter(is_distributed, model.parameters()), None)
-    flat: Any = next(filter(is_flat_sharded, model.modules()), None)
-    groups = _groups(parts, flat)
     error: Exception | None = None
-    with _whole(model), nullcontext() if flat is None else type(flat).summon_full_params(model, writeback=False):
+    with _whole(model), summoned(model, False):
         try:
             yield all(group.rank() == 0 for group in groups)
         except Exception as raised:  # noqa: BLE001 - raised again, once the others know
@@ -39,12 +39,44 @@ def one_writer(model: nn.Module) -> Iterator[bool]:
         raise told
 
 
+@contextmanager
+def in_step(groups: Sequence[Any], path: Path) -> Iterator[list[Callable[[], str]]]:
+    """Inside, each process reads a file; an error of one is raised in all of the groups, the `holders_of` a model.
+
+    Yields a list for what says what was read, which must be the same for all. Nothing may be exchanged inside.
+    """
+    said: list[Callable[[], str]] = []
+    if not groups:
+        yield said
+        return
+    error: Exception | None = None
+    read: set[str] = set()
+    try:
+        yield said
+        read = {"".join(say() for say in said)}
+    except Exception as raised:  # noqa: BLE001 - as above
+        error = raised
+    if told := _first_told(error, groups):
+        raise told
+    for group in groups:
+        read = read.union(*_everyones(read, group))
+    if len(read) > 1:
+        fix = "Give each process the same file: copy it to every machine, or to a folder that they share."
+        raise refuse(path, "adapter file", "the same in every process", "others in some", fix)
+
+
 def is_in_parts(model: Any) -> bool:
-    """Whether the processes hold parts of the model, so that all of them must take part in saving it."""
+    """Whether the processes hold parts of the model, so that all of them must take part in saving and loading."""
     if not isinstance(model, nn.Module):  # which is told later
         return False
     reshard(model)
     return any(map(is_distributed, model.parameters())) or any(map(is_flat_sharded, model.modules()))
+
+
+def summoned(model: nn.Module, writes: bool) -> AbstractContextManager[Any]:
+    """Inside, what FullyShardedDataParallel has in pieces is whole; with `writes` the pieces get its values."""
+    flat: Any = next(filter(is_flat_sharded, model.modules()), None)
+    return nullcontext() if flat is None else type(flat).summon_full_params(model, writeback=writes)
 
 
 def is_flat_sharded(module: Any) -> bool:
@@ -54,9 +86,13 @@ def is_flat_sharded(module: Any) -> bool:
     return handle is not None and flat is not None and bool(handle.uses_sharded_strategy and handle.is_sharded(flat))
 
 
-def _groups(parts: Any, flat: Any) -> list[Any]:
-    """The processes that hold a model's parts, along each axis of their mesh."""
+def holders_of(model: nn.Module) -> list[Any]:
+    """The processes that hold a model's parts, along each axis of their mesh; none of a model that is whole."""
+    if not is_in_parts(model):
+        return []
+    parts: Any = next(filter(is_distributed, model.parameters()), None)
     if parts is None:
+        flat: Any = next(filter(is_flat_sharded, model.modules()))
         return [flat.process_group]
     return [parts.device_mesh.get_group(axis) for axis in range(parts.device_mesh.ndim)]
 
@@ -86,7 +122,12 @@ def _first_told(error: Exception | None, groups: Sequence[Any]) -> Exception | N
     if error is not None and not isinstance(error, TnpeftError):  # others need not be fit to be sent
         sent = RuntimeError(repr(error))
     for group in groups:
-        told: list[Exception | None] = [None] * group.size()
-        distributed.all_gather_object(told, sent, group=group)
-        sent = next((each for each in told if each is not None), None)
+        sent = next((each for each in _everyones(sent, group) if each is not None), None)
     return error or sent
+
+
+def _everyones(mine: Any, group: Any) -> list[Any]:
+    """What each process of a group has."""
+    found = [None] * group.size()
+    distributed.all_gather_object(found, mine, group=group)
+    return found

@@ -283,6 +283,9 @@ def trained_problems(
         elif is_lazy(parameters[name].tensor):
             fix = "Run the model once, then attach."
             yield Problem("training", "a parameter of known size", "one without a size yet", fix, where=where)
+        elif is_distributed(parameters[name].tensor):
+            fix = "Attach to the whole model first, then shard it with `fully_shard`."
+            yield Problem("training", "a whole parameter", "a DTensor, of which each process holds a part", fix, where)
         elif not parameters[name].tensor.is_floating_point():
             dtype = str(parameters[name].tensor.dtype).removeprefix("torch.")
             fix = "Leave it out."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.adapters.distributed import is_distributed
+from tnpeft.adapters.distributed import write
 from tnpeft.adapters.parked import remake
 from tnpeft.errors import AttachError, Problem, listed
 from tnpeft.surgery.adapted_model import AdaptedModel, adapted, known_adapter
@@ -32,7 +32,8 @@ def refill(
     """Give the attached adapter `name` the values of other adapters of the same specs, params and layers.
 
     `trained` and `statistics` are the values of what trains beside the cores, `about` takes the place of the record's.
-    Optimisers, compiled graphs and what acts stay as they are; a layer keeps its own execution mode.
+    Optimisers, compiled graphs and what acts stay as they are; a layer keeps its own execution mode. Each process of
+    several that hold parts takes its own of the values.
 
     Raises AttachError where anything but a value differs; the model is then as it was.
     """
@@ -50,7 +51,7 @@ def refill(
         attached[layer].take(targets[layer])
     with torch.no_grad():
         for key, copy in copies.items():
-            copy.copy_(values[key])
+            write(copy, values[key])
     state.adapters[name] = replace(record, about=dict(about))
     _make_sums_again(root, state, name)
 
@@ -80,7 +81,7 @@ def _difference(here: Adapter, there: Adapter) -> tuple[str, str, str] | None:
         return "params of its adapter", _in_words(ours.params), _in_words(theirs.params)
     for key, own in here.cores.items():
         other = there.cores[key]
-        if is_distributed(own) or own.is_meta or own.shape != other.shape:
+        if own.is_meta or own.shape != other.shape:
             found = "none (it is on the meta device)" if own.is_meta else "a part, as each process of several holds it"
             return f"core '{key}'", "one with all of its values", found
         if torch.promote_types(own.dtype, other.dtype) != own.dtype:
@@ -100,7 +101,7 @@ def _dtype(core: Tensor) -> str:
 
 def _beside_problems(name: str, here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> Iterator[Problem]:
     """Why what trains beside the cores is not what values are there for."""
-    odd = [key for key in there if key not in here or is_distributed(here[key]) or here[key].shape != there[key].shape]
+    odd = [key for key in there if key not in here or here[key].shape != there[key].shape]
     missing = [key for key in here if key not in there]
     for found, names in (("also {}", odd), ("none for {}", missing)):
         if names:
