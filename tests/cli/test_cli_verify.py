@@ -56,6 +56,7 @@ def test_json_is_the_report():
     assert row["network_ratio"] > 1
 
 
+@pytest.mark.slow
 def test_nothing_is_left_where_the_command_ran(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(Path(tnpeft.__file__).parents[1])}
     command = [sys.executable, "-m", "tnpeft", "verify", "lora", "--layer", "Linear:4,6", "--examples", "2"]
@@ -63,6 +64,7 @@ def test_nothing_is_left_where_the_command_ran(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_reports():
     one, other = (data("verify", "krona", *SMALL) for _ in range(2))
     assert one.pop("seconds") > 0

@@ -222,6 +222,7 @@ def test_hyperedges_and_outer_products_are_readable(network: tnpeft.Network):
     assert (quality.through_cores, quality.label_overlaps) == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network",
     [

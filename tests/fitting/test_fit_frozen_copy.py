@@ -70,6 +70,7 @@ def _few_starts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.modules["tnpeft.fitting.fit"], "MANY", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_few_starts")
 @pytest.mark.parametrize(("name", "layer", "rank"), ON_LAYERS)
 def test_what_the_same_graph_captures_from_zero(name: str, layer: nn.Module, rank: int | None):

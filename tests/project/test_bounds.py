@@ -274,6 +274,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [*SHAPES, "hyperedges"])
 def test_hundreds_of_cores_are_planned_and_drawn_in_seconds(shape: str) -> None:
     choose = random.Random(0)

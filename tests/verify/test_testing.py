@@ -89,6 +89,7 @@ def test_params_are_the_specs(data: st.DataObject):
     spec.bind(data.draw(testing.layers()), **params)
 
 
+@pytest.mark.slow
 def test_networks_have_every_construct():
     seen: Counter[str] = Counter()
 
@@ -118,6 +119,7 @@ def test_networks_have_every_construct():
     assert wanted | {"zero", "frozen_copy"} <= seen.keys()
 
 
+@pytest.mark.slow
 @settings(max_examples=6, suppress_health_check=[HealthCheck.nested_given])
 @given(testing.specs())
 def test_random_specs_are_sound(spec: tnpeft.Spec):

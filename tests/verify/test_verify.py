@@ -295,6 +295,7 @@ def test_every_construct_is_looked_at(mutant: Break, spec: str, check: str, monk
     assert next(failure for failure in report.failures if failure.check == check).case.layer.numel <= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_broken_library_is_found_out(mutant: Break, monkeypatch: pytest.MonkeyPatch):
     forget_programs()
