@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import assume
 from torch import Tensor, nn
 
+import tnpeft
 from tnpeft.adapters import Adapter
 from tnpeft.errors import AttachError
 from tnpeft.execution import compile
@@ -180,3 +182,13 @@ def refused(model: nn.Module, act: Callable[[], object]) -> str:
     assert snapshot(model) == before
     assert same_bits(bits(model), values)
     return str(excinfo.value)
+
+
+def spec_cases(kinds: Iterable[str]) -> list[Any]:
+    """Every shipped spec on each of these kinds of layer that it takes; what is slow is all but one for each spec."""
+    cases = []
+    for number, spec in enumerate(tnpeft.list_specs()):
+        taken = [kind for kind in kinds if kind in tnpeft.load_spec(spec).layers]
+        quick = taken[number % len(taken)]
+        cases += [pytest.param(spec, kind, marks=[] if kind == quick else [pytest.mark.slow]) for kind in taken]
+    return cases

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from opaque import Doubled, PaddedConv2d
+from small import spec_cases
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -54,17 +55,7 @@ def bonds(spec: str, layer: nn.Module) -> bool:
     return True
 
 
-def cases() -> list[Any]:
-    """Every spec on a layer of each kind that it takes; what is slow is all but one for each spec."""
-    found = []
-    for number, spec in enumerate(tnpeft.list_specs()):
-        kinds = [kind for kind in LAYERS if kind in tnpeft.load_spec(spec).layers]
-        quick = kinds[number % len(kinds)]
-        found += [pytest.param(spec, kind, marks=[] if kind == quick else [pytest.mark.slow]) for kind in kinds]
-    return found
-
-
-@pytest.mark.parametrize(("spec", "kind"), cases())
+@pytest.mark.parametrize(("spec", "kind"), spec_cases(LAYERS))
 def test_every_mode_drops_the_same_and_the_start_is_exact(spec: str, kind: str):
     dropout = ALL if bonds(spec, LAYERS[kind]()[0]) else {"input": 0.2, "module": 0.2}
     results = []

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from opaque import Doubled, PaddedConv2d
+from small import spec_cases
 from torch import Tensor, nn
 
 import tnpeft
@@ -51,16 +52,7 @@ def row_by_row(model: nn.Module, x: Tensor, names: Sequence[str | None] = NAMES)
     return torch.cat(rows)
 
 
-def cases() -> list[Any]:
-    found = []
-    for number, spec in enumerate(tnpeft.list_specs()):
-        kinds = [kind for kind in LAYERS if kind in tnpeft.load_spec(spec).layers]
-        quick = kinds[number % len(kinds)]
-        found += [pytest.param(spec, kind, marks=[] if kind == quick else [pytest.mark.slow]) for kind in kinds]
-    return found
-
-
-@pytest.mark.parametrize(("spec", "kind"), cases())
+@pytest.mark.parametrize(("spec", "kind"), spec_cases(LAYERS))
 def test_each_row_is_what_it_is_alone(spec: str, kind: str):
     for mode in ("dense", "auto"):  # rows run factored, or by a product with ΔW
         torch.manual_seed(0)
