@@ -19,8 +19,16 @@ except ImportError as error:
     ) from error
 
 __all__ = [
-    *("Flaky", "Found", "HealthCheck", "NoSuchExample", "Phase", "Unsatisfiable"),
-    *("find", "kept_nowhere", "settings", "st"),
+    "Flaky",
+    "Found",
+    "HealthCheck",
+    "NoSuchExample",
+    "Phase",
+    "Unsatisfiable",
+    "find",
+    "kept_nowhere",
+    "settings",
+    "st",
 ]
 
 
