@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnpeft.adapters.adapter import Adapter, without_values
+from tnpeft.adapters.adapter import Adapter
+from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.parked import own_weight
 from tnpeft.execution.calls import Acting, Running
 from tnpeft.execution.site import Site
