@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -250,20 +251,17 @@ class Adapter(Resident, nn.Module):
             if weight is None or weight.is_meta:
                 return
             self.to_empty(device=weight.device)
-        held = [core for core in self.network.cores if self._holds(core)]
-        drawn = {core.name: self.initial(core, weight) for core in held if core.init.core is None}
+        held = [core for core in self.network.cores if self._holds(core) and core.init.core is None]
+        drawn = {core.name: self.initial(core, weight) for core in held}
         if self.magnitude is not None:
             base = self._base(weight).detach()
             drawn[_MAGNITUDE] = magnitudes(self.network.layer, base.to(self.magnitude.dtype))
         with torch.no_grad():
-            for name, values in drawn.items():
+            for name, values in chain(drawn.items(), self._first_values(weight)):  # those of the latter come last
                 tensor = self._tensor((_DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE) + name)
                 tensor.copy_(values)
                 if _START + name in self._buffers:
                     self._tensor(_START + name).copy_(tensor)
-            for core in held:
-                if core.init.core is not None:
-                    self._tensor(_CORE + core.name).copy_(self._value_of(core.init.core, weight))
         self._written()
         self._initialised, self._empty = True, ()
 
@@ -275,6 +273,12 @@ class Adapter(Resident, nn.Module):
         self.seed = other.seed
         self._written()
         self._initialised, self._empty = True, ()
+
+    def _first_values(self, weight: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """What derived cores give to stored ones with `init: value(NAME)`."""
+        for core in self.network.cores:
+            if core.init.core is not None and self._factors is not None:
+                yield core.name, self._factors.derived(self._tensors(self._core_keys, weight), core.init.core)
 
     def _held(self) -> tuple[Tensor, ...]:
         """All tensors that are its own."""

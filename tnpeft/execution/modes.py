@@ -162,7 +162,7 @@ def sum_deltas(
     for acting, tensors in zip(acting_here, inputs, strict=True):
         adapter = acting.adapter
         program, start = _program_and_start(acting, origin)
-        cores = tensors[: len(adapter.network.cores)]
+        cores = tensors[: len(adapter.plan.network.cores)]
         if plain or needs_plain_ops(*cores):
             (delta,) = program.plain_deltas(cores, start)
         else:

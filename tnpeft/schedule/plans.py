@@ -26,6 +26,8 @@ Tensors = Sequence[tuple[int, tuple[str, ...]]]
 @lru_cache(maxsize=1024)
 def plan_dense(network: Network) -> Plan:
     """Contract all cores to the delta weight, which one call of the layer then uses together with the base weight."""
+    if network.plain is not network:
+        return plan_dense(network.plain)
     if network.parts != (network,):
         return Plan(network, "dense", (), (), tuple(map(plan_dense, network.parts)))
     if problems := tuple(_problems(network)):
@@ -58,6 +60,7 @@ def _padded_kernel(network: Network) -> str | None:
 
 def plan_factored(network: Network, call: Call) -> Plan | str:
     """The plan of the chain for one call, or why there is none."""
+    network = network.plain
     if reason := obstacle(network):
         return reason
     if network.parts != (network,):

@@ -11,7 +11,7 @@ from typing import Any
 
 from tnpeft.documents.nodes import Node
 from tnpeft.errors import Position, Problem, Problems, SpecError, clip, near_miss, ticked
-from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
+from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression, split_at_commas
 from tnpeft.spec.pattern import ELLIPSIS, expand
 
 __all__ = [
@@ -183,7 +183,9 @@ def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | Non
             node.position, f"unknown init '{clip(name)[1:-1]}'", f"one of {', '.join(init_names())}", ticked(name), fix
         )
         return None
-    given = _bind_arguments(name, _split(match.group(2) or ""), node, problems if known or name in _BUILT_IN else None)
+    given = _bind_arguments(
+        name, split_at_commas(match.group(2) or ""), node, problems if known or name in _BUILT_IN else None
+    )
     parsed: dict[str, Expression | Legs | Last | str] = {}
     for key, text in given.items():
         value = _parse_argument(key, text, node, problems)
@@ -200,18 +202,6 @@ def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | Non
         )
         return None
     return Init(name, parsed, node.text.strip(), node.position)
-
-
-def _split(text: str) -> list[str]:
-    """Split at the commas outside all brackets."""
-    parts, depth, start = [], 0, 0
-    for place, char in enumerate(text):
-        depth += (char in "([") - (char in ")]")
-        if char == "," and depth == 0:
-            parts.append(text[start:place])
-            start = place + 1
-    parts.append(text[start:])
-    return [part.strip() for part in parts if part.strip()]
 
 
 def _bind_arguments(name: str, parts: list[str], node: Node, problems: Problems | None) -> dict[str, str]:
