@@ -75,6 +75,4 @@ class Factors:
         if not self._stack:
             return [tensor.squeeze(0) for tensor in tensors]
         cores = self.derivations.network.plain.cores
-        return [
-            tensor if core.shared is None else tensor[0] for tensor, core in zip(tensors, cores, strict=False)
-        ]
+        return [tensor if core.shared is None else tensor[0] for tensor, core in zip(tensors, cores, strict=False)]

@@ -72,7 +72,9 @@ def _core(core: Core, resolved: Resolved, layer: Layer) -> BoundCore:
     named = next((each.legs for each in arguments if isinstance(each, Legs)), ()) if core.init.names_legs else ()
     value = next((each for each in arguments if isinstance(each, str)), None)
     init = BoundInit(core.init.name, resolved.inits[core.name], expand(named, KINDS[layer.kind]), value)
-    return BoundCore(core.name, legs, shape, init, core.frozen, core.shared, core.origin)
+    split = tuple(resolved.sizes[leg] for leg in legs)
+    bound = BoundCore(core.name, legs, shape, init, core.frozen, core.shared, core.origin)
+    return bound if split == shape else replace(bound, split=split)
 
 
 _SINGULAR = ("from svd_u", "from svd_s", "from svd_v", "svd_us", "svd_vs")

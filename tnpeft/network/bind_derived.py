@@ -53,8 +53,10 @@ def _map(call: MapCall, arguments: dict[str, float], resolved: Resolved, spatial
     takes, gives = expand(call.takes, spatial), expand(call.gives, spatial)
     words = {key: value for key, value in call.arguments.items() if isinstance(value, str) and key != "at"}
     shape = tuple(resolved.sizes[leg] for leg in gives)
-    known = tuple(sorted({**arguments, **words}.items()))
-    return BoundMap(call.name, takes, gives, shape, known, index_of(call), map_kind(call.name).linear)
+    known: dict[str, float | str] = {**arguments, **words}
+    kind = map_kind(call.name)  # None for one that is registered no more: `map_function` says so
+    linear = kind is not None and kind.linear
+    return BoundMap(call.name, takes, gives, shape, tuple(sorted(known.items())), index_of(call), linear)
 
 
 def factors_of(spec: Declaration, resolved: Resolved, layer: Layer) -> tuple[Factor, ...]:

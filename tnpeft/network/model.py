@@ -33,9 +33,9 @@ class BoundInit:
 class BoundCore:
     """One core with its legs' sizes, in storage order; `shared` and `origin` as in the spec.
 
-    An axis of a stored core that holds several legs, as `(i k...) r` says, is one of its shape. With `changes` its
-    tensor holds what changed since the start, and its frozen copy the start: that of a derived core, where the
-    difference of two rounded values would have few digits.
+    An axis of a stored core that holds several legs, as `(i k...) r` says, is one of its shape; `split` has the sizes
+    of its legs then. With `changes` its tensor holds what changed since the start, and its frozen copy the start: that
+    of a derived core, where the difference of two rounded values would have few digits.
     """
 
     name: str
@@ -46,6 +46,12 @@ class BoundCore:
     shared: str | None = None
     origin: str | None = None
     changes: bool = False
+    split: tuple[int, ...] | None = None
+
+    @property
+    def unfolded(self) -> tuple[int, ...]:
+        """The sizes of its legs, one by one."""
+        return self.shape if self.split is None else self.split
 
     @property
     def is_index(self) -> bool:
@@ -59,7 +65,10 @@ class BoundCore:
 
 def with_slices(core: BoundCore, leg: str, slices: int) -> BoundCore:
     """A core of each slice of a stack as one, the leg of the slices first; one that layers share is the same for all."""
-    return core if core.shared is not None else replace(core, legs=(leg, *core.legs), shape=(slices, *core.shape))
+    if core.shared is not None:
+        return core
+    split = None if core.split is None else (slices, *core.split)
+    return replace(core, legs=(leg, *core.legs), shape=(slices, *core.shape), split=split)
 
 
 @dataclass(frozen=True)
@@ -200,8 +209,9 @@ class Network:
     @cached_property
     def symbols(self) -> Mapping[str, str]:
         """One einsum letter for each index, in order of appearance."""
-        named = (*self.cores, *self.derived, *(factor.reference for factor in self.factors))
-        order = dict.fromkeys(leg for core in named for leg in core.legs)
+        named = [core.legs for core in self.cores] + [core.legs for core in self.derived]
+        named += [factor.reference.legs for factor in self.factors]
+        order = dict.fromkeys(leg for legs in named for leg in legs)
         return {leg: opt_einsum.get_symbol(number) for number, leg in enumerate(order)}
 
     @cached_property
@@ -249,17 +259,17 @@ class Network:
         """The bipartite graph of cores and indices.
 
         Nodes are ("core", name) with `shape`, `frozen`, `shared`, `origin` and the numbers of its
-        `terms`, and ("index", name) with `size` and `open`; an edge joins a core to each of its legs.
+        `terms` (those of derived cores, of kind "derived", with `shape` and `sources`), and ("index", name) with `size` and `open`; an edge joins a core to each of its legs.
         Bipartite, because a plain graph merges parallel bonds and cannot hold an index that three
         cores share.
         """
         graph: networkx.Graph[tuple[str, str]] = networkx.Graph(name=self.spec.name)
         open_legs = set(self.open_legs)
-        for core in self.derived:
-            graph.add_node(("core", core.name), kind="derived", shape=core.shape, sources=core.sources)
-            for leg in core.legs:
+        for made in self.derived:
+            graph.add_node(("core", made.name), kind="derived", shape=made.shape, sources=made.sources)
+            for leg in made.legs:
                 graph.add_node(("index", leg), kind="index", size=self.sizes[leg], open=leg in open_legs)
-                graph.add_edge(("core", core.name), ("index", leg))
+                graph.add_edge(("core", made.name), ("index", leg))
         for core in self.cores:
             terms = tuple(number for number, term in enumerate(self.terms) if core.name in term.cores)
             about = {"shape": core.shape, "frozen": core.frozen, "shared": core.shared, "origin": core.origin}

@@ -75,7 +75,9 @@ class Derivations:
                 cores[name] = start.cores[name] if change is None else start.cores[name] + change
         chosen = zip(self.network.factors, self.changing, strict=True)
         return [
-            _under(_known(changed[factor.reference.core]) if changes else cores[factor.reference.core], factor.reference)
+            _under(
+                _known(changed[factor.reference.core]) if changes else cores[factor.reference.core], factor.reference
+            )
             for factor, changes in chosen
         ]
 
@@ -168,9 +170,7 @@ def _product(
     return product if summand.scale == 1.0 else product * summand.scale
 
 
-def _mapped(
-    each: BoundMap, tensor: Tensor, legs: Sequence[str], at: Tensor | None
-) -> tuple[Tensor, tuple[str, ...]]:
+def _mapped(each: BoundMap, tensor: Tensor, legs: Sequence[str], at: Tensor | None) -> tuple[Tensor, tuple[str, ...]]:
     """The map's result with its legs: those that it leaves alone first, then those that it made."""
     rest = tuple(leg for leg in legs if leg not in each.takes)
     moved = _ordered(tensor, legs, (*rest, *each.takes))

@@ -39,6 +39,7 @@ def plan_dense(network: Network) -> Plan:
 
 def obstacle(network: Network) -> str | None:
     """Why a network cannot be contracted with its layer's input, whatever the call, or None if it may be."""
+    network = network.plain
     if network.layer.slices:
         return "a stack of layers: each slice has its own input"
     if network.layer.groups > 1:
@@ -60,9 +61,9 @@ def _padded_kernel(network: Network) -> str | None:
 
 def plan_factored(network: Network, call: Call) -> Plan | str:
     """The plan of the chain for one call, or why there is none."""
-    network = network.plain
     if reason := obstacle(network):
         return reason
+    network = network.plain
     if network.parts != (network,):
         parts = [plan_factored(part, call) for part in network.parts]
         for number, part in enumerate(parts):

@@ -67,7 +67,9 @@ def _expressions(spec: Declaration) -> Iterator[tuple[str, Expression, Node | Po
         for summand in derivation.summands:
             yield f"{summand.label}, `scale`", summand.scale, summand.scale_position
         for number, call in enumerate(derivation.maps, start=1):
-            yield from ((f"core '{name}', map {number}, `{key}`", each, call.position) for key, each in call.expressions())
+            yield from (
+                (f"core '{name}', map {number}, `{key}`", each, call.position) for key, each in call.expressions()
+            )
 
 
 def _names(spec: Declaration, problems: Problems) -> None:
@@ -186,7 +188,8 @@ def _members(spec: Declaration, problems: Problems) -> None:
     """Every core stands in a term, or another one is made of it; a trained magnitude has a name of its own."""
     named = {name for term in spec.terms for name in term.cores}
     for core in spec.cores:
-        named |= {*(core.derivation.sources if core.derivation else ()), core.init.arguments.get("core")}
+        named.update(core.derivation.sources if core.derivation else ())
+        named |= {value} if isinstance(value := core.init.arguments.get("core"), str) else set()
     for core in spec.cores:
         if spec.terms and core.name not in named:
             fix = "Name it in the `cores` of a term, or remove it."
@@ -248,7 +251,9 @@ def _sized(spec: Declaration, problems: Problems) -> None:
     by_hand = sized_by_hand(spec)
     reported: set[str] = set()
     placed = [(core, core.places) for core in spec.cores]
-    placed += [(owner, dict.fromkeys(legs, owner.position)) for owner, legs in inner_legs(spec) if isinstance(owner, Core)]
+    placed += [
+        (owner, dict.fromkeys(legs, owner.position)) for owner, legs in inner_legs(spec) if isinstance(owner, Core)
+    ]
     for core, places in placed:
         for leg, where in places.items():
             if leg in sized or leg in reported:

@@ -93,7 +93,7 @@ class CoreReader:
             return None
         before = len(self.problems)
         origin, shared = self._option(path, fields, "from"), self._option(path, fields, "shared")
-        if origin == "weight" or "(" in legs_node.text or legs_node.text.strip() == "1":
+        if origin == "weight" or "(" in legs_node.text or "1" in legs_node.text.split():
             axes, places = parse_axes(legs_node, f"core '{name}'", self.problems)
         else:
             places = dict(parse_legs(legs_node, name, self.problems))
@@ -169,7 +169,8 @@ class CoreReader:
                 references[reference.label] = reference
         if not items:
             where = node.position if node is not None else self.root.position
-            self._lacks("cores", where, owner, "at least one core", "none", "Name its cores, or remove it.")
+            fix = "Name its cores, or remove the term." if owner.startswith("`terms`") else "Name what it is made of."
+            self._lacks("cores", where, owner, "at least one core", "none", fix)
         return tuple(references.values())
 
     def _known_cores(self) -> list[str]:

@@ -79,7 +79,9 @@ def _circles(spec: Declaration, problems: Problems) -> None:
             shown = [*ring[:MAX_SHOWN], *(["..."] if len(ring) > MAX_SHOWN else []), ring[0]]
             names, where = ", ".join(f"'{name}'" for name in shown), cores[ring[0]].position
             fix = "Derive one of them from a stored core."
-            problems.add(where, f"core '{ring[0]}'", "no circle", f"{names} derived from one another", fix, core=ring[0])
+            problems.add(
+                where, f"core '{ring[0]}'", "no circle", f"{names} derived from one another", fix, core=ring[0]
+            )
 
 
 def _derivation(core: Core, derivation: Derivation, cores: Mapping[str, Core], problems: Problems) -> None:
@@ -112,7 +114,9 @@ def _legs_met(core: Core, derivation: Derivation, problems: Problems) -> None:
     if lost := [leg for leg in legs if leg not in core.legs]:
         fix = f"Add '{lost[0]}' to its `legs`."
         where = core.position
-        problems.add(where, f"core '{core.name}'", f"the leg '{lost[0]}', which its maps make", "none", fix, core=core.name)
+        problems.add(
+            where, f"core '{core.name}'", f"the leg '{lost[0]}', which its maps make", "none", fix, core=core.name
+        )
 
 
 def _summand(
@@ -240,12 +244,11 @@ def check_zero_through_maps(
         if stopped is None:
             return
     name, call = next(
-        (found for reference in term.references if (found := _stopped(reference.core, zeros.name, cores))), ("", None)
+        (stop for each in term.references if (stop := _stopped(each.core, zeros.name, cores))), ("", None)
     )
     if call is not None:
-        text = f"`{call.name}` in '{name}'"
+        found = f"`{call.name}` in '{name}', which is not zero with a slope where its input is zero"
         fix = "Put them after it, or write `start: frozen_copy`."
-        found = f"{text}, which is not zero with a slope where its input is zero"
         problems.add(where, what, f"the zeros of '{zeros.name}' to pass", found, fix, core=zeros.name)
     else:
         fix = "Put the zeros in every one of them, or write `start: frozen_copy`."

@@ -184,10 +184,10 @@ class _Resolver:
                 expected = f"at most {MAX_NUMEL} elements"
                 error = ExpressionError(expected, times(sizes), "Use smaller sizes.", structural=False)
                 self._fault(core.position, f"core '{core.name}'", error, core=core.name)
-        for core, legs in inner_legs(self.source):
-            for leg in expand(legs, self.spatial):
+        for owner, named in inner_legs(self.source):
+            for leg in expand(named, self.spatial):
                 if leg not in self.out.sizes and leg not in self.failed:
-                    self._leg(leg, core)
+                    self._leg(leg, owner)
 
     def _leg(self, leg: str, core: Core | Term) -> None:
         where = core.position
@@ -335,12 +335,12 @@ class _Resolver:
             except ExpressionError as error:
                 self._fault(where, f"{what}, `{key}`", error, core=core.name)
                 return arguments
-        sides = [
+        taken, made = (
             tuple(self.out.sizes.get(leg, 0) for leg in expand(legs, self.spatial)) for legs in (call.takes, call.gives)
-        ]
-        if all(map(all, sides)):
+        )
+        if all(taken) and all(made):
             words = {key: argument for key, argument in call.arguments.items() if isinstance(argument, str)}
-            problem = size_problem(call, *sides, {**arguments, **words})
+            problem = size_problem(call, taken, made, {**arguments, **words})
             if problem is not None:
                 self._fault(where, what, ExpressionError(*problem, structural=False), core=core.name)
         return arguments
