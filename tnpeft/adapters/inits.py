@@ -184,7 +184,7 @@ def _random(core: BoundCore, generator: torch.Generator, sizes: Sequence[int]) -
 
 
 def _by_size(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
-    """Flat places of the base weight's largest or smallest entries, by their absolute value; the first of equal ones."""
+    """Flat places of the base weight's largest or smallest entries by size; the first of equal ones."""
     if weight is None or weight.device.type == "meta":
         fix = "Give the model its weights first, then call `reset_parameters` with the layer's weight."
         raise BindError(_misfit(core, "the base weight's values", "none", fix))
