@@ -254,8 +254,11 @@ class Adapter(Resident, nn.Module):
             if weight is None or weight.is_meta:
                 return
             self.to_empty(device=weight.device)
-        held = [core for core in self.network.cores if self._holds(core) and core.init.core is None]
-        drawn = {core.name: self.initial(core, weight) for core in held}
+        drawn = {
+            core.name: self.initial(core, weight)
+            for core in self.network.cores
+            if core.init.core is None and self._holds(core)
+        }
         if self.magnitude is not None:
             base = self._base(weight).detach()
             drawn[_MAGNITUDE] = magnitudes(self.network.layer, base.to(self.magnitude.dtype))

@@ -184,14 +184,14 @@ def beside(network: Network, tensors: Sequence[Tensor | None], base: Tensor, lay
 
     Raises ExecutionError for cores without values.
     """
-    cores = [core for core in tensors if core is not None]
-    if not base.is_meta and any(core.is_meta for core in cores):
+    stored = [tensor for tensor in tensors if tensor is not None]
+    if not base.is_meta and any(tensor.is_meta for tensor in stored):
         raise without_values(layer_name, True)
     dtype = torch.promote_types(torch.float32, base.dtype)
-    for core in cores:
-        dtype = torch.promote_types(dtype, core.dtype if core.is_floating_point() else dtype)
+    for tensor in stored:
+        dtype = torch.promote_types(dtype, tensor.dtype if tensor.is_floating_point() else dtype)
     placed = []
-    for tensor, core in zip(tensors, network.cores, strict=True):
-        one = canonical_weight(network.layer, base).reshape(core.shape) if tensor is None else tensor
+    for known, core in zip(tensors, network.cores, strict=True):
+        one = canonical_weight(network.layer, base).reshape(core.shape) if known is None else known
         placed.append(one.to(base.device, dtype if one.is_floating_point() else one.dtype))
     return placed
