@@ -313,6 +313,18 @@ def test_functorch(case):
     assert_close(per_sample[1], slope, 1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compilers_take_them_whole(case):
+    torch.compiler.reset()
+    x = case.input(dtype=torch.float32).requires_grad_()
+    plain = case.run(x)
+    compiled = torch.compile(case.run, backend="aot_eager", fullgraph=True)(x)
+    assert_close(compiled.detach(), plain.detach(), 1e-6)
+    slopes = [torch.autograd.grad(value.square().sum(), x)[0] for value in (plain, compiled)]
+    assert_close(*slopes, 1e-5)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_autocast_changes_nothing(case):
     x = case.input(dtype=torch.float32)
