@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,17 +14,18 @@ from torch import Tensor, nn
 from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_flattened, write
 from tnpeft.adapters.dora import composed, magnitudes
+from tnpeft.adapters.factors import Factors
 from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
+from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.offload import Resident, present
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.strides import memory_order, moved
-from tnpeft.errors import ExecutionError, Problem
 from tnpeft.network import BoundCore, Network
 from tnpeft.network.dropout import Dropout, Mask, masks_of
 from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
 from tnpeft.schedule import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 
-__all__ = ["Adapter", "without_values"]
+__all__ = ["Adapter"]
 
 _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
 _EARLIER = frozenset({"_kept", "_calling", "_writes"})  # attributes in pickles of earlier versions
@@ -73,8 +75,9 @@ class Adapter(Resident, nn.Module):
         self.autotune = autotune
         self.choices = dict(choices or {})
         if dropout is not None:
-            self.dropout, self.masks = dropout, masks_of(network, dropout)
+            self.dropout, self.masks = dropout, masks_of(network.plain, dropout)
         self.plan: Plan = plan(network)
+        self._factors = Factors(network) if network.factors else None
         self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self.captured: Captured = captured or {}
@@ -111,17 +114,17 @@ class Adapter(Resident, nn.Module):
         return [*self._parameters, *self._buffers]
 
     def _register(self, weight: Tensor, sharing: Sharing) -> None:
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         copies = self.network.start == "frozen_copy"
         for core in self.network.cores:
             holder = self if core.shared is None else sharing.holder(self.network.spec, core, self.captured, self)
             if holder is not self:
                 self._holders |= {_CORE + core.name: holder, _START + core.name: holder}
             elif core.origin != "weight":
-                like = weight.new_empty(core.shape, dtype=dtype)
+                like = weight.new_empty(core.shape, dtype=torch.int64 if core.is_index else wide)
                 self._register_one(_CORE, core.name, like, core.frozen, copies)
         if self.network.compose == "dora":
-            like = weight.new_empty(self.network.magnitude_shape, dtype=dtype)
+            like = weight.new_empty(self.network.magnitude_shape, dtype=wide)
             self._register_one(_DORA, _MAGNITUDE, like, False, True)
 
     def _register_one(self, prefix: str, name: str, tensor: Tensor, frozen: bool, copy: bool) -> None:
@@ -172,7 +175,8 @@ class Adapter(Resident, nn.Module):
         Of several terms it is their sum, each with its own scale. `weight` stands in for the layer's base weight.
         """
         self._require_values()
-        return self._program.value(self._tensors(self._core_keys, weight))
+        cores = self._tensors(self._core_keys, weight)
+        return self._program.value(cores if self._factors is None else self._factors.values(cores))
 
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
         """What is added to the layer's weight, in its memory order: scale * (T(θ) - T(θ₀)), or scale * T(θ).
@@ -180,7 +184,7 @@ class Adapter(Resident, nn.Module):
         With `compose: dora`, what leads from the weight to its update at the trained magnitudes.
         """
         program, inputs = self._program if weight is None else self.program_for(weight), self.delta_inputs(weight)
-        (delta,) = program.deltas(inputs[: len(self.network.cores)], program.start(self.start_tensors(weight)))
+        (delta,) = program.deltas(inputs[: len(self.plan.network.cores)], program.start(self.start_tensors(weight)))
         return self.with_magnitude(delta, self._base(None) if weight is None and self._layer else weight, inputs)
 
     def delta_inputs(self, weight: Tensor | None = None) -> list[Tensor]:
@@ -190,17 +194,25 @@ class Adapter(Resident, nn.Module):
         return cores if magnitude is None else [*cores, magnitude]
 
     def core_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
-        """The network's cores in its order, the base `weight` among them where one is it.
+        """What is contracted: the network's cores in its order, the base `weight` among them where one is it.
 
-        Raises ExecutionError without values.
+        Its factors, where it has some. Raises ExecutionError without values.
         """
         if not self._initialised or self._holders:
             self._require_values()
-        return self._tensors(self._core_keys, weight)
+        cores = self._tensors(self._core_keys, weight)
+        if self._factors is None:
+            return cores
+        if self.network.start == "zero":
+            return self._factors.values(cores)
+        return self._factors.changes(cores, self._tensors(self._start_keys, weight))
 
     def start_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
         """Their frozen copies, none with `start: zero`; a core that is frozen is its own."""
-        return [] if self.network.start == "zero" else self._tensors(self._start_keys, weight)
+        if self.network.start == "zero":
+            return []
+        copies = self._tensors(self._start_keys, weight)
+        return copies if self._factors is None else self._factors.start(copies)
 
     def with_magnitude(self, delta: Tensor, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         """`delta`, composed with a trained magnitude if there is one. Raises ExecutionError for cores on meta."""
@@ -239,12 +251,13 @@ class Adapter(Resident, nn.Module):
             if weight is None or weight.is_meta:
                 return
             self.to_empty(device=weight.device)
-        drawn = {core.name: self.initial(core, weight) for core in self.network.cores if self._holds(core)}
+        held = [core for core in self.network.cores if self._holds(core) and core.init.core is None]
+        drawn = {core.name: self.initial(core, weight) for core in held}
         if self.magnitude is not None:
             base = self._base(weight).detach()
             drawn[_MAGNITUDE] = magnitudes(self.network.layer, base.to(self.magnitude.dtype))
         with torch.no_grad():
-            for name, values in drawn.items():
+            for name, values in chain(drawn.items(), self._first_values(weight)):  # those of the latter come last
                 tensor = self._tensor((_DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE) + name)
                 tensor.copy_(values)
                 if _START + name in self._buffers:
@@ -260,6 +273,12 @@ class Adapter(Resident, nn.Module):
         self.seed = other.seed
         self._written()
         self._initialised, self._empty = True, ()
+
+    def _first_values(self, weight: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """What derived cores give to stored ones with `init: value(NAME)`."""
+        for core in self.network.cores:
+            if core.init.core is not None and self._factors is not None:
+                yield core.name, self._factors.derived(self._tensors(self._core_keys, weight), core.init.core)
 
     def _held(self) -> tuple[Tensor, ...]:
         """All tensors that are its own."""
@@ -309,10 +328,13 @@ class Adapter(Resident, nn.Module):
             raise without_values(self.layer_name, True)
         dtype = torch.promote_types(torch.float32, base.dtype)
         for core in cores:
-            dtype = torch.promote_types(dtype, core.dtype)
+            dtype = torch.promote_types(dtype, core.dtype if core.is_floating_point() else dtype)
         pairs = zip(tensors, self.network.cores, strict=True)
         return [
-            (self._weight_as(core, base) if tensor is None else tensor).to(base.device, dtype) for tensor, core in pairs
+            (self._weight_as(core, base) if tensor is None else tensor).to(
+                base.device, torch.int64 if core.is_index else dtype
+            )
+            for tensor, core in pairs
         ]
 
     def _base(self, weight: Tensor | None) -> Tensor:
@@ -388,13 +410,3 @@ class Adapter(Resident, nn.Module):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
-
-
-def without_values(layer_name: str, on_meta: bool) -> ExecutionError:
-    """The error for cores that were neither drawn nor loaded: they are on meta, or have come from there."""
-    found = "memory without values (they were made on the meta device)"
-    if on_meta:
-        found = "none (they are on the meta device, and the layer is not)"
-    fix = "Call `reset_parameters` of the adapted layer, or load the adapter, before the first forward."
-    where = f"layer '{layer_name}'" if layer_name else None
-    return ExecutionError(Problem("cores", "initial or loaded values", found, fix, where=where))

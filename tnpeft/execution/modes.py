@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnpeft.adapters.adapter import Adapter, without_values
+from tnpeft.adapters.adapter import Adapter
+from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.parked import own_weight
 from tnpeft.execution.calls import Acting, Running
 from tnpeft.execution.site import Site
@@ -161,7 +162,7 @@ def sum_deltas(
     for acting, tensors in zip(acting_here, inputs, strict=True):
         adapter = acting.adapter
         program, start = _program_and_start(acting, origin)
-        cores = tensors[: len(adapter.network.cores)]
+        cores = tensors[: len(adapter.plan.network.cores)]
         if plain or needs_plain_ops(*cores):
             (delta,) = program.plain_deltas(cores, start)
         else:

@@ -127,7 +127,9 @@ class AdaptedParameter(AdaptedLayer):
         total: Tensor | None = None
         for acting in site.acting:
             adapter = acting.adapter
-            delta = delta_rows(adapter.network, adapter.core_tensors(), adapter.start_tensors(), rows) * acting.scale
+            delta = (
+                delta_rows(adapter.plan.network, adapter.core_tensors(), adapter.start_tensors(), rows) * acting.scale
+            )
             total = delta if total is None else total + delta
         assert total is not None
         return total

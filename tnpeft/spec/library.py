@@ -14,7 +14,7 @@ from tnpeft.documents.paths import is_file
 from tnpeft.documents.recognise import recognise
 from tnpeft.errors import Problem, Problems, SpecError, clip, closest
 from tnpeft.spec.factorize import Table
-from tnpeft.spec.reader import parse_table
+from tnpeft.spec.tables import parse_table
 
 __all__ = ["find_shipped", "label_of", "list_specs", "not_yaml", "shipped_folder", "shipped_tables"]
 
