@@ -48,11 +48,6 @@ def named(**names: str) -> Callable[[Any], Cores]:
     return lambda layer: {core: of(getattr(layer, name)) for core, name in names.items()}
 
 
-def svd(layer: Any, rank: int) -> Cores:
-    u, s, vh = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
-    return {"U": u[:, :rank], "S": s[:rank], "V": vh[:rank]}
-
-
 def _boft(layer: Any) -> Cores:
     return {"X": of(layer.boft_R)[0], "s": of(layer.boft_s)}
 
@@ -63,8 +58,11 @@ def _boft_2(layer: Any) -> Cores:
 
 
 def _psoft(layer: Any) -> Cores:
-    turn = layer.psoft_R["default"]
-    return {**svd(layer, 8), "angles": turn.weight.detach(), "b": turn.vector_b.detach(), "a": turn.vector_a.detach()}
+    turn, down, up = layer.psoft_R["default"], of(layer._psoft_A_cache), of(layer._psoft_B_cache)
+    up = up * layer.scaling["default"]
+    # Singular vectors have a sign each, which R does not cancel: they are taken as torch found them there.
+    cut = {"U": up / up.norm(dim=0), "S": up.norm(dim=0), "V": down}
+    return {**cut, "angles": turn.weight.detach(), "b": turn.vector_b.detach(), "a": turn.vector_a.detach()}
 
 
 def _places(indices: Tensor, columns: int) -> Tensor:
