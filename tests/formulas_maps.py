@@ -265,16 +265,16 @@ def road_turn(first: Tensor, second: Tensor, w: Tensor) -> Tensor:
 
 def dense_road(c: Cores, w: Tensor, shape: Shape, group: int = 64) -> Tensor:
     theta, alpha = (c[name].reshape(-1, 1, group // 2).expand(-1, 2, -1) for name in ("theta", "alpha"))
-    return road_turn(alpha * theta.cos(), alpha * theta.sin(), w)
+    return road_turn(alpha * theta.cos(), c["one"] * alpha * theta.sin(), w)
 
 
 def dense_road_2(c: Cores, w: Tensor, shape: Shape, group: int = 64) -> Tensor:
     theta, alpha = (c[name].reshape(-1, 2, group // 2) for name in ("theta", "alpha"))
-    return road_turn(alpha * theta.cos(), alpha * theta.sin(), w)
+    return road_turn(alpha * theta.cos(), c["one"] * alpha * theta.sin(), w)
 
 
 def dense_road_4(c: Cores, w: Tensor, shape: Shape) -> Tensor:
-    return road_turn(c["alpha_1"] * c["theta_1"].cos(), c["alpha_2"] * c["theta_2"].sin(), w)
+    return road_turn(c["alpha_1"] * c["theta_1"].cos(), c["one"] * c["alpha_2"] * c["theta_2"].sin(), w)
 
 
 def dense_peanut(c: Cores, w: Tensor, shape: Shape) -> Tensor:
@@ -298,6 +298,7 @@ EVEN = (nn.Linear(12, 20), nn.Conv1d(12, 20, 5, groups=2), nn.Conv3d(4, 8, (1, 2
 FOURS = (nn.Linear(12, 20), nn.Conv1d(24, 20, 5, groups=2), nn.Conv3d(4, 8, (1, 2, 3)), nn.ConvTranspose2d(8, 4, (2, 3)))
 WIDE = (nn.Linear(12, 64), nn.Conv3d(3, 128, (1, 2, 1)), nn.ConvTranspose1d(6, 64, 3))
 FLAT = (nn.Linear(12, 20), nn.Linear(32, 48), nn.Linear(13, 7))
+BROAD = (*ANY, *(layer for layer in ODD if layer.weight.numel() > 9))  # room for pairs, and for a place a channel
 
 METHODS: dict[str, tuple[Callable[[Cores, Tensor, Shape], Tensor], tuple[nn.Module, ...]]] = {
     "oft": (dense_oft, FOURS),
@@ -308,6 +309,9 @@ METHODS: dict[str, tuple[Callable[[Cores, Tensor, Shape], Tensor], tuple[nn.Modu
     "boft_lycoris": (dense_boft_lycoris, WIDE),
     "c3a": (dense_c3a, FOURS),
     "supertuning": (dense_shira, (*ANY, *ODD)),
+    "shira": (dense_shira, BROAD),
+    "hra": (dense_hra, BROAD),
+    "psoft": (dense_psoft, (*ANY, ODD[0], ODD[4])),
     "vblora": (dense_vblora, FOURS),
     "waveft": (dense_waveft, FLAT),
     "frod": (dense_frod, FLAT),
@@ -317,7 +321,7 @@ METHODS: dict[str, tuple[Callable[[Cores, Tensor, Shape], Tensor], tuple[nn.Modu
     "road_4": (dense_road_4, FOURS),
 }
 for _name in (
-    *("hra", "hra_gs", "psoft", "shira", "supra", "rosa", "paca", "unilora", "delora", "deft", "para", "lorma"),
+    *("hra_gs", "supra", "rosa", "paca", "unilora", "delora", "deft", "para", "lorma"),
     *("lorma_pi", "sinelora", "fedpara_tanh", "peanut", "peanut_2", "adamss"),
 ):
     METHODS[_name] = (globals()[f"dense_{_name}"], (*ANY, *ODD))

@@ -98,9 +98,14 @@ def _frod(layer: Any) -> Cores:
     return {**at, "l": of(layer.frod_lambda_l), "s": of(layer.frod_lambda_s_values)}
 
 
+def _road(layer: Any) -> Cores:
+    return {"theta": of(layer.road_theta), "alpha": of(layer.road_alpha), "one": torch.ones(1)}
+
+
 def _road_4(layer: Any) -> Cores:
     halves = {name: of(getattr(layer, f"road_{name}")).reshape(-1, 2, 2, 4) for name in ("theta", "alpha")}
-    return {f"{name}_{half + 1}": value[:, half] for name, value in halves.items() for half in (0, 1)}
+    cores = {f"{name}_{half + 1}": value[:, half] for name, value in halves.items() for half in (0, 1)}
+    return {**cores, "one": torch.ones(1)}
 
 
 def _peanut_2(layer: Any) -> Cores:
@@ -163,13 +168,13 @@ PEERS: dict[str, Peer] = {
     ),
     "road": Peer(
         lambda: peft.RoadConfig(variant="road_1", group_size=8, **ON),
-        named(theta="road_theta", alpha="road_alpha"),
+        _road,
         subtracts=True,
         numbers={"group": 8},
     ),
     "road_2": Peer(
         lambda: peft.RoadConfig(variant="road_2", group_size=8, **ON),
-        named(theta="road_theta", alpha="road_alpha"),
+        _road,
         subtracts=True,
         numbers={"group": 8},
     ),
