@@ -60,10 +60,11 @@ def _map(call: MapCall, arguments: dict[str, float], resolved: Resolved, spatial
 
 
 def factors_of(spec: Declaration, resolved: Resolved, layer: Layer) -> tuple[Factor, ...]:
-    """What the terms name, each text once; nothing where every core stands there as it is stored."""
+    """What the terms name, each text once; nothing where these are the stored cores, all of them, as they are stored."""
     cores, spatial = cores_by_name(spec), KINDS[layer.kind]
     named = {reference.label: reference for term in spec.terms for reference in term.references}
-    if not any(_is_rewritten(reference, cores[reference.core]) for reference in named.values()):
+    idle = {core.name for core in stored_cores(spec)} - {reference.core for reference in named.values()}
+    if not idle and not any(_is_rewritten(reference, cores[reference.core]) for reference in named.values()):
         return ()
     return tuple(Factor(label, _reference(each, spec, resolved, spatial)) for label, each in _in_order(named, spec))
 
