@@ -9,7 +9,7 @@ import formulas
 import formulas_maps
 import torch
 from formulas import ANY, ODD, Cores, Shape, flat, joined
-from formulas_maps import EVEN, FLAT, FOURS, cayley
+from formulas_maps import EVEN, FLAT, cayley
 from torch import Tensor, nn
 
 
