@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.base_weight import base_weight
+from tnpeft.adapters.base_weight import base_weight, beside
 from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_flattened, write
 from tnpeft.adapters.dora import composed, magnitudes
 from tnpeft.adapters.factors import Factors
-from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
+from tnpeft.adapters.inits import initial_core, whole_seed
 from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.offload import Resident, present
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
@@ -51,6 +50,7 @@ class Adapter(Resident, nn.Module):
 
     dropout: Dropout | None = None
     masks: tuple[Mask, ...] = ()
+    _factors: Factors | None = None  # where terms name others than the stored cores
 
     def __init__(
         self,
@@ -77,7 +77,8 @@ class Adapter(Resident, nn.Module):
         if dropout is not None:
             self.dropout, self.masks = dropout, masks_of(network.plain, dropout)
         self.plan: Plan = plan(network)
-        self._factors = Factors(network) if network.factors else None
+        if network.factors:
+            self._factors = Factors(network)
         self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self.captured: Captured = captured or {}
@@ -121,7 +122,9 @@ class Adapter(Resident, nn.Module):
             if holder is not self:
                 self._holders |= {_CORE + core.name: holder, _START + core.name: holder}
             elif core.origin != "weight":
-                like = weight.new_empty(core.shape, dtype=torch.int64 if core.is_index else wide)
+                like = weight.new_empty(
+                    core.shape, dtype=torch.int64 if self._factors is not None and core.is_index else wide
+                )
                 self._register_one(_CORE, core.name, like, core.frozen, copies)
         if self.network.compose == "dora":
             like = weight.new_empty(self.network.magnitude_shape, dtype=wide)
@@ -251,13 +254,16 @@ class Adapter(Resident, nn.Module):
             if weight is None or weight.is_meta:
                 return
             self.to_empty(device=weight.device)
-        held = [core for core in self.network.cores if self._holds(core) and core.init.core is None]
-        drawn = {core.name: self.initial(core, weight) for core in held}
+        drawn = {
+            core.name: self.initial(core, weight)
+            for core in self.network.cores
+            if core.init.core is None and self._holds(core)
+        }
         if self.magnitude is not None:
             base = self._base(weight).detach()
             drawn[_MAGNITUDE] = magnitudes(self.network.layer, base.to(self.magnitude.dtype))
         with torch.no_grad():
-            for name, values in chain(drawn.items(), self._first_values(weight)):  # those of the latter come last
+            for name, values in drawn.items() if self._factors is None else self._first_values(drawn, weight):
                 tensor = self._tensor((_DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE) + name)
                 tensor.copy_(values)
                 if _START + name in self._buffers:
@@ -274,8 +280,9 @@ class Adapter(Resident, nn.Module):
         self._written()
         self._initialised, self._empty = True, ()
 
-    def _first_values(self, weight: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-        """What derived cores give to stored ones with `init: value(NAME)`."""
+    def _first_values(self, drawn: Mapping[str, Tensor], weight: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """The first values, then those that derived cores of these give, for `init: value(NAME)`."""
+        yield from drawn.items()
         for core in self.network.cores:
             if core.init.core is not None and self._factors is not None:
                 yield core.name, self._factors.derived(self._tensors(self._core_keys, weight), core.init.core)
@@ -311,7 +318,8 @@ class Adapter(Resident, nn.Module):
         """The network's cores (or their frozen copies) in its order, the base weight among them where it is one."""
         tensors = self._found(keys)
         if self._layer:
-            return self._beside(tensors, self._base(weight).detach())
+            (base,) = gathered([self._base(weight).detach()])
+            return beside(self.network, self._whole(tensors), base, self.layer_name)
         return self._whole(tensors) if DISTRIBUTED in sys.modules else tensors  # type: ignore[return-value]
 
     def _whole(self, tensors: Sequence[Tensor | None]) -> list[Any]:
@@ -320,29 +328,8 @@ class Adapter(Resident, nn.Module):
         refuse_flattened(self.layer_name, tensors, [core.shape for core in self.network.cores])
         return tensors
 
-    def _beside(self, tensors: Sequence[Tensor | None], base: Tensor) -> list[Tensor]:
-        """Cores where the `base` weight is: layers that share cores may live on several devices, and be wider."""
-        (base,), tensors = gathered([base]), self._whole(tensors)
-        cores = [core for core in tensors if core is not None]
-        if not base.is_meta and any(core.is_meta for core in cores):
-            raise without_values(self.layer_name, True)
-        dtype = torch.promote_types(torch.float32, base.dtype)
-        for core in cores:
-            dtype = torch.promote_types(dtype, core.dtype if core.is_floating_point() else dtype)
-        pairs = zip(tensors, self.network.cores, strict=True)
-        return [
-            (self._weight_as(core, base) if tensor is None else tensor).to(
-                base.device, torch.int64 if core.is_index else dtype
-            )
-            for tensor, core in pairs
-        ]
-
     def _base(self, weight: Tensor | None) -> Tensor:
         return base_weight(self._layer[0], self.network) if weight is None else weight
-
-    def _weight_as(self, core: BoundCore, base: Tensor) -> Tensor:
-        """The base weight with the legs of a core."""
-        return canonical_weight(self.network.layer, base).reshape(core.shape)
 
     def _holds(self, core: BoundCore) -> bool:
         return core.origin != "weight" and _CORE + core.name not in self._holders

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -26,10 +26,14 @@ class Factors:
     """The factors of one adapter. What the start gives is kept as long as the frozen copies are as they were."""
 
     def __init__(self, network: Network) -> None:
+        self._network = network
         self.derivations: Derivations = build_derivations(network)
         self._stack = network.layer.slices > 0
         self._places = [self.derivations.names.index(name) for name in self.derivations.roots]
         self._start: _Start | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._network,)  # copies and pickles make anew what is kept
 
     def values(self, stored: Sequence[Tensor]) -> list[Tensor]:
         """The factors of stored cores, with `start: zero` and for T(theta)."""

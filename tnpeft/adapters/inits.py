@@ -63,7 +63,7 @@ def _initial_core(network: Network, core: BoundCore, seed: int, layer: str, weig
         return _PLACES[name](core, generator, [network.sizes[leg] for leg in core.init.legs])
     draw = _DRAWS.get(name)
     if draw is not None:
-        return _same(core, generator, draw)
+        return _same(core, generator, draw) if core.init.legs else draw(core, generator, arguments)
     function = init_function(name)
     if function is None:
         fix = f'Call `tnpeft.register_init("{name}", function)` first.'
@@ -159,8 +159,6 @@ _DRAWS: dict[str, _Draw] = {
 def _same(core: BoundCore, generator: torch.Generator, draw: _Draw) -> Tensor:
     """A draw that is equal along some legs: of one entry there, which all get."""
     legs = core.init.legs
-    if not legs:
-        return draw(core, generator, core.init.arguments)
     sizes = {leg: 1 if leg in legs else size for leg, size in zip(core.legs, core.unfolded, strict=True)}
     one = draw(replace(core, shape=tuple(sizes.values())), generator, core.init.arguments)
     return one.expand(core.unfolded).reshape(core.shape).contiguous()
@@ -184,7 +182,7 @@ def _random(core: BoundCore, generator: torch.Generator, sizes: Sequence[int]) -
 
 
 def _by_size(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
-    """Flat places of the base weight's largest or smallest entries, by their absolute value; the first of equal ones."""
+    """Flat places of the base weight's largest or smallest entries by size; the first of equal ones."""
     if weight is None or weight.device.type == "meta":
         fix = "Give the model its weights first, then call `reset_parameters` with the layer's weight."
         raise BindError(_misfit(core, "the base weight's values", "none", fix))

@@ -1,4 +1,4 @@
-"""Derived cores of a bound spec, and its factors: what execution modes contract in place of references and derived cores.
+"""Derived cores of a bound spec, and its factors: what execution modes contract for references and derived cores.
 
 turn(n x y) = cayley(skew(R(n e)))      a derived core: summands, whose legs maps change in order
 turn((c u) (q m) (v t))                 a factor: one tensor, a core under the legs of a reference

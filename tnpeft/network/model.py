@@ -64,7 +64,7 @@ class BoundCore:
 
 
 def with_slices(core: BoundCore, leg: str, slices: int) -> BoundCore:
-    """A core of each slice of a stack as one, the leg of the slices first; one that layers share is the same for all."""
+    """The cores of all slices of a stack as one, the leg of the slices first; one that layers share has none."""
     if core.shared is not None:
         return core
     split = None if core.split is None else (slices, *core.split)
@@ -259,7 +259,8 @@ class Network:
         """The bipartite graph of cores and indices.
 
         Nodes are ("core", name) with `shape`, `frozen`, `shared`, `origin` and the numbers of its
-        `terms` (those of derived cores, of kind "derived", with `shape` and `sources`), and ("index", name) with `size` and `open`; an edge joins a core to each of its legs.
+        `terms`, those of derived cores, of kind "derived", with `shape` and `sources`, and ("index", name) with `size`
+        and `open`; an edge joins a core to each of its legs.
         Bipartite, because a plain graph merges parallel bonds and cannot hold an index that three
         cores share.
         """

@@ -16,8 +16,8 @@ from tnpeft.network.signature import layer_of
 from tnpeft.spec.declaration import Declaration
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits
-from tnpeft.spec.maps import registered_maps
 from tnpeft.spec.library import find_shipped, label_of, shipped_tables
+from tnpeft.spec.maps import registered_maps
 from tnpeft.spec.reader import read_declaration
 
 __all__ = ["Spec", "load_spec"]

@@ -114,6 +114,7 @@ class BatchedTree:
         self._plain = all(order is None for order in self._orders)
         self._numbered = self.copied and not self._plain and sum(self._pieces) <= NUMBERED
         self._numbers: dict[Hashable, Tensor] = {}
+        self._given = any(tree.changes)  # some cores are given as changes since the start
 
     @cached_property
     def _products(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
@@ -123,17 +124,17 @@ class BatchedTree:
     def start(self, cores: Sequence[Tensor], last: bool, plain: bool) -> Start:
         """What the changes need of the frozen copies of all layers; their result only with `last`."""
         flat, stacked = self.stack(cores)
-        flat = None if any(self.tree.changes) else flat
-        return Start(flat, tuple(stacked), tuple(self.run(self._scaled(stacked), (), last, plain)))
+        return Start(
+            None if self._given else flat, tuple(stacked), tuple(self.run(self._scaled(stacked), (), last, plain))
+        )
 
     def scaled(self, cores: Sequence[Tensor], start: Start | None = None) -> list[Tensor]:
         """Each core as (layers, legs in the order of contraction), with the tree's scale in one of them."""
-        return self._scaled(self._values(self.stack(cores)[1], start))
+        stacked = self.stack(cores)[1]
+        return self._scaled(stacked if start is None or not self._given else self._values(stacked, start))
 
-    def _values(self, stacked: list[Tensor], start: Start | None) -> list[Tensor]:
+    def _values(self, stacked: list[Tensor], start: Start) -> list[Tensor]:
         """The cores themselves, where some are given as changes since the start."""
-        if start is None or not any(self.tree.changes):
-            return stacked
         both = zip(stacked, start.cores, self.tree.changes, strict=True)
         return [first + core if changes else core for core, first, changes in both]
 
@@ -163,7 +164,8 @@ class BatchedTree:
         change = changes[self.tree.scaled]
         if self.tree.scale != 1.0 and change is not None:
             changes[self.tree.scaled] = change * self.tree.scale
-        tensors, constants = list(self._scaled(self._values(stacked, start))), start.constants
+        values = self._values(stacked, start) if self._given else stacked
+        tensors, constants = list(self._scaled(values)), start.constants
         for step in self.instructions:
             left, right = step.left, step.right
             whole, first = (tensors[left], changes[left]), (constants[right], changes[right])

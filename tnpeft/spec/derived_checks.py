@@ -257,7 +257,7 @@ def check_zero_through_maps(
 
 
 def _stopped(name: str, zeros: str, cores: Mapping[str, Core]) -> tuple[str, MapCall | None] | None:
-    """None where a core is zero, with a slope, while `zeros` is; else the derived core, and the map, that stops them."""
+    """None where a core is zero, with a slope, while `zeros` is; else the derived core and map that stop them."""
     derivation = cores[name].derivation
     if derivation is None:
         return None if name == zeros else (name, None)

@@ -125,6 +125,7 @@ class _Call:
 
     def _arguments(self, parts: list[str]) -> dict[str, Expression | str]:
         given: dict[str, Expression | str] = {}
+        before = len(self.problems)
         for part in parts:
             match = _ARGUMENT.fullmatch(part)
             if match is None:
@@ -142,8 +143,8 @@ class _Call:
             elif (value := self._value(key, text)) is not None:
                 given[key] = value
         required = self.kind.arguments.items() if self.kind else ()
-        names = {match.group(1) for match in map(_ARGUMENT.match, parts) if match}
-        if missing := [key for key, must in required if must and key not in names]:
+        missing = [key for key, must in required if must and key not in given]
+        if missing and len(self.problems) == before:
             usage = self.kind.usage if self.kind and "=" in self.kind.usage else f"{self.name}({missing[0]}=...)"
             self._add(f"`{missing[0]}`", "it missing", f"Write it as in `{usage}`.")
         return given
