@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lycoris.modules.boft
@@ -25,8 +26,8 @@ Cores = dict[str, Tensor]
 class Peer(NamedTuple):
     """How a method is built there, and how its tensors are called here.
 
-    `cores(layer)` are all cores of the spec from a layer of theirs. Where `subtracts` is set they add what the cores make
-    less what the first cores made, else what the cores make. `numbers` are the formula's keywords.
+    `cores(layer)` are all cores of the spec from a layer of theirs. Where `subtracts` is set they add what the cores
+    make less what the first cores made, else what the cores make. `numbers` are the formula's keywords.
     """
 
     config: Callable[[], Any]
@@ -34,7 +35,7 @@ class Peer(NamedTuple):
     scale: float = 1.0
     subtracts: bool = False
     size: tuple[int, int] = (24, 32)
-    numbers: dict[str, Any] = {}
+    numbers: Mapping[str, Any] = MappingProxyType({})
 
 
 def of(values: Any) -> Tensor:
@@ -103,12 +104,6 @@ def _frod(layer: Any) -> Cores:
 
 def _road(layer: Any) -> Cores:
     return {"theta": of(layer.road_theta), "alpha": of(layer.road_alpha), "one": torch.ones(1)}
-
-
-def _road_4(layer: Any) -> Cores:
-    halves = {name: of(getattr(layer, f"road_{name}")).reshape(-1, 2, 2, 4) for name in ("theta", "alpha")}
-    cores = {f"{name}_{half + 1}": value[:, half] for name, value in halves.items() for half in (0, 1)}
-    return {**cores, "one": torch.ones(1)}
 
 
 def _peanut_2(layer: Any) -> Cores:
@@ -185,7 +180,6 @@ PEERS: dict[str, Peer] = {
         subtracts=True,
         numbers={"group": 8},
     ),
-    "road_4": Peer(lambda: peft.RoadConfig(variant="road_4", group_size=8, **ON), _road_4, subtracts=True),
     "peanut": Peer(
         lambda: peft.PeanutConfig(r=6, depth=0, act_fn="relu", scaling=3.0, **ON),
         named(A="peanut_A", B="peanut_B"),
