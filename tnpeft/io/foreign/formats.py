@@ -31,6 +31,7 @@ MADE_FOR = "Load the file onto the model it was made for."
 MERGE = "Merge it into the model instead, or keep it in tnpeft's own file."
 ONE_ADAPTER = "Save one adapter in a file."
 PEFT_SLOTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
+PEFT_SLOTS |= {"lora_embedding_A": "down", "lora_embedding_B": "up"}
 
 FORMATS = ("peft", "diffusers", "lycoris", "kohya", "comfyui", "tenvoo")
 SUPPORTED = (
