@@ -87,7 +87,9 @@ CASES: dict[str, dict[str, Any]] = {
 KINDS = {"stacks": (False, 3), "transposed": (True, 3), "one slice": (False, 1)}
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # of parameters, which it takes
+@pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"
+)  # of parameters, which it takes
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_both_ways(case: str, kind: str, tmp_path: Path):

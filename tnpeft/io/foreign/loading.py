@@ -128,9 +128,8 @@ def _check_ties(path: Path, model: nn.Module, foreign: Foreign) -> None:
             ):
                 other = next(each for each in names if each != name)
                 what, expected = f"parameter '{name}', tied to '{other}'", "one value for both"
-                fix = (
-                    f"Untie it: `model.{name} = torch.nn.Parameter(model.{name}.detach().clone())`, then load the file."
-                )
+                here = f"model.get_submodule('{name.rpartition('.')[0]}').{name.rpartition('.')[2]}"
+                fix = f"Untie it, then load the file: `{here} = torch.nn.Parameter({here}.detach().clone())`."
                 raise refuse(path, what, expected, f"one for '{name}' alone, or two", fix)
 
 
