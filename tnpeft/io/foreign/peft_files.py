@@ -99,13 +99,21 @@ def peft_problems(parts: Mapping[str, LayerUpdate], layers: Mapping[str, Layer])
 
 
 def beside_problems(
-    parts: Mapping[str, LayerUpdate], trained: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+    parts: Mapping[str, LayerUpdate],
+    trained: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    base: Mapping[str, Tensor],
 ) -> Iterator[Problem]:
     """Why PEFT has no place for what trains beside the cores: it knows biases beside LoRA, and whole modules."""
     biases = _biases(parts, trained)
     if biases and any(method_of(part) != "LORA" for part in parts.values()):
         yield trained_problem(biases, "no biases of adapted layers beside LoHa and LoKr")
-    yield from saved_modules(trained.keys() - biases, parts, modules)[1]
+    saved, problems = saved_modules(trained.keys() - biases, parts, modules)
+    yield from problems
+    for name, tensor in tensors_of(saved, trained, base).items():
+        if tensor.device.type == "meta":
+            fix = "Bring it back from where it is offloaded to, or keep the adapter in tnpeft's own file."
+            yield Problem("PEFT's `modules_to_save`", "values of the whole module", f"none of '{name}'", fix)
 
 
 def _biases(parts: Mapping[str, LayerUpdate], trained: Mapping[str, Tensor]) -> list[str]:

@@ -135,32 +135,44 @@ def saved_modules(
 ) -> tuple[list[str], list[Problem]]:
     """The modules that PEFT saves whole for the sake of some tensors, and why it cannot.
 
-    It takes every module whose name ends with one of these.
+    It takes every module whose name ends with one of these, with a dot before that or none.
     """
-    saved = {_owner(name) for name in names}
-    more = saved
+    causes = {_owner(name): _owner(name) for name in names}  # of each module, the one that is meant
+    more = dict(causes)
     while more:
-        more = {other for other in modules for name in more if name and other.endswith(name)} - saved
-        saved |= more
-    outermost = sorted(name for name in saved if not any(name.startswith(f"{other}.") for other in saved if other))
-    owners = {_owner(name) for name in names_of_parameters(parts, modules)}
+        ends = tuple(name for name in more if name)
+        ending = (other for other in modules if other.endswith(ends) and other not in causes) if ends else ()
+        more = {other: next(name for name in more if name and other.endswith(name)) for other in ending}
+        causes |= more
+    outermost = sorted(name for name in causes if not any(name.startswith(f"{other}.") for other in causes if other))
+    faults = {name: _fault_of_saved(name, parts, modules) for name in outermost}
+    expected = "a module of its own, which nothing else adapts"
     problems = []
-    for name in outermost:
-        inside = [part for part in parts if part == name or part.startswith(f"{name}.") or not name]
-        around = [owner for owner in owners if name == owner or name.startswith(f"{owner}.")]
-        if isinstance(modules[name], _UNCALLED):
-            found: str | None = f"a {type(modules[name]).__name__}, which nobody calls"
-        elif inside or around or not name:
-            found = f"one with an adapter on '{(inside or around or ['it'])[0]}'"
-        else:
-            found = None
-        if found:
-            expected = "a module of its own, which nothing else adapts"
-            problems.append(Problem("PEFT's `modules_to_save`", expected, found, MERGE, f"module '{name}'"))
+    for name, fault in faults.items():
+        if fault is not None:
+            also = "" if causes[name] == name else f", and PEFT takes each whose name ends with '{causes[name]}'"
+            problems.append(Problem("PEFT's `modules_to_save`", expected, fault + also, MERGE, f"module '{name}'"))
     return outermost, problems
+
+
+def _fault_of_saved(name: str, parts: Mapping[str, LayerUpdate], modules: Mapping[str, nn.Module]) -> str | None:
+    """Why a module cannot be saved whole."""
+    if isinstance(modules[name], _UNCALLED):
+        return f"a {type(modules[name]).__name__}, which nobody calls"
+    if not name:
+        return "the model itself"
+    owners = {_owner(part) for part in names_of_parameters(parts, modules)}
+    inside = [part for part in parts if part == name or part.startswith(f"{name}.")]
+    around = [owner for owner in owners if name.startswith(f"{owner}.")]
+    return f"one with an adapter on '{(inside or around)[0]}'" if inside or around else None
 
 
 def tensors_of(saved: Collection[str], trained: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of the modules that are saved whole, as they were trained or as the base has them."""
-    inside = {name for name in base if any(name.startswith(f"{module}.") for module in saved)}
-    return {name: trained[name] if name in trained else base[name].detach().cpu() for name in base if name in inside}
+    inside = [name for name in base if any(name.startswith(f"{module}.") for module in saved)]
+    return {name: trained[name] if name in trained else _on_cpu(base[name]) for name in inside}
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """The values, where there are any."""
+    return tensor.detach() if tensor.device.type == "meta" else tensor.detach().cpu()

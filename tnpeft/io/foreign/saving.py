@@ -137,7 +137,7 @@ def _contents(
     first = {names[0]: trained[names[0]] for names in parameter_groups(root) if names[0] in trained}
     if kind == "peft":
         problems += [*_place_problems(root, parts), *peft_problems(parts, layers)]
-        problems += [*form_problems(parts, layers, modules, base), *beside_problems(parts, trained, modules)]
+        problems += [*form_problems(parts, layers, modules, base), *beside_problems(parts, trained, modules, base)]
     elif kind == "diffusers":
         problems += [*_place_problems(root, parts), *diffusers_problems(parts, layers, first)]
     else:
