@@ -16,11 +16,12 @@ from tnpeft.adapters.parked import LOOKUPS
 from tnpeft.errors import AdapterFileError, Problem, clip
 from tnpeft.io.files import in_file
 from tnpeft.io.foreign.beside import beside, with_biases, without_bases
-from tnpeft.io.foreign.formats import MADE_FOR, PEFT_SLOTS, SUPPORTED, clip_key, unsupported
+from tnpeft.io.foreign.formats import MADE_FOR, PEFT_DROPOUTS, PEFT_SLOTS, SUPPORTED, clip_key, unsupported
 from tnpeft.io.foreign.layer_tensors import LayerTensors, tensors_of_layer, wide
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
-from tnpeft.io.foreign.peft_places import Place, check_places, place_of, update_at
+from tnpeft.io.foreign.peft_places import Place, check_places, layer_at, place_of, update_at
 from tnpeft.io.foreign.source import Source
+from tnpeft.network import Layer
 from tnpeft.network.dropout import Dropout
 from tnpeft.recipe.dropout import dropout_of
 
@@ -38,12 +39,7 @@ _OTHER_MATHS = (
 )
 _LARGEST = 1e30  # beyond any alpha or rank, and within fp32
 _TOGETHER = "Keep the config and the tensors of one adapter together."
-# Method → its options for what training leaves out, by what they are called here, and those that are none here.
-_DROPOUTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
-    "LORA": ({"lora_dropout": "input"}, ()),
-    "LOHA": ({"module_dropout": "module"}, ("rank_dropout",)),
-    "LOKR": ({"module_dropout": "module"}, ("rank_dropout",)),
-}
+_ROWS = "rank_dropout"  # of LoHa and LoKr
 _NO_COUNTERPART = (
     "an option that has a counterpart here",
     "PEFT's, which drops rows of an update",
@@ -67,7 +63,7 @@ def read_peft(
     places: dict[str, Place] = {}  # by the modules' names in the file
     for key, match in keys.items():
         if match["module"] not in places:
-            places[match["module"]] = place_of(source, key, match["module"], modules, parameters, targets)
+            places[match["module"]] = place_of(source, key, match["module"], modules, targets)
     check_places(source, list(places.values()), modules)
     slots: dict[str, LayerTensors] = {}
     biases: dict[str, Tensor] = {}
@@ -85,7 +81,8 @@ def read_peft(
     if unknown or not slots:
         raise unsupported(source.path, map(source.called, unknown or source.tensors))
     standing = {place.name: place for place in places.values()}
-    parts = {name: _part(source, config, slots[name], standing[name]) for name in slots}
+    bound = {name: layer_at(standing[name], modules, parameters) for name in slots}
+    parts = {name: _part(source, config, slots[name], standing[name], bound[name]) for name in slots}
     trained = without_bases(source, parts, trained, parameters) | with_biases(
         source, parts, biases, trained, parameters
     )
@@ -117,7 +114,7 @@ def _names(source: Source, config: Mapping[str, Any], key: str) -> list[str]:
 
 def _check_form(source: Source, key: str, slot: str, place: Place, modules: Mapping[str, nn.Module]) -> None:
     """Refuse an embedding's tensors elsewhere, and others on an embedding but by `target_parameters`."""
-    table = isinstance(modules.get(place.name), LOOKUPS) and not place.swapped
+    table = isinstance(modules.get(place.name), LOOKUPS) and not place.by_parameter
     if slot.startswith("lora_embedding") != (table and slot != "lora_magnitude_vector"):
         expected = "`lora_embedding_A` and `lora_embedding_B`" if table else "`lora_A` and `lora_B`"
         what = f"tensor '{clip_key(source.called(key))}' of '{place.name}'"
@@ -126,11 +123,11 @@ def _check_form(source: Source, key: str, slot: str, place: Place, modules: Mapp
 
 def _dropout(source: Source, config: Mapping[str, Any]) -> tuple[Dropout | None, tuple[Problem, ...]]:
     """What training left out, and what of it has no counterpart here. Raises AdapterFileError."""
-    known, others = _DROPOUTS[config["peft_type"]]
+    known = PEFT_DROPOUTS[config["peft_type"]]
     dropout, told = dropout_of({name: config[option] for option, name in known.items() if config.get(option)})
     if told:
         raise AdapterFileError(*in_file(source.path, [problem for _, problem in told]))
-    notes = (Problem(f"`{each}`", *_NO_COUNTERPART) for each in others if config.get(each))
+    notes = [Problem(f"`{_ROWS}`", *_NO_COUNTERPART)] if config.get(_ROWS) else []
     return dropout, tuple(in_file(source.path, notes))
 
 
@@ -149,14 +146,13 @@ def _check_config(source: Source, config: Mapping[str, Any]) -> None:
         raise source.refuse("`init_lora_weights`", "an init that leaves the base weights alone", clip(init), fix)
 
 
-def _part(source: Source, config: Mapping[str, Any], slots: LayerTensors, place: Place) -> LayerUpdate:
-    layer = place.layer
+def _part(source: Source, config: Mapping[str, Any], slots: LayerTensors, place: Place, layer: Layer) -> LayerUpdate:
     scale = _scale(source, config, slots, place.pattern)
-    if config["peft_type"] == "LORA" and layer is not None and layer.groups > 1:
+    if config["peft_type"] == "LORA" and layer.groups > 1:
         expected = "an ungrouped convolution, which PEFT's update is of in every case"
         fix = "Such an update is none of the grouped layer's weight: train it anew."
         raise slots.refuse("LoRA", expected, str(layer), fix)
-    part = update_at(place, config["peft_type"].lower(), slots, scale)
+    part = update_at(place, layer, config["peft_type"].lower(), slots, scale)
     if config["peft_type"] == "LORA" and config.get("use_dora"):
         return replace(part, magnitude=slots.need("magnitude").flatten())
     return part

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tnpeft.errors import Problem
 from tnpeft.io.files import refuse
-from tnpeft.io.foreign.formats import MERGE, trained_problem
+from tnpeft.io.foreign.formats import MERGE, PEFT_DROPOUTS, trained_problem
 from tnpeft.io.foreign.kron import Sizes, common_factor
 from tnpeft.io.foreign.layer_tensors import SLOTS
 from tnpeft.io.foreign.layer_update import LayerUpdate
@@ -60,11 +60,6 @@ _KINDS = {
 }
 _OF_TABLES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
 _ROOT = "base_model.model."
-_DROPOUTS = {
-    "LORA": ("lora_dropout", "input"),
-    "LOHA": ("module_dropout", "module"),
-    "LOKR": ("module_dropout", "module"),
-}
 _APART = "Attach, and save, each as an adapter of its own."
 
 
@@ -173,7 +168,7 @@ def peft_contents(
 def dropout_note(parts: Mapping[str, LayerUpdate], modules: Mapping[str, nn.Module]) -> Problem | None:
     """What is said where training left out what PEFT's config has no word for."""
     left_out = [str(part.dropout) for part in parts.values() if part.dropout is not None]
-    option, ours = _DROPOUTS[method_of(next(iter(parts.values())))]
+    ((option, ours),) = PEFT_DROPOUTS[method_of(next(iter(parts.values())))].items()
     if not left_out or _dropout(parts, modules):
         return None
     expected = f"`{ours}` alone, alike on all layers and without parameters, which is PEFT's `{option}`"
@@ -182,7 +177,7 @@ def dropout_note(parts: Mapping[str, LayerUpdate], modules: Mapping[str, nn.Modu
 
 def _dropout(parts: Mapping[str, LayerUpdate], modules: Mapping[str, nn.Module]) -> dict[str, float]:
     """What of the config says what training leaves out; nothing where one number cannot say it of all layers."""
-    option, ours = _DROPOUTS[method_of(next(iter(parts.values())))]
+    ((option, ours),) = PEFT_DROPOUTS[method_of(next(iter(parts.values())))].items()
     every = {part.dropout for name, part in parts.items() if not is_table(name, modules)}
     dropout = next(iter(every)) if len(every) == 1 and not names_of_parameters(parts, modules) else None
     return {} if dropout is None or dropout.as_dict().keys() != {ours} else {option: dropout.as_dict()[ours]}

@@ -27,7 +27,7 @@ from tnpeft.network.signature import kind_of
 from tnpeft.surgery.parameters import parameter_problem
 from tnpeft.surgery.tree import Slot
 
-__all__ = ["WRAPPED", "Place", "check_places", "is_turned", "orientation_in_peft", "place_of", "update_at"]
+__all__ = ["WRAPPED", "Place", "check_places", "is_turned", "layer_at", "orientation_in_peft", "place_of", "update_at"]
 
 WRAPPED = ".base_layer"
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
@@ -38,15 +38,13 @@ _ROOT = "base_model.model."
 class Place:
     """What one of PEFT's adapters stands on: the `name` that it has here, and the one by which PEFT looks up patterns.
 
-    Parameters have an `orientation`. Where PEFT takes the weight of an embedding, or of a layer that is stored the
-    other way round, for a plain parameter, the cores are `swapped`.
+    Parameters have an `orientation`. `by_parameter` is what `target_parameters` names, be it a layer's weight.
     """
 
     name: str
     pattern: str
-    layer: Layer | None = None  # None of what is no layer here
     orientation: str | None = None
-    swapped: bool = False
+    by_parameter: bool = False
 
 
 def place_of(
@@ -54,7 +52,6 @@ def place_of(
     key: str,
     written: str,
     modules: Mapping[str, nn.Module],
-    parameters: Mapping[str, Tensor],
     targets: Collection[str],
 ) -> Place:
     """The place of the tensor `key`, whose module the file calls `written`; `targets` are the `target_parameters`.
@@ -71,9 +68,7 @@ def place_of(
             expected = f"one of the {len(wrapped)} parameters of '{name}' that `target_parameters` has"
             raise source.refuse(f"tensor '{clip_key(key)}'", expected, f"the one before {depth} others", MADE_FOR)
         return _parameter(name, wrapped[-1 - depth], f"{pattern}.{wrapped[-1 - depth]}", module)
-    if isinstance(module, LOOKUPS):
-        return Place(name, pattern, oriented(parameters[f"{name}.weight"].shape, "i o"))
-    return Place(name, pattern, layer_of(module) if kind_of(module) is not None else None)
+    return Place(name, pattern)
 
 
 def _depth(written: str) -> int:
@@ -90,16 +85,12 @@ def _is_target(name: str, targets: Collection[str]) -> bool:
 
 
 def _parameter(owner: str, key: str, pattern: str, module: nn.Module) -> Place:
-    """The place of a parameter; a layer's weight is that layer's."""
+    """The place of a parameter; a layer's weight is that layer's, an embedding's the embedding's."""
+    if key == "weight" and (isinstance(module, LOOKUPS) or kind_of(module) is not None):
+        return Place(owner, pattern, by_parameter=True)
     tensor: Any = module._parameters[key]
-    axes = orientation_in_peft(tensor.shape, module)
     name = f"{owner}.{key}" if owner else key
-    if key == "weight" and isinstance(module, LOOKUPS):
-        return Place(owner, pattern, oriented(tensor.shape, "i o"), swapped=True)
-    if key == "weight" and kind_of(module) is not None:
-        layer = layer_of(module)
-        return Place(owner, pattern, layer, swapped=layer.turned)
-    return Place(name, pattern, None if axes is None else oriented(tensor.shape, axes), orientation=axes)
+    return Place(name, pattern, orientation_in_peft(tensor.shape, module), by_parameter=True)
 
 
 def orientation_in_peft(shape: Collection[int], owner: nn.Module) -> str | None:
@@ -130,15 +121,25 @@ def _parameter_problems(places: Iterator[Place], modules: Mapping[str, nn.Module
             yield problem
 
 
-def update_at(place: Place, method: str, slots: LayerTensors, scale: Scale) -> LayerUpdate:
+def layer_at(place: Place, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> Layer:
+    """The layer, or the stack of layers, that stands at a place that was checked."""
+    if place.orientation is not None:
+        return oriented(parameters[place.name].shape, place.orientation)
+    module = modules[place.name]
+    return (
+        oriented(parameters[f"{place.name}.weight"].shape, "i o") if isinstance(module, LOOKUPS) else layer_of(module)
+    )
+
+
+def update_at(place: Place, layer: Layer, method: str, slots: LayerTensors, scale: Scale) -> LayerUpdate:
     """The update of what stands at a place. PEFT has the experts of a stack in one matrix, behind each other."""
-    layer = place.layer
-    assert layer is not None  # checked
     if not layer.slices:
         # PEFT takes the Kronecker product of a matrix and the three axes of a whole factor, which torch aligns at the
         # end.
         part = update_of(method, slots, layer, scale, inner=layer.kind == "Conv1d")
-        tensors = {"up": part.tensors["down"].T, "down": part.tensors["up"].T} if place.swapped else part.tensors
+        tensors = part.tensors
+        if place.by_parameter and layer.turned and place.orientation is None:  # PEFT sees it as it is stored
+            tensors = {"up": tensors["down"].T, "down": tensors["up"].T}
         return replace(part, tensors=tensors, orientation=place.orientation)
     for slot, axis in (("down", 0), ("up", 1)):
         shape = tuple(slots.shaped(slot).shape)

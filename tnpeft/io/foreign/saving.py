@@ -84,7 +84,9 @@ def save_foreign(
         _raise(path, [] if format == "peft" else [*_parameter_problems(modules, adapters)])
         moved = _moved_statistics(root, state, name)
         whole = moved if format == "peft" and gain == 1.0 else {}
-        parts = _parts(path, adapters, modules, gain, _statistics_problems(moved.keys() - whole.keys()))
+        parts = _parts(
+            path, adapters, modules, gain, _statistics_problems([each for each in moved if each not in whole])
+        )
         layers = {layer: adapter.network.layer for layer, adapter in adapters.items()}
         contents = _contents(path, root, format, prefix, parts, layers, _trained(root, state, name, gain) | whole)
         note = dropout_note(parts, modules) if format == "peft" else None
