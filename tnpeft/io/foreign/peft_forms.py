@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from tnpeft.adapters.base_weight import never_called
+from tnpeft.adapters.distributed import whole
 from tnpeft.adapters.parked import LOOKUPS
 from tnpeft.errors import Problem, listed
 from tnpeft.io.foreign.formats import MERGE
@@ -174,5 +175,6 @@ def tensors_of(saved: Collection[str], trained: Mapping[str, Tensor], base: Mapp
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """The values, where there are any."""
-    return tensor.detach() if tensor.device.type == "meta" else tensor.detach().cpu()
+    """All of a tensor's values, where there are any."""
+    tensor = whole(tensor.detach())
+    return tensor if tensor.device.type == "meta" else tensor.cpu()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.distributed import whole
 from tnpeft.adapters.parked import LOOKUPS
 from tnpeft.errors import AdapterFileError, Problem, TnpeftWarning, clip, listed
 from tnpeft.io.files import file_path, in_file, refuse, replace_files, shown, what_is_at
@@ -83,12 +84,12 @@ def save_foreign(
         modules = plain_modules(root)
         _raise(path, [] if format == "peft" else [*_parameter_problems(modules, adapters)])
         moved = _moved_statistics(root, state, name)
-        whole = moved if format == "peft" and gain == 1.0 else {}
+        kept = moved if format == "peft" and gain == 1.0 else {}
         parts = _parts(
-            path, adapters, modules, gain, _statistics_problems([each for each in moved if each not in whole])
+            path, adapters, modules, gain, _statistics_problems([each for each in moved if each not in kept])
         )
         layers = {layer: adapter.network.layer for layer, adapter in adapters.items()}
-        contents = _contents(path, root, format, prefix, parts, layers, _trained(root, state, name, gain) | whole)
+        contents = _contents(path, root, format, prefix, parts, layers, _trained(root, state, name, gain) | kept)
         note = dropout_note(parts, modules) if format == "peft" else None
         if not writes:
             pass
@@ -217,8 +218,10 @@ def _trained(root: nn.Module, state: AdaptedModel, name: str, gain: float) -> di
     values: dict[str, Tensor] = {}
     for tied in all_tied(root, state):
         if name in tied.trainers and tied.is_parameter:
-            copy, base = tied.copy_of(name).detach(), tied.original.detach()
-            value = (copy if gain == 1.0 else torch.lerp(base.double(), copy.double(), gain)).cpu()
+            copy = tied.copy_of(name).detach()
+            if gain != 1.0:
+                copy = torch.lerp(whole(tied.original.detach()).double(), copy.double(), gain)
+            value = copy.cpu()
             values |= dict.fromkeys(tied.names, value)
     return values
 
