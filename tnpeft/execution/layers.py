@@ -293,7 +293,8 @@ class AdaptedLayer(Resident, nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.startswith(("weight_", "bias_")):  # as weight normalisation and pruning do
-            raise taken_away(self.layer_name, name.partition("_")[0])
+            own = name.partition("_")[0]
+            raise taken_away(self.layer_name, own, own not in self._parameters)
         super().register_parameter(name, param)
 
     @property
