@@ -336,3 +336,44 @@ def test_a_parameter_that_trains_beside_is_not_taken_away() -> None:
         parametrize.register_parametrization(adapted.blocks[0], "shift", Halved())
     assert adapted.state_dict().keys() == state
     adapted(TOKENS)
+
+
+class Mixed(nn.Linear):
+    """A layer with a weight more than its own, which is adapted beside it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.mix = nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.mix
+
+
+@pytest.mark.parametrize("order", ["layer, parameter", "parameter, layer", "both"])
+def test_a_parameter_of_a_layer_that_is_adapted_too(order: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Mixed()), torch.randn(2, 8)
+    base = copy.deepcopy(net)
+    ways = {"layer": {"match": "0"}, "parameter": {"parameters": {"mix$": "i o"}}}
+    ways["both"] = {**ways["layer"], **ways["parameter"]}
+    handles = [tnpeft.attach(net, "lora", **ways[name], name=name) for name in order.split(", ")]
+    for handle in handles:
+        train(handle)
+    tnpeft.activate(net, {handle.name: 1.0 for handle in handles})
+    adapters = {name: adapter for handle in handles for name, adapter in handle.adapters.items()}
+    mix = base[0].mix + adapters["0.mix"].delta_weight()
+    torch.testing.assert_close(net[0].mix, mix)
+    wanted = nn.functional.linear(x, base[0].weight, base[0].bias) @ mix
+    close(net(x), wanted + x @ adapters["0"].delta_weight().T)
+    trained = {id(parameter) for parameter in net.parameters() if parameter.requires_grad}
+    assert trained == {id(core) for handle in handles for core in handle.parameters()}
+    for gone, left in ((0, -1), (-1, 0)) if len(handles) == 2 else ():
+        twin = copy.deepcopy(net)
+        tnpeft.activate(twin, handles[left].name)
+        before = twin(x)
+        tnpeft.detach(twin, name=handles[gone].name)
+        assert torch.equal(twin(x), before)
+        assert sum("core_" in key for key in twin.state_dict()) == 2
+    tnpeft.detach(net)
+    assert torch.equal(net(x), base(x))
+    assert list(net.state_dict()) == list(base.state_dict())
