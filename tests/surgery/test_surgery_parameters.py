@@ -377,3 +377,13 @@ def test_a_parameter_of_a_layer_that_is_adapted_too(order: str) -> None:
     tnpeft.detach(net)
     assert torch.equal(net(x), base(x))
     assert list(net.state_dict()) == list(base.state_dict())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_every_named_parameter_is_what_get_parameter_gives(merged: bool) -> None:
+    """transformers ties weights so."""
+    adapted, _, _ = attached(train={"bias": "adapted", "also": [r"0\.shift$"]})
+    if merged:
+        tnpeft.merge(adapted)
+    for name, parameter in adapted.named_parameters():
+        assert adapted.get_parameter(name) is parameter

@@ -114,6 +114,8 @@ class AdaptedParameter(AdaptedLayer):
         site, base = self.site, self.base
         embedding: Any = base.owner
         weight = base.weight
+        if weight.shape[0] != embedding.num_embeddings:
+            raise self._resized(weight.shape[0], embedding.num_embeddings)
         if needs_plain_ops(rows, weight) or site.results.cache.opened or embedding.scale_grad_by_freq:
             return None
         for acting in site.acting:
@@ -149,6 +151,13 @@ class AdaptedParameter(AdaptedLayer):
         fix = "Merge first (`tnpeft.merge`), or let the tracer take the module that holds it as a leaf."
         found = "`torch.fx.symbolic_trace`, whose graph would hold its values of now"
         return ExecutionError(Problem("an adapted parameter", "calls that read it", found, fix, where=self.where))
+
+    def _resized(self, rows: int, wanted: int) -> ExecutionError:
+        fix = f"Set `num_embeddings` back to {rows}, take the adapters off (`tnpeft.detach`), resize, and attach again."
+        found = f"{rows}: what was written to the sum with its updates is lost"
+        return ExecutionError(
+            Problem("rows of its weight", f"the {wanted} of `num_embeddings`", found, fix, self.where)
+        )
 
     @property
     def where(self) -> str | None:
