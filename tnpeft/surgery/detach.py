@@ -45,7 +45,8 @@ def detach(model: nn.Module, merge: bool = False, name: str | None = None, *, de
 
     Raises AttachError where nothing, or no adapter of that name, is attached, and with `merge` where
     the update of another adapter depends on a weight that would change, or the model is merged already
-    and others are attached; and inside `tnpeft.rows`. Warns (TnpeftWarning) where a merged weight was tied to another layer's.
+    and others are attached; and inside `tnpeft.rows`. Warns (TnpeftWarning) where a merged weight was tied to
+    another layer's.
     """
     root, state = adapted(model)
     refuse_rows(state)
