@@ -96,6 +96,7 @@ class Declaration:
     text: str = field(repr=False)
     root: Node = field(repr=False)
     tables: Mapping[str, Table] = field(default_factory=dict, repr=False)  # those that `factors` names
+    start_std: Expression | None = None  # of T at the start, in standard deviations of the weight
 
     @property
     def scopes(self) -> tuple[str, ...]:

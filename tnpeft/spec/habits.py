@@ -11,7 +11,7 @@ __all__ = ["advice_on", "is_word", "unknown_params"]
 # What `attach` takes beside the params of specs.
 ATTACH = (
     *("match", "exclude", "kinds", "layers", "ranks", "name", "train", "scopes", "dropout"),
-    *("seed", "mode", "autotune"),
+    *("init", "seed", "mode", "autotune"),
 )
 
 _MATCH = "`match` says which layers: a regular expression on their names, a list of names, or `all`."
