@@ -136,8 +136,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":  # as `numpy.testing` is there without an import of its own
-        return importlib.import_module("tnpeft.testing")
+    if name in ("starts", "testing"):  # as `numpy.testing` is there without an import of its own
+        return importlib.import_module(f"tnpeft.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'tnpeft' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"tnpeft.{_LAZY[name]}"), name)

@@ -123,8 +123,17 @@ class Declaration:
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Declaration:
         return self
 
+    @cached_property
+    def content(self) -> tuple[object, ...]:
+        """What a file says, whatever its layout and comments: keys in any order, all else in the file's."""
+        said = {str(key.value): value.plain() for key, value in self.root.items()}
+        return (*(f"{key}: {said[key]!r}" for key in sorted(said) if key != "factors"), repr(self.factors))
+
     def __hash__(self) -> int:
-        return hash((self.text, self.file))
+        return hash(self.name)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Declaration) and (self.text, dict(self.tables)) == (other.text, dict(other.tables))
+        if not isinstance(other, Declaration):
+            return False
+        same = (self.text, dict(self.tables)) == (other.text, dict(other.tables))
+        return same or self.content == other.content
