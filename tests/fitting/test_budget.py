@@ -267,7 +267,7 @@ start: zero
 
 
 @given(st.integers(40, 3_000))
-@settings(max_examples=25)
+@settings(max_examples=8)
 def test_a_rank_for_each_bond(params: int):
     spec, names = Spec.from_yaml(BONDS), ["r_b", "r_a", "r_c"]
     model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 5))

@@ -60,6 +60,26 @@ def test_the_update_is_exactly_zero_and_the_cores_are_what_they_were(tmp_path: P
     assert torch.equal(loaded(x), after)
 
 
+@pytest.mark.parametrize(
+    ("spec", "params"), [("oft", {"b": 2}), ("delora", {"r": 2}), ("gralora", {"r": 2, "k": 2}), ("psoft", {"r": 3})]
+)
+@pytest.mark.parametrize("mode", ["dense", "auto"])
+def test_derived_cores_start_anew(spec: str, params: dict[str, int], mode: str):
+    base, x = model(), torch.randn(3, 6)
+    before = base(x)
+    known = tnpeft.load_spec(spec).params
+    text = tnpeft.load_spec(spec).text.replace("start: zero", "start: frozen_copy")
+    given = {name: value for name, value in params.items() if name in known}
+    handle = tnpeft.attach(base, tnpeft.Spec.from_yaml(text), match="all", mode=mode, **given)
+    train(base, handle, x, 3)
+    moved = base(x)
+    assert not torch.equal(moved, before)
+    handle.anchor()
+    assert torch.equal(base(x), before)
+    train(base, handle, x, 1)
+    assert not torch.equal(base(x), before)
+
+
 def test_a_magnitude_is_relative_to_its_value_of_that_moment():
     text = SHARED.replace("start: frozen_copy", "compose: dora\nstart: frozen_copy")
     base, x = model(), torch.randn(3, 6)
