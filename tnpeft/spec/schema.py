@@ -81,6 +81,7 @@ SPEC = Schema(
         "weight": ("a pattern of open legs", "For example `weight: o i k...`."),
         "terms": ("a list of terms", "For example `terms: [{cores: [up, down], weight: o i}, ...]`."),
         "terms.cores": ("a list of cores' names", "For example `cores: [up, down]`."),
+        "cores.of.cores": ("a list of cores' names", "For example `cores: [A, W]`."),
         "compose": ("`dora`", "Write `compose: dora`, or leave it out: the update is then added to the weight."),
         "scale": ("a number or an expression", "For example `scale: alpha / r`."),
         "start": ("`zero` or `frozen_copy`", "Write `start: zero` where one core is zeros, else `start: frozen_copy`."),
