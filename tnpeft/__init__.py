@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from tnpeft.surgery import (
         accumulating,
         activate,
+        anchor,
         detach,
         disabled,
         merge,
@@ -85,6 +86,7 @@ __all__ = [
     "__version__",
     "accumulating",
     "activate",
+    "anchor",
     "attach",
     "budget",
     "compile",
@@ -122,7 +124,8 @@ _LAZY = {
     for room, names in {
         "adapters": "Adapter memory_limit",
         "execution": "compile",
-        "surgery": "accumulating activate detach disabled merge names_of plain_state_dict rows scales_of unmerge",
+        "surgery": "accumulating activate anchor detach disabled merge names_of plain_state_dict rows scales_of "
+        "unmerge",
         "recipe": "Handle Recipe Report attach list_recipes load_recipe",
         "io": "Inspection hot_swap inspect load load_foreign save save_foreign",
         "fitting": "Budget Extraction Fit Truncation budget extract fit truncate",
@@ -133,8 +136,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":  # as `numpy.testing` is there without an import of its own
-        return importlib.import_module("tnpeft.testing")
+    if name in ("starts", "testing"):  # as `numpy.testing` is there without an import of its own
+        return importlib.import_module(f"tnpeft.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'tnpeft' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"tnpeft.{_LAZY[name]}"), name)

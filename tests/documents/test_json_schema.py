@@ -40,7 +40,7 @@ train: {bias: adapted, norm: true}
 # what is replaced, what by, where the schema finds fault
 MISTAKES = [
     ("name: demo\n", "", ""),
-    ("tnpeft: 1", "tnpeft: 2", "tnpeft"),
+    ("tnpeft: 1", "tnpeft: 3", "tnpeft"),
     ("layers: [Conv3d]", "layers: [Conv4d]", "layers"),
     ("layers: [Conv3d]", "layer: [Conv3d]", ""),
     ("params: {r: 4}", "params: [r]", "params"),

@@ -59,7 +59,7 @@ def _network(spec: Declaration, layer: Layer, resolved: Resolved) -> Network:
     derived, factors = derived_cores(spec, resolved, layer), factors_of(spec, resolved, layer)
     return Network(
         spec, layer, resolved.params, resolved.sizes, cores, terms, resolved.scale, formula,
-        derived=derived, factors=factors,
+        derived=derived, factors=factors, start_std=resolved.start_std,
     )  # fmt: skip
 
 

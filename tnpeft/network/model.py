@@ -100,6 +100,7 @@ class Network:
     slice_network: Network | None = None  # of a stack: that of each of its layers
     derived: tuple[DerivedCore, ...] = ()  # each after those that it is made of
     factors: tuple[Factor, ...] = ()  # what terms name; none where they name the cores as they are stored
+    start_std: float | None = None  # of T at the start, in standard deviations of the weight
 
     @property
     def start(self) -> str:

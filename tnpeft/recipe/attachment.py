@@ -14,6 +14,7 @@ from tnpeft.errors import AttachError, Problem, SpecError, clip
 from tnpeft.network import Spec, load_spec, param_problems
 from tnpeft.recipe.compilation import compiled_layers
 from tnpeft.recipe.dropout import dropout_of
+from tnpeft.recipe.given_values import Start
 from tnpeft.recipe.handle import Handle
 from tnpeft.recipe.model import Entry, Recipe, Train, load_recipe, train_from
 from tnpeft.recipe.parameter_targets import signatures
@@ -48,6 +49,7 @@ def attach(
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
     dropout: Mapping[str, float] | None = None,
+    init: Start | None = None,
     seed: int | None = None,
     mode: str = DEFAULT_MODE,
     autotune: bool = False,
@@ -68,6 +70,10 @@ def attach(
     what the update reads, of indices that join cores, all of it). `scopes` binds the scopes of shared cores to regular
     expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` tells several adapters apart.
 
+    `init` has first values of stored cores, index cores too, in place of what inits draw: `{"layer.core": tensor}`,
+    or a function (layer, core, network) -> tensor or None, of names and a `Network`. An object that needs all layers
+    also has `prepare(layers)`, called first. Files hold such values. `tnpeft.starts` has published ones.
+
     `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
     `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'
     gradients from the factored chain. All agree but for rounding. What cannot be factored (groups, DoRA, cores that are
@@ -80,24 +86,30 @@ def attach(
     if not isinstance(model, nn.Module):
         raise AttachError(Problem("model", "a torch.nn.Module", clip(model), "Pass the model itself."))
     where = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
-    recipe = recipe_of(what, match, params, **where)
-    recipe = recipe if train is None else replace(recipe, train=train_from(train))
-    recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
-    if dropout is not None:
-        recipe = _with_dropout(recipe, dropout)
-    if problems := [*model_problems(model)]:
-        raise AttachError(*problems)
-    claimed = targets(model, recipe)
+    recipe = _with(recipe_of(what, match, params, **where), train, scopes, dropout)
+    claimed = _claimed(model, recipe)
     also = trained(model, recipe.train, claimed)
     captured = captures(claimed, recipe.scopes)
     with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
-        adapters = compiled_layers(bases_of(model, signatures(model, claimed)), claimed, captured, seed, mode, autotune)
+        bases = bases_of(model, signatures(model, claimed))
+        adapters = compiled_layers(bases, claimed, captured, seed, mode, autotune, init)
     install(model, name, adapters, also.names, _about(model, recipe, claimed, also))
     return Handle(model, name)
 
 
-def _with_dropout(recipe: Recipe, given: object) -> Recipe:
-    """The recipe with what `attach` says of dropout. Raises AttachError."""
+def _claimed(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
+    """The layers that a recipe adapts. Raises AttachError, for a model that nothing can be attached to too."""
+    if problems := [*model_problems(model)]:
+        raise AttachError(*problems)
+    return targets(model, recipe)
+
+
+def _with(recipe: Recipe, train: Any, scopes: Mapping[str, str] | None, given: object) -> Recipe:
+    """The recipe with what `attach` says of what trains, of scopes and of dropout. Raises AttachError."""
+    recipe = recipe if train is None else replace(recipe, train=train_from(train))
+    recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
+    if given is None:
+        return recipe
     dropout, told = dropout_of(given)
     if told:
         raise AttachError(*(problem for _, problem in told))

@@ -69,7 +69,7 @@ _SPEC: dict[str, Keywords] = {
         ],
     },
     "cores.*": {"description": "A core: its legs, and where its values come from."},
-    "cores.*.legs": {"pattern": rf"{_LEGS}|\(", "examples": ["o r", "r i k..."]},
+    "cores.*.legs": {"pattern": rf"{_LEGS}|\(|(^|\s)1(\s|$)", "examples": ["o r", "r i k..."]},
     "cores.*.init": _INIT,
     "cores.*.shared": {"pattern": rf"^{WORD}$", "examples": ["model", "layer", "matrix"]},
     "weight": {"pattern": _PATTERN, "examples": ["o i k...", "(o1 o2) (i1 i2) k..."]},
@@ -78,6 +78,7 @@ _SPEC: dict[str, Keywords] = {
     "terms.*.weight": {"pattern": _PATTERN, "examples": ["o i k..."]},
     "scale": {"examples": ["alpha / r"]},
     "compose": {"examples": ["dora"]},
+    "start_std": {"examples": [0.01]},
 }
 
 
