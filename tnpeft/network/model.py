@@ -135,10 +135,11 @@ class Network:
             leg = self.terms[0].weight[0][0]
             cores = tuple(with_slices(core, leg, self.layer.slices) for core in one.plain.cores)
             return replace(self, cores=cores, derived=(), factors=(), slice_network=one.plain)
-        cores = tuple(self._factor(factor) for factor in self.factors)
+        cores = tuple(self.core_of(factor) for factor in self.factors)
         return replace(self, cores=cores, derived=(), factors=())
 
-    def _factor(self, factor: Factor) -> BoundCore:
+    def core_of(self, factor: Factor) -> BoundCore:
+        """A factor as a core by itself, frozen or shared where all that it is made of is."""
         stored = {core.name: core for core in self.cores}
         name, reference = factor.reference.core, factor.reference
         roots = [stored[root] for root in self.roots_of(name)]
