@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lycoris.modules.boft
@@ -25,8 +26,8 @@ Cores = dict[str, Tensor]
 class Peer(NamedTuple):
     """How a method is built there, and how its tensors are called here.
 
-    `cores(layer)` are all cores of the spec from a layer of theirs. Where `subtracts` is set they add what the cores make
-    less what the first cores made, else what the cores make. `numbers` are the formula's keywords.
+    `cores(layer)` are all cores of the spec from a layer of theirs. Where `subtracts` is set they add what the cores
+    make less what the first cores made, else what the cores make. `numbers` are the formula's keywords.
     """
 
     config: Callable[[], Any]
@@ -34,7 +35,7 @@ class Peer(NamedTuple):
     scale: float = 1.0
     subtracts: bool = False
     size: tuple[int, int] = (24, 32)
-    numbers: dict[str, Any] = {}
+    numbers: Mapping[str, Any] = MappingProxyType({})
 
 
 def of(values: Any) -> Tensor:
@@ -90,7 +91,10 @@ def _unilora(layer: Any) -> Cores:
 
 
 def _waveft(layer: Any) -> Cores:
-    return {"spectrum": of(layer.waveft_spectrum), "places": _places(layer.waveft_indices["default"], layer.in_features)}
+    return {
+        "spectrum": of(layer.waveft_spectrum),
+        "places": _places(layer.waveft_indices["default"], layer.in_features),
+    }
 
 
 def _frod(layer: Any) -> Cores:
@@ -100,12 +104,6 @@ def _frod(layer: Any) -> Cores:
 
 def _road(layer: Any) -> Cores:
     return {"theta": of(layer.road_theta), "alpha": of(layer.road_alpha), "one": torch.ones(1)}
-
-
-def _road_4(layer: Any) -> Cores:
-    halves = {name: of(getattr(layer, f"road_{name}")).reshape(-1, 2, 2, 4) for name in ("theta", "alpha")}
-    cores = {f"{name}_{half + 1}": value[:, half] for name, value in halves.items() for half in (0, 1)}
-    return {**cores, "one": torch.ones(1)}
 
 
 def _peanut_2(layer: Any) -> Cores:
@@ -141,7 +139,9 @@ PEERS: dict[str, Peer] = {
     ),
     "hra": Peer(lambda: peft.HRAConfig(r=4, **ON), named(u="hra_u")),
     "hra_gs": Peer(lambda: peft.HRAConfig(r=4, apply_GS=True, **ON), named(u="hra_u")),
-    "psoft": Peer(lambda: peft.PsoftConfig(r=8, psoft_svd="full", use_cayley_neumann=False, **ON), _psoft, subtracts=True),
+    "psoft": Peer(
+        lambda: peft.PsoftConfig(r=8, psoft_svd="full", use_cayley_neumann=False, **ON), _psoft, subtracts=True
+    ),
     "c3a": Peer(lambda: peft.C3AConfig(block_size=8, **ON), named(kernel="c3a_kernel"), 1 / 24),
     "shira": Peer(lambda: peft.ShiraConfig(r=2, **ON), _shira),
     "supertuning": Peer(lambda: peft.SupertuningConfig(sparsity=0.9, **ON), _supertuning),
@@ -164,7 +164,9 @@ PEERS: dict[str, Peer] = {
     "para": Peer(lambda: peft.DeftConfig(r=4, decomposition_method="qr", para=True, **ON), named(P="deft_P")),
     "frod": Peer(lambda: peft.FrodConfig(**ON), _frod, subtracts=True),
     "gralora": Peer(
-        lambda: peft.GraloraConfig(r=8, gralora_k=4, alpha=16, hybrid_r=0, **ON), named(A="gralora_A", B="gralora_B"), 2.0
+        lambda: peft.GraloraConfig(r=8, gralora_k=4, alpha=16, hybrid_r=0, **ON),
+        named(A="gralora_A", B="gralora_B"),
+        2.0,
     ),
     "road": Peer(
         lambda: peft.RoadConfig(variant="road_1", group_size=8, **ON),
@@ -178,9 +180,10 @@ PEERS: dict[str, Peer] = {
         subtracts=True,
         numbers={"group": 8},
     ),
-    "road_4": Peer(lambda: peft.RoadConfig(variant="road_4", group_size=8, **ON), _road_4, subtracts=True),
     "peanut": Peer(
-        lambda: peft.PeanutConfig(r=6, depth=0, act_fn="relu", scaling=3.0, **ON), named(A="peanut_A", B="peanut_B"), 3.0
+        lambda: peft.PeanutConfig(r=6, depth=0, act_fn="relu", scaling=3.0, **ON),
+        named(A="peanut_A", B="peanut_B"),
+        3.0,
     ),
     "peanut_2": Peer(lambda: peft.PeanutConfig(r=6, depth=2, act_fn="relu", scaling=3.0, **ON), _peanut_2, 3.0),
     "adamss": Peer(lambda: peft.AdamssConfig(r=10, num_subspaces=3, subspace_rank=2, **ON), _adamss),
@@ -206,7 +209,12 @@ def value(peer: Peer, name: str, cores: Cores, weight: Tensor) -> Tensor:
     wide = {core: tensor.double() if tensor.is_floating_point() else tensor for core, tensor in cores.items()}
     formula = METHODS[name.partition(" ")[0]][0]
     formula = getattr(formula, "func", formula)
-    dense = formula(wide, weight.double().flatten(2) if weight.ndim > 2 else weight.double()[..., None], tuple(weight.shape), **peer.numbers)
+    dense = formula(
+        wide,
+        weight.double().flatten(2) if weight.ndim > 2 else weight.double()[..., None],
+        tuple(weight.shape),
+        **peer.numbers,
+    )
     return peer.scale * dense.reshape(weight.shape)
 
 
