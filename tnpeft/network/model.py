@@ -100,6 +100,7 @@ class Network:
     slice_network: Network | None = None  # of a stack: that of each of its layers
     derived: tuple[DerivedCore, ...] = ()  # each after those that it is made of
     factors: tuple[Factor, ...] = ()  # what terms name; none where they name the cores as they are stored
+    evaluated: tuple[DerivedCore, ...] = ()  # of a plain network: those that its cores are, or are made of
 
     @property
     def start(self) -> str:
@@ -134,9 +135,9 @@ class Network:
         if one is not None:
             leg = self.terms[0].weight[0][0]
             cores = tuple(with_slices(core, leg, self.layer.slices) for core in one.plain.cores)
-            return replace(self, cores=cores, derived=(), factors=(), slice_network=one.plain)
+            return replace(self, cores=cores, derived=(), factors=(), slice_network=one.plain, evaluated=self.derived)
         cores = tuple(self.core_of(factor) for factor in self.factors)
-        return replace(self, cores=cores, derived=(), factors=())
+        return replace(self, cores=cores, derived=(), factors=(), evaluated=self.derived)
 
     def core_of(self, factor: Factor) -> BoundCore:
         """A factor as a core by itself, frozen or shared where all that it is made of is."""
