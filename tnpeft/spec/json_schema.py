@@ -39,7 +39,7 @@ _KIND = {"enum": [*KINDS, *SHORT_KINDS]}
 _SPEC: dict[str, Keywords] = {
     "": {
         "oneOf": [{"required": ["weight"]}, {"required": ["terms"]}],
-        "if": {"properties": {"tnpeft": {"const": 1}}},
+        "if": {"properties": {"tnpeft": {"const": 1, "description": "The language version."}}},
         "then": {
             "properties": {
                 "cores": {
