@@ -37,7 +37,9 @@ class Peer:
 
 def peer_rows() -> tuple[Peer, ...]:
     """Every row of `specs/peers`, library by library."""
-    return tuple(row for name in _FILES for row in _rows(read_file(shipped_folder() / "peers" / f"{name}.yaml").plain()))
+    return tuple(
+        row for name in _FILES for row in _rows(read_file(shipped_folder() / "peers" / f"{name}.yaml").plain())
+    )
 
 
 def _rows(table: dict[str, Any]) -> Iterator[Peer]:
