@@ -173,7 +173,7 @@ class Network:
         """
         if self.factors:
             return self.plain.parts
-        if len(self.terms) == 1 and self.terms[0].scale == 1.0:
+        if len(self.terms) == 1 and self.terms[0].scale == 1.0 and len(self.terms[0].cores) == len(self.cores):
             return (self,)
         return tuple(self._part(term) for term in self.terms)
 
