@@ -63,7 +63,7 @@ def test_a_core_named_twice_is_drawn_twice():
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("oft", "as dense (a core is the base weight itself)"),
+        ("hira", "as dense (a core is the base weight itself)"),
         ("shira", "as dense (every order builds the whole weight first)"),
     ],
 )
