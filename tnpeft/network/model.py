@@ -101,6 +101,7 @@ class Network:
     derived: tuple[DerivedCore, ...] = ()  # each after those that it is made of
     factors: tuple[Factor, ...] = ()  # what terms name; none where they name the cores as they are stored
     start_std: float | None = None  # of T at the start, in standard deviations of the weight
+    evaluated: tuple[DerivedCore, ...] = ()  # of a plain network: those that its cores are, or are made of
 
     @property
     def start(self) -> str:
@@ -135,11 +136,12 @@ class Network:
         if one is not None:
             leg = self.terms[0].weight[0][0]
             cores = tuple(with_slices(core, leg, self.layer.slices) for core in one.plain.cores)
-            return replace(self, cores=cores, derived=(), factors=(), slice_network=one.plain)
-        cores = tuple(self._factor(factor) for factor in self.factors)
-        return replace(self, cores=cores, derived=(), factors=())
+            return replace(self, cores=cores, derived=(), factors=(), slice_network=one.plain, evaluated=self.derived)
+        cores = tuple(self.core_of(factor) for factor in self.factors)
+        return replace(self, cores=cores, derived=(), factors=(), evaluated=self.derived)
 
-    def _factor(self, factor: Factor) -> BoundCore:
+    def core_of(self, factor: Factor) -> BoundCore:
+        """A factor as a core by itself, frozen or shared where all that it is made of is."""
         stored = {core.name: core for core in self.cores}
         name, reference = factor.reference.core, factor.reference
         roots = [stored[root] for root in self.roots_of(name)]

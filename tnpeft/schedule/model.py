@@ -109,8 +109,10 @@ class Plan(Contraction):
 
     def __str__(self) -> str:
         lines = [f"dense: {self.reason}"] if self.terms and self.reason else []
+        lines += self.map_lines() if self.terms else ()
         for label, part in self._labelled():
-            lines += [label + part._headline(), *part._step_lines(), *part.link_lines()]
+            maps = part.map_lines() if part is self else ()
+            lines += [label + part._headline(), *maps, *part._step_lines(), *part.link_lines()]
         if self.chain is not None:
             for label, part in self.chain._labelled():
                 lines += [f"backward, {label}{part._headline()}", *part.link_lines()]
@@ -139,6 +141,17 @@ class Plan(Contraction):
         for step in self.steps:
             left, right = (names[number] for number in step.operands)
             yield f"  {names[step.number]} = {left} * {right}: {step}  {_count(step.flops)}FLOP"
+
+    @property
+    def maps(self) -> int:
+        """How many maps a pass evaluates before it contracts: those of derived cores, each once, in every mode."""
+        return sum(len(core.maps) for core in self.network.evaluated)
+
+    def map_lines(self) -> Iterator[str]:
+        """Each derived core: what it is made of, and the elements that its maps make."""
+        for core in self.network.evaluated:
+            size = f": {_number(len(core.maps), 'map')}, {_count(core.mapped)}elements" if core.maps else ""
+            yield f"  {core}{size}"
 
     def link_lines(self) -> Iterator[str]:
         """Each link: its cores, how it treats its kernel axes, and the channels before and after."""

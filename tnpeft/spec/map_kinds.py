@@ -17,6 +17,7 @@ __all__ = [
     "RegisteredMap",
     "map_kind",
     "map_names",
+    "map_usages",
     "passes_zero",
     "places_legs",
     "register_map",
@@ -175,6 +176,11 @@ def registered_maps() -> tuple[tuple[str, RegisteredMap], ...]:
 def map_names() -> tuple[str, ...]:
     """Every map a spec may name."""
     return (*_BUILT_IN, *_registered)
+
+
+def map_usages() -> list[str]:
+    """How a file writes each built-in map."""
+    return [kind.usage for kind in _BUILT_IN.values()]
 
 
 def map_kind(name: str) -> MapKind | None:
