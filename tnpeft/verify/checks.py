@@ -67,8 +67,8 @@ def check_sizes(subject: Subject) -> None:
         shape = tuple(network.sizes[leg] for leg in legs)
         require_equal(f"the sizes of core '{core.name}'", sizes, shape)
         if core.name in cores:
-            axes = expand_axes(core.axes, len(subject.case.kernel_size))
-            shape = tuple(math.prod(network.sizes[leg] for leg in axis) for axis in axes)
+            stored = expand_axes(core.axes, len(subject.case.kernel_size))
+            shape = tuple(math.prod(network.sizes[leg] for leg in axis) for axis in stored)
             require_equal(f"the shape of core '{core.name}'", tuple(cores[core.name].shape), shape)
 
 

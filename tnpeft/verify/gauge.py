@@ -141,23 +141,20 @@ def _through_maps(adapter: Adapter) -> dict[str, Tensor]:
     # A user's function may have a gradient that cannot be taken of many at once.
     alone = any(registered_map(each.name) for core in adapter.network.derived for each in core.maps)
     value = _sketch(adapter.network_weight().reshape(1, -1)).squeeze(0)
-    rows: list[list[Tensor]] = []
-    for units in torch.eye(len(value), dtype=value.dtype).split(1 if alone else BATCH):
+    size, batch = len(value), 1 if alone else BATCH
+    units = torch.eye(size, dtype=value.dtype)
+    rows: dict[str, list[Tensor]] = {name: [] for name in trained}
+    for start in range(0, size, batch):
+        chosen = units[start] if alone else units[start : start + batch]
         gradients = torch.autograd.grad(
-            value,
-            [*trained.values()],
-            units[0] if alone else units,
-            retain_graph=True,
-            is_grads_batched=not alone,
-            allow_unused=True,
+            value, [*trained.values()], chosen, retain_graph=True, is_grads_batched=not alone, allow_unused=True
         )
-        pairs = zip(gradients, trained.values(), strict=True)
-        shapes = [(len(units), *core.shape) for core in trained.values()]
-        rows.append(
-            [core.new_zeros(shape) if one is None else one.reshape(shape) for (one, core), shape in zip(pairs, shapes, strict=True)]
-        )
-    columns = (torch.cat(parts).flatten(1).T.contiguous() for parts in zip(*rows, strict=True))
-    return dict(zip(trained, columns, strict=True))
+        count = min(batch, size - start)
+        for (name, core), gradient in zip(trained.items(), gradients, strict=True):
+            rows[name].append(
+                (value.new_zeros(count * core.numel()) if gradient is None else gradient).reshape(count, -1)
+            )
+    return {name: torch.cat(parts).T.contiguous() for name, parts in rows.items()}
 
 
 def _sketch(matrix: Tensor) -> Tensor:

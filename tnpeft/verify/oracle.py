@@ -18,6 +18,7 @@ from tnpeft.verify.oracle_sums import Legged, sum_out
 
 __all__ = ["canonical", "composed", "dense_delta", "dense_weight", "entry", "stored", "sum_out", "term_weight"]
 
+
 def dense_weight(
     network: Network, cores: Mapping[str, Tensor], magnitude: bool = False, values: Mapping[str, Tensor] | None = None
 ) -> Tensor:

@@ -169,14 +169,14 @@ def derive(network: Network, stored: Mapping[str, Tensor], values: Derived | Non
             rest = tuple(leg for leg in legs if leg not in each.takes)
             moved = _ordered(tensor, legs, (*rest, *each.takes))
             others, taken = moved.shape[: len(rest)], tuple(moved.shape[len(rest) :])
-            rows = moved.reshape(math.prod(others), *taken)
+            rows = moved.reshape((math.prod(others), *taken))
             made.inputs[derived.name, number] = rows.detach()
             definition = definition_of(each, taken, None if each.at is None else made.cores[each.at])
             if values is None:
                 rows = _Value.apply(rows, definition)  # type: ignore[no-untyped-call]
             else:
                 rows = size_of(rows, values.inputs[derived.name, number], definition)
-            tensor, legs = rows.reshape(*others, *each.shape), (*rest, *each.gives)
+            tensor, legs = rows.reshape((*others, *each.shape)), (*rest, *each.gives)
         made.cores[derived.name] = _ordered(tensor, legs, derived.legs)
     return made
 

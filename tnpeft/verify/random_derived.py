@@ -103,7 +103,7 @@ def _sum(draw: st.DrawFn, body: Body, name: str, legs: list[str], role: Role) ->
     stored(draw, body, f"{name}_x", legs, role)
     stored(draw, body, f"{name}_y", legs, Role())
     maps = draw(st.sampled_from(((), ("silu",), ("cos",))))
-    _line(body, name, f"[{{cores: [{name}_x]}}, {{cores: [{name}_y], scale: -0.5}}]", legs, maps)
+    _line(body, name, f"[{{cores: [{name}_x]}}, {{cores: [{name}_y], scale: 0.7}}]", legs, maps)
 
 
 def _gathered(draw: st.DrawFn, body: Body, name: str, legs: list[str], role: Role) -> None:

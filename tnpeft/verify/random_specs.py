@@ -144,9 +144,7 @@ def _core(draw: st.DrawFn, body: Body, name: str, legs: Sequence[str], role: Rol
 
 
 @st.composite
-def networks(
-    draw: st.DrawFn, max_cores: int = 5, kinds: Sequence[str] = tuple(KINDS), derived: bool = True
-) -> Network:
+def networks(draw: st.DrawFn, max_cores: int = 5, kinds: Sequence[str] = tuple(KINDS), derived: bool = True) -> Network:
     """Networks of random specs on random layers of up to 12 channels, with random params."""
     spec = draw(specs(max_cores=max_cores, kinds=kinds, derived=derived))
     return spec.bind(draw(signatures(spec.layers, max_channels=12)), **draw(params_of(spec)))
