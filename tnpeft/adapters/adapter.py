@@ -23,7 +23,7 @@ from tnpeft.adapters.twin import Twinned
 from tnpeft.network import BoundCore, Network
 from tnpeft.network.dropout import Dropout, Mask, masks_of
 from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
-from tnpeft.schedule import DEFAULT_MODE, Plan, check_choices, check_mode, plan
+from tnpeft.schedule import DEFAULT_MODE, Plan, check_choices, check_mode, plan, side_of
 
 __all__ = ["Adapter"]
 
@@ -52,6 +52,7 @@ class Adapter(Resident, Twinned, nn.Module):
     dropout: Dropout | None = None
     masks: tuple[Mask, ...] = ()
     factors: Factors | None = None  # where terms name others than the stored cores
+    side: str | None = None  # of the layer, on which its chain acts instead of beside it
 
     def __init__(
         self,
@@ -80,6 +81,8 @@ class Adapter(Resident, Twinned, nn.Module):
         self.plan: Plan = plan(network)
         if network.factors:
             self.factors = Factors(network)
+        if network.reads_weight and (side := side_of(network.plain)) is not None:
+            self.side = side.name
         self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self.captured: Captured = captured or {}

@@ -52,6 +52,7 @@ class Factors:
         self.derivations: Derivations = build_derivations(network)
         self._stack = network.layer.slices > 0
         self._start = KeptStart()
+        self._once: tuple[object, StartValues | None] = (None, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._network,)  # copies and pickles make anew what is kept
@@ -67,7 +68,7 @@ class Factors:
     def changes(self, stored: Sequence[Tensor], copies: Sequence[Tensor], light: Light = None) -> list[Tensor]:
         """The factors with a frozen copy: of derived cores that train, their change."""
         derivations = self.derivations
-        start, now = self._start_values(copies), self._layers(stored)
+        start, now = self._start_values(copies, first=True), self._layers(stored)
         known = {} if light is None else dict(zip([core.name for core in derivations.light], light, strict=True))
         rest = [*(derivations.light if light is None else ()), *derivations.heavy]
         names = [*now, *known]
@@ -94,15 +95,23 @@ class Factors:
         found = repeatable(made, [*now.values(), *known.values()]) if rest else []
         return now | known | {core.name: value for core, value in zip(rest, found, strict=True)}
 
-    def _start_values(self, copies: Sequence[Tensor]) -> StartValues:
+    def _start_values(self, copies: Sequence[Tensor], first: bool = False) -> StartValues:
+        """The start of all derived cores. Those that base weights are part of are made anew, for these may be written
+        to unseen; but what the `first` one of two calls made for one product serves both."""
         derivations, layers = self.derivations, self._layers(copies)
-
-        def made() -> StartValues:
-            return derivations.start(layers, derivations.network.derived)
-
-        known = self._start.get([copies[place] for place in derivations.roots], made)
+        sources = [copies[place] for place in derivations.light_roots]
+        light = self._start.get(sources, lambda: derivations.start(layers, derivations.light))
         # Cores that no derived one is made of may be others since, the base weight above all.
-        return StartValues({**known.cores, **layers}, known.inputs)
+        known = StartValues({**light.cores, **layers}, light.inputs)
+        if not derivations.heavy:
+            return known
+        places, (given, values) = [copies[place] for place in derivations.roots], self._once
+        made_of = None if needs_plain_ops(*copies) else ([tensor.data_ptr() for tensor in places], versions(places))
+        if values is None or given is None or given != made_of:
+            heavy = derivations.start(known.cores, derivations.heavy)
+            values = StartValues(heavy.cores, {**known.inputs, **heavy.inputs})
+        self._once = (made_of, values) if first else (None, None)
+        return values
 
     def _layers(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """By name, with an axis of layers: the slices of a stack, or one layer."""

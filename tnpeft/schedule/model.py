@@ -21,7 +21,8 @@ class Plan(Contraction):
 
     `dense` has the steps to the delta weight. `factored` has `links`, whose clusters `steps` contract; its path counts
     the layer's input as one tensor more, after the cores. `hybrid` has steps to the delta weight that pass through the
-    clusters, and in `chain` the factored plan of its backward pass. Both are made for one `call`. `reason` says why a
+    clusters, and in `chain` the factored plan of its backward pass. With a `side` a factored plan is that of a smaller
+    network, on the layer's input or output. Both are made for one `call`. `reason` says why a
     mode that was asked for is not the plan's.
 
     Plans are equal when one program runs them both: same signature, mode and paths, whatever the names.
@@ -31,6 +32,7 @@ class Plan(Contraction):
 
     terms: tuple[Plan, ...] = field(default=(), repr=False)
     chain: Plan | None = field(default=None, repr=False)
+    side: str | None = None
 
     @cached_property
     def key(self) -> Hashable:
@@ -123,7 +125,8 @@ class Plan(Contraction):
 
     def _headline(self) -> str:
         network, call = self.network, self.call
-        mode = f"{self.mode} ({self.reason})" if self.reason else self.mode
+        about = f"on the layer's {self.side}" if self.side else self.reason
+        mode = f"{self.mode} ({about})" if about else self.mode
         facts = [mode, _number(len(self.links), "link") if self.links else _number(len(self.steps), "step")]
         facts += [str(call)] if self.links and call is not None else []
         facts += [f"{_count(self.flops)}FLOP", f"largest {_count(self.largest_intermediate)}elements"]
