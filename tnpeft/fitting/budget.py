@@ -240,7 +240,7 @@ class _Counts:
         while self._total(high) <= params:
             low, high = high, high * 2
             if high > LARGEST:
-                return None
+                return self._most()
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self._total(middle) <= params else (low, middle)
@@ -249,6 +249,19 @@ class _Counts:
         # Of equal counts the smallest value: a greater one would add nothing.
         best: int = max(fits, key=lambda value: (self._total(value), -value))
         return best
+
+    def _most(self) -> int | None:
+        """Where every value fits, the smallest of those that train the most; None where all train as much."""
+        totals = {value: self._total(value) for value in [*self.known] if self._total(value) != float("inf")}
+        most = max(totals.values())
+        high = min(value for value, total in totals.items() if total == most)
+        low = max((value for value in totals if value < high), default=0)
+        if most == min(totals.values()):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._total(middle) == most else (middle, high)
+        return high
 
     def _total(self, value: int) -> float:
         """All that trains; infinite where a spec does not take the value."""

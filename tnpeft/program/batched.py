@@ -183,6 +183,8 @@ class BatchedTree:
         if change is None:  # every core is frozen
             sizes = dict(self.tree.sizes)
             change = cores[0].new_zeros(self.count, *(sizes[letter] for letter in self.tree.result))
+        elif not self.instructions and self.tree.changes[0]:
+            change = change.clone()  # never the core itself: the next term is added in place
         return change, tensors
 
     def gradients(
