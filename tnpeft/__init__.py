@@ -32,7 +32,7 @@ from tnpeft.errors import (
 )
 from tnpeft.network import Layer, Network, Spec, layer_of, load_spec
 from tnpeft.schedule import Plan, plan
-from tnpeft.spec import list_specs, register_init
+from tnpeft.spec import list_specs, register_init, register_map
 from tnpeft.version import __version__
 
 earlier.register()
@@ -108,6 +108,7 @@ __all__ = [
     "plain_state_dict",
     "plan",
     "register_init",
+    "register_map",
     "rows",
     "save",
     "save_foreign",

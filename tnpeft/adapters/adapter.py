@@ -17,8 +17,9 @@ from tnpeft.adapters.factors import Factors
 from tnpeft.adapters.inits import initial_core, whole_seed
 from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.offload import Resident, present
+from tnpeft.adapters.places import with_good_places
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
-from tnpeft.adapters.strides import memory_order, moved
+from tnpeft.adapters.strides import memory_order, moved, widened
 from tnpeft.network import BoundCore, Network
 from tnpeft.network.dropout import Dropout, Mask, masks_of
 from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
@@ -122,10 +123,8 @@ class Adapter(Resident, nn.Module):
             if holder is not self:
                 self._holders |= {_CORE + core.name: holder, _START + core.name: holder}
             elif core.origin != "weight":
-                like = weight.new_empty(
-                    core.shape, dtype=torch.int64 if self._factors is not None and core.is_index else wide
-                )
-                self._register_one(_CORE, core.name, like, core.frozen, copies)
+                dtype = torch.int64 if self._factors is not None and core.is_index else wide
+                self._register_one(_CORE, core.name, weight.new_empty(core.shape, dtype=dtype), core.frozen, copies)
         if self.network.compose == "dora":
             like = weight.new_empty(self.network.magnitude_shape, dtype=wide)
             self._register_one(_DORA, _MAGNITUDE, like, False, True)
@@ -364,10 +363,10 @@ class Adapter(Resident, nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(with_good_places(self, state_dict, prefix, rest[-1]), prefix, *rest)
         # `assign=True` takes what it is given.
         if any(tensor.dtype.itemsize < 4 for tensor in self.state_dict().values()):
-            super()._apply(lambda tensor: tensor.float())  # type: ignore[no-untyped-call]
+            super()._apply(widened)  # type: ignore[no-untyped-call]
         self._written()
         if all(prefix + key in state_dict for key in (*self._parameters, *self._buffers)):
             self._initialised, self._empty = True, ()

@@ -15,14 +15,15 @@ Captured = Mapping[str, tuple[str, ...]]
 """For each scope, what its regular expression captured in a layer's name."""
 
 _Adapter = TypeVar("_Adapter")
-_Key = tuple[Declaration, str, str, tuple[int, ...]]
+_Key = tuple[Declaration, str, str, tuple[int, ...], tuple[int, ...]]
 
 
 class Sharing:
     """The shared cores of one attach: the first layer of a key holds the tensor, the others use it.
 
     A key is the spec, the core, what the scope's regular expression captured in the layer's name, and
-    the shape: layers of other shapes have tensors of their own. Adapters of other attaches never share.
+    the shape: layers of other shapes have tensors of their own, and so have places in tensors of other sizes. Adapters
+    of other attaches never share.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class Sharing:
 
     def holder(self, spec: Declaration, core: BoundCore, captured: Captured, adapter: _Adapter) -> _Adapter:
         """The adapter that holds `core`, which is `adapter` itself where none did before."""
-        key = (spec, core.name, sharing_label(spec, core, captured), core.shape)
+        key = (spec, core.name, sharing_label(spec, core, captured), core.shape, core.init.sizes)
         holder: _Adapter = self._holders.setdefault(key, adapter)
         return holder
 
