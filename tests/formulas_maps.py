@@ -88,7 +88,12 @@ def dense_boft_lycoris(c: Cores, w: Tensor, shape: Shape) -> Tensor:
     size = c["X_0"].shape[-1]
     for stage in range(6):
         half = 2**stage * size // 2
-        order = [group * 2 * half + bit * half + k for group in range(len(w) // 2 // half) for k in range(half) for bit in (0, 1)]
+        order = [
+            group * 2 * half + bit * half + k
+            for group in range(len(w) // 2 // half)
+            for k in range(half)
+            for bit in (0, 1)
+        ]
         blocks = [order[at : at + size] for at in range(0, len(order), size)]
         skew = c[f"X_{stage}"] - c[f"X_{stage}"].mT
         w = torch.einsum("xy,yik->xik", spread(cayley(skew), blocks), w)
@@ -295,7 +300,12 @@ def dense_adamss(c: Cores, w: Tensor, shape: Shape) -> Tensor:
 
 
 EVEN = (nn.Linear(12, 20), nn.Conv1d(12, 20, 5, groups=2), nn.Conv3d(4, 8, (1, 2, 3)), nn.ConvTranspose2d(8, 4, (2, 3)))
-FOURS = (nn.Linear(12, 20), nn.Conv1d(24, 20, 5, groups=2), nn.Conv3d(4, 8, (1, 2, 3)), nn.ConvTranspose2d(8, 4, (2, 3)))
+FOURS = (
+    nn.Linear(12, 20),
+    nn.Conv1d(24, 20, 5, groups=2),
+    nn.Conv3d(4, 8, (1, 2, 3)),
+    nn.ConvTranspose2d(8, 4, (2, 3)),
+)
 WIDE = (nn.Linear(12, 64), nn.Conv3d(3, 128, (1, 2, 1)), nn.ConvTranspose1d(6, 64, 3))
 FLAT = (nn.Linear(12, 20), nn.Linear(32, 48), nn.Linear(13, 7))
 BROAD = (*ANY, *(layer for layer in ODD if layer.weight.numel() > 9))  # room for pairs, and for a place a channel

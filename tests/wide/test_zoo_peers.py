@@ -90,7 +90,10 @@ def _unilora(layer: Any) -> Cores:
 
 
 def _waveft(layer: Any) -> Cores:
-    return {"spectrum": of(layer.waveft_spectrum), "places": _places(layer.waveft_indices["default"], layer.in_features)}
+    return {
+        "spectrum": of(layer.waveft_spectrum),
+        "places": _places(layer.waveft_indices["default"], layer.in_features),
+    }
 
 
 def _frod(layer: Any) -> Cores:
@@ -141,7 +144,9 @@ PEERS: dict[str, Peer] = {
     ),
     "hra": Peer(lambda: peft.HRAConfig(r=4, **ON), named(u="hra_u")),
     "hra_gs": Peer(lambda: peft.HRAConfig(r=4, apply_GS=True, **ON), named(u="hra_u")),
-    "psoft": Peer(lambda: peft.PsoftConfig(r=8, psoft_svd="full", use_cayley_neumann=False, **ON), _psoft, subtracts=True),
+    "psoft": Peer(
+        lambda: peft.PsoftConfig(r=8, psoft_svd="full", use_cayley_neumann=False, **ON), _psoft, subtracts=True
+    ),
     "c3a": Peer(lambda: peft.C3AConfig(block_size=8, **ON), named(kernel="c3a_kernel"), 1 / 24),
     "shira": Peer(lambda: peft.ShiraConfig(r=2, **ON), _shira),
     "supertuning": Peer(lambda: peft.SupertuningConfig(sparsity=0.9, **ON), _supertuning),
@@ -164,7 +169,9 @@ PEERS: dict[str, Peer] = {
     "para": Peer(lambda: peft.DeftConfig(r=4, decomposition_method="qr", para=True, **ON), named(P="deft_P")),
     "frod": Peer(lambda: peft.FrodConfig(**ON), _frod, subtracts=True),
     "gralora": Peer(
-        lambda: peft.GraloraConfig(r=8, gralora_k=4, alpha=16, hybrid_r=0, **ON), named(A="gralora_A", B="gralora_B"), 2.0
+        lambda: peft.GraloraConfig(r=8, gralora_k=4, alpha=16, hybrid_r=0, **ON),
+        named(A="gralora_A", B="gralora_B"),
+        2.0,
     ),
     "road": Peer(
         lambda: peft.RoadConfig(variant="road_1", group_size=8, **ON),
@@ -180,7 +187,9 @@ PEERS: dict[str, Peer] = {
     ),
     "road_4": Peer(lambda: peft.RoadConfig(variant="road_4", group_size=8, **ON), _road_4, subtracts=True),
     "peanut": Peer(
-        lambda: peft.PeanutConfig(r=6, depth=0, act_fn="relu", scaling=3.0, **ON), named(A="peanut_A", B="peanut_B"), 3.0
+        lambda: peft.PeanutConfig(r=6, depth=0, act_fn="relu", scaling=3.0, **ON),
+        named(A="peanut_A", B="peanut_B"),
+        3.0,
     ),
     "peanut_2": Peer(lambda: peft.PeanutConfig(r=6, depth=2, act_fn="relu", scaling=3.0, **ON), _peanut_2, 3.0),
     "adamss": Peer(lambda: peft.AdamssConfig(r=10, num_subspaces=3, subspace_rank=2, **ON), _adamss),
@@ -206,7 +215,12 @@ def value(peer: Peer, name: str, cores: Cores, weight: Tensor) -> Tensor:
     wide = {core: tensor.double() if tensor.is_floating_point() else tensor for core, tensor in cores.items()}
     formula = METHODS[name.partition(" ")[0]][0]
     formula = getattr(formula, "func", formula)
-    dense = formula(wide, weight.double().flatten(2) if weight.ndim > 2 else weight.double()[..., None], tuple(weight.shape), **peer.numbers)
+    dense = formula(
+        wide,
+        weight.double().flatten(2) if weight.ndim > 2 else weight.double()[..., None],
+        tuple(weight.shape),
+        **peer.numbers,
+    )
     return peer.scale * dense.reshape(weight.shape)
 
 
