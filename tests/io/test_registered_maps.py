@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import PAGES, run
 from saved import refused
 from torch import Tensor, nn
 
@@ -127,3 +128,8 @@ def test_a_fresh_process_says_which_map_is_missing(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['map `squash`', 'map `summed`']"
+
+
+def test_the_page_of_maps_is_what_happens():
+    names = run(next(page for page in PAGES if page.stem == "maps"))
+    assert len(names["handle"].adapters) == 2
