@@ -65,7 +65,8 @@ class Derivations:
 
     def changes(self, stored: Sequence[Tensor], start: StartValues) -> list[Tensor]:
         """The factors; of those that are derived and train, their change since the start."""
-        cores, changed = dict(zip(self.names, stored, strict=True)), dict[str, Tensor | None]()
+        cores = dict(zip(self.names, stored, strict=True))
+        changed: dict[str, Tensor | None] = {}
         with without_autocast(stored[0]):
             for name, core in cores.items():
                 changed[name] = None if name in self.frozen else core - start.cores[name]
@@ -82,7 +83,8 @@ class Derivations:
         ]
 
     def _evaluated(self, stored: Sequence[Tensor]) -> StartValues:
-        cores, inputs = dict(zip(self.names, stored, strict=True)), dict[str, tuple[Tensor, ...]]()
+        cores = dict(zip(self.names, stored, strict=True))
+        inputs: dict[str, tuple[Tensor, ...]] = {}
         exact = self.network.start == "frozen_copy"
         with without_autocast(stored[0]):
             for derived in self.network.derived:
