@@ -1,8 +1,8 @@
 """The formulas of shipped specs whose cores are derived by maps, as dense sums that know nothing of the language.
 
-As in formulas.py a function takes the stored cores, the base weight as (out, in, kernel positions) and the weight's shape,
-and returns the network's weight as (out, in, kernel positions), without the spec's scale. Numbers that no core's shape
-tells (a group's size, a frequency) are keywords; `PARAMS` has the spec's params that go with the layers.
+As in formulas.py a function takes the stored cores, the base weight as (out, in, kernel positions) and the weight's
+shape, and returns the network's weight as (out, in, kernel positions), without the spec's scale. Numbers that no core's
+shape tells (a group's size, a frequency) are keywords.
 """
 
 from __future__ import annotations
@@ -278,10 +278,6 @@ def dense_road_2(c: Cores, w: Tensor, shape: Shape, group: int = 64) -> Tensor:
     return road_turn(alpha * theta.cos(), c["one"] * alpha * theta.sin(), w)
 
 
-def dense_road_4(c: Cores, w: Tensor, shape: Shape) -> Tensor:
-    return road_turn(c["alpha_1"] * c["theta_1"].cos(), c["one"] * c["alpha_2"] * c["theta_2"].sin(), w)
-
-
 def dense_peanut(c: Cores, w: Tensor, shape: Shape) -> Tensor:
     return (c["B"] @ (c["A"] @ w.flatten(1)).relu()).reshape(w.shape)
 
@@ -308,30 +304,32 @@ FOURS = (
 )
 WIDE = (nn.Linear(12, 64), nn.Conv3d(3, 128, (1, 2, 1)), nn.ConvTranspose1d(6, 64, 3))
 FLAT = (nn.Linear(12, 20), nn.Linear(32, 48), nn.Linear(13, 7))
-BROAD = (*ANY, *(layer for layer in ODD if layer.weight.numel() > 9))  # room for pairs, and for a place a channel
+BROAD = (*ANY, ODD[0], ODD[4])  # more than one output, more than one input
 
 METHODS: dict[str, tuple[Callable[[Cores, Tensor, Shape], Tensor], tuple[nn.Module, ...]]] = {
     "oft": (dense_oft, FOURS),
     "oft_cayley": (dense_oft_cayley, FOURS),
     "boft": (dense_boft, FOURS),
     "boft_2": (dense_boft_2, (nn.Linear(16, 10), nn.Conv2d(32, 6, (3, 2), groups=2), nn.ConvTranspose3d(8, 4, 2))),
-    "diag_oft": (dense_diag_oft, (*ANY, *ODD)),
+    "diag_oft": (dense_diag_oft, (*ANY[:5], nn.ConvTranspose3d(4, 8, (2, 1, 3)))),
     "boft_lycoris": (dense_boft_lycoris, WIDE),
     "c3a": (dense_c3a, FOURS),
     "supertuning": (dense_shira, (*ANY, *ODD)),
     "shira": (dense_shira, BROAD),
     "hra": (dense_hra, BROAD),
-    "psoft": (dense_psoft, (*ANY, ODD[0], ODD[4])),
+    "hra_gs": (dense_hra_gs, BROAD),
+    "psoft": (dense_psoft, BROAD),
+    "delora": (dense_delora, BROAD),
+    "para": (dense_para, BROAD),
     "vblora": (dense_vblora, FOURS),
     "waveft": (dense_waveft, FLAT),
     "frod": (dense_frod, FLAT),
     "gralora": (dense_gralora, EVEN),
     "road": (partial(dense_road, group=4), FOURS),
     "road_2": (partial(dense_road_2, group=4), FOURS),
-    "road_4": (dense_road_4, FOURS),
 }
 for _name in (
-    *("hra_gs", "supra", "rosa", "paca", "unilora", "delora", "deft", "para", "lorma"),
+    *("supra", "rosa", "paca", "unilora", "deft", "lorma"),
     *("lorma_pi", "sinelora", "fedpara_tanh", "peanut", "peanut_2", "adamss"),
 ):
     METHODS[_name] = (globals()[f"dense_{_name}"], (*ANY, *ODD))

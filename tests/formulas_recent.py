@@ -9,7 +9,7 @@ import formulas
 import formulas_maps
 import torch
 from formulas import ANY, ODD, Cores, Shape, flat, joined
-from formulas_maps import EVEN, FLAT, FOURS, cayley
+from formulas_maps import BROAD, EVEN, FLAT, cayley
 from torch import Tensor, nn
 
 
@@ -104,22 +104,25 @@ RECENT: dict[str, tuple[Callable[[Cores, Tensor, Shape], Tensor], tuple[nn.Modul
     "ether_plus": (dense_ether_plus, EVEN),
     "miss_bat": (dense_miss_bat, SQUARE),
     "curlora": (dense_curlora, FLAT),
+    "spectral_adapter_r": (dense_spectral_adapter_r, BROAD),
 }
-for _name in (
-    *("tera", "tensorguide", "hyperadapt", "moslora", "mora", "tlora", "svdiff", "spectral_adapter"),
-    "spectral_adapter_r",
-):
+for _name in (*("tera", "tensorguide", "hyperadapt", "moslora", "mora", "tlora", "svdiff", "spectral_adapter"),):
     RECENT[_name] = (globals()[f"dense_{_name}"], (*ANY, *ODD))
 
 METHODS = {**formulas.METHODS, **formulas_maps.METHODS, **RECENT}
 
 # Params that the layers above need: numbers that divide their sides, and few enough entries.
+_ALIKE: dict[str, tuple[str, ...]] = {
+    "b": ("oft", "oft_cayley", "boft", "boft_2", "c3a"),
+    "group": ("road", "road_2"),
+    "rank": ("hra", "hra_gs", "deft", "para", "curlora"),
+    "blocks": ("ether", "ether_plus"),
+}
+_NUMBER = {"b": 4, "group": 4, "rank": 2, "blocks": 2}
 PARAMS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("oft", "oft_cayley", "boft", "boft_2", "c3a"), {"b": 4}),
-    **dict.fromkeys(("hra", "hra_gs", "deft", "para", "curlora"), {"rank": 2}),
-    **dict.fromkeys(("road", "road_2", "road_4"), {"group": 4}),
-    **dict.fromkeys(("ether", "ether_plus"), {"blocks": 2}),
-    **dict.fromkeys(("supertuning", "supra"), {"sparsity": 0.9}),
+    **{name: {param: _NUMBER[param]} for param, names in _ALIKE.items() for name in names},
+    "supertuning": {"sparsity": 0.9},
+    "supra": {"sparsity": 0.9, "r": 3},
     "shira": {"r": 1},
     "rosa": {"density": 0.2, "r": 3},
     "vblora": {"length": 4, "vectors": 6, "r": 3},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lycoris.modules.boft
@@ -17,6 +18,8 @@ import torch
 from formulas_recent import METHODS
 from torch import Tensor, nn
 
+import tnpeft
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # other libraries' own
 
 Cores = dict[str, Tensor]
@@ -25,8 +28,9 @@ Cores = dict[str, Tensor]
 class Peer(NamedTuple):
     """How a method is built there, and how its tensors are called here.
 
-    `cores(layer)` are all cores of the spec from a layer of theirs. Where `subtracts` is set they add what the cores make
-    less what the first cores made, else what the cores make. `numbers` are the formula's keywords.
+    `cores(layer)` are all cores of the spec from a layer of theirs. Where `subtracts` is set they add what the cores
+    make less what the first cores made, else what the cores make. `numbers` are the formula's keywords, `params` the
+    spec's; `anew` are trained cores whose first values are not theirs.
     """
 
     config: Callable[[], Any]
@@ -34,7 +38,9 @@ class Peer(NamedTuple):
     scale: float = 1.0
     subtracts: bool = False
     size: tuple[int, int] = (24, 32)
-    numbers: dict[str, Any] = {}
+    numbers: Mapping[str, Any] = MappingProxyType({})
+    params: Mapping[str, Any] = MappingProxyType({})
+    anew: tuple[str, ...] = ()
 
 
 def of(values: Any) -> Tensor:
@@ -105,12 +111,6 @@ def _road(layer: Any) -> Cores:
     return {"theta": of(layer.road_theta), "alpha": of(layer.road_alpha), "one": torch.ones(1)}
 
 
-def _road_4(layer: Any) -> Cores:
-    halves = {name: of(getattr(layer, f"road_{name}")).reshape(-1, 2, 2, 4) for name in ("theta", "alpha")}
-    cores = {f"{name}_{half + 1}": value[:, half] for name, value in halves.items() for half in (0, 1)}
-    return {**cores, "one": torch.ones(1)}
-
-
 def _peanut_2(layer: Any) -> Cores:
     wings = {"E": layer.peanut_encoders["default"], "D": layer.peanut_decoders["default"]}
     inner = {f"{wing}{at + 1}": part.weight.detach() for wing, parts in wings.items() for at, part in enumerate(parts)}
@@ -134,66 +134,106 @@ def _miss_bat(layer: Any) -> Cores:
 
 ON: dict[str, Any] = {"target_modules": ["0"]}
 PEERS: dict[str, Peer] = {
-    "oft": Peer(lambda: peft.OFTConfig(oft_block_size=8, **ON), named(R="oft_R"), subtracts=True),
+    "oft": Peer(lambda: peft.OFTConfig(oft_block_size=8, **ON), named(R="oft_R"), subtracts=True, params={"b": 8}),
     "oft_cayley": Peer(
-        lambda: peft.OFTConfig(oft_block_size=8, use_cayley_neumann=False, **ON), named(R="oft_R"), subtracts=True
+        lambda: peft.OFTConfig(oft_block_size=8, use_cayley_neumann=False, **ON),
+        named(R="oft_R"),
+        subtracts=True,
+        params={"b": 8},
     ),
-    "boft": Peer(lambda: peft.BOFTConfig(boft_block_size=4, **ON), _boft, subtracts=True),
+    "boft": Peer(lambda: peft.BOFTConfig(boft_block_size=4, **ON), _boft, subtracts=True, params={"b": 4}),
     "boft_2": Peer(
-        lambda: peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, **ON), _boft_2, subtracts=True
+        lambda: peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, **ON),
+        _boft_2,
+        subtracts=True,
+        params={"b": 4},
     ),
-    "hra": Peer(lambda: peft.HRAConfig(r=4, **ON), named(u="hra_u")),
-    "hra_gs": Peer(lambda: peft.HRAConfig(r=4, apply_GS=True, **ON), named(u="hra_u")),
+    "hra": Peer(lambda: peft.HRAConfig(r=4, **ON), named(u="hra_u"), params={"rank": 4}),
+    "hra_gs": Peer(lambda: peft.HRAConfig(r=4, apply_GS=True, **ON), named(u="hra_u"), params={"rank": 4}, anew=("u",)),
     "psoft": Peer(
-        lambda: peft.PsoftConfig(r=8, psoft_svd="full", use_cayley_neumann=False, **ON), _psoft, subtracts=True
+        lambda: peft.PsoftConfig(r=8, psoft_svd="full", use_cayley_neumann=False, **ON),
+        _psoft,
+        subtracts=True,
+        params={"r": 8},
     ),
-    "c3a": Peer(lambda: peft.C3AConfig(block_size=8, **ON), named(kernel="c3a_kernel"), 1 / 24),
-    "shira": Peer(lambda: peft.ShiraConfig(r=2, **ON), _shira),
-    "supertuning": Peer(lambda: peft.SupertuningConfig(sparsity=0.9, **ON), _supertuning),
+    "c3a": Peer(
+        lambda: peft.C3AConfig(block_size=8, init_weights=True, **ON),
+        named(kernel="c3a_kernel"),
+        1 / 24,
+        params={"b": 8},
+    ),
+    "shira": Peer(lambda: peft.ShiraConfig(r=2, **ON), _shira, params={"r": 2}),
+    "supertuning": Peer(lambda: peft.SupertuningConfig(sparsity=0.9, **ON), _supertuning, params={"sparsity": 0.9}),
     "supra": Peer(
-        lambda: peft.SupertuningConfig(sparsity=0.9, r=4, lora_alpha=8, **ON), _supra, numbers={"scale": 2.0}
+        lambda: peft.SupertuningConfig(sparsity=0.9, r=4, lora_alpha=8, **ON),
+        _supra,
+        numbers={"scale": 2.0},
+        params={"sparsity": 0.9, "r": 4, "alpha": 8},
     ),
-    "unilora": Peer(lambda: peft.UniLoraConfig(r=3, theta_d_length=20, **ON), _unilora),
+    "unilora": Peer(lambda: peft.UniLoraConfig(r=3, theta_d_length=20, **ON), _unilora, params={"r": 3, "d": 20}),
     "vblora": Peer(
         lambda: peft.VBLoRAConfig(r=3, num_vectors=9, vector_length=8, **ON),
         named(logits_a="vblora_logits_A", logits_b="vblora_logits_B", bank="vblora_vector_bank"),
+        params={"r": 3, "vectors": 9, "length": 8},
     ),
-    "waveft": Peer(lambda: peft.WaveFTConfig(n_frequency=60, **ON), _waveft, 25.0, size=(13, 7)),
+    "waveft": Peer(lambda: peft.WaveFTConfig(n_frequency=60, **ON), _waveft, 25.0, size=(13, 7), params={"waves": 60}),
     "waveft db2": Peer(
         lambda: peft.WaveFTConfig(n_frequency=60, wavelet_family="db2", **ON), _waveft, 25.0, numbers={"family": "db2"}
     ),
     "delora": Peer(
-        lambda: peft.DeloraConfig(r=4, **ON), named(A="delora_A", B="delora_B", lambda_="delora_lambda"), 1 / 4
+        lambda: peft.DeloraConfig(r=4, **ON),
+        named(A="delora_A", B="delora_B", lambda_="delora_lambda"),
+        1 / 4,
+        params={"r": 4},
     ),
-    "deft": Peer(lambda: peft.DeftConfig(r=4, decomposition_method="relu", **ON), named(P="deft_P", R="deft_R")),
-    "para": Peer(lambda: peft.DeftConfig(r=4, decomposition_method="qr", para=True, **ON), named(P="deft_P")),
-    "frod": Peer(lambda: peft.FrodConfig(**ON), _frod, subtracts=True),
+    "deft": Peer(
+        lambda: peft.DeftConfig(r=4, decomposition_method="relu", **ON),
+        named(P="deft_P", R="deft_R"),
+        params={"rank": 4},
+    ),
+    "para": Peer(
+        lambda: peft.DeftConfig(r=4, decomposition_method="qr", para=True, **ON), named(P="deft_P"), params={"rank": 4}
+    ),
+    "frod": Peer(lambda: peft.FrodConfig(**ON), _frod, subtracts=True, anew=("l",)),
     "gralora": Peer(
         lambda: peft.GraloraConfig(r=8, gralora_k=4, alpha=16, hybrid_r=0, **ON),
         named(A="gralora_A", B="gralora_B"),
         2.0,
+        params={"r": 8, "blocks": 4, "alpha": 16},
     ),
     "road": Peer(
         lambda: peft.RoadConfig(variant="road_1", group_size=8, **ON),
         _road,
         subtracts=True,
         numbers={"group": 8},
+        params={"group": 8},
     ),
     "road_2": Peer(
         lambda: peft.RoadConfig(variant="road_2", group_size=8, **ON),
         _road,
         subtracts=True,
         numbers={"group": 8},
+        params={"group": 8},
     ),
-    "road_4": Peer(lambda: peft.RoadConfig(variant="road_4", group_size=8, **ON), _road_4, subtracts=True),
     "peanut": Peer(
         lambda: peft.PeanutConfig(r=6, depth=0, act_fn="relu", scaling=3.0, **ON),
         named(A="peanut_A", B="peanut_B"),
         3.0,
+        params={"r": 6, "alpha": 3},
     ),
-    "peanut_2": Peer(lambda: peft.PeanutConfig(r=6, depth=2, act_fn="relu", scaling=3.0, **ON), _peanut_2, 3.0),
-    "adamss": Peer(lambda: peft.AdamssConfig(r=10, num_subspaces=3, subspace_rank=2, **ON), _adamss),
-    "miss_bat": Peer(lambda: peft.MissConfig(r=8, init_weights="bat", **ON), _miss_bat),
+    "peanut_2": Peer(
+        lambda: peft.PeanutConfig(r=6, depth=2, act_fn="relu", scaling=3.0, **ON),
+        _peanut_2,
+        3.0,
+        params={"r": 6, "alpha": 3},
+    ),
+    "adamss": Peer(
+        lambda: peft.AdamssConfig(r=10, num_subspaces=3, subspace_rank=2, **ON),
+        _adamss,
+        params={"r": 10, "clusters": 3, "s": 2},
+        anew=("A",),
+    ),
+    "miss_bat": Peer(lambda: peft.MissConfig(r=8, init_weights="bat", **ON), _miss_bat, params={"r": 8}),
 }
 
 
@@ -246,6 +286,36 @@ def peft_update(base: nn.Module, config: Any, cores: Callable[[Any], Cores]) -> 
         merged = copy.deepcopy(model).merge_and_unload()[0].weight.detach()
     weight = base.weight.detach()
     return first, now, merged - weight, merged - weight if called is None else called - weight
+
+
+FILES = [name for name in PEERS if " " not in name]
+
+
+@pytest.mark.usefixtures("torch_blocks")
+@pytest.mark.parametrize("name", FILES)
+def test_the_spec_is_pefts(name: str):
+    """The value of the same tensors, how many train, and their first values (of drawn ones the spread)."""
+    peer = PEERS[name]
+    torch.manual_seed(0)
+    base = nn.Linear(*peer.size, bias=False)
+    first, now, merged, _ = peft_update(base, peer.config(), peer.cores)
+    adapter = tnpeft.compile(name, base, **peer.params)
+    trained = [core for core, tensor in adapter.cores.items() if tensor.requires_grad]
+    assert {core: adapter.cores[core].numel() for core in trained} == {core: now[core].numel() for core in trained}
+    for core in set(trained) - set(peer.anew):
+        ours, theirs = adapter.cores[core].detach().flatten(), first[core].flatten()
+        if (theirs == theirs[0]).all():
+            assert torch.equal(ours, theirs), core
+        else:
+            assert 0.7 < ours.std() / theirs.std() < 1.4, core
+    weights = []
+    for cores in (first, now):
+        with torch.no_grad():
+            for core, tensor in adapter.cores.items():
+                tensor.copy_(cores[core].reshape(tensor.shape))
+        weights.append(adapter.network_weight().detach())
+    expected = peer.scale * (weights[1] - weights[0] if peer.subtracts else weights[1])
+    torch.testing.assert_close(merged, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.usefixtures("torch_blocks")

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from tnpeft.adapters.base_weight import base_weight, beside
 from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_flattened, write
 from tnpeft.adapters.dora import composed, magnitudes
-from tnpeft.adapters.factors import Factors
+from tnpeft.adapters.factors import Factors, Light
 from tnpeft.adapters.inits import initial_core, whole_seed
 from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.offload import Resident, present
 from tnpeft.adapters.places import with_good_places
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.strides import memory_order, moved, widened
+from tnpeft.adapters.twin import Twinned
 from tnpeft.network import BoundCore, Network
 from tnpeft.network.dropout import Dropout, Mask, masks_of
 from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
@@ -31,7 +32,7 @@ _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
 _EARLIER = frozenset({"_kept", "_calling", "_writes"})  # attributes in pickles of earlier versions
 
 
-class Adapter(Resident, nn.Module):
+class Adapter(Resident, Twinned, nn.Module):
     """The cores of one network on one layer.
 
     Trainable cores are parameters `core_<name>`, frozen ones persistent buffers of that name, and
@@ -51,7 +52,7 @@ class Adapter(Resident, nn.Module):
 
     dropout: Dropout | None = None
     masks: tuple[Mask, ...] = ()
-    _factors: Factors | None = None  # where terms name others than the stored cores
+    factors: Factors | None = None  # where terms name others than the stored cores
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class Adapter(Resident, nn.Module):
             self.dropout, self.masks = dropout, masks_of(network.plain, dropout)
         self.plan: Plan = plan(network)
         if network.factors:
-            self._factors = Factors(network)
+            self.factors = Factors(network)
         self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self.captured: Captured = captured or {}
@@ -123,7 +124,7 @@ class Adapter(Resident, nn.Module):
             if holder is not self:
                 self._holders |= {_CORE + core.name: holder, _START + core.name: holder}
             elif core.origin != "weight":
-                dtype = torch.int64 if self._factors is not None and core.is_index else wide
+                dtype = torch.int64 if self.factors is not None and core.is_index else wide
                 self._register_one(_CORE, core.name, weight.new_empty(core.shape, dtype=dtype), core.frozen, copies)
         if self.network.compose == "dora":
             like = weight.new_empty(self.network.magnitude_shape, dtype=wide)
@@ -178,7 +179,7 @@ class Adapter(Resident, nn.Module):
         """
         self._require_values()
         cores = self._tensors(self._core_keys, weight)
-        return self._program.value(cores if self._factors is None else self._factors.values(cores))
+        return self._program.value(cores if self.factors is None else self.factors.values(cores))
 
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
         """What is added to the layer's weight, in its memory order: scale * (T(θ) - T(θ₀)), or scale * T(θ).
@@ -189,32 +190,33 @@ class Adapter(Resident, nn.Module):
         (delta,) = program.deltas(inputs[: len(self.plan.network.cores)], program.start(self.start_tensors(weight)))
         return self.with_magnitude(delta, self._base(None) if weight is None and self._layer else weight, inputs)
 
-    def delta_inputs(self, weight: Tensor | None = None) -> list[Tensor]:
+    def delta_inputs(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
         """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
-        cores = self.core_tensors(weight)
+        cores = self.core_tensors(weight, light)
         magnitude = self._parameters.get(_DORA + _MAGNITUDE)
         return cores if magnitude is None else [*cores, magnitude]
 
-    def core_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
+    def core_tensors(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
         """What is contracted: the network's cores in its order, the base `weight` among them where one is it.
 
-        Its factors, where it has some. Raises ExecutionError without values.
+        Its factors, where it has some, made of `light` derived cores if a pass knows these. Raises ExecutionError
+        without values.
         """
         if not self._initialised or self._holders:
             self._require_values()
         cores = self._tensors(self._core_keys, weight)
-        if self._factors is None:
+        if self.factors is None:
             return cores
         if self.network.start == "zero":
-            return self._factors.values(cores)
-        return self._factors.changes(cores, self._tensors(self._start_keys, weight))
+            return self.factors.values(cores, light)
+        return self.factors.changes(cores, self._tensors(self._start_keys, weight), light)
 
     def start_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
         """Their frozen copies, none with `start: zero`; a core that is frozen is its own."""
         if self.network.start == "zero":
             return []
         copies = self._tensors(self._start_keys, weight)
-        return copies if self._factors is None else self._factors.start(copies)
+        return copies if self.factors is None else self.factors.start(copies)
 
     def with_magnitude(self, delta: Tensor, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         """`delta`, composed with a trained magnitude if there is one. Raises ExecutionError for cores on meta."""
@@ -262,7 +264,7 @@ class Adapter(Resident, nn.Module):
             base = self._base(weight).detach()
             drawn[_MAGNITUDE] = magnitudes(self.network.layer, base.to(self.magnitude.dtype))
         with torch.no_grad():
-            for name, values in drawn.items() if self._factors is None else self._first_values(drawn, weight):
+            for name, values in drawn.items() if self.factors is None else self._first_values(drawn, weight):
                 tensor = self._tensor((_DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE) + name)
                 tensor.copy_(values)
                 if _START + name in self._buffers:
@@ -283,8 +285,8 @@ class Adapter(Resident, nn.Module):
         """The first values, then those that derived cores of these give, for `init: value(NAME)`."""
         yield from drawn.items()
         for core in self.network.cores:
-            if core.init.core is not None and self._factors is not None:
-                yield core.name, self._factors.derived(self._tensors(self._core_keys, weight), core.init.core)
+            if core.init.core is not None and self.factors is not None:
+                yield core.name, self.factors.derived(self._tensors(self._core_keys, weight), core.init.core)
 
     def _held(self) -> tuple[Tensor, ...]:
         """All tensors that are its own."""
@@ -301,7 +303,7 @@ class Adapter(Resident, nn.Module):
 
     def _tensor(self, key: str) -> Tensor:
         holder = self._holders.get(key, self) if self._holders else self
-        tensor = holder._parameters.get(key, holder._buffers.get(key))
+        tensor: Tensor | None = holder._parameters.get(key, holder._buffers.get(key))
         # FSDP takes parameters, and leaves views under their names while the module runs.
         return holder.__dict__[key] if tensor is None else tensor
 
@@ -312,6 +314,11 @@ class Adapter(Resident, nn.Module):
             stored = None if key is None or self._holders else self._parameters.get(key, self._buffers.get(key))
             tensors.append(self._tensor(key) if stored is None and key is not None else stored)
         return tensors
+
+    def at(self, places: Iterable[int], start: bool = False) -> list[Tensor]:
+        """Stored cores by their number in the network, or with `start` their frozen copies."""
+        keys = self._start_keys if start else self._core_keys
+        return [self._tensor(key) for place in places if (key := keys[place]) is not None]
 
     def _tensors(self, keys: tuple[str | None, ...], weight: Tensor | None) -> list[Tensor]:
         """The network's cores (or their frozen copies) in its order, the base weight among them where it is one."""
@@ -370,16 +377,6 @@ class Adapter(Resident, nn.Module):
         self._written()
         if all(prefix + key in state_dict for key in (*self._parameters, *self._buffers)):
             self._initialised, self._empty = True, ()
-
-    def twin(self, alias: Callable[[Tensor], Tensor]) -> Adapter:
-        """One with the same state, but with `alias(parameter)` in place of each parameter, and of its holders'."""
-        holders = {id(holder): holder for holder in self._holders.values()}
-        twins = {key: holder.twin(alias) for key, holder in holders.items()}
-        twin = self.__class__.__new__(self.__class__)
-        aliases = {key: alias(core) for key, core in self._parameters.items() if core is not None}
-        shared = {key: twins[id(holder)] for key, holder in self._holders.items()}
-        twin.__dict__.update(self.__dict__, _parameters=aliases, _holders=shared)
-        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_program": None}  # type: ignore[no-untyped-call]

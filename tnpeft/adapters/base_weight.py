@@ -149,8 +149,8 @@ def is_packed_for_inference(layer: Any) -> bool:
 
 
 def is_computed(layer: nn.Module) -> bool:
-    """Whether a weight is made of other parameters whenever it is asked for, or before each call."""
-    return parametrize.is_parametrized(layer, "weight") or any(True for _ in _hooks(layer))
+    """Whether a weight or bias is made of other parameters whenever it is asked for, or a weight before each call."""
+    return parametrize.is_parametrized(layer) or any(True for _ in _hooks(layer))
 
 
 def _computed(layer: nn.Module) -> object:

@@ -21,12 +21,12 @@ from tnpeft.adapters.showing import (
     UNSET,
     _made_again,
     bare,
+    dress,
     flat_weights,
     key_of,
     plain_class,
     require_values,
     set_own,
-    showing,
     stored_at,
 )
 from tnpeft.network import Layer
@@ -173,8 +173,7 @@ def _take_class(module: nn.Module, where: str, names: dict[str, str]) -> None:
         module.__dict__.pop(where, None)
     read = {**module.__dict__.get(SHOWN, {}), **module.__dict__.get(READ, {})}
     tables = tuple(sorted((name, table_of(module, name)) for name in read))
-    plain = plain_class(module)
-    module.__class__ = showing(plain, tables) if tables else plain  # type: ignore[arg-type]
+    dress(module, tables)
     if not tables:
         _list_anew(module)
 

@@ -60,7 +60,7 @@ def _map(call: MapCall, arguments: dict[str, float], resolved: Resolved, spatial
 
 
 def factors_of(spec: Declaration, resolved: Resolved, layer: Layer) -> tuple[Factor, ...]:
-    """What the terms name, each text once; nothing where these are the stored cores, all of them, as they are stored."""
+    """What the terms name, each text once; nothing where these are all stored cores, as they are stored."""
     cores, spatial = cores_by_name(spec), KINDS[layer.kind]
     named = {reference.label: reference for term in spec.terms for reference in term.references}
     idle = {core.name for core in stored_cores(spec)} - {reference.core for reference in named.values()}

@@ -166,7 +166,12 @@ class Network:
 
     @cached_property
     def parts(self) -> tuple[Network, ...]:
-        """The terms as networks of their own, each with its scale; a network of one plain term is its only part."""
+        """The terms as networks of their own, each with its scale; a network of one plain term is its only part.
+
+        Derived cores stand in them as the tensors that they are.
+        """
+        if self.factors:
+            return self.plain.parts
         if len(self.terms) == 1 and self.terms[0].scale == 1.0:
             return (self,)
         return tuple(self._part(term) for term in self.terms)

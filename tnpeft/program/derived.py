@@ -5,7 +5,8 @@ With a frozen copy a derived core is carried as its change d since the start, ne
     products    d(A B) = dA B0 + A dB                       each A - A0 of a stored core is exact
     maps        linear: f(d);  others: f(A0 + d) - f(A0), both in float64 by one call, so that equal inputs give zero
 
-Every tensor here has an axis of layers first, so that layers alike are one computation.
+Every tensor here has an axis of layers first, so that layers alike are one computation. Derived cores that are made of
+base weights are `heavy`: those of several layers are never copied together.
 """
 
 from __future__ import annotations
@@ -38,97 +39,119 @@ class StartValues(NamedTuple):
 
 
 class Derivations:
-    """The factors of a network, from its stored cores in their order; `count` of layers is what they come with."""
+    """The derived cores and factors of a network, from its stored cores in their order."""
 
     def __init__(self, network: Network) -> None:
         self.network = network.slice_network or network
-        self.names = [core.name for core in self.network.cores]
-        self.frozen = {core.name for core in self.network.cores if core.frozen}
+        derived, stored = self.network.derived, self.network.cores
+        self.names = [core.name for core in stored]
+        self.copies = self.network.start == "frozen_copy"
         self.changing = [core.changes for core in self.network.plain.cores]
-        self.constant = {
-            core.name for core in self.network.derived if self.frozen.issuperset(self.network.roots_of(core.name))
-        }
-        self.roots = sorted({root for core in self.network.derived for root in self.network.roots_of(core.name)})
+        self._frozen = {core.name for core in stored if core.frozen}
+        weights = {core.name for core in stored if core.origin == "weight"}
+        roots = {core.name: self.network.roots_of(core.name) for core in derived}
+        self._constant = {name for name, cores in roots.items() if self._frozen.issuperset(cores)}
+        self.light = [core for core in derived if weights.isdisjoint(roots[core.name])]
+        self.heavy = [core for core in derived if not weights.isdisjoint(roots[core.name])]
+        # The stored cores that light ones, and all of them, are made of, by their places.
+        self.light_roots = self._places({root for core in self.light for root in roots[core.name]})
+        self.roots = self._places({root for cores in roots.values() for root in cores})
 
-    def values(self, stored: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Every core by name, derived ones too."""
-        return dict(self._evaluated(stored).cores)
+    def _places(self, names: set[str]) -> list[int]:
+        return [place for place, name in enumerate(self.names) if name in names]
 
-    def start(self, copies: Sequence[Tensor]) -> StartValues:
-        """What `changes` needs, from the frozen copies; cores that are frozen are their own."""
+    def start(self, copies: Mapping[str, Tensor], derived: Sequence[DerivedCore]) -> StartValues:
+        """What changes need, from the frozen copies by name (cores that are frozen are their own)."""
+        cores = dict(copies)
+        inputs: dict[str, tuple[Tensor, ...]] = {}  # an annotation, for Dynamo calls no `dict[...]()`
         with torch.no_grad():
-            return self._evaluated(copies)
+            self._evaluate(derived, cores, inputs)
+        return StartValues(cores, inputs)
+
+    def values(self, stored: Mapping[str, Tensor], derived: Sequence[DerivedCore]) -> list[Tensor]:
+        """Derived cores, those among them that they are made of first, from cores by name."""
+        cores = dict(stored)
+        self._evaluate(derived, cores, {})
+        return [cores[core.name] for core in derived]
+
+    def changes(self, now: Mapping[str, Tensor], start: StartValues, derived: Sequence[DerivedCore]) -> list[Tensor]:
+        """How derived cores changed, the value of those that cannot; `now` has the same of those that are known."""
+        cores: dict[str, Tensor] = {}
+        changed: dict[str, Tensor | None] = {}
+        made = {core.name for core in self.network.derived}
+        with without_autocast(next(iter(now.values()))):
+            for name, tensor in now.items():
+                first = start.cores[name]
+                if name in made:
+                    constant = name in self._constant
+                    cores[name] = first if constant else first + tensor
+                    changed[name] = None if constant else tensor
+                else:
+                    cores[name] = tensor
+                    changed[name] = None if name in self._frozen else tensor - first
+            for core in derived:
+                changed[core.name] = change = self._change(core, cores, changed, start)
+                cores[core.name] = start.cores[core.name] if change is None else start.cores[core.name] + change
+        return [self._given(core.name, changed[core.name], start) for core in derived]
+
+    def _given(self, name: str, change: Tensor | None, start: StartValues) -> Tensor:
+        """What a factor of a derived core holds: its change, or its value where it cannot change."""
+        if change is not None:
+            return change
+        first = start.cores[name]
+        return first if name in self._constant else torch.zeros_like(first)
 
     def factors(self, cores: Mapping[str, Tensor]) -> list[Tensor]:
-        """What terms name, in the plain network's order."""
+        """What terms name, in the plain network's order, from the tensor of each core."""
         return [_under(cores[factor.reference.core], factor.reference) for factor in self.network.factors]
 
-    def changes(self, stored: Sequence[Tensor], start: StartValues) -> list[Tensor]:
-        """The factors; of those that are derived and train, their change since the start."""
-        cores = dict(zip(self.names, stored, strict=True))
-        changed: dict[str, Tensor | None] = {}
-        with without_autocast(stored[0]):
-            for name, core in cores.items():
-                changed[name] = None if name in self.frozen else core - start.cores[name]
-            for derived in self.network.derived:
-                name = derived.name
-                changed[name] = change = self._change(derived, cores, changed, start)
-                cores[name] = start.cores[name] if change is None else start.cores[name] + change
-        chosen = zip(self.network.factors, self.changing, strict=True)
-        return [
-            _under(
-                _known(changed[factor.reference.core]) if changes else cores[factor.reference.core], factor.reference
-            )
-            for factor, changes in chosen
-        ]
-
-    def _evaluated(self, stored: Sequence[Tensor]) -> StartValues:
-        cores = dict(zip(self.names, stored, strict=True))
-        inputs: dict[str, tuple[Tensor, ...]] = {}
-        exact = self.network.start == "frozen_copy"
-        with without_autocast(stored[0]):
-            for derived in self.network.derived:
-                value = _summed([_product(summand, cores, derived.before) for summand in derived.summands])
-                before, legs = [], derived.before
-                for each in derived.maps:
+    def _evaluate(
+        self, derived: Sequence[DerivedCore], cores: dict[str, Tensor], inputs: dict[str, tuple[Tensor, ...]]
+    ) -> None:
+        """Add derived cores to `cores`, and what their maps act on to `inputs`."""
+        if not derived:
+            return
+        with without_autocast(next(iter(cores.values()))):
+            for core in derived:
+                value = _summed([_product(summand, cores, core.before) for summand in core.summands])
+                before, legs = [], core.before
+                for each in core.maps:
                     before.append(value)
                     at = None if each.at is None else cores[each.at]
-                    wide = value.double() if exact and not each.linear else value
-                    mapped, legs_after = _mapped(each, wide, legs, at)
-                    value, legs = mapped.to(value.dtype), legs_after
-                cores[derived.name] = _ordered(value, legs, derived.legs)
-                inputs[derived.name] = tuple(before)
-        return StartValues(cores, inputs)
+                    wide = value.double() if self.copies and not each.linear else value
+                    mapped, legs = _mapped(each, wide, legs, at)
+                    value = mapped.to(value.dtype)
+                cores[core.name] = _ordered(value, legs, core.legs)
+                inputs[core.name] = tuple(before)
 
     def _change(
         self,
-        derived: DerivedCore,
+        core: DerivedCore,
         cores: Mapping[str, Tensor],
         changed: Mapping[str, Tensor | None],
         start: StartValues,
     ) -> Tensor | None:
         """How a derived core changed; None where it cannot."""
-        if derived.name in self.constant:
+        if core.name in self._constant:
             return None
-        legs, totals = derived.before, []
-        for summand in derived.summands:
+        legs, parts = core.before, []
+        for summand in core.summands:
             for place, reference in enumerate(summand.references):
                 if changed[reference.core] is not None:
-                    totals.append(_product(summand, cores, legs, start.cores, changed, place))
-        change = _summed(totals)
-        for each, first in zip(derived.maps, start.inputs[derived.name], strict=True):
+                    parts.append(_product(summand, cores, legs, start.cores, changed, place))
+        if not parts:
+            return None
+        change = _summed(parts)
+        for each, first in zip(core.maps, start.inputs[core.name], strict=True):
             at = None if each.at is None else cores[each.at]
             if each.linear:
-                change, legs_after = _mapped(each, change, legs, at)
-            else:
-                wide = first.double()
-                both = torch.stack((wide, wide + change.double()), 1)
-                after, paired = _mapped(each, both, (PAIR, *legs), at)
-                legs_after = tuple(leg for leg in paired if leg != PAIR)
-                before, now = after.unbind(1 + paired.index(PAIR))
-                change = (now - before).to(change.dtype)
-            legs = legs_after
-        return _ordered(change, legs, derived.legs)
+                change, legs = _mapped(each, change, legs, at)
+                continue
+            wide = first.double()
+            both, paired = _mapped(each, torch.stack((wide, wide + change.double()), 1), (PAIR, *legs), at)
+            before, now = both.unbind(1 + paired.index(PAIR))
+            change, legs = (now - before).to(change.dtype), tuple(leg for leg in paired if leg != PAIR)
+        return _ordered(change, legs, core.legs)
 
 
 def _known(tensor: Tensor | None) -> Tensor:
@@ -177,9 +200,9 @@ def _mapped(each: BoundMap, tensor: Tensor, legs: Sequence[str], at: Tensor | No
     rest = tuple(leg for leg in legs if leg not in each.takes)
     moved = _ordered(tensor, legs, (*rest, *each.takes))
     layers, others, taken = moved.shape[0], moved.shape[1 : 1 + len(rest)], moved.shape[1 + len(rest) :]
-    arguments = dict(each.arguments)
+    arguments: dict[str, object] = dict(each.arguments)
     if at is not None:
-        arguments["at"] = at  # type: ignore[assignment]
+        arguments["at"] = at
     flat = moved.reshape(layers, math.prod(others), *taken)
     result = map_function(each.name)(flat, each.shape, **arguments)
     return result.reshape(layers, *others, *each.shape), (*rest, *each.gives)

@@ -168,7 +168,8 @@ def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any], given: Ma
         match = () if match is None else match
     if match is None:
         fix = r"For example `match=r'attn\.to_[qv]$'`, a list of names from `model.named_modules()`, or `match='all'`."
-        raise AttachError(Problem(f"spec '{spec.name}'", "`match`", "none", fix))
+        unknown = unknown_params(f"params of spec '{spec.name}'", params, spec.params, ATTACH)
+        raise AttachError(*unknown, Problem(f"spec '{spec.name}'", "`match`", "none", fix))
     if isinstance(match, str):
         compiled(match)
         layers: str | tuple[str, ...] = match
