@@ -209,3 +209,31 @@ def test_a_state_dict_in_half_precision_keeps_places_whole():
         assert adapter.cores["places"].dtype == torch.int64
         assert torch.equal(adapter.cores["places"], before[layer])
         assert adapter.cores["values"].dtype == torch.float32
+
+
+SQUASHED = """
+tnpeft: 2
+name: squashed
+title: A LoRA whose up core is squashed
+layers: any
+params: {r: 2}
+sizes: {o: out_channels, i: in_channels, a: r}
+cores:
+  B: {legs: o a, init: zeros}
+  A: a i k...
+  b: {of: B, legs: o a, map: tanh}
+terms:
+  - {cores: [b, A], weight: o i k...}
+start: zero
+"""
+
+
+@pytest.mark.parametrize("library", ["peft", "diffusers", "lycoris", "kohya", "comfyui"])
+def test_no_other_library_s_file_is_written_without_the_maps(library: str, tmp_path: Path):
+    """Its contraction is LoRA's: its stored cores are not."""
+    model = base()
+    tnpeft.attach(model, tnpeft.Spec.from_yaml(SQUASHED), match=["0"])
+    with pytest.raises(tnpeft.AdapterFileError) as caught:
+        tnpeft.save_foreign(model, tmp_path / "there.safetensors", library)
+    assert "with the derived core 'b'. Merge it into the model instead" in str(caught.value)
+    assert not any(tmp_path.iterdir())

@@ -46,7 +46,7 @@ def move(model: nn.Module, seed: int = 0, size: float = 0.05) -> None:
                 parameter.add_(step.to(parameter.dtype))
 
 
-def attached(model: nn.Module, spec: str, match: str = "all", **options: Any) -> tnpeft.Handle:
+def attached(model: nn.Module, spec: str, match: Any = "all", **options: Any) -> tnpeft.Handle:
     return tnpeft.attach(model, spec, match=match, **PARAMS[spec], **options)
 
 
@@ -107,8 +107,7 @@ def test_several_adapters_merged_disabled_and_detached(spec: str):
     model = base()
     first = attached(model, spec, name="first")
     move(model)
-    alone = model(X)
-    close(alone, oracle({first: 1.0})(X.double()))
+    close(model(X), oracle({first: 1.0})(X.double()))
     second = attached(model, spec, name="second", seed=5)
     move(model, 3)
     tnpeft.activate(model, {"first": 0.5, "second": 2.0})
@@ -121,12 +120,13 @@ def test_several_adapters_merged_disabled_and_detached(spec: str):
         assert torch.equal(model(X), base()(X))
     with tnpeft.rows(model, ["first", "second", None, "first"]):
         mixed = model(X)
-    tnpeft.activate(model, "second")
-    for row, expected in enumerate((alone, model(X), base()(X), alone)):
+    one, other = (oracle({handle: scale})(X.double()) for handle, scale in ((first, 0.5), (second, 2.0)))
+    for row, expected in enumerate((one, other, base()(X), one)):
         close(mixed[row], expected[row])
-    tnpeft.detach(model, "second")
     tnpeft.activate(model, "first")
-    close(model(X), alone, 1e-6)
+    close(model(X), oracle({first: 1.0})(X.double()))
+    tnpeft.detach(model)
+    assert torch.equal(model(X), base()(X))
 
 
 @pytest.mark.parametrize("spec", SOME)
@@ -252,7 +252,7 @@ def test_functorch_and_second_derivatives(spec: str):
         with torch.no_grad():
             for core, step in zip(cores, steps, strict=True):
                 core.add_(size * step)
-        ends.append(float(sized()))
+        ends.append(float(sized().detach()))
     along_steps = sum(float((grad * step).sum()) for grad, step in zip(second, steps, strict=True))
     assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(along_steps, rel=1e-4, abs=1e-6)
 
@@ -298,13 +298,13 @@ def test_dropout_acts_in_training_alone(spec: str, kind: str):
     try:
         handle = attached(model, spec, dropout={kind: 0.5})
     except tnpeft.AttachError as error:
-        assert kind == "bond"
-        assert "expected a bond of two entries or more" in str(error)
+        if kind != "bond" or "expected a bond of two entries or more" not in str(error):
+            raise
         return
     move(model)
     model.train()
     torch.manual_seed(0)
-    assert not torch.equal(model(X), model(X))
+    assert len({float(model(X).detach().sum()) for _ in range(8)}) > 1
     assert all(bool(gradient.isfinite().all()) for gradient in gradients(model, lambda: model(X)).values())
     model.eval()
     close(model(X), oracle({handle: 1.0})(X.double()))
@@ -352,14 +352,13 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("axes", ["e o i", "e i o"])
 def test_stacks_of_slices(spec: str, axes: str, tmp_path: Path):
     model = Experts()
-    handle = attached(model, spec, match=(), parameters={"w": axes})  # type: ignore[arg-type]
+    handle = attached(model, spec, match=(), parameters={"w": axes})
     close(model(X), Experts()(X), 1e-6)
     move(model)
     (adapter,), weight = handle.adapters.values(), Experts().w.detach()
     turned = weight.transpose(1, 2) if axes == "e i o" else weight
     deltas = []
     for place in range(3):
-        one = copy.copy(adapter)
         shared = {core.name for core in adapter.network.cores if core.shared is not None}
 
         def sliced(cores: Mapping[str, Tensor], shared: set[str] = shared, place: int = place) -> dict[str, Tensor]:
@@ -389,7 +388,7 @@ def test_embeddings_and_computed_weights(spec: str, tmp_path: Path):
     torch.manual_seed(0)
     table = nn.Sequential(nn.Embedding(32, SIDE))
     weight, ids = table[0].weight.detach().clone(), torch.tensor([[0, 31, 7], [7, 7, 2]])
-    handle = attached(table, spec)
+    handle = attached(table, spec, match=["0"])
     move(table)
     delta = formula(handle.adapters["0"], weight.T).T
     close(table(ids), nn.functional.embedding(ids, weight.double() + delta))
