@@ -20,9 +20,10 @@ from tnpeft.adapters.given import unwritten
 from tnpeft.adapters.inits import initial_core, whole_seed
 from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.offload import Resident, present
+from tnpeft.adapters.places import with_good_places
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.start_std import scale_start
-from tnpeft.adapters.strides import memory_order, moved
+from tnpeft.adapters.strides import memory_order, moved, widened
 from tnpeft.adapters.twin import Twinned
 from tnpeft.network import BoundCore, Network
 from tnpeft.network.dropout import Dropout, Mask, masks_of
@@ -123,10 +124,8 @@ class Adapter(Resident, Twinned, nn.Module):
             if holder is not self:
                 self._holders |= {CORE + core.name: holder, START + core.name: holder}
             elif core.origin != "weight":
-                like = weight.new_empty(
-                    core.shape, dtype=torch.int64 if self.factors is not None and core.is_index else wide
-                )
-                self._register_one(CORE, core.name, like, core.frozen, copies)
+                dtype = torch.int64 if self.factors is not None and core.is_index else wide
+                self._register_one(CORE, core.name, weight.new_empty(core.shape, dtype=dtype), core.frozen, copies)
         if self.network.compose == "dora":
             like = weight.new_empty(self.network.magnitude_shape, dtype=wide)
             self._register_one(DORA, MAGNITUDE, like, False, True)
@@ -374,10 +373,10 @@ class Adapter(Resident, Twinned, nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(with_good_places(self, state_dict, prefix, rest[-1]), prefix, *rest)
         # `assign=True` takes what it is given.
         if any(tensor.dtype.itemsize < 4 for tensor in self.state_dict().values()):
-            super()._apply(lambda tensor: tensor.float())  # type: ignore[no-untyped-call]
+            super()._apply(widened)  # type: ignore[no-untyped-call]
         self._written()
         if all(prefix + key in state_dict for key in (*self._parameters, *self._buffers)):
             self._initialised, self._empty = True, ()

@@ -15,14 +15,15 @@ Captured = Mapping[str, tuple[str, ...]]
 """For each scope, what its regular expression captured in a layer's name."""
 
 _Adapter = TypeVar("_Adapter")
-SharingKey = tuple[Declaration, str, str, tuple[int, ...]]
+SharingKey = tuple[Declaration, str, str, tuple[int, ...], tuple[int, ...]]
 
 
 class Sharing:
     """The shared cores of one attach: the first layer of a key holds the tensor, the others use it.
 
     A key is the spec, the core, what the scope's regular expression captured in the layer's name, and
-    the shape: layers of other shapes have tensors of their own. Adapters of other attaches never share.
+    the shape: layers of other shapes have tensors of their own, and so have places in tensors of other sizes. Adapters
+    of other attaches never share.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class Sharing:
 
 def sharing_key(spec: Declaration, core: BoundCore, captured: Captured) -> SharingKey:
     """What layers must have alike to share a core."""
-    return spec, core.name, sharing_label(spec, core, captured), core.shape
+    return spec, core.name, sharing_label(spec, core, captured), core.shape, core.init.sizes
 
 
 def sharing_label(spec: Declaration, core: BoundCore, captured: Captured) -> str:

@@ -95,7 +95,7 @@ def _drawn(adapter: Adapter) -> dict[str, str]:
         if core.frozen and is_drawn(core) and core.name not in (*adapter.shared, *adapter.given):
             tensor = adapter.cores[core.name].detach().cpu()
             if torch.equal(tensor, adapter.initial(core).to(tensor.dtype)):
-                found[core.name] = digest_of(tensor.float())
+                found[core.name] = digest_of(tensor if core.is_index else tensor.float())
     return found
 
 

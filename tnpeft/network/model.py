@@ -26,6 +26,7 @@ class BoundInit:
     name: str
     arguments: Mapping[str, float] = field(default_factory=dict)
     legs: tuple[str, ...] = ()  # that it names: those of places, or along which values are the same
+    sizes: tuple[int, ...] = ()  # of these
     core: str | None = None  # whose value it takes
 
 

@@ -63,7 +63,7 @@ class Derivations:
     def start(self, copies: Mapping[str, Tensor], derived: Sequence[DerivedCore]) -> StartValues:
         """What changes need, from the frozen copies by name (cores that are frozen are their own)."""
         cores = dict(copies)
-        inputs: dict[str, tuple[Tensor, ...]] = {}
+        inputs: dict[str, tuple[Tensor, ...]] = {}  # an annotation, for Dynamo calls no `dict[...]()`
         with torch.no_grad():
             self._evaluate(derived, cores, inputs)
         return StartValues(cores, inputs)
