@@ -252,7 +252,8 @@ class _Counts:
 
     def _most(self) -> int | None:
         """Where every value fits, the smallest of those that train the most; None where all train as much."""
-        totals = {value: self._total(value) for value in [*self.known] if self._total(value) != float("inf")}
+        tried = dict.fromkeys(value for value, _ in self.known)
+        totals = {value: self._total(value) for value in tried if self._total(value) != float("inf")}
         most = max(totals.values())
         high = min(value for value, total in totals.items() if total == most)
         low = max((value for value in totals if value < high), default=0)
