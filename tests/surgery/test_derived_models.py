@@ -412,6 +412,7 @@ def test_embeddings_and_computed_weights(spec: str, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes, which no input changes
 @pytest.mark.parametrize("spec", SOME)
 def test_exported_traced_and_compiled(spec: str):
     model, handle = adapted(spec)
