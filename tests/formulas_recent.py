@@ -95,6 +95,18 @@ def dense_curlora(c: Cores, w: Tensor, shape: Shape) -> Tensor:
     return (matrix[:, c["columns"]] @ c["U"] @ matrix[c["rows"]])[..., None]
 
 
+def dense_prolora(c: Cores, w: Tensor, shape: Shape, m: int = 2, n: int = 2) -> Tensor:
+    """The shared ranks in chunks: `first` and `second` have one at the multiples of the strides, and zeros between."""
+
+    def chunks(shared: Tensor, count: int, marks: Tensor) -> Tensor:
+        each = [sum(mark * shared.roll(chunk * len(marks) + place, 0) for place, mark in enumerate(marks.flatten()))
+                for chunk in range(count)]  # fmt: skip
+        return torch.cat(each, dim=1)
+
+    columns, rows = chunks(flat(c["down_0"], 2), m, c["first"]), chunks(c["up_0"], n, c["second"])
+    return torch.einsum("ou,uik->oik", c["up"], flat(c["down"], 2)) + torch.einsum("yo,yik->oik", rows, columns)
+
+
 HEADS = (nn.Linear(12, 20), nn.Conv2d(6, 9, (3, 2), groups=3), nn.Conv3d(4, 6, (1, 2, 3)))
 SQUARE = (nn.Linear(12, 20), nn.Conv1d(24, 20, 5, groups=2), nn.ConvTranspose2d(8, 4, (2, 3)))
 
@@ -104,6 +116,7 @@ RECENT: dict[str, tuple[Callable[[Cores, Tensor, Shape], Tensor], tuple[nn.Modul
     "ether_plus": (dense_ether_plus, EVEN),
     "miss_bat": (dense_miss_bat, SQUARE),
     "curlora": (dense_curlora, FLAT),
+    "prolora": (dense_prolora, EVEN),
     "spectral_adapter_r": (dense_spectral_adapter_r, BROAD),
 }
 for _name in (*("tera", "tensorguide", "hyperadapt", "moslora", "mora", "tlora", "svdiff", "spectral_adapter"),):
