@@ -25,18 +25,21 @@ def write(tmp_path: Path, body: str) -> Path:
     return path
 
 
+_ELSEWHERE = ("origin", "shared", "maps", "difference")  # checks of what LoRA has not
+
+
 def test_text_names_every_check_and_what_was_tried():
     shown = text("verify", "lora", "--layer", "Conv2d:4,6,3x1,groups=2", "--set", "r=2", *SMALL)
     lines = shown.splitlines()
     assert lines[0] == "lora: Low-rank adaptation, for every kind of layer"
     assert lines[1].startswith("2 examples in ")
     assert lines[1].endswith(" s, seed 0; 0 layers refused")
-    checks = {line.split()[0]: line.split()[1:] for line in lines[4:18]}
+    checks = {line.split()[0]: line.split()[1:] for line in lines[4:20]}
     assert list(checks) == [
-        *("reach", "sizes", "entries", "start", "parameters", "origin", "shared", "values", "gradients", "modes"),
-        *("merge", "save", "detach", "alive"),
+        *("reach", "sizes", "entries", "start", "parameters", "origin", "shared", "maps", "difference"),
+        *("values", "gradients", "modes", "merge", "save", "detach", "alive"),
     ]
-    assert all(words[:2] == ["ok", "2"] for name, words in checks.items() if name not in ("origin", "shared"))
+    assert all(words[:2] == ["ok", "2"] for name, words in checks.items() if name not in _ELSEWHERE)
     assert checks["shared"][:3] == ["-", "0", "2"]
     assert "kinds       Conv2d (2)" in lines
     assert "channels    composite (4)" in lines
