@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.base_weight import base_weight
-from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_flattened, write
+from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_flattened, whole, write
 from tnpeft.adapters.dora import composed, magnitudes
 from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
 from tnpeft.adapters.offload import Resident, present
@@ -89,9 +89,9 @@ class Adapter(Resident, nn.Module):
         self._name_keys()
         # Tensors made under inference mode could never be trained.
         with present(layer), torch.inference_mode(False):
-            weight = base_weight(layer, network) if initialise else outline(base_weight(layer, network))
+            weight = base_weight(layer, network)
             self._lay_out(weight.stride())
-            self._register(weight, sharing or Sharing())
+            self._register(outline(weight), sharing or Sharing())
             self._empty = self._held()
             if initialise:
                 self.reset_parameters(weight)
@@ -187,7 +187,7 @@ class Adapter(Resident, nn.Module):
         """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
         cores = self.core_tensors(weight)
         magnitude = self._parameters.get(_DORA + _MAGNITUDE)
-        return cores if magnitude is None else [*cores, magnitude]
+        return cores if magnitude is None else [*cores, *gathered([magnitude])]
 
     def core_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
         """The network's cores in its order, the base `weight` among them where one is it.
@@ -241,14 +241,14 @@ class Adapter(Resident, nn.Module):
             self.to_empty(device=weight.device)
         drawn = {core.name: self.initial(core, weight) for core in self.network.cores if self._holds(core)}
         if self.magnitude is not None:
-            base = self._base(weight).detach()
-            drawn[_MAGNITUDE] = magnitudes(self.network.layer, base.to(self.magnitude.dtype))
+            base = self._base(weight)
+            drawn[_MAGNITUDE] = magnitudes(self.network.layer, whole(base).to(self.magnitude.dtype))
         with torch.no_grad():
             for name, values in drawn.items():
-                tensor = self._tensor((_DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE) + name)
-                tensor.copy_(values)
+                prefix = _DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE
+                write(self._tensor(prefix + name), values)
                 if _START + name in self._buffers:
-                    self._tensor(_START + name).copy_(tensor)
+                    self._tensor(_START + name).copy_(values)
         self._written()
         self._initialised, self._empty = True, ()
 

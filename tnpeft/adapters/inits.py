@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from tnpeft.adapters.distributed import whole
 from tnpeft.errors import BindError, Problem, clip
 from tnpeft.network import BoundCore, Layer, Network
 from tnpeft.spec import init_function
@@ -38,12 +39,13 @@ def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weigh
     Raises BindError where the distribution does not fit the core.
     """
     with torch.device("cpu"):
+        weight = weight if core.init.name in _PARTS else None
         one = network.slice_network
         if one is None or core.shared is not None:
             return _initial_core(one or network, core, seed, layer, weight)
         slice_core = one.cores[network.cores.index(core)]
         # As if each slice were a layer of its own, with its number at the end of its name.
-        weights = [None] * network.layer.slices if weight is None else weight.unbind(0)
+        weights = [None] * network.layer.slices if weight is None else whole(weight).unbind(0)
         slices = [_initial_core(one, slice_core, seed, f"{layer}.{n}", part) for n, part in enumerate(weights)]
         return torch.stack(slices)
 
@@ -188,7 +190,7 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
     if weight is None or weight.device.type == "meta":
         fix = "Give the model its weights first, then call `reset_parameters` with the layer's weight."
         raise BindError(_misfit(core, "the base weight's values", "none", fix))
-    matrix = canonical_weight(network.layer, weight.detach()).to("cpu", torch.float64)
+    matrix = canonical_weight(network.layer, whole(weight.detach())).to("cpu", torch.float64)
     if not bool(torch.isfinite(matrix).all()):
         fix = "Mend the layer's weight, or match other layers."
         raise BindError(_misfit(core, "a base weight of finite numbers", "nan or inf", fix))

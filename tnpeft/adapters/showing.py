@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnpeft.adapters.distributed import DISTRIBUTED, is_sharded
+from tnpeft.adapters.distributed import DISTRIBUTED, gathered, is_distributed, is_sharded
 from tnpeft.adapters.offload import Resident, is_bare, store, wrapper_of
 from tnpeft.errors import ExecutionError, Problem
 
@@ -133,7 +133,8 @@ def showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> type
                 require_values(module, shown.get(name, name), acts)
             if DISTRIBUTED in sys.modules and name in shown and acts is not None and is_sharded(wrapper_of(module)):
                 own = stored_at(module, table, name)
-                acts = acts if own is None else acts.to(own.dtype)  # that of FSDP2's MixedPrecisionPolicy
+                if own is not None and not is_distributed(own):  # the module runs
+                    acts = gathered([acts])[0].to(own.dtype)  # that of FSDP2's MixedPrecisionPolicy
             maker = module.__dict__.get(READ, {}).get(name)
             return acts if maker is None else module._modules[maker].effective(acts)
 

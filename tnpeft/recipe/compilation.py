@@ -16,18 +16,16 @@ from tnpeft.network.dropout import Dropout, dropout_problems
 from tnpeft.recipe.model import Entry
 from tnpeft.schedule import check_mode
 
-__all__ = ["compiled_layers"]
+__all__ = ["bound_layers", "compiled_layers"]
 
 
-def compiled_layers(
-    modules: Mapping[str, nn.Module | ParameterLayer],
-    claimed: Mapping[str, Entry],
-    captured: Mapping[str, Captured],
-    seed: int | None,
-    mode: str,
-    autotune: bool,
-) -> dict[str, Adapter]:
-    """One adapter per layer (once for a layer with two names); every layer's mistakes are collected."""
+def bound_layers(
+    modules: Mapping[str, nn.Module | ParameterLayer], claimed: Mapping[str, Entry], mode: str
+) -> dict[str, Network]:
+    """One network per layer (once for a layer with two names); every layer's mistakes are collected.
+
+    Nothing is made of weights yet.
+    """
     check_mode(mode)
     networks: dict[str, Network] = {}
     seen: set[int] = set()
@@ -48,6 +46,20 @@ def compiled_layers(
             problems += _dropout_problems(name, network, modules[name], dropout)
     if problems:
         raise AttachError(*problems)
+    return networks
+
+
+def compiled_layers(
+    networks: Mapping[str, Network],
+    modules: Mapping[str, nn.Module | ParameterLayer],
+    claimed: Mapping[str, Entry],
+    captured: Mapping[str, Captured],
+    seed: int | None,
+    mode: str,
+    autotune: bool,
+) -> dict[str, Adapter]:
+    """The adapters of bound layers; every layer's mistakes are collected."""
+    problems: list[Problem] = []
     sharing = Sharing()
     adapters: dict[str, Adapter] = {}
     for name, network in networks.items():
