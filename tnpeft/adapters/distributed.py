@@ -25,6 +25,7 @@ __all__ = [
     "is_distributed",
     "is_sharded",
     "is_split",
+    "is_unit",
     "keep_wide",
     "outline",
     "refuse_distributed",
@@ -107,12 +108,17 @@ def unit_class() -> Any:
     return getattr(sys.modules.get(UNITS), "FSDPModule", None)
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers it as a unit."""
+    kind = unit_class()
+    return kind is not None and isinstance(module, kind)
+
+
 def reshard(model: nn.Module) -> None:
     """Free what FSDP2 has gathered: where a unit keeps it after a forward pass, the parts may be newer."""
-    kind = unit_class()
-    for module in () if kind is None else model.modules():
-        if isinstance(module, kind):
-            module.reshard()
+    for module in model.modules() if unit_class() is not None else ():
+        if is_unit(module):
+            module.reshard()  # type: ignore[operator]
 
 
 def gathered(tensors: Sequence[Tensor | None]) -> list[Any]:

@@ -7,23 +7,33 @@ they do, its class is a subclass in which those names are properties (torch's pa
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.distributed import DISTRIBUTED, gathered, is_distributed, is_sharded
+from tnpeft.adapters.distributed import DISTRIBUTED, gathered, is_distributed, is_sharded, is_unit
 from tnpeft.adapters.offload import Resident, is_bare, store, wrapper_of
+from tnpeft.adapters.units import as_unit
 from tnpeft.errors import ExecutionError, Problem
 
 __all__ = [
+    "MADE",
+    "MANGLED",
+    "ON_READING",
+    "ORIGINAL",
     "READ",
     "SHOWN",
     "UNSET",
     "bare",
+    "combined",
+    "copies_of",
     "flat_weights",
     "key_of",
+    "own",
+    "parked_key",
     "plain_class",
     "require_values",
     "set_own",
@@ -37,6 +47,12 @@ READ = "_tnpeft_read"
 """On a module: for each parameter that reads as its sum with updates, the key of the submodule that makes it."""
 UNSET = "_tnpeft_unset"
 """On a module: the keys of copies that were made of tensors without memory, and were not loaded since."""
+MANGLED = "_tnpeft_"
+ORIGINAL = "original"
+MADE = "_tnpeft_made"
+"""On a module: for each tensor that is made of several copies, or merged, the adapters and scales that make it."""
+ON_READING = ":sum"
+"""In `SHOWN`, where a sum of copies acts that is made whenever it is read."""
 
 
 def key_of(stored: str) -> str:
@@ -57,6 +73,52 @@ def stored_at(module: nn.Module, table: str, stored: str) -> Tensor | None:
         if stored in tensors:
             return tensors[stored]  # type: ignore[no-any-return]
     return module.__dict__[stored]  # type: ignore[no-any-return] # FSDP has taken the parameter and left a view of it
+
+
+def parked_key(who: str, key: str) -> str:
+    """The key of what stands beside `key`. No adapter's name has a colon, so that no two tensors share a place."""
+    return f"{MANGLED}{who}:{key}"
+
+
+def copies_of(name: str) -> str:
+    """Whose the copies of adapter `name` are, for `parked_key`."""
+    return f"of_{name}"
+
+
+def own(module: nn.Module, table: str, key: str) -> Tensor:
+    """The base's own tensor, whatever acts in its place, merged or not."""
+    tensors = module.__dict__[table]
+    tensor: Tensor | None = tensors.get(f"{MANGLED}{ORIGINAL}:{key}")
+    if tensor is None:  # a table alone, as nearly always, takes no call
+        tensor = tensors.get(key)
+    if tensor is None:
+        tensor = stored_at(module, table, key)
+    assert tensor is not None
+    return tensor
+
+
+def combined(module: nn.Module, table: str, key: str, scales: Mapping[str, float]) -> Tensor:
+    """b0 + sum of s (b - b0) over the copies of some adapters, rounded once; an integer stays what it is."""
+    original = own(module, table, key).detach()
+    for stored in (parked_key(copies_of(name), key) for name in scales):
+        require_values(module, stored, stored_at(module, table, stored))
+    if list(scales.values()) == [1.0]:
+        (name,) = scales
+        return _copy(module, table, key, name).clone()
+    if not original.is_floating_point():
+        return original.clone()
+    wide = original.to(torch.promote_types(original.dtype, torch.float32))
+    total = wide.clone()
+    for name, scale in scales.items():
+        total.add_(_copy(module, table, key, name).to(wide.dtype) - wide, alpha=scale)
+    # A sum of differences may be no variance any more.
+    return (total.clamp_(min=0) if key == "running_var" else total).to(original.dtype)
+
+
+def _copy(module: nn.Module, table: str, key: str, name: str) -> Tensor:
+    copy = stored_at(module, table, parked_key(copies_of(name), key))
+    assert copy is not None
+    return copy.detach()
 
 
 class _Showing(Resident):
@@ -128,6 +190,8 @@ def showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> type
             shown = module.__dict__.get(SHOWN, {})
             if is_bare(module):
                 return bare(module, name) if table == "_parameters" else stored_at(module, table, name)
+            if shown.get(name) == ON_READING:
+                return combined(module, table, name, module.__dict__[MADE][name])
             acts = stored_at(module, table, shown.get(name, name))
             if UNSET in module.__dict__:
                 require_values(module, shown.get(name, name), acts)
@@ -178,4 +242,8 @@ def flat_weights(module: Any) -> list[Tensor | None]:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    return getattr(type(module), "_tnpeft_plain", type(module))
+    kind: Any = type(module)
+    plain: type[nn.Module] = getattr(kind, "_tnpeft_plain", kind)
+    if plain is kind or "_tnpeft_plain" in vars(kind) or not is_unit(module):
+        return plain
+    return as_unit(plain)  # type: ignore[no-any-return] # FSDP2 has made the subclass a unit

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from tnpeft.adapters.distributed import UNITS, is_distributed, is_sharded, unit_class
+from tnpeft.adapters.distributed import UNITS, is_distributed, is_sharded, is_unit, unit_class
 from tnpeft.adapters.offload import wrapper_of
+from tnpeft.errors import ExecutionError, Problem
 
-__all__ = ["hold_alike", "is_gathered", "mesh_of", "stand_for"]
+__all__ = ["as_unit", "hold_alike", "is_gathered", "mesh_of", "stand_for"]
 
 _FLAGS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
@@ -48,21 +49,25 @@ def hold_alike(adapter: nn.Module, mesh: Any, device: torch.device) -> None:
             adapter._parameters[key] = nn.Parameter(alike, requires_grad=tensor.requires_grad)
 
 
-def stand_for(base: Any, wrapper: Any) -> None:
-    """Let a module that hangs in a layer's place be what FSDP2 knows: the layer's unit, or a part of another one."""
+def stand_for(module: Any, other: Any) -> None:
+    """Let another module, which hangs in a module's place, be what FSDP2 knows: its unit, or a part of a larger one."""
     if UNITS not in sys.modules:
         return
-    wrapper.__dict__.update({flag: base.__dict__[flag] for flag in _FLAGS if flag in base.__dict__})
-    kind = unit_class()
-    if kind is not None and isinstance(base, kind):
+    other.__dict__.update({flag: module.__dict__[flag] for flag in _FLAGS if flag in module.__dict__})
+    if is_unit(module) and not is_unit(other):
         from torch.distributed._composable_state import _insert_module_state
 
-        _insert_module_state(wrapper, base._get_fsdp_state())
-        plain: Any = type(wrapper)
-        wrapper.__class__ = _unit(kind, plain)
+        _insert_module_state(other, module._get_fsdp_state())
+        plain: Any = type(other)
+        other.__class__ = as_unit(plain)
 
 
 @lru_cache(maxsize=64)
-def _unit(kind: Any, plain: Any) -> type:
+def as_unit(plain: Any) -> Any:
     """The class that `fully_shard` gives a module of a plain one."""
-    return type(f"FSDP{plain.__name__}", (kind, plain), {})
+    return type(f"FSDP{plain.__name__}", (unit_class(), plain), {"__deepcopy__": _uncopied})
+
+
+def _uncopied(module: nn.Module, _memo: object) -> NoReturn:
+    fix = "Copy the model before `fully_shard`, or save it and load it onto another one."
+    raise ExecutionError(Problem(f"copying a {type(module).__name__}", "a whole module", "a unit of FSDP2", fix))

@@ -245,6 +245,7 @@ class AdaptedLayer(Resident, nn.Module):
         forget_hook(base._load_state_dict_post_hooks, make_layer_again)
         make_again(base, False)
         move_hook(self, base)
+        stand_for(self, base)
         return base
 
     def reset_parameters(self) -> None:
