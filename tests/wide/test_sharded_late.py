@@ -56,11 +56,11 @@ def _trains(_folder: Path, cases: list[tuple[str, str, bool, str, dict[str, Any]
 
 
 def test_modes(tmp_path: Path):
-    cases = [(spec, mode, False, way, {}) for spec in THOROUGH for mode in MODES for way in ("layers", "blocks")]
+    cases = [(spec, "auto", False, way, {}) for spec in THOROUGH for way in ("layers", "blocks")]
     cases += [("lora", mode, False, way, EVERYTHING) for mode in MODES for way in LATE]
+    cases += [(spec, mode, False, "blocks", {}) for spec in ("tt_lora", "metatt") for mode in MODES[:-1]]
     run(_trains, 2, tmp_path, cases)
-    cases = [(spec, "auto", False, way, {}) for spec in THOROUGH for way in LATE]
-    run(_trains, 3, tmp_path, [*cases, ("dora", "auto", False, "layers", EVERYTHING)])
+    run(_trains, 3, tmp_path, [(spec, "auto", False, "blocks", {}) for spec in THOROUGH])
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -140,10 +140,8 @@ def _has_policies(_folder: Path) -> None:
     x, y = rows()
     for spec in ("lora", "mpo", "dora"):
         for way in ("layers", "blocks", "whole"):
-            plain, model = (
-                sharded(base(), way, mp_policy=BF16),
-                late(spec, way=way, sharding={"mp_policy": BF16}, **EVERYTHING),
-            )
+            policy = {"mp_policy": BF16}
+            plain, model = sharded(base(), way, **policy), late(spec, way=way, sharding=policy, **EVERYTHING)
             with torch.no_grad():
                 assert torch.equal(model(x), plain(x)), (spec, way)
             losses(model, x, y)
@@ -271,9 +269,7 @@ def _stays_a_unit(folder: Path) -> None:
     for first in (True, False):
         model = nn.Sequential(Experts(), nn.Linear(16, 16), nn.LayerNorm(16))
         steps: list[Callable[[], object]] = [
-            lambda model=model: tnpeft.attach(
-                model, "lora", match="embed$|^1$", train={"bias": "adapted", "norm": True}
-            ),
+            lambda model=model: tnpeft.attach(model, "lora", match="embed$|^1$", **EVERYTHING),
             lambda model=model: [fully_shard(each) for each in (model[0].embed, model[1], model[2], model)],
         ]
         for step in steps if first else reversed(steps):

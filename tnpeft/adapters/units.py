@@ -62,9 +62,13 @@ def stand_for(module: Any, other: Any) -> None:
         other.__class__ = as_unit(plain)
 
 
-@lru_cache(maxsize=64)
 def as_unit(plain: Any) -> Any:
     """The class that `fully_shard` gives a module of a plain one."""
+    return _made_unit(plain)
+
+
+@lru_cache(maxsize=64)
+def _made_unit(plain: Any) -> Any:
     return type(f"FSDP{plain.__name__}", (unit_class(), plain), {"__deepcopy__": _uncopied})
 
 
