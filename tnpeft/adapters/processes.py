@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import distributed, nn
 
-from tnpeft.adapters.distributed import UNITS, is_distributed, reshard
+from tnpeft.adapters.distributed import DISTRIBUTED, UNITS, is_distributed, reshard
 from tnpeft.errors import TnpeftError
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 
 
 @contextmanager
-def in_step(groups: Sequence[Any], unlike: TnpeftError) -> Iterator[list[Callable[[], object]]]:
+def in_step(groups: Sequence[Any], unlike: Callable[[], TnpeftError]) -> Iterator[list[Callable[[], object]]]:
     """Inside, each process checks or reads something; an error of one is raised in all, the `holders_of` a model.
 
     Yields a list for what says what was found, which must be the same for all: else `unlike` is raised. Nothing may be
@@ -46,11 +46,13 @@ def in_step(groups: Sequence[Any], unlike: TnpeftError) -> Iterator[list[Callabl
     for group in groups:
         found = found.union(*_everyones(found, group))
     if len(found) > 1:
-        raise unlike
+        raise unlike()
 
 
 def is_in_parts(model: Any) -> bool:
     """Whether the processes hold parts of the model, so that all of them must take part in saving and loading."""
+    if UNITS not in sys.modules and DISTRIBUTED not in sys.modules:
+        return False
     if not isinstance(model, nn.Module):  # which is told later
         return False
     reshard(model)

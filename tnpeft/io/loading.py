@@ -111,7 +111,8 @@ def _content(
     Where an adapter of that name is attached, they are for it to take; a `flat` model (FSDP1) has no place for others.
     """
     fix = "Give each process the same file: copy it to every machine, or to a folder that they share."
-    with in_step(holders, refuse(path, "adapter file", "the same in every process", "others in some", fix)) as said:
+    unlike = path, "adapter file", "the same in every process", "others in some", fix
+    with in_step(holders, lambda: refuse(*unlike)) as said:
         manifest, tensors = read(path)
         content = manifest, dict(tensors)
         said.append(lambda: encode(*content))

@@ -89,7 +89,7 @@ def attach(
         raise AttachError(Problem("model", "a torch.nn.Module", clip(model), "Pass the model itself."))
     where = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
     holders = holders_of(model)
-    with in_step(holders, _unlike("attach", _SAME_CALL)) as said:
+    with in_step(holders, lambda: _unlike("attach", _SAME_CALL)) as said:
         recipe = recipe_of(what, match, params, **where)
         recipe = recipe if train is None else replace(recipe, train=train_from(train))
         recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
@@ -98,7 +98,7 @@ def attach(
         said.append(lambda: (name, seed, mode, claims.in_words))
     with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
         adapters = claims.compiled(seed, mode, autotune)
-    with in_step(holders, _unlike("initial cores", _SAME_VALUES)) as said:
+    with in_step(holders, lambda: _unlike("initial cores", _SAME_VALUES)) as said:
         said.append(lambda: digest_of_modules(adapters))
     install(model, name, adapters, claims.also.names, _about(model, recipe, claims.layers, claims.also))
     return Handle(model, name)
