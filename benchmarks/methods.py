@@ -146,9 +146,13 @@ def modes_of(model: nn.Module) -> Counter[str]:
 def needs_weight_gradient(model: nn.Module) -> bool:
     """Whether no mode can do without the weight's gradient: an update has the base weight, or a core with all legs."""
     return any(
-        network.reads_weight or any(set(network.open_legs) <= set(core.legs) for core in network.cores)
-        for network in (adapter.network for adapter in _adapters(model))
+        network.compose is not None or any(_has_all(network, core) for core in network.cores)
+        for network in (adapter.network.plain for adapter in _adapters(model))
     )
+
+
+def _has_all(network: tnpeft.Network, core: Any) -> bool:
+    return core.origin == "weight" or set(network.open_legs) <= set(core.legs)
 
 
 def _adapters(model: nn.Module) -> Sequence[Any]:

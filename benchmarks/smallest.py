@@ -16,7 +16,7 @@ import tnpeft
 __all__ = ["KINDS", "MODES", "Kind", "attached", "pairs"]
 
 MODES = ("auto", "dense", "factored", "hybrid")
-_CHANNELS = ((4, 6), (6, 4), (4, 4), (8, 8), (8, 16), (16, 16))
+_CHANNELS = ((4, 6), (6, 4), (4, 4), (8, 8), (8, 16), (16, 16), (16, 64))
 
 
 class Kind(NamedTuple):

@@ -8,7 +8,8 @@ import os
 # Before torch is imported: two test processes on two cores must not fight for threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import settings
+from hypothesis import find, settings
+from hypothesis import strategies as st
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=explore
@@ -17,5 +18,6 @@ settings.load_profile("repeatable")
 
 def pytest_collection_finish() -> None:
     """What stands now stays to the end: the collector need not walk through millions of objects after every test."""
+    find(st.none(), lambda _: True)  # Hypothesis asks who holds its generator, and would not see what is frozen
     gc.collect()
     gc.freeze()

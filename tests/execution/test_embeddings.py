@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import tnpeft
 from tests.beside_layers import train
-from tnpeft.errors import AttachError
+from tnpeft.errors import AttachError, ExecutionError
 from tnpeft.execution import parameters as adapted_parameters
 
 ROWS, OUT = 50, 12
@@ -170,3 +170,18 @@ def test_match_all_passes_embeddings_over() -> None:
     handle = tnpeft.attach(adapted, "lora", match="all")
     assert list(handle.adapters) == ["1"]
     assert handle.report().passed == {"Embedding": 1}
+
+
+def test_an_embedding_that_was_resized_meanwhile_says_so() -> None:
+    """As transformers' `resize_token_embeddings` does it: what it writes to is the sum."""
+    adapted = model()
+    tnpeft.attach(adapted, "lora", match=["0"])
+    adapted[0].weight.data = torch.zeros(ROWS + 3, OUT)
+    adapted[0].num_embeddings = ROWS + 3
+    with pytest.raises(ExecutionError) as caught:
+        adapted(TOKENS)
+    assert str(caught.value) == (
+        "parameter '0': rows of its weight: expected the 53 of `num_embeddings`, found 50: what was written to the sum "
+        "with its updates is lost. Set `num_embeddings` back to 50, take the adapters off (`tnpeft.detach`), resize, "
+        "and attach again."
+    )

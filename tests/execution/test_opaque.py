@@ -12,7 +12,7 @@ import pytest
 import torch
 from opaque import CausalConv3d, Doubled, PackedQuantLinear, PaddedConv2d, TwiceConv1d, expected
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import tnpeft
@@ -512,3 +512,55 @@ def sizes_of(layer: tnpeft.Layer) -> dict[str, object]:
         "kernel_size": layer.kernel_size,
         "groups": layer.groups,
     }
+
+
+def test_the_input_is_known_in_a_call_by_keywords():
+    class Gated(nn.Linear):
+        def forward(self, hidden: Tensor, gate: Tensor) -> Tensor:
+            return super().forward(hidden) * gate
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Gated(8, 8))
+    x, gate = torch.randn(2, 3, 8)
+    handle = tnpeft.attach(model, "lora", match="0")
+    train(handle)
+    wanted = model[0](x, gate)
+    for call in ({"hidden": x, "gate": gate}, {"gate": gate, "hidden": x}):
+        assert torch.equal(model[0](**call), wanted)
+
+
+def test_parametrizations_of_the_base_stay_its_own():
+    """torch would delete the weight from the class of all adapted layers."""
+    model, x = made("spectral norm")
+    other, _ = made("weight norm")
+    for each in (model, other):
+        train(tnpeft.attach(each, "lora", match="0"))
+    before, others = model(x), other(x)
+    for change in (
+        lambda: parametrize.remove_parametrizations(model[0], "weight"),
+        lambda: parametrize.register_parametrization(model[0], "weight", nn.Identity()),
+    ):
+        with pytest.raises(tnpeft.ExecutionError) as caught:
+            change()
+        assert str(caught.value) == (
+            "layer '0': the parametrization of `weight`: expected to stay what it is while adapters are attached, "
+            "found something that would add to it or take it off. Take the adapters off first (`tnpeft.detach`); "
+            "`parametrizations.weight` reads it."
+        )
+    assert torch.equal(model(x), before)
+    assert torch.equal(other(x), others)
+    assert model[0].parametrizations.weight.original is model[0].base.parametrizations.weight.original
+    tnpeft.detach(model)
+    parametrize.remove_parametrizations(model[0], "weight")
+
+
+def test_a_computed_bias_has_a_weight_to_be_merged_with():
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    train(tnpeft.attach(model, "pissa", match="0"))
+    before = model(x)
+    tnpeft.merge(model, dequantise=True)
+    torch.testing.assert_close(model(x), before)
+    tnpeft.detach(model, merge=True)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), before)

@@ -271,9 +271,8 @@ class Words(nn.Module):
 @pytest.mark.parametrize(
     ("targets", "kinds"),
     [
-        (["words", "line"], {"words": "Embedding"}),
         (["attend"], {"attend": ATTENTION}),
-        (["attend", "line", "words"], {"attend": ATTENTION, "words": "Embedding"}),
+        (["attend", "line", "words"], {"attend": ATTENTION}),
     ],
 )
 def test_layers_that_are_not_adapted_here_are_named(targets: list[str], kinds: dict[str, str], tmp_path: Path):

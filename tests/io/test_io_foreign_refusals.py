@@ -177,8 +177,8 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "unknown": (
         put(f"{LINE}.lora_embedding_A", torch.ones(2)),
-        f"PATH: layer 'line': tensors: expected those of lora alone, found also '{LINE}.lora_embedding_A'. Save one "
-        "adapter in a file.",
+        f"PATH: tensor '{LINE}.lora_embedding_A' of 'line': expected `lora_A` and `lora_B`, as PEFT has them there, "
+        f"found `lora_embedding_A`. {MADE_FOR}",
     ),
     "saved parameter of another shape": (
         put("base_model.model.norm.weight", torch.ones(3)),
@@ -446,9 +446,9 @@ CANNOT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     "norms": (
         lambda: adapted("lora", "line", train={"norm": True}),
-        "peft",
-        "PATH: parameters trained beside the cores: expected biases alone, beside LoRA, found 'norm.weight'. "
-        "Train the cores alone, or merge the adapter.",
+        "lycoris",
+        "PATH: parameters trained beside the cores: expected none: LyCORIS has no place for them, found 'norm.weight', "
+        "'norm.bias'. Train the cores alone, or merge the adapter.",
     ),
     "biases in LyCORIS": (
         lambda: adapted("lora", "line", train={"bias": "adapted"}),

@@ -85,8 +85,8 @@ def test_a_model_without_the_parameter(tmp_path: Path) -> None:
     assert list(other.state_dict()) == keys
 
 
-@pytest.mark.parametrize("library", ["peft", "diffusers", "lycoris", "kohya", "comfyui"])
-def test_other_libraries_files_hold_layers_alone(library: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["diffusers", "lycoris", "kohya", "comfyui"])
+def test_files_of_others_than_peft_hold_layers_alone(library: str, tmp_path: Path) -> None:
     adapted, _, _ = attached()
     with pytest.raises(AdapterFileError) as caught:
         tnpeft.save_foreign(adapted, tmp_path / "theirs", library)

@@ -162,7 +162,8 @@ def test_foreign_files(tmp_path):
     path = tmp_path / "x"
     safetensors.torch.save_file({"lora_A.weight": torch.zeros(2)}, path)
     assert refused(net(), path) == (
-        f"FILE: adapter file: expected one written by tnpeft, found a safetensors file without its metadata. {FOREIGN}"
+        f"FILE: adapter file: expected one written by tnpeft, found a safetensors file without its metadata. "
+        f"{FOREIGN[:-1]}; `tnpeft.load_foreign` reads those of other libraries."
     )
     torch.save({"a": torch.zeros(3)}, path)
     assert refused(net(), path).startswith("FILE: adapter file: expected a complete safetensors file, found ")

@@ -225,3 +225,22 @@ def test_a_peft_folder_is_loaded_in_place(folder: Path):
     again = tnpeft.load_foreign(model, folder / "one")
     assert all(one is other for one, other in zip(cores, again.parameters(), strict=True))
     torch.testing.assert_close(model(x), expected)
+
+
+def test_values_of_a_parameter_the_other_way_round_are_refused(folder: Path):
+    def square(axes: str) -> nn.Module:
+        torch.manual_seed(0)
+        owner = nn.RNN(4, 4)
+        tnpeft.attach(owner, "lora", parameters={"weight_hh_l0$": axes}, r=2)
+        return owner
+
+    tnpeft.save(square("i o"), folder / "turned")
+    model = square("o i")
+    state = bits(model)
+    with pytest.raises(AttachError) as caught:
+        tnpeft.hot_swap(model, folder / "turned")
+    assert str(caught.value) == (
+        f"{folder / 'turned'}: layer 'weight_hh_l0': the layer its adapter is for: expected Linear(4, 4), found "
+        "Linear(4, 4, turned). Detach 'default' first."
+    )
+    assert same_bits(bits(model), state)

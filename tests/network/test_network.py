@@ -63,7 +63,10 @@ def test_count_formula_shapes_and_tensors_agree(name, in_channels, out_channels,
     kernel = tuple(data.draw(st.integers(1, 4)) for _ in range(spatial))
     layer = tnpeft.Layer(kind, in_channels * groups, out_channels * groups, kernel, groups)
     params = {"r": rank} if "r" in spec.params else {}
-    network = spec.bind(layer, **params)
+    try:
+        network = spec.bind(layer, **params)
+    except tnpeft.BindError:  # sides that no block divides
+        return
     trained = sum(math.prod(core.shape) for core in network.cores if not core.frozen)
     assert network.num_parameters == trained + (layer.out_channels if network.compose else 0)
     assert network.num_parameters == value_of(network.formula, network)

@@ -158,7 +158,7 @@ def test_nothing_to_adapt():
     with pytest.raises(tnpeft.AttachError) as caught:
         tnpeft.attach(plain, "quanta", match="all")
     assert str(caught.value) == (
-        "spec 'quanta', match 'all': expected at least one of Linear, found none. Choose another spec."
+        "spec 'quanta', match 'all': expected at least one of Linear, found none. Match embeddings by their names: '1'."
     )
     odd = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     for layer in odd:

@@ -93,6 +93,11 @@ class Odd(Model):
             "i}`.",
         ),
         (
+            {"parameters": {r"experts$": "e o i", r"0\.experts$": "e i o"}},
+            "parameter 'blocks.0.experts': its orientation: expected one, found `e o i` and `e i o`. Let one of the "
+            "patterns alone find it: 'experts$', '0\\\\.experts$'.",
+        ),
+        (
             {"parameters": ["blocks.0.squares"]},
             "parameter 'blocks.0.squares': expected the name of a parameter, found no such parameter. Did you mean "
             "`blocks.0.square`?",

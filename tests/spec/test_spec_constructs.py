@@ -114,7 +114,10 @@ MISTAKES = [
         "a core twice in a term",
         "cores: [c, d]",
         "cores: [c, d, c]",
-        ["14:20: `terms`, entry 2: expected each core once, found 'c' twice. A core appears once in each term."],
+        [
+            "14:20: `terms`, entry 2: expected each core once, found 'c' twice. A core appears once in each term, "
+            "or again with other legs, as `up(o s)` has."
+        ],
     ),
     (
         "a term of no cores",

@@ -23,7 +23,12 @@ import tnpeft
             "5:15: `factors`: expected a table's name, or numbers with their factors, found 2.0. "
             "For example `factors: {32: [4, 4, 2]}`.",
         ),
-        ("tnpeft: 1", "tnpeft: true", "1:9: `tnpeft`: expected the language version 1, found True. Write `tnpeft: 1`."),
+        (
+            "tnpeft: 1",
+            "tnpeft: true",
+            "1:9: `tnpeft`: expected the language version 1 or 2, found True. "
+            "Write `tnpeft: 1`, or `tnpeft: 2` where a core is derived.",
+        ),
         (
             "bond: r",
             "bnd: r",

@@ -168,7 +168,8 @@ MISTAKES = [
         [
             (
                 "11:27: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "
-                "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, found `zeroes`. Did you mean `zeros`?"
+                "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, value, choice, random, "
+                "largest, smallest, found `zeroes`. Did you mean `zeros`?"
             ),
         ],
     ),
@@ -446,10 +447,10 @@ MISTAKES = [
     (
         "version",
         "tnpeft: 1",
-        "tnpeft: 2",
+        "tnpeft: 3",
         [
             (
-                "1:9: `tnpeft`: expected the language version 1, found 2. This file needs a newer tnpeft: "
+                "1:9: `tnpeft`: expected the language version 1 or 2, found 3. This file needs a newer tnpeft: "
                 "upgrade it, or write `tnpeft: 1`."
             ),
         ],

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from formulas import METHODS, VOLUMES
+from formulas import VOLUMES
+from formulas_recent import METHODS, small_params
 from torch import Tensor, nn
 
 import tnpeft
@@ -60,21 +61,18 @@ def canonical(layer: nn.Module) -> Tensor:
     return weight.reshape(*weight.shape[:2], -1)
 
 
-def small_params(name: str) -> dict[str, int]:
-    spec = tnpeft.load_spec(name)
-    return {param: 3 for param in ("r", "inner", "minis", "bases", "u", "waves") if param in spec.params}
-
-
 def randomise(adapter: tnpeft.Adapter, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for core in adapter.cores.values():
-            core.copy_(torch.randn(core.shape, generator=generator, dtype=torch.float64))
+            if core.is_floating_point():  # the places that maps read stay
+                core.copy_(torch.randn(core.shape, generator=generator, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_network_weight_is_the_formula(name: str, layer: nn.Module):
-    adapter = tnpeft.compile(tnpeft.load_spec(name), copy.deepcopy(layer).double(), **small_params(name))
+    spec = tnpeft.load_spec(name)
+    adapter = tnpeft.compile(spec, copy.deepcopy(layer).double(), **small_params(name, spec.params))
     randomise(adapter)
     shape = canonical_shape(layer)
     dense = METHODS[name][0](dict(adapter.cores), canonical(layer), shape)
@@ -89,8 +87,8 @@ def test_network_weight_is_the_formula(name: str, layer: nn.Module):
 
 @pytest.mark.parametrize(("name", "layer"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_update_starts_at_zero_and_every_trained_core_moves(name: str, layer: nn.Module):
-    layer = copy.deepcopy(layer).double()
-    adapter = tnpeft.compile(tnpeft.load_spec(name), layer, **small_params(name))
+    layer, spec = copy.deepcopy(layer).double(), tnpeft.load_spec(name)
+    adapter = tnpeft.compile(spec, layer, **small_params(name, spec.params))
     assert not adapter.delta_weight().any()
     target = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     first = {key: value.detach().clone() for key, value in adapter.named_parameters()}
@@ -179,7 +177,7 @@ def test_every_file_is_headed_by_its_formula_and_source():
         spec = tnpeft.load_spec(name)
         assert spec.title, name
         assert spec.source, name
-        assert "dW" in (SPECS / f"{name}.yaml").read_text().partition("tnpeft: 1")[0], name
+        assert "dW" in re.split(r"^tnpeft: [12]$", (SPECS / f"{name}.yaml").read_text(), flags=re.MULTILINE)[0], name
 
 
 def test_file_names_are_the_specs_names():

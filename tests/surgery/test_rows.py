@@ -259,6 +259,8 @@ def net() -> nn.Module:
             '`["a", "b", None]`, None for the base alone.'),
         ([], "rows: expected a list of adapters' names, found []. One name for each row: "
             '`["a", "b", None]`, None for the base alone.'),
+        ([["a"], ["b"]], "rows: expected a list of adapters' names, found [['a'], ['b']]. One name for each row: "
+            '`["a", "b", None]`, None for the base alone.'),
         ([3], "adapter name: expected one of 'a', 'b', found 3. Use one of these names."),
     ],
 )  # fmt: skip
@@ -317,10 +319,22 @@ def test_nothing_is_switched_meanwhile():
             tnpeft.merge,
             lambda model: tnpeft.activate(model, "a"),
             lambda model: tnpeft.detach(model, name="a"),
+            tnpeft.detach,
         ):
             with pytest.raises(tnpeft.AttachError) as caught:
                 change(model)
             assert str(caught.value) == text
+
+
+def test_a_copy_made_meanwhile_has_what_acts_and_is_left_plain():
+    model = net().eval()
+    x = torch.randn(2, 8)
+    usual = model(x)
+    with tnpeft.rows(model, ["a", None]):
+        twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), usual)
+    tnpeft.detach(twin)
+    assert not twin._forward_pre_hooks
 
 
 def called(model: nn.Module, x: Tensor, names: Sequence[str | None] = ("a", "b")) -> str:

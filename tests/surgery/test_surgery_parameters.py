@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import tnpeft
 from tests.beside_layers import PARAMETERS, TOKENS, Block, Model, attached, close, expected, model, summed, train
@@ -264,3 +265,125 @@ def test_a_parameter_is_not_taken_away(norm: Callable[[nn.Module, str], object])
     tnpeft.attach(net, "lora", parameters="in_proj_weight$", r=2)
     with pytest.raises(ExecutionError, match=r"`in_proj_weight` of a MultiheadAttention: expected to stay what it is"):
         norm(owner, "in_proj_weight")
+
+
+class Halved(nn.Module):
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor / 2
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_parametrizations_of_what_stands_beside_it(first: bool) -> None:
+    """Torch gives the owner a class of its own, before or after it is attached to, and takes that off again."""
+    net = nn.Sequential(Block())
+    block = net[0]
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        block.shift.fill_(2.0)
+    if first:
+        parametrize.register_parametrization(block, "shift", Halved())
+    handle = tnpeft.attach(net, "lora", parameters={"square$": "i o"})
+    train(handle)
+    before = net(x)
+    if not first:
+        parametrize.register_parametrization(block, "shift", Halved())
+        torch.testing.assert_close(net(x), before - 1)
+    halved = net(x)
+    with tnpeft.disabled(net):
+        plain = net(x)
+    twin = copy.deepcopy(net)
+    tnpeft.merge(net)
+    torch.testing.assert_close(net(x), halved)
+    tnpeft.unmerge(net)
+    assert torch.equal(net(x), halved)
+    assert torch.equal(twin(x), halved)
+    parametrize.remove_parametrizations(block, "shift")
+    assert torch.equal(net(x), halved)
+    assert torch.equal(twin(x), halved)
+    tnpeft.detach(net)
+    assert torch.equal(net(x), plain)
+    assert type(block) is Block
+    tnpeft.detach(twin)
+    assert torch.equal(twin(x), plain)
+    parametrize.remove_parametrizations(twin[0], "shift")
+    assert type(twin[0]) is Block
+
+
+def test_what_cannot_take_the_place_of_an_adapted_parameter() -> None:
+    adapted, _, _ = attached()
+    block, before = adapted.blocks[0], adapted(TOKENS)
+    taken = "`square` of a Block: expected to stay what it is while adapters are attached"
+    other = (
+        "an assignment to `square` of a Block: expected the shape (8, 8), which adapters stand on, found (7, 8). "
+        "Take the adapters off first, with `tnpeft.detach(model, merge=True)` to keep what they learned."
+    )
+    for value, message in ((None, taken), (nn.Parameter(torch.zeros(7, 8)), other)):
+        for put in (setattr, type(block).register_parameter):
+            with pytest.raises(ExecutionError) as caught:
+                put(block, "square", value)
+            assert str(caught.value).startswith(message)
+    with pytest.raises(TypeError, match=r"cannot assign 'torch.Tensor' as parameter 'square'"):
+        block.square = torch.zeros(8, 8)
+    with pytest.raises(ExecutionError, match=taken):
+        prune.l1_unstructured(block, "square", 0.5)
+    assert torch.equal(adapted(TOKENS), before)
+
+
+def test_a_parameter_that_trains_beside_is_not_taken_away() -> None:
+    adapted, _, _ = attached(train={"also": [r"0\.shift$"]})
+    state = adapted.state_dict().keys()
+    with pytest.raises(ExecutionError, match="`shift` of a Block: expected to stay what it is"):
+        parametrize.register_parametrization(adapted.blocks[0], "shift", Halved())
+    assert adapted.state_dict().keys() == state
+    adapted(TOKENS)
+
+
+class Mixed(nn.Linear):
+    """A layer with a weight more than its own, which is adapted beside it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.mix = nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.mix
+
+
+@pytest.mark.parametrize("order", ["layer, parameter", "parameter, layer", "both"])
+def test_a_parameter_of_a_layer_that_is_adapted_too(order: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Mixed()), torch.randn(2, 8)
+    base = copy.deepcopy(net)
+    ways = {"layer": {"match": "0"}, "parameter": {"parameters": {"mix$": "i o"}}}
+    ways["both"] = {**ways["layer"], **ways["parameter"]}
+    handles = [tnpeft.attach(net, "lora", **ways[name], name=name) for name in order.split(", ")]
+    for handle in handles:
+        train(handle)
+    tnpeft.activate(net, {handle.name: 1.0 for handle in handles})
+    adapters = {name: adapter for handle in handles for name, adapter in handle.adapters.items()}
+    mix = base[0].mix + adapters["0.mix"].delta_weight()
+    torch.testing.assert_close(net[0].mix, mix)
+    wanted = nn.functional.linear(x, base[0].weight, base[0].bias) @ mix
+    close(net(x), wanted + x @ adapters["0"].delta_weight().T)
+    trained = {id(parameter) for parameter in net.parameters() if parameter.requires_grad}
+    assert trained == {id(core) for handle in handles for core in handle.parameters()}
+    for gone, left in ((0, -1), (-1, 0)) if len(handles) == 2 else ():
+        twin = copy.deepcopy(net)
+        tnpeft.activate(twin, handles[left].name)
+        before = twin(x)
+        tnpeft.detach(twin, name=handles[gone].name)
+        assert torch.equal(twin(x), before)
+        assert sum("core_" in key for key in twin.state_dict()) == 2
+    tnpeft.detach(net)
+    assert torch.equal(net(x), base(x))
+    assert list(net.state_dict()) == list(base.state_dict())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_every_named_parameter_is_what_get_parameter_gives(merged: bool) -> None:
+    """transformers ties weights so."""
+    adapted, _, _ = attached(train={"bias": "adapted", "also": [r"0\.shift$"]})
+    if merged:
+        tnpeft.merge(adapted)
+    for name, parameter in adapted.named_parameters():
+        assert adapted.get_parameter(name) is parameter

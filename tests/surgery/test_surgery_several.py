@@ -556,3 +556,27 @@ def test_layers_that_another_adapter_trains_as_a_whole_keep_their_weight():
     attach(model, name="adni", targets=("first",), trained=())
     detach(model, merge=True, name="adni")
     assert names_of(model) == ("ppmi", "ia3")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_layer_is_merged_beside_one_that_trains_it_as_a_whole_and_does_not_act(keep: bool):
+    model = net()
+    base = plain_modules(model)["head.0"].weight.detach().clone()
+    attach(model, name="whole", targets=("up",), trained=("head.0.weight",))
+    train(model, X)
+    attach(model, tnpeft.load_spec("lora"), name="low", targets=("head.0",), trained=())
+    train(model, X)
+    expected = model(X)
+    merged = base + adapters_of(model, "low")["head.0"].delta_weight()
+    if keep:
+        detach(model, merge=True)
+    else:
+        merge(model)
+    torch.testing.assert_close(plain_modules(model)["head.0"].weight if keep else model.head[0].weight, merged)
+    torch.testing.assert_close(model(X), expected)
+    if not keep:
+        with disabled(model):
+            assert torch.equal(model.head[0].weight, base)
+        torch.testing.assert_close(model(X), expected)
+        unmerge(model)
+        assert torch.equal(model(X), expected)

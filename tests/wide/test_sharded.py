@@ -440,3 +440,29 @@ def _has_parameters(folder: Path) -> None:
 
 def test_parameters_and_embeddings(tmp_path: Path):
     run(_has_parameters, 2, tmp_path)
+
+
+def _writes_for_peft(folder: Path) -> None:
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(Experts(), nn.LayerNorm(16), nn.Linear(16, 4))
+
+    parameters = {r"up$": "e o i", r"down$": "e o i"}
+    tokens, y = torch.randint(0, 20, (4, 3)), torch.randn(4, 3, 4)
+    model = made()
+    tnpeft.attach(model, "lora", match="embed$", parameters=parameters, train={"also": [r"^2\.weight"], "norm": True})
+    for part in (*model, model):
+        fully_shard(part)
+    losses(model, tokens, y)
+    for scale in (1.0, 0.5):  # the bias of the head is the base's, and in parts
+        tnpeft.activate(model, {"default": scale})
+        tnpeft.save_foreign(model, folder / f"{scale}", "peft")
+        fresh = made()
+        tnpeft.load_foreign(fresh, folder / f"{scale}")
+        with torch.no_grad():
+            close(fresh(tokens), model(tokens))
+
+
+def test_folders_of_peft(tmp_path: Path):
+    """With embeddings, parameters and modules that are saved whole, of a model in parts."""
+    run(_writes_for_peft, 2, tmp_path)

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.base_weight import base_weight
+from tnpeft.adapters.base_weight import base_weight, beside
 from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_flattened, whole, write
 from tnpeft.adapters.dora import composed, magnitudes
-from tnpeft.adapters.inits import canonical_weight, initial_core, whole_seed
+from tnpeft.adapters.factors import Factors, Light
+from tnpeft.adapters.inits import initial_core, whole_seed
+from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.offload import Resident, present
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
 from tnpeft.adapters.strides import memory_order, moved
-from tnpeft.errors import ExecutionError, Problem
+from tnpeft.adapters.twin import Twinned
 from tnpeft.network import BoundCore, Network
 from tnpeft.network.dropout import Dropout, Mask, masks_of
 from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
 from tnpeft.schedule import DEFAULT_MODE, Plan, check_choices, check_mode, plan
 
-__all__ = ["Adapter", "without_values"]
+__all__ = ["Adapter"]
 
 _CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
 _EARLIER = frozenset({"_kept", "_calling", "_writes"})  # attributes in pickles of earlier versions
 
 
-class Adapter(Resident, nn.Module):
+class Adapter(Resident, Twinned, nn.Module):
     """The cores of one network on one layer.
 
     Trainable cores are parameters `core_<name>`, frozen ones persistent buffers of that name, and
@@ -49,6 +51,7 @@ class Adapter(Resident, nn.Module):
 
     dropout: Dropout | None = None
     masks: tuple[Mask, ...] = ()
+    factors: Factors | None = None  # where terms name others than the stored cores
 
     def __init__(
         self,
@@ -73,8 +76,10 @@ class Adapter(Resident, nn.Module):
         self.autotune = autotune
         self.choices = dict(choices or {})
         if dropout is not None:
-            self.dropout, self.masks = dropout, masks_of(network, dropout)
+            self.dropout, self.masks = dropout, masks_of(network.plain, dropout)
         self.plan: Plan = plan(network)
+        if network.factors:
+            self.factors = Factors(network)
         self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self.captured: Captured = captured or {}
@@ -91,7 +96,7 @@ class Adapter(Resident, nn.Module):
         with present(layer), torch.inference_mode(False):
             weight = base_weight(layer, network)
             self._lay_out(weight.stride())
-            self._register(outline(weight), sharing or Sharing())
+            self._register(outline(weight) if DISTRIBUTED in sys.modules else weight, sharing or Sharing())
             self._empty = self._held()
             if initialise:
                 self.reset_parameters(weight)
@@ -111,17 +116,19 @@ class Adapter(Resident, nn.Module):
         return [*self._parameters, *self._buffers]
 
     def _register(self, weight: Tensor, sharing: Sharing) -> None:
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         copies = self.network.start == "frozen_copy"
         for core in self.network.cores:
             holder = self if core.shared is None else sharing.holder(self.network.spec, core, self.captured, self)
             if holder is not self:
                 self._holders |= {_CORE + core.name: holder, _START + core.name: holder}
             elif core.origin != "weight":
-                like = weight.new_empty(core.shape, dtype=dtype)
+                like = weight.new_empty(
+                    core.shape, dtype=torch.int64 if self.factors is not None and core.is_index else wide
+                )
                 self._register_one(_CORE, core.name, like, core.frozen, copies)
         if self.network.compose == "dora":
-            like = weight.new_empty(self.network.magnitude_shape, dtype=dtype)
+            like = weight.new_empty(self.network.magnitude_shape, dtype=wide)
             self._register_one(_DORA, _MAGNITUDE, like, False, True)
 
     def _register_one(self, prefix: str, name: str, tensor: Tensor, frozen: bool, copy: bool) -> None:
@@ -172,7 +179,8 @@ class Adapter(Resident, nn.Module):
         Of several terms it is their sum, each with its own scale. `weight` stands in for the layer's base weight.
         """
         self._require_values()
-        return self._program.value(self._tensors(self._core_keys, weight))
+        cores = self._tensors(self._core_keys, weight)
+        return self._program.value(cores if self.factors is None else self.factors.values(cores))
 
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
         """What is added to the layer's weight, in its memory order: scale * (T(θ) - T(θ₀)), or scale * T(θ).
@@ -180,27 +188,36 @@ class Adapter(Resident, nn.Module):
         With `compose: dora`, what leads from the weight to its update at the trained magnitudes.
         """
         program, inputs = self._program if weight is None else self.program_for(weight), self.delta_inputs(weight)
-        (delta,) = program.deltas(inputs[: len(self.network.cores)], program.start(self.start_tensors(weight)))
+        (delta,) = program.deltas(inputs[: len(self.plan.network.cores)], program.start(self.start_tensors(weight)))
         return self.with_magnitude(delta, self._base(None) if weight is None and self._layer else weight, inputs)
 
-    def delta_inputs(self, weight: Tensor | None = None) -> list[Tensor]:
+    def delta_inputs(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
         """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
-        cores = self.core_tensors(weight)
+        cores = self.core_tensors(weight, light)
         magnitude = self._parameters.get(_DORA + _MAGNITUDE)
         return cores if magnitude is None else [*cores, *gathered([magnitude])]
 
-    def core_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
-        """The network's cores in its order, the base `weight` among them where one is it.
+    def core_tensors(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
+        """What is contracted: the network's cores in its order, the base `weight` among them where one is it.
 
-        Raises ExecutionError without values.
+        Its factors, where it has some, made of `light` derived cores if a pass knows these. Raises ExecutionError
+        without values.
         """
         if not self._initialised or self._holders:
             self._require_values()
-        return self._tensors(self._core_keys, weight)
+        cores = self._tensors(self._core_keys, weight)
+        if self.factors is None:
+            return cores
+        if self.network.start == "zero":
+            return self.factors.values(cores, light)
+        return self.factors.changes(cores, self._tensors(self._start_keys, weight), light)
 
     def start_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
         """Their frozen copies, none with `start: zero`; a core that is frozen is its own."""
-        return [] if self.network.start == "zero" else self._tensors(self._start_keys, weight)
+        if self.network.start == "zero":
+            return []
+        copies = self._tensors(self._start_keys, weight)
+        return copies if self.factors is None else self.factors.start(copies)
 
     def with_magnitude(self, delta: Tensor, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         """`delta`, composed with a trained magnitude if there is one. Raises ExecutionError for cores on meta."""
@@ -239,12 +256,16 @@ class Adapter(Resident, nn.Module):
             if weight is None or weight.is_meta:
                 return
             self.to_empty(device=weight.device)
-        drawn = {core.name: self.initial(core, weight) for core in self.network.cores if self._holds(core)}
+        drawn = {
+            core.name: self.initial(core, weight)
+            for core in self.network.cores
+            if core.init.core is None and self._holds(core)
+        }
         if self.magnitude is not None:
             base = self._base(weight)
             drawn[_MAGNITUDE] = magnitudes(self.network.layer, whole(base).to(self.magnitude.dtype))
         with torch.no_grad():
-            for name, values in drawn.items():
+            for name, values in drawn.items() if self.factors is None else self._first_values(drawn, weight):
                 prefix = _DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE
                 write(self._tensor(prefix + name), values)
                 if _START + name in self._buffers:
@@ -261,6 +282,13 @@ class Adapter(Resident, nn.Module):
         self._written()
         self._initialised, self._empty = True, ()
 
+    def _first_values(self, drawn: Mapping[str, Tensor], weight: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """The first values, then those that derived cores of these give, for `init: value(NAME)`."""
+        yield from drawn.items()
+        for core in self.network.cores:
+            if core.init.core is not None and self.factors is not None:
+                yield core.name, self.factors.derived(self._tensors(self._core_keys, weight), core.init.core)
+
     def _held(self) -> tuple[Tensor, ...]:
         """All tensors that are its own."""
         tables = (*self._parameters.values(), *self._buffers.values())
@@ -276,7 +304,7 @@ class Adapter(Resident, nn.Module):
 
     def _tensor(self, key: str) -> Tensor:
         holder = self._holders.get(key, self) if self._holders else self
-        tensor = holder._parameters.get(key, holder._buffers.get(key))
+        tensor: Tensor | None = holder._parameters.get(key, holder._buffers.get(key))
         # FSDP takes parameters, and leaves views under their names while the module runs.
         return holder.__dict__[key] if tensor is None else tensor
 
@@ -288,11 +316,17 @@ class Adapter(Resident, nn.Module):
             tensors.append(self._tensor(key) if stored is None and key is not None else stored)
         return tensors
 
+    def at(self, places: Iterable[int], start: bool = False) -> list[Tensor]:
+        """Stored cores by their number in the network, or with `start` their frozen copies."""
+        keys = self._start_keys if start else self._core_keys
+        return [self._tensor(key) for place in places if (key := keys[place]) is not None]
+
     def _tensors(self, keys: tuple[str | None, ...], weight: Tensor | None) -> list[Tensor]:
         """The network's cores (or their frozen copies) in its order, the base weight among them where it is one."""
         tensors = self._found(keys)
         if self._layer:
-            return self._beside(tensors, self._base(weight).detach())
+            (base,) = gathered([self._base(weight).detach()])
+            return beside(self.network, self._whole(tensors), base, self.layer_name)
         return self._whole(tensors) if DISTRIBUTED in sys.modules else tensors  # type: ignore[return-value]
 
     def _whole(self, tensors: Sequence[Tensor | None]) -> list[Any]:
@@ -301,26 +335,8 @@ class Adapter(Resident, nn.Module):
         refuse_flattened(self.layer_name, tensors, [core.shape for core in self.network.cores])
         return tensors
 
-    def _beside(self, tensors: Sequence[Tensor | None], base: Tensor) -> list[Tensor]:
-        """Cores where the `base` weight is: layers that share cores may live on several devices, and be wider."""
-        (base,), tensors = gathered([base]), self._whole(tensors)
-        cores = [core for core in tensors if core is not None]
-        if not base.is_meta and any(core.is_meta for core in cores):
-            raise without_values(self.layer_name, True)
-        dtype = torch.promote_types(torch.float32, base.dtype)
-        for core in cores:
-            dtype = torch.promote_types(dtype, core.dtype)
-        pairs = zip(tensors, self.network.cores, strict=True)
-        return [
-            (self._weight_as(core, base) if tensor is None else tensor).to(base.device, dtype) for tensor, core in pairs
-        ]
-
     def _base(self, weight: Tensor | None) -> Tensor:
         return base_weight(self._layer[0], self.network) if weight is None else weight
-
-    def _weight_as(self, core: BoundCore, base: Tensor) -> Tensor:
-        """The base weight with the legs of a core."""
-        return canonical_weight(self.network.layer, base).reshape(core.shape)
 
     def _holds(self, core: BoundCore) -> bool:
         return core.origin != "weight" and _CORE + core.name not in self._holders
@@ -363,16 +379,6 @@ class Adapter(Resident, nn.Module):
         if all(prefix + key in state_dict for key in (*self._parameters, *self._buffers)):
             self._initialised, self._empty = True, ()
 
-    def twin(self, alias: Callable[[Tensor], Tensor]) -> Adapter:
-        """One with the same state, but with `alias(parameter)` in place of each parameter, and of its holders'."""
-        holders = {id(holder): holder for holder in self._holders.values()}
-        twins = {key: holder.twin(alias) for key, holder in holders.items()}
-        twin = self.__class__.__new__(self.__class__)
-        aliases = {key: alias(core) for key, core in self._parameters.items() if core is not None}
-        shared = {key: twins[id(holder)] for key, holder in self._holders.items()}
-        twin.__dict__.update(self.__dict__, _parameters=aliases, _holders=shared)
-        return twin
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_program": None}  # type: ignore[no-untyped-call]
 
@@ -388,13 +394,3 @@ class Adapter(Resident, nn.Module):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
-
-
-def without_values(layer_name: str, on_meta: bool) -> ExecutionError:
-    """The error for cores that were neither drawn nor loaded: they are on meta, or have come from there."""
-    found = "memory without values (they were made on the meta device)"
-    if on_meta:
-        found = "none (they are on the meta device, and the layer is not)"
-    fix = "Call `reset_parameters` of the adapted layer, or load the adapter, before the first forward."
-    where = f"layer '{layer_name}'" if layer_name else None
-    return ExecutionError(Problem("cores", "initial or loaded values", found, fix, where=where))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from tnpeft.adapters.inits import canonical_weight
+from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.parked import ParameterLayer, own_weight
 from tnpeft.errors import BindError, Problem
 from tnpeft.network import Layer, Network, layer_of
@@ -24,6 +26,7 @@ from tnpeft.network.signature import is_plain_tensor, torch_kind
 
 __all__ = [
     "base_weight",
+    "beside",
     "dequantised",
     "dequantiser",
     "described",
@@ -146,8 +149,8 @@ def is_packed_for_inference(layer: Any) -> bool:
 
 
 def is_computed(layer: nn.Module) -> bool:
-    """Whether a weight is made of other parameters whenever it is asked for, or before each call."""
-    return parametrize.is_parametrized(layer, "weight") or any(True for _ in _hooks(layer))
+    """Whether a weight or bias is made of other parameters whenever it is asked for, or a weight before each call."""
+    return parametrize.is_parametrized(layer) or any(True for _ in _hooks(layer))
 
 
 def _computed(layer: nn.Module) -> object:
@@ -174,3 +177,21 @@ def stand_in(layer: nn.Module, signature: Layer) -> Tensor:
     device = known[0].device if known else torch.device("cpu")
     dtype = torch.float64 if torch.float64 in floats else torch.float32
     return torch.empty(1, dtype=dtype, device=device).expand(signature.stored_shape)
+
+
+def beside(network: Network, tensors: Sequence[Tensor | None], base: Tensor, layer_name: str) -> list[Tensor]:
+    """Cores where the `base` weight is, which stands for None: those that layers share may live elsewhere, or be wider.
+
+    Raises ExecutionError for cores without values.
+    """
+    stored = [tensor for tensor in tensors if tensor is not None]
+    if not base.is_meta and any(tensor.is_meta for tensor in stored):
+        raise without_values(layer_name, True)
+    dtype = torch.promote_types(torch.float32, base.dtype)
+    for tensor in stored:
+        dtype = torch.promote_types(dtype, tensor.dtype if tensor.is_floating_point() else dtype)
+    placed = []
+    for known, core in zip(tensors, network.cores, strict=True):
+        one = canonical_weight(network.layer, base).reshape(core.shape) if known is None else known
+        placed.append(one.to(base.device, dtype if one.is_floating_point() else one.dtype))
+    return placed

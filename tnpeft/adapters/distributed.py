@@ -93,7 +93,7 @@ def write(target: Any, values: Tensor) -> None:
 
     Every process has the values: nothing is exchanged.
     """
-    if not is_distributed(target):
+    if DISTRIBUTED not in sys.modules or not is_distributed(target):
         target.copy_(values)
         return
     from torch.distributed.tensor import DTensor, Replicate
@@ -116,7 +116,7 @@ def is_unit(module: nn.Module) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Free what FSDP2 has gathered: where a unit keeps it after a forward pass, the parts may be newer."""
-    for module in model.modules() if unit_class() is not None else ():
+    for module in model.modules() if UNITS in sys.modules else ():
         if is_unit(module):
             module.reshard()  # type: ignore[operator]
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from tnpeft.spec import init_function
 __all__ = ["canonical_weight", "initial_core", "is_drawn", "stream", "whole_seed"]
 
 _Shape = tuple[int, ...]
+_Draw = Callable[[BoundCore, torch.Generator, Mapping[str, float]], Tensor]
 
 _OTHER = "Give the core another `init`."
 _LARGEST_SEED = 2**63
@@ -33,8 +35,8 @@ def stream(seed: int, layer: str, core: str, shape: _Shape) -> torch.Generator:
 
 
 def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None) -> Tensor:
-    """Draw one core: fp32, on the CPU, whatever the default device is. `weight` is the base weight, which singular
-    vectors are taken from.
+    """Draw one core: fp32 (places: int64), on the CPU, whatever the default device is. `weight` is the base weight,
+    which singular vectors and places by size are taken from.
 
     Raises BindError where the distribution does not fit the core.
     """
@@ -57,9 +59,13 @@ def _initial_core(network: Network, core: BoundCore, seed: int, layer: str, weig
     if name in _WAVES:
         return _wave(core, seed, layer)
     generator = stream(seed, layer, core.name, core.shape)
+    if name in ("largest", "smallest"):
+        return _by_size(network, core, weight)
+    if name in ("choice", "random"):
+        return _PLACES[name](core, generator, [network.sizes[leg] for leg in core.init.legs])
     draw = _DRAWS.get(name)
     if draw is not None:
-        return draw(core, generator, arguments)
+        return _same(core, generator, draw) if core.init.legs else draw(core, generator, arguments)
     function = init_function(name)
     if function is None:
         fix = f'Call `tnpeft.register_init("{name}", function)` first.'
@@ -77,7 +83,8 @@ def is_drawn(core: BoundCore) -> bool:
 
     Not where the base weight or a function of the user's has a part in it, nor LAPACK.
     """
-    return core.origin is None and core.init.name != "orthogonal" and (core.init.name in {*_DRAWS, *_WAVES})
+    drawn = {*_DRAWS, *_WAVES, *_PLACES} - {"orthogonal"}
+    return core.origin is None and core.init.name in drawn
 
 
 def canonical_weight(layer: Layer, weight: Tensor) -> Tensor:
@@ -139,7 +146,7 @@ def _orthogonal(core: BoundCore, generator: torch.Generator, arguments: Mapping[
     return flat.float().reshape(core.shape).contiguous()
 
 
-_DRAWS: dict[str, Callable[[BoundCore, torch.Generator, Mapping[str, float]], Tensor]] = {
+_DRAWS: dict[str, _Draw] = {
     "zeros": _constant(0.0),
     "ones": _constant(1.0),
     "constant": _given,
@@ -150,6 +157,55 @@ _DRAWS: dict[str, Callable[[BoundCore, torch.Generator, Mapping[str, float]], Te
     "orthogonal": _orthogonal,
 }
 
+
+def _same(core: BoundCore, generator: torch.Generator, draw: _Draw) -> Tensor:
+    """A draw that is equal along some legs: of one entry there, which all get."""
+    legs = core.init.legs
+    sizes = {leg: 1 if leg in legs else size for leg, size in zip(core.legs, core.unfolded, strict=True)}
+    one = draw(replace(core, shape=tuple(sizes.values())), generator, core.init.arguments)
+    return one.expand(core.unfolded).reshape(core.shape).contiguous()
+
+
+def _choice(core: BoundCore, generator: torch.Generator, sizes: Sequence[int]) -> Tensor:
+    """Different flat places in a tensor of these sizes."""
+    places = math.prod(sizes)
+    _require_places(core, places)
+    if places <= 1 << 24:
+        return torch.randperm(places, generator=generator)[: core.numel].reshape(core.shape)
+    found: dict[int, None] = {}  # of a large tensor few are taken: what is drawn again is left out
+    while len(found) < core.numel:
+        found |= dict.fromkeys(torch.randint(places, (core.numel,), generator=generator).tolist())
+    return torch.tensor([*found][: core.numel]).reshape(core.shape)
+
+
+def _random(core: BoundCore, generator: torch.Generator, sizes: Sequence[int]) -> Tensor:
+    """Whole numbers below a leg's size."""
+    return torch.randint(math.prod(sizes), core.shape, generator=generator)
+
+
+def _by_size(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
+    """Flat places of the base weight's largest or smallest entries by size; the first of equal ones."""
+    if weight is None or weight.device.type == "meta":
+        fix = "Give the model its weights first, then call `reset_parameters` with the layer's weight."
+        raise BindError(_misfit(core, "the base weight's values", "none", fix))
+    if core.init.legs != tuple(leg for axis in network.terms[0].weight for leg in axis):
+        expected = "the legs of the weight, which is looked at entry by entry"
+        raise BindError(_misfit(core, expected, " ".join(core.init.legs), "Name the legs of `weight`."))
+    sizes = canonical_weight(network.layer, weight.detach()).to("cpu", torch.float32).abs().flatten()
+    _require_places(core, sizes.numel())
+    order = sizes.sort(descending=core.init.name == "largest", stable=True).indices
+    return order[: core.numel].reshape(core.shape)
+
+
+def _require_places(core: BoundCore, places: int) -> None:
+    if core.numel > places:
+        raise BindError(_misfit(core, f"at most {places} places", str(core.numel), "Lower its size."))
+
+
+_PLACES: dict[str, Callable[[BoundCore, torch.Generator, Sequence[int]], Tensor]] = {
+    "choice": _choice,
+    "random": _random,
+}
 
 _WAVES = {"cosine": torch.cos, "sine": torch.sin}
 
@@ -183,10 +239,10 @@ _PARTS = {
 def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
     """A factor of the base weight unfolded as out x rest, cut to the core's bond."""
     side, power = _PARTS[core.init.name]
-    part = _part_with(network, core)
+    term = network.term_of(core)
     axes = {"left": slice(0, 1), "right": slice(1, None), "values": slice(0, 0)}[side]
-    legs = [leg for axis in part.weight[axes] for leg in axis]
-    (bond,) = (leg for leg in core.legs if leg not in part.open_legs)
+    legs = [leg for axis in term.weight[axes] for leg in axis]
+    (bond,) = (leg for leg in core.legs if leg not in network.open_legs_of(core))
     if weight is None or weight.device.type == "meta":
         fix = "Give the model its weights first, then call `reset_parameters` with the layer's weight."
         raise BindError(_misfit(core, "the base weight's values", "none", fix))
@@ -200,16 +256,12 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
     if side == "values":
         return scaled.float()
     values = ((u if side == "left" else v)[:, :rank] * scaled).reshape(*matrix.shape[axes], rank)
-    full = values.new_zeros(*part.padded_shape[axes], rank)
+    padded = [math.prod(network.sizes[leg] for leg in axis) for axis in term.weight[axes]]
+    full = values.new_zeros(*padded, rank)
     full[tuple(slice(0, size) for size in values.shape)] = values  # a padded axis is zero where no weight is
     legs.append(bond)
     folded = full.reshape([network.sizes[leg] for leg in legs])
-    return folded.permute([legs.index(leg) for leg in core.legs]).float().contiguous()
-
-
-def _part_with(network: Network, core: BoundCore) -> Network:
-    """The first term that has the core: its weight says which legs are the output's."""
-    return next(part for part in network.parts if core in part.cores)
+    return folded.permute([legs.index(leg) for leg in core.legs]).float().reshape(core.shape).contiguous()
 
 
 def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,7 @@ _WRAPPER = "_tnpeft_wrapper"
 _RESIDENT = "_tnpeft_of_"
 _BELOW = "_tnpeft_below"
 """On a module: the one above it whose hook brings its tensors, and its name below that."""
+_GET_PARAMETER = nn.Module.get_parameter.__code__
 _TORCH = "torch.nn.modules.module"
 _LISTS, _HOOKS = "accelerate.utils.modeling", "accelerate.hooks"
 # Files of accelerate, FSDP and distributed checkpoints that ask a module for a tensor as an attribute, and write to its
@@ -83,14 +84,17 @@ class Resident:
 
 
 def is_bare(module: Any) -> bool:
-    """Whether accelerate or FSDP is at work on the module, which then shows its own tensors under their names.
+    """Whether accelerate, FSDP or `get_parameter` is at work on the module, which then shows its own tensors.
 
     For the attributes of a module: it is the caller of the caller that counts. These libraries read a tensor as an
     attribute and write it to the module's table, also where the module has no hook of theirs.
     """
     if _AWAY in module.__dict__:
         return True
-    return not torch.compiler.is_compiling() and sys._getframe(2).f_globals.get("__name__") in _MOVERS
+    if torch.compiler.is_compiling():
+        return False
+    caller = sys._getframe(2)
+    return caller.f_globals.get("__name__") in _MOVERS or caller.f_code is _GET_PARAMETER
 
 
 def mark(root: nn.Module) -> None:

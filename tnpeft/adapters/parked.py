@@ -27,13 +27,13 @@ from tnpeft.adapters.showing import (
     bare,
     combined,
     copies_of,
+    dress,
     flat_weights,
     key_of,
     own,
     parked_key,
     plain_class,
     set_own,
-    showing,
     stored_at,
 )
 from tnpeft.network import Layer
@@ -156,8 +156,7 @@ def _take_class(module: nn.Module, where: str, names: dict[str, str]) -> None:
         module.__dict__.pop(where, None)
     read = {**module.__dict__.get(SHOWN, {}), **module.__dict__.get(READ, {})}
     tables = tuple(sorted((name, table_of(module, name)) for name in read))
-    plain = plain_class(module)
-    module.__class__ = showing(plain, tables) if tables else plain  # type: ignore[arg-type]
+    dress(module, tables)
     if not tables:
         _list_anew(module)
 

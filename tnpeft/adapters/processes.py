@@ -23,17 +23,21 @@ __all__ = [
 ]
 
 
-@contextmanager
-def in_step(groups: Sequence[Any], unlike: Callable[[], TnpeftError]) -> Iterator[list[Callable[[], object]]]:
+_Said = list[Callable[[], object]]
+
+
+def in_step(groups: Sequence[Any], unlike: Callable[[], TnpeftError]) -> AbstractContextManager[_Said]:
     """Inside, each process checks or reads something; an error of one is raised in all, the `holders_of` a model.
 
     Yields a list for what says what was found, which must be the same for all: else `unlike` is raised. Nothing may be
-    exchanged inside.
+    exchanged inside. Without groups nothing is exchanged, nor said.
     """
-    said: list[Callable[[], object]] = []
-    if not groups:
-        yield said
-        return
+    return _in_step(groups, unlike) if groups else nullcontext([])
+
+
+@contextmanager
+def _in_step(groups: Sequence[Any], unlike: Callable[[], TnpeftError]) -> Iterator[_Said]:
+    said: _Said = []
     error: Exception | None = None
     found: set[str] = set()
     try:
@@ -51,8 +55,6 @@ def in_step(groups: Sequence[Any], unlike: Callable[[], TnpeftError]) -> Iterato
 
 def is_in_parts(model: Any) -> bool:
     """Whether the processes hold parts of the model, so that all of them must take part in saving and loading."""
-    if UNITS not in sys.modules and DISTRIBUTED not in sys.modules:
-        return False
     if not isinstance(model, nn.Module):  # which is told later
         return False
     reshard(model)
@@ -61,7 +63,7 @@ def is_in_parts(model: Any) -> bool:
 
 def holders_of(model: Any) -> list[Any]:
     """The processes that hold a model's parts, along each axis of their mesh; none of a model that is whole."""
-    if not is_in_parts(model):
+    if (UNITS not in sys.modules and DISTRIBUTED not in sys.modules) or not is_in_parts(model):
         return []
     parts: Any = next(filter(is_distributed, model.parameters()), None)
     if parts is None:

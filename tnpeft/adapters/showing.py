@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from tnpeft.adapters.distributed import DISTRIBUTED, gathered, is_distributed, is_sharded, is_unit
+from tnpeft.adapters.distributed import DISTRIBUTED, gathered, is_distributed, is_sharded, unit_class
 from tnpeft.adapters.offload import Resident, is_bare, store, wrapper_of
 from tnpeft.adapters.units import as_unit
 from tnpeft.errors import ExecutionError, Problem
@@ -30,6 +31,7 @@ __all__ = [
     "bare",
     "combined",
     "copies_of",
+    "dress",
     "flat_weights",
     "key_of",
     "own",
@@ -134,10 +136,13 @@ class _Showing(Resident):
         elif table == "_buffers":  # as a norm that puts a new tensor in place of its running mean
             store(self, table, self.__dict__[SHOWN][name], value)  # type: ignore[arg-type]
         else:
+            if name in self.__dict__["_parameters"] and not is_bare(self):
+                _require_parameter(self, name, value)
             set_own(self, name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name in self.__dict__.get(READ, {}) and name in self.__dict__["_parameters"] and not is_bare(self):
+        held = dict(self._tnpeft_tables).get(name) == "_parameters" and name in self.__dict__["_parameters"]
+        if held and not is_bare(self):
             raise _taken_away(self, name)
         if name in dict(self._tnpeft_tables) and name not in self.__dict__["_parameters"]:
             del self.__dict__[name]
@@ -145,9 +150,13 @@ class _Showing(Resident):
             super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        for read in self.__dict__.get(READ, {}):  # weight normalisation of old has deleted it from the table
-            if name.startswith(f"{read}_") and read not in self.__dict__["_parameters"]:
-                raise _taken_away(self, read)
+        tables = dict(self._tnpeft_tables)
+        for read in self.__dict__.get(READ, {}):
+            gone = read not in self.__dict__["_parameters"]  # weight normalisation of old has deleted it
+            if name.startswith(f"{read}_") and (gone or not isinstance(param, nn.Parameter)):  # pruning has its sum
+                raise _taken_away(self, read, gone)
+        if tables.get(name) == "_parameters" and not is_bare(self):
+            _require_parameter(self, name, param)
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,11 +176,26 @@ class _Showing(Resident):
         return (_made_again, (self._tnpeft_tables, make, arguments), *rest)
 
 
-def _taken_away(module: Any, name: str) -> ExecutionError:
+def _require_parameter(module: Any, name: str, value: Any) -> None:
+    """Raises for what cannot stand where a parameter does: TypeError as torch does, ExecutionError under updates."""
+    if value is not None and not isinstance(value, nn.Parameter):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(f"cannot assign '{kind}' as parameter '{name}' (torch.nn.Parameter or None expected)")
+    if value is None:
+        raise _taken_away(module, name)
+    shape = tuple(module.__dict__["_parameters"][name].shape)
+    if name in module.__dict__.get(READ, {}) and tuple(value.shape) != shape:
+        what = f"an assignment to `{name}` of a {module._tnpeft_plain.__name__}"
+        fix = "Take the adapters off first, with `tnpeft.detach(model, merge=True)` to keep what they learned."
+        raise ExecutionError(Problem(what, f"the shape {shape}, which adapters stand on", str(tuple(value.shape)), fix))
+
+
+def _taken_away(module: Any, name: str, gone: bool = False) -> ExecutionError:
     """The error for who would take an adapted parameter off its owner, to compute it from something else."""
     expected = "to stay what it is while adapters are attached"
     found = "something that would delete or compute it, as weight_norm and parametrizations do"
     fix = "Take the adapters off first, with `tnpeft.detach(model, merge=True)` to keep what they learned."
+    fix = f"It is deleted already: build the model anew. {fix}" if gone else fix
     return ExecutionError(Problem(f"`{name}` of a {module._tnpeft_plain.__name__}", expected, found, fix))
 
 
@@ -179,6 +203,28 @@ def _made_again(tables: tuple[tuple[str, str], ...], make: Any, arguments: Any) 
     module = make(*arguments)
     module.__class__ = showing(type(module), tables)  # type: ignore[arg-type]
     return module
+
+
+def dress(module: nn.Module, tables: tuple[tuple[str, str], ...]) -> None:
+    """Give a module the class in which these names read otherwise; its plain one where there are none.
+
+    A class of torch's parametrizations stays above it, for torch takes off its own.
+    """
+    kind: Any = type(module)
+    above: Any = next(filter(_is_of_parametrizations, kind.__mro__), None)
+    plain: Any = plain_class(module)
+    below = showing(plain, tables) if tables else plain
+    if above is None:
+        module.__class__ = below
+    elif kind is not above or above.__bases__ != (below,):  # another one: copies of the module have the same
+        names = {key: value for key, value in vars(above).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(above.__name__, (below,), names)
+
+
+def _is_of_parametrizations(kind: type) -> bool:
+    """Whether a class is one that `register_parametrization` has made for a module."""
+    made = getattr(vars(kind).get("__getstate__"), "__module__", None)
+    return made == parametrize.__name__ and len(kind.__bases__) == 1
 
 
 @lru_cache(maxsize=1024)
@@ -242,8 +288,18 @@ def flat_weights(module: Any) -> list[Tensor | None]:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without those that show other tensors or compute some; a unit of FSDP2 stays one."""
     kind: Any = type(module)
-    plain: type[nn.Module] = getattr(kind, "_tnpeft_plain", kind)
-    if plain is kind or "_tnpeft_plain" in vars(kind) or not is_unit(module):
-        return plain
-    return as_unit(plain)  # type: ignore[no-any-return] # FSDP2 has made the subclass a unit
+    unit = None
+    while True:
+        if _is_of_parametrizations(kind):
+            (kind,) = kind.__bases__
+        elif "_tnpeft_plain" in vars(kind):
+            kind = kind._tnpeft_plain
+        elif kind.__bases__[:1] == (unit_class(),):
+            unit, kind = kind, kind.__bases__[1]
+        else:
+            break
+    if unit is None:
+        return kind  # type: ignore[no-any-return]
+    return unit if unit.__bases__[1] is kind else as_unit(kind)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from tnpeft.errors import Problem, Problems, SpecError
 from tnpeft.network import load_spec
 from tnpeft.spec import find_shipped, list_specs
 from tnpeft.spec.library import not_yaml
-from tnpeft.spec.reader import parse_table
+from tnpeft.spec.tables import parse_table
 
 __all__ = ["SUFFIXES", "check_files", "expand", "kind_of"]
 

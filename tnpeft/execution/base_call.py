@@ -6,6 +6,7 @@ is watched for that, call by call. A Linear is taken to read its input.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def call_opaque(
 
     Raises ExecutionError where it is none that an update can be added to.
     """
-    x = args[0] if args else next(iter(kwargs.values()), None)
+    x = args[0] if args else _first_of(base, kwargs)
     if args and isinstance(x, Tensor) and is_packed_for_inference(base):
         args = (x.detach(), *args[1:])
     noted: list[dict[str, Any]] = []
@@ -67,6 +68,12 @@ def call_opaque(
         found = f"{len(calls)} of them in its `forward`"
         raise ExecutionError(Problem("an opaque layer", "one convolution", found, "Match other layers.", where=where))
     return BaseCall(output, calls[0]["input"], _how(calls[0], layer))
+
+
+def _first_of(base: Any, kwargs: dict[str, Any]) -> Any:
+    """The input of a call by keywords: what stands first in `forward`, in whatever order the call has it."""
+    order = inspect.signature(base.forward).parameters if len(kwargs) > 1 else ()
+    return next((kwargs[name] for name in (*order, *kwargs) if name in kwargs), None)
 
 
 def plain_call(base: Any, layer: Layer, output: Tensor, x: Tensor) -> BaseCall:

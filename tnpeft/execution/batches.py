@@ -170,7 +170,7 @@ class _Deltas(Batch):
     def __init__(self, members: Sequence[Member], cache: ResultCache) -> None:
         first = members[0]
         assert isinstance(first.program, Weight)
-        cores = range(len(first.adapter.network.cores))
+        cores = range(len(first.adapter.plan.network.cores))
         code = Program(first.program, len(members))
         super().__init__(code, [member.adapter for member in members], [cores] * len(members), cache)
         self._bases = [member.base for member in members]

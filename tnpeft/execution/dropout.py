@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.factors import Light
 from tnpeft.execution.base_call import BaseCall, plain_call
 from tnpeft.execution.calls import Acting
 from tnpeft.execution.dispatch import execute, execute_drawn, is_looked_on
@@ -95,7 +96,7 @@ class _Masked:
     def __init__(self, adapter: Adapter, device: torch.device) -> None:
         self.adapter = adapter
         self.network, self.plan = adapter.network, adapter.plan
-        self.mode, self.layer_name = adapter.mode, adapter.layer_name
+        self.mode, self.layer_name, self.factors = adapter.mode, adapter.layer_name, adapter.factors
         self._factors: list[tuple[int, Tensor]] = []
         self._whole: list[Tensor] = []  # of the update, where no core can carry it
         sizes = [mask.size for mask in adapter.masks]
@@ -106,15 +107,15 @@ class _Masked:
             self._factors += [(core, factor.view(shape)) for core, shape in mask.places]
             self._whole += [] if mask.places else [factor]
 
-    def core_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
-        return self._masked(self.adapter.core_tensors(weight))
+    def core_tensors(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
+        return self._masked(self.adapter.core_tensors(weight, light))
 
     def start_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
         copies = self.adapter.start_tensors(weight)
         return self._masked(copies) if copies else copies
 
-    def delta_inputs(self, weight: Tensor | None = None) -> list[Tensor]:
-        return self._masked(self.adapter.delta_inputs(weight))
+    def delta_inputs(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
+        return self._masked(self.adapter.delta_inputs(weight, light))
 
     def with_magnitude(self, delta: Tensor, weight: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         delta = self.adapter.with_magnitude(delta, weight, inputs)

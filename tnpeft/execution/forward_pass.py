@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.distributed import DISTRIBUTED, is_split
+from tnpeft.adapters.factors import Light
 from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.execution.batch_rows import Rows
 from tnpeft.execution.batches import Batch, Batches, Member, Sources, sources_of
 from tnpeft.execution.calls import Acting
+from tnpeft.execution.derived_batches import DerivedBatch, DerivedResults, derived_batches
 from tnpeft.execution.results import ResultCache
 from tnpeft.program import ClusterProgram, LayerClusters, Weight, saved_tensor_hooks, saved_tensors_are_hooked
 
@@ -69,8 +71,9 @@ class Sums:
 class ForwardPass:
     """What the layers of a model contract together while a thread runs its forward pass."""
 
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
+    def __init__(self, batches: Batches, derived: Mapping[Adapter, DerivedBatch]) -> None:
+        self._batches, self._derived = batches, derived
+        self._light: dict[tuple[DerivedBatch, bool, bool], dict[Adapter, DerivedResults] | None] = {}
         self.sums = Sums()
         self._results: dict[tuple[bool, bool], dict[Batch, Any]] = {}
         self._cores: dict[Adapter, _Cores] = {}
@@ -122,8 +125,23 @@ class ForwardPass:
         """The cores that an adapter had when they were first asked for."""
         known = self._cores.get(adapter)
         if known is None:
-            known = self._cores[adapter] = _Cores(adapter.core_tensors(), sources_of(adapter.stored))
+            light = None if adapter.factors is None else self.light(adapter)
+            cores = adapter.core_tensors(light=light)
+            known = self._cores[adapter] = _Cores(cores, sources_of(adapter.stored))
         return known.tensors
+
+    def light(self, adapter: Adapter) -> Light:
+        """The derived cores that it has in common with layers alike, made for all of them when the first one asks."""
+        batch = self._derived.get(adapter)
+        if batch is None:
+            return None
+        key = batch, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if key not in self._light:
+            self._light[key] = batch.results()
+        results = self._light[key]
+        if results is None or results[adapter].sources != sources_of(adapter.stored):
+            return None
+        return results[adapter].cores
 
     def is_current(self, adapter: Adapter) -> bool:
         """Whether its cores are what they were when they were contracted."""
@@ -208,6 +226,7 @@ class Batching(_Anew):
     def __init__(self) -> None:
         self._layers: Sequence[tuple[Any, Acting]] | None = None
         self._batches: Batches | None = None
+        self._derived: Mapping[Adapter, DerivedBatch] = {}
         self._made_for: list[Any] = []
         self._reads = False
 
@@ -230,9 +249,10 @@ class Batching(_Anew):
         if batches is None or made_for != self._made_for:
             members = [_member(base, acting) for base, acting in self._layers]
             self._batches = batches = Batches([member for member in members if member is not None], results.cache)
+            self._derived = derived_batches([acting.adapter for _, acting in self._layers])
             self._made_for = made_for
             self._reads = any(type(base) is ParameterLayer for base, _ in self._layers)
-        return ForwardPass(batches) if batches.places_of or self._reads else None
+        return ForwardPass(batches, self._derived) if batches.places_of or self._reads or self._derived else None
 
 
 def _member(base: Any, acting: Acting) -> Member | None:

@@ -29,6 +29,7 @@ from tnpeft.adapters.parked import (
     take_back,
 )
 from tnpeft.adapters.parked_states import forget_hook, make_again, set_to_base, translate
+from tnpeft.adapters.showing import READ, SHOWN
 from tnpeft.adapters.units import stand_for
 from tnpeft.execution.calls import Acting, Calls
 from tnpeft.execution.dispatch import execute
@@ -296,7 +297,8 @@ class AdaptedLayer(Resident, nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.startswith(("weight_", "bias_")):  # as weight normalisation and pruning do
-            raise taken_away(self.layer_name, name.partition("_")[0])
+            own = name.partition("_")[0]
+            raise taken_away(self.layer_name, own, own not in self._parameters)
         super().register_parameter(name, param)
 
     @property
@@ -319,10 +321,12 @@ class AdaptedLayer(Resident, nn.Module):
         if name == "site" and "_base" in self.__dict__:  # of a copy, whose adapters are complete only now
             self._settle()
             return self.__dict__["site"]
+        base = self.__dict__.get("_base")
+        if base is not None and (name in base.__dict__.get(READ, ()) or name in base.__dict__.get(SHOWN, ())):
+            return getattr(base, name)  # another parameter of the base's, that is adapted or trains beside cores
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base = self.__dict__.get("_base")
             if base is None or name in _NOT_OF_BASE or name.startswith("__"):
                 raise
         return getattr(base, name)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnpeft.adapters.adapter import Adapter, without_values
+from tnpeft.adapters.adapter import Adapter
+from tnpeft.adapters.factors import Light
+from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.parked import own_weight
 from tnpeft.execution.calls import Acting, Running
 from tnpeft.execution.site import Site
@@ -113,7 +115,7 @@ def clusters_of(site: Site, acting: Acting, running: Running) -> LayerClusters:
         start = acting.calls.cluster_constants.get(program, adapter.start_tensors(), program.start)
         return program.flat(cores, start)
 
-    cores = adapter.core_tensors()
+    cores = adapter.core_tensors() if adapter.factors is None else adapter.core_tensors(None, light_of(site, adapter))
     return program.split(site.results.cache.get((program, adapter), (adapter,), (), cores, contracted))
 
 
@@ -139,7 +141,12 @@ def summed_weight(site: Site, weight: Tensor, plain: bool) -> Tensor:
     base_weight = own_weight(site.base)
     constant = weight.detach() if weight.requires_grad else weight
     origin = constant if base_weight is weight else base_weight.detach()
-    inputs = [acting.adapter.delta_inputs(origin) for acting in site.acting]
+    inputs = [
+        acting.adapter.delta_inputs(origin)
+        if acting.adapter.factors is None
+        else acting.adapter.delta_inputs(origin, light_of(site, acting.adapter))
+        for acting in site.acting
+    ]
     if plain or not site.results.cache.opened:
         return add_weight(sum_deltas(site.acting, origin, inputs, plain), constant, plain)
 
@@ -153,6 +160,12 @@ def summed_weight(site: Site, weight: Tensor, plain: bool) -> Tensor:
     return site.results.cache.get(("dense", *site.acting), adapters, (weight, base_weight), flat, summed)[0]
 
 
+def light_of(site: Site, adapter: Adapter) -> Light:
+    """The derived cores that a pass has made for layers alike; None outside of one."""
+    current = site.results.current
+    return None if current is None else current.light(adapter)
+
+
 def sum_deltas(
     acting_here: Sequence[Acting], origin: Tensor, inputs: Sequence[Sequence[Tensor]], plain: bool
 ) -> Tensor:
@@ -161,7 +174,7 @@ def sum_deltas(
     for acting, tensors in zip(acting_here, inputs, strict=True):
         adapter = acting.adapter
         program, start = _program_and_start(acting, origin)
-        cores = tensors[: len(adapter.network.cores)]
+        cores = tensors[: len(adapter.plan.network.cores)]
         if plain or needs_plain_ops(*cores):
             (delta,) = program.plain_deltas(cores, start)
         else:

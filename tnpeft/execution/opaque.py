@@ -139,6 +139,10 @@ class AdaptedOpaque(AdaptedLayer):
         if self.merged:
             self.merge()
 
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return _Fixed(value, self.where) if name == "parametrizations" and isinstance(value, nn.ModuleDict) else value
+
     def train(self, mode: bool = True) -> AdaptedOpaque:
         super().train(mode)
         self.base.training = mode
@@ -204,6 +208,23 @@ class AdaptedOpaque(AdaptedLayer):
         translate(self.base, state_dict, prefix)
         self.base._load_from_state_dict(state_dict, prefix, *rest)
         unexpected[:] = [key for key in unexpected if not key.startswith(f"{prefix}adapters.")]
+
+
+class _Fixed(nn.ModuleDict):
+    """The parametrizations of a base layer, which torch would take off the adapted layer's class, for every layer."""
+
+    where: str | None
+
+    def __init__(self, own: nn.ModuleDict, where: str | None) -> None:
+        super().__init__()
+        self.__dict__["_modules"] = own._modules
+        self.__dict__["where"] = where
+
+    def __getitem__(self, key: str) -> nn.Module:
+        fix = "Take the adapters off first (`tnpeft.detach`); `parametrizations.weight` reads it."
+        found = "something that would add to it or take it off"
+        expected = "to stay what it is while adapters are attached"
+        raise ExecutionError(Problem(f"the parametrization of `{key}`", expected, found, fix, where=self.where))
 
 
 def _computes_weight(hook: Any) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from tnpeft.adapters.distributed import refuse_distributed
+from tnpeft.adapters.offload import wrapper_of
 from tnpeft.adapters.parked import MANGLED, ParameterLayer, own_weight, read_through
 from tnpeft.adapters.parked_states import forget_hook, make_again
 from tnpeft.errors import ExecutionError, Problem
@@ -69,7 +70,8 @@ class AdaptedParameter(AdaptedLayer):
 
     def hang(self) -> None:
         """Let the owner read the sum."""
-        self.base.owner._modules[self.key] = self
+        for holder in self._holders():
+            holder._modules[self.key] = self
         make_again(self.base.owner, True)
         self._settle()
 
@@ -77,9 +79,14 @@ class AdaptedParameter(AdaptedLayer):
         """Leave the parameter to its owner."""
         owner = self.base.owner
         read_through(owner, self.base.key, None)
-        owner._modules.pop(self.key, None)  # an owner with several names comes here once for each
+        for holder in self._holders():
+            holder._modules.pop(self.key, None)  # an owner with several names comes here once for each
         forget_hook(self._load_state_dict_post_hooks, make_layer_again)
         make_again(owner, False)
+
+    def _holders(self) -> tuple[nn.Module, ...]:
+        """The owner and, where it is a layer that carries adapters too, what hangs in its place."""
+        return self.base.owner, wrapper_of(self.base.owner)
 
     def effective(self, weight: Tensor) -> Tensor:
         """W + Σ s ΔW, for an acting parameter `weight`."""
@@ -107,6 +114,8 @@ class AdaptedParameter(AdaptedLayer):
         site, base = self.site, self.base
         embedding: Any = base.owner
         weight = base.weight
+        if weight.shape[0] != embedding.num_embeddings:
+            raise self._resized(weight.shape[0], embedding.num_embeddings)
         if needs_plain_ops(rows, weight) or site.results.cache.opened or embedding.scale_grad_by_freq:
             return None
         for acting in site.acting:
@@ -127,7 +136,9 @@ class AdaptedParameter(AdaptedLayer):
         total: Tensor | None = None
         for acting in site.acting:
             adapter = acting.adapter
-            delta = delta_rows(adapter.network, adapter.core_tensors(), adapter.start_tensors(), rows) * acting.scale
+            delta = (
+                delta_rows(adapter.plan.network, adapter.core_tensors(), adapter.start_tensors(), rows) * acting.scale
+            )
             total = delta if total is None else total + delta
         assert total is not None
         return total
@@ -142,6 +153,13 @@ class AdaptedParameter(AdaptedLayer):
         fix = "Merge first (`tnpeft.merge`), or let the tracer take the module that holds it as a leaf."
         found = "`torch.fx.symbolic_trace`, whose graph would hold its values of now"
         return ExecutionError(Problem("an adapted parameter", "calls that read it", found, fix, where=self.where))
+
+    def _resized(self, rows: int, wanted: int) -> ExecutionError:
+        fix = f"Set `num_embeddings` back to {rows}, take the adapters off (`tnpeft.detach`), resize, and attach again."
+        found = f"{rows}: what was written to the sum with its updates is lost"
+        return ExecutionError(
+            Problem("rows of its weight", f"the {wanted} of `num_embeddings`", found, fix, self.where)
+        )
 
     @property
     def where(self) -> str | None:

@@ -36,11 +36,12 @@ def replace_own(layer: Any, name: str, value: Any) -> None:
         warnings.warn(TnpeftWarning(problem), stacklevel=3)
 
 
-def taken_away(layer_name: str, name: str) -> ExecutionError:
-    """The error for who would take `name` off a layer, to compute it from something else."""
+def taken_away(layer_name: str, name: str, gone: bool = False) -> ExecutionError:
+    """The error for who would take `name` off a layer, to compute it from something else, or has taken it."""
     expected = "to stay what it is while adapters are attached"
     found = "something that would compute it, as weight_norm, spectral_norm and pruning do"
     fix = "Take the adapters off first, with `tnpeft.detach(model, merge=True)` to keep what they learned."
+    fix = f"It is deleted already: build the model anew. {fix}" if gone else fix
     where = f"layer '{layer_name}'" if layer_name else None
     return ExecutionError(Problem(f"`{name}`", expected, found, fix, where=where))
 

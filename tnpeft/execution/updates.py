@@ -21,7 +21,7 @@ from tnpeft.adapters.base_weight import base_weight
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.execution.base_call import BaseCall, geometry_of
 from tnpeft.execution.calls import Acting, Calls, Running
-from tnpeft.execution.modes import clusters_of, require_memory, sum_deltas
+from tnpeft.execution.modes import clusters_of, light_of, require_memory, sum_deltas
 from tnpeft.execution.site import Site
 from tnpeft.execution.torch_call import as_autocast_has_it, call_of, chain_input
 from tnpeft.network import Layer, Network
@@ -167,7 +167,7 @@ def _delta(site: Site, left: Sequence[Acting], plain: bool) -> Tensor:
     """Σ s ΔW of the adapters that have no chain, kept while accumulating; base weights are read where ΔW needs them."""
     network = next((acting.adapter.network for acting in left if acting.adapter.network.reads_weight), None)
     origin = base_weight(site.base, network or left[0].adapter.network).detach()
-    inputs = [acting.adapter.delta_inputs(origin) for acting in left]
+    inputs = [acting.adapter.delta_inputs(origin, None if plain else light_of(site, acting.adapter)) for acting in left]
     if plain or network is not None or not site.results.cache.opened:
         return sum_deltas(left, origin, inputs, plain)
 

@@ -41,7 +41,7 @@ __all__ = [
 
 FOREIGN = "Pass a file written by `tnpeft.save`."
 _LONGEST_SHOWN = 200  # characters of a library's message
-_PICKLED = f"{FOREIGN[:-1]}; `tnpeft.load_foreign` reads those of other libraries."
+_OTHERS = f"{FOREIGN[:-1]}; `tnpeft.load_foreign` reads those of other libraries."
 _OF_TENSORS = ("", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _OTHER = "Pass the file with the tensors, for example `adapter.safetensors`."
 _BESIDE = "Pass the folder that it stands in."
@@ -158,7 +158,7 @@ def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
         kind = recognise(path) if found == "a folder" else None
         text, fix = (kind.text, kind.fix or FOREIGN) if kind else (found, FOREIGN)
         raise refuse(path, "adapter file", "a file", text, fix)
-    with safetensors_of(path, damaged=_DAMAGED, pickled=_PICKLED) as file:
+    with safetensors_of(path, damaged=_DAMAGED, pickled=_OTHERS) as file:
         fields = _fields(path, file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     try:
@@ -178,7 +178,7 @@ def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
 def _fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The metadata of an adapter file whose format is known, without the format's number."""
     if KEY not in metadata:
-        raise refuse(path, "adapter file", "one written by tnpeft", "a safetensors file without its metadata", FOREIGN)
+        raise refuse(path, "adapter file", "one written by tnpeft", "a safetensors file without its metadata", _OTHERS)
     try:
         fields = json.loads(metadata[KEY])
         number = fields.pop("format")

@@ -49,7 +49,16 @@ _SLOT = re.compile(
 _CORE = re.compile(
     r"(?:.+\.)?(?:adapters\._?(?P<name>[^.]+)\.(?:core|start|dora)_[^.]+|_tnpeft_of_(?P<of>[^.:]+):[^.]+)"
 )
-_CONFIG = ("peft_type", "r", "lora_alpha", "alpha", "target_modules", "modules_to_save", "base_model_name_or_path")
+_CONFIG = (
+    "peft_type",
+    "base_model_name_or_path",
+    "r",
+    "lora_alpha",
+    "alpha",
+    "target_modules",
+    "target_parameters",
+    "modules_to_save",
+)
 _SHOWN = 6  # names in one line
 
 

@@ -9,15 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 from tnpeft.errors import BindError, Problem, clip, near_miss
+from tnpeft.network.bind_derived import derived_cores, factors_of, stored_cores
 from tnpeft.network.formula import parameter_formula
 from tnpeft.network.layer import Layer
 from tnpeft.network.model import BoundCore, BoundInit, BoundTerm, Network
 from tnpeft.network.signature import layer_of
 from tnpeft.network.stack import stacked
-from tnpeft.spec.declaration import Declaration
+from tnpeft.spec.declaration import Core, Declaration
 from tnpeft.spec.expression import MAX_ABSOLUTE
 from tnpeft.spec.habits import unknown_params
-from tnpeft.spec.pattern import KINDS, LAYER_NAMES
+from tnpeft.spec.inits import Legs
+from tnpeft.spec.pattern import KINDS, LAYER_NAMES, expand, expand_axes
 from tnpeft.spec.resolve import Resolved, layer_names, resolve
 
 __all__ = ["bind", "param_problems"]
@@ -44,28 +46,35 @@ def bind(spec: Declaration, layer: Any, params: Mapping[str, Any]) -> Network:
 
 
 def _network(spec: Declaration, layer: Layer, resolved: Resolved) -> Network:
-    cores = tuple(
-        BoundCore(
-            core.name,
-            resolved.legs[core.name],
-            tuple(resolved.sizes[leg] for leg in resolved.legs[core.name]),
-            BoundInit(core.init.name, resolved.inits[core.name]),
-            core.frozen,
-            core.shared,
-            core.origin,
-        )
-        for core in spec.cores
-    )
+    cores = tuple(_core(core, resolved, layer) for core in spec.cores if core.derivation is None)
     order = [name for rule in spec.sizes for name in rule.names]
-    trained = [core.legs for core in cores if not core.frozen]
+    trained = [resolved.legs[core.name] for core in cores if not core.frozen]
     if spec.compose == "dora":
         trained.append(("out_channels",))
     formula = parameter_formula(trained, resolved.symbols, order)
     terms = tuple(
-        BoundTerm(term.cores, weight, scale)
+        BoundTerm(tuple(reference.label for reference in term.references), weight, scale)
         for term, weight, scale in zip(spec.terms, resolved.weights, resolved.scales, strict=True)
     )
-    return Network(spec, layer, resolved.params, resolved.sizes, cores, terms, resolved.scale, formula)
+    derived, factors = derived_cores(spec, resolved, layer), factors_of(spec, resolved, layer)
+    return Network(
+        spec, layer, resolved.params, resolved.sizes, cores, terms, resolved.scale, formula,
+        derived=derived, factors=factors,
+    )  # fmt: skip
+
+
+def _core(core: Core, resolved: Resolved, layer: Layer) -> BoundCore:
+    legs = resolved.legs[core.name]
+    # The base weight has the legs of its pattern, one by one: it is no tensor that somebody stores in that form.
+    axes = expand_axes(core.axes, KINDS[layer.kind]) if core.origin != "weight" else [(leg,) for leg in legs]
+    shape = tuple(math.prod(resolved.sizes[leg] for leg in axis) for axis in axes)
+    arguments = core.init.arguments.values()
+    named = next((each.legs for each in arguments if isinstance(each, Legs)), ()) if core.init.names_legs else ()
+    value = next((each for each in arguments if isinstance(each, str)), None)
+    init = BoundInit(core.init.name, resolved.inits[core.name], expand(named, KINDS[layer.kind]), value)
+    split = tuple(resolved.sizes[leg] for leg in legs)
+    bound = BoundCore(core.name, legs, shape, init, core.frozen, core.shared, core.origin)
+    return bound if split == shape else replace(bound, split=split)
 
 
 _SINGULAR = ("from svd_u", "from svd_s", "from svd_v", "svd_us", "svd_vs")
@@ -74,11 +83,10 @@ _SINGULAR = ("from svd_u", "from svd_s", "from svd_v", "svd_us", "svd_vs")
 def _rank_problems(network: Network) -> Iterator[Problem]:
     """Singular vectors are as many as the weight, unfolded as out x rest, has."""
     limit = min(network.layer.out_channels, network.layer.numel // network.layer.out_channels)
-    for core, declared in zip(network.cores, network.spec.cores, strict=True):
+    for core, declared in zip(network.cores, stored_cores(network.spec), strict=True):
         if core.init.name not in _SINGULAR:
             continue
-        part = next(part for part in network.parts if core in part.cores)
-        (bond,) = (leg for leg in core.legs if leg not in part.open_legs)
+        (bond,) = (leg for leg in core.legs if leg not in network.open_legs_of(core))
         if network.sizes[bond] > limit:
             what, on = f"core '{core.name}', `{core.origin or core.init.name}`", str(network.layer)
             expected, fix = f"a bond of at most {limit}, the rank of the weight", f"Lower the size of `{bond}`."

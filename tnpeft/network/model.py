@@ -11,10 +11,12 @@ from typing import Any
 import networkx
 import opt_einsum
 
+from tnpeft.network.derived import DerivedCore, Factor
 from tnpeft.network.layer import Layer
 from tnpeft.spec.declaration import Declaration
+from tnpeft.spec.inits import INDEX_INITS
 
-__all__ = ["BoundCore", "BoundInit", "BoundTerm", "Network"]
+__all__ = ["BoundCore", "BoundInit", "BoundTerm", "Network", "with_slices"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,18 @@ class BoundInit:
 
     name: str
     arguments: Mapping[str, float] = field(default_factory=dict)
+    legs: tuple[str, ...] = ()  # that it names: those of places, or along which values are the same
+    core: str | None = None  # whose value it takes
 
 
 @dataclass(frozen=True)
 class BoundCore:
-    """One core with its legs' sizes, in storage order; `shared` and `origin` as in the spec."""
+    """One core with its legs' sizes, in storage order; `shared` and `origin` as in the spec.
+
+    An axis of a stored core that holds several legs, as `(i k...) r` says, is one of its shape; `split` has the sizes
+    of its legs then. With `changes` its tensor holds what changed since the start, and its frozen copy the start: that
+    of a derived core, where the difference of two rounded values would have few digits.
+    """
 
     name: str
     legs: tuple[str, ...]
@@ -36,10 +45,30 @@ class BoundCore:
     frozen: bool = False
     shared: str | None = None
     origin: str | None = None
+    changes: bool = False
+    split: tuple[int, ...] | None = None
+
+    @property
+    def unfolded(self) -> tuple[int, ...]:
+        """The sizes of its legs, one by one."""
+        return self.shape if self.split is None else self.split
+
+    @property
+    def is_index(self) -> bool:
+        """Whether it holds whole numbers, which only maps read."""
+        return self.init.name in INDEX_INITS
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+def with_slices(core: BoundCore, leg: str, slices: int) -> BoundCore:
+    """The cores of all slices of a stack as one, the leg of the slices first; one that layers share has none."""
+    if core.shared is not None:
+        return core
+    split = None if core.split is None else (slices, *core.split)
+    return replace(core, legs=(leg, *core.legs), shape=(slices, *core.shape), split=split)
 
 
 @dataclass(frozen=True)
@@ -69,6 +98,8 @@ class Network:
     scale: float
     formula: str
     slice_network: Network | None = None  # of a stack: that of each of its layers
+    derived: tuple[DerivedCore, ...] = ()  # each after those that it is made of
+    factors: tuple[Factor, ...] = ()  # what terms name; none where they name the cores as they are stored
 
     @property
     def start(self) -> str:
@@ -95,8 +126,51 @@ class Network:
         return (*self.layer.stack, self.layer.out_channels)
 
     @cached_property
+    def plain(self) -> Network:
+        """The network that is planned and contracted: each factor is a core of its own; itself where it has none."""
+        if not self.factors:
+            return self
+        one = self.slice_network
+        if one is not None:
+            leg = self.terms[0].weight[0][0]
+            cores = tuple(with_slices(core, leg, self.layer.slices) for core in one.plain.cores)
+            return replace(self, cores=cores, derived=(), factors=(), slice_network=one.plain)
+        cores = tuple(self._factor(factor) for factor in self.factors)
+        return replace(self, cores=cores, derived=(), factors=())
+
+    def _factor(self, factor: Factor) -> BoundCore:
+        stored = {core.name: core for core in self.cores}
+        name, reference = factor.reference.core, factor.reference
+        roots = [stored[root] for root in self.roots_of(name)]
+        frozen = all(core.frozen for core in roots)
+        shared = "model" if all(core.shared is not None for core in roots) else None
+        changes = self.start == "frozen_copy" and name not in stored and not frozen
+        origin = stored[name].origin if name in stored else None
+        made = BoundInit("derived")
+        return BoundCore(factor.label, reference.legs, reference.shape, made, frozen, shared, origin, changes)
+
+    def roots_of(self, name: str) -> tuple[str, ...]:
+        """The stored cores that a core is made of, index cores among them; of one that is stored, itself."""
+        made = {core.name: core for core in self.derived}
+        roots: dict[str, None] = {}
+        pending = [name]
+        while pending:
+            core = made.get(pending.pop(0))
+            if core is None:
+                roots[name] = None
+            else:
+                for source in (*core.sources, *(each.at for each in core.maps if each.at is not None)):
+                    roots |= dict.fromkeys(self.roots_of(source))
+        return tuple(roots)
+
+    @cached_property
     def parts(self) -> tuple[Network, ...]:
-        """The terms as networks of their own, each with its scale; a network of one plain term is its only part."""
+        """The terms as networks of their own, each with its scale; a network of one plain term is its only part.
+
+        Derived cores stand in them as the tensors that they are.
+        """
+        if self.factors:
+            return self.plain.parts
         if len(self.terms) == 1 and self.terms[0].scale == 1.0:
             return (self,)
         return tuple(self._part(term) for term in self.terms)
@@ -119,6 +193,14 @@ class Network:
         """The weight's legs in row-major order of the canonical weight; of several terms, each leg once."""
         return tuple(dict.fromkeys(leg for term in self.terms for axis in term.weight for leg in axis))
 
+    def term_of(self, core: BoundCore) -> BoundTerm:
+        """The first term that names a core under its own legs; the first of all where none does."""
+        return next((term for term in self.terms if core.name in term.cores), self.terms[0])
+
+    def open_legs_of(self, core: BoundCore) -> tuple[str, ...]:
+        """The weight's legs in the first term that names a core."""
+        return tuple(leg for axis in self.term_of(core).weight for leg in axis)
+
     @property
     def padded_shape(self) -> tuple[int, ...]:
         """The canonical weight of the first term before the crop of padded axes."""
@@ -132,15 +214,20 @@ class Network:
     @cached_property
     def symbols(self) -> Mapping[str, str]:
         """One einsum letter for each index, in order of appearance."""
-        order = dict.fromkeys(leg for core in self.cores for leg in core.legs)
+        named = [core.legs for core in self.cores] + [core.legs for core in self.derived]
+        named += [factor.reference.legs for factor in self.factors]
+        order = dict.fromkeys(leg for legs in named for leg in legs)
         return {leg: opt_einsum.get_symbol(number) for number, leg in enumerate(order)}
 
     @cached_property
     def einsum(self) -> str:
         """The network as one einsum over its cores in file order; the output is the canonical weight, leg by leg.
 
-        A sum has one for each term, joined by ` + `; letters mean the same indices in all of them.
+        A sum has one for each term, joined by ` + `; letters mean the same indices in all of them. Derived cores stand
+        in it as the tensors that they are.
         """
+        if self.factors:
+            return self.plain.einsum
         letters = self.symbols
         texts = []
         for term in self.terms:
@@ -159,7 +246,7 @@ class Network:
 
     def _signature_of(self, term: BoundTerm) -> Hashable:
         cores = tuple(
-            (place, self.symbols_of(core), core.shape, core.frozen, core.origin == "weight")
+            (place, self.symbols_of(core), core.shape, core.frozen, core.origin == "weight", core.changes)
             for place, core in enumerate(self.cores)
             if core.name in term.cores
         )
@@ -177,12 +264,18 @@ class Network:
         """The bipartite graph of cores and indices.
 
         Nodes are ("core", name) with `shape`, `frozen`, `shared`, `origin` and the numbers of its
-        `terms`, and ("index", name) with `size` and `open`; an edge joins a core to each of its legs.
+        `terms`, those of derived cores, of kind "derived", with `shape` and `sources`, and ("index", name) with `size`
+        and `open`; an edge joins a core to each of its legs.
         Bipartite, because a plain graph merges parallel bonds and cannot hold an index that three
         cores share.
         """
         graph: networkx.Graph[tuple[str, str]] = networkx.Graph(name=self.spec.name)
         open_legs = set(self.open_legs)
+        for made in self.derived:
+            graph.add_node(("core", made.name), kind="derived", shape=made.shape, sources=made.sources)
+            for leg in made.legs:
+                graph.add_node(("index", leg), kind="index", size=self.sizes[leg], open=leg in open_legs)
+                graph.add_edge(("core", made.name), ("index", leg))
         for core in self.cores:
             terms = tuple(number for number, term in enumerate(self.terms) if core.name in term.cores)
             about = {"shape": core.shape, "frozen": core.frozen, "shared": core.shared, "origin": core.origin}

@@ -106,7 +106,7 @@ def is_opaque_layer(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
         return True
-    if not is_plain_tensor(held_class(weight)):
+    if not is_plain_tensor(type(weight)) and not is_plain_tensor(held_class(weight)):
         return True
     known: type = type(module)
     plain = conv1d_of(known) or _torch_class(known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tnpeft.spec.declaration import Declaration
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits
 from tnpeft.spec.library import find_shipped, label_of, shipped_tables
+from tnpeft.spec.maps import registered_maps
 from tnpeft.spec.reader import read_declaration
 
 __all__ = ["Spec", "load_spec"]
@@ -50,7 +51,7 @@ class Spec(Declaration):
         each with its place.
         """
         declaration = read_declaration(text, file, {**shipped_tables(), **(tables or {})}, known_inits)
-        return cls(**vars(declaration))
+        return cls(**{each.name: getattr(declaration, each.name) for each in fields(declaration)})
 
     def bind(self, layer: Any, /, **params: Any) -> Network:
         """The network for one layer, with every size known and checked.
@@ -90,10 +91,10 @@ def load_spec(name: str | Path) -> Spec:
     Raises SpecError with every mistake in the file, each with file, line and column.
     """
     path = find_shipped(name, "spec", "")
-    return _parsed(read_bytes(path), label_of(path), registered_inits())
+    return _parsed(read_bytes(path), label_of(path), (registered_inits(), registered_maps()))
 
 
 @lru_cache(maxsize=64)
-def _parsed(text: bytes, file: str, _inits: object) -> Spec:
+def _parsed(text: bytes, file: str, _registered: object) -> Spec:
     """A recipe names one spec several times, a program attaches it to several models: the text is parsed once."""
     return Spec.from_yaml(text, file)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from tnpeft.errors import BindError, Problem
 from tnpeft.network.layer import Layer
-from tnpeft.network.model import BoundCore, Network
+from tnpeft.network.model import Network, with_slices
 
 __all__ = ["stacked"]
 
@@ -20,7 +20,7 @@ __all__ = ["stacked"]
 def stacked(slice_network: Network, layer: Layer) -> Network:
     """The network of a stack, from that of one of its slices. Raises BindError where slices would be all the same."""
     for term in slice_network.terms:
-        if all(core.shared is not None for core in slice_network.cores if core.name in term.cores):
+        if all(core.shared is not None for core in slice_network.plain.cores if core.name in term.cores):
             what = f"spec '{slice_network.spec.name}' on {layer}"
             fix = "Choose a spec of which each layer has a core of its own."
             raise BindError(Problem(what, "a core of its own for each slice", "cores that layers share alone", fix))
@@ -31,14 +31,8 @@ def stacked(slice_network: Network, layer: Layer) -> Network:
         slice_network,
         layer=layer,
         sizes={leg: layer.slices, **slice_network.sizes},
-        cores=tuple(_stacked_core(core, leg, layer.slices) for core in slice_network.cores),
+        cores=tuple(with_slices(core, leg, layer.slices) for core in slice_network.cores),
         terms=tuple(replace(term, weight=((leg,), *term.weight)) for term in slice_network.terms),
         formula=f"{layer.slices} ({slice_network.formula})",
         slice_network=slice_network,
     )
-
-
-def _stacked_core(core: BoundCore, leg: str, slices: int) -> BoundCore:
-    if core.shared is not None:
-        return core
-    return replace(core, legs=(leg, *core.legs), shape=(slices, *core.shape))

@@ -44,6 +44,7 @@ class Tree:
     legs: tuple[str, ...]  # of each core, as it is stored
     sizes: tuple[tuple[str, int], ...]  # by letter
     frozen: tuple[bool, ...]  # for each core
+    changes: tuple[bool, ...]  # for each core: it is given as its change since the start
     steps: tuple[Step, ...]  # tensors by number: cores first, then results
     result: str  # its legs
     scale: float
@@ -64,6 +65,7 @@ class Tree:
             legs=tuple("".join(letters[letter] for letter in legs_of_core) for legs_of_core in core_legs),
             sizes=tuple((new, sizes[letter]) for letter, new in letters.items()),
             frozen=tuple(network.cores[core].frozen for core in cores),
+            changes=tuple(network.cores[core].changes for core in cores),
             steps=tuple(_renamed(step, numbers, legs) for step in steps),
             result="".join(letters[letter] for letter in result),
             scale=network.scale if smallest in cores else 1.0,
@@ -80,7 +82,7 @@ def _renamed(step: Step, numbers: Mapping[int, int], legs: Mapping[str, str]) ->
 class Start(NamedTuple):
     """What the changes need of the frozen copies."""
 
-    flat: Tensor | None  # all stacked copies as one vector; None where they are not one
+    flat: Tensor | None  # all stacked copies as one vector; None where they are not one, or a core is given as a change
     cores: tuple[Tensor, ...]  # each (layers, legs)
     constants: tuple[Tensor, ...]  # the tensors of the tree, scaled
 
@@ -112,6 +114,7 @@ class BatchedTree:
         self._plain = all(order is None for order in self._orders)
         self._numbered = self.copied and not self._plain and sum(self._pieces) <= NUMBERED
         self._numbers: dict[Hashable, Tensor] = {}
+        self._given = any(tree.changes)  # some cores are given as changes since the start
 
     @cached_property
     def _products(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
@@ -121,11 +124,19 @@ class BatchedTree:
     def start(self, cores: Sequence[Tensor], last: bool, plain: bool) -> Start:
         """What the changes need of the frozen copies of all layers; their result only with `last`."""
         flat, stacked = self.stack(cores)
-        return Start(flat, tuple(stacked), tuple(self.run(self._scaled(stacked), (), last, plain)))
+        return Start(
+            None if self._given else flat, tuple(stacked), tuple(self.run(self._scaled(stacked), (), last, plain))
+        )
 
-    def scaled(self, cores: Sequence[Tensor]) -> list[Tensor]:
+    def scaled(self, cores: Sequence[Tensor], start: Start | None = None) -> list[Tensor]:
         """Each core as (layers, legs in the order of contraction), with the tree's scale in one of them."""
-        return self._scaled(self.stack(cores)[1])
+        stacked = self.stack(cores)[1]
+        return self._scaled(stacked if start is None or not self._given else self._values(stacked, start))
+
+    def _values(self, stacked: list[Tensor], start: Start) -> list[Tensor]:
+        """The cores themselves, where some are given as changes since the start."""
+        both = zip(stacked, start.cores, self.tree.changes, strict=True)
+        return [first + core if changes else core for core, first, changes in both]
 
     def run(self, cores: Sequence[Tensor], known: Sequence[Tensor | None], last: bool, plain: bool) -> list[Tensor]:
         """The cores, as `scaled` has them, and every result; those `known` are not computed, the last only if asked."""
@@ -148,12 +159,13 @@ class BatchedTree:
                 if fixed:
                     changes[core] = None
         else:
-            both = zip(stacked, start.cores, self.tree.frozen, strict=True)
-            changes = [None if fixed else core - first for core, first, fixed in both]
+            given = zip(stacked, start.cores, self.tree.frozen, self.tree.changes, strict=True)
+            changes = [None if fixed else core if change else core - first for core, first, fixed, change in given]
         change = changes[self.tree.scaled]
         if self.tree.scale != 1.0 and change is not None:
             changes[self.tree.scaled] = change * self.tree.scale
-        tensors, constants = list(self._scaled(stacked)), start.constants
+        values = self._values(stacked, start) if self._given else stacked
+        tensors, constants = list(self._scaled(values)), start.constants
         for step in self.instructions:
             left, right = step.left, step.right
             whole, first = (tensors[left], changes[left]), (constants[right], changes[right])

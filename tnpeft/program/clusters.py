@@ -186,6 +186,7 @@ class Contracted(torch.autograd.Function):
         if not code.tree.copied:
             ctx.save_for_backward(*cores)
         ctx.code, ctx.cores = code, cores if code.tree.copied else None
+        ctx.start = None if known is None else known.start
         # Hooks see all that is kept: results are made anew from what they give back.
         ctx.tensors = None if saved_tensors_are_hooked() else tensors
         values = _layers(tensors[-1], code.count)
@@ -203,7 +204,7 @@ class Contracted(torch.autograd.Function):
         with without_autocast(cores[0]):
             tensors = ctx.tensors
             if tensors is None:
-                tensors = code.tree.run(code.tree.scaled(cores), (), True, is_recorded())
+                tensors = code.tree.run(code.tree.scaled(cores, ctx.start), (), True, is_recorded())
             grads = code.gradients(tensors, of_values, cores, ctx.needs_input_grad[2:])
         return (None, None, *grads)
 

@@ -138,6 +138,7 @@ class Program:
         kept: Sequence[Tensor | None],
         gradients: Sequence[Tensor | None],
         needed: Sequence[bool],
+        start: Starts | None,
     ) -> list[Tensor | None]:
         """Those of the cores that need one, from those of the delta weights (None: the layer was not called).
 
@@ -145,13 +146,14 @@ class Program:
         """
         totals: list[Tensor | None] = [None] * len(cores)
         plain, count, place = is_recorded(), self.count, 0
-        for term, tree in self.terms:
+        for number_of_term, (term, tree) in enumerate(self.terms):
             own, stacked = self.of_term(term, cores), tree.size if tree.copied else 0
             known = kept[place : place + stacked + len(term.kept)]
             place += len(known)
             # Where the gradient is to be differentiated, the results must hang on the cores: none that was kept does.
             anew = not stacked or torch.is_grad_enabled()
-            first = tree.scaled(own) if anew else [tensor for tensor in known[:stacked] if tensor is not None]
+            copies = None if start is None else start[number_of_term]
+            first = tree.scaled(own, copies) if anew else [tensor for tensor in known[:stacked] if tensor is not None]
             tensors = tree.run(first, () if torch.is_grad_enabled() else known[stacked:], False, plain)
             grads = tree.gradients(tensors, self._undone(term, gradients), own, self.of_term(term, needed), plain)
             for number, grad in enumerate(grads):
@@ -194,7 +196,7 @@ class Delta(torch.autograd.Function):
         if counts.OPEN:
             counts.note("deltas", program.count)
         ctx.set_materialize_grads(False)
-        ctx.program = program
+        ctx.program, ctx.start = program, start
         if not copied:
             ctx.save_for_backward(*cores, *kept)
             return tuple(totals)
@@ -219,7 +221,7 @@ class Delta(torch.autograd.Function):
                 fix = "Step the optimiser after the last backward pass."
                 raise ExecutionError(Problem(what, "the cores of the forward pass", wrong, fix))
         with without_autocast(cores[0]):
-            return (None, None, *program.gradients(cores, kept, gradients, ctx.needs_input_grad[2:]))
+            return (None, None, *program.gradients(cores, kept, gradients, ctx.needs_input_grad[2:], ctx.start))
 
 
 @lru_cache(maxsize=1024)

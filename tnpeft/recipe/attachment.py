@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tnpeft.adapters import Adapter, Captured
+from tnpeft.adapters import Captured
 from tnpeft.adapters.hashing import digest_of_modules
 from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.adapters.processes import holders_of, in_step
@@ -97,7 +97,7 @@ def attach(
         claims = _claims(model, recipe, mode)
         said.append(lambda: (name, seed, mode, claims.in_words))
     with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
-        adapters = claims.compiled(seed, mode, autotune)
+        adapters = compiled_layers(claims.networks, claims.bases, claims.layers, claims.captured, seed, mode, autotune)
     with in_step(holders, lambda: _unlike("initial cores", _SAME_VALUES)) as said:
         said.append(lambda: digest_of_modules(adapters))
     install(model, name, adapters, claims.also.names, _about(model, recipe, claims.layers, claims.also))
@@ -122,9 +122,6 @@ class _Claims(NamedTuple):
         """All that must be the same in processes that hold parts of one model."""
         layers = [(name, each.spec.text, dict(each.params)) for name, each in self.networks.items()]
         return [layers, self.also, [dict(each) for each in self.captured.values()]]
-
-    def compiled(self, seed: int | None, mode: str, autotune: bool) -> dict[str, Adapter]:
-        return compiled_layers(self.networks, self.bases, self.layers, self.captured, seed, mode, autotune)
 
 
 def _claims(model: nn.Module, recipe: Recipe, mode: str) -> _Claims:
@@ -211,7 +208,8 @@ def _entry(spec: Spec, match: Match | None, params: Mapping[str, Any], given: Ma
         match = () if match is None else match
     if match is None:
         fix = r"For example `match=r'attn\.to_[qv]$'`, a list of names from `model.named_modules()`, or `match='all'`."
-        raise AttachError(Problem(f"spec '{spec.name}'", "`match`", "none", fix))
+        unknown = unknown_params(f"params of spec '{spec.name}'", params, spec.params, ATTACH)
+        raise AttachError(*unknown, Problem(f"spec '{spec.name}'", "`match`", "none", fix))
     if isinstance(match, str):
         compiled(match)
         layers: str | tuple[str, ...] = match

@@ -92,7 +92,7 @@ def _dropout_problems(
     if found := never_called(layer):
         fix = "Exclude it, or adapt it by another entry of a recipe, or under another name, without `dropout`."
         return [Problem("`dropout`", "a layer whose input is seen", found, fix, layers=(name,))]
-    return [replace(problem, layers=(name,)) for problem in dropout_problems(network, dropout)]
+    return [replace(problem, layers=(name,)) for problem in dropout_problems(network.plain, dropout)]
 
 
 def _of_layer(name: str, error: BindError) -> list[Problem]:

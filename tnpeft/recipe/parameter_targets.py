@@ -43,7 +43,11 @@ def matched_parameters(
             what = f"spec '{entry.spec.name}', parameters {clip(pattern)}"
             problems.append(Problem(what, "at least one parameter", "none", fix, entry.where))
     for name in found:
-        if problem := parameter_problem(parameters[name], _orientation(wanted, parameters[name])):
+        if len(told := wanted.told_of(name)) > 1:
+            axes = " and ".join(f"`{each}`" for each in told)
+            fix = f"Let one of the patterns alone find it: {', '.join(map(clip, told.values()))}."
+            problems.append(Problem("its orientation", "one", axes, fix, where=f"parameter '{name}'"))
+        elif problem := parameter_problem(parameters[name], _orientation(wanted, parameters[name])):
             problems.append(problem)
     return list(found)
 

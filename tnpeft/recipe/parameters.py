@@ -28,8 +28,16 @@ class Parameters:
     names: tuple[str, ...] = ()
 
     def orientation_of(self, name: str) -> str | None:
-        """What the first pattern that finds a parameter says of its axes."""
-        return next((axes for pattern, axes in self.patterns.items() if compiled(pattern).search(name)), None)
+        """What the patterns that find a parameter say of its axes."""
+        return next(iter(self.told_of(name)), None)
+
+    def told_of(self, name: str) -> dict[str, str]:
+        """The orientations that a parameter is given, with the first pattern of each; several contradict each other."""
+        told: dict[str, str] = {}
+        for pattern, axes in self.patterns.items():
+            if axes is not None and compiled(pattern).search(name):
+                told.setdefault(axes, pattern)
+        return told
 
 
 def parameters_from(value: Any) -> tuple[Parameters, list[tuple[tuple[str, ...], Problem]]]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from tnpeft.adapters.parked import LOOKUPS
 from tnpeft.errors import AttachError, Problem, clip, near_miss
 from tnpeft.network.look_alikes import kind_name
 from tnpeft.network.signature import kind_of, torch_kind
@@ -80,7 +81,8 @@ def _matched(
         found_all = {name: found_all[name] for name in chosen or found_all}
         layers = [name for name in chosen if found_all[name] is None]
         if not layers and (chosen or not found_all):
-            problems.append(_none_of_all(entry, [problem for problem in found_all.values() if problem is not None]))
+            refused_all = [problem for problem in found_all.values() if problem is not None]
+            problems.append(_none_of_all(entry, refused_all, modules))
         problems += rank_problems(entry, layers)
         return layers
     if isinstance(entry.match, tuple):
@@ -193,12 +195,14 @@ def fused_attention(model: nn.Module, layers: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(parents) if isinstance(modules.get(name), nn.MultiheadAttention)]
 
 
-def _none_of_all(entry: Entry, refused: Iterable[Problem]) -> Problem:
+def _none_of_all(entry: Entry, refused: Iterable[Problem], modules: Mapping[str, nn.Module]) -> Problem:
     kinds = entry.selection.kinds or entry.spec.layers
     what, expected = f"spec '{entry.spec.name}', match '{ALL}'", f"at least one of {', '.join(kinds)}"
     for problem in AttachError(*refused).problems:  # folded
         return replace(problem, what=what, expected=f"{expected} that can be adapted", where=entry.where)
-    return Problem(what, expected, "none", "Choose another spec.", entry.where)
+    tables = [name for name, module in modules.items() if isinstance(module, LOOKUPS) and not _adaptable(modules)]
+    fix = f"Match embeddings by their names: '{tables[0]}'." if tables else "Choose another spec."
+    return Problem(what, expected, "none", fix, entry.where)
 
 
 def _adaptable(modules: Mapping[str, nn.Module]) -> list[str]:

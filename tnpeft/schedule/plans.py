@@ -26,6 +26,8 @@ Tensors = Sequence[tuple[int, tuple[str, ...]]]
 @lru_cache(maxsize=1024)
 def plan_dense(network: Network) -> Plan:
     """Contract all cores to the delta weight, which one call of the layer then uses together with the base weight."""
+    if network.plain is not network:
+        return plan_dense(network.plain)
     if network.parts != (network,):
         return Plan(network, "dense", (), (), tuple(map(plan_dense, network.parts)))
     if problems := tuple(_problems(network)):
@@ -37,6 +39,7 @@ def plan_dense(network: Network) -> Plan:
 
 def obstacle(network: Network) -> str | None:
     """Why a network cannot be contracted with its layer's input, whatever the call, or None if it may be."""
+    network = network.plain
     if network.layer.slices:
         return "a stack of layers: each slice has its own input"
     if network.layer.groups > 1:
@@ -60,6 +63,7 @@ def plan_factored(network: Network, call: Call) -> Plan | str:
     """The plan of the chain for one call, or why there is none."""
     if reason := obstacle(network):
         return reason
+    network = network.plain
     if network.parts != (network,):
         parts = [plan_factored(part, call) for part in network.parts]
         for number, part in enumerate(parts):

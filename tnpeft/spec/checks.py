@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 
 import networkx
 
 from tnpeft.documents.nodes import Node
 from tnpeft.errors import Position, Problems, closest, near_miss
 from tnpeft.spec.declaration import Core, Declaration, Term
+from tnpeft.spec.derived_checks import check_derived, check_zero_through_maps, is_circular, sized_by_hand, stored_in
 from tnpeft.spec.expression import Expression, spelling
 from tnpeft.spec.inits import Last, Legs
+from tnpeft.spec.legs import cores_by_name, inner_legs, legs_of
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, LAYER_NAMES, expand_axes
 from tnpeft.spec.resolve import Fault, layer_names, resolve
 
@@ -32,12 +34,14 @@ def check(spec: Declaration, incomplete: Set[str], problems: Problems, saved: bo
     _ellipsis(spec, problems)
     _inits(spec, problems)
     if "cores" not in incomplete:
+        check_derived(spec, problems)
+    if "cores" not in incomplete and not is_circular(spec):
         if spec.start == "zero" and "inits" not in incomplete:
             _start(spec, problems)
         _trained(spec, problems)
         _members(spec, problems)
         for term in spec.terms:
-            _occurrences(term, [core for core in spec.cores if core.name in term.cores], problems)
+            _occurrences(term, cores_by_name(spec), problems)
         _singular(spec, problems)
         if sized:
             _sized(spec, problems)
@@ -58,6 +62,14 @@ def _expressions(spec: Declaration) -> Iterator[tuple[str, Expression, Node | Po
     yield "`scale`", spec.scale, spec.root.get("scale")
     for term in spec.terms:
         yield f"{term.label.removesuffix(', `weight`')}, `scale`", term.scale, term.scale_position
+    for name, derivation in spec.derivations.items():
+        yield f"core '{name}', `scale`", derivation.scale, derivation.scale_position
+        for summand in derivation.summands:
+            yield f"{summand.label}, `scale`", summand.scale, summand.scale_position
+        for number, call in enumerate(derivation.maps, start=1):
+            yield from (
+                (f"core '{name}', map {number}, `{key}`", each, call.position) for key, each in call.expressions()
+            )
 
 
 def _names(spec: Declaration, problems: Problems) -> None:
@@ -139,13 +151,12 @@ def _start(spec: Declaration, problems: Problems) -> None:
     """Fine rule 14: `zero` holds by construction, in each term through exactly one trainable core of zeros."""
     where = spec.place("start")
     for number, term in enumerate(spec.terms):
-        members = [core for core in spec.cores if core.name in term.cores]
         what = "`start: zero`" if len(spec.terms) == 1 else f"`start: zero`, term {number + 1}"
-        _zero_term(where, what, members, problems)
+        _zero_term(spec, where, what, term, problems)
 
 
-def _zero_term(where: Position, what: str, members: list[Core], problems: Problems) -> None:
-    zeros = [core for core in members if core.init.name == "zeros"]
+def _zero_term(spec: Declaration, where: Position, what: str, term: Term, problems: Problems) -> None:
+    zeros = [core for core in stored_in(spec, term) if core.init.name == "zeros"]
     expected = "exactly one trainable core with `init: zeros`"
     if not zeros:
         fix = "Give one core `init: zeros`, or write `start: frozen_copy`."
@@ -157,24 +168,28 @@ def _zero_term(where: Position, what: str, members: list[Core], problems: Proble
     elif zeros[0].frozen:
         found = f"'{zeros[0].name}' frozen"
         problems.add(where, what, expected, found, "Train that core: the update would be zero for ever.")
+    else:
+        check_zero_through_maps(spec, where, what, term, zeros[0], problems)
 
 
 def _trained(spec: Declaration, problems: Problems) -> None:
-    if spec.cores and all(core.frozen for core in spec.cores):
+    if spec.cores and all(core.frozen for core in spec.cores if core.derivation is None):
         fix = "Remove one `frozen: true`: nothing would train."
         problems.add(spec.place("cores"), "`cores`", "at least one that is trained", "all of them frozen", fix)
     else:
-        trained = {core.name for core in spec.cores if not core.frozen}
         for number, term in enumerate(spec.terms):
-            if trained.isdisjoint(term.cores):
+            if all(core.frozen for core in stored_in(spec, term)):
                 fix = "Remove it: it would never change."
                 what = f"`terms`, entry {number + 1}"
                 problems.add(term.position, what, "at least one core that is trained", "all of them frozen", fix)
 
 
 def _members(spec: Declaration, problems: Problems) -> None:
-    """Every core stands in a term; a trained magnitude has a name of its own."""
+    """Every core stands in a term, or another one is made of it; a trained magnitude has a name of its own."""
     named = {name for term in spec.terms for name in term.cores}
+    for core in spec.cores:
+        named.update(core.derivation.sources if core.derivation else ())
+        named |= {value} if isinstance(value := core.init.arguments.get("core"), str) else set()
     for core in spec.cores:
         if spec.terms and core.name not in named:
             fix = "Name it in the `cores` of a term, or remove it."
@@ -185,12 +200,13 @@ def _members(spec: Declaration, problems: Problems) -> None:
             problems.add(core.position, "core 'magnitude'", "a name of its own", found, fix, core=core.name)
 
 
-def _occurrences(term: Term, members: Sequence[Core], problems: Problems) -> None:
+def _occurrences(term: Term, cores: Mapping[str, Core], problems: Problems) -> None:
     """In each term, an index of one core alone dangles, and the weight has no index that no core has."""
-    uses = Counter(leg for core in members for leg in core.legs)
+    uses = Counter(leg for reference in term.references for leg in legs_of(reference, cores))
     used = set(uses)
-    for core in members:
-        for leg, where in core.places.items():
+    for reference in term.references:
+        core = cores[reference.core]
+        for leg, where in (core.places if reference.axes is None else reference.places).items():
             if uses[leg] > 1 or leg in term.places:
                 continue
             others = {name for name in used | set(term.places) if name != leg and len(name) > 1}
@@ -232,13 +248,18 @@ def _sized(spec: Declaration, problems: Problems) -> None:
     """Fine rule 3: `bond` sizes what two cores share and `weight` has not; all else needs `sizes`."""
     sized = spec.sized
     opened = {leg for term in spec.terms for leg in term.places}
+    by_hand = sized_by_hand(spec)
     reported: set[str] = set()
-    for core in spec.cores:
-        for leg, where in core.places.items():
+    placed = [(core, core.places) for core in spec.cores]
+    placed += [
+        (owner, dict.fromkeys(legs, owner.position)) for owner, legs in inner_legs(spec) if isinstance(owner, Core)
+    ]
+    for core, places in placed:
+        for leg, where in places.items():
             if leg in sized or leg in reported:
                 continue
             reported.add(leg)
-            is_open = leg in opened
+            is_open = leg in opened or leg in by_hand
             if is_open or spec.bond is None:
                 expected = "a line in `sizes`" if is_open else "`bond`, or a line in `sizes`"
                 fix = near_miss(leg, sized - set(spec.params)) or f"Add `{leg}: ...` to `sizes`."
@@ -251,6 +272,9 @@ def _read(spec: Declaration) -> set[str]:
     """Every name that an expression or a weight has."""
     read = {name for _, expression, _ in _expressions(spec) for name in expression.names}
     read |= {name for core in spec.cores for _, argument in core.init.expressions() for name in argument.names}
+    read |= {leg for _, legs in inner_legs(spec) for leg in legs}
+    for core in spec.cores:
+        read |= {*getattr(core.init.arguments.get("legs"), "legs", ())}
     return read | {leg for term in spec.terms for leg in term.places}
 
 

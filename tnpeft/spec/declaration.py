@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tnpeft.documents.nodes import Node
 from tnpeft.errors import Position
+from tnpeft.spec.derived import Derivation, Reference
 from tnpeft.spec.expression import Expression
 from tnpeft.spec.factorize import Table
-from tnpeft.spec.inits import Init
+from tnpeft.spec.inits import INDEX_INITS, Init
 from tnpeft.spec.pattern import ELLIPSIS, Axes
 
 __all__ = ["Core", "Declaration", "SizeRule", "Term"]
@@ -20,10 +22,11 @@ __all__ = ["Core", "Declaration", "SizeRule", "Term"]
 class Core:
     """One core; `legs` are its indices in storage order, `k...` among them unexpanded.
 
-    With sizes {o: 64, a: 8}, legs=("o", "a") stores shape (64, 8).
+    With sizes {o: 64, a: 8}, legs=("o", "a") stores shape (64, 8); `axes` has the legs of each stored axis.
 
     `shared` is `model`, or the scope whose layers have one tensor for all. `origin` is what is taken from the base
-    weight: `weight` itself, with its `axes` of legs, or `svd_u`, `svd_s`, `svd_v`; such a core is frozen.
+    weight: `weight` itself, with the `axes` of its pattern, or `svd_u`, `svd_s`, `svd_v`; such a core is frozen. A core
+    with a `derivation` is made of others and never stored.
     """
 
     name: str
@@ -35,19 +38,30 @@ class Core:
     origin: str | None = None
     axes: Axes = ()
     places: Mapping[str, Position] = field(default_factory=dict, repr=False)  # of its legs
+    derivation: Derivation | None = None
+
+    @property
+    def is_index(self) -> bool:
+        """Whether it holds whole numbers, places for a map's `at=`."""
+        return self.init.name in INDEX_INITS
 
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the update: `scale` times the network of some cores (by name, in file order)."""
+    """One term of the update: `scale` times the network of some cores (in file order, as they are named there)."""
 
-    cores: tuple[str, ...]
+    references: tuple[Reference, ...]
     weight: Axes
     scale: Expression
     position: Position  # of the pattern
     scale_position: Position | None = None
     label: str = "`weight`"
     places: Mapping[str, Position] = field(default_factory=dict, repr=False)  # of the open legs
+
+    @property
+    def cores(self) -> tuple[str, ...]:
+        """The names of its cores, each once."""
+        return tuple(dict.fromkeys(reference.core for reference in self.references))
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,11 @@ class Declaration:
     def scopes(self) -> tuple[str, ...]:
         """The scopes that its shared cores name, but for `model`; `attach` binds each to a regular expression."""
         return tuple(dict.fromkeys(core.shared for core in self.cores if core.shared not in (None, "model")))
+
+    @cached_property
+    def derivations(self) -> Mapping[str, Derivation]:
+        """What each derived core is made of, by its name."""
+        return {core.name: core.derivation for core in self.cores if core.derivation is not None}
 
     @property
     def sized(self) -> set[str]:

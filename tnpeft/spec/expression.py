@@ -17,7 +17,17 @@ from dataclasses import dataclass, field
 from tnpeft.errors import clip, near_miss
 from tnpeft.spec.factorize import MAX_FACTORS, MAX_NUMBER, Table, factorize
 
-__all__ = ["FUNCTIONS", "Expression", "ExpressionError", "Number", "Value", "is_name", "parse_expression", "spelling"]
+__all__ = [
+    "FUNCTIONS",
+    "Expression",
+    "ExpressionError",
+    "Number",
+    "Value",
+    "is_name",
+    "parse_expression",
+    "spelling",
+    "split_at_commas",
+]
 
 Number = int | float
 Value = Number | tuple[Number, ...]
@@ -63,6 +73,18 @@ class ExpressionError(Exception):
 def is_name(word: str) -> bool:
     """Whether `word` is an ASCII word that may name an index or a param (keywords may not)."""
     return _NAME.fullmatch(word) is not None and not keyword.iskeyword(word)
+
+
+def split_at_commas(text: str) -> list[str]:
+    """Split at the commas outside all brackets."""
+    parts, depth, start = [], 0, 0
+    for place, char in enumerate(text):
+        depth += (char in "([") - (char in ")]")
+        if char == "," and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
+    parts.append(text[start:])
+    return [part.strip() for part in parts if part.strip()]
 
 
 @dataclass(frozen=True)

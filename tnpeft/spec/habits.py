@@ -65,6 +65,7 @@ _SENTENCES = {
     _SCALE: "scale scaling multiplier lora_scale network_multiplier",
     _NEEDLESS: "task_type inference_mode fan_in_fan_out base_model_name_or_path",
     _OPTIMISER: "lr learning_rate weight_decay",
+    "Write each param by itself: `r=8`, say.": "params kwargs hyperparameters network_args",
     "Cores are made where their layer's weight is: leave it out.": "device",
 }
 _MEANT = {word: name for name, words in _SAME.items() for word in words.split()}

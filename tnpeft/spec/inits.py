@@ -11,11 +11,12 @@ from typing import Any
 
 from tnpeft.documents.nodes import Node
 from tnpeft.errors import Position, Problem, Problems, SpecError, clip, near_miss, ticked
-from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression
+from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression, split_at_commas
 from tnpeft.spec.pattern import ELLIPSIS, expand
 
 __all__ = [
     "DEFAULT_INIT",
+    "INDEX_INITS",
     "Init",
     "Last",
     "Legs",
@@ -39,8 +40,18 @@ _BUILT_IN: dict[str, tuple[str, ...]] = {  # name → arguments in order
     "sine": ("draw",),
     "svd_us": (),
     "svd_vs": (),
+    "value": ("core",),
+    "choice": ("legs",),
+    "random": ("legs",),
+    "largest": ("legs",),
+    "smallest": ("legs",),
 }
+# Whole numbers, for a map's `at=`: flat places without repeat, numbers below a leg's size, places by |weight|.
+INDEX_INITS = ("choice", "random", "largest", "smallest")
+_RANDOM = ("normal", "uniform", "kaiming_uniform")
+_BUILT_IN.update((name, (*_BUILT_IN[name], "same")) for name in _RANDOM)
 _OPTIONAL = {"gain": "1", "std": "1", "bound": "1"}
+_NOT_NEEDED = (*_OPTIONAL, "fan", "same")
 _GAINS = {"linear": 1.0, "relu": math.sqrt(2.0), "tanh": 5.0 / 3.0, "sigmoid": 1.0, "selu": 0.75}
 
 InitFunction = Callable[..., Any]
@@ -49,7 +60,7 @@ _registered: dict[str, InitFunction] = {}
 
 @dataclass(frozen=True)
 class Legs:
-    """`fan=[i, k...]`: the product of these legs' sizes."""
+    """`fan=[i, k...]`: the product of these legs' sizes; `same=[q]`, `choice(o i)`: the legs themselves."""
 
     legs: tuple[str, ...]
 
@@ -66,7 +77,7 @@ class Init:
     """An init as a file writes it; `arguments` are worked out when the layer is known."""
 
     name: str
-    arguments: Mapping[str, Expression | Legs | Last]
+    arguments: Mapping[str, Expression | Legs | Last | str]
     text: str
     position: Position | None = None
 
@@ -82,6 +93,11 @@ class Init:
         if isinstance(fan, Last):
             return tuple(legs[-fan.count :])
         return None
+
+    @property
+    def names_legs(self) -> bool:
+        """Whether it names legs for another reason than their product."""
+        return self.name in INDEX_INITS or "same" in self.arguments
 
     def __str__(self) -> str:
         return self.text
@@ -142,7 +158,7 @@ def init_names() -> tuple[str, ...]:
 def _arguments(name: str) -> dict[str, bool]:
     """What an init takes, beside shape and generator, and whether it must be given; of an unknown one, nothing."""
     if name in _BUILT_IN:
-        return {key: key not in _OPTIONAL and key != "fan" for key in _BUILT_IN[name]}
+        return {key: key not in _NOT_NEEDED for key in _BUILT_IN[name]}
     if name not in _registered:
         return {}
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -167,8 +183,10 @@ def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | Non
             node.position, f"unknown init '{clip(name)[1:-1]}'", f"one of {', '.join(init_names())}", ticked(name), fix
         )
         return None
-    given = _bind_arguments(name, _split(match.group(2) or ""), node, problems if known or name in _BUILT_IN else None)
-    parsed: dict[str, Expression | Legs | Last] = {}
+    given = _bind_arguments(
+        name, split_at_commas(match.group(2) or ""), node, problems if known or name in _BUILT_IN else None
+    )
+    parsed: dict[str, Expression | Legs | Last | str] = {}
     for key, text in given.items():
         value = _parse_argument(key, text, node, problems)
         if value is None:
@@ -184,18 +202,6 @@ def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | Non
         )
         return None
     return Init(name, parsed, node.text.strip(), node.position)
-
-
-def _split(text: str) -> list[str]:
-    """Split at the commas outside all brackets."""
-    parts, depth, start = [], 0, 0
-    for place, char in enumerate(text):
-        depth += (char in "([") - (char in ")]")
-        if char == "," and depth == 0:
-            parts.append(text[start:place])
-            start = place + 1
-    parts.append(text[start:])
-    return [part.strip() for part in parts if part.strip()]
 
 
 def _bind_arguments(name: str, parts: list[str], node: Node, problems: Problems | None) -> dict[str, str]:
@@ -216,7 +222,11 @@ def _bind_arguments(name: str, parts: list[str], node: Node, problems: Problems 
     return given
 
 
-def _parse_argument(key: str, text: str, node: Node, problems: Problems) -> Expression | Legs | Last | None:
+def _parse_argument(key: str, text: str, node: Node, problems: Problems) -> Expression | Legs | Last | str | None:
+    if key == "core":
+        return text
+    if key in ("legs", "same"):
+        return Legs(tuple(re.findall(r"[^\s,]+", text.strip("[] "))))
     if key == "fan":
         if match := re.fullmatch(r"last\(\s*([1-9]\d{0,2})\s*\)", text):
             return Last(int(match.group(1)))

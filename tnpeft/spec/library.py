@@ -14,7 +14,7 @@ from tnpeft.documents.paths import is_file
 from tnpeft.documents.recognise import recognise
 from tnpeft.errors import Problem, Problems, SpecError, clip, closest
 from tnpeft.spec.factorize import Table
-from tnpeft.spec.reader import parse_table
+from tnpeft.spec.tables import parse_table
 
 __all__ = ["find_shipped", "label_of", "list_specs", "not_yaml", "shipped_folder", "shipped_tables"]
 
@@ -95,7 +95,8 @@ def _meant(path: Path, beside: Path, shipped: Sequence[str]) -> str:
     )
     same = {name.casefold(): name for name in (*shipped, *files)}.get(stem.casefold())
     # Who writes an ending means a file.
-    name = same if same is not None else closest(stem, files if path.suffix in _ENDINGS else (*files, *shipped))
+    known = files if path.suffix in (*_ENDINGS, *_OTHER_ENDINGS) else (*files, *shipped)
+    name = same if same is not None else closest(stem, known)
     return f"Did you mean `{files.get(name, name)}`?" if name is not None else ""
 
 

@@ -79,16 +79,18 @@ def check_index(word: str, where: Position, owner: str, problems: Problems) -> b
     return check_name(word, where, f"{owner}, index {clip(word)}", problems)
 
 
-def parse_axes(node: Node, owner: str, problems: Problems) -> tuple[Axes, dict[str, Position]]:
+def parse_axes(
+    node: Node, owner: str, problems: Problems, span: tuple[int, int] | None = None
+) -> tuple[Axes, dict[str, Position]]:
     """A pattern's axes (a bare leg is a group of one, `1` an empty group) and each leg's place.
 
     `k...` alone is the axis ("k...",), which `expand_axes` turns into one axis per kernel axis. `owner` says in errors
-    whose pattern it is.
+    whose pattern it is. With `span` it is a part of the node's text.
     """
     axes: list[tuple[str, ...]] = []
     legs: dict[str, Position] = {}
     group: list[str] | None = None
-    for token, where in _tokens(node):
+    for token, where in _tokens(node, *(span or (0, len(node.text)))):
         if token == "(":
             if group is not None:
                 problems.add(where, owner, "one level of parentheses", "a second `(`", "Close the first one.")
@@ -116,8 +118,8 @@ def parse_axes(node: Node, owner: str, problems: Problems) -> tuple[Axes, dict[s
     return tuple(axes), legs
 
 
-def _tokens(node: Node) -> Iterator[tuple[str, Position]]:
-    for match in re.finditer(r"[()]|[^\s()]+", node.text):
+def _tokens(node: Node, start: int, end: int) -> Iterator[tuple[str, Position]]:
+    for match in re.compile(r"[()]|[^\s()]+").finditer(node.text, start, end):
         yield match.group(), node.at(match.start())
 
 

@@ -5,15 +5,17 @@ Used twice: at load, for sample layers of every kind in `layers`, and at `bind`,
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 
 from tnpeft.errors import Position, Problem, clip
-from tnpeft.spec.declaration import Core, Declaration, SizeRule
+from tnpeft.spec.declaration import Core, Declaration, SizeRule, Term
+from tnpeft.spec.derived import arrow_legs
 from tnpeft.spec.expression import Expression, ExpressionError, Number, Value, parse_expression
 from tnpeft.spec.factorize import bounded_product, times
+from tnpeft.spec.legs import inner_legs, uses_of
+from tnpeft.spec.maps import MapCall, size_problem
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, Axes, expand, expand_axes, kernel_indices
 
 __all__ = ["Fault", "Resolved", "layer_names", "resolve"]
@@ -42,6 +44,8 @@ class Resolved:
     scales: list[float] = field(default_factory=list)  # of the terms
     scale: float = 1.0
     inits: dict[str, dict[str, float]] = field(default_factory=dict)  # arguments by core
+    maps: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # their arguments, by derived core
+    sums: dict[str, list[float]] = field(default_factory=dict)  # scales of the summands, by derived core
     symbols: dict[str, Expression] = field(default_factory=dict)  # legs whose size is an expression of params alone
     faults: list[Fault] = field(default_factory=list)
 
@@ -81,7 +85,8 @@ class _Resolver:
         # Expressions that read params alone.
         own = {"bond": source.bond, **{rule.names[0]: rule.expression for rule in source.sizes}}
         self.plain = {key for key, rule in own.items() if rule is not None and not {*rule.names} - {*source.params}}
-        self.uses = Counter(leg for core in source.cores for leg in core.legs)
+        self.uses = uses_of(source)
+        self.arrows = {leg for each in source.derivations.values() for call in each.maps for leg in arrow_legs(call)}
         self.open = {leg for term in source.terms for axis in term.weight for leg in axis}
         self.out = Resolved()
 
@@ -92,6 +97,7 @@ class _Resolver:
         self._axes()
         self._scales()
         self._inits()
+        self._derived()
         return self.out
 
     def _fault(
@@ -178,9 +184,14 @@ class _Resolver:
                 expected = f"at most {MAX_NUMEL} elements"
                 error = ExpressionError(expected, times(sizes), "Use smaller sizes.", structural=False)
                 self._fault(core.position, f"core '{core.name}'", error, core=core.name)
+        for owner, named in inner_legs(self.source):
+            for leg in expand(named, self.spatial):
+                if leg not in self.out.sizes and leg not in self.failed:
+                    self._leg(leg, owner)
 
-    def _leg(self, leg: str, core: Core) -> None:
+    def _leg(self, leg: str, core: Core | Term) -> None:
         where = core.position
+        what, name = (f"core '{core.name}'", core.name) if isinstance(core, Core) else (core.label, None)
         rule = self.rules.get(leg)
         if leg in self.kernel:
             kernel = self.values.get(ELLIPSIS, self.layer["kernel_size"])
@@ -197,11 +208,11 @@ class _Resolver:
             return
         else:
             return
-        self._size(leg, value, where, f"core '{core.name}', index '{leg}'", core.name)
+        self._size(leg, value, where, f"{what}, index '{leg}'", name)
 
     def _is_bond(self, leg: str) -> bool:
         """Fine rule 3: `bond` sizes what two or more cores share and `weight` has not."""
-        return self.uses[leg] > 1 and leg not in self.open
+        return self.uses[leg] > 1 and leg not in self.open and leg not in self.arrows
 
     def _bond(self, leg: str) -> None:
         bond = self.source.bond
@@ -297,6 +308,42 @@ class _Resolver:
         except ExpressionError as error:
             self._fault(where, what, error)
             return 1.0
+
+    def _derived(self) -> None:
+        """Scales and maps of derived cores, and whether the sizes fit the arrows."""
+        for name, derivation in self.source.derivations.items():
+            core = next(core for core in self.source.cores if core.name == name)
+            self.out.sums[name] = [
+                self._scale(summand.scale, summand.scale_position or core.position, f"{summand.label}, `scale`")
+                * self._scale(derivation.scale, derivation.scale_position or core.position, f"core '{name}', `scale`")
+                for summand in derivation.summands
+            ]
+            self.out.maps[name] = [
+                self._map(core, number, call) for number, call in enumerate(derivation.maps, start=1)
+            ]
+
+    def _map(self, core: Core, number: int, call: MapCall) -> dict[str, float]:
+        what, where = f"core '{core.name}', map {number}", call.position or core.position
+        arguments: dict[str, float] = {}
+        for key, argument in call.arguments.items():
+            if isinstance(argument, str):
+                continue
+            if any(name not in self.values for name in argument.names):
+                return arguments
+            try:
+                arguments[key] = float(argument.number(self.values, self.source.factors))
+            except ExpressionError as error:
+                self._fault(where, f"{what}, `{key}`", error, core=core.name)
+                return arguments
+        taken, made = (
+            tuple(self.out.sizes.get(leg, 0) for leg in expand(legs, self.spatial)) for legs in (call.takes, call.gives)
+        )
+        if all(taken) and all(made):
+            words = {key: argument for key, argument in call.arguments.items() if isinstance(argument, str)}
+            problem = size_problem(call, taken, made, {**arguments, **words})
+            if problem is not None:
+                self._fault(where, what, ExpressionError(*problem, structural=False), core=core.name)
+        return arguments
 
     def _inits(self) -> None:
         for core in self.source.cores:

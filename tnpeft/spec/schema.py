@@ -14,12 +14,20 @@ __all__ = ["SPEC"]
 Scalar = int | float | str
 
 
+class SummandFile(FilePart):
+    cores: list[str]
+    scale: Scalar = 1
+
+
 class CoreFile(FilePart):
     legs: str
     init: str | None = None
     frozen: bool = False
     shared: str | None = None
     origin: Literal["weight", "svd_u", "svd_s", "svd_v"] | None = Field(default=None, alias="from")
+    of: str | list[str] | list[SummandFile] | None = None
+    map: str | list[str] | None = None
+    scale: Scalar = 1
 
 
 class TermFile(FilePart):
@@ -29,7 +37,7 @@ class TermFile(FilePart):
 
 
 class SpecFile(FilePart):
-    tnpeft: Literal[1]
+    tnpeft: Literal[1, 2]
     name: str
     title: str = ""
     source: str = ""
@@ -58,7 +66,7 @@ SPEC = Schema(
     what="spec",
     model=SpecFile,
     expected={
-        "tnpeft": ("the language version 1", "Write `tnpeft: 1`."),
+        "tnpeft": ("the language version 1 or 2", "Write `tnpeft: 1`, or `tnpeft: 2` where a core is derived."),
         "name": ("a word", "Write `name: my_adapter`; quote it if it looks like a number."),
         "title": ("a text", "Quote it."),
         "source": ("a text", "Quote it."),
@@ -79,6 +87,11 @@ SPEC = Schema(
         "legs": ("the core's indices", 'For example `legs: o r`; `legs: ""` is a scalar.'),
         "frozen": ("`true` or `false`", "Write `frozen: true` for a core that is not trained."),
         "shared": ("`model` or a scope's name", "For example `shared: model`: one tensor for all adapted layers."),
+        "of": (
+            "a core, a list of cores, or a list of products with `cores`",
+            "For example `of: R`, or `of: [A, W]`.",
+        ),
+        "map": ("a map or a list of maps", "For example `map: tanh`, or `map: [skew(e -> x y), cayley(x y)]`."),
         "from": ("`weight`, `svd_u`, `svd_s` or `svd_v`", "Write `from: weight` for the base weight itself, say."),
     },
     parts={

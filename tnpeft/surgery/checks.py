@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.base_weight import dequantiser, needs_weight, unreadable
-from tnpeft.adapters.distributed import is_distributed
+from tnpeft.adapters.distributed import DISTRIBUTED, UNITS, is_distributed
 from tnpeft.adapters.parked import LOOKUPS, MANGLED, own, own_weight
 from tnpeft.adapters.processes import flat_part
 from tnpeft.adapters.units import is_gathered
@@ -133,7 +134,9 @@ def _lazy_problem(layer: nn.Module) -> Problem | None:
 
 
 def _split_problem(layer: nn.Module) -> Problem | None:
-    return None if torch_kind(type(layer)) is None else parts_problem(layer, layer._parameters)
+    if DISTRIBUTED not in sys.modules or torch_kind(type(layer)) is None:
+        return None
+    return parts_problem(layer, layer._parameters)
 
 
 def parts_problem(owner: nn.Module, keys: Iterable[str]) -> Problem | None:
@@ -177,8 +180,8 @@ def _is_odd(weight: Tensor) -> bool:
 
 def weight_problem(weight: Tensor) -> Problem | None:
     """Why no update can be added to a base weight, or None if one can: it must be a plain dense tensor of floats."""
-    kind = held_class(weight)
-    if not is_plain_tensor(kind):
+    kind: type = type(weight)
+    if not is_plain_tensor(kind) and not is_plain_tensor(kind := held_class(weight)):
         found, fix = look_alike(kind) or (f"{kind.__name__}, with operations of its own", "Match other layers.")
         return Problem("weight", "a plain tensor", found, fix)
     if weight.dtype not in _DTYPES:
@@ -240,7 +243,7 @@ def model_problems(model: nn.Module) -> Iterator[Problem]:
 
 def flat_problem(model: nn.Module) -> Problem | None:
     """Why nothing new can be attached to a model that FSDP1 has flattened: it takes no parameters later."""
-    if flat_part(model) is None:
+    if UNITS not in sys.modules or flat_part(model) is None:
         return None
     found = "one that FullyShardedDataParallel has flattened"
     fix = "Attach to the plain model first, then wrap it; or shard it with `fully_shard`, and attach then."

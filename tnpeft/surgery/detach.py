@@ -13,7 +13,16 @@ from tnpeft.execution import AdaptedLayer
 from tnpeft.surgery.adapted_model import AdaptedModel, adapted, known_adapter
 from tnpeft.surgery.merge_into_base import merge_into_base, merging_problems
 from tnpeft.surgery.passes import remove_pass
-from tnpeft.surgery.switch import acting, apply_state, merge_layers, refuse_disabled, refuse_merged, warn_of_ties
+from tnpeft.surgery.rows import unhook
+from tnpeft.surgery.switch import (
+    acting,
+    apply_state,
+    merge_layers,
+    refuse_disabled,
+    refuse_merged,
+    refuse_rows,
+    warn_of_ties,
+)
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers, places, slots
 
@@ -36,9 +45,11 @@ def detach(model: nn.Module, merge: bool = False, name: str | None = None, *, de
 
     Raises AttachError where nothing, or no adapter of that name, is attached, and with `merge` where
     the update of another adapter depends on a weight that would change, or the model is merged already
-    and others are attached. Warns (TnpeftWarning) where a merged weight was tied to another layer's.
+    and others are attached; and inside `tnpeft.rows`. Warns (TnpeftWarning) where a merged weight was tied to
+    another layer's.
     """
     root, state = adapted(model)
+    refuse_rows(state)
     if name is None:
         _restore(root, state, state.active if merge else {}, dequantise)
     elif known_adapter(state, name) and len(state.adapters) == 1:
@@ -85,6 +96,7 @@ def _restore(root: nn.Module, state: AdaptedModel, kept: dict[str, float], dequa
         if name in state.requires_grad or id(slot.owner) in replaced:
             slot.tensor.requires_grad_(_flag_of(name, state.requires_grad))
     remove_pass(root)
+    unhook(root)
     unmark(root)
     state.drop_from(root)
 

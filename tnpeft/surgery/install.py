@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.distributed import DISTRIBUTED
 from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.adapters.parked_states import note_tie
 from tnpeft.adapters.units import hold_alike, mesh_of
@@ -61,7 +63,7 @@ def install(
         if isinstance(layer, AdaptedParameter):
             layer.hang()
     for target, layer in zip(targets.values(), wrappers.values(), strict=True):
-        if (held := mesh_of(layer.base)) is not None:
+        if DISTRIBUTED in sys.modules and (held := mesh_of(layer.base)) is not None:
             hold_alike(target, *held)
         layer.add_adapter(name, target)
     for slot in parameters.values():

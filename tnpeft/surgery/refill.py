@@ -67,7 +67,10 @@ def _layer_problems(name: str, here: Mapping[str, Adapter], there: Mapping[str, 
         if names:
             yield Problem("layers of the adapter", expected, found.format(listed(names)), fix)
     for layer, adapter in here.items():
-        if layer in there and (difference := _difference(adapter, there[layer])):
+        if layer in there and there[layer].network.layer != adapter.network.layer:
+            ours, theirs = str(adapter.network.layer), str(there[layer].network.layer)
+            yield Problem("the layer its adapter is for", ours, theirs, f"Detach '{name}' first.", layers=(layer,))
+        elif layer in there and (difference := _difference(adapter, there[layer])):
             yield Problem(*difference, fix, layers=(layer,))
 
 

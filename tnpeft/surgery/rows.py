@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from tnpeft.surgery.switch import refuse_merged
 from tnpeft.surgery.trained import all_tied
 from tnpeft.surgery.tree import adapted_layers
 
-__all__ = ["rows"]
+__all__ = ["rows", "unhook"]
 
 
 @contextmanager
@@ -60,10 +60,11 @@ def _count(root: nn.Module, state: AdaptedModel, step: int) -> None:
             if step > 0:
                 root.register_forward_pre_hook(_check_batch, with_kwargs=True)
             else:
-                _unhook(root)
+                unhook(root)
 
 
-def _unhook(root: nn.Module) -> None:
+def unhook(root: nn.Module) -> None:
+    """Check no more batches; a copy that was made inside `rows` has the hook, too."""
     for number in [number for number, hook in root._forward_pre_hooks.items() if hook is _check_batch]:
         del root._forward_pre_hooks[number]
         root._forward_pre_hooks_with_kwargs.pop(number, None)
@@ -71,7 +72,7 @@ def _unhook(root: nn.Module) -> None:
 
 def _checked(root: nn.Module, state: AdaptedModel, names: object) -> tuple[str | None, ...]:
     """The names, all of them known. Raises AttachError for what rows cannot have."""
-    if not isinstance(names, list | tuple) or not names:
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, Hashable) for name in names):
         fix = 'One name for each row: `["a", "b", None]`, None for the base alone.'
         raise AttachError(Problem("rows", "a list of adapters' names", clip(names), fix))
     for name in dict.fromkeys(names):

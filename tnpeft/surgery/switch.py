@@ -32,6 +32,7 @@ __all__ = [
     "merge_layers",
     "refuse_disabled",
     "refuse_merged",
+    "refuse_rows",
     "scale_problem",
     "unmerge",
     "warn_of_ties",
@@ -226,11 +227,16 @@ def apply_state(root: nn.Module, state: AdaptedModel) -> None:
     _show(root, state)
 
 
-def refuse_disabled(state: AdaptedModel) -> None:
-    """Raises AttachError inside a `disabled` or `rows` context, which could not end after the change."""
+def refuse_rows(state: AdaptedModel) -> None:
+    """Raises AttachError inside a `rows` context, whose rows would have other adapters than they ask for."""
     if state.results.rows_opened:
         fix = "Leave the `rows` context first, in every thread."
         raise AttachError(Problem("model", "adapters of all rows", "some for single rows, by `tnpeft.rows`", fix))
+
+
+def refuse_disabled(state: AdaptedModel) -> None:
+    """Raises AttachError inside a `disabled` or `rows` context, which could not end after the change."""
+    refuse_rows(state)
     if state.disabled:
         fix = "Leave the `disabled` context first."
         raise AttachError(Problem("model", "enabled adapters", "adapters disabled by `tnpeft.disabled`", fix))

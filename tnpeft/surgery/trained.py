@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from tnpeft.adapters.offload import present
 from tnpeft.adapters.parked import (
     ORIGINAL,
+    acting_scales,
     combined,
     copies_of,
     drop_sum,
@@ -100,7 +101,8 @@ class Tied:
             if not merged:
                 take_back(*place)
             if is_parked(*place):
-                show(*place, None if scales else parked_key(ORIGINAL, slot.key))
+                if acting_scales(slot.owner, slot.key):  # else an adapted layer has parked it, and shows it
+                    show(*place, None if scales else parked_key(ORIGINAL, slot.key))
                 continue
             if merged and scales:
                 effective = self._combined(slot, scales)

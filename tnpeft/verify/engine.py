@@ -23,7 +23,7 @@ from tnpeft.verify.conditioning import conditioning_of
 from tnpeft.verify.dead_cores import reached
 from tnpeft.verify.gauge import gauge_of
 from tnpeft.verify.model_under_test import Mismatch, Skip, Subject
-from tnpeft.verify.properties import Flaky, HealthCheck, NoSuchExample, Phase, Unsatisfiable, find, settings, st
+from tnpeft.verify.properties import Flaky, Found, HealthCheck, NoSuchExample, Phase, Unsatisfiable, find, settings, st
 from tnpeft.verify.report import CheckResult, Counterexample, VerifyReport
 from tnpeft.verify.strategies import cases, params_of
 from tnpeft.verify.supported_layers import gauge_cases, reachable
@@ -287,8 +287,12 @@ def _search(strategy: st.SearchStrategy[Case], condition: Callable[[Case], bool]
     )
     try:
         find(strategy, condition, settings=chosen, random=random.Random(seed))
-    except (NoSuchExample, Unsatisfiable, Flaky):
-        return  # none, or time ran out while it shrank: the caller has noted the best
+    except (NoSuchExample, Unsatisfiable):
+        return
+    except Flaky as flaky:  # time ran out while it shrank: the caller has noted the best
+        for error in getattr(flaky, "exceptions", ()):
+            if not isinstance(error, Found):
+                raise error from flaky
 
 
 def _check_arguments(spec: Spec, examples: object, params: Mapping[str, object]) -> None:

@@ -12,13 +12,24 @@ try:
     from hypothesis import HealthCheck, Phase, find, settings
     from hypothesis import strategies as st
     from hypothesis.configuration import set_hypothesis_home_dir
-    from hypothesis.errors import Flaky, NoSuchExample, Unsatisfiable
+    from hypothesis.errors import Flaky, Found, NoSuchExample, Unsatisfiable
 except ImportError as error:
     raise TnpeftError(
         Problem("verify", "the package hypothesis", "none installed", "Run `pip install 'tnpeft[testing]'`.")
     ) from error
 
-__all__ = ["Flaky", "HealthCheck", "NoSuchExample", "Phase", "Unsatisfiable", "find", "kept_nowhere", "settings", "st"]
+__all__ = [
+    "Flaky",
+    "Found",
+    "HealthCheck",
+    "NoSuchExample",
+    "Phase",
+    "Unsatisfiable",
+    "find",
+    "kept_nowhere",
+    "settings",
+    "st",
+]
 
 
 @contextmanager

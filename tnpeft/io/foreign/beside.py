@@ -14,7 +14,7 @@ from tnpeft.io.foreign.layer_tensors import wide
 from tnpeft.io.foreign.layer_update import LayerUpdate
 from tnpeft.io.foreign.source import Source
 
-__all__ = ["beside", "with_biases"]
+__all__ = ["beside", "with_biases", "without_bases"]
 
 # What PEFT puts between a module and its parameter: with the adapter's name in old files, which is looked for second.
 _BETWEEN = (re.compile(r"\.(base_layer|modules_to_save)\."), re.compile(r"\.(base_layer|modules_to_save\.\w+)\."))
@@ -54,6 +54,20 @@ def _named(key: str, known: Mapping[str, Tensor], place: str) -> str | None:
     """The tensor of the model that a key of PEFT's is for, if there is one."""
     names = (dotted(between.sub(".", key), known, place) for between in _BETWEEN)
     return next((name for name in names if name is not None), None)
+
+
+def without_bases(
+    source: Source, parts: Mapping[str, LayerUpdate], trained: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What trained, without the base's weight below an adapter, which PEFT saves with an adapted embedding."""
+    kept: dict[str, Tensor] = {}
+    for name, value in trained.items():
+        if name not in parts and name.removesuffix(".weight") not in parts:
+            kept[name] = value
+        elif not torch.equal(wide(source.path, name, parameters[name].detach().cpu()), value):
+            fix = "Give the model this weight first: the file has it, and an adapter on top of it."
+            raise source.refuse(f"weight '{name}' below an adapter", "that of this model", "another", fix)
+    return kept
 
 
 def with_biases(

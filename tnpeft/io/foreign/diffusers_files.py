@@ -33,7 +33,7 @@ def diffusers_problems(
     if trained:
         yield trained_problem(trained, "none: diffusers has no place for them")
     if not others and not trained:
-        yield from peft_problems(parts, layers, trained)
+        yield from peft_problems(parts, layers)
 
 
 def diffusers_contents(

@@ -17,6 +17,7 @@ __all__ = [
     "MADE_FOR",
     "MERGE",
     "ONE_ADAPTER",
+    "PEFT_DROPOUTS",
     "PEFT_SLOTS",
     "SUPPORTED",
     "clip_key",
@@ -31,6 +32,14 @@ MADE_FOR = "Load the file onto the model it was made for."
 MERGE = "Merge it into the model instead, or keep it in tnpeft's own file."
 ONE_ADAPTER = "Save one adapter in a file."
 PEFT_SLOTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
+PEFT_SLOTS |= {"lora_embedding_A": "down", "lora_embedding_B": "up"}
+
+# PEFT's method → its options for what training leaves out, by what they are called here.
+PEFT_DROPOUTS = {
+    "LORA": {"lora_dropout": "input"},
+    "LOHA": {"module_dropout": "module"},
+    "LOKR": {"module_dropout": "module"},
+}
 
 FORMATS = ("peft", "diffusers", "lycoris", "kohya", "comfyui", "tenvoo")
 SUPPORTED = (

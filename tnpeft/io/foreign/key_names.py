@@ -73,11 +73,14 @@ def where_to_load(written: str, known: Collection[str]) -> str:
     return MADE_FOR
 
 
-def check_layers(source: Source, names: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
-    """Refuse layers that this library does not adapt, though the file does, all of them."""
+def check_layers(source: Source, names: Iterable[str], modules: Mapping[str, nn.Module], tables: bool = False) -> None:
+    """Refuse layers that this library does not adapt, though the file does, all of them.
+
+    `tables` says whether the file's library has a form of its own for embeddings.
+    """
     problems = []
     for name in names:
-        if isinstance(modules[name], LOOKUPS):
+        if isinstance(modules[name], LOOKUPS) and not tables:
             found = kind_name(type(modules[name]))
             kinds = ", ".join(KINDS)
             problem: Problem | None = Problem("layer type", f"one of {kinds}", found, _OUTSIDE, layers=(name,))

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from tnpeft.adapters import Adapter, memory_problems
 from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.dora import magnitudes
+from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.errors import BindError, Problem, SpecError
 from tnpeft.io.foreign.formats import MADE_FOR
 from tnpeft.io.foreign.generated_specs import spec_of_sizes
 from tnpeft.io.foreign.topologies import Topology, found_in, topology_named
 from tnpeft.network import Layer, Network, layer_of, load_spec
+from tnpeft.network.dropout import Dropout
 from tnpeft.schedule import DEFAULT_MODE
 from tnpeft.spec import list_specs
 
@@ -29,7 +31,7 @@ class LayerUpdate:
 
     `tensors` and `start` (the frozen copies) hold the topology's cores with their legs in its order,
     `keys` what each core is called in its file. With a `magnitude` for each output channel it is a
-    DoRA of that update.
+    DoRA of that update. `dropout` is what its training left out.
     """
 
     topology: str
@@ -38,6 +40,8 @@ class LayerUpdate:
     start: Mapping[str, Tensor] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     magnitude: Tensor | None = None
+    orientation: str | None = None  # of a parameter; the cores of a stack have its slices as their first axis
+    dropout: Dropout | None = None
 
     @property
     def shape(self) -> Topology:
@@ -46,21 +50,23 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A whole file: the parts by layer, and the values of parameters and running statistics that trained beside."""
+    """A whole file: the parts by layer or parameter, and what trained beside: parameters and running statistics."""
 
     parts: Mapping[str, LayerUpdate]
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    copied: frozenset[str] = frozenset()  # trained parameters that are the file's own copies, tied to nothing
+    notes: tuple[Problem, ...] = ()  # of what has no counterpart here, and changes no output
 
 
-def adapter_of(part: LayerUpdate, module: nn.Module, name: str) -> Adapter:
+def adapter_of(part: LayerUpdate, module: nn.Module | ParameterLayer, name: str) -> Adapter:
     """The adapter of one layer with the part's values, of a shipped spec where one has its sizes.
 
     Raises BindError for tensors that do not fit together, or not the layer.
     """
-    layer = layer_of(module)
-    sizes = _sizes(part, layer)
+    layer = module.signature if isinstance(module, ParameterLayer) else layer_of(module)
     part = part if part.scale else silenced(part)
+    sizes = _sizes(_slice_of(part), replace(layer, slices=0)) if layer.slices else _sizes(part, layer)
     for network in _networks(part, layer, sizes):
         values = _values(part, network)
         if values is None:
@@ -71,7 +77,7 @@ def adapter_of(part: LayerUpdate, module: nn.Module, name: str) -> Adapter:
             values |= {"dora_magnitude": part.magnitude, "start_magnitude": start}
         if problems := [*memory_problems({name: network}, {name: module}, DEFAULT_MODE)]:
             raise BindError(*problems)
-        adapter = Adapter(network, module, name=name, initialise=False)
+        adapter = Adapter(network, module, name=name, initialise=False, dropout=part.dropout)
         if any(value.dtype.itemsize > 4 for value in values.values()):
             adapter.double()
         adapter.load_state_dict(values)
@@ -82,14 +88,15 @@ def adapter_of(part: LayerUpdate, module: nn.Module, name: str) -> Adapter:
 
 def _values(part: LayerUpdate, network: Network) -> dict[str, Tensor] | None:
     """The part's tensors as an adapter of `network` keeps them, or None where its sizes or scale are others."""
-    found = found_in(network, part.shape)
+    stack = len(network.layer.stack)  # 1 where the first axis of every core is the slices
+    found = found_in(network.slice_network or network, part.shape)
     same_scale = math.isclose(network.scale * network.terms[0].scale, part.scale, rel_tol=1e-12, abs_tol=0.0)
     if found is None or not same_scale or (network.compose == "dora") != (part.magnitude is not None):
         return None
     shapes = {core.name: core.shape for core in network.cores}
     values = {}
     for core, (ours, order) in found.items():
-        inverse = sorted(range(len(order)), key=order.__getitem__)
+        inverse = [*range(stack), *(stack + place for place in sorted(range(len(order)), key=order.__getitem__))]
         for prefix, tensors in (("core", part.tensors), ("start", part.start)):
             if tensors:
                 values[f"{prefix}_{ours}"] = tensors[core].permute(inverse)
@@ -102,6 +109,11 @@ def silenced(part: LayerUpdate) -> LayerUpdate:
     """A part without effect as one that no scale of 0 turns off, which neither a spec nor LyCORIS knows."""
     first = next(iter(part.tensors))
     return replace(part, tensors={**part.tensors, first: torch.zeros_like(part.tensors[first])}, scale=1.0)
+
+
+def _slice_of(part: LayerUpdate) -> LayerUpdate:
+    """The first of a stack's slices, which all have its sizes."""
+    return replace(part, tensors={core: tensor[0] for core, tensor in part.tensors.items()})
 
 
 def _sizes(part: LayerUpdate, layer: Layer) -> dict[str, int]:

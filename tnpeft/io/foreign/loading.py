@@ -11,6 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
@@ -26,6 +27,8 @@ from tnpeft.io.foreign.source import Source, open_source
 from tnpeft.io.foreign.tenvoo import read_tenvoo
 from tnpeft.io.loading import put_on, without_values
 from tnpeft.io.manifest import dtype_name
+from tnpeft.network import Layer
+from tnpeft.network.orientation import oriented
 from tnpeft.recipe import Handle
 from tnpeft.surgery import (
     base_tensors,
@@ -35,6 +38,8 @@ from tnpeft.surgery import (
     plain_modules,
     plain_parameters,
 )
+from tnpeft.surgery.parameters import bases_of
+from tnpeft.surgery.tree import slots
 
 __all__ = ["load_foreign"]
 
@@ -73,10 +78,11 @@ def load_foreign(
     foreign = _read(source, modules, parameters, buffers, _checked_alpha(path, source.format, alpha))
     if source.format in ("peft", "diffusers"):
         _check_places(path, model, foreign)
-    adapters = _adapters(path, foreign, modules)
+        _check_ties(path, model, foreign)
+    adapters = _adapters(path, foreign, model, modules)
     trained = _fitting(path, "parameter", foreign.trained, parameters, parameter_groups(model))
     statistics = _fitting(path, "running statistics", foreign.statistics, buffers, norm_statistics(model))
-    _warn_of_numbers(path, adapters, trained)
+    _warn(path, foreign.notes, adapters, trained)
     put_on(model, path, name, adapters, trained, statistics, _about(source, trained, adapters))
     return Handle(model, name)
 
@@ -112,6 +118,21 @@ def _check_places(path: Path, model: nn.Module, foreign: Foreign) -> None:
             raise refuse(path, what, expected, "one in several, of which PEFT adapts the first alone", fix)
 
 
+def _check_ties(path: Path, model: nn.Module, foreign: Foreign) -> None:
+    """Refuse copies of a parameter that is tied to another here, of which the file has none, or other values."""
+    for names in parameter_groups(model):
+        values = [foreign.trained.get(name) for name in names]
+        for name in names:
+            if name in foreign.copied and not all(
+                value is not None and torch.equal(value, foreign.trained[name]) for value in values
+            ):
+                other = next(each for each in names if each != name)
+                what, expected = f"parameter '{name}', tied to '{other}'", "one value for both"
+                here = f"model.get_submodule('{name.rpartition('.')[0]}').{name.rpartition('.')[2]}"
+                fix = f"Untie it, then load the file: `{here} = torch.nn.Parameter({here}.detach().clone())`."
+                raise refuse(path, what, expected, f"one for '{name}' alone, or two", fix)
+
+
 def _checked_alpha(path: Path, format: str, alpha: object) -> float | None:  # noqa: A002 - as above
     if alpha is None:
         return None
@@ -122,32 +143,39 @@ def _checked_alpha(path: Path, format: str, alpha: object) -> float | None:  # n
     return float(alpha)
 
 
-def _adapters(path: Path, foreign: Foreign, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
-    """The adapters in the model's order. Every layer that does not fit is a problem of its own."""
+def _adapters(path: Path, foreign: Foreign, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Adapter]:
+    """The adapters in the model's order. Everything that does not fit is a problem of its own."""
     adapters: dict[str, Adapter] = {}
     problems: list[Problem] = []
-    for name in modules:
-        if name not in foreign.parts:
-            continue
-        weight = getattr(modules[name], "weight", None)
+    known = slots(model) if foreign.parts.keys() - modules.keys() else {}
+    order = [name for name in (*modules, *known) if name in foreign.parts]
+    signatures: dict[str, Layer | None] = dict.fromkeys(order)
+    for name in order:
+        if axes := foreign.parts[name].orientation:
+            signatures[name] = oriented(known[name].tensor.shape, axes)
+    for name, base in bases_of(model, signatures).items():
+        weight = getattr(base, "weight", None)
         if isinstance(weight, Tensor) and weight.device.type == "meta":
             raise without_values(path, name)
         try:
-            adapters[name] = adapter_of(foreign.parts[name], modules[name], name)
+            adapters[name] = adapter_of(foreign.parts[name], base, name)
         except TnpeftError as error:
-            problems += in_file(path, error.problems, f"layer '{name}'")
+            kind = "layer" if name in modules else "parameter"
+            problems += in_file(path, error.problems, f"{kind} '{name}'")
     if problems:
         raise AdapterFileError(*problems)
     return adapters
 
 
-def _warn_of_numbers(path: Path, adapters: Mapping[str, Adapter], trained: Mapping[str, Tensor]) -> None:
+def _warn(path: Path, notes: Iterable[Problem], adapters: Mapping[str, Adapter], trained: Mapping[str, Tensor]) -> None:
+    """Of what the file says and has no effect here, and of numbers that are none."""
     cores = {
         f"layers.{layer}.{key}": core for layer, each in adapters.items() for key, core in each.state_dict().items()
     }
     tensors = {**cores, **{f"trained.{name}": value for name, value in trained.items()}}
-    if problem := number_problem(tensors, adapters):
-        warnings.warn(TnpeftWarning(replace(problem, where=shown(path))), stacklevel=3)
+    problem = number_problem(tensors, adapters)
+    if problems := [*notes, *((replace(problem, where=shown(path)),) if problem else ())]:
+        warnings.warn(TnpeftWarning(*problems), stacklevel=3)
 
 
 def _fitting(

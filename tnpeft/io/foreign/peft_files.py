@@ -11,14 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from tnpeft.errors import Problem
 from tnpeft.io.files import refuse
-from tnpeft.io.foreign.formats import MERGE, trained_problem
+from tnpeft.io.foreign.formats import MERGE, PEFT_DROPOUTS, trained_problem
 from tnpeft.io.foreign.kron import Sizes, common_factor
 from tnpeft.io.foreign.layer_tensors import SLOTS
 from tnpeft.io.foreign.layer_update import LayerUpdate
+from tnpeft.io.foreign.peft_forms import (
+    as_peft_has_it,
+    is_table,
+    names_of_parameters,
+    saved_modules,
+    tensors_of,
+    written_names,
+)
+from tnpeft.io.foreign.peft_places import WRAPPED
 from tnpeft.io.foreign.rewrites import (
     factors_of,
     half_ranks_equal,
@@ -30,15 +40,26 @@ from tnpeft.io.foreign.rewrites import (
 )
 from tnpeft.io.foreign.source import CONFIG, WEIGHTS
 from tnpeft.io.foreign.topologies import KRONS
-from tnpeft.network import Layer, layer_of
+from tnpeft.network import Layer
 
-__all__ = ["config_of", "lora_tensors", "method_of", "peft_contents", "peft_problems", "targets"]
+__all__ = [
+    "beside_problems",
+    "config_of",
+    "dropout_note",
+    "lora_tensors",
+    "method_of",
+    "peft_contents",
+    "peft_problems",
+    "targets",
+]
 
 _KINDS = {
     "LORA": ("Linear", "Conv1d", "Conv2d", "Conv3d"),
     "LOHA": ("Linear", "Conv1d", "Conv2d"),
     "LOKR": ("Linear", "Conv1d", "Conv2d"),
 }
+_OF_TABLES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
+_ROOT = "base_model.model."
 _APART = "Attach, and save, each as an adapter of its own."
 
 
@@ -49,9 +70,7 @@ def method_of(part: LayerUpdate) -> str:
     return "LOHA" if part.topology.startswith("loha") else "LORA"
 
 
-def peft_problems(
-    parts: Mapping[str, LayerUpdate], layers: Mapping[str, Layer], trained: Mapping[str, Tensor]
-) -> Iterator[Problem]:
+def peft_problems(parts: Mapping[str, LayerUpdate], layers: Mapping[str, Layer]) -> Iterator[Problem]:
     """Why PEFT cannot hold these parts, all of them."""
     methods = {name: method_of(part) for name, part in parts.items()}
     if len(set(methods.values())) > 1:
@@ -72,48 +91,113 @@ def peft_problems(
     if dora and (len(dora) < len(parts) or "LORA" not in methods.values()):
         expected = "LoRA with magnitudes on every layer, or on none"
         yield Problem("PEFT's DoRA", expected, f"magnitudes of {methods[dora[0]]} on '{dora[0]}'", _APART)
-    others = [name for name in trained if not name.endswith(".bias")]
-    if others or (trained and "LORA" not in methods.values()):
-        expected = "biases alone, beside LoRA" if others else "none beside LoHa and LoKr"
-        yield trained_problem(others or trained, expected)
+
+
+def beside_problems(
+    parts: Mapping[str, LayerUpdate],
+    trained: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    base: Mapping[str, Tensor],
+) -> Iterator[Problem]:
+    """Why PEFT has no place for what trains beside the cores: it knows biases beside LoRA, and whole modules."""
+    biases = _biases(parts, trained)
+    if biases and any(method_of(part) != "LORA" for part in parts.values()):
+        yield trained_problem(biases, "no biases of adapted layers beside LoHa and LoKr")
+    saved, problems = saved_modules(trained.keys() - biases, parts, modules)
+    yield from problems
+    for name, tensor in tensors_of(saved, trained, base).items():
+        if tensor.device.type == "meta":
+            fix = "Bring it back from where it is offloaded to, or keep the adapter in tnpeft's own file."
+            yield Problem("PEFT's `modules_to_save`", "values of the whole module", f"none of '{name}'", fix)
+
+
+def _biases(parts: Mapping[str, LayerUpdate], trained: Mapping[str, Tensor]) -> list[str]:
+    """The names that `bias` of the config is for: LoRA's of all layers, others' of adapted ones."""
+    lora = all(method_of(part) == "LORA" for part in parts.values())
+    owners = {name.rpartition(".")[0] for name in trained if not name.endswith(".bias")}
+    biases = [name for name in trained if name.endswith(".bias")]
+    return [
+        name
+        for name in biases
+        if name.removesuffix(".bias") in parts or (lora and name.removesuffix(".bias") not in owners)
+    ]
 
 
 def peft_contents(
-    path: Path, parts: Mapping[str, LayerUpdate], trained: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+    path: Path,
+    parts: Mapping[str, LayerUpdate],
+    layers: Mapping[str, Layer],
+    trained: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    base: Mapping[str, Tensor],
 ) -> dict[Path, bytes]:
     """The folder's files, the config last. Raises AdapterFileError for LoKr of sizes that one config cannot say.
 
-    `modules` are all modules by name, which PEFT looks for the targets among.
+    `modules` are all modules by name, which PEFT looks for the targets among, `base` the base's tensors.
     """
-    method = method_of(next(iter(parts.values())))
+    method, names = method_of(next(iter(parts.values()))), names_of_parameters(parts, modules)
     if method == "LOKR":
         tensors, ranks, options = _lokr(path, parts)
+    elif method == "LOHA":
+        tensors, ranks, options = _loha(parts)
     else:
-        tensors, ranks, options = (_lora if method == "LORA" else _loha)(parts)
+        tensors, ranks, options = _lora(parts, layers, modules)
     alphas = {name: parts[name].scale * ranks[name] for name in parts}
-    config = config_of(method, ranks, alphas, {**options, "target_modules": targets(list(parts), modules)})
-    values = {f"base_model.model.{name}.{key}": tensor for name in parts for key, tensor in tensors[name].items()}
+    options |= {"target_modules": targets([name for name in parts if name not in names], modules)}
+    options |= {"target_parameters": names} if names else {}
+    config = config_of(method, ranks, alphas, {**options, **_dropout(parts, modules)})
+    written = written_names({*parts, *(name.rpartition(".")[0] for name in trained)}, parts, modules)
+    values = {f"{_ROOT}{written[name]}.{key}": tensor for name in parts for key, tensor in tensors[name].items()}
+    biases = _biases(parts, trained)
+    if saved := saved_modules(trained.keys() - biases, parts, modules)[0]:
+        config["modules_to_save"] = saved
+        values |= {f"{_ROOT}{name}": value for name, value in tensors_of(saved, trained, base).items()}
     if method == "LORA":
-        adapted = [name.removesuffix(".bias") in parts for name in trained]
-        config["bias"] = ("lora_only" if all(adapted) else "all") if trained else "none"
-        if any(layer_of(modules[name]).turned for name in parts):
+        adapted = [name.removesuffix(".bias") in parts for name in biases]
+        config["bias"] = ("lora_only" if all(adapted) else "all") if biases else "none"
+        if any(layers[name].turned for name in parts if name in modules and not is_table(name, modules)):
             config["fan_in_fan_out"] = True  # PEFT's word for it
-        values |= {_bias_key(name, parts): value for name, value in trained.items()}
-    data = safetensors.torch.save({key: value.contiguous() for key, value in values.items()}, {"format": "pt"})
+        for name in biases:
+            layer = name.removesuffix(".bias")
+            values[f"{_ROOT}{written[layer]}{WRAPPED if layer in parts else ''}.bias"] = trained[name]
+    whole = {key: value.clone(memory_format=torch.contiguous_format) for key, value in values.items()}  # some are tied
+    data = safetensors.torch.save(whole, {"format": "pt"})
     return {path / WEIGHTS: data, path / CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 
 
-def _bias_key(name: str, parts: Mapping[str, LayerUpdate]) -> str:
-    layer = name.removesuffix(".bias")
-    return f"base_model.model.{layer}.base_layer.bias" if layer in parts else f"base_model.model.{name}"
+def dropout_note(parts: Mapping[str, LayerUpdate], modules: Mapping[str, nn.Module]) -> Problem | None:
+    """What is said where training left out what PEFT's config has no word for."""
+    left_out = [str(part.dropout) for part in parts.values() if part.dropout is not None]
+    ((option, ours),) = PEFT_DROPOUTS[method_of(next(iter(parts.values())))].items()
+    if not left_out or _dropout(parts, modules):
+        return None
+    expected = f"`{ours}` alone, alike on all layers and without parameters, which is PEFT's `{option}`"
+    return Problem("`dropout`", expected, left_out[0], "The folder says none: set it there, if training goes on.")
+
+
+def _dropout(parts: Mapping[str, LayerUpdate], modules: Mapping[str, nn.Module]) -> dict[str, float]:
+    """What of the config says what training leaves out; nothing where one number cannot say it of all layers."""
+    ((option, ours),) = PEFT_DROPOUTS[method_of(next(iter(parts.values())))].items()
+    every = {part.dropout for name, part in parts.items() if not is_table(name, modules)}
+    dropout = next(iter(every)) if len(every) == 1 and not names_of_parameters(parts, modules) else None
+    return {} if dropout is None or dropout.as_dict().keys() != {ours} else {option: dropout.as_dict()[ours]}
 
 
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def _lora(parts: Mapping[str, LayerUpdate]) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
-    tensors = {name: lora_tensors(part) for name, part in parts.items()}
-    ranks = {name: tensor["lora_A.weight"].shape[0] for name, tensor in tensors.items()}
+def _lora(
+    parts: Mapping[str, LayerUpdate], layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]
+) -> tuple[Tensors, dict[str, int], dict[str, Any]]:
+    tensors: Tensors = {}
+    ranks: dict[str, int] = {}
+    for name, part in parts.items():
+        ranks[name] = part.tensors["up"].shape[-1]
+        if name not in modules:
+            part = as_peft_has_it(part, layers[name], modules[name.rpartition(".")[0]])
+        tensors[name] = lora_tensors(part)
+        if is_table(name, modules):
+            tensors[name] = {_OF_TABLES.get(key, key): tensor for key, tensor in tensors[name].items()}
     dora = any(part.magnitude is not None for part in parts.values())
     return tensors, ranks, {"init_lora_weights": True, "lora_dropout": 0.0, "use_dora": dora}
 

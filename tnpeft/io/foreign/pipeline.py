@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tnpeft.errors import Problem
 from tnpeft.io.foreign.components import components
 from tnpeft.io.foreign.formats import ONE_ADAPTER
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
@@ -30,6 +31,8 @@ def read_parts(
     parts: dict[str, LayerUpdate] = {}
     trained: dict[str, Tensor] = {}
     statistics: dict[str, Tensor] = {}
+    copied: set[str] = set()
+    notes: list[Problem] = []
     for component in components(_respelled(source), modules):
         if component.config:
             component = replace(component, config=_whole(component.config, component.tensors))
@@ -42,7 +45,9 @@ def read_parts(
         parts |= foreign.parts
         trained |= foreign.trained
         statistics |= foreign.statistics
-    return Foreign(parts, trained, statistics)
+        copied |= foreign.copied
+        notes += foreign.notes
+    return Foreign(parts, trained, statistics, frozenset(copied), tuple(dict.fromkeys(notes)))
 
 
 def _respelled(source: Source) -> Source:

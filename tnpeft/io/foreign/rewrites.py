@@ -28,26 +28,31 @@ __all__ = [
 ]
 
 
-def part_of(adapter: Adapter, name: str, gain: float) -> LayerUpdate | Problem:
-    """The part that an adapter is, its scale times `gain`; or why no other library has it."""
+def part_of(adapter: Adapter, where: str, gain: float) -> LayerUpdate | Problem:
+    """The part that an adapter is, its scale times `gain`; or why no other library has it, said of `where`."""
     network = adapter.network
-    cores = {core: tensor.detach().cpu() for core, tensor in adapter.cores.items()}
-    start = {core: tensor.detach().cpu() for core, tensor in adapter.start.items()}
-    where, what = f"layer '{name}'", f"spec '{network.spec.name}'"
+    stack = len(network.layer.stack)  # 1 where the first axis of every core is the slices
+    slices = network.slice_network or network
+    cores = {core: _stacked(adapter, core, tensor) for core, tensor in adapter.cores.items()}
+    start = {core: _stacked(adapter, core, tensor) for core, tensor in adapter.start.items()}
+    what = f"spec '{network.spec.name}'"
     magnitude = None if adapter.magnitude is None else adapter.magnitude.detach().cpu()
     if magnitude is not None and gain != 1.0:
         fix = "Activate it at scale 1: what DoRA adds is no multiple of an update."
         return Problem(what, "a DoRA at scale 1", f"one at {gain:g}", fix, where)
     for topology in WRITABLE:
-        found = found_in(network, topology_named(topology))
+        found = found_in(slices, topology_named(topology))
         if found is None:
             continue
-        tensors = {core: cores[ours].permute(order) for core, (ours, order) in found.items()}
+        orders = {
+            core: (ours, (*range(stack), *(stack + axis for axis in order))) for core, (ours, order) in found.items()
+        }
+        tensors = {core: cores[ours].permute(order) for core, (ours, order) in orders.items()}
         scale = network.scale * network.terms[0].scale * gain
-        part = LayerUpdate(topology, tensors, scale, magnitude=magnitude)
+        part = LayerUpdate(topology, tensors, scale, magnitude=magnitude, dropout=adapter.dropout)
         if not any(bool(copy.any()) for copy in start.values()):  # none, or one of zeros, as `fit` leaves it
             return part
-        frozen = {core: start.get(ours, cores[ours]).permute(order) for core, (ours, order) in found.items()}
+        frozen = {core: start.get(ours, cores[ours]).permute(order) for core, (ours, order) in orders.items()}
         if topology == "lora":
             return _doubled(part, frozen)
         fix = "Only LoRA's can be: it is a LoRA of twice the rank. Merge the adapter instead."
@@ -55,10 +60,18 @@ def part_of(adapter: Adapter, name: str, gain: float) -> LayerUpdate | Problem:
     return Problem(what, "the network of LoRA, LoCon, LoHa or LoKr", f"`{network.einsum}`", MERGE, where)
 
 
+def _stacked(adapter: Adapter, name: str, tensor: Tensor) -> Tensor:
+    """A core's values, of a stack once for each slice, where slices share it."""
+    values, slices = tensor.detach().cpu(), adapter.network.layer.slices
+    core = next(core for core in adapter.network.cores if core.name == name)
+    return values.expand(slices, *values.shape) if slices and core.shared is not None else values
+
+
 def _doubled(part: LayerUpdate, start: Mapping[str, Tensor]) -> LayerUpdate:
     """up down - up0 down0 as one product over a bond of twice the rank."""
-    up = torch.cat([part.tensors["up"], start["up"]], 1)
-    down = torch.cat([part.tensors["down"], -start["down"]])
+    stack = part.tensors["up"].ndim - 2
+    up = torch.cat([part.tensors["up"], start["up"]], stack + 1)
+    down = torch.cat([part.tensors["down"], -start["down"]], stack)
     return replace(part, tensors={"up": up, "down": down})
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.distributed import whole
 from tnpeft.adapters.parked import LOOKUPS
-from tnpeft.errors import AdapterFileError, Problem, clip, listed
+from tnpeft.errors import AdapterFileError, Problem, TnpeftWarning, clip, listed
 from tnpeft.io.files import file_path, in_file, refuse, replace_files, shown, what_is_at
 from tnpeft.io.foreign.components import named_parts
 from tnpeft.io.foreign.diffusers_files import diffusers_contents, diffusers_problems
@@ -25,13 +27,14 @@ from tnpeft.io.foreign.lycoris_files import (
     lycoris_problems,
     one_alpha,
 )
-from tnpeft.io.foreign.peft_files import method_of, peft_contents, peft_problems
+from tnpeft.io.foreign.peft_files import beside_problems, dropout_note, method_of, peft_contents, peft_problems
+from tnpeft.io.foreign.peft_forms import form_problems
 from tnpeft.io.foreign.rewrites import part_of, untuckered
 from tnpeft.io.foreign.source import DIFFUSERS_WEIGHTS
 from tnpeft.io.saving import chosen
 from tnpeft.io.sharded import one_writer
-from tnpeft.network import layer_of
-from tnpeft.surgery import AdaptedModel, plain_modules, statistics_of
+from tnpeft.network import Layer
+from tnpeft.surgery import AdaptedModel, base_tensors, parameter_groups, plain_modules, statistics_of
 from tnpeft.surgery.trained import all_tied
 
 __all__ = ["WRITTEN", "save_foreign"]
@@ -78,9 +81,16 @@ def save_foreign(
     with one_writer(model) as writes:
         root, state, name, adapters = chosen(model, path, name)
         gain = state.active.get(name, 1.0)
-        _raise(path, [*_parameter_problems(root, adapters)])
-        parts = _parts(path, adapters, gain, _statistics_problems(root, state, name))
-        contents = _contents(path, root, format, prefix, parts, _trained(root, state, name, gain))
+        modules = plain_modules(root)
+        _raise(path, [] if format == "peft" else [*_parameter_problems(modules, adapters)])
+        moved = _moved_statistics(root, state, name)
+        kept = moved if format == "peft" and gain == 1.0 else {}
+        parts = _parts(
+            path, adapters, modules, gain, _statistics_problems([each for each in moved if each not in kept])
+        )
+        layers = {layer: adapter.network.layer for layer, adapter in adapters.items()}
+        contents = _contents(path, root, format, prefix, parts, layers, _trained(root, state, name, gain) | kept)
+        note = dropout_note(parts, modules) if format == "peft" else None
         if not writes:
             pass
         elif format == "peft" or (format == "diffusers" and path.suffix != _FILE):
@@ -88,11 +98,12 @@ def save_foreign(
         else:
             _check_place(path)
             replace_files(contents)
+    if note is not None:
+        warnings.warn(TnpeftWarning(*in_file(path, [note])), stacklevel=2)
 
 
-def _parameter_problems(root: nn.Module, adapters: Iterable[str]) -> Iterator[Problem]:
-    """No file of another library's holds what stands on an embedding or a parameter as other layers' updates."""
-    modules = plain_modules(root)
+def _parameter_problems(modules: Mapping[str, nn.Module], adapters: Iterable[str]) -> Iterator[Problem]:
+    """No file but PEFT's holds what stands on an embedding or a parameter as other layers' updates."""
     beside = [name for name in adapters if name not in modules or isinstance(modules[name], LOOKUPS)]
     if beside:
         fix = "Write it with `tnpeft.save`, or merge it into the model."
@@ -100,10 +111,15 @@ def _parameter_problems(root: nn.Module, adapters: Iterable[str]) -> Iterator[Pr
 
 
 def _parts(
-    path: Path, adapters: Mapping[str, Adapter], gain: float, problems: Iterable[Problem]
+    path: Path,
+    adapters: Mapping[str, Adapter],
+    modules: Mapping[str, nn.Module],
+    gain: float,
+    problems: Iterable[Problem],
 ) -> dict[str, LayerUpdate]:
     """What each layer's adapter is; raises where some are nothing that others have, and for other problems."""
-    found = {layer: part_of(adapter, layer, gain) for layer, adapter in adapters.items()}
+    wheres = {name: f"{'layer' if name in modules else 'parameter'} '{name}'" for name in adapters}
+    found = {name: part_of(adapter, wheres[name], gain) for name, adapter in adapters.items()}
     _raise(path, [*(part for part in found.values() if isinstance(part, Problem)), *problems])
     return {layer: part for layer, part in found.items() if isinstance(part, LayerUpdate)}
 
@@ -114,25 +130,28 @@ def _contents(
     kind: str,
     prefix: str | None,
     parts: dict[str, LayerUpdate],
+    layers: Mapping[str, Layer],
     trained: Mapping[str, Tensor],
 ) -> dict[Path, bytes]:
     """The files to write. Raises AdapterFileError for what the other library cannot hold."""
-    modules = plain_modules(root)
-    layers = {layer: layer_of(modules[layer]) for layer in parts}
+    modules, base = plain_modules(root), base_tensors(root)
     problems = [*_option_problems(modules, parts, kind in ("peft", "diffusers"))]
     names: dict[str, str] = {}
-    if kind in ("peft", "diffusers"):
-        check = peft_problems if kind == "peft" else diffusers_problems
-        problems += [*_place_problems(root, parts), *check(parts, layers, trained)]
+    first = {names[0]: trained[names[0]] for names in parameter_groups(root) if names[0] in trained}
+    if kind == "peft":
+        problems += [*_place_problems(root, parts), *peft_problems(parts, layers)]
+        problems += [*form_problems(parts, layers, modules, base), *beside_problems(parts, trained, modules, base)]
+    elif kind == "diffusers":
+        problems += [*_place_problems(root, parts), *diffusers_problems(parts, layers, first)]
     else:
         problems += comfyui_problems(parts, layers) if kind == "comfyui" else ()
         names = _whole_names(path, root, parts, kind, prefix)
-        problems += lycoris_problems(parts, layers, trained, names)
+        problems += lycoris_problems(parts, layers, first, names)
     _raise(path, problems)
     if not parts:
         raise refuse(path, "adapter", "one with adapted layers", "none", "Save it with `tnpeft.save`.")
     if kind == "peft":
-        return peft_contents(path, parts, trained, modules)
+        return peft_contents(path, parts, layers, trained, modules, base)
     if kind == "diffusers":
         named = _named(path, root, parts, prefix, flat=False)
         file = path if path.suffix == _FILE else path / DIFFUSERS_WEIGHTS
@@ -195,23 +214,32 @@ def _raise(path: Path, problems: list[Problem]) -> None:
 
 
 def _trained(root: nn.Module, state: AdaptedModel, name: str, gain: float) -> dict[str, Tensor]:
-    """What the adapter makes of the parameters that it trains: b0 + gain (b - b0)."""
-    values = {}
+    """What the adapter makes of the parameters that it trains, at all their names: b0 + gain (b - b0)."""
+    values: dict[str, Tensor] = {}
     for tied in all_tied(root, state):
         if name in tied.trainers and tied.is_parameter:
-            copy, base = tied.copy_of(name).detach(), tied.original.detach()
-            values[tied.names[0]] = (copy if gain == 1.0 else torch.lerp(base.double(), copy.double(), gain)).cpu()
+            copy = tied.copy_of(name).detach()
+            if gain != 1.0:
+                copy = torch.lerp(whole(tied.original.detach()).double(), copy.double(), gain)
+            value = copy.cpu()
+            values |= dict.fromkeys(tied.names, value)
     return values
 
 
-def _statistics_problems(root: nn.Module, state: AdaptedModel, name: str) -> list[Problem]:
-    """Running statistics of norms that training changed, which no adapter file of others holds."""
-    copies = statistics_of(root, name)
+def _moved_statistics(root: nn.Module, state: AdaptedModel, name: str) -> dict[str, Tensor]:
+    """Running statistics of norms that training changed."""
+    copies, moved = statistics_of(root, name), dict[str, Tensor]()
     for tied in all_tied(root, state):
         if tied.names[0] in copies and not torch.equal(tied.original, tied.copy_of(name)):
-            fix = "Train with the norms in evaluation mode, or keep the adapter in tnpeft's own file."
-            return [Problem("running statistics", "those of the base model", f"others in '{tied.names[0]}'", fix)]
-    return []
+            moved |= dict.fromkeys(tied.names, tied.copy_of(name).detach().cpu())
+    return moved
+
+
+def _statistics_problems(moved: Collection[str]) -> Iterator[Problem]:
+    """Why they cannot be written: files but PEFT's, which hold whole modules, have no place for them."""
+    if moved:
+        fix = "Train with the norms in evaluation mode, or keep the adapter in tnpeft's own file."
+        yield Problem("running statistics", "those of the base model", f"others in '{next(iter(moved))}'", fix)
 
 
 def _option_problems(
@@ -219,7 +247,7 @@ def _option_problems(
 ) -> Iterator[Problem]:
     """Options of a layer that the other library's forward drops, so that it would compute something else."""
     for name, part in parts.items():
-        mode, dilation = (getattr(modules[name], option, None) for option in ("padding_mode", "dilation"))
+        mode, dilation = (getattr(modules.get(name), option, None) for option in ("padding_mode", "dilation"))
         found = f"`padding_mode={mode!r}`" if mode not in (None, "zeros") else None
         if peft and method_of(part) == "LORA" and any(step != 1 for step in dilation or ()):
             found = found or f"`dilation={dilation}`"
@@ -232,6 +260,8 @@ def _place_problems(root: nn.Module, layers: Iterable[str]) -> Iterator[Problem]
     """Layers with two places in the model, of which PEFT would adapt the first alone."""
     others = reached_twice(root)
     for name in layers:
+        if name not in others:
+            name = name.rpartition(".")[0]  # a parameter's owner
         if name in others:
             expected, found = "one in the model", f"also that of '{others[name]}': PEFT would adapt the first alone"
             yield Problem("place", expected, found, MERGE, f"layer '{name}'")

@@ -1,0 +1,132 @@
+"""What execution modes contract in place of an adapter's stored cores: its factors, derived cores among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from tnpeft.network import Network
+from tnpeft.program import needs_plain_ops, versions
+from tnpeft.program.derived import Derivations, StartValues, build_derivations
+from tnpeft.program.repeatable import repeatable
+
+__all__ = ["Factors", "KeptStart", "Light"]
+
+
+Light = Sequence[Tensor] | None
+"""Derived cores that no base weight is part of, as a pass has made them for layers alike; None: they are not known."""
+
+
+class _Start(NamedTuple):
+    """The start of derived cores, and what it was made of."""
+
+    values: StartValues
+    sources: tuple[list[int], list[int]]
+    tensors: tuple[Tensor, ...]  # alive, or another one could get the id of one of them
+
+
+class KeptStart:
+    """What derived cores need of frozen copies, kept as long as these are as they were."""
+
+    def __init__(self) -> None:
+        self._known: _Start | None = None
+
+    def get(self, sources: Sequence[Tensor], make: Any) -> StartValues:
+        """`make()`, once as long as it is made of the same `sources`."""
+        if needs_plain_ops(*sources):
+            made: StartValues = make()
+            return made
+        made_of = [*map(id, sources)], versions(sources)
+        if self._known is None or self._known.sources != made_of:
+            self._known = _Start(make(), made_of, tuple(sources))
+        return self._known.values
+
+
+class Factors:
+    """The factors of one adapter; those of its derived cores that other layers have too may come from a pass."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self.derivations: Derivations = build_derivations(network)
+        self._stack = network.layer.slices > 0
+        self._start = KeptStart()
+        self._once: tuple[object, StartValues | None] = (None, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._network,)  # copies and pickles make anew what is kept
+
+    def values(self, stored: Sequence[Tensor], light: Light = None) -> list[Tensor]:
+        """The factors of stored cores, with `start: zero` and for T(theta)."""
+        return self._split(self.derivations.factors(self._values(stored, light)))
+
+    def derived(self, stored: Sequence[Tensor], name: str) -> Tensor:
+        """A derived core's value."""
+        return self._split([self._values(stored, None)[name]])[0]
+
+    def changes(self, stored: Sequence[Tensor], copies: Sequence[Tensor], light: Light = None) -> list[Tensor]:
+        """The factors with a frozen copy: of derived cores that train, their change."""
+        derivations = self.derivations
+        start, now = self._start_values(copies, first=True), self._layers(stored)
+        known = {} if light is None else dict(zip([core.name for core in derivations.light], light, strict=True))
+        rest = [*(derivations.light if light is None else ()), *derivations.heavy]
+        names = [*now, *known]
+
+        def made(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            return derivations.changes(dict(zip(names, tensors, strict=True)), start, rest)
+
+        found = repeatable(made, [*now.values(), *known.values()]) if rest else []
+        changed = known | {core.name: change for core, change in zip(rest, found, strict=True)}
+        return self._split(derivations.factors({**now, **changed}))
+
+    def start(self, copies: Sequence[Tensor]) -> list[Tensor]:
+        """The factors of the frozen copies."""
+        return self._split(self.derivations.factors(self._start_values(copies).cores))
+
+    def _values(self, stored: Sequence[Tensor], light: Light) -> dict[str, Tensor]:
+        derivations, now = self.derivations, self._layers(stored)
+        known = {} if light is None else dict(zip([core.name for core in derivations.light], light, strict=True))
+        rest, names = [*(derivations.light if light is None else ()), *derivations.heavy], [*now, *known]
+
+        def made(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            return derivations.values(dict(zip(names, tensors, strict=True)), rest)
+
+        found = repeatable(made, [*now.values(), *known.values()]) if rest else []
+        return now | known | {core.name: value for core, value in zip(rest, found, strict=True)}
+
+    def _start_values(self, copies: Sequence[Tensor], first: bool = False) -> StartValues:
+        """The start of all derived cores. Those that base weights are part of are made anew, for these may be written
+        to unseen; but what the `first` one of two calls made for one product serves both."""
+        derivations, layers = self.derivations, self._layers(copies)
+        sources = [copies[place] for place in derivations.light_roots]
+        light = self._start.get(sources, lambda: derivations.start(layers, derivations.light))
+        # Cores that no derived one is made of may be others since, the base weight above all.
+        known = StartValues({**light.cores, **layers}, light.inputs)
+        if not derivations.heavy:
+            return known
+        places, (given, values) = [copies[place] for place in derivations.roots], self._once
+        made_of = None if needs_plain_ops(*copies) else ([tensor.data_ptr() for tensor in places], versions(places))
+        if values is None or given is None or given != made_of:
+            heavy = derivations.start(known.cores, derivations.heavy)
+            values = StartValues(heavy.cores, {**known.inputs, **heavy.inputs})
+        self._once = (made_of, values) if first else (None, None)
+        return values
+
+    def _layers(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By name, with an axis of layers: the slices of a stack, or one layer."""
+        names = self.derivations.names
+        if not self._stack:
+            return {name: tensor.unsqueeze(0) for name, tensor in zip(names, tensors, strict=True)}
+        cores = self.derivations.network.cores
+        slices = next(len(tensor) for tensor, core in zip(tensors, cores, strict=True) if core.shared is None)
+        return {
+            core.name: tensor if core.shared is None else tensor.expand(slices, *tensor.shape)
+            for tensor, core in zip(tensors, cores, strict=True)
+        }
+
+    def _split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if not self._stack:
+            return [tensor.squeeze(0) for tensor in tensors]
+        cores = self.derivations.network.plain.cores
+        return [tensor if core.shared is None else tensor[0] for tensor, core in zip(tensors, cores, strict=False)]

@@ -1,0 +1,167 @@
+"""The maps of derived cores, on tensors.
+
+Each is `function(x, shape, **arguments)`: x is (layers, rest, *taken), with the sizes of the legs that the map takes,
+the result (layers, rest, *made), with made = shape; `rest` is all other legs as one axis. Elementwise maps take no
+legs. All can be differentiated twice, run under `torch.func` and on meta tensors, and stay in x's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnpeft.errors import ExecutionError, Problem, clip
+from tnpeft.program.autocast import without_autocast
+from tnpeft.program.linear_maps import antisymmetric, flattened, gather, pad, roll, scatter, skew, wavelet
+from tnpeft.spec.factorize import times
+from tnpeft.spec.maps import RegisteredMap, registered_map
+
+__all__ = ["map_function"]
+
+Shape = tuple[int, ...]
+Map = Callable[..., Tensor]
+
+
+def map_function(name: str) -> Map:
+    """The built-in or registered function of a map; raises ExecutionError for one that nobody has registered."""
+    function = _BUILT_IN.get(name)
+    if function is not None:
+        return function
+    registered = registered_map(name)
+    if registered is None:
+        fix = f'Call `tnpeft.register_map("{name}", function, shape)` first.'
+        raise ExecutionError(Problem(f"map `{name}`", "a registered function", "none of that name", fix))
+    return _checked(name, registered)
+
+
+def _checked(name: str, registered: RegisteredMap) -> Map:
+    """A user's function whose mistakes have a place."""
+
+    def run(x: Tensor, shape: Shape, **arguments: Any) -> Tensor:
+        wanted = (*x.shape[:2], *shape)
+        expected = f"a {str(x.dtype).removeprefix('torch.')} tensor of {times(wanted)}"
+        try:
+            result = registered.function(x, **arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise _mistake(name, expected, clip(f"{type(error).__name__}: {error}")[1:-1]) from error
+        if not isinstance(result, Tensor):
+            raise _mistake(name, expected, clip(result))
+        if result.shape != wanted or result.dtype != x.dtype:
+            found = f"a {str(result.dtype).removeprefix('torch.')} one of {times(result.shape) or 'no axes'}"
+            raise _mistake(name, expected, found)
+        return result
+
+    return run
+
+
+def _mistake(name: str, expected: str, found: str) -> ExecutionError:
+    fix = "Mend the function that `tnpeft.register_map` was given."
+    return ExecutionError(Problem(f"map `{name}`", expected, found, fix))
+
+
+def _elementwise(function: Callable[[Tensor], Tensor]) -> Map:
+    return lambda x, shape: function(x)
+
+
+def topk_softmax(x: Tensor, shape: Shape, k: float) -> Tensor:
+    """Softmax over the k largest entries, the first of equal ones; the others are 0."""
+    flat = flattened(x)
+    places = flat.detach().sort(dim=-1, descending=True, stable=True).indices[..., : int(k)]
+    weights = flat.gather(-1, places).softmax(-1)  # (layers, rest, k)
+    return torch.zeros_like(flat).scatter(-1, places, weights).reshape(x.shape)
+
+
+def unit(x: Tensor, shape: Shape, floor: float | None = None) -> Tensor:
+    """v / max(norm, floor). Without a floor, zeros stay zeros and have no slope."""
+    flat = flattened(x)
+    length = _length(flat)
+    if floor is None:
+        direction = torch.where(length > 0, flat / torch.where(length > 0, length, 1.0), 0.0)
+    else:
+        direction = flat / length.clamp(min=max(floor, torch.finfo(x.dtype).tiny))
+    return direction.reshape(x.shape)
+
+
+def norm(x: Tensor, shape: Shape) -> Tensor:
+    """The length over all legs taken; its slope at zeros is 0."""
+    return _length(flattened(x)).squeeze(-1)
+
+
+def _length(flat: Tensor) -> Tensor:
+    """(layers, rest, entries) -> (layers, rest, 1). The square root is never taken of 0, where it has no slope."""
+    squares = flat.square().sum(-1, keepdim=True)
+    return torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
+
+
+def qr(x: Tensor, shape: Shape) -> Tensor:
+    """The orthonormal columns of torch's QR; the last leg counts columns, the others rows."""
+    columns: Tensor = torch.linalg.qr(x.reshape(*x.shape[:2], math.prod(x.shape[2:-1]), x.shape[-1])).Q
+    return columns.reshape(x.shape)
+
+
+def cayley(x: Tensor, shape: Shape) -> Tensor:
+    """(I + Q)(I - Q)^-1, in which the two commute."""
+    identity = _identity(x)
+    try:
+        turn: Tensor = torch.linalg.solve(identity - x, identity + x)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch's stubs leave it out
+        fix = "Put `antisymmetric` or `skew` before it: I - Q can be inverted for every skew Q of finite numbers."
+        raise ExecutionError(Problem("map `cayley`", "I - Q that can be inverted", "a singular one", fix)) from error
+    return turn
+
+
+def neumann(x: Tensor, shape: Shape, terms: float) -> Tensor:
+    """I + 2Q + ... + 2Q^(terms - 2) + Q^(terms - 1), by Horner's rule; it tends to `cayley`."""
+    identity = _identity(x)
+    if terms < 3:
+        return identity + x
+    with without_autocast(x):
+        total = 2 * identity + x
+        for _ in range(int(terms) - 3):
+            total = 2 * identity + x @ total
+        return identity + x @ total
+
+
+def reflections(x: Tensor, shape: Shape) -> Tensor:
+    """T = (I / 2 + strict upper triangle)^-1: I - U T U^T is the product of the reflections of U's unit columns."""
+    identity = _identity(x)
+    with without_autocast(x):
+        product: Tensor = torch.linalg.solve_triangular(identity / 2 + x.triu(1), identity, upper=True)
+    return product
+
+
+def _identity(x: Tensor) -> Tensor:
+    """Of x's last two axes, for all of its matrices."""
+    return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(x.shape)
+
+
+_BUILT_IN: dict[str, Map] = {
+    "tanh": _elementwise(torch.tanh),
+    "sin": _elementwise(torch.sin),
+    "gelu": _elementwise(F.gelu),
+    "silu": _elementwise(F.silu),
+    "relu": _elementwise(torch.relu),
+    "cos": _elementwise(torch.cos),
+    "sigmoid": _elementwise(torch.sigmoid),
+    "topk_softmax": topk_softmax,
+    "unit": unit,
+    "norm": norm,
+    "qr": qr,
+    "antisymmetric": antisymmetric,
+    "skew": skew,
+    "cayley": cayley,
+    "neumann": neumann,
+    "reflections": reflections,
+    "scatter": scatter,
+    "gather": gather,
+    "roll": roll,
+    "pad": pad,
+    "wavelet": wavelet,
+}
