@@ -50,7 +50,7 @@ from tnpeft.surgery import (
 from tnpeft.surgery.parameters import bases_of
 from tnpeft.surgery.tree import slots
 
-__all__ = ["hot_swap", "load", "put_on", "without_values"]
+__all__ = ["hot_swap", "load", "put_on", "unlike", "without_values"]
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Handle:
@@ -110,9 +110,7 @@ def _content(
 
     Where an adapter of that name is attached, they are for it to take; a `flat` model (FSDP1) has no place for others.
     """
-    fix = "Give each process the same file: copy it to every machine, or to a folder that they share."
-    unlike = path, "adapter file", "the same in every process", "others in some", fix
-    with in_step(holders, lambda: refuse(*unlike)) as said:
+    with in_step(holders, lambda: unlike(path)) as said:
         manifest, tensors = read(path)
         content = manifest, dict(tensors)
         said.append(lambda: encode(*content))
@@ -144,6 +142,12 @@ def _content(
     ]:
         warnings.warn(TnpeftWarning(*doubts), stacklevel=3)
     return manifest, (adapters, trained, statistics)
+
+
+def unlike(path: Path) -> AdapterFileError:
+    """What is said of a file that is another one in other processes."""
+    fix = "Give each process the same file: copy it to every machine, or to a folder that they share."
+    return refuse(path, "adapter file", "the same in every process", "others in some", fix)
 
 
 def put_on(
