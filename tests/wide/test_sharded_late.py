@@ -32,6 +32,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import tnpeft
+from tnpeft.adapters.inits import OF_WEIGHT
 
 MODES = ("dense", "factored", "hybrid", "auto")
 LATE = ("layers", "blocks", "blocks alone", "whole")
@@ -69,7 +70,7 @@ def kind(spec: tnpeft.Spec) -> tuple[object, ...]:
     """What of a spec says how its cores get their values and gradients."""
     cores = spec.cores
     made = [any(core.derivation is not None for core in cores), any(core.is_index for core in cores)]
-    read = [any(core.origin is not None for core in cores), any(core.init.name in ("svd_u", "svd_s") for core in cores)]
+    read = [any(core.origin is not None for core in cores), any(core.init.name in OF_WEIGHT for core in cores)]
     held = [any(core.shared is not None for core in cores), any(core.frozen for core in cores)]
     return ("Linear" in spec.layers, spec.start, spec.compose, *made, *read, *held)
 
