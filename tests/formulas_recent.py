@@ -86,7 +86,7 @@ def dense_spectral_adapter(c: Cores, w: Tensor, shape: Shape) -> Tensor:
 
 
 def dense_spectral_adapter_r(c: Cores, w: Tensor, shape: Shape) -> Tensor:
-    left, right = (cayley((c[name] - c[name].T) / 2) for name in ("A", "B"))
+    left, right = (cayley((c[name].T - c[name]) / 2) for name in ("A", "B"))
     return (c["U"] @ left @ torch.diag(c["C"] * c["S"]) @ right.T @ c["V"].flatten(1)).reshape(w.shape)
 
 

@@ -32,7 +32,7 @@ from tnpeft.errors import (
 )
 from tnpeft.network import Layer, Network, Spec, layer_of, load_spec
 from tnpeft.schedule import Plan, plan
-from tnpeft.spec import list_specs, register_init
+from tnpeft.spec import list_specs, register_init, register_map
 from tnpeft.version import __version__
 
 earlier.register()
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from tnpeft.surgery import (
         accumulating,
         activate,
+        anchor,
         detach,
         disabled,
         merge,
@@ -85,6 +86,7 @@ __all__ = [
     "__version__",
     "accumulating",
     "activate",
+    "anchor",
     "attach",
     "budget",
     "compile",
@@ -108,6 +110,7 @@ __all__ = [
     "plain_state_dict",
     "plan",
     "register_init",
+    "register_map",
     "rows",
     "save",
     "save_foreign",
@@ -122,7 +125,8 @@ _LAZY = {
     for room, names in {
         "adapters": "Adapter memory_limit",
         "execution": "compile",
-        "surgery": "accumulating activate detach disabled merge names_of plain_state_dict rows scales_of unmerge",
+        "surgery": "accumulating activate anchor detach disabled merge names_of plain_state_dict rows scales_of "
+        "unmerge",
         "recipe": "Handle Recipe Report attach list_recipes load_recipe",
         "io": "Inspection hot_swap inspect load load_foreign save save_foreign",
         "fitting": "Budget Extraction Fit Truncation budget extract fit truncate",
@@ -133,8 +137,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":  # as `numpy.testing` is there without an import of its own
-        return importlib.import_module("tnpeft.testing")
+    if name in ("starts", "testing"):  # as `numpy.testing` is there without an import of its own
+        return importlib.import_module(f"tnpeft.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'tnpeft' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"tnpeft.{_LAZY[name]}"), name)

@@ -210,7 +210,7 @@ def test_show_as_json():
     plan = tnpeft.plan(network)
     assert list(shown) == [
         *("spec", "title", "source", "layers", "start", "compose", "cores", "layer", "params", "sizes", "weight"),
-        *("terms", "weight_shape", "scale", "einsum", "parameters", "formula", "share", "plan", "execution"),
+        *("terms", "weight_shape", "derived", "scale", "einsum", "parameters", "formula", "share", "plan", "execution"),
     ]
     assert shown["parameters"] == network.num_parameters == 21504
     assert shown["formula"] == network.formula
@@ -241,6 +241,7 @@ def test_show_as_json():
     }
     assert shown["plan"] == {
         "mode": "dense",
+        "maps": 0,
         "path": [list(pair) for pair in plan.path],
         "terms": [],
         "flops": plan.flops,

@@ -45,7 +45,8 @@ PARAMS = {
     "modee": "Did you mean `mode`?",
     "use_rslora": "Take the spec `rslora`.",
     "use_dora": "Take a spec with a trained magnitude, such as `dora`.",
-    "init_lora_weights": "A spec says how each core starts: copy it and change `init` there.",
+    "init_lora_weights": "A spec says how each core starts: copy it and change `init` there, or give values by "
+    "`attach(init=...)`.",
     "rank_pattern": RANKS,
     "alpha_pattern": RANKS,
     "algo": "The spec is the method: take another one, such as `loha`.",

@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 
 import tnpeft
 from tnpeft.cli import app
-from tnpeft.documents.nodes import read_document
+from tnpeft.documents.nodes import Node, read_document
+from tnpeft.errors import Position, Problems
+from tnpeft.spec.map_kinds import map_names
+from tnpeft.spec.maps import parse_map
 
 SPECS = Path(__file__).parents[2] / "specs"
 SCHEMAS = {kind: json.loads((SPECS / "schema" / f"{kind}.json").read_text()) for kind in ("spec", "recipe")}
@@ -30,6 +33,37 @@ cores:
 weight: o i k...
 start: zero
 """
+DERIVED = """\
+tnpeft: 2
+name: derived
+layers: [Linear]
+params: {b: 4}
+sizes: {o: out_features, n: in_features // b, x y: b, e: b * (b - 1) // 2, m: 9}
+cores:
+  W:      {legs: o (n y), from: weight}
+  R:      {legs: n e, init: zeros}
+  turn:   {of: R, legs: n x y, map: [skew(e -> x y), "neumann(x y, terms=5)"]}
+  places: {legs: m, frozen: true, init: choice(o n x)}
+  values: {legs: m, init: zeros}
+  some:   {of: values, scale: 2, legs: o n x, map: "scatter(m -> o n x, at=places)"}
+  mixed:  {of: [{cores: [W, turn]}, {cores: [some], scale: -1 / 2}], legs: o n x}
+  gain:   {legs: o 1, init: ones}
+terms:
+  - {cores: [gain, mixed(o n x)], weight: o (n x)}
+start: frozen_copy
+"""
+# what is replaced, what by, where the schema finds fault
+DERIVED_MISTAKES = [
+    ("tnpeft: 2", "tnpeft: 1", "cores/turn"),
+    ("legs: n x y, map", "legs: n x y, init: zeros, map", "cores/turn"),
+    ("of: R, legs: n x y", "legs: n x y", "cores/turn"),
+    ("of: values, scale: 2, legs: o n x, map: ", "scale: 2, legs: o n x, map: ", "cores/some"),
+    ("of: R", "of: [R, 3]", "cores/turn"),
+    ("of: R", "of: 'R[n e]'", "cores/turn"),
+    ("{cores: [W, turn]}", "{core: [W, turn]}", "cores/mixed"),
+    ("[skew(e -> x y), ", "[skew -> x y, ", "cores/turn"),
+    ("cores: [gain, mixed(o n x)]", "cores: [gain, mixed o n x]", "terms/0/cores/1"),
+]
 RECIPE = """\
 tnpeft: 1
 name: demo
@@ -40,7 +74,7 @@ train: {bias: adapted, norm: true}
 # what is replaced, what by, where the schema finds fault
 MISTAKES = [
     ("name: demo\n", "", ""),
-    ("tnpeft: 1", "tnpeft: 2", "tnpeft"),
+    ("tnpeft: 1", "tnpeft: 3", "tnpeft"),
     ("layers: [Conv3d]", "layers: [Conv4d]", "layers"),
     ("layers: [Conv3d]", "layer: [Conv3d]", ""),
     ("params: {r: 4}", "params: [r]", "params"),
@@ -119,6 +153,27 @@ def test_mistakes_in_specs_are_marked_where_they_stand(old: str, new: str, where
     tnpeft.Spec.from_yaml(SPEC)
     assert old in SPEC
     assert where in faults("spec", SPEC.replace(old, new))
+
+
+@pytest.mark.parametrize(("old", "new", "where"), DERIVED_MISTAKES, ids=lambda text: text.strip())
+def test_mistakes_in_derived_cores_are_marked_where_they_stand(old: str, new: str, where: str):
+    assert faults("spec", DERIVED) == []
+    tnpeft.Spec.from_yaml(DERIVED)
+    assert old in DERIVED
+    assert where in [fault[: len(where)] for fault in faults("spec", DERIVED.replace(old, new))]
+    with pytest.raises(tnpeft.SpecError):
+        tnpeft.Spec.from_yaml(DERIVED.replace(old, new))
+
+
+def test_every_map_is_offered_as_a_file_may_write_it():
+    """What completion puts into a file is read: the usages are maps with their legs."""
+    offered = SCHEMAS["spec"]["properties"]["cores"]["additionalProperties"]["anyOf"][1]["properties"]["map"]
+    usages = offered["anyOf"][0]["anyOf"][0]["enum"]
+    assert [usage.partition("(")[0] for usage in usages] == list(map_names())
+    for usage in usages:
+        problems = Problems()
+        assert parse_map(Node("scalar", usage, Position("demo.yaml", 1, 1), usage), problems, "core 'x'"), usage
+        assert not len(problems), usage
 
 
 @pytest.mark.parametrize(("old", "new", "where"), RECIPE_MISTAKES, ids=lambda text: text.strip())

@@ -248,3 +248,51 @@ def test_mistakes_on_the_command_line():
     assert mistakes("budget", "mine.yaml", *where, "--fixed", "lorra") == [
         "fixed spec 'lorra': expected one of lora, lokr, found `lorra`. Did you mean `lora`?"
     ]
+
+
+BONDS = """\
+tnpeft: 1
+name: bonds
+layers: any
+params: {r_a: 2, r_b: 2, r_c: 2}
+sizes: {o: out_channels, i: in_channels, a: r_a, b: r_b, c: r_c}
+cores:
+  first:  {legs: o a, init: zeros}
+  second: a b
+  third:  b c
+  fourth: c i k...
+weight: o i k...
+start: zero
+"""
+
+
+@given(st.integers(40, 3_000))
+@settings(max_examples=8)
+def test_a_rank_for_each_bond(params: int):
+    spec, names = Spec.from_yaml(BONDS), ["r_b", "r_a", "r_c"]
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 5))
+
+    def total(**ranks: int) -> int:
+        return sum(spec.bind(layer, **ranks).num_parameters for layer in model)
+
+    found = tnpeft.budget(spec, model, params, match="all", param=names)
+    value = max(rank for rank in range(1, 60) if total(r_a=rank, r_b=rank, r_c=rank) <= params)
+    ranks = dict.fromkeys(names, value)
+    for name in names[:2]:
+        if total(**{**ranks, name: value + 1}) > params:
+            break
+        ranks[name] += 1
+    assert found.values == found.settings == ranks
+    assert found.total == total(**ranks) <= params
+    assert (found.param, found.value) == ("r_b", value)
+    assert str(found).startswith(f"bonds: r_b={ranks['r_b']}, r_a={ranks['r_a']}, r_c={ranks['r_c']} trains")
+
+
+@pytest.mark.parametrize("param", [[], ["r_a", "r_a"], [3], 7])
+def test_params_that_are_no_names(param: object):
+    with pytest.raises(AttachError) as caught:
+        tnpeft.budget(Spec.from_yaml(BONDS), nn.Sequential(nn.Linear(6, 9)), 900, match="all", param=param)
+    assert str(caught.value) == (
+        f"budget, `param`: expected a param, or a list of different ones, found {param!r}. "
+        'For example `param="r"`, or `param=["r_a", "r_b"]`.'
+    )

@@ -34,6 +34,7 @@ ROOMS = (
     "execution",
     "surgery",
     "recipe",
+    "starts",
     "io",
     "integrations",
     "fitting",

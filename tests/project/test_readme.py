@@ -43,6 +43,11 @@ def test_the_table_names_shipped_specs():
     assert set(named) <= set(tnpeft.list_specs())
 
 
+def test_as_many_specs_ship_as_it_says():
+    counts = re.findall(r"(\d+) adapters of the literature|Some of the (\d+)", README)
+    assert [int(one or other) for one, other in counts] == [len(tnpeft.list_specs())] * 2
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
 def test_links_lead_somewhere(link):
     assert (ROOT / link).exists()

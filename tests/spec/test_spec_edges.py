@@ -33,7 +33,7 @@ import tnpeft
             "bond: r",
             "bnd: r",
             "5:1: unknown key 'bnd' in the file: expected one of bond, compose, cores, factors, init, layers, name, "
-            "params, scale, seed, sizes, source, start, terms, title, tnpeft, weight, found 'bnd'. "
+            "params, scale, seed, sizes, source, start, start_std, terms, title, tnpeft, weight, found 'bnd'. "
             "Did you mean `bond`?",
         ),
     ],

@@ -398,7 +398,7 @@ def test_a_map_that_nobody_registered_may_be_somebodys():
     call = read("theirs(a b -> c, at=places, power=2 + n, mode=max)", known=False)
     assert (call.takes, call.gives) == (("a", "b"), ("c",))
     assert call.arguments == {"at": "places", "power": parse_expression("2 + n"), "mode": "max"}
-    assert not passes_zero(call)
+    assert passes_zero(call)  # as it did where the spec was accepted
     assert size_problem(call, (2, 3), (4,), {}) is None
     assert mistake("theirs(a, 5)", known=False) == (
         "demo.yaml:7:12: core 'h', map `theirs`: expected `name=value` after the legs, found '5'. Write `name=value`."

@@ -33,7 +33,8 @@ MISTAKES = [
         [
             (
                 "3:1: unknown key 'layer' in the file: expected one of bond, compose, cores, factors, init, layers, "
-                "name, params, scale, seed, sizes, source, start, terms, title, tnpeft, weight, found 'layer'. "
+                "name, params, scale, seed, sizes, source, start, start_std, terms, title, tnpeft, weight, found "
+                "'layer'. "
                 "Did you mean `layers`?"
             ),
         ],

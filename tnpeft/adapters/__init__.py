@@ -3,6 +3,7 @@
 from tnpeft.adapters.adapter import Adapter
 from tnpeft.adapters.inits import is_drawn
 from tnpeft.adapters.memory_need import memory_limit, memory_problems
+from tnpeft.adapters.places import place_problem
 from tnpeft.adapters.sharing import Captured, Sharing
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "is_drawn",
     "memory_limit",
     "memory_problems",
+    "place_problem",
 ]

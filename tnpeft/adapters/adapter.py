@@ -5,29 +5,33 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.base_weight import base_weight, beside
+from tnpeft.adapters.core_keys import CORE, DORA, MAGNITUDE, START, keys_of
 from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_flattened, whole, write
 from tnpeft.adapters.dora import composed, magnitudes
 from tnpeft.adapters.factors import Factors, Light
+from tnpeft.adapters.given import unwritten
 from tnpeft.adapters.inits import initial_core, whole_seed
 from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.offload import Resident, present
+from tnpeft.adapters.places import with_good_places
 from tnpeft.adapters.sharing import Captured, Sharing, sharing_label
-from tnpeft.adapters.strides import memory_order, moved
+from tnpeft.adapters.start_std import scale_start
+from tnpeft.adapters.strides import memory_order, moved, widened
 from tnpeft.adapters.twin import Twinned
 from tnpeft.network import BoundCore, Network
 from tnpeft.network.dropout import Dropout, Mask, masks_of
 from tnpeft.program import Program, build_program, needs_plain_ops, without_autocast
-from tnpeft.schedule import DEFAULT_MODE, Plan, check_choices, check_mode, plan
+from tnpeft.schedule import DEFAULT_MODE, Plan, check_choices, check_mode, plan, side_of
 
 __all__ = ["Adapter"]
 
-_CORE, _START, _DORA, _MAGNITUDE = "core_", "start_", "dora_", "magnitude"
 _EARLIER = frozenset({"_kept", "_calling", "_writes"})  # attributes in pickles of earlier versions
 
 
@@ -46,12 +50,15 @@ class Adapter(Resident, Twinned, nn.Module):
 
     `mode` is the execution mode that was asked for. With `auto` and `autotune` the modes are timed once for
     each new call, which `choices` remembers: the call in words, and the mode. Choices are used without
-    `autotune` too. Calls of a layer that trains leave out what `dropout` says.
+    `autotune` too. Calls of a layer that trains leave out what `dropout` says. `given` are first values of cores in
+    place of those that inits draw: checked ones, kept (by name, then None) until they are written.
     """
 
     dropout: Dropout | None = None
     masks: tuple[Mask, ...] = ()
+    given: Mapping[str, Tensor | None] = MappingProxyType({})
     factors: Factors | None = None  # where terms name others than the stored cores
+    side: str | None = None  # of the layer, on which its chain acts instead of beside it
 
     def __init__(
         self,
@@ -67,6 +74,7 @@ class Adapter(Resident, Twinned, nn.Module):
         sharing: Sharing | None = None,
         captured: Captured | None = None,
         dropout: Dropout | None = None,
+        given: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -77,9 +85,13 @@ class Adapter(Resident, Twinned, nn.Module):
         self.choices = dict(choices or {})
         if dropout is not None:
             self.dropout, self.masks = dropout, masks_of(network.plain, dropout)
+        if given:
+            self.given = dict(given)
         self.plan: Plan = plan(network)
         if network.factors:
             self.factors = Factors(network)
+        if network.reads_weight and (side := side_of(network.plain)) is not None:
+            self.side = side.name
         self.seed = whole_seed(network.spec.seed if seed is None else seed)
         self.layer_name = name
         self.captured: Captured = captured or {}
@@ -91,7 +103,7 @@ class Adapter(Resident, Twinned, nn.Module):
         # Until they have values: the tensors that have none, for `torch.func.functional_call` may pass others that do.
         self._empty: tuple[Tensor, ...] = ()
         self._holders: dict[str, Adapter] = {}
-        self._name_keys()
+        self._core_keys, self._start_keys, self._stored_keys = keys_of(network)
         # Tensors made under inference mode could never be trained.
         with present(layer), torch.inference_mode(False):
             weight = base_weight(layer, network)
@@ -100,17 +112,6 @@ class Adapter(Resident, Twinned, nn.Module):
             self._empty = self._held()
             if initialise:
                 self.reset_parameters(weight)
-
-    def _name_keys(self) -> None:
-        """The keys of cores and of frozen copies in the network's order, None for the base weight; and of all."""
-        cores = self.network.cores
-        self._core_keys = tuple([None if core.origin == "weight" else _CORE + core.name for core in cores])
-        self._start_keys = tuple(
-            [key if core.frozen else _START + core.name for key, core in zip(self._core_keys, cores, strict=True)]
-        )
-        copies = self._start_keys if self.network.start == "frozen_copy" else ()
-        magnitude = (_DORA + _MAGNITUDE,) if self.network.compose == "dora" else ()
-        self._stored_keys = (*self._core_keys, *copies, *magnitude)
 
     def resident_keys(self) -> list[str]:
         return [*self._parameters, *self._buffers]
@@ -121,15 +122,13 @@ class Adapter(Resident, Twinned, nn.Module):
         for core in self.network.cores:
             holder = self if core.shared is None else sharing.holder(self.network.spec, core, self.captured, self)
             if holder is not self:
-                self._holders |= {_CORE + core.name: holder, _START + core.name: holder}
+                self._holders |= {CORE + core.name: holder, START + core.name: holder}
             elif core.origin != "weight":
-                like = weight.new_empty(
-                    core.shape, dtype=torch.int64 if self.factors is not None and core.is_index else wide
-                )
-                self._register_one(_CORE, core.name, like, core.frozen, copies)
+                dtype = torch.int64 if self.factors is not None and core.is_index else wide
+                self._register_one(CORE, core.name, weight.new_empty(core.shape, dtype=dtype), core.frozen, copies)
         if self.network.compose == "dora":
             like = weight.new_empty(self.network.magnitude_shape, dtype=wide)
-            self._register_one(_DORA, _MAGNITUDE, like, False, True)
+            self._register_one(DORA, MAGNITUDE, like, False, True)
 
     def _register_one(self, prefix: str, name: str, tensor: Tensor, frozen: bool, copy: bool) -> None:
         if frozen:
@@ -137,35 +136,35 @@ class Adapter(Resident, Twinned, nn.Module):
             return
         self.register_parameter(prefix + name, nn.Parameter(tensor))
         if copy:
-            self.register_buffer(_START + name, torch.empty_like(tensor))
+            self.register_buffer(START + name, torch.empty_like(tensor))
 
     @property
     def cores(self) -> dict[str, Tensor]:
         """Every core by name, in file order, frozen and shared ones included; not those that are the base weight."""
-        return {core.name: self._tensor(_CORE + core.name) for core in self.network.cores if core.origin != "weight"}
+        return {core.name: self._tensor(CORE + core.name) for core in self.network.cores if core.origin != "weight"}
 
     @property
     def start(self) -> dict[str, Tensor]:
         """The frozen copies by core name; empty with `start: zero`."""
         if self.network.start == "zero":
             return {}
-        return {core.name: self._tensor(_START + core.name) for core in self.network.cores if not core.frozen}
+        return {core.name: self._tensor(START + core.name) for core in self.network.cores if not core.frozen}
 
     @property
     def magnitude(self) -> nn.Parameter | None:
         """The trained norm of each output channel with `compose: dora`, else None."""
-        return self._parameters.get(_DORA + _MAGNITUDE)
+        return self._parameters.get(DORA + MAGNITUDE)
 
     @property
     def shared(self) -> dict[str, Adapter]:
         """The cores that are held elsewhere, by name, each with the adapter that holds it."""
-        return {key.removeprefix(_CORE): holder for key, holder in self._holders.items() if key.startswith(_CORE)}
+        return {key.removeprefix(CORE): holder for key, holder in self._holders.items() if key.startswith(CORE)}
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """What this adapter itself trains, by name: its cores but those held elsewhere, and its magnitude."""
-        cores = {core.name: self._parameters.get(_CORE + core.name) for core in self.network.cores}
-        cores |= {_MAGNITUDE: self.magnitude} if self.magnitude is not None else {}
+        cores = {core.name: self._parameters.get(CORE + core.name) for core in self.network.cores}
+        cores |= {MAGNITUDE: self.magnitude} if self.magnitude is not None else {}
         return {name: parameter for name, parameter in cores.items() if parameter is not None}
 
     @property
@@ -194,7 +193,7 @@ class Adapter(Resident, Twinned, nn.Module):
     def delta_inputs(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
         """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
         cores = self.core_tensors(weight, light)
-        magnitude = self._parameters.get(_DORA + _MAGNITUDE)
+        magnitude = self._parameters.get(DORA + MAGNITUDE)
         return cores if magnitude is None else [*cores, *gathered([magnitude])]
 
     def core_tensors(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
@@ -224,7 +223,7 @@ class Adapter(Resident, Twinned, nn.Module):
         if self.network.compose is not None:
             assert weight is not None
             with without_autocast(delta):
-                first = self._tensor(_START + _MAGNITUDE)
+                first = self._tensor(START + MAGNITUDE)
                 delta = composed(self.network.layer, weight, delta, inputs[-1], first)
         if delta.is_meta and weight is not None and not weight.is_meta:
             raise without_values(self.layer_name, True)
@@ -257,28 +256,34 @@ class Adapter(Resident, Twinned, nn.Module):
                 return
             self.to_empty(device=weight.device)
         drawn = {
-            core.name: self.initial(core, weight)
+            core.name: unwritten(self.given, core.name) if core.name in self.given else self.initial(core, weight)
             for core in self.network.cores
-            if core.init.core is None and self._holds(core)
+            if (core.init.core is None or core.name in self.given)
+            and core.origin != "weight"
+            and CORE + core.name not in self._holders
         }
         if self.magnitude is not None:
             base = self._base(weight)
-            drawn[_MAGNITUDE] = magnitudes(self.network.layer, whole(base).to(self.magnitude.dtype))
+            drawn[MAGNITUDE] = magnitudes(self.network.layer, whole(base).detach().to(self.magnitude.dtype))
         with torch.no_grad():
             for name, values in drawn.items() if self.factors is None else self._first_values(drawn, weight):
-                prefix = _DORA if name == _MAGNITUDE and self.magnitude is not None else _CORE
+                prefix = DORA if name == MAGNITUDE and self.magnitude is not None else CORE
                 write(self._tensor(prefix + name), values)
-                if _START + name in self._buffers:
-                    self._tensor(_START + name).copy_(values)
+                if START + name in self._buffers:
+                    self._tensor(START + name).copy_(values)
+        if self.given:
+            self.given = dict.fromkeys(self.given)
         self._written()
         self._initialised, self._empty = True, ()
+        if self.network.start_std is not None:
+            scale_start(self.network, self.network_weight(weight), weight, self.trained, self.start)
 
     def take(self, other: Adapter) -> None:
         """Hold the values of another adapter of the same network, and its seed; tensors stay the same objects."""
         with torch.no_grad():
             for key in self.resident_keys():
                 write(self._tensor(key), other._tensor(key))
-        self.seed = other.seed
+        self.seed, self.given = other.seed, other.given
         self._written()
         self._initialised, self._empty = True, ()
 
@@ -286,7 +291,7 @@ class Adapter(Resident, Twinned, nn.Module):
         """The first values, then those that derived cores of these give, for `init: value(NAME)`."""
         yield from drawn.items()
         for core in self.network.cores:
-            if core.init.core is not None and self.factors is not None:
+            if core.init.core is not None and core.name not in drawn and self.factors is not None:
                 yield core.name, self.factors.derived(self._tensors(self._core_keys, weight), core.init.core)
 
     def _held(self) -> tuple[Tensor, ...]:
@@ -338,9 +343,6 @@ class Adapter(Resident, Twinned, nn.Module):
     def _base(self, weight: Tensor | None) -> Tensor:
         return base_weight(self._layer[0], self.network) if weight is None else weight
 
-    def _holds(self, core: BoundCore) -> bool:
-        return core.origin != "weight" and _CORE + core.name not in self._holders
-
     def _on_meta(self) -> bool:
         return "meta" in {tensor.device.type for tensor in self.state_dict().values()}
 
@@ -371,10 +373,10 @@ class Adapter(Resident, Twinned, nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(with_good_places(self, state_dict, prefix, rest[-1]), prefix, *rest)
         # `assign=True` takes what it is given.
         if any(tensor.dtype.itemsize < 4 for tensor in self.state_dict().values()):
-            super()._apply(lambda tensor: tensor.float())  # type: ignore[no-untyped-call]
+            super()._apply(widened)  # type: ignore[no-untyped-call]
         self._written()
         if all(prefix + key in state_dict for key in (*self._parameters, *self._buffers)):
             self._initialised, self._empty = True, ()
@@ -384,7 +386,7 @@ class Adapter(Resident, Twinned, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"changes": 0} | {key: state[key] for key in state if key not in _EARLIER})  # type: ignore[no-untyped-call]
-        self._name_keys()
+        self._core_keys, self._start_keys, self._stored_keys = keys_of(self.network)
         self._lay_out(self._strides)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:

@@ -60,7 +60,7 @@ def base_weight(layer: Any, network: Network) -> Tensor:
 def needs_weight(spec: Any) -> bool:
     """Whether adapters of a spec are made of the base weight's values, at the start or throughout."""
     cores = (core.origin is not None or core.init.name in OF_WEIGHT for core in spec.cores)
-    return spec.compose is not None or any(cores)
+    return spec.compose is not None or spec.start_std is not None or any(cores)
 
 
 def unreadable(spec: Any, layer: nn.Module) -> Problem:

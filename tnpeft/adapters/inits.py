@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters.distributed import whole
+from tnpeft.adapters.given import misfit
 from tnpeft.errors import BindError, Problem, clip
 from tnpeft.network import BoundCore, Layer, Network
 from tnpeft.spec import init_function
@@ -277,20 +278,10 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _checked(core: BoundCore, value: object) -> Tensor:
     """What a registered function returned, or the BindError that says why it cannot be used."""
-    fix = _mend(core)
-    if not isinstance(value, Tensor):
-        raise BindError(_misfit(core, "a tensor", type(value).__name__, fix))
-    if tuple(value.shape) != core.shape:
-        raise BindError(_misfit(core, f"the shape {core.shape}", str(tuple(value.shape)), fix))
-    if not value.is_floating_point():
-        raise BindError(_misfit(core, "floating-point numbers", str(value.dtype), fix))
-    if value.layout != torch.strided or value.device.type == "meta":
-        found = "one on meta" if value.device.type == "meta" else str(value.layout)
-        raise BindError(_misfit(core, "a dense tensor with values", found, fix))
-    drawn = value.detach().to("cpu", torch.float32).contiguous()
-    if not bool(torch.isfinite(drawn).all()):
-        raise BindError(_misfit(core, "finite numbers", "nan or inf", fix))
-    return drawn
+    if found := misfit(core, value):
+        raise BindError(_misfit(core, *found, _mend(core)))
+    assert isinstance(value, Tensor)
+    return value.detach().to("cpu", torch.float32).contiguous()
 
 
 def _mend(core: BoundCore) -> str:

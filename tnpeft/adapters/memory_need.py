@@ -135,7 +135,7 @@ def _elements(network: Network, core: BoundCore) -> int:
 def _counted(network: Network, demand: _Demand) -> Iterator[BoundCore]:
     """The cores but those that an earlier layer may share; a scope's layers are taken for one."""
     for core in network.cores:
-        key = (network.spec.name, core.name, core.shape)
+        key = (network.spec.name, core.name, core.shape, core.init.sizes)
         if core.shared is None or key not in demand.shared:
             yield core
         if core.shared is not None:

@@ -6,12 +6,19 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-__all__ = ["memory_order", "moved"]
+__all__ = ["memory_order", "moved", "widened"]
 
 
 def memory_order(strides: tuple[int, ...]) -> tuple[int, ...]:
     """The axes from slowest to fastest varying; equal strides keep their order."""
     return tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """At least fp32; whole numbers as int64."""
+    if not tensor.is_floating_point():
+        return tensor.long()
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

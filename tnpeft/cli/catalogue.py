@@ -8,33 +8,42 @@ from pathlib import Path
 from tnpeft.cli.arguments import parse_layer
 from tnpeft.cli.list_specs import short_layers
 from tnpeft.cli.output import Output, UsageError
+from tnpeft.cli.peers import Peer, peer_rows, peers_of, peers_table
 from tnpeft.documents.files import replace_files
 from tnpeft.documents.paths import is_file
 from tnpeft.errors import Problem
 from tnpeft.network import Spec, load_spec
 from tnpeft.spec import list_specs
+from tnpeft.spec.legs import cores_by_name, legs_of
 from tnpeft.spec.library import shipped_folder
 
 __all__ = ["BEGIN", "END", "catalogue", "update_catalogue"]
 
 BEGIN, END = "<!-- specs: begin -->", "<!-- specs: end -->"
 _COUNT = re.compile(r"^# Count: (\S+) has ([\d,]+) parameters", re.MULTILINE)
-_COLUMNS = ("spec", "layers", "formula", "parameters", "for example", "start", "marks", "source")
+_PEERS = """\
+## Beside other code
+
+What each tuner of PEFT and each module of LyCORIS is here, from [peers](peers): the same stored tensors give the same
+update to 1e-5 (value), as many numbers train (count), and first values are the same, of drawn ones the distribution.
+Tests hold the rows."""
+_COLUMNS = ("spec", "layers", "formula", "parameters", "for example", "start", "marks", "compared with", "source")
 
 
 def catalogue() -> str:
     """A row for each shipped spec, then the pictures that there are, all from the files themselves."""
-    specs = [load_spec(name) for name in list_specs()]
+    specs, peers = [load_spec(name) for name in list_specs()], peer_rows()
     lines = [
         f"{len(specs)} specs; the table is made by `make catalogue`.",
         "",
         _row(_COLUMNS),
         _row("-" * len(_COLUMNS)),
     ]
-    lines += [_row(_cells(spec)) for spec in specs]
+    lines += [_row(_cells(spec, peers)) for spec in specs]
     pictures = [spec.name for spec in specs if (shipped_folder() / "pictures" / f"{spec.name}.svg").is_file()]
     if pictures:
         lines += ["", *(_picture(name) for name in pictures)]
+    lines += ["", _PEERS, "", *peers_table(peers)]
     return "\n".join(lines)
 
 
@@ -69,7 +78,7 @@ def _picture(name: str) -> str:
     return f'<a href="pictures/{name}.svg" title="{name}"><img src="pictures/{name}.svg" alt="{name}" width="240"></a>'
 
 
-def _cells(spec: Spec) -> tuple[str, ...]:
+def _cells(spec: Spec, peers: tuple[Peer, ...]) -> tuple[str, ...]:
     counted = _COUNT.search(spec.text)
     layer, number = counted.groups() if counted else ("", "")
     formula = spec.bind(parse_layer(layer)).formula if layer else ""
@@ -81,6 +90,7 @@ def _cells(spec: Spec) -> tuple[str, ...]:
         f"{number} ({layer})",
         spec.start,
         ", ".join(_marks(spec)),
+        peers_of(spec.name, peers),
         spec.source,
     )
 
@@ -107,6 +117,11 @@ def _marks(spec: Spec) -> list[str]:
     marks = []
     if any(core.frozen and core.origin is None for core in spec.cores):
         marks.append("frozen")
+    maps = dict.fromkeys(call.name for derivation in spec.derivations.values() for call in derivation.maps)
+    if spec.derivations:
+        marks.append(f"derived: {' '.join(maps)}" if maps else "derived")
+    if any(core.is_index for core in spec.cores):
+        marks.append("index cores")
     shared = list(dict.fromkeys(core.shared for core in spec.cores if core.shared is not None))
     marks += [f"shared: {' '.join(shared)}"] if shared else []
     origins = dict.fromkeys(core.origin for core in spec.cores if core.origin is not None)
@@ -123,7 +138,8 @@ def _marks(spec: Spec) -> list[str]:
 def _has_hyperedge(spec: Spec) -> bool:
     """Whether, in a term, an index stands in more than two places."""
     for term in spec.terms:
-        places = [leg for core in spec.cores if core.name in term.cores for leg in core.legs]
+        known = cores_by_name(spec)
+        places = [leg for reference in term.references for leg in legs_of(reference, known)]
         places += [leg for axis in term.weight for leg in axis]
         if any(places.count(leg) > 2 for leg in places):
             return True

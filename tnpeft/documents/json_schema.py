@@ -75,7 +75,8 @@ def _describe(node: dict[str, Any], path: str, schema: Schema, keywords: Mapping
     node.update(keywords.get(path, {}))
     for key, value in node.get("properties", {}).items():
         _describe(value, f"{path}.{key}".lstrip("."), schema, keywords)
-    below = [node.get("additionalProperties"), node.get("items"), *node.get("anyOf", ())]
+    options = node.get("anyOf", ())
+    below = [node.get("additionalProperties"), node.get("items"), *options, *(each.get("items") for each in options)]
     for value in below:
         if isinstance(value, dict) and "properties" in value:
             _describe(value, f"{path}.*".lstrip("."), schema, keywords)

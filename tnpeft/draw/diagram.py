@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import networkx
 
 from tnpeft.network import BoundCore, Network
+from tnpeft.network.derived import BoundReference, Factor
 
-__all__ = ["ROLES", "Diagram", "Line", "Node", "Stub", "diagram_of", "mirrors", "sides"]
+__all__ = [
+    "ROLES",
+    "Diagram",
+    "Line",
+    "Node",
+    "Stub",
+    "diagram_of",
+    "diagram_of_product",
+    "mirrors",
+    "roles_of",
+    "sides",
+]
 
 ROLES = ("in", "out", "kernel")
+INNER = "inner"  # of a leg that a derived core has open, and the weight has not
 _FEWEST_TO_MIRROR, _MOST_TO_MIRROR = 2, 16
 _MAPS_TRIED, _MAPS_KEPT = 400, 2
 
@@ -22,12 +36,15 @@ class Node:
     """A core, or the dot of a hyperedge (`core` is None).
 
     `roles` are those of all its legs that are open, in the order of ROLES, and `own` those of the stubs that leave it.
+    `text` is what stands in it: a core that is named with other legs is the same core again.
     """
 
     name: str
     core: BoundCore | None
     roles: tuple[str, ...]
     own: tuple[str, ...]
+    text: str = ""
+    derived: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,44 +85,93 @@ class Diagram:
         return graph
 
 
-def diagram_of(network: Network) -> Diagram:
-    """The diagram of a network of one term.
+def diagram_of(part: Network, whole: Network | None = None) -> Diagram:
+    """The diagram of a network of one term; `whole` is the network whose factors its cores are.
 
     An index of two cores is a line and an open leg of one core is a stub; every other index is a hyperedge and
-    gets a dot with a line to each of its cores, and a stub where it is open.
+    gets a dot with a line to each of its cores, and a stub where it is open. Hyperedges of the same cores share one.
     """
+    factors = {factor.label: factor for factor in whole.factors} if whole is not None else {}
+    cores = [core for core in part.cores if not core.is_index]
+    if whole is None or not factors:
+        nodes = [Node(core.name, core, (), (), core.name) for core in cores]
+    else:
+        nodes = [_node(whole, factors[core.name]) for core in cores]
+    return _diagram(nodes, roles_of(part), part.sizes)
+
+
+def diagram_of_product(network: Network, references: Sequence[BoundReference], legs: Sequence[str]) -> Diagram:
+    """The diagram of a product of cores of which `legs` stay open."""
+    known = roles_of(network)
+    factors = [Factor(f"{reference.core}({' '.join(reference.legs)})", reference) for reference in references]
+    return _diagram(
+        [_node(network, each) for each in factors], {leg: known.get(leg, INNER) for leg in legs}, network.sizes
+    )
+
+
+def roles_of(network: Network) -> dict[str, str]:
+    """The role of each leg of the weight, of any term."""
     roles = ["out", "in", *("kernel" for _ in network.weight[2:])]
-    role_of = {leg: role for role, axis in zip(roles, network.weight, strict=True) for leg in axis}
+    return {leg: role for term in network.terms for role, axis in zip(roles, term.weight, strict=True) for leg in axis}
+
+
+def _node(network: Network, factor: Factor) -> Node:
+    """A core as a product names it."""
+    name = factor.reference.core
+    stored = next((core for core in network.cores if core.name == name), None)
+    core = network.core_of(factor)
+    core = core if stored is None else replace(core, shared=stored.shared)
+    return Node(factor.label, core, (), (), name, stored is None)
+
+
+def _diagram(cores: Sequence[Node], role_of: Mapping[str, str], sizes: Mapping[str, int]) -> Diagram:
     holders: dict[str, list[int]] = {}
-    for number, core in enumerate(network.cores):
-        for leg in core.legs:
+    for number, node in enumerate(cores):
+        for leg in _legs(node):
             holders.setdefault(leg, []).append(number)
     owner: dict[str, int] = {}
     lines: list[Line] = []
     dots: list[str] = []
-    for leg, cores in holders.items():
-        size = network.sizes[leg]
-        if leg in role_of and len(cores) == 1:
-            owner[leg] = cores[0]
-        elif leg not in role_of and len(cores) == 2:
-            lines.append(Line((cores[0], cores[1]), leg, size))
+    bundles, roles = _bundles(holders, role_of), role_of
+    sizes = {bundle: math.prod(sizes[leg] for leg in bundle.split()) for bundle in bundles}
+    first = {bundle.split()[0]: bundle for bundle in bundles}
+    role_of = {first[leg]: role for leg, role in role_of.items() if leg in first}
+    for leg, at in bundles.items():
+        if leg in role_of and len(at) == 1:
+            owner[leg] = at[0]
+        elif leg not in role_of and len(at) == 2:
+            lines.append(Line((at[0], at[1]), leg, sizes[leg]))
         else:
-            owner[leg] = len(network.cores) + len(dots)
-            lines += [Line((owner[leg], core), leg, size) for core in cores]
+            owner[leg] = len(cores) + len(dots)
+            lines += [Line((owner[leg], core), leg, sizes[leg]) for core in at]
             dots.append(leg)
-    stubs = [Stub(owner[leg], leg, network.sizes[leg], role) for leg, role in role_of.items() if leg in owner]
-    kept: list[set[str]] = [set() for _ in range(len(network.cores) + len(dots))]
+    stubs = [Stub(owner[leg], leg, sizes[leg], role) for leg, role in role_of.items() if leg in owner]
+    kept: list[set[str]] = [set() for _ in range(len(cores) + len(dots))]
     for stub in stubs:
         kept[stub.node].add(stub.role)
-    nodes = [Node(core.name, core, _ordered(role_of.get(leg) for leg in core.legs), ()) for core in network.cores]
+    nodes = [replace(node, roles=_ordered(roles.get(leg) for leg in _legs(node))) for node in cores]
     nodes += [Node(leg, None, _ordered([role_of.get(leg)]), ()) for leg in dots]
-    nodes = [replace(node, own=_ordered(own)) for node, own in zip(nodes, kept, strict=True)]
+    nodes = [replace(node, own=_ordered(own, (*ROLES, INNER))) for node, own in zip(nodes, kept, strict=True)]
     return Diagram(tuple(nodes), tuple(lines), tuple(stubs))
 
 
-def _ordered(roles: Iterable[str | None]) -> tuple[str, ...]:
+def _bundles(holders: Mapping[str, list[int]], role_of: Mapping[str, str]) -> dict[str, list[int]]:
+    """Where each index stands; hyperedges of the same cores and the same role are one, under all their names."""
+    together: dict[tuple[tuple[int, ...], str | None], list[str]] = {}
+    for leg, at in holders.items():
+        role = role_of.get(leg)
+        alone = len(at) == 1 or (len(at) == 2 and role is None)
+        together.setdefault((tuple(at), f"{role} {leg}" if alone else role), []).append(leg)
+    return {" ".join(legs): list(at) for (at, _), legs in together.items()}
+
+
+def _legs(node: Node) -> tuple[str, ...]:
+    return node.core.legs if node.core is not None else ()
+
+
+def _ordered(roles: Iterable[str | None], order: Sequence[str] = ROLES) -> tuple[str, ...]:
     found = set(roles)
-    return tuple(role for role in ROLES if role in found)
+    return tuple(role for role in order if role in found)
 
 
 def sides(diagram: Diagram) -> list[int | None]:
@@ -117,7 +183,8 @@ def sides(diagram: Diagram) -> list[int | None]:
     to_in, to_out = (_distances(graph, diagram, role) for role in ("in", "out"))
     found: list[int | None] = []
     for number, node in enumerate(diagram.nodes):
-        if not node.own or (node.core is None and node.own == ("kernel",)):
+        open_roles = [role for role in node.own if role != INNER]
+        if not open_roles or (node.core is None and open_roles == ["kernel"]):
             found.append(None)
         elif {"in", "out"} & set(node.own):
             found.append(("out" in node.own) - ("in" in node.own))

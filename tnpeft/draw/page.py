@@ -7,23 +7,27 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tnpeft.draw.diagram import diagram_of
+from tnpeft.draw.derivation import MOST_DERIVED, SIGN_POINTS, Arrow, Sign, diagrams_of_derived, sign_of
+from tnpeft.draw.diagram import Diagram, Node, diagram_of
+from tnpeft.draw.labels import Box
 from tnpeft.draw.placing import place
 from tnpeft.draw.scene import scene_of
 from tnpeft.draw.shapes import Quality, Scene
 from tnpeft.draw.text import clean, text_size, wrapped
-from tnpeft.network import BoundCore, Network
+from tnpeft.network import Network
 
 __all__ = ["Page", "Text", "page_of"]
 
 MOST_TERMS = 24  # a sum of more is drawn as far as that
 _MARGIN, _GAP = 0.15, 0.3
-_TITLE, _SUBTITLE, _SIGN, _LEGEND = 11.0, 8.0, 13.0, 7.0  # points
+_TITLE, _SUBTITLE, _LEGEND = 11.0, 8.0, 7.0  # points
 _NARROWEST, _WIDEST = 3.4, 9.0  # without the margins
 _ROW = 0.2  # a line of the legend
+_FRAME = 0.1  # from a derived core's panels to the line about them
 _MARK = 0.2  # the width of a legend's mark
 
-Item = tuple[Scene, str]  # a term and the sign before it
+Item = tuple[Scene, Sign]  # a panel and what stands before it
+Group = list[Item]  # the terms of a row, or a derived core
 ROLE_TEXTS = {"in": "input", "out": "output", "kernel": "kernel", "inner": "no open leg"}
 
 
@@ -40,7 +44,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything in inches from the lower left corner; `panels` are scenes with where their origin goes."""
+    """Everything in inches from the lower left corner; `panels` are scenes with where their origin goes.
+
+    Those of the terms come first, then those of derived cores: each in a frame (left, bottom, right, top), with an
+    arrow, whose left end is given.
+    """
 
     width: float
     height: float
@@ -48,19 +56,23 @@ class Page:
     panels: tuple[tuple[Scene, float, float], ...]
     legend: tuple[tuple[str, float, float], ...]  # mark, x, y
     quality: Quality
+    arrows: tuple[tuple[Arrow, float, float], ...] = ()
+    frames: tuple[Box, ...] = ()
 
 
 def page_of(network: Network, with_sizes: bool) -> Page:
-    """Lay a network out, term by term."""
-    parts = network.parts[:MOST_TERMS]
-    signs = itertools.islice(_signs(network), len(parts))
-    items = list(zip([_scene(part, with_sizes) for part in parts], signs, strict=True))
-    rows = _rows(items)
+    """Lay a network out, term by term, with its derived cores below."""
+    terms, derived = _diagrams(network)
+    blocks = [
+        [[row] for row in _rows([(_scene(diagram, with_sizes), sign) for diagram, sign in terms])],
+        _rows_of_groups([[(_scene(diagram, with_sizes), sign) for diagram, sign in group] for group in derived]),
+    ]
+    rows = [row for block in blocks for row in block]
     inner = max(map(_row_width, rows))
     width = max(inner, _NARROWEST) + 2 * _MARGIN
     head = list(_head(network, with_sizes, width - 2 * _MARGIN))
-    marks = _flow(_marks(network), width - 2 * _MARGIN)
-    body = sum(map(_row_height, rows)) + _GAP * (len(rows) - 1)
+    marks = _flow(_marks(network, terms, derived), width - 2 * _MARGIN)
+    body = sum(sum(_row_reach(row)) for row in rows) + _GAP * (len(rows) - 1)
     foot = _ROW * (1 + max((row for _, _, row in marks), default=-1))
     head_height = sum(text_size(line, points)[1] for line, points, _ in head) + 0.04
     height = 2 * _MARGIN + head_height + body + foot + 0.3
@@ -70,57 +82,123 @@ def page_of(network: Network, with_sizes: bool) -> Page:
         step = text_size(line, points)[1]
         texts.append(Text(line, _MARGIN, y - step / 2, points, strong))
         y -= step
-    panels, top = [], _MARGIN + foot + 0.15 + body
-    for row in rows:
-        middle, x = top - _row_height(row) / 2, (width - inner) / 2
-        top -= _row_height(row) + _GAP
-        for scene, sign in row:
-            if sign:
-                texts.append(Text(sign, x, middle, _SIGN, True))
-                x += text_size(sign, _SIGN, True)[0] + _GAP
-            left, bottom, right, upper = scene.bounds
-            panels.append((scene, x - left, middle - (bottom + upper) / 2))
-            x += right - left + _GAP
+    placed, top = _Placed(), _MARGIN + foot + 0.15 + body
+    for block in blocks:
+        left = (width - max(map(_row_width, block), default=0.0)) / 2
+        for row in block:
+            below, above = _row_reach(row)
+            placed.add(row, left, top - above)
+            top -= above + below + _GAP
     legend = []
     for (kind, text), at, line_number in marks:
         line_y = _MARGIN + foot - _ROW * (line_number + 0.5)
         legend.append((kind, _MARGIN + at, line_y))
         texts.append(Text(text, _MARGIN + at + _MARK + 0.05, line_y, _LEGEND))
-    quality = sum((scene.quality for scene, _ in items), Quality(0, 0, 0, 0))
-    return Page(width, height, tuple(texts), tuple(panels), tuple(legend), quality)
+    quality = sum((scene.quality for scene, _, _ in placed.panels), Quality(0, 0, 0, 0))
+    texts += placed.signs
+    panels, arrows, frames = tuple(placed.panels), tuple(placed.arrows), tuple(placed.frames)
+    return Page(width, height, tuple(texts), panels, tuple(legend), quality, arrows, frames)
 
 
-def _scene(part: Network, with_sizes: bool) -> Scene:
-    diagram = diagram_of(part)
+class _Placed:
+    """Rows as they go onto the page."""
+
+    def __init__(self) -> None:
+        self.panels: list[tuple[Scene, float, float]] = []
+        self.signs: list[Text] = []
+        self.arrows: list[tuple[Arrow, float, float]] = []
+        self.frames: list[Box] = []
+
+    def add(self, row: Sequence[Group], x: float, middle: float) -> None:
+        """The groups of a row from `x` on, with what they are anchored by at the height `middle`."""
+        for group in row:
+            first, (below, above) = x, _reach(group)
+            x += _frame_of(group)
+            for scene, sign in group:
+                if sign.text:
+                    self.signs.append(Text(sign.text, x, middle, SIGN_POINTS, True))
+                if sign.arrow is not None:
+                    self.arrows.append((sign.arrow, x, middle))
+                x += sign.width + _GAP if sign.width else 0.0
+                left, _, right, _ = scene.bounds
+                self.panels.append((scene, x - left, middle - _anchor(scene, bool(_frame_of(group)))))
+                x += right - left + _GAP
+            x += _frame_of(group) - _GAP
+            if _frame_of(group):
+                self.frames.append((first, middle - below, x, middle + above))
+            x += _GAP
+
+
+Diagrams = list[tuple[Diagram, Sign]]
+
+
+def _diagrams(network: Network) -> tuple[Diagrams, list[Diagrams]]:
+    """Those of the terms, and of each derived core, with what stands before each."""
+    parts = network.plain.parts[:MOST_TERMS]
+    signs = (Sign(sign_of(number, term.scale)) for number, term in enumerate(network.terms))
+    terms = [(diagram_of(part, network), sign) for part, sign in zip(parts, signs, strict=False)]
+    return terms, list(diagrams_of_derived(network))
+
+
+def _scene(diagram: Diagram, with_sizes: bool) -> Scene:
     return scene_of(diagram, place(diagram), with_sizes)
 
 
-def _rows(items: Sequence[Item]) -> list[list[Item]]:
+def _rows(items: Sequence[Item]) -> list[Group]:
     """The terms, each with its sign, in as many rows as keep the page narrow enough to read."""
-    rows: list[list[Item]] = [[]]
+    rows: list[Group] = [[]]
     for item in items:
-        if rows[-1] and _row_width([*rows[-1], item]) > _WIDEST:
+        if rows[-1] and _group_width([*rows[-1], item]) > _WIDEST:
             rows.append([])
         rows[-1].append(item)
     return rows
 
 
-def _row_width(row: Sequence[Item]) -> float:
-    signs = sum(text_size(sign, _SIGN, True)[0] + _GAP for _, sign in row if sign)
-    return sum(scene.bounds[2] - scene.bounds[0] for scene, _ in row) + signs + _GAP * (len(row) - 1)
+def _rows_of_groups(groups: Sequence[Group]) -> list[list[Group]]:
+    """Derived cores beside each other while there is room."""
+    rows: list[list[Group]] = []
+    for group in groups:
+        if rows and _row_width([*rows[-1], group]) <= _WIDEST:
+            rows[-1].append(group)
+        else:
+            rows.append([group])
+    return rows
 
 
-def _row_height(row: Sequence[Item]) -> float:
-    return max(scene.bounds[3] - scene.bounds[1] for scene, _ in row)
+def _frame_of(group: Group) -> float:
+    """How far the frame of a derived core is from its panels: terms have none."""
+    return _FRAME if group[-1][1].arrow is not None else 0.0
 
 
-def _signs(network: Network) -> Iterator[str]:
-    """What stands before each panel: nothing, a sign, or a sign and a factor."""
-    for number, term in enumerate(network.terms):
-        sign = "\N{MINUS SIGN}" if term.scale < 0 else "+" if number else ""
-        size = abs(term.scale)
-        factor = "" if math.isclose(size, 1) else f"{size:.4g} \N{MULTIPLICATION SIGN}"
-        yield f"{sign} {factor}".strip()
+def _group_width(group: Group) -> float:
+    signs = sum(sign.width + _GAP for _, sign in group if sign.width)
+    scenes = sum(scene.bounds[2] - scene.bounds[0] for scene, _ in group)
+    return scenes + signs + _GAP * (len(group) - 1) + 2 * _frame_of(group)
+
+
+def _row_width(row: Sequence[Group]) -> float:
+    return sum(map(_group_width, row)) + _GAP * (len(row) - 1)
+
+
+def _anchor(scene: Scene, derived: bool) -> float:
+    """The height in a scene that goes onto the middle of its row: an arrow points to the middle of a core."""
+    if not derived:
+        return (scene.bounds[1] + scene.bounds[3]) / 2
+    cores = [disc.y for disc in scene.discs if disc.node.core is not None]
+    return (min(cores) + max(cores)) / 2
+
+
+def _reach(group: Group) -> tuple[float, float]:
+    """How far panels and signs reach below and above the middle of their row."""
+    frame = _frame_of(group)
+    below = max(max(_anchor(scene, bool(frame)) - scene.bounds[1], sign.reach[0]) for scene, sign in group)
+    above = max(max(scene.bounds[3] - _anchor(scene, bool(frame)), sign.reach[1]) for scene, sign in group)
+    return below + frame, above + frame
+
+
+def _row_reach(row: Sequence[Group]) -> tuple[float, float]:
+    below, above = zip(*map(_reach, row), strict=True)
+    return max(below), max(above)
 
 
 def _head(network: Network, with_sizes: bool, width: float) -> Iterator[tuple[str, float, bool]]:
@@ -138,8 +216,12 @@ def _head(network: Network, with_sizes: bool, width: float) -> Iterator[tuple[st
         facts.append(f"{network.num_parameters:,} parameters{formula}")
     else:
         facts.append(f"parameters: {network.formula}")
-    if len(network.terms) > MOST_TERMS:
-        facts.append(f"the first {MOST_TERMS} of {len(network.terms)} terms")
+    for most, count, what in (
+        (MOST_TERMS, len(network.terms), "terms"),
+        (MOST_DERIVED, len(network.derived), "derived cores"),
+    ):
+        if count > most:
+            facts.append(f"the first {most} of {count} {what}")
     if network.compose == "dora":
         facts.append(
             "compose: dora, the sum with the base weight is normalised per output channel, its magnitude trained"
@@ -149,24 +231,31 @@ def _head(network: Network, with_sizes: bool, width: float) -> Iterator[tuple[st
             yield line, _SUBTITLE, False
 
 
-def _marks(network: Network) -> list[tuple[str, str]]:
+def _marks(network: Network, terms: Diagrams, derived: list[Diagrams]) -> list[tuple[str, str]]:
     """The kinds of marks in the picture, each with what it means."""
     found: dict[str, str] = {}
-    diagrams = [diagram_of(part) for part in network.parts[:MOST_TERMS]]
+    diagrams = [diagram for diagram, _ in itertools.chain(terms, *derived)]
     nodes = [node for diagram in diagrams for node in diagram.nodes]
     roles = {stub.role for diagram in diagrams for stub in diagram.stubs}
-    found.update({role: text for role, text in ROLE_TEXTS.items() if role in roles})
+    found.update({role: text for role, text in ROLE_TEXTS.items() if role in roles and role != "inner"})
     if any(node.core and not node.roles for node in nodes):
         found["inner"] = ROLE_TEXTS["inner"]
-    for core in network.cores:
-        found.update(_core_marks(core))
+    for node in nodes:
+        found.update(_core_marks(node))
     if any(node.core is None for node in nodes):
         found["dot"] = "one index of several cores"
-    order = (*ROLE_TEXTS, "dot", "frozen", "shared", "weight")
+    if network.derived:
+        found["derived"] = "made of other cores"
+    if any(sign.arrow and sign.arrow.indices for group in derived for _, sign in group):
+        found["index"] = "index core, places in whole numbers"
+    order = (*ROLE_TEXTS, "dot", "frozen", "shared", "weight", "derived", "index")
     return sorted(found.items(), key=lambda item: order.index(item[0]))
 
 
-def _core_marks(core: BoundCore) -> Iterator[tuple[str, str]]:
+def _core_marks(node: Node) -> Iterator[tuple[str, str]]:
+    core = node.core
+    if core is None:
+        return
     if core.origin == "weight":
         yield "weight", "the base weight"
     elif core.frozen:

@@ -36,7 +36,7 @@ class Picture:
         """For each term, where its cores' centres are, in inches to the right and up."""
         return tuple(
             {disc.node.name: (disc.x, disc.y) for disc in scene.discs if disc.node.core is not None}
-            for scene, _, _ in self.page.panels
+            for scene, _, _ in self.page.panels[: len(self.network.terms)]
         )
 
     @property

@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from tnpeft.draw.derivation import ABOVE, MAP_POINTS, Arrow
+from tnpeft.draw.labels import Box
 from tnpeft.draw.page import Page
 from tnpeft.draw.scene import LABEL_POINTS
 from tnpeft.draw.shapes import Disc, Scene, Stroke
-from tnpeft.draw.text import FONT
+from tnpeft.draw.text import FONT, text_size
 
 __all__ = ["figure_of", "rendered"]
 
 # Tints of Okabe and Ito's colours, which stay apart for every kind of colour vision; lines have the full colour.
 _FILLS = {"in": "#b3d9f2", "out": "#f9d9a4", "kernel": "#a8dccb", "inner": "#ffffff"}
-_COLOURS = {"in": "#0072b2", "out": "#b85400", "kernel": "#007a58", None: "#404040"}
-_INK, _LINE, _FROZEN, _WEIGHT = "#1a1a1a", "#707070", "#8a8a8a", "#d9d9d9"
+_COLOURS = {"in": "#0072b2", "out": "#b85400", "kernel": "#007a58", "inner": "#404040", None: "#404040"}
+_INK, _LINE, _FROZEN, _WEIGHT, _FRAME = "#1a1a1a", "#707070", "#8a8a8a", "#d9d9d9", "#c4c4c4"
 _DPI, _MOST_PIXELS = 200, 6_000
 _THICKEST = 64  # sizes from here on have one thickness
 
@@ -88,6 +90,10 @@ def _draw(axes: Any, page: Page) -> None:
             va="center",
             parse_math=False,
         )
+    for frame in page.frames:
+        _frame(axes, frame)
+    for arrow, x, y in page.arrows:
+        _arrow(axes, arrow, x, y)
     for kind, x, y in page.legend:
         _legend_mark(axes, kind, x + 0.1, y)
 
@@ -116,7 +122,7 @@ def _scene(axes: Any, scene: Scene, x: float, y: float) -> None:
 
 def _stroke(axes: Any, stroke: Stroke, x: float, y: float) -> None:
     width = 0.7 + 0.55 * math.log2(min(stroke.size, _THICKEST))
-    colour = _LINE if stroke.role is None else _COLOURS[stroke.role]
+    colour = _LINE if stroke.role in (None, "inner") else _COLOURS[stroke.role]
     path = stroke.path + np.array([x, y])
     axes.plot(*path.T, color=colour, linewidth=width, solid_capstyle="butt", zorder=1 if stroke.role is None else 2)
 
@@ -133,7 +139,7 @@ def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
     square = core.origin == "weight"
     frozen = core.frozen and not square
     fills = [_FILLS[role] for role in disc.node.roles or ("inner",)]
-    _core(axes, place, disc.radius, fills, square, frozen, bool(core.shared))
+    _core(axes, place, disc.radius, fills, square, frozen, bool(core.shared), disc.node.derived)
     axes.text(
         *place,
         "\n".join(disc.lines),
@@ -149,35 +155,99 @@ def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
 
 
 def _core(
-    axes: Any, place: tuple[float, float], radius: float, fills: Sequence[str], square: bool, frozen: bool, shared: bool
+    axes: Any,
+    place: tuple[float, float],
+    radius: float,
+    fills: Sequence[str],
+    square: bool,
+    frozen: bool,
+    shared: bool,
+    derived: bool = False,
 ) -> None:
-    """A disc with a sector for each role of its legs; frozen: hatched and dashed; shared: a second outline."""
-    from matplotlib.patches import Circle, Rectangle, Wedge
+    """A disc with a sector for each role of its legs; derived: a hexagon.
+
+    Frozen: hatched and dashed; shared: a second outline.
+    """
+    from matplotlib.patches import Rectangle, Wedge
 
     x, y = place
     outline: dict[str, Any] = {"edgecolor": _INK, "linewidth": 1.0, "zorder": 4}
     if square:
         axes.add_patch(Rectangle((x - radius, y - radius), 2 * radius, 2 * radius, facecolor=_WEIGHT, **outline))
         return
+    shape = _shape(place, radius, derived, facecolor="none", linewidth=0, zorder=3)
+    axes.add_patch(shape)
     for number, fill in enumerate(fills):
         first = 90 + 360 * number / len(fills)  # the input's sector lies on the left
-        sector = Wedge(place, radius, first, first + 360 / len(fills), facecolor=fill, linewidth=0, zorder=3)
+        reach = radius / _FLAT if derived else radius
+        sector = Wedge(place, reach, first, first + 360 / len(fills), facecolor=fill, linewidth=0, zorder=3)
         axes.add_patch(sector)
+        if derived:
+            sector.set_clip_path(shape)
     if frozen:
         axes.add_patch(
-            Circle(place, radius, facecolor="none", edgecolor=_FROZEN, hatch="////", linewidth=0, zorder=3.5)
+            _shape(place, radius, derived, facecolor="none", edgecolor=_FROZEN, hatch="////", linewidth=0, zorder=3.5)
         )
     style = (0, (3, 2)) if frozen else "solid"
-    axes.add_patch(Circle(place, radius, facecolor="none", linestyle=style, **outline))
+    axes.add_patch(_shape(place, radius, derived, facecolor="none", linestyle=style, **outline))
     if shared:
-        axes.add_patch(Circle(place, radius * 0.88, facecolor="none", linestyle=style, **{**outline, "linewidth": 0.7}))
+        inner = {**outline, "linewidth": 0.7}
+        axes.add_patch(_shape(place, radius * 0.88, derived, facecolor="none", linestyle=style, **inner))
+
+
+_FLAT = math.cos(math.pi / 6)  # of a hexagon: from the middle to a side, against to a corner
+
+
+def _shape(place: tuple[float, float], radius: float, derived: bool, **style: Any) -> Any:
+    """A circle, or the hexagon about it."""
+    from matplotlib.patches import Circle, RegularPolygon
+
+    if derived:
+        return RegularPolygon(place, 6, radius=radius / _FLAT, orientation=math.pi / 6, **style)
+    return Circle(place, radius, **style)
+
+
+def _frame(axes: Any, frame: Box) -> None:
+    """A faint line about the panels of a derived core."""
+    from matplotlib.patches import Rectangle
+
+    left, bottom, right, top = frame
+    axes.add_patch(
+        Rectangle(
+            (left, bottom), right - left, top - bottom, facecolor="none", edgecolor=_FRAME, linewidth=0.7, zorder=0
+        )
+    )
+
+
+def _arrow(axes: Any, arrow: Arrow, x: float, y: float) -> None:
+    """The maps stand above it, the first on top; the index cores that they read below."""
+    end, line = x + arrow.width, text_size("x", MAP_POINTS)[1]
+    style = {"arrowstyle": "-|>", "color": _INK, "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (end, y), (x, y), arrowprops=style, zorder=2)
+    middle = (x + end) / 2
+    words: dict[str, Any] = {"fontsize": MAP_POINTS, "color": _INK, "ha": "center", "va": "center", "parse_math": False}
+    for number, word in enumerate(reversed(arrow.maps)):
+        axes.text(middle, y + ABOVE + line * (number + 0.5), word, **words)
+    for number, word in enumerate(arrow.indices):
+        below = y - 2 * ABOVE - (line + ABOVE) * (number + 0.5)
+        axes.text(middle, below, word, bbox=_INDEX, zorder=5, **words)
+        axes.plot([middle, middle], [y, below], color=_LINE, linewidth=0.8, linestyle=":", zorder=1)
+
+
+_INDEX = {"boxstyle": "round,pad=0.2", "facecolor": "#ececec", "edgecolor": _INK, "linewidth": 0.7}
 
 
 def _legend_mark(axes: Any, kind: str, x: float, y: float) -> None:
-    from matplotlib.patches import Circle
+    from matplotlib.patches import Circle, Rectangle
 
     if kind == "dot":
         axes.plot([x - 0.1, x + 0.1], [y, y], color=_LINE, linewidth=1.2, zorder=1)
         axes.add_patch(Circle((x, y), 0.04, facecolor=_INK, linewidth=0, zorder=2))
         return
-    _core(axes, (x, y), 0.075, [_FILLS.get(kind, "#ffffff")], kind == "weight", kind == "frozen", kind == "shared")
+    if kind == "index":
+        face: dict[str, Any] = {"facecolor": _INDEX["facecolor"], "edgecolor": _INK, "linewidth": 0.7}
+        axes.add_patch(Rectangle((x - 0.08, y - 0.05), 0.16, 0.1, **face))
+        return
+    fill = _FILLS.get(kind, "#ffffff")
+    derived = kind == "derived"
+    _core(axes, (x, y), 0.075, [fill], kind == "weight", kind == "frozen", kind == "shared", derived)

@@ -19,7 +19,7 @@ from tnpeft.draw.text import clean, fitted, text_size
 __all__ = ["LABEL_POINTS", "Disc", "Label", "Quality", "Scene", "Stroke", "scene_of"]
 
 LABEL_POINTS = 7.0
-_RADIUS, _DOT_RADIUS, _COLUMN = 0.3, 0.05, 1.2
+_RADIUS, _DERIVED_RADIUS, _DOT_RADIUS, _COLUMN = 0.3, 0.28, 0.05, 1.2
 _SCALES = (1.0, 1.12, 1.25, 1.4, 1.6, 1.9, 2.3, 2.8, 3.4, 4.2)
 # Lines, with open legs: from here on few scales are tried, labels are not moved apart, bonds are not named.
 _SEVERAL, _MANY, _MOST_NAMED = 35, 120, 400
@@ -30,7 +30,7 @@ _STEP = 0.03  # between two points of a line
 _TOLERANCE = 1e-6  # of a piece of a line
 _STUBS, _STUB_FROM_DOT, _DIRECTIONS = (0.2, 0.45, 0.8), 0.16, 24
 _STEP_OF_FAN = math.radians(30)  # between two open legs of one core
-_WAY = {"in": math.pi, "out": 0.0, "kernel": -math.pi / 2}  # where the open legs of a role point
+_WAY = {"in": math.pi, "out": 0.0, "kernel": -math.pi / 2, "inner": math.pi / 2}  # where the open legs of a role point
 
 
 def scene_of(diagram: Diagram, places: Sequence[tuple[float, float]], with_sizes: bool) -> Scene:
@@ -92,10 +92,11 @@ def _disc(node: Node, x: float, y: float) -> Disc:
         marks.append(f"({node.core.shared})")
     if node.core.origin == "weight":
         return Disc(x, y, 0.9 * _RADIUS, node, ("W", *marks), 11.0)
-    if node.core.origin:
+    if node.core.origin and not node.derived:
         marks.append(f"({node.core.origin})")
-    lines, points = fitted(node.name, marks, 0.88 * _RADIUS if node.core.shared else _RADIUS)
-    return Disc(x, y, _RADIUS, node, tuple(lines), points)
+    radius = _DERIVED_RADIUS if node.derived else _RADIUS
+    lines, points = fitted(node.text, marks, 0.88 * radius if node.core.shared else radius)
+    return Disc(x, y, radius, node, tuple(lines), points)
 
 
 def _text(index: str, size: int, with_sizes: bool) -> str:

@@ -117,7 +117,7 @@ def _plain_run(
     Nothing is timed. Compilers do not trace it: they guard its arguments, and equal arguments give the same plan.
     """
     call = call_of(base, adapter.network.layer, shape, output_size, base.weight.device.type)
-    if call is None:
+    if call is None or (adapter.side is not None and _pads_by_itself(base)):
         return None
     mode = adapter.mode if adapter.mode != "auto" else adapter.choices.get(_name_of(call, training), "auto")
     planned = plan(adapter.network, mode, call, inference=not training)
@@ -142,7 +142,7 @@ def running_of(site: Site, acting: Acting, x: Tensor, rest: Sequence[Any]) -> Ru
 def _planned(site: Site, acting: Acting, x: Tensor, rest: Sequence[Any], training: bool) -> Running:
     adapter, base = acting.adapter, site.base
     call = call_of(base, adapter.network.layer, x.shape, rest[0] if rest else None, x.device.type)
-    if call is None:
+    if call is None or (adapter.side is not None and _pads_by_itself(base)):
         return Running("dense", adapter.plan)
     if adapter.mode != "auto":
         return _ready(plan(adapter.network, adapter.mode, call), call, base)
@@ -155,6 +155,11 @@ def _planned(site: Site, acting: Acting, x: Tensor, rest: Sequence[Any], trainin
     options = [_ready(feasible, call, base) for feasible in plans]
     adapter.choices[name] = mode = quickest(site, options, x, rest, training)
     return next(option for option in options if option.mode == mode)
+
+
+def _pads_by_itself(base: Any) -> bool:
+    """Whether a convolution pads with more than zeros: a chain on its input's side knows nothing of that."""
+    return getattr(base, "padding_mode", "zeros") != "zeros"
 
 
 def _ready(planned: Plan, call: Call, base: Any) -> Running:

@@ -96,7 +96,8 @@ class _Masked:
     def __init__(self, adapter: Adapter, device: torch.device) -> None:
         self.adapter = adapter
         self.network, self.plan = adapter.network, adapter.plan
-        self.mode, self.layer_name, self.factors = adapter.mode, adapter.layer_name, adapter.factors
+        self.mode, self.layer_name = adapter.mode, adapter.layer_name
+        self.factors, self.side = adapter.factors, adapter.side
         self._factors: list[tuple[int, Tensor]] = []
         self._whole: list[Tensor] = []  # of the update, where no core can carry it
         sizes = [mask.size for mask in adapter.masks]

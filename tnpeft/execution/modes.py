@@ -57,7 +57,10 @@ def _dense(site: Site, _acting: Acting, _running: Running, x: Tensor, *rest: Any
 
 
 def _factored(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
-    """base(x) + chain(x); the clusters come from the pass, contracted with other layers', where there is one."""
+    """base(x) + chain(x), or the base between inputs or outputs and their chain, on an adapter's `side`.
+
+    The clusters come from the pass, contracted with other layers', where there is one.
+    """
     assert running.chain is not None
     return _with_update(site, acting, running.chain, clusters_of(site, acting, running), x, *rest)
 
@@ -75,9 +78,21 @@ def _with_update(
     site: Site, acting: Acting, chain: ChainProgram, clusters: LayerClusters, x: Tensor, *rest: Any
 ) -> Tensor:
     require_memory(acting.adapter, clusters, x)
-    x = as_autocast_has_it(x)
-    output = site.call_base(site.base, x, site.base.weight.detach(), *rest)
+    x, weight = as_autocast_has_it(x), site.base.weight.detach()
+    if acting.adapter.side == "input":
+        return site.call_base(site.base, factored_update(x.clone(), x, chain, clusters), weight, *rest)
+    output = site.call_base(site.base, x, weight, *rest)
+    if acting.adapter.side == "output":
+        return factored_update(output, _without_bias(site.base, output), chain, clusters)
     return factored_update(output, chain_input(site.base, x), chain, clusters)
+
+
+def _without_bias(base: Any, output: Tensor) -> Tensor:
+    """A tensor of its own: what the base layer's weight makes of the input."""
+    bias: Tensor | None = base.bias
+    if bias is None:
+        return output.clone()
+    return output - bias.to(output.dtype).reshape(-1, *[1] * len(getattr(base, "kernel_size", ())))
 
 
 def _hybrid(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:

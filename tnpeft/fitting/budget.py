@@ -49,7 +49,8 @@ class Budget:
     """The largest adapter within a budget of trainable parameters.
 
     `value` of the param `param` is the answer, for every spec but the `fixed` ones; `cores`, `bias`, `norm` and `also`
-    add up to `total`. `specs` has the value of `param` in each spec that has it, `rows` the neighbouring ranks.
+    add up to `total`. `specs` has the value of `param` in each spec that has it, `rows` the neighbouring ranks. Of
+    several params `values` has each by name; `param` is the first of them, `value` the rank that all have at least.
     """
 
     what: str
@@ -65,18 +66,20 @@ class Budget:
     specs: Mapping[str, int | float]
     fixed: tuple[str, ...]
     rows: tuple[BudgetRow, ...]
+    values: Mapping[str, int]
 
     @property
     def settings(self) -> dict[str, int]:
         """What to pass to `attach`; with fixed specs, what to write at the others in the recipe."""
-        return {self.param: self.value}
+        return dict(self.values)
 
     def as_dict(self) -> dict[str, Any]:
         """The answer as plain data, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        title = f"{self.what}: {self.param}={self.value} trains {self.total:,} of {self.params:,}"
+        ranks = ", ".join(f"{param}={value}" for param, value in self.values.items())
+        title = f"{self.what}: {ranks} trains {self.total:,} of {self.params:,}"
         table = Table(title=title, title_justify="left")
         for heading in (self.param, "cores", "total", "of the budget"):
             table.add_column(heading, justify="right")
@@ -97,7 +100,7 @@ def budget(
     layers: Any = None,
     ranks: Mapping[str, Mapping[str, float]] | None = None,
     parameters: str | Sequence[str] | Mapping[str, str] | None = None,
-    param: str = "r",
+    param: str | Sequence[str] = "r",
     fixed: Iterable[str] = (),
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
@@ -109,6 +112,9 @@ def budget(
     specs of a recipe get the same value, but for the ones named in `fixed`, which keep the recipe's, and for layers to
     which `ranks` gives one. Biases, norms and whatever else the recipe trains count
     too; a core that layers share counts once.
+
+    Several params, the ranks of a network's bonds, say, are solved for together: all get the largest equal value, and
+    then, one after another in the order that they are named in, one more each while that fits.
     Only sizes are worked out: the model may be on the meta device.
 
     Raises SpecError, BindError or AttachError, among them one for a budget that not even rank 1 meets.
@@ -118,16 +124,29 @@ def budget(
         raise AttachError(Problem("budget", "a positive whole number of parameters", clip(params), fix))
     if problems := list(model_problems(model)):
         raise AttachError(*problems)
-    if param in settings:
-        raise AttachError(Problem("budget", f"`{param}` to be solved for", "a value for it", f"Leave `{param}=` out."))
+    names = _names(param)
+    for name in names:
+        if name in settings:
+            fix = f"Leave `{name}=` out."
+            raise AttachError(Problem("budget", f"`{name}` to be solved for", "a value for it", fix))
     selection = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
     recipe = recipe_of(what, match, settings, **selection)
     recipe = recipe if train is None else replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
     fixed = tuple(fixed)
-    _check_names(recipe, param, fixed)
-    counts = _Counts(model, recipe, param, fixed)
+    for name in names:
+        _check_names(recipe, name, fixed)
+    counts = _Counts(model, recipe, names, fixed)
     return counts.answer(params)
+
+
+def _names(param: object) -> tuple[str, ...]:
+    """The params to solve for. Raises AttachError for what are no names, or one twice."""
+    names = (param,) if isinstance(param, str) else tuple(param) if isinstance(param, list | tuple) else ()
+    if not names or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+        fix = 'For example `param="r"`, or `param=["r_a", "r_b"]`.'
+        raise AttachError(Problem("budget, `param`", "a param, or a list of different ones", clip(param), fix))
+    return names
 
 
 def _check_names(recipe: Recipe, param: str, fixed: Sequence[str]) -> None:
@@ -158,8 +177,9 @@ class _Place(NamedTuple):
 class _Counts:
     """What the recipe trains on the model at each value of the param; a spec meets each kind of layer once."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, param: str, fixed: tuple[str, ...]) -> None:
-        self.recipe, self.param, self.fixed = recipe, param, fixed
+    def __init__(self, model: nn.Module, recipe: Recipe, params: tuple[str, ...], fixed: tuple[str, ...]) -> None:
+        self.recipe, self.params, self.param, self.fixed = recipe, params, params[0], fixed
+        self.raised = 0  # how many of the params have one more than the value
         claimed = targets(model, recipe)
         bases = bases_of(model, signatures(model, claimed))
         also = trained(model, recipe.train, claimed)
@@ -178,7 +198,7 @@ class _Counts:
             layer = base.signature if isinstance(base, ParameterLayer) else layer_of(base)
             layers.setdefault(id(base), _Place(entry, layer, captured[name], wide, own))
         self.places = list(layers.values())
-        self.known: dict[int, int | BindError] = {}
+        self.known: dict[tuple[int, int], int | BindError] = {}
         self.bound: dict[tuple[Any, ...], Network] = {}
 
     def answer(self, params: int) -> Budget:
@@ -192,7 +212,18 @@ class _Counts:
             found = f"{self._total(smallest):,} at every {self.param}"
             fix = "Name another param."
             raise AttachError(Problem(f"param '{self.param}'", "one that changes the count", found, fix))
+        self.raised = self._raised(best, params)
         return self._budget(best, params)
+
+    def _raised(self, best: int, params: int) -> int:
+        """How many params, in their order, can have one more than the rest."""
+        count = 0
+        for raised in range(1, len(self.params)):
+            self.raised = raised
+            if self._total(best) > params:
+                break
+            count = raised
+        return count
 
     def _smallest(self) -> int:
         """The first value that every spec accepts."""
@@ -209,15 +240,29 @@ class _Counts:
         while self._total(high) <= params:
             low, high = high, high * 2
             if high > LARGEST:
-                return None
+                return self._most()
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self._total(middle) <= params else (low, middle)
-        tried = [*self.known, *range(max(1, low - LOOK_AHEAD), low + LOOK_AHEAD)]
+        tried = [*(value for value, _ in self.known), *range(max(1, low - LOOK_AHEAD), low + LOOK_AHEAD)]
         fits = [value for value in dict.fromkeys(tried) if self._total(value) <= params]
         # Of equal counts the smallest value: a greater one would add nothing.
         best: int = max(fits, key=lambda value: (self._total(value), -value))
         return best
+
+    def _most(self) -> int | None:
+        """Where every value fits, the smallest of those that train the most; None where all train as much."""
+        tried = dict.fromkeys(value for value, _ in self.known)
+        totals = {value: self._total(value) for value in tried if self._total(value) != float("inf")}
+        most = max(totals.values())
+        high = min(value for value, total in totals.items() if total == most)
+        low = max((value for value in totals if value < high), default=0)
+        if most == min(totals.values()):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._total(middle) == most else (middle, high)
+        return high
 
     def _total(self, value: int) -> float:
         """All that trains; infinite where a spec does not take the value."""
@@ -226,12 +271,17 @@ class _Counts:
 
     def _count(self, value: int) -> int | BindError:
         """The elements of all cores."""
-        if value not in self.known:
+        key = (value, self.raised)
+        if key not in self.known:
             try:
-                self.known[value] = self._counted(value)
+                self.known[key] = self._counted(value)
             except BindError as error:
-                self.known[value] = error
-        return self.known[value]
+                self.known[key] = error
+        return self.known[key]
+
+    def _values(self, value: int) -> dict[str, int]:
+        """Each param's value."""
+        return {param: value + (place < self.raised) for place, param in enumerate(self.params)}
 
     def _counted(self, value: int) -> int:
         total = 0
@@ -248,16 +298,19 @@ class _Counts:
 
     def _network(self, place: _Place, value: int) -> Network:
         entry, own = place.entry, place.own
-        varies = self.param in entry.spec.params and entry.spec.name not in self.fixed and self.param not in own
-        key = (id(entry), place.layer, value if varies else None, *own.items())
+        known = () if entry.spec.name in self.fixed else entry.spec.params.keys() - own.keys()
+        varies = {param: rank for param, rank in self._values(value).items() if param in known}
+        key = (id(entry), place.layer, *varies.items(), None, *own.items())
         if key not in self.bound:
-            given = {**entry.params, **own} | ({self.param: value} if varies else {})
-            self.bound[key] = entry.spec.bind(place.layer, **given)
+            self.bound[key] = entry.spec.bind(place.layer, **{**entry.params, **own, **varies})
         return self.bound[key]
 
     def _budget(self, best: int, params: int) -> Budget:
         near = range(max(1, best - SHOWN), best + SHOWN + 1)
         beside = sum(self.beside.values())
+        values, cores = self._values(best), self._count(best)
+        assert isinstance(cores, int)
+        self.raised = 0
         counted = {value: count for value in near if not isinstance(count := self._count(value), BindError)}
         rows = tuple(
             BudgetRow(value, count, count + beside, (count + beside) / params) for value, count in counted.items()
@@ -274,11 +327,12 @@ class _Counts:
             self.param,
             params,
             best,
-            counted[best] + beside,
-            counted[best],
+            cores + beside,
+            cores,
             **self.beside,
             layers=len(self.places),
             specs=specs,
             fixed=self.fixed,
             rows=rows,
+            values=values,
         )

@@ -36,14 +36,17 @@ def alternate(problem: Problem, descent: Descent, sweeps: int, tolerance: float)
 
     Ends where the error no longer falls by `tolerance` of itself in a sweep. It never rises: where more parameters
     than the network can use leave a core to rounding, the sweep is taken back and the cores are held more firmly.
+    Cores behind maps that are not linear stay as they are.
     """
+    if not problem.solved_for:
+        return descent
     cores, errors, idle, ridge = dict(descent.cores), list(descent.errors), 0, RIDGE
     for _ in range(sweeps):
         before, last = dict(cores), errors[-1]
         if last < EXACT:
             return Descent(cores, errors, done=True)
         # A core of zeros first: while it is there, no other can be solved for.
-        for name in sorted(problem.shapes, key=lambda name: bool(cores[name].any())):
+        for name in sorted(problem.solved_for, key=lambda name: bool(cores[name].any())):
             cores[name] = problem.solved(cores, name, ridge)
         error = problem.error(cores)
         if error > last:
@@ -72,6 +75,8 @@ def _further(problem: Problem, before: Cores, cores: Cores, error: float, sweep:
 
 def balanced(problem: Problem, cores: Cores) -> Cores:
     """The same networks of cores of about the same size: each is scaled so that every term stays what it is."""
+    if not problem.multilinear:
+        return cores
     names = list(cores)
     sizes = torch.tensor([float(core.square().mean()) for core in cores.values()], dtype=torch.float64).sqrt()
     if not bool((sizes > 0).all() & sizes.isfinite().all()):

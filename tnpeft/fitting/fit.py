@@ -18,6 +18,7 @@ from tnpeft.errors import BindError, Problem, clip
 from tnpeft.execution import AdaptedLayer
 from tnpeft.fitting import problem as fitting_problem
 from tnpeft.fitting.descent import Descent, adam, alternate, balanced, quasi_newton
+from tnpeft.fitting.mapped import linear_cores
 from tnpeft.fitting.problem import Cores
 from tnpeft.fitting.setup import FACTOR, build_problem, build_problem_with_factor, vector_of_channels
 from tnpeft.fitting.slices import fit_slices
@@ -34,6 +35,7 @@ STARTS = 3  # random ones beside the adapter's own, where no singular vectors ar
 MANY, SMALL = 15, 2**12  # more of them for a target of so few elements, while none has led to an exact fit
 TRIAL = 15  # sweeps from each start before the best goes on
 TOLERANCE = 1e-6
+TURNS, ENOUGH = 6, 1e-3  # of L-BFGS and least squares, while a turn brings so much
 GOOD = 1e-6  # a relative error that needs no polishing
 SMALLEST = 1e-100  # of an update's largest entry, and one over it
 
@@ -95,7 +97,8 @@ def fit(
     `delta` has the shape of the layer's weight. `layer` is a `torch.nn` layer, a `Layer`, or a kind by name with its
     numbers among `params`, as in `Spec.bind`. The work is done in float64 on delta's device: `als` alternates least
     squares, one core at a time; `adam` takes gradient steps; `auto` polishes by L-BFGS what alternating least squares
-    leave in a flat valley. A network that is a tree starts from singular vectors, so that one of two cores (LoRA)
+    leave in a flat valley. Cores behind maps that are not linear, and those that stand twice in a term, are found by
+    L-BFGS, or stay with `als`. A network that is a tree starts from singular vectors, so that one of two cores (LoRA)
     gets the best fit there is; other networks end in a local minimum, the best that a few starts lead to.
 
     With `start: frozen_copy` the copy that the update is counted from is chosen as well: zeros, with which the network
@@ -120,7 +123,8 @@ def fit(
 
 def _stand_in(network: Network, delta: Tensor, layer: object) -> nn.Module:
     """A layer of the update's type and shape, for a network that needs nothing of the base weight's values."""
-    cores = [core for core in network.cores if core.origin is not None or core.init.name.startswith("svd_")]
+    readers = ("svd_us", "svd_vs", "largest", "smallest")
+    cores = [core for core in network.cores if core.origin is not None or core.init.name in readers]
     if network.compose is not None or cores:
         reader = "`compose`" if network.compose is not None else f"core '{cores[0].name}'"
         found = "a layer on the meta device" if isinstance(layer, nn.Module) else f"only its signature, {network.layer}"
@@ -176,7 +180,9 @@ class _Trial(NamedTuple):
 
 def _fitted(adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, steps: int) -> Fit:
     with_factor = adapter.magnitude is not None
-    trial = _best_trial(adapter, weight, delta, "als" if with_factor else method, steps)
+    _refuse_als(adapter.network, method)
+    curved = bool(_curved(adapter.network))
+    trial = _best_trial(adapter, weight, delta, "als" if with_factor and not curved else method, steps)
     if with_factor:
         descent, said, error = _with_factor(adapter, weight, delta, trial, method, steps)
     else:
@@ -213,7 +219,7 @@ def _with_factor(
     problem = build_problem_with_factor(adapter, weight, delta, trial.start)
     assert magnitude is not None
     ones = problem.target.new_ones(problem.shapes[FACTOR])
-    first = _finished(plain, trial.descent, "als", steps)[0]
+    first = _finished(plain, trial.descent, "als" if plain.multilinear else method, steps)[0]
     # What scales each channel of the base weight alone nearest to its target, or leaves it as it is.
     base = problem.terms[-1].fixed[0][0]
     along = (base * problem.target).reshape(ones.numel(), -1).sum(1) / base.square().reshape(ones.numel(), -1).sum(1)
@@ -280,24 +286,64 @@ def _tried(problem: fitting_problem.Problem, starts: Iterable[Cores], method: Me
         few = list(itertools.islice(descents, STARTS + 1))[-STARTS:]
         return adam(problem, min(few, key=lambda descent: descent.error), steps)
     sweeps = min(TRIAL, steps)
-    best = alternate(problem, next(descents), sweeps, TOLERANCE)
+    best = _few_sweeps(problem, next(descents), method, sweeps)
     for descent in descents:
         if best.error < GOOD:
             break
-        best = min(best, alternate(problem, descent, sweeps, TOLERANCE), key=lambda descent: descent.error)
+        best = min(best, _few_sweeps(problem, descent, method, sweeps), key=lambda descent: descent.error)
     return best
+
+
+def _few_sweeps(problem: fitting_problem.Problem, start: Descent, method: Method, sweeps: int) -> Descent:
+    """Least squares for the cores that they find; then, where there are others, some steps of all."""
+    descent = alternate(problem, start, sweeps, TOLERANCE)
+    if method == "als" or len(problem.solved_for) == len(problem.shapes) or descent.error < GOOD:
+        return descent
+    return quasi_newton(problem, descent, sweeps)
 
 
 def _finished(problem: fitting_problem.Problem, best: Descent, method: Method, steps: int) -> tuple[Descent, str]:
     """The rest of the way down, and by what."""
     if method == "adam":
         return best, "adam"
+    if method == "auto" and len(problem.solved_for) < len(problem.shapes):
+        return _in_turns(problem, best, steps)
     if not best.done:
         best = alternate(problem, best, steps - min(TRIAL, steps), TOLERANCE)
     if method == "als" or best.done or best.error < GOOD:
         return best, "als"
     polished = quasi_newton(problem, best, steps)
     return (polished, "als, l-bfgs") if polished.error < best.error else (best, "als")
+
+
+def _in_turns(problem: fitting_problem.Problem, best: Descent, steps: int) -> tuple[Descent, str]:
+    """Steps of all cores, and least squares for those that they find, until neither brings much."""
+    for _ in range(TURNS):
+        before = best.error
+        best = quasi_newton(problem, best, steps)
+        if best.error < GOOD:
+            break
+        best = alternate(problem, best, min(TRIAL, steps), TOLERANCE)
+        if best.error < GOOD or best.error > before * (1 - ENOUGH):
+            break
+    return best, "als, l-bfgs" if problem.solved_for else "l-bfgs"
+
+
+def _curved(network: Network) -> tuple[str, ...]:
+    """The trained cores that least squares do not find."""
+    linear = linear_cores(network)
+    return tuple(core.name for core in network.cores if not core.frozen and core.name not in linear)
+
+
+def _refuse_als(network: Network, method: Method) -> None:
+    """Raises BindError for a spec of which alternating least squares would leave every core as it is."""
+    if method != "als" or linear_cores(network) or not (curved := _curved(network)):
+        return
+    what = f"`method`, for spec '{network.spec.name}'"
+    found = f"'als', and '{curved[0]}' behind a map that is not linear, or twice in a term"
+    raise BindError(
+        Problem(what, "auto or adam: least squares find cores that the update is linear in", found, "Leave it out.")
+    )
 
 
 def _begun(problem: fitting_problem.Problem, cores: Cores) -> Descent:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tnpeft.fitting.contract import Labels, Operand, contract
 
-__all__ = ["RIDGE", "Cores", "Problem", "Term"]
+__all__ = ["CG_STEPS", "CG_TOLERANCE", "RIDGE", "Cores", "Problem", "Term", "direct"]
 
 Cores = dict[str, Tensor]
 
@@ -54,6 +54,16 @@ class Problem:
     terms: tuple[Term, ...]
     shapes: Mapping[str, tuple[int, ...]]
 
+    @property
+    def solved_for(self) -> tuple[str, ...]:
+        """The cores that least squares find; the others are met through maps that are not linear."""
+        return tuple(self.shapes)
+
+    @property
+    def multilinear(self) -> bool:
+        """Whether every term is a product of cores: factors may pass from one to another."""
+        return True
+
     def value(self, cores: Cores) -> Tensor:
         """The sum of the terms, over the rows."""
         return sum((term.scale * contract(term.operands(cores), self.rows) for term in self.terms), 0 * self._nothing)
@@ -66,6 +76,11 @@ class Problem:
     def solved(self, cores: Cores, name: str, ridge: float = RIDGE) -> Tensor:
         """The best value of one core while all others stay; a greater ridge keeps it nearer to where it was."""
         return self._sides[name].solved(cores, ridge)
+
+    @property
+    def zeros(self) -> Cores:
+        """Free cores of zeros."""
+        return {name: self.target.new_zeros(shape) for name, shape in self.shapes.items()}
 
     @cached_property
     def _nothing(self) -> Tensor:
@@ -117,7 +132,7 @@ class _Side:
         right = self._right(cores).permute(order).reshape(flat)
         if flat[0] * flat[1] ** 2 <= LARGEST_GRAM and flat[1] <= LARGEST_SIDE:
             gram = self._gram(cores)
-            step = _direct(gram, right - gram @ core.permute(order).reshape(flat), ridge)
+            step = direct(gram, right - gram @ core.permute(order).reshape(flat), ridge)
         else:
             right = right - self._applied(cores, core).permute(order).reshape(flat)
             step = self._iterated(cores, right, order, [size for part in sizes for size in part])
@@ -204,7 +219,7 @@ class _Side:
         return tuple(label if label in self.problem.rows else label + "'" for label in labels)
 
 
-def _direct(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+def direct(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     """gram^-1 right, where the gram may be singular: what it does not see is left at zero."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

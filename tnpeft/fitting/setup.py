@@ -11,6 +11,7 @@ from torch import Tensor
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.inits import canonical_weight
 from tnpeft.fitting.contract import Labels, Operand
+from tnpeft.fitting.mapped import MappedProblem, factors_of, linear_cores
 from tnpeft.fitting.problem import Cores, Problem, Term
 from tnpeft.network import BoundTerm, Network
 
@@ -25,20 +26,35 @@ def build_problem(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores)
     `start` is the frozen copy, where the spec has one: the network itself must make the update and what the copy makes.
     """
     network = adapter.network
-    axes = _Axes(network, delta.device)
+    axes = _Axes(network.plain, delta.device)
     base = canonical_weight(network.layer, weight.detach()).to(delta.device, torch.float64)
-    fixed = {name: core.detach().to(delta.device, torch.float64) for name, core in adapter.cores.items()}
-    fixed |= {core.name: base.reshape(core.shape) for core in network.cores if core.origin == "weight"}
+    stored = {name: _wide(core.detach().to(delta.device)) for name, core in adapter.cores.items()}
+    stored |= {core.name: base.reshape(core.shape) for core in network.cores if core.origin == "weight"}
     shapes = {core.name: core.shape for core in network.cores if not core.frozen}
-    terms = tuple(
-        axes.term(term, {name: core for name, core in fixed.items() if name not in shapes}) for term in network.terms
-    )
+    fixed = {name: core for name, core in stored.items() if name not in shapes}
+    known = _constant(network, stored) if network.factors else fixed
+    terms = tuple(axes.term(term, known) for term in network.terms)
     target = axes.rows_of(canonical_weight(network.layer, delta)) / network.scale
     norm = float(torch.linalg.vector_norm(delta)) / abs(network.scale)
     problem = Problem(axes.rows, target, norm, terms, shapes)
+    if network.factors:
+        problem = MappedProblem(axes.rows, target, norm, terms, shapes, network, fixed, linear_cores(network))
     if network.start == "frozen_copy":
-        problem = replace(problem, target=target + problem.value(start))
+        with torch.no_grad():
+            problem = replace(problem, target=target + problem.value(start))
     return problem
+
+
+def _wide(core: Tensor) -> Tensor:
+    """In float64; places stay whole numbers."""
+    return core.double() if core.is_floating_point() else core
+
+
+def _constant(network: Network, stored: Cores) -> Cores:
+    """The factors that no trained core is part of."""
+    frozen = {core.name: core.frozen for core in network.plain.cores}
+    with torch.no_grad():
+        return {label: tensor for label, tensor in factors_of(network, stored).items() if frozen[label]}
 
 
 def build_problem_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores) -> Problem:
@@ -49,7 +65,7 @@ def build_problem_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor, s
     """
     network = adapter.network
     plain = build_problem(adapter, weight, delta, start)
-    axes = _Axes(network, delta.device)
+    axes = _Axes(network.plain, delta.device)
     base = axes.rows_of(canonical_weight(network.layer, weight.detach()).to(delta.device, torch.float64))
     change = axes.rows_of(canonical_weight(network.layer, delta))
     kept = base - (plain.target * network.scale - change)
@@ -60,7 +76,8 @@ def build_problem_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor, s
     terms.append(Term(1.0, {FACTOR: labels}, ((kept, axes.rows),)))
     sizes = tuple(kept.shape[: len(labels)])
     norm = float(torch.linalg.vector_norm(delta))
-    return Problem(axes.rows, base + change, norm, tuple(terms), {**plain.shapes, FACTOR: sizes})
+    shapes = {**plain.shapes, FACTOR: sizes}
+    return replace(plain, target=base + change, norm=norm, terms=tuple(terms), shapes=shapes)
 
 
 def vector_of_channels(network: Network, rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.fitting.contract import Labels, Operand, contract
+from tnpeft.fitting.mapped import MappedProblem
 from tnpeft.fitting.problem import Cores, Problem, Term
 
 __all__ = ["random_start", "tree_start"]
@@ -37,6 +38,9 @@ def tree_start(problem: Problem) -> Cores | None:
     Of two cores this is the best fit there is, of more the truncated higher-order decomposition, which is exact where
     the target is such a network. Parts that no bond joins count as joined by a bond of size one.
     """
+    if isinstance(problem, MappedProblem):
+        factors = tree_start(problem.inner) if problem.stored(problem.inner.zeros) is not None else None
+        return None if factors is None else problem.stored(factors)
     term = problem.terms[0]
     if len(problem.terms) > 1 or not _is_plain(problem, term):
         return None

@@ -28,7 +28,8 @@ from tnpeft.surgery.switch import refuse_disabled, refuse_merged
 
 __all__ = ["Truncation", "truncate"]
 
-_CONSTANT = ("zeros", "ones", "eye", "constant")  # inits of which a smaller core is a part of a larger one
+# Inits of which a smaller core is a part of a larger one.
+_NESTED = ("zeros", "ones", "eye", "constant", "largest", "smallest")
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _refuse_drawn(adapters: Mapping[str, Adapter], wanted: Mapping[str, Network]
     for layer, network in wanted.items():
         shapes = {core.name: core.shape for core in adapters[layer].network.cores}
         for core in network.cores:
-            random = core.origin is None and core.init.name not in _CONSTANT
+            random = core.origin is None and core.init.name not in _NESTED
             if core.frozen and random and core.shape != shapes[core.name]:
                 what, expected = f"spec '{network.spec.name}', core '{core.name}'", "one that trains, or keeps its size"
                 fix = "Attach it anew at the smaller rank, or take a spec whose cores all train."

@@ -54,8 +54,9 @@ def tensor_problems(model: nn.Module, root: nn.Module, name: str, adapters: Mapp
     values = base_tensors(root)
     for layer, adapter in adapters.items():
         tensors, where = stored(adapter), f"layer '{layer}'"
+        whole = {f"core_{core.name}" for core in adapter.network.cores if core.is_index}
         for key, shape in core_shapes(adapter).items():
-            yield from _problems(f"tensor '{key}'", where, tensors.get(key), shape, True)
+            yield from _problems(f"tensor '{key}'", where, tensors.get(key), shape, key not in whole)
         weight = None if adapter.network.layer.opaque else values.get(f"{layer}.weight", values.get(layer))
         yield from _shape_problems("base weight", where, weight, adapter.network.layer.stored_shape)
     for copies in (trained_of(root, name), statistics_of(root, name)):

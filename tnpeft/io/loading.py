@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems
+from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems, place_problem
 from tnpeft.adapters.distributed import write
 from tnpeft.adapters.offload import hook_of
 from tnpeft.adapters.parked import ParameterLayer
@@ -29,6 +29,7 @@ from tnpeft.network import Layer, Network, Spec
 from tnpeft.network.orientation import ORIENTATIONS, oriented
 from tnpeft.recipe import Handle
 from tnpeft.recipe.dropout import dropout_of
+from tnpeft.spec.maps import map_kind, unregistered_map
 from tnpeft.surgery import (
     activate,
     adapted,
@@ -220,6 +221,7 @@ def _adapters(
 ) -> dict[str, Adapter]:
     """Every layer's adapter with its values, which are taken out of `tensors`."""
     specs = specs_of(path, manifest)
+    _require_maps(path, specs)
     networks = {layer: _network(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
     modes = {layer: entry.mode for layer, entry in manifest.layers.items()}
     if problems := [*memory_problems(networks, modules, modes)]:
@@ -235,8 +237,18 @@ def _adapters(
         values = _take(path, tensors, wanted, f"layers.{layer}.") | drawn
         if any(value.dtype == torch.float64 for value in values.values()):
             adapter.double()  # cores that were widened with their model keep their digits
+        if problem := place_problem(adapter.network, {key.removeprefix("core_"): values[key] for key in values}):
+            raise AdapterFileError(*in_file(path, [problem], f"layer '{layer}'"))
         adapter.load_state_dict(values)
     return adapters
+
+
+def _require_maps(path: Path, specs: Sequence[Spec]) -> None:
+    """A map is needed at every step, unlike an init: whose it is must have registered it before the file is loaded."""
+    names = (call.name for spec in specs for each in spec.derivations.values() for call in each.maps)
+    missing = [name for name in dict.fromkeys(names) if map_kind(name) is None]
+    if missing:
+        raise AdapterFileError(*(unregistered_map(name, shown(path)) for name in missing))
 
 
 def _bases(model: nn.Module, manifest: Manifest) -> dict[str, nn.Module | ParameterLayer]:

@@ -89,13 +89,13 @@ def _which(path: Path, state: AdaptedModel, name: object) -> str:
 
 
 def _drawn(adapter: Adapter) -> dict[str, str]:
-    """The frozen cores that still are what the seed gives, with their digests."""
+    """The frozen cores that still are what the seed gives, with their digests; none whose value was given."""
     found: dict[str, str] = {}
     for core in adapter.network.cores:
-        if core.frozen and is_drawn(core) and core.name not in adapter.shared:
+        if core.frozen and is_drawn(core) and core.name not in (*adapter.shared, *adapter.given):
             tensor = adapter.cores[core.name].detach().cpu()
             if torch.equal(tensor, adapter.initial(core).to(tensor.dtype)):
-                found[core.name] = digest_of(tensor.float())
+                found[core.name] = digest_of(tensor if core.is_index else tensor.float())
     return found
 
 

@@ -59,7 +59,7 @@ def _network(spec: Declaration, layer: Layer, resolved: Resolved) -> Network:
     derived, factors = derived_cores(spec, resolved, layer), factors_of(spec, resolved, layer)
     return Network(
         spec, layer, resolved.params, resolved.sizes, cores, terms, resolved.scale, formula,
-        derived=derived, factors=factors,
+        derived=derived, factors=factors, start_std=resolved.start_std,
     )  # fmt: skip
 
 
@@ -71,7 +71,9 @@ def _core(core: Core, resolved: Resolved, layer: Layer) -> BoundCore:
     arguments = core.init.arguments.values()
     named = next((each.legs for each in arguments if isinstance(each, Legs)), ()) if core.init.names_legs else ()
     value = next((each for each in arguments if isinstance(each, str)), None)
-    init = BoundInit(core.init.name, resolved.inits[core.name], expand(named, KINDS[layer.kind]), value)
+    named = expand(named, KINDS[layer.kind])
+    sizes = tuple(resolved.sizes[leg] for leg in named)
+    init = BoundInit(core.init.name, resolved.inits[core.name], named, sizes, value)
     split = tuple(resolved.sizes[leg] for leg in legs)
     bound = BoundCore(core.name, legs, shape, init, core.frozen, core.shared, core.origin)
     return bound if split == shape else replace(bound, split=split)

@@ -20,6 +20,14 @@ class BoundReference:
     legs: tuple[str, ...]
     shape: tuple[int, ...]
 
+    @property
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        """Each leg with its size."""
+        return tuple(zip(self.legs, self.shape, strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.core}({' '.join(self.legs)})"
+
 
 @dataclass(frozen=True)
 class BoundSummand:
@@ -33,6 +41,10 @@ class BoundSummand:
         """All legs of its cores, each once."""
         return tuple(dict.fromkeys(leg for reference in self.references for leg in reference.legs))
 
+    def __str__(self) -> str:
+        product = " * ".join(map(str, self.references))
+        return product if self.scale == 1 else f"{self.scale:g} * {product}"
+
 
 @dataclass(frozen=True)
 class BoundMap:
@@ -45,6 +57,16 @@ class BoundMap:
     arguments: tuple[tuple[str, float | str], ...] = ()
     at: str | None = None
     linear: bool = False
+
+    def __str__(self) -> str:
+        """As a file writes it, with its arguments worked out."""
+        legs = " ".join(self.takes)
+        if self.gives != self.takes and self.gives:
+            legs += f" -> {' '.join(self.gives)}"
+        values = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.arguments]
+        values += [f"at={self.at}"] if self.at is not None else []
+        inside = ", ".join([*([legs] if legs else []), *values])
+        return f"{self.name}({inside})" if inside else self.name
 
 
 @dataclass(frozen=True)
@@ -66,6 +88,24 @@ class DerivedCore:
     def sources(self) -> tuple[str, ...]:
         """The cores that it is made of, each once; index cores are none of them."""
         return tuple(dict.fromkeys(each.core for summand in self.summands for each in summand.references))
+
+    @property
+    def mapped(self) -> int:
+        """Elements that its maps make, all together."""
+        sizes = {leg: size for summand in self.summands for each in summand.references for leg, size in each.sizes}
+        legs, made = list(self.before), 0
+        for call in self.maps:
+            if call.takes != call.gives:
+                legs = [*(leg for leg in legs if leg not in call.takes), *call.gives]
+            sizes |= dict(zip(call.gives, call.shape, strict=True))
+            made += math.prod(sizes[leg] for leg in legs)
+        return made
+
+    def __str__(self) -> str:
+        """`turn(n x y) = skew(e -> x y), neumann(x y, terms=5) of R(n e)`."""
+        made = " + ".join(map(str, self.summands)).replace("+ -", "- ")
+        maps = f"{', '.join(map(str, self.maps))} of " if self.maps else ""
+        return f"{self.name}({' '.join(self.legs)}) = {maps}{made}"
 
 
 @dataclass(frozen=True)

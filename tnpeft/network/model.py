@@ -26,6 +26,7 @@ class BoundInit:
     name: str
     arguments: Mapping[str, float] = field(default_factory=dict)
     legs: tuple[str, ...] = ()  # that it names: those of places, or along which values are the same
+    sizes: tuple[int, ...] = ()  # of these
     core: str | None = None  # whose value it takes
 
 
@@ -100,6 +101,8 @@ class Network:
     slice_network: Network | None = None  # of a stack: that of each of its layers
     derived: tuple[DerivedCore, ...] = ()  # each after those that it is made of
     factors: tuple[Factor, ...] = ()  # what terms name; none where they name the cores as they are stored
+    start_std: float | None = None  # of T at the start, in standard deviations of the weight
+    evaluated: tuple[DerivedCore, ...] = ()  # of a plain network: those that its cores are, or are made of
 
     @property
     def start(self) -> str:
@@ -134,11 +137,12 @@ class Network:
         if one is not None:
             leg = self.terms[0].weight[0][0]
             cores = tuple(with_slices(core, leg, self.layer.slices) for core in one.plain.cores)
-            return replace(self, cores=cores, derived=(), factors=(), slice_network=one.plain)
-        cores = tuple(self._factor(factor) for factor in self.factors)
-        return replace(self, cores=cores, derived=(), factors=())
+            return replace(self, cores=cores, derived=(), factors=(), slice_network=one.plain, evaluated=self.derived)
+        cores = tuple(self.core_of(factor) for factor in self.factors)
+        return replace(self, cores=cores, derived=(), factors=(), evaluated=self.derived)
 
-    def _factor(self, factor: Factor) -> BoundCore:
+    def core_of(self, factor: Factor) -> BoundCore:
+        """A factor as a core by itself, frozen or shared where all that it is made of is."""
         stored = {core.name: core for core in self.cores}
         name, reference = factor.reference.core, factor.reference
         roots = [stored[root] for root in self.roots_of(name)]
@@ -171,7 +175,7 @@ class Network:
         """
         if self.factors:
             return self.plain.parts
-        if len(self.terms) == 1 and self.terms[0].scale == 1.0:
+        if len(self.terms) == 1 and self.terms[0].scale == 1.0 and len(self.terms[0].cores) == len(self.cores):
             return (self,)
         return tuple(self._part(term) for term in self.terms)
 

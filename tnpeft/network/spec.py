@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.documents.nodes import read_bytes
+from tnpeft.documents.writing import as_yaml
 from tnpeft.network.bind import bind
 from tnpeft.network.layer import Layer
 from tnpeft.network.model import Network
 from tnpeft.network.signature import layer_of
+from tnpeft.spec.canonical import Canonical, canonical
 from tnpeft.spec.declaration import Declaration
+from tnpeft.spec.derived_checks import uses_second_half
 from tnpeft.spec.factorize import Table
 from tnpeft.spec.inits import registered_inits
 from tnpeft.spec.library import find_shipped, label_of, shipped_tables
@@ -52,6 +55,47 @@ class Spec(Declaration):
         """
         declaration = read_declaration(text, file, {**shipped_tables(), **(tables or {})}, known_inits)
         return cls(**{each.name: getattr(declaration, each.name) for each in fields(declaration)})
+
+    @classmethod
+    def build(cls, *, file: str = "<spec>", tables: Mapping[str, Table] | None = None, **parts: Any) -> Spec:
+        """A spec from Python: the keys of a file with texts, numbers, lists and mappings as their values.
+
+            Spec.build(name="mine", layers="any", params={"r": 4}, sizes={"o": "out_channels", "i": "in_channels"},
+                       cores={"up": {"legs": "o r", "init": "zeros"}, "down": "r i k..."}, weight="o i k...",
+                       start="zero")
+
+        The language version is the lowest that has what it uses, unless `tnpeft` says one. It is checked as a file is.
+        Raises SpecError with every mistake, each with its place in the text that `to_yaml` gives.
+        """
+        version = {} if "tnpeft" in parts else {"tnpeft": 2}
+        spec = cls.from_yaml(as_yaml({**version, **parts}), file, tables)
+        if not version or uses_second_half(spec):
+            return spec
+        return cls.from_yaml(as_yaml({"tnpeft": 1, **parts}), file, tables)
+
+    def to_yaml(self) -> str:
+        """The YAML text of this spec, from which `Spec.from_yaml` makes an equal one.
+
+        It is the text that it was read from; a factor table that does not ship is written into it.
+        """
+        shipped = shipped_tables()
+        if all(shipped.get(name) == table for name, table in self.tables.items()):
+            return self.text
+        data = self.root.plain()
+        return as_yaml({**data, "factors": {key: list(value) for key, value in (self.factors or {}).items()}})
+
+    def canonical(self) -> Canonical:
+        """The form and hash that this spec has in common with those of the same network under other names.
+
+        Names of cores, indices, params and scopes do not matter, nor `name`, `title`, `source` and `seed`, nor the
+        order of cores, of terms, and of legs where no init cares. Layers, sizes, inits, what trains and the start do.
+
+        Equal forms are equal networks. Equal networks may have two forms: expressions are compared as they are written
+        (but for blanks, and indices that they read), not by algebra; legs within a group have an order; and what is
+        written in another way, a product as a derived core, say, is another form.
+        Raises SpecError for networks with too many cores alike to be told apart.
+        """
+        return canonical(self)
 
     def bind(self, layer: Any, /, **params: Any) -> Network:
         """The network for one layer, with every size known and checked.

@@ -23,6 +23,7 @@ class Graph:
     inputs: tuple[str, ...]
     kernel: tuple[tuple[str, ...], ...]
     sizes: tuple[tuple[str, int], ...]
+    whole: bool = False  # a cluster of all cores may be absorbed as one
 
 
 class Bitsets:

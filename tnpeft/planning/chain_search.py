@@ -81,7 +81,7 @@ class _Search:
 
     def __init__(self, graph: Graph, call: Call) -> None:
         self.call = call
-        self.sets = Bitsets(graph)
+        self.sets, self._whole = Bitsets(graph), graph.whole
         self.prices = device_model(call.device)
         self.sizes = dict(graph.sizes)
         # `complete`: nothing was left out so far.
@@ -143,7 +143,7 @@ class _Search:
         touching = [cluster for cluster in free if cluster.legs & tensor] or free
         self._tried += len(touching)
         for cluster in touching:
-            if cluster.cores != everything:  # the whole weight
+            if self._whole or cluster.cores != everything:  # the whole weight
                 yield cluster, cluster.time + min(self._times(before, cluster))
 
     def _input(self, done: int) -> _Input:

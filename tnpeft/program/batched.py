@@ -60,7 +60,10 @@ class Tree:
         legs = {leg: letters[letter] for leg, letter in network.symbols.items() if letter in letters}
         numbers = {core: place for place, core in enumerate(cores)}
         numbers |= {step.number: len(cores) + place for place, step in enumerate(steps)}
-        smallest = min(range(len(network.cores)), key=lambda core: network.cores[core].numel)
+        # Of those with legs: the tangent of a number times a number of no axes is fp64 in `torch.func.jvp`.
+        smallest = min(
+            range(len(network.cores)), key=lambda core: (not network.cores[core].legs, network.cores[core].numel)
+        )
         return cls(
             legs=tuple("".join(letters[letter] for letter in legs_of_core) for legs_of_core in core_legs),
             sizes=tuple((new, sizes[letter]) for letter, new in letters.items()),
@@ -183,6 +186,8 @@ class BatchedTree:
         if change is None:  # every core is frozen
             sizes = dict(self.tree.sizes)
             change = cores[0].new_zeros(self.count, *(sizes[letter] for letter in self.tree.result))
+        elif not self.instructions and self.tree.changes[0]:
+            change = change.clone()  # never the core itself: the next term is added in place
         return change, tensors
 
     def gradients(

@@ -4,7 +4,7 @@ With a frozen copy each cluster has, beside its value C, its change dC = C - C0,
 form with which a chain carries values and changes together: the pair (v, d) goes to (C v, dC v + C0 d). The first
 link's form makes a pair of one tensor, the last one's leaves the change alone:
 
-    first [C; dC]    middle [[C, 0], [dC, C0]]    last [dC, C0]
+    first [C; dC]    middle [[C, 0], [dC, C0]]    last [dC, C0]    lone dC
 
 A chain of these is T - T0 without any subtraction of large values, exactly zero while nothing has changed.
 """
@@ -43,7 +43,7 @@ class Cluster:
     """All that decides how a cluster is contracted; layers of other sizes may have an equal one."""
 
     tree: Tree
-    form: str | None  # which dual form it has: `first`, `middle` or `last`; None: it has no frozen copy
+    form: str | None  # which dual form it has: `first`, `middle`, `last` or `lone`; None: it has no frozen copy
     split: tuple[int, int, int]  # elements before, between and after the pair legs
 
 
@@ -95,6 +95,8 @@ class BatchedCluster:
     def _dual(self, changed: Changed, half: Tensor) -> Tensor:
         value, change = changed.tensors[-1].reshape(self._split), changed.changes[-1]
         change = torch.zeros_like(value) if change is None else change.reshape(self._split)
+        if self.cluster.form == "lone":
+            return change
         if self.cluster.form == "last":
             return torch.stack((change, half), 2)
         pair = torch.stack((value, change), 1)
@@ -166,7 +168,7 @@ def build_clusters(plan: Plan) -> ClusterProgram:
 def _cluster(plan: Contraction, layout: ChainLayout, link: LinkLayout, cores: Sequence[int]) -> Cluster:
     outer, between, rest = (math.prod(layout.sizes[letter] for letter in piece) for piece in link.pieces)
     copies = plan.copies
-    form = "first" if link.first else "last" if link.last else "middle"
+    form = ("lone" if link.last else "first") if link.first else "last" if link.last else "middle"
     tree = Tree.of(plan.network, cores, link.link.steps, link.cluster(False), layout.sizes)
     return Cluster(tree, form if copies else None, (outer, between, rest))
 

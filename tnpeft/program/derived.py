@@ -62,7 +62,8 @@ class Derivations:
 
     def start(self, copies: Mapping[str, Tensor], derived: Sequence[DerivedCore]) -> StartValues:
         """What changes need, from the frozen copies by name (cores that are frozen are their own)."""
-        cores, inputs = dict(copies), dict[str, tuple[Tensor, ...]]()
+        cores = dict(copies)
+        inputs: dict[str, tuple[Tensor, ...]] = {}  # an annotation, for Dynamo calls no `dict[...]()`
         with torch.no_grad():
             self._evaluate(derived, cores, inputs)
         return StartValues(cores, inputs)
@@ -75,7 +76,8 @@ class Derivations:
 
     def changes(self, now: Mapping[str, Tensor], start: StartValues, derived: Sequence[DerivedCore]) -> list[Tensor]:
         """How derived cores changed, the value of those that cannot; `now` has the same of those that are known."""
-        cores, changed = dict[str, Tensor](), dict[str, Tensor | None]()
+        cores: dict[str, Tensor] = {}
+        changed: dict[str, Tensor | None] = {}
         made = {core.name for core in self.network.derived}
         with without_autocast(next(iter(now.values()))):
             for name, tensor in now.items():

@@ -19,7 +19,7 @@ from tnpeft.errors import ExecutionError, Problem, clip
 from tnpeft.program.autocast import without_autocast
 from tnpeft.program.linear_maps import antisymmetric, flattened, gather, pad, roll, scatter, skew, wavelet
 from tnpeft.spec.factorize import times
-from tnpeft.spec.maps import RegisteredMap, registered_map
+from tnpeft.spec.maps import RegisteredMap, registered_map, unregistered_map
 
 __all__ = ["map_function"]
 
@@ -34,8 +34,7 @@ def map_function(name: str) -> Map:
         return function
     registered = registered_map(name)
     if registered is None:
-        fix = f'Call `tnpeft.register_map("{name}", function, shape)` first.'
-        raise ExecutionError(Problem(f"map `{name}`", "a registered function", "none of that name", fix))
+        raise ExecutionError(unregistered_map(name))
     return _checked(name, registered)
 
 

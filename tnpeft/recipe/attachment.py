@@ -18,6 +18,7 @@ from tnpeft.errors import AttachError, Problem, SpecError, clip
 from tnpeft.network import Network, Spec, load_spec, param_problems
 from tnpeft.recipe.compilation import bound_layers, compiled_layers
 from tnpeft.recipe.dropout import dropout_of
+from tnpeft.recipe.given_values import Start
 from tnpeft.recipe.handle import Handle
 from tnpeft.recipe.model import Entry, Recipe, Train, load_recipe, train_from
 from tnpeft.recipe.parameter_targets import signatures
@@ -55,6 +56,7 @@ def attach(
     train: Train | Mapping[str, Any] | None = None,
     scopes: Mapping[str, str] | None = None,
     dropout: Mapping[str, float] | None = None,
+    init: Start | None = None,
     seed: int | None = None,
     mode: str = DEFAULT_MODE,
     autotune: bool = False,
@@ -75,6 +77,10 @@ def attach(
     what the update reads, of indices that join cores, all of it). `scopes` binds the scopes of shared cores to regular
     expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` tells several adapters apart.
 
+    `init` has first values of stored cores, index cores too, in place of what inits draw: `{"layer.core": tensor}`,
+    or a function (layer, core, network) -> tensor or None, of names and a `Network`. An object that needs all layers
+    also has `prepare(layers)`, called first. Files hold such values. `tnpeft.starts` has published ones.
+
     `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
     `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'
     gradients from the factored chain. All agree but for rounding. What cannot be factored (groups, DoRA, cores that are
@@ -90,14 +96,12 @@ def attach(
     where = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
     holders = holders_of(model)
     with in_step(holders, lambda: _unlike("attach", _SAME_CALL)) as said:
-        recipe = recipe_of(what, match, params, **where)
-        recipe = recipe if train is None else replace(recipe, train=train_from(train))
-        recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
-        recipe = recipe if dropout is None else _with_dropout(recipe, dropout)
+        recipe = _with(recipe_of(what, match, params, **where), train, scopes, dropout)
         claims = _claims(model, recipe, mode)
         said.append(lambda: (name, seed, mode, claims.in_words))
     with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
-        adapters = compiled_layers(claims.networks, claims.bases, claims.layers, claims.captured, seed, mode, autotune)
+        of_layers = claims.networks, claims.bases, claims.layers, claims.captured
+        adapters = compiled_layers(*of_layers, seed, mode, autotune, init)
     with in_step(holders, lambda: _unlike("initial cores", _SAME_VALUES)) as said:
         said.append(lambda: digest_of_modules(adapters))
     install(model, name, adapters, claims.also.names, _about(model, recipe, claims.layers, claims.also))
@@ -136,8 +140,12 @@ def _claims(model: nn.Module, recipe: Recipe, mode: str) -> _Claims:
     return _Claims(layers, also, captured, bases, bound_layers(bases, layers, mode))
 
 
-def _with_dropout(recipe: Recipe, given: object) -> Recipe:
-    """The recipe with what `attach` says of dropout. Raises AttachError."""
+def _with(recipe: Recipe, train: Any, scopes: Mapping[str, str] | None, given: object) -> Recipe:
+    """The recipe with what `attach` says of what trains, of scopes and of dropout. Raises AttachError."""
+    recipe = recipe if train is None else replace(recipe, train=train_from(train))
+    recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
+    if given is None:
+        return recipe
     dropout, told = dropout_of(given)
     if told:
         raise AttachError(*(problem for _, problem in told))

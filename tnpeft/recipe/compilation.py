@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, Captured, Sharing, memory_problems
 from tnpeft.adapters.base_weight import never_called
@@ -13,6 +13,7 @@ from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.errors import AttachError, BindError, Problem
 from tnpeft.network import Network
 from tnpeft.network.dropout import Dropout, dropout_problems
+from tnpeft.recipe.given_values import Start, given_values
 from tnpeft.recipe.model import Entry
 from tnpeft.schedule import check_mode
 
@@ -28,12 +29,11 @@ def bound_layers(
     """
     check_mode(mode)
     networks: dict[str, Network] = {}
-    seen: set[int] = set()
+    names: dict[int, str] = {}
     problems: list[Problem] = []
     for name, entry in claimed.items():
-        if id(modules[name]) in seen:
+        if names.setdefault(id(modules[name]), name) != name:
             continue
-        seen.add(id(modules[name]))
         try:
             layer = modules[name]
             bound = layer.signature if isinstance(layer, ParameterLayer) else layer
@@ -57,9 +57,14 @@ def compiled_layers(
     seed: int | None,
     mode: str,
     autotune: bool,
+    start: Start | None = None,
 ) -> dict[str, Adapter]:
-    """The adapters of bound layers; every layer's mistakes are collected."""
+    """The adapters of bound layers; every layer's mistakes are collected. `start` has first values of cores."""
     problems: list[Problem] = []
+    given: Mapping[str, Mapping[str, Tensor]] = {}
+    if start is not None:
+        names = {id(modules[name]): name for name in networks}
+        given = given_values(start, networks, captured, {name: names[id(modules[name])] for name in claimed})
     sharing = Sharing()
     adapters: dict[str, Adapter] = {}
     for name, network in networks.items():
@@ -77,6 +82,7 @@ def compiled_layers(
                 sharing=sharing,
                 captured=captured[name],
                 dropout=claimed[name].dropout,
+                given=given.get(name),
             )
         except BindError as error:
             problems += _of_layer(name, error)

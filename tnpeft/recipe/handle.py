@@ -14,7 +14,7 @@ from torch import nn
 from tnpeft.adapters import Adapter
 from tnpeft.recipe.groups import groups_of, tensors_of
 from tnpeft.recipe.report import Report, report_of
-from tnpeft.surgery import activate, adapters_of, detach, disabled, merge, record_of, scales_of, unmerge
+from tnpeft.surgery import activate, adapters_of, anchor, detach, disabled, merge, record_of, scales_of, unmerge
 
 __all__ = ["Handle"]
 
@@ -80,6 +80,10 @@ class Handle:
     def disabled(self) -> AbstractContextManager[None]:
         """Inside, the model computes what its base computes; see `tnpeft.disabled`."""
         return disabled(self.model)
+
+    def anchor(self) -> None:
+        """Let today's cores be the frozen copy, so that the update is exactly zero again; see `tnpeft.anchor`."""
+        anchor(self.model, self.name)
 
     def merge(self) -> None:
         """Compute the adapted layers' weights with this adapter alone; see `tnpeft.merge`."""

@@ -4,6 +4,7 @@ from tnpeft.schedule.memory import Memory
 from tnpeft.schedule.model import Plan
 from tnpeft.schedule.modes import DEFAULT_MODE, MODES, best_plan, check_choices, check_mode, feasible_plans, plan
 from tnpeft.schedule.predict import Prediction, predict
+from tnpeft.schedule.side import Side, side_of
 
 __all__ = [
     "DEFAULT_MODE",
@@ -11,10 +12,12 @@ __all__ = [
     "Memory",
     "Plan",
     "Prediction",
+    "Side",
     "best_plan",
     "check_choices",
     "check_mode",
     "feasible_plans",
     "plan",
     "predict",
+    "side_of",
 ]

@@ -21,7 +21,8 @@ class Plan(Contraction):
 
     `dense` has the steps to the delta weight. `factored` has `links`, whose clusters `steps` contract; its path counts
     the layer's input as one tensor more, after the cores. `hybrid` has steps to the delta weight that pass through the
-    clusters, and in `chain` the factored plan of its backward pass. Both are made for one `call`. `reason` says why a
+    clusters, and in `chain` the factored plan of its backward pass. With a `side` a factored plan is that of a smaller
+    network, on the layer's input or output. Both are made for one `call`. `reason` says why a
     mode that was asked for is not the plan's.
 
     Plans are equal when one program runs them both: same signature, mode and paths, whatever the names.
@@ -31,6 +32,7 @@ class Plan(Contraction):
 
     terms: tuple[Plan, ...] = field(default=(), repr=False)
     chain: Plan | None = field(default=None, repr=False)
+    side: str | None = None
 
     @cached_property
     def key(self) -> Hashable:
@@ -107,8 +109,10 @@ class Plan(Contraction):
 
     def __str__(self) -> str:
         lines = [f"dense: {self.reason}"] if self.terms and self.reason else []
+        lines += self.map_lines() if self.terms else ()
         for label, part in self._labelled():
-            lines += [label + part._headline(), *part._step_lines(), *part.link_lines()]
+            maps = part.map_lines() if part is self else ()
+            lines += [label + part._headline(), *maps, *part._step_lines(), *part.link_lines()]
         if self.chain is not None:
             for label, part in self.chain._labelled():
                 lines += [f"backward, {label}{part._headline()}", *part.link_lines()]
@@ -123,7 +127,8 @@ class Plan(Contraction):
 
     def _headline(self) -> str:
         network, call = self.network, self.call
-        mode = f"{self.mode} ({self.reason})" if self.reason else self.mode
+        about = f"on the layer's {self.side}" if self.side else self.reason
+        mode = f"{self.mode} ({about})" if about else self.mode
         facts = [mode, _number(len(self.links), "link") if self.links else _number(len(self.steps), "step")]
         facts += [str(call)] if self.links and call is not None else []
         facts += [f"{_count(self.flops)}FLOP", f"largest {_count(self.largest_intermediate)}elements"]
@@ -136,6 +141,17 @@ class Plan(Contraction):
         for step in self.steps:
             left, right = (names[number] for number in step.operands)
             yield f"  {names[step.number]} = {left} * {right}: {step}  {_count(step.flops)}FLOP"
+
+    @property
+    def maps(self) -> int:
+        """How many maps a pass evaluates before it contracts: those of derived cores, each once, in every mode."""
+        return sum(len(core.maps) for core in self.network.evaluated)
+
+    def map_lines(self) -> Iterator[str]:
+        """Each derived core: what it is made of, and the elements that its maps make."""
+        for core in self.network.evaluated:
+            size = f": {_number(len(core.maps), 'map')}, {_count(core.mapped)}elements" if core.maps else ""
+            yield f"  {core}{size}"
 
     def link_lines(self) -> Iterator[str]:
         """Each link: its cores, how it treats its kernel axes, and the channels before and after."""

@@ -57,12 +57,16 @@ def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inf
     chain = plan_factored(network, call)
     if isinstance(chain, str):
         return replace(dense, reason=chain)
+    if chain.side is not None and mode == "hybrid":
+        return replace(dense, reason="a core is the base weight itself")
     return chain if mode == "factored" else plan_hybrid(dense, chain)
 
 
 def _plan_opaque(network: Network, mode: str, call: Call) -> Plan:
     dense = plan_dense(network)
     chain = plan_factored(network, call) if mode in ("auto", "factored") else ""
+    if not isinstance(chain, str) and chain.side is not None:
+        chain = "a core is the base weight itself"
     if isinstance(chain, str):
         return replace(dense, reason=f"{chain}: {_PRODUCT}" if chain else _PRODUCT)
     return chain
@@ -96,7 +100,7 @@ def feasible_plans(network: Network, call: Call, inference: bool = False) -> lis
     chain = plan_factored(network, call)
     if isinstance(chain, str):
         return [replace(dense, reason=chain)]
-    others = [chain] if inference else [plan_hybrid(dense, chain), chain]
+    others = [chain] if inference or chain.side is not None else [plan_hybrid(dense, chain), chain]
     return [dense, *(other for other in others if _has_room(other, dense, call, inference))]
 
 

@@ -16,6 +16,7 @@ from tnpeft.planning.chain_search import Absorption, find_chain
 from tnpeft.planning.path import Path, find_path
 from tnpeft.planning.steps import Link, steps_of
 from tnpeft.schedule.model import Plan
+from tnpeft.schedule.side import side_of
 
 __all__ = ["obstacle", "plan_dense", "plan_factored", "plan_hybrid"]
 
@@ -46,7 +47,7 @@ def obstacle(network: Network) -> str | None:
         return f"groups={network.layer.groups}: each group has its own input"
     if network.compose is not None:
         return f"`compose: {network.compose}` needs the whole weight"
-    if any(core.origin == "weight" for core in network.cores):
+    if any(core.origin == "weight" for part in network.parts for core in part.cores):
         return "a core is the base weight itself"
     return next((reason for part in network.parts if (reason := _padded_kernel(part))), None)
 
@@ -59,19 +60,22 @@ def _padded_kernel(network: Network) -> str | None:
     return None
 
 
-def plan_factored(network: Network, call: Call) -> Plan | str:
-    """The plan of the chain for one call, or why there is none."""
+def plan_factored(network: Network, call: Call, whole: bool = False) -> Plan | str:
+    """The plan of the chain for one call, or why there is none; with `whole` one link of all cores is a chain too."""
+    network = network.plain
+    if (side := side_of(network)) is not None:
+        chain = plan_factored(side.network, side.call(call), whole=True)
+        return chain if isinstance(chain, str) else replace(chain, side=side.name)
     if reason := obstacle(network):
         return reason
-    network = network.plain
     if network.parts != (network,):
-        parts = [plan_factored(part, call) for part in network.parts]
+        parts = [plan_factored(part, call, whole) for part in network.parts]
         for number, part in enumerate(parts):
             if isinstance(part, str):
                 return f"term {number + 1}: {part}"
         terms = tuple(part for part in parts if isinstance(part, Plan))
         return Plan(network, "factored", (), (), terms, call=call)
-    absorptions = find_chain(_graph(network), call)
+    absorptions = find_chain(_graph(network, whole), call)
     if isinstance(absorptions, str):
         return absorptions
     links = tuple(_links(network, absorptions))
@@ -94,12 +98,13 @@ def plan_hybrid(dense: Plan, chain: Plan) -> Plan:
     return replace(hybrid, path=_linear([step.operands for step in steps]), steps=steps)
 
 
-def _graph(network: Network) -> Graph:
+def _graph(network: Network, whole: bool) -> Graph:
     """In the network's letters, so that layers of one signature share a search."""
     letters = network.symbols
     outputs, inputs, *kernel = (tuple(letters[leg] for leg in axis) for axis in network.weight)
     cores = tuple(tuple(network.symbols_of(core)) for core in network.cores)
-    return Graph(cores, outputs, inputs, tuple(kernel), tuple((letters[leg], network.sizes[leg]) for leg in letters))
+    sizes = tuple((letters[leg], network.sizes[leg]) for leg in letters)
+    return Graph(cores, outputs, inputs, tuple(kernel), sizes, whole)
 
 
 def _links(network: Network, absorptions: tuple[Absorption, ...]) -> Iterator[Link]:

@@ -16,6 +16,7 @@ from tnpeft.spec.inits import Last, Legs
 from tnpeft.spec.legs import cores_by_name, inner_legs, legs_of
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, LAYER_NAMES, expand_axes
 from tnpeft.spec.resolve import Fault, layer_names, resolve
+from tnpeft.spec.start_std import check_start_std
 
 __all__ = ["SAMPLES", "check"]
 
@@ -38,6 +39,8 @@ def check(spec: Declaration, incomplete: Set[str], problems: Problems, saved: bo
     if "cores" not in incomplete and not is_circular(spec):
         if spec.start == "zero" and "inits" not in incomplete:
             _start(spec, problems)
+        if spec.start_std is not None:
+            check_start_std(spec, problems)
         _trained(spec, problems)
         _members(spec, problems)
         for term in spec.terms:
@@ -59,6 +62,8 @@ def _expressions(spec: Declaration) -> Iterator[tuple[str, Expression, Node | Po
         yield f"`sizes`, {' '.join(rule.names)}", rule.expression, rule.node
     if spec.bond is not None:
         yield "`bond`", spec.bond, spec.root.get("bond")
+    if spec.start_std is not None:
+        yield "`start_std`", spec.start_std, spec.root.get("start_std")
     yield "`scale`", spec.scale, spec.root.get("scale")
     for term in spec.terms:
         yield f"{term.label.removesuffix(', `weight`')}, `scale`", term.scale, term.scale_position

@@ -96,6 +96,7 @@ class Declaration:
     text: str = field(repr=False)
     root: Node = field(repr=False)
     tables: Mapping[str, Table] = field(default_factory=dict, repr=False)  # those that `factors` names
+    start_std: Expression | None = None  # of T at the start, in standard deviations of the weight
 
     @property
     def scopes(self) -> tuple[str, ...]:
@@ -122,8 +123,17 @@ class Declaration:
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Declaration:
         return self
 
+    @cached_property
+    def content(self) -> tuple[object, ...]:
+        """What a file says, whatever its layout and comments: keys in any order, all else in the file's."""
+        said = {str(key.value): value.plain() for key, value in self.root.items()}
+        return (*(f"{key}: {said[key]!r}" for key in sorted(said) if key != "factors"), repr(self.factors))
+
     def __hash__(self) -> int:
-        return hash((self.text, self.file))
+        return hash(self.name)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Declaration) and (self.text, dict(self.tables)) == (other.text, dict(other.tables))
+        if not isinstance(other, Declaration):
+            return False
+        same = (self.text, dict(self.tables)) == (other.text, dict(other.tables))
+        return same or self.content == other.content

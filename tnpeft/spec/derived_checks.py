@@ -48,14 +48,16 @@ def uses_second_half(spec: Declaration) -> bool:
     grouped = any(core.origin != "weight" and core.axes != tuple((leg,) for leg in core.legs) for core in spec.cores)
     renamed = any(reference.axes is not None for term in spec.terms for reference in term.references)
     new_inits = any(core.is_index or "same" in core.init.arguments or core.init.name == "value" for core in spec.cores)
-    return grouped or renamed or new_inits or bool(spec.derivations)
+    return grouped or renamed or new_inits or bool(spec.derivations) or spec.start_std is not None
 
 
 def _version(spec: Declaration, problems: Problems) -> None:
     node = spec.root.get("tnpeft")
     if node is not None and node.value == 1 and uses_second_half(spec):
         fix = "Write `tnpeft: 2`: versions of tnpeft before 0.2 then say that they are too old for it."
-        expected = "the language version 2 for derived cores, references with legs, grouped legs and index cores"
+        expected = (
+            "the language version 2 for derived cores, references with legs, grouped legs, index cores and `start_std`"
+        )
         problems.add(node.position, "`tnpeft`", expected, "1", fix)
 
 

@@ -11,7 +11,7 @@ __all__ = ["advice_on", "is_word", "unknown_params"]
 # What `attach` takes beside the params of specs.
 ATTACH = (
     *("match", "exclude", "kinds", "layers", "ranks", "name", "train", "scopes", "dropout"),
-    *("seed", "mode", "autotune"),
+    *("init", "seed", "mode", "autotune"),
 )
 
 _MATCH = "`match` says which layers: a regular expression on their names, a list of names, or `all`."
@@ -26,7 +26,7 @@ _DROPOUT = "`dropout`, of `attach` and of entries of recipes, says what training
 _METHOD = "The spec is the method: take another one, such as `loha`."
 _DORA = "Take a spec with a trained magnitude, such as `dora`."
 _TUCKER = "Take a spec with a Tucker core, such as `locon_tucker`, `loha_tucker` or `lokr_tucker`."
-_INIT = "A spec says how each core starts: copy it and change `init` there."
+_INIT = "A spec says how each core starts: copy it and change `init` there, or give values by `attach(init=...)`."
 _SCALE = "A spec has its own `scale`; `tnpeft.activate(model, {name: scale})` multiplies it."
 _NEEDLESS = "tnpeft needs no such setting: leave it out."
 _OPTIMISER = "Give it to the optimiser."

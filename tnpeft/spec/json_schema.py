@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tnpeft.documents.json_schema import NAME, WORD, Keywords, schema_document
+from tnpeft.spec.map_kinds import map_usages
 from tnpeft.spec.pattern import KINDS
 from tnpeft.spec.reader import SHORT_KINDS
 from tnpeft.spec.schema import SPEC
@@ -15,17 +16,38 @@ _INDEX = rf"({WORD}|k\.\.\.)"
 _WORDS = rf"^\s*{_INDEX}(\s+{_INDEX})*\s*$"
 _LEGS = rf"^\s*({_INDEX}(\s+{_INDEX})*)?\s*$"
 _PATTERN = r"^[A-Za-z0-9_.()\s]+$"
+_REFERENCE = {
+    "type": "string",
+    "pattern": rf"^\s*{WORD}\s*(\([A-Za-z0-9_.()\s]*\))?\s*$",
+    "examples": ["R", "bank(w y)", "turn((c u) (q m) (v t))"],
+}
+_REFERENCES = {"type": "array", "items": _REFERENCE, "minItems": 1, "examples": [["up", "down"], ["U", "U(i k... s)"]]}
 _PLAIN_INITS = ("zeros", "ones", "eye", "orthogonal", "svd_us", "svd_vs")
 _INIT = {
     "anyOf": [{"enum": list(_PLAIN_INITS)}, {"type": "string", "pattern": rf"^\s*{WORD}\s*(\(.*\))?\s*$"}],
-    "examples": ["zeros", "normal(0.02)", "kaiming_uniform(fan=last(2), gain=relu)", "constant(0.1)"],
+    "examples": [
+        *("zeros", "normal(0.02)", "kaiming_uniform(fan=last(2), gain=relu)", "constant(0.1)"),
+        *("normal(0.02, same=[q])", "value(part)", "choice(o i k...)", "random(d)", "largest(o i k...)"),
+    ],
 }
+_MAPS = map_usages()  # each as a file may write it
+_MAP = {"anyOf": [{"enum": _MAPS}, {"type": "string", "pattern": rf"^\s*{WORD}\s*(\(.*\))?\s*$"}]}
+_STORED_ONLY = ("init", "frozen", "shared", "from")
 _KIND = {"enum": [*KINDS, *SHORT_KINDS]}
 
 # Keywords that the models do not know, by the path of keys: `cores.*` is any core, `terms.*` any term.
 _SPEC: dict[str, Keywords] = {
     "": {
         "oneOf": [{"required": ["weight"]}, {"required": ["terms"]}],
+        "if": {"properties": {"tnpeft": {"const": 1, "description": "The language version."}}},
+        "then": {
+            "properties": {
+                "cores": {
+                    "description": "Derived cores need `tnpeft: 2`.",
+                    "additionalProperties": {"not": {"type": "object", "required": ["of"]}},
+                }
+            }
+        },
         "defaultSnippets": [
             {
                 "label": "low-rank update",
@@ -66,18 +88,59 @@ _SPEC: dict[str, Keywords] = {
             {"label": "a core", "body": {"${1:name}": "${2:o r}"}},
             {"label": "the core of zeros", "body": {"${1:up}": {"legs": "${2:o r}", "init": "zeros"}}},
             {"label": "the base weight", "body": {"${1:W}": {"legs": "o i k...", "from": "weight"}}},
+            {
+                "label": "a derived core",
+                "description": "Made of other cores by maps, never stored; needs `tnpeft: 2`",
+                "body": {"${1:turn}": {"of": "${2:R}", "legs": "${3:x y}", "map": ["skew(e -> x y)", "cayley(x y)"]}},
+            },
+            {
+                "label": "an index core",
+                "description": "Places for `at=` of `scatter` or `gather`; needs `tnpeft: 2`",
+                "body": {"${1:places}": {"legs": "${2:n}", "frozen": True, "init": "choice(${3:o i k...})"}},
+            },
         ],
     },
-    "cores.*": {"description": "A core: its legs, and where its values come from."},
-    "cores.*.legs": {"pattern": rf"{_LEGS}|\(", "examples": ["o r", "r i k..."]},
+    "cores.*": {
+        "description": "A core: its legs, and where its values come from.",
+        "dependencies": {
+            "map": ["of"],
+            "scale": ["of"],
+            "of": {"not": {"anyOf": [{"required": [key]} for key in _STORED_ONLY]}},
+        },
+    },
+    "cores.*.legs": {"pattern": rf"{_LEGS}|\(|(^|\s)1(\s|$)", "examples": ["o r", "r i k...", "(i k...) r", "o 1"]},
+    "cores.*.of": {
+        "anyOf": [
+            _REFERENCE,
+            _REFERENCES,
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "cores": {**_REFERENCES, "description": "The cores of one product of the sum."},
+                        "scale": {
+                            "type": ["number", "string"],
+                            "description": "A factor. For example `scale: -1 / 2`.",
+                        },
+                    },
+                    "required": ["cores"],
+                    "additionalProperties": False,
+                },
+                "minItems": 1,
+            },
+        ],
+    },
+    "cores.*.map": {"anyOf": [_MAP, {"type": "array", "items": _MAP}]},
     "cores.*.init": _INIT,
     "cores.*.shared": {"pattern": rf"^{WORD}$", "examples": ["model", "layer", "matrix"]},
     "weight": {"pattern": _PATTERN, "examples": ["o i k...", "(o1 o2) (i1 i2) k..."]},
     "terms": {"minItems": 1, "description": "Several networks whose sum is the update, instead of one `weight`."},
-    "terms.*.cores": {"minItems": 1},
+    "terms.*.cores": {"minItems": 1, "items": _REFERENCE},
     "terms.*.weight": {"pattern": _PATTERN, "examples": ["o i k..."]},
     "scale": {"examples": ["alpha / r"]},
     "compose": {"examples": ["dora"]},
+    "start_std": {"examples": [0.01]},
 }
 
 

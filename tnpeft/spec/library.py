@@ -95,8 +95,11 @@ def _meant(path: Path, beside: Path, shipped: Sequence[str]) -> str:
     )
     same = {name.casefold(): name for name in (*shipped, *files)}.get(stem.casefold())
     # Who writes an ending means a file.
-    known = files if path.suffix in (*_ENDINGS, *_OTHER_ENDINGS) else (*files, *shipped)
-    name = same if same is not None else closest(stem, known)
+    name = (
+        same
+        if same is not None
+        else closest(stem, files if path.suffix in (*_ENDINGS, *_OTHER_ENDINGS) else (*files, *shipped))
+    )
     return f"Did you mean `{files.get(name, name)}`?" if name is not None else ""
 
 

@@ -17,17 +17,22 @@ __all__ = [
     "RegisteredMap",
     "map_kind",
     "map_names",
+    "map_usages",
     "passes_zero",
+    "place_legs",
     "places_legs",
     "register_map",
     "registered_map",
     "registered_maps",
+    "repeats_places",
+    "unregistered_map",
 ]
 
 WORDS = ("at", "family")
 """The arguments of built-in maps that are words; all others are expressions."""
 
 Counts = tuple[int, int | None]
+Legs = tuple[str, ...]
 MapFunction = Callable[..., Any]
 ShapeFunction = Callable[..., tuple[int, ...]]
 
@@ -167,6 +172,12 @@ def registered_map(name: str) -> RegisteredMap | None:
     return _registered.get(name)
 
 
+def unregistered_map(name: str, where: str | None = None) -> Problem:
+    """What is said of a map that nobody has registered here, and whose function is needed."""
+    fix = f'Call `tnpeft.register_map("{name}", function, shape)` first.'
+    return Problem(f"map `{name}`", "a registered function", "none of that name", fix, where=where)
+
+
 def registered_maps() -> tuple[tuple[str, RegisteredMap], ...]:
     """What has been registered so far: a spec's meaning depends on it."""
     return tuple(_registered.items())
@@ -177,19 +188,34 @@ def map_names() -> tuple[str, ...]:
     return (*_BUILT_IN, *_registered)
 
 
+def map_usages() -> list[str]:
+    """How a file writes each built-in map."""
+    return [kind.usage for kind in _BUILT_IN.values()]
+
+
 def map_kind(name: str) -> MapKind | None:
     """What a map takes and makes; None for one that nobody knows."""
     return _BUILT_IN.get(name) or (_registered[name].kind if name in _registered else None)
 
 
 def passes_zero(call: MapCall) -> bool:
-    """Whether zeros come out as zeros, and train from there."""
+    """Whether zeros come out as zeros, and train from there; a map of a saved spec that nobody registered here did."""
     kind = map_kind(call.name)
-    return kind is not None and (kind.linear or kind.zero or (call.name == "unit" and "floor" in call.arguments))
+    return kind is None or kind.linear or kind.zero or (call.name == "unit" and "floor" in call.arguments)
+
+
+def place_legs(name: str, takes: Legs, gives: Legs) -> tuple[Legs, Legs]:
+    """Of a map with `at=`: the legs of its index core, in order, and those whose product of sizes bounds its places."""
+    return (gives, takes) if name == "gather" else (takes, gives)
+
+
+def repeats_places(name: str) -> bool:
+    """Whether a place may stand twice in the index core of a map with `at=`."""
+    return name == "gather"
 
 
 def places_legs(call: MapCall) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """The legs that the index core of `at=` has, in order, and those whose product of sizes bounds its places."""
     if "at" not in call.arguments:
         return None
-    return (call.gives, call.takes) if call.name == "gather" else (call.takes, call.gives)
+    return place_legs(call.name, call.takes, call.gives)

@@ -16,10 +16,13 @@ from tnpeft.spec.map_kinds import (
     map_kind,
     map_names,
     passes_zero,
+    place_legs,
     places_legs,
     register_map,
     registered_map,
     registered_maps,
+    repeats_places,
+    unregistered_map,
 )
 from tnpeft.spec.map_sizes import size_problem
 from tnpeft.spec.pattern import ELLIPSIS, check_index
@@ -33,11 +36,14 @@ __all__ = [
     "map_names",
     "parse_map",
     "passes_zero",
+    "place_legs",
     "places_legs",
     "register_map",
     "registered_map",
     "registered_maps",
+    "repeats_places",
     "size_problem",
+    "unregistered_map",
 ]
 
 _CALL = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", re.ASCII | re.DOTALL)

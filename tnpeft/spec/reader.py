@@ -60,11 +60,12 @@ class _Parser(CoreReader):
 
     def declaration(self, text: str, file: str, tables: Mapping[str, Table]) -> Declaration:
         name = self._name()
-        bond, scale = self._node("bond"), self._node("scale")
+        bond, scale, std = self._node("bond"), self._node("scale"), self._node("start_std")
         size = self._expression(bond, "`bond`") if bond is not None and bond.value is not None else None
         factor = parse_expression("1") if scale is None else self._expression(scale, "`scale`")
         if factor is None or ("scale",) in self.broken:
             self.incomplete.add("scale")
+        start_std = self._expression(std, "`start_std`") if std is not None and std.value is not None else None
         layers, params, factors = self._layers(), self._params(), self._factors(tables)
         sizes, cores = self._sizes(), self._cores()
         named = self._value("factors", "")
@@ -82,6 +83,7 @@ class _Parser(CoreReader):
             scale=factor or parse_expression("1"),
             compose=self._value("compose", None),
             start=self._value("start", ""),
+            start_std=start_std,
             seed=self._value("seed", 0),
             file=file,
             text=text,

@@ -43,6 +43,7 @@ class Resolved:
     weights: list[Axes] = field(default_factory=list)  # of the terms
     scales: list[float] = field(default_factory=list)  # of the terms
     scale: float = 1.0
+    start_std: float | None = None
     inits: dict[str, dict[str, float]] = field(default_factory=dict)  # arguments by core
     maps: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # their arguments, by derived core
     sums: dict[str, list[float]] = field(default_factory=dict)  # scales of the summands, by derived core
@@ -98,6 +99,7 @@ class _Resolver:
         self._scales()
         self._inits()
         self._derived()
+        self._start_std()
         return self.out
 
     def _fault(
@@ -308,6 +310,18 @@ class _Resolver:
         except ExpressionError as error:
             self._fault(where, what, error)
             return 1.0
+
+    def _start_std(self) -> None:
+        expression = self.source.start_std
+        if expression is None or any(name not in self.values for name in expression.names):
+            return
+        try:
+            self.out.start_std = float(expression.number(self.values, self.source.factors))
+            if not self.out.start_std > 0:
+                fix = "For example `start_std: 0.01`."
+                raise ExpressionError("a positive number", f"{self.out.start_std:g}", fix, structural=False)
+        except ExpressionError as error:
+            self._fault(self.source.place("start_std"), "`start_std`", error)
 
     def _derived(self) -> None:
         """Scales and maps of derived cores, and whether the sizes fit the arrows."""

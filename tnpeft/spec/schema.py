@@ -53,6 +53,7 @@ class SpecFile(FilePart):
     scale: Scalar = 1
     compose: Literal["dora"] | None = None
     start: Literal["zero", "frozen_copy"]
+    start_std: Scalar | None = None
     seed: int = 0
 
 
@@ -80,9 +81,14 @@ SPEC = Schema(
         "weight": ("a pattern of open legs", "For example `weight: o i k...`."),
         "terms": ("a list of terms", "For example `terms: [{cores: [up, down], weight: o i}, ...]`."),
         "terms.cores": ("a list of cores' names", "For example `cores: [up, down]`."),
+        "cores.of.cores": ("a list of cores' names", "For example `cores: [A, W]`."),
         "compose": ("`dora`", "Write `compose: dora`, or leave it out: the update is then added to the weight."),
         "scale": ("a number or an expression", "For example `scale: alpha / r`."),
         "start": ("`zero` or `frozen_copy`", "Write `start: zero` where one core is zeros, else `start: frozen_copy`."),
+        "start_std": (
+            "how many standard deviations of the weight T has at the start",
+            "For example `start_std: 0.01`, with `start: frozen_copy`.",
+        ),
         "seed": ("a whole number", "For example `seed: 0`."),
         "legs": ("the core's indices", 'For example `legs: o r`; `legs: ""` is a scalar.'),
         "frozen": ("`true` or `false`", "Write `frozen: true` for a core that is not trained."),

@@ -13,6 +13,7 @@ They and the switches find the adapted model inside wrappers such as Distributed
 """
 
 from tnpeft.surgery.adapted_model import AdaptedModel, AdapterRecord, adapted, find
+from tnpeft.surgery.anchor import anchor
 from tnpeft.surgery.checks import SUPPORTED, is_layer, is_opaque, layer_problem, model_problems
 from tnpeft.surgery.detach import detach
 from tnpeft.surgery.install import install, replace_adapters
@@ -44,6 +45,7 @@ __all__ = [
     "activate",
     "adapted",
     "adapters_of",
+    "anchor",
     "base_shown",
     "base_tensors",
     "detach",

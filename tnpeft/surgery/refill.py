@@ -18,7 +18,7 @@ from tnpeft.surgery.queries import adapters_of, layers_of, statistics_of, traine
 from tnpeft.surgery.switch import refuse_disabled, refuse_merged
 from tnpeft.surgery.trained import all_tied
 
-__all__ = ["refill"]
+__all__ = ["make_sums_again", "refill"]
 
 
 def refill(
@@ -53,7 +53,7 @@ def refill(
         for key, copy in copies.items():
             write(copy, values[key])
     state.adapters[name] = replace(record, about=dict(about))
-    _make_sums_again(root, state, name)
+    make_sums_again(root, state, name)
 
 
 def _layer_problems(name: str, here: Mapping[str, Adapter], there: Mapping[str, Adapter]) -> Iterator[Problem]:
@@ -112,7 +112,7 @@ def _beside_problems(name: str, here: Mapping[str, Tensor], there: Mapping[str, 
             yield Problem("trained beside the cores", f"what '{name}' trains", found.format(listed(names)), fix)
 
 
-def _make_sums_again(root: nn.Module, state: AdaptedModel, name: str) -> None:
+def make_sums_again(root: nn.Module, state: AdaptedModel, name: str) -> None:
     """Sums of the base's values and of several adapters' hold the values of before; results kept by layers too."""
     state.results.forget()
     for layer in layers_of(root, name).values():

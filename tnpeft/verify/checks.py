@@ -22,10 +22,11 @@ from tnpeft.io import load, save
 from tnpeft.network import BoundCore
 from tnpeft.recipe import Handle
 from tnpeft.schedule import MODES
-from tnpeft.spec.pattern import expand
+from tnpeft.spec.pattern import expand, expand_axes
 from tnpeft.surgery import detach, disabled, merge, unmerge
 from tnpeft.verify.exact import Exact
 from tnpeft.verify.formula import formula_value
+from tnpeft.verify.map_checks import check_difference, check_maps
 from tnpeft.verify.model_under_test import Mismatch, Skip, Stack, Subject, adapted_layers, require_close, require_equal
 from tnpeft.verify.oracle import canonical, entry
 
@@ -58,10 +59,16 @@ def check_sizes(subject: Subject) -> None:
                 )
     (adapted, *_) = adapted_layers(subject.attached())
     cores = adapted.adapter("default").cores
-    for core, bound in zip(subject.spec.cores, network.cores, strict=True):
-        require_equal(f"the legs of core '{core.name}'", bound.legs, expand(core.legs, len(subject.case.kernel_size)))
+    bound = {core.name: (core.legs, core.unfolded) for core in network.cores}
+    bound |= {core.name: (core.legs, core.shape) for core in network.derived}
+    for core in subject.spec.cores:
+        legs, sizes = bound[core.name]
+        require_equal(f"the legs of core '{core.name}'", legs, expand(core.legs, len(subject.case.kernel_size)))
+        shape = tuple(network.sizes[leg] for leg in legs)
+        require_equal(f"the sizes of core '{core.name}'", sizes, shape)
         if core.name in cores:
-            shape = tuple(network.sizes[leg] for leg in bound.legs)
+            stored = expand_axes(core.axes, len(subject.case.kernel_size))
+            shape = tuple(math.prod(network.sizes[leg] for leg in axis) for axis in stored)
             require_equal(f"the shape of core '{core.name}'", tuple(cores[core.name].shape), shape)
 
 
@@ -373,6 +380,8 @@ CHECKS: tuple[Check, ...] = (
     Check("parameters", "formula, count and tensors agree", check_parameters),
     Check("origin", "cores taken from the weight's decomposition are those", check_origin),
     Check("shared", "shared cores are one tensor, trained, counted and saved once", check_shared),
+    Check("maps", "maps have their value and gradient, and do what their flags say", check_maps),
+    Check("difference", "the update has its digits after a step of 1e-5 from the start", check_difference),
     Check("values", "T, the update and the weight equal a dense float64 sum", check_values),
     Check("gradients", "output, core and input gradients equal those of float64", check_gradients),
     Check("modes", f"every execution mode agrees ({', '.join(MODES)})", check_modes),

@@ -22,22 +22,26 @@ Leaves = dict[int, Tensor]
 class Exact:
     """The values of an adapted model in float64; `leaves` has a twin that can be differentiated for every core.
 
-    With `magnitude` every number in it is positive and every difference a sum.
+    With `magnitude` every number in it is positive and every difference a sum; `values` are then those without.
     """
 
     def __init__(self, model: nn.Module, magnitude: bool = False) -> None:
         self.layers = list(adapted_layers(model))
         self.magnitude = magnitude
         self.leaves: Leaves = {}
+        self.values = Exact(model) if magnitude else None
         self._twins = {id(layer): self._twin(layer) for layer in self.layers}
 
     def _twin(self, layer: AdaptedLayer) -> dict[str, Tensor]:
-        """A layer's cores in float64, those that are its base weight too; a tensor that layers share has one leaf."""
+        """A layer's stored cores in float64, the base weight among them; a tensor that layers share has one leaf."""
         adapter = layer.adapter("default")
         network, start = adapter.network, adapter.start
         base = self._sized(canonical(_base_weight(layer), network.layer))
         twins = {core.name: base.reshape(core.shape) for core in network.cores if core.origin == "weight"}
         for name, core in adapter.cores.items():
+            if core.dtype == torch.int64:  # places
+                twins[name] = core.detach()
+                continue
             twin = self._sized(core.detach().double())
             if self.magnitude and name in start:  # tensors on the way are start and change added up
                 twin = twin + start[name].double().abs()
@@ -51,12 +55,16 @@ class Exact:
         return tensor.abs() if self.magnitude else tensor
 
     def cores(self, layer: AdaptedLayer) -> dict[str, Tensor]:
-        """Every core of a layer by name."""
+        """Every stored core of a layer by name."""
         return self._twins[id(layer)]
+
+    def _values(self, layer: AdaptedLayer) -> dict[str, Tensor] | None:
+        return None if self.values is None else self.values.cores(layer)
 
     def network_weight(self, layer: AdaptedLayer) -> Tensor:
         """T(θ) of one layer."""
-        return dense_weight(layer.adapter("default").network, self.cores(layer), self.magnitude)
+        network = layer.adapter("default").network
+        return dense_weight(network, self.cores(layer), self.magnitude, self._values(layer))
 
     def delta(self, layer: AdaptedLayer) -> Tensor:
         """The update of one layer's weight."""
@@ -67,11 +75,11 @@ class Exact:
 
     def _network_delta(self, layer: AdaptedLayer) -> Tensor:
         adapter = layer.adapter("default")
-        twins = self.cores(layer)
-        start = None
-        if adapter.network.start == "frozen_copy":
-            start = {**twins, **{name: self._sized(core.double()) for name, core in adapter.start.items()}}
-        return dense_delta(adapter.network, twins, start, self.magnitude)
+        network, twins, values = adapter.network, self.cores(layer), self._values(layer)
+        if network.start == "zero":
+            return dense_delta(network, twins, None, self.magnitude, values)
+        start = {**twins, **{name: self._sized(core.double()) for name, core in adapter.start.items()}}
+        return dense_delta(network, twins, start, self.magnitude, values)
 
     def weight(self, layer: AdaptedLayer) -> Tensor:
         """The effective weight of one layer."""
@@ -83,8 +91,8 @@ class Exact:
         factor = self._leaf(magnitude, self._sized(magnitude.detach().double()))
         if not self.magnitude:
             return composed(summed, factor, adapter.network.layer)
-        value = Exact(layer)
-        actual = value._sized(_base_weight(layer)) + value._network_delta(layer).detach()
+        assert self.values is not None
+        actual = _base_weight(layer) + self.values._network_delta(layer).detach()
         return composed(actual, factor, adapter.network.layer, summed)
 
     def output(self, x: Tensor) -> Tensor:

@@ -17,8 +17,11 @@ import networkx
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters import Adapter
 from tnpeft.errors import TnpeftError
-from tnpeft.network import Network, Spec
+from tnpeft.network import BoundCore, Network, Spec
+from tnpeft.network.derived import BoundReference
+from tnpeft.spec.maps import registered_map
 from tnpeft.verify.case import Case
 from tnpeft.verify.exact import Exact
 from tnpeft.verify.model_under_test import Subject, adapted_layers
@@ -28,6 +31,7 @@ __all__ = ["Gauge", "gauge_of"]
 
 MAX_PARAMETERS, MAX_ENTRIES = 700, 40_000
 COLUMNS = 2_000  # random sums of the weight's entries: a rank shows in them as well, once they are enough
+BATCH = 100  # columns whose gradients are taken at once
 PRECISION = 1e-9  # of singular values, relative to the largest
 
 
@@ -86,10 +90,13 @@ def _gauge(spec: Spec, case: Case) -> Gauge:
     model = subject.attached(dtype=torch.float64, moved=True)
     layer = next(iter(adapted_layers(model)))
     adapter = layer.adapter("default")
+    sizes = {core.name: core.unfolded for core in adapter.network.cores}
+    parts = _through_maps(adapter) if adapter.network.factors else {}
     with torch.no_grad():
         cores = {name: core.detach() for name, core in Exact(model).cores(layer).items()}
-        trained = {name: cores[name] for name, core in adapter.cores.items() if isinstance(core, nn.Parameter)}
-        parts = {name: _derivative(adapter.network, cores, name) for name in trained}
+        names = [name for name, core in adapter.cores.items() if isinstance(core, nn.Parameter)]
+        trained = {name: cores[name].reshape(sizes[name]) for name in names}
+        parts = parts or {name: _derivative(adapter.network, cores, name) for name in trained}
         entries = adapter.network.layer.numel
         jacobian = torch.cat(list(parts.values()))  # (parameters, columns)
         rank = _rank(jacobian)
@@ -126,6 +133,28 @@ def _derivative(network: Network, cores: Mapping[str, Tensor], name: str) -> Ten
         ]
         total += term.scale * term_weight(network, term, operands, [""]).reshape(numel, -1)
     return _sketch(total)
+
+
+def _through_maps(adapter: Adapter) -> dict[str, Tensor]:
+    """The same for networks whose cores are derived, or stand in several places: by gradients."""
+    trained = {name: core for name, core in adapter.cores.items() if isinstance(core, nn.Parameter)}
+    # A user's function may have a gradient that cannot be taken of many at once.
+    alone = any(registered_map(each.name) for core in adapter.network.derived for each in core.maps)
+    value = _sketch(adapter.network_weight().reshape(1, -1)).squeeze(0)
+    size, batch = len(value), 1 if alone else BATCH
+    units = torch.eye(size, dtype=value.dtype)
+    rows: dict[str, list[Tensor]] = {name: [] for name in trained}
+    for start in range(0, size, batch):
+        chosen = units[start] if alone else units[start : start + batch]
+        gradients = torch.autograd.grad(
+            value, [*trained.values()], chosen, retain_graph=True, is_grads_batched=not alone, allow_unused=True
+        )
+        count = min(batch, size - start)
+        for (name, core), gradient in zip(trained.items(), gradients, strict=True):
+            rows[name].append(
+                (value.new_zeros(count * core.numel()) if gradient is None else gradient).reshape(count, -1)
+            )
+    return {name: torch.cat(parts).T.contiguous() for name, parts in rows.items()}
 
 
 def _sketch(matrix: Tensor) -> Tensor:
@@ -186,11 +215,27 @@ def _parallel(network: Network) -> list[tuple[str, ...]]:
 
 
 def _owners(network: Network, leg: str) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """For each term the cores that have the leg, and whether it is open there."""
-    legs_of = {core.name: core.legs for core in network.cores}
+    """For each term, and each product of a derived core, the cores that have the leg, and whether it is open there."""
+    for cores, opened in _products(network):
+        yield tuple(name for name, legs in cores if leg in legs), leg in opened
+
+
+def _products(network: Network) -> Iterator[tuple[list[tuple[str, tuple[str, ...]]], tuple[str, ...]]]:
+    """Cores with their legs, and the open legs. A core under other legs than its own is one that does not train."""
+    stored = {core.name: core for core in network.cores}
+    named = {core.name: (core.name, core.legs) for core in network.cores}
+    named |= {factor.label: _place(factor.reference, stored) for factor in network.factors}
     for term in network.terms:
-        opened = any(leg in axis for axis in term.weight)
-        yield tuple(name for name in term.cores if leg in legs_of[name]), opened
+        yield [named[name] for name in term.cores], tuple(leg for axis in term.weight for leg in axis)
+    for derived in network.derived:
+        for summand in derived.summands:
+            yield [_place(reference, stored) for reference in summand.references], derived.before
+
+
+def _place(reference: BoundReference, stored: Mapping[str, BoundCore]) -> tuple[str, tuple[str, ...]]:
+    core = stored.get(reference.core)
+    itself = core is not None and core.legs == reference.legs
+    return reference.core if itself else f"{reference.core}({' '.join(reference.legs)})", reference.legs
 
 
 def _sides(network: Network, leg: str) -> Iterator[dict[str, int]]:
@@ -255,18 +300,19 @@ def _causes(network: Network, trained: Mapping[str, Tensor], parts: Mapping[str,
     for core in network.cores:
         if core.name not in trained:
             continue
-        part = parts[core.name].reshape(*core.shape, -1)
+        sizes = core.unfolded
+        part = parts[core.name].reshape(*sizes, -1)
         size = float(part.abs().max()) or 1.0
         idle = int((parts[core.name].abs().amax(1) <= PRECISION * size).sum())
         if idle:
             yield f"{idle} of the {core.numel} numbers in core '{core.name}' never matter"
         for axis, leg in enumerate(core.legs):
             first = part.narrow(axis, 0, 1)
-            if core.shape[axis] > 1 and bool(((part - first).abs() <= PRECISION * size).all()):
+            if sizes[axis] > 1 and bool(((part - first).abs() <= PRECISION * size).all()):
                 yield f"only the sum of core '{core.name}' over its leg '{leg}' matters: size 1 would do"
-            others = core.numel // core.shape[axis]
+            others = core.numel // sizes[axis]
             owners = [other.name for other in network.cores if leg in other.legs]
             bond = leg not in network.open_legs and len(owners) == 2 and all(owner in trained for owner in owners)
-            if bond and core.shape[axis] > others:
-                size_text = f"size {core.shape[axis]}, more than its other legs together ({others})"
+            if bond and sizes[axis] > others:
+                size_text = f"size {sizes[axis]}, more than its other legs together ({others})"
                 yield f"leg '{leg}' of core '{core.name}' has {size_text}"

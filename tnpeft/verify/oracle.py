@@ -7,70 +7,45 @@ can be differentiated; `entry` follows the index formula of a single number of i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tnpeft.network import BoundTerm, Layer, Network
+from tnpeft.verify.oracle_derived import derive, factors_of
+from tnpeft.verify.oracle_sums import Legged, sum_out
 
 __all__ = ["canonical", "composed", "dense_delta", "dense_weight", "entry", "stored", "sum_out", "term_weight"]
 
-Legged = tuple[Tensor, tuple[str, ...]]
 
-
-def sum_out(operands: Iterable[Legged], kept: Sequence[str]) -> Tensor:
-    """The product of all operands, summed over every leg that is not kept; its axes are `kept`, in that order.
-
-    One leg at a time: the operands that have it are multiplied by broadcasting, then it is summed.
-    """
-    live = [(tensor, legs) for tensor, legs in operands]
-    sizes = {leg: size for tensor, legs in live for leg, size in zip(legs, tensor.shape, strict=True)}
-    joints = {leg: _joint(live, leg) for leg in sizes if leg not in kept}
-    costs = {leg: math.prod(sizes[other] for other in joint) for leg, joint in joints.items()}
-    while joints:
-        leg = min(joints, key=costs.__getitem__)
-        joint = joints.pop(leg)
-        product = _product([one for one in live if leg in one[1]], joint)
-        left = tuple(other for other in joint if other != leg)
-        live = [one for one in live if leg not in one[1]]
-        live.append((product.sum(joint.index(leg)), left))
-        for other in left:
-            if other in joints:  # the only ones whose operands changed
-                joints[other] = _joint(live, other)
-                costs[other] = math.prod(sizes[one] for one in joints[other])
-    return _product(live, tuple(kept))
-
-
-def _joint(live: Sequence[Legged], leg: str) -> tuple[str, ...]:
-    """Every leg of the operands that have this one."""
-    return tuple(dict.fromkeys(other for _, legs in live if leg in legs for other in legs))
-
-
-def _product(operands: Sequence[Legged], order: tuple[str, ...]) -> Tensor:
-    made: Tensor | None = None
-    for tensor, legs in operands:
-        moved = tensor.permute([legs.index(leg) for leg in order if leg in legs])
-        shape = iter(moved.shape)
-        moved = moved.reshape([next(shape) if leg in legs else 1 for leg in order])
-        made = moved if made is None else made * moved
-    assert made is not None
-    return made
-
-
-def dense_weight(network: Network, cores: Mapping[str, Tensor], magnitude: bool = False) -> Tensor:
+def dense_weight(
+    network: Network, cores: Mapping[str, Tensor], magnitude: bool = False, values: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """The sum of all terms in float64, in the shape of the layer's weight; without the adapter's scale.
 
-    `cores` has every core by name, those that are the base weight too. With `magnitude` the scales count by size.
+    `cores` has every stored core by name, those that are the base weight too. With `magnitude` the scales count by
+    size, and `values` are the cores themselves, which maps of derived cores need beside their sizes.
     """
-    legs = {core.name: core.legs for core in network.cores}
+    named = _factors(network, cores, magnitude, values)
     total: Tensor | None = None
     for term in network.terms:
-        value = term_weight(network, term, [(cores[name].double(), legs[name]) for name in term.cores])
+        value = term_weight(network, term, [named[name] for name in term.cores])
         value = (abs(term.scale) if magnitude else term.scale) * value
         total = value if total is None else total + value
     assert total is not None
     return stored(total, network.layer)
+
+
+def _factors(
+    network: Network, cores: Mapping[str, Tensor], magnitude: bool = False, values: Mapping[str, Tensor] | None = None
+) -> dict[str, Legged]:
+    """What the terms name: the cores as they are stored, or factors."""
+    if not network.factors:
+        return {core.name: (cores[core.name].double(), core.legs) for core in network.cores}
+    assert values is not None or not magnitude
+    known = derive(network, values) if magnitude and values is not None else None
+    return factors_of(network, derive(network, cores, known))
 
 
 def term_weight(network: Network, term: BoundTerm, operands: Sequence[Legged], batch: Sequence[str] = ()) -> Tensor:
@@ -82,12 +57,16 @@ def term_weight(network: Network, term: BoundTerm, operands: Sequence[Legged], b
 
 
 def dense_delta(
-    network: Network, cores: Mapping[str, Tensor], start: Mapping[str, Tensor] | None, magnitude: bool = False
+    network: Network,
+    cores: Mapping[str, Tensor],
+    start: Mapping[str, Tensor] | None,
+    magnitude: bool = False,
+    values: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """scale * (T(cores) - T(start)), or scale * T(cores); with `magnitude` |scale| * (T(cores) + T(start))."""
-    delta = dense_weight(network, cores, magnitude)
+    delta = dense_weight(network, cores, magnitude, values)
     if start is not None:
-        first = dense_weight(network, start, magnitude)
+        first = dense_weight(network, start, magnitude, values)
         delta = delta + first if magnitude else delta - first
     return (abs(network.scale) if magnitude else network.scale) * delta
 
@@ -128,14 +107,14 @@ def composed(weight: Tensor, magnitude: Tensor, layer: Layer, size: Tensor | Non
 
 def entry(network: Network, cores: Mapping[str, Tensor], position: Sequence[int]) -> float:
     """One number of T(cores), at a position of the stored weight, from the index formula."""
-    legs = {core.name: core.legs for core in network.cores}
+    named = _factors(network, cores)
     total = 0.0
     for term in network.terms:
         digits: dict[str, int] = {}
         for number, axis in zip(_canonical_position(network.layer, position), term.weight, strict=True):
             for leg in reversed(axis):  # row-major: the last leg varies fastest
                 number, digits[leg] = divmod(number, network.sizes[leg])
-        taken = [_slice(cores[name].double(), legs[name], digits) for name in term.cores]
+        taken = [_slice(*named[name], digits) for name in term.cores]
         total += term.scale * float(sum_out(taken, ()))
     return total
 

@@ -1,12 +1,12 @@
-"""What each built-in map must compute, worked out a second time in float64 numpy from its definition.
+"""What each built-in map must compute, worked out a second time in float64 numpy from its definition, with its slope.
 
 Each is `function(x, shape, **arguments)` as in `tnpeft.program.maps`, but for one layer: x is (rest, *taken), the
-result (rest, *made), `at` has the index core's legs. Dense matrices and loops, one row of `rest` at a time.
+result (rest, *made), `at` has the index core's legs. A slope is the map's derivative, transposed:
+`slope(x, upstream, shape, **arguments)` takes a gradient of the result to one of x.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,18 +14,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tnpeft.spec.wavelets import wavelet_filters
+from tnpeft.verify.oracle_linear import LINEAR, matrix_of
 
-__all__ = ["oracle_map"]
+__all__ = ["oracle_map", "oracle_slope"]
 
 Array = NDArray[np.float64]
-Places = NDArray[np.int64]
 Shape = tuple[int, ...]
+Scalar = Callable[[float], float]
 
 
 def oracle_map(name: str) -> Callable[..., Array]:
     """The definition of a built-in map; KeyError for others."""
-    row = _ROWS[name]
+    if name in LINEAR:
+
+        def moved(x: Array, shape: Shape, **arguments: Any) -> Array:
+            matrix = matrix_of(name, x.shape[1:], shape, **arguments)
+            return matrix(np.asarray(x, np.float64).reshape(len(x), -1)).reshape(len(x), *shape)
+
+        return moved
+    if name in _SCALARS:
+        return _entrywise(_SCALARS[name][0])
+    row = _ROWS[name][0]
 
     def run(x: Array, shape: Shape, **arguments: Any) -> Array:
         rows = [row(np.asarray(values, dtype=np.float64), shape, **arguments) for values in x]
@@ -34,27 +43,57 @@ def oracle_map(name: str) -> Callable[..., Array]:
     return run
 
 
-def _entrywise(function: Callable[[float], float]) -> Callable[..., Array]:
-    return lambda x, shape: np.array(function(float(x)))
+def oracle_slope(name: str) -> Callable[..., Array]:
+    """The transposed derivative of a built-in map; KeyError for others."""
+    if name in LINEAR:
+
+        def moved(x: Array, upstream: Array, shape: Shape, **arguments: Any) -> Array:
+            matrix = matrix_of(name, x.shape[1:], shape, **arguments)
+            return matrix.transposed(upstream.reshape(len(x), -1)).reshape(x.shape)
+
+        return moved
+    if name in _SCALARS:
+        derivative = _entrywise(_SCALARS[name][1])
+        return lambda x, upstream, shape: upstream * derivative(x, shape)
+    row = _ROWS[name][1]
+
+    def run(x: Array, upstream: Array, shape: Shape, **arguments: Any) -> Array:
+        pairs = zip(x, upstream, strict=True)
+        return np.stack([row(values, gradient, **arguments) for values, gradient in pairs]).reshape(x.shape)
+
+    return run
+
+
+def _entrywise(function: Scalar) -> Callable[..., Array]:
+    each = np.frompyfunc(function, 1, 1)
+    return lambda x, shape: np.asarray(each(np.asarray(x, np.float64)), np.float64)
 
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def _gelu(x: float) -> float:
-    """x times the normal distribution's share below x."""
-    return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
+def _below(x: float) -> float:
+    """The share of the normal distribution below x."""
+    return 0.5 * (1 + math.erf(x / math.sqrt(2)))
 
 
-_SCALARS: dict[str, Callable[..., Array]] = {
-    "tanh": _entrywise(math.tanh),
-    "sin": _entrywise(math.sin),
-    "gelu": _entrywise(_gelu),
-    "silu": _entrywise(lambda x: x * _sigmoid(x)),
-    "relu": _entrywise(lambda x: max(x, 0.0)),
-    "cos": _entrywise(math.cos),
-    "sigmoid": _entrywise(_sigmoid),
+def _gelu_slope(x: float) -> float:
+    return _below(x) + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _silu_slope(x: float) -> float:
+    return _sigmoid(x) * (1 + x * (1 - _sigmoid(x)))
+
+
+_SCALARS: dict[str, tuple[Scalar, Scalar]] = {
+    "tanh": (math.tanh, lambda x: 1 - math.tanh(x) ** 2),
+    "sin": (math.sin, math.cos),
+    "gelu": (lambda x: x * _below(x), _gelu_slope),
+    "silu": (lambda x: x * _sigmoid(x), _silu_slope),
+    "relu": (lambda x: max(x, 0.0), lambda x: float(x > 0)),
+    "cos": (math.cos, lambda x: -math.sin(x)),
+    "sigmoid": (_sigmoid, lambda x: _sigmoid(x) * _sigmoid(-x)),
 }
 
 
@@ -65,13 +104,30 @@ def _topk_softmax(x: Array, shape: Shape, k: float) -> Array:
     return np.array([powers.get(place, 0.0) / sum(powers.values()) for place in range(len(flat))])
 
 
+def _topk_softmax_slope(x: Array, upstream: Array, k: float) -> Array:
+    shares = _topk_softmax(x, x.shape, k)
+    return shares * (upstream.ravel() - shares @ upstream.ravel())
+
+
 def _unit(x: Array, shape: Shape, floor: float = 0.0) -> Array:
     length = max(float(_norm(x, ())), floor)
     return x / length if length else x
 
 
+def _unit_slope(x: Array, upstream: Array, floor: float = 0.0) -> Array:
+    length = float(_norm(x, ()))
+    if length <= floor:
+        return upstream / floor if floor else np.zeros_like(x)
+    return (upstream - x * (x.ravel() @ upstream.ravel()) / length**2) / length
+
+
 def _norm(x: Array, shape: Shape) -> Array:
-    return np.array(math.hypot(*(float(value) for value in x.flat)))
+    return np.array(np.sqrt(np.square(x).sum()))
+
+
+def _norm_slope(x: Array, upstream: Array) -> Array:
+    length = float(_norm(x, ()))
+    return x * upstream / length if length else np.zeros_like(x)
 
 
 def _qr(x: Array, shape: Shape) -> Array:
@@ -85,91 +141,69 @@ def _qr(x: Array, shape: Shape) -> Array:
         if not below[column + 1 :].any():
             continue
         below[column] += math.copysign(math.hypot(*below), below[column])
-        reflection = np.eye(rows) - 2 * np.outer(below, below) / (below @ below)
-        triangle, product = reflection @ triangle, product @ reflection
+        scaled = 2 * below / (below @ below)
+        triangle = triangle - np.outer(scaled, below @ triangle)
+        product = product - np.outer(product @ scaled, below)
     return product[:, :columns]
 
 
-def _antisymmetric(x: Array, shape: Shape) -> Array:
-    return x - x.T
-
-
-def _skew(x: Array, shape: Shape) -> Array:
-    matrix = np.zeros(shape)
-    for value, (row, column) in zip(x, itertools.combinations(range(shape[0]), 2), strict=True):
-        matrix[row, column], matrix[column, row] = value, -value
-    return matrix
+def _qr_slope(x: Array, upstream: Array) -> Array:
+    """dQ = (I - Q Q^T) dA R^-1 + Q S, with S skew and equal to Q^T dA R^-1 below its diagonal."""
+    flat, gradient = x.reshape(-1, x.shape[-1]), upstream.reshape(-1, x.shape[-1])
+    vectors = _qr(x, ()).reshape(flat.shape)
+    inside = vectors.T @ gradient
+    below = np.tril(inside - inside.T, -1)
+    return (gradient - vectors @ inside + vectors @ below) @ np.linalg.inv(vectors.T @ flat).T
 
 
 def _cayley(x: Array, shape: Shape) -> Array:
     return (np.eye(len(x)) + x) @ np.linalg.inv(np.eye(len(x)) - x)
 
 
+def _cayley_slope(x: Array, upstream: Array) -> Array:
+    """d = (I + C) dQ (I - Q)^-1."""
+    return (np.eye(len(x)) + _cayley(x, ())).T @ upstream @ np.linalg.inv(np.eye(len(x)) - x).T
+
+
+def _series(terms: float) -> list[int]:
+    """The factors of the powers 0, 1, ... of Neumann's series."""
+    return [1, *[2] * (int(terms) - 2), 1]
+
+
 def _neumann(x: Array, shape: Shape, terms: float) -> Array:
-    last = int(terms) - 1
-    factors = [1, *[2] * (last - 1), 1]
-    return sum((factor * np.linalg.matrix_power(x, power) for power, factor in enumerate(factors)), np.zeros(shape))
+    powers = enumerate(_series(terms))
+    return sum((factor * np.linalg.matrix_power(x, power) for power, factor in powers), np.zeros(shape))
+
+
+def _neumann_slope(x: Array, upstream: Array, terms: float) -> Array:
+    """d(Q^p) = sum of Q^a dQ Q^(p - 1 - a)."""
+    raised = [np.linalg.matrix_power(x.T, power) for power in range(int(terms))]
+    pairs = ((power, first) for power in range(int(terms)) for first in range(power))
+    parts = (_series(terms)[power] * raised[first] @ upstream @ raised[power - 1 - first] for power, first in pairs)
+    return sum(parts, np.zeros_like(x))
 
 
 def _reflections(x: Array, shape: Shape) -> Array:
     """One more reflection at a time: (I - U T U^T)(I - 2 u u^T) has the column -2 T U^T u beside T, and 2 below it."""
-    product = np.zeros(shape)
+    product = np.zeros(x.shape)
     for column in range(len(x)):
         product[:column, column] = -2 * product[:column, :column] @ x[:column, column]
         product[column, column] = 2
     return product
 
 
-def _scatter(x: Array, shape: Shape, at: Places) -> Array:
-    made = np.zeros(math.prod(shape))
-    for value, place in zip(x.flat, at.flat, strict=True):
-        made[place] = value
-    return made
+def _reflections_slope(x: Array, upstream: Array) -> Array:
+    """dT = -T dU T, of what is above the diagonal."""
+    product = _reflections(x, ())
+    return -np.triu(product.T @ upstream @ product.T, 1)
 
 
-def _gather(x: Array, shape: Shape, at: Places) -> Array:
-    return np.array([x.flat[place] for place in at.flat])
-
-
-def _roll(x: Array, shape: Shape) -> Array:
-    rows, columns = shape
-    matrix = np.broadcast_to(x, shape)  # a vector stands in every row
-    return np.array([[matrix[r, (c - r) % columns] for c in range(columns)] for r in range(rows)])
-
-
-def _pad(x: Array, shape: Shape) -> Array:
-    made = np.zeros(math.prod(shape))
-    start = (len(made) - len(x)) // 2
-    made[start : start + len(x)] = x
-    return made
-
-
-def _wavelet(x: Array, shape: Shape, family: str) -> Array:
-    """Each coefficient puts its filter two places further; the ends go, and half of what is too long at each side."""
-    length = len(wavelet_filters(family)[0])
-    made = np.zeros(2 * (x.shape[1] - 1) + length)
-    for band, taps in zip(x, wavelet_filters(family), strict=True):
-        for place, tap in itertools.product(range(len(band)), range(length)):
-            made[2 * place + tap] += band[place] * taps[tap]
-    whole = made[length - 2 : len(made) - (length - 2)]
-    start = (len(whole) - shape[0]) // 2
-    return whole[start : start + shape[0]]
-
-
-_ROWS: dict[str, Callable[..., Array]] = {
-    **_SCALARS,
-    "topk_softmax": _topk_softmax,
-    "unit": _unit,
-    "norm": _norm,
-    "qr": _qr,
-    "antisymmetric": _antisymmetric,
-    "skew": _skew,
-    "cayley": _cayley,
-    "neumann": _neumann,
-    "reflections": _reflections,
-    "scatter": _scatter,
-    "gather": _gather,
-    "roll": _roll,
-    "pad": _pad,
-    "wavelet": _wavelet,
+_ROWS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
+    "topk_softmax": (_topk_softmax, _topk_softmax_slope),
+    "unit": (_unit, _unit_slope),
+    "norm": (_norm, _norm_slope),
+    "qr": (_qr, _qr_slope),
+    "cayley": (_cayley, _cayley_slope),
+    "neumann": (_neumann, _neumann_slope),
+    "reflections": (_reflections, _reflections_slope),
 }

@@ -57,7 +57,10 @@ def part_of(adapter: Adapter, where: str, gain: float) -> LayerUpdate | Problem:
             return _doubled(part, frozen)
         fix = "Only LoRA's can be: it is a LoRA of twice the rank. Merge the adapter instead."
         return Problem(what, "an update without a frozen copy", "`start: frozen_copy`", fix, where)
-    return Problem(what, "the network of LoRA, LoCon, LoHa or LoKr", f"`{network.einsum}`", MERGE, where)
+    names = ", ".join(f"'{core.name}'" for core in network.derived)
+    derived = f", with the derived core{'s' * (len(network.derived) > 1)} {names}" if names else ""
+    shown = f"`{network.einsum}`{derived or ', of references with legs' * bool(network.factors)}"
+    return Problem(what, "the network of LoRA, LoCon, LoHa or LoKr", shown, MERGE, where)
 
 
 def _stacked(adapter: Adapter, name: str, tensor: Tensor) -> Tensor:

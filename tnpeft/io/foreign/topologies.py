@@ -107,9 +107,9 @@ def _kron(name: str, small: str, large: str, inner: bool) -> Topology:
 def found_in(network: Network, topology: Topology) -> dict[str, tuple[str, tuple[int, ...]]] | None:
     """For each core of `topology`: the network's core and the order of its axes that gives the topology's legs.
 
-    None where the network is another one, or keeps only a part of its entries.
+    None where the network is another one, contracts other tensors than it stores, or keeps only a part of its entries.
     """
-    plain = len(network.terms) == 1 and all(core.origin != "weight" for core in network.cores)
+    plain = len(network.terms) == 1 and not network.factors and all(core.origin != "weight" for core in network.cores)
     if not plain or network.padded_shape != network.layer.weight_shape:
         return None
     axes = len(network.layer.kernel_size)
