@@ -72,10 +72,12 @@ def holders_of(model: Any) -> list[Any]:
     return [parts.device_mesh.get_group(axis) for axis in range(parts.device_mesh.ndim)]
 
 
-def flat_part(model: nn.Module) -> Any:
+def flat_part(model: Any) -> Any:
     """The first FullyShardedDataParallel (FSDP1) in a model; None where there is none."""
     kind = getattr(sys.modules.get(UNITS), "FullyShardedDataParallel", None)
-    return None if kind is None else next((module for module in model.modules() if isinstance(module, kind)), None)
+    if kind is None or not isinstance(model, nn.Module):  # which is told later
+        return None
+    return next((module for module in model.modules() if isinstance(module, kind)), None)
 
 
 def is_flat_sharded(module: Any) -> bool:
