@@ -87,9 +87,10 @@ def is_flat_sharded(module: Any) -> bool:
     return handle is not None and flat is not None and bool(handle.uses_sharded_strategy and handle.is_sharded(flat))
 
 
-def summoned(model: nn.Module, writes: bool) -> AbstractContextManager[Any]:
+def summoned(model: Any, writes: bool) -> AbstractContextManager[Any]:
     """Inside, what FullyShardedDataParallel has in pieces is whole; with `writes` the pieces get its values."""
-    flat: Any = next(filter(is_flat_sharded, model.modules()), None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    flat: Any = next(filter(is_flat_sharded, modules), None)
     return nullcontext() if flat is None else type(flat).summon_full_params(model, writeback=writes)
 
 
