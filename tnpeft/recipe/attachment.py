@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tnpeft.adapters import Captured
+from tnpeft.adapters import Adapter, Captured
 from tnpeft.adapters.hashing import digest_of_modules
 from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.adapters.processes import holders_of, in_step
@@ -99,13 +99,18 @@ def attach(
         recipe = _with(recipe_of(what, match, params, **where), train, scopes, dropout)
         claims = _claims(model, recipe, mode)
         said.append(lambda: (name, seed, mode, claims.in_words))
-    with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
-        of_layers = claims.networks, claims.bases, claims.layers, claims.captured
-        adapters = compiled_layers(*of_layers, seed, mode, autotune, init)
-    with in_step(holders, lambda: _unlike("initial cores", _SAME_VALUES)) as said:
-        said.append(lambda: digest_of_modules(adapters))
+    adapters = _compiled(model, claims, holders, seed, mode, autotune, init)
     install(model, name, adapters, claims.also.names, _about(model, recipe, claims.layers, claims.also))
     return Handle(model, name)
+
+
+def _compiled(model: nn.Module, claims: _Claims, holders: Sequence[Any], *options: Any) -> dict[str, Adapter]:
+    """The adapters of all layers, with first values that are the same in every process."""
+    with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
+        adapters = compiled_layers(claims.networks, claims.bases, claims.layers, claims.captured, *options)
+    with in_step(holders, lambda: _unlike("initial cores", _SAME_VALUES)) as said:
+        said.append(lambda: digest_of_modules(adapters))
+    return adapters
 
 
 def _unlike(what: str, fix: str) -> AttachError:
