@@ -30,6 +30,20 @@ class Block(nn.Module):
         return x + self.norm(self.b(torch.tanh(self.a(x))))
 
 
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.up, self.down = (nn.Parameter(torch.randn(shape) / 4) for shape in ((4, 32, 16), (4, 32, 16)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.attention(x, x, x)[0]
+        hidden = torch.relu(torch.einsum("bti,eoi->beto", x, self.up))
+        return x + torch.einsum("beti,eio->bto", hidden, self.down) / 4
+
+
 def base(conv: bool = False) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*[Block(conv) for _ in range(3)])
@@ -37,9 +51,24 @@ def base(conv: bool = False) -> nn.Sequential:
 
 def adapted(spec: str, mode: str = "auto", conv: bool = False, **options: Any) -> nn.Sequential:
     model = base(conv)
+    attach(model, spec, mode, **options)
+    return model
+
+
+def late(
+    spec: str, mode: str = "auto", conv: bool = False, way: str = "blocks", sharding: Any = None, **options: Any
+) -> nn.Sequential:
+    """The same, sharded (with these arguments) and called before the adapter is attached."""
+    model = sharded(base(conv), way, **(sharding or {}))
+    with torch.no_grad():
+        model(rows(conv)[0])  # leaves what the root holds gathered
+    attach(model, spec, mode, **options)
+    return model
+
+
+def attach(model: nn.Module, spec: str, mode: str = "auto", **options: Any) -> None:
     scopes = {core.shared: PATTERNS[core.shared] for core in tnpeft.load_spec(spec).cores if core.shared in PATTERNS}
     tnpeft.attach(model, spec, match=r"\.[ab]$", mode=mode, **({"scopes": scopes} if scopes else {}), **options)
-    return model
 
 
 def changed(model: nn.Sequential, seed: int) -> nn.Sequential:

@@ -236,10 +236,11 @@ def test_weights_of_other_classes_are_left_alone(weight, found):
         f"layer '0': merging: expected a weight that the update can be added to, found {found}. "
         "Keep the adapter beside it: `tnpeft.save` writes that."
     )
-    assert refused(with_weight(weight), "pissa") == (
-        f"layer '0': spec 'pissa': expected a base weight that can be read, found {found}. "
-        "Use a spec that does not read the weight, such as `lora`, or match other layers."
-    )
+    for spec in ("pissa", "supertuning"):
+        assert refused(with_weight(weight), spec) == (
+            f"layer '0': spec '{spec}': expected a base weight that can be read, found {found}. "
+            "Use a spec that does not read the weight, such as `lora`, or match other layers."
+        )
 
 
 def test_weights_that_compute_as_torchs_own():

@@ -53,7 +53,7 @@ def split(net: nn.Module, way: str, mesh: DeviceMesh) -> None:
         parallelize_module(net, mesh, {"0": ColwiseParallel()})
 
 
-@pytest.mark.parametrize("way", ["all", "layers", "model", "columns"])
+@pytest.mark.parametrize("way", ["all", "columns"])
 def test_a_split_model_is_not_attached_to(mesh: DeviceMesh, way: str):
     net = model()
     split(net, way, mesh)
@@ -61,9 +61,9 @@ def test_a_split_model_is_not_attached_to(mesh: DeviceMesh, way: str):
     with pytest.raises(AttachError) as excinfo:
         tnpeft.attach(net, "lora", match="0", r=2)
     assert str(excinfo.value) == (
-        "layer '0': layer: expected `weight` and `bias` as plain parameters, found a Linear of DTensors, of which each "
-        "process holds a part (FSDP2, tensor parallelism). Attach to the whole model first, then shard it with "
-        "`fully_shard`."
+        "layer '0': `weight`: expected a tensor that is whole while its module runs, found a DTensor, of which each "
+        "process holds a part (tensor parallelism). Use `fully_shard` in place of it, or split the model after "
+        "`tnpeft.detach(model, merge=True)`."
     )
     assert {name: id(tensor) for name, tensor in net.named_parameters()} == before
 
@@ -95,6 +95,19 @@ def test_a_model_that_was_sharded_after_attaching_runs(mesh: DeviceMesh, way: st
     before = net(X)
     split(net, way, mesh)
     torch.testing.assert_close(net(X), before)
+
+
+@pytest.mark.parametrize("way", ["layers", "model"])
+def test_a_sharded_model_is_attached_to(mesh: DeviceMesh, way: str):
+    net, whole = model(), model()
+    split(net, way, mesh)
+    for each in (net, whole):
+        before = each(X)
+        tnpeft.attach(each, "lora", match="0|2|4", r=2)
+        torch.testing.assert_close(each(X), before, rtol=0, atol=0)
+        each(X).square().sum().backward()
+    found, wanted = (each[2].adapter("default").cores["up"].grad for each in (net, whole))
+    torch.testing.assert_close(found.full_tensor(), wanted)
 
 
 def test_a_core_that_is_a_dtensor_is_gathered(mesh: DeviceMesh):

@@ -146,6 +146,7 @@ LATE = (
     ("tnpeft/planning/heuristic.py", "cotengra", "20 ms, which only large networks pay"),
     ("tnpeft/adapters/memory_need.py", "resource", "Windows has none"),
     ("tnpeft/adapters/distributed.py", "torch.distributed", "a second; whoever has a DTensor has paid for it"),
+    ("tnpeft/adapters/units.py", "torch.distributed", "a second; whoever has a DTensor has paid for it"),
 )
 
 # Which files import a module by a name that is put together, which no walk over `ast` sees, and why.

@@ -1,4 +1,4 @@
-"""Models that FSDP shards after attaching: trained as in one process, saved by one. tests/wide has the rest."""
+"""Models that FSDP shards, after attaching or before: trained as in one process, saved by one. More in tests/wide."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharded import adapted, base, changed, cores, everyones, losses, mean, optimiser, rows, run, sharded
+from sharded import adapted, base, changed, cores, everyones, late, losses, mean, optimiser, rows, run, sharded
 from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -59,6 +59,41 @@ def _loads_in_place(folder: Path) -> None:
     torch.testing.assert_close(mean(losses(model, x, y, adam=adam)), wanted, rtol=1e-6, atol=1e-6)
 
 
+def _joins_late(folder: Path) -> None:
+    x, y = rows()
+    everything = {"train": {"norm": True, "bias": "adapted"}}
+    for spec, mode, way in (("lora", "factored", "layers"), ("dora", "dense", "blocks")):
+        model, whole = late(spec, mode, way=way, **everything), adapted(spec, mode, **everything)
+        plain = sharded(base(), way)
+        with torch.no_grad():
+            before = plain(x)
+            assert torch.equal(model(x), before)
+        wanted = losses(whole, *everyones())
+        torch.testing.assert_close(mean(losses(model, x, y)), wanted, rtol=1e-6, atol=1e-6)
+        tnpeft.save(model, folder / f"late-{spec}.safetensors")
+        loaded = base()
+        for each in (loaded, plain):
+            tnpeft.load(each, folder / f"late-{spec}.safetensors")
+            with torch.no_grad():
+                torch.testing.assert_close(each(x), model(x), rtol=1e-6, atol=1e-6)
+        wanted = losses(loaded, *everyones())
+        torch.testing.assert_close(mean(losses(plain, x, y)), wanted, rtol=1e-6, atol=1e-6)
+        tnpeft.detach(plain)
+        with torch.no_grad():
+            assert torch.equal(plain(x), before)
+
+
+def _is_attached_alike(_folder: Path) -> None:
+    model = sharded(base(), "blocks")
+    for options, said in (
+        ({"match": r"\.a$", "seed": distributed.get_rank()}, "attach: expected the same in every process that holds"),
+        ({"match": r"\.a$" if distributed.get_rank() else r"\.z$"}, "expected at least one layer, found none"),
+    ):
+        with pytest.raises(tnpeft.AttachError, match=said):
+            tnpeft.attach(model, "lora", **options)
+    assert not [*cores(model)]
+
+
 def _stays_wide(_folder: Path) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     plain, model = sharded(base(), "blocks", mp_policy=policy), adapted("mpo", train={"norm": True})
@@ -78,6 +113,8 @@ def _all(folder: Path) -> None:
     _refuses_in_all(folder)
     _loads_in_place(folder)
     _stays_wide(folder)
+    _joins_late(folder)
+    _is_attached_alike(folder)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.base_weight import base_weight, beside
 from tnpeft.adapters.core_keys import CORE, DORA, MAGNITUDE, START, keys_of
-from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_flattened, write
+from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_flattened, whole, write
 from tnpeft.adapters.dora import composed, magnitudes
 from tnpeft.adapters.factors import Factors, Light
 from tnpeft.adapters.given import unwritten
@@ -106,9 +106,9 @@ class Adapter(Resident, Twinned, nn.Module):
         self._core_keys, self._start_keys, self._stored_keys = keys_of(network)
         # Tensors made under inference mode could never be trained.
         with present(layer), torch.inference_mode(False):
-            weight = base_weight(layer, network) if initialise else outline(base_weight(layer, network))
+            weight = base_weight(layer, network)
             self._lay_out(weight.stride())
-            self._register(weight, sharing or Sharing())
+            self._register(outline(weight) if DISTRIBUTED in sys.modules else weight, sharing or Sharing())
             self._empty = self._held()
             if initialise:
                 self.reset_parameters(weight)
@@ -194,7 +194,7 @@ class Adapter(Resident, Twinned, nn.Module):
         """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
         cores = self.core_tensors(weight, light)
         magnitude = self._parameters.get(DORA + MAGNITUDE)
-        return cores if magnitude is None else [*cores, magnitude]
+        return cores if magnitude is None else [*cores, *gathered([magnitude])]
 
     def core_tensors(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
         """What is contracted: the network's cores in its order, the base `weight` among them where one is it.
@@ -263,14 +263,14 @@ class Adapter(Resident, Twinned, nn.Module):
             and CORE + core.name not in self._holders
         }
         if self.magnitude is not None:
-            base = self._base(weight).detach()
-            drawn[MAGNITUDE] = magnitudes(self.network.layer, base.to(self.magnitude.dtype))
+            base = self._base(weight)
+            drawn[MAGNITUDE] = magnitudes(self.network.layer, whole(base).detach().to(self.magnitude.dtype))
         with torch.no_grad():
             for name, values in drawn.items() if self.factors is None else self._first_values(drawn, weight):
-                tensor = self._tensor((DORA if name == MAGNITUDE and self.magnitude is not None else CORE) + name)
-                tensor.copy_(values)
+                prefix = DORA if name == MAGNITUDE and self.magnitude is not None else CORE
+                write(self._tensor(prefix + name), values)
                 if START + name in self._buffers:
-                    self._tensor(START + name).copy_(tensor)
+                    self._tensor(START + name).copy_(values)
         if self.given:
             self.given = dict.fromkeys(self.given)
         self._written()

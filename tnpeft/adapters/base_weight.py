@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from tnpeft.adapters.inits import canonical_weight
+from tnpeft.adapters.inits import OF_WEIGHT, canonical_weight
 from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.parked import ParameterLayer, own_weight
 from tnpeft.errors import BindError, Problem
@@ -39,7 +39,6 @@ __all__ = [
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FOUR_BITS = "bitsandbytes.nn.modules.Params4bit"
-_SINGULAR = ("svd_u", "svd_s", "svd_v", "svd_us", "svd_vs")
 
 
 def base_weight(layer: Any, network: Network) -> Tensor:
@@ -60,7 +59,7 @@ def base_weight(layer: Any, network: Network) -> Tensor:
 
 def needs_weight(spec: Any) -> bool:
     """Whether adapters of a spec are made of the base weight's values, at the start or throughout."""
-    cores = (core.origin is not None or core.init.name in _SINGULAR for core in spec.cores)
+    cores = (core.origin is not None or core.init.name in OF_WEIGHT for core in spec.cores)
     return spec.compose is not None or spec.start_std is not None or any(cores)
 
 

@@ -20,16 +20,19 @@ from tnpeft.errors import ExecutionError, Problem
 __all__ = [
     "DISTRIBUTED",
     "SPLIT_FIX",
+    "UNITS",
     "gathered",
     "is_distributed",
     "is_sharded",
     "is_split",
+    "is_unit",
     "keep_wide",
     "outline",
     "refuse_distributed",
     "refuse_flattened",
     "reshard",
     "split_problem",
+    "unit_class",
     "whole",
     "write",
     "zero_problem",
@@ -41,7 +44,7 @@ SPLIT_FIX = (
 )
 EXPECTED = "plain tensors"
 FOUND = "DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
-DISTRIBUTED, _UNITS = "torch.distributed.tensor", "torch.distributed.fsdp"
+DISTRIBUTED, UNITS = "torch.distributed.tensor", "torch.distributed.fsdp"
 
 
 def is_distributed(tensor: object) -> bool:
@@ -62,12 +65,27 @@ def is_split(*modules: Any) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, as a constant; every process that holds a part must ask."""
-    return tensor.detach().full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    return _all_of(tensor) if is_distributed(tensor) else tensor
 
 
-def outline(tensor: Tensor) -> Tensor:
+def _all_of(parts: Any) -> Tensor:
+    """A DTensor as the whole tensor, on the mesh's device: FSDP2 may offload the parts to the CPU."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, local = parts.device_mesh, parts.detach().to_local()
+    local = local if local.is_meta else local.to(mesh.device_type)
+    shape = {"shape": parts.shape, "stride": parts.stride()}
+    tensor: Tensor = DTensor.from_local(local, mesh, parts.placements, run_check=False, **shape).full_tensor()
+    return tensor.detach()
+
+
+def outline(tensor: Any) -> Tensor:
     """Where and how wide a tensor is, and its shape: of one in parts, one that holds no values; nothing is gathered."""
-    return tensor.to_local().new_empty(1).expand(tensor.shape) if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_distributed(tensor):
+        return tensor  # type: ignore[no-any-return]
+    local = tensor.to_local()
+    device = local.device if local.is_meta else tensor.device_mesh.device_type
+    return local.new_empty(1, device=device).expand(tensor.shape)  # type: ignore[no-any-return]
 
 
 def write(target: Any, values: Tensor) -> None:
@@ -75,7 +93,7 @@ def write(target: Any, values: Tensor) -> None:
 
     Every process has the values: nothing is exchanged.
     """
-    if not is_distributed(target):
+    if DISTRIBUTED not in sys.modules or not is_distributed(target):
         target.copy_(values)
         return
     from torch.distributed.tensor import DTensor, Replicate
@@ -85,12 +103,22 @@ def write(target: Any, values: Tensor) -> None:
     target.to_local().copy_(alike.redistribute(mesh, target.placements).to_local())
 
 
+def unit_class() -> Any:
+    """The class of the modules that FSDP2 gathers as units; None where nobody has imported it."""
+    return getattr(sys.modules.get(UNITS), "FSDPModule", None)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers it as a unit."""
+    kind = unit_class()
+    return kind is not None and isinstance(module, kind)
+
+
 def reshard(model: nn.Module) -> None:
     """Free what FSDP2 has gathered: where a unit keeps it after a forward pass, the parts may be newer."""
-    kind: Any = getattr(sys.modules.get(_UNITS), "FSDPModule", None)
-    for module in () if kind is None else model.modules():
-        if isinstance(module, kind):
-            module.reshard()
+    for module in model.modules() if UNITS in sys.modules else ():
+        if is_unit(module):
+            module.reshard()  # type: ignore[operator]
 
 
 def gathered(tensors: Sequence[Tensor | None]) -> list[Any]:
@@ -108,13 +136,8 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parts: Any) -> Tensor:
-        from torch.distributed.tensor import DTensor
-
         ctx.placements, ctx.mesh, ctx.device = parts.placements, parts.device_mesh, parts.to_local().device
-        local = parts.to_local().to(ctx.mesh.device_type)  # from the CPU, where FSDP2 offloads parts
-        shape = {"shape": parts.shape, "stride": parts.stride()}
-        tensor: Tensor = DTensor.from_local(local, ctx.mesh, ctx.placements, run_check=False, **shape).full_tensor()
-        return tensor.detach()
+        return _all_of(parts)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -123,7 +146,9 @@ class _Gathered(torch.autograd.Function):
         mesh, placements = ctx.mesh, ctx.placements
         mean = (gradient / mesh.size()).contiguous()
         parts = DTensor.from_local(mean, mesh, [Partial()] * mesh.ndim, run_check=False)
-        local = parts.redistribute(mesh, placements).to_local().to(ctx.device)
+        for axis in range(mesh.ndim):  # one by one: torch warns of several at once
+            parts = parts.redistribute(mesh, [*placements[: axis + 1], *[Partial()] * (mesh.ndim - axis - 1)])
+        local = parts.to_local().to(ctx.device)
         shape = {"shape": gradient.shape, "stride": mean.stride()}
         return DTensor.from_local(local, mesh, placements, run_check=False, **shape)
 
@@ -171,7 +196,7 @@ def zero_problem(modules: Iterable[nn.Module]) -> Problem | None:
 
 def refuse_flattened(name: str, cores: Sequence[Tensor | None], shapes: Iterable[Sequence[int]]) -> None:
     """Raises ExecutionError for cores as FSDP1 leaves them: in pieces while their unit does not run, or cast."""
-    if _UNITS not in sys.modules or torch._C._get_tracing_state() is not None:
+    if UNITS not in sys.modules or torch._C._get_tracing_state() is not None:
         return
     where = f"layer '{name}'" if name else None
     if any(core is not None and core.shape != tuple(shape) for core, shape in zip(cores, shapes, strict=True)):

@@ -12,12 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tnpeft.adapters.distributed import whole
 from tnpeft.adapters.given import misfit
 from tnpeft.errors import BindError, Problem, clip
 from tnpeft.network import BoundCore, Layer, Network
 from tnpeft.spec import init_function
 
-__all__ = ["canonical_weight", "initial_core", "is_drawn", "stream", "whole_seed"]
+__all__ = ["OF_WEIGHT", "canonical_weight", "initial_core", "is_drawn", "stream", "whole_seed"]
 
 _Shape = tuple[int, ...]
 _Draw = Callable[[BoundCore, torch.Generator, Mapping[str, float]], Tensor]
@@ -41,12 +42,13 @@ def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weigh
     Raises BindError where the distribution does not fit the core.
     """
     with torch.device("cpu"):
+        weight = weight if core.init.name in OF_WEIGHT else None
         one = network.slice_network
         if one is None or core.shared is not None:
             return _initial_core(one or network, core, seed, layer, weight)
         slice_core = one.cores[network.cores.index(core)]
         # As if each slice were a layer of its own, with its number at the end of its name.
-        weights = [None] * network.layer.slices if weight is None else weight.unbind(0)
+        weights = [None] * network.layer.slices if weight is None else whole(weight).unbind(0)
         slices = [_initial_core(one, slice_core, seed, f"{layer}.{n}", part) for n, part in enumerate(weights)]
         return torch.stack(slices)
 
@@ -58,7 +60,7 @@ def _initial_core(network: Network, core: BoundCore, seed: int, layer: str, weig
     if name in _WAVES:
         return _wave(core, seed, layer)
     generator = stream(seed, layer, core.name, core.shape)
-    if name in ("largest", "smallest"):
+    if name in _BY_SIZE:
         return _by_size(network, core, weight)
     if name in ("choice", "random"):
         return _PLACES[name](core, generator, [network.sizes[leg] for leg in core.init.legs])
@@ -190,7 +192,7 @@ def _by_size(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor
     if core.init.legs != tuple(leg for axis in network.terms[0].weight for leg in axis):
         expected = "the legs of the weight, which is looked at entry by entry"
         raise BindError(_misfit(core, expected, " ".join(core.init.legs), "Name the legs of `weight`."))
-    sizes = canonical_weight(network.layer, weight.detach()).to("cpu", torch.float32).abs().flatten()
+    sizes = canonical_weight(network.layer, whole(weight.detach())).to("cpu", torch.float32).abs().flatten()
     _require_places(core, sizes.numel())
     order = sizes.sort(descending=core.init.name == "largest", stable=True).indices
     return order[: core.numel].reshape(core.shape)
@@ -206,6 +208,7 @@ _PLACES: dict[str, Callable[[BoundCore, torch.Generator, Sequence[int]], Tensor]
     "random": _random,
 }
 
+_BY_SIZE = ("largest", "smallest")
 _WAVES = {"cosine": torch.cos, "sine": torch.sin}
 
 
@@ -233,6 +236,8 @@ _PARTS = {
     "from svd_s": ("values", 1.0),
     "from svd_v": ("right", 0.0),
 }
+OF_WEIGHT = frozenset({*_PARTS, *_BY_SIZE})
+"""The inits that the base weight's values have a part in."""
 
 
 def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
@@ -245,7 +250,7 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
     if weight is None or weight.device.type == "meta":
         fix = "Give the model its weights first, then call `reset_parameters` with the layer's weight."
         raise BindError(_misfit(core, "the base weight's values", "none", fix))
-    matrix = canonical_weight(network.layer, weight.detach()).to("cpu", torch.float64)
+    matrix = canonical_weight(network.layer, whole(weight.detach())).to("cpu", torch.float64)
     if not bool(torch.isfinite(matrix).all()):
         fix = "Mend the layer's weight, or match other layers."
         raise BindError(_misfit(core, "a base weight of finite numbers", "nan or inf", fix))

@@ -16,16 +16,23 @@ from torch import Tensor, nn
 from tnpeft.adapters.distributed import whole
 from tnpeft.adapters.offload import store
 from tnpeft.adapters.showing import (
+    MADE,
+    MANGLED,
+    ON_READING,
+    ORIGINAL,
     READ,
     SHOWN,
     UNSET,
     _made_again,
     bare,
+    combined,
+    copies_of,
     dress,
     flat_weights,
     key_of,
+    own,
+    parked_key,
     plain_class,
-    require_values,
     set_own,
     stored_at,
 )
@@ -62,35 +69,9 @@ __all__ = [
     "take_back",
 ]
 
-MANGLED = "_tnpeft_"
-ORIGINAL = "original"
 _SUM = "sum"
-_MADE = "_tnpeft_made"
-"""On a module: for each tensor that is made of several copies, or merged, the adapters and scales that make it."""
-
+_FLAT = "_fsdp_flattened"  # what FSDP1 leaves on the parameters that it holds in pieces
 TABLES = ("_parameters", "_buffers")
-
-
-def parked_key(who: str, key: str) -> str:
-    """The key of what stands beside `key`. No adapter's name has a colon, so that no two tensors share a place."""
-    return f"{MANGLED}{who}:{key}"
-
-
-def copies_of(name: str) -> str:
-    """Whose the copies of adapter `name` are, for `parked_key`."""
-    return f"of_{name}"
-
-
-def own(module: nn.Module, table: str, key: str) -> Tensor:
-    """The base's own tensor, whatever acts in its place, merged or not."""
-    tensors = module.__dict__[table]
-    tensor: Tensor | None = tensors.get(f"{MANGLED}{ORIGINAL}:{key}")
-    if tensor is None:  # a table alone, as nearly always, takes no call
-        tensor = tensors.get(key)
-    if tensor is None:
-        tensor = stored_at(module, table, key)
-    assert tensor is not None
-    return tensor
 
 
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
@@ -139,6 +120,8 @@ def own_weight(base: nn.Module | ParameterLayer) -> Tensor:
 def acting(module: nn.Module, table: str, key: str) -> Tensor:
     """The tensor with which the module computes."""
     stored = module.__dict__.get(SHOWN, {}).get(key, key)
+    if stored == ON_READING:
+        return combined(module, table, key, module.__dict__[MADE][key])
     tensor = stored_at(module, table, stored)
     assert tensor is not None
     return tensor
@@ -180,30 +163,11 @@ def _take_class(module: nn.Module, where: str, names: dict[str, str]) -> None:
 
 def acting_scales(module: nn.Module, key: str) -> dict[str, float]:
     """The adapters whose copies make what acts as `key`, with their scales; none where it is the module's own."""
-    if key in module.__dict__.get(_MADE, {}):
-        return dict(module.__dict__[_MADE][key])
+    if key in module.__dict__.get(MADE, {}):
+        return dict(module.__dict__[MADE][key])
     stored = module.__dict__.get(SHOWN, {}).get(key, "")
     name = stored.removeprefix(f"{MANGLED}of_").rpartition(":")[0]
     return {name: 1.0} if stored.startswith(f"{MANGLED}of_") else {}
-
-
-def combined(module: nn.Module, table: str, key: str, scales: Mapping[str, float]) -> Tensor:
-    """b0 + sum of s (b - b0) over the copies of some adapters, rounded once; an integer stays what it is."""
-    original = own(module, table, key).detach()
-    for stored in (parked_key(copies_of(name), key) for name in scales):
-        require_values(module, stored, module.__dict__[table][stored])
-    if list(scales.values()) == [1.0]:
-        (name,) = scales
-        return module.__dict__[table][parked_key(copies_of(name), key)].detach().clone()  # type: ignore[no-any-return]
-    if not original.is_floating_point():
-        return original.clone()
-    wide = original.to(torch.promote_types(original.dtype, torch.float32))
-    total = wide.clone()
-    for name, scale in scales.items():
-        copy = module.__dict__[table][parked_key(copies_of(name), key)].detach()
-        total.add_(copy.to(wide.dtype) - wide, alpha=scale)
-    # A sum of differences may be no variance any more.
-    return (total.clamp_(min=0) if key == "running_var" else total).to(original.dtype)
 
 
 def park(module: nn.Module, table: str, key: str, scales: Mapping[str, float], tensor: Tensor) -> None:
@@ -218,7 +182,7 @@ def park(module: nn.Module, table: str, key: str, scales: Mapping[str, float], t
     effective = nn.Parameter(tensor, requires_grad=False) if table == "_parameters" else tensor
     store(module, table, key, effective)
     if scales:
-        module.__dict__.setdefault(_MADE, {})[key] = dict(scales)
+        module.__dict__.setdefault(MADE, {})[key] = dict(scales)
     _list_anew(module)
 
 
@@ -229,7 +193,7 @@ def is_parked(module: nn.Module, table: str, key: str) -> bool:
 
 def is_parked_unmade(module: nn.Module, keys: Collection[str]) -> bool:
     """Whether a copy acts under the plain name of one of some tensors, as in pickles of the first version."""
-    made = module.__dict__.get(_MADE, {})
+    made = module.__dict__.get(MADE, {})
     wrapped = "_base" in module.__dict__ or "_tnpeft_wrapper" in module.__dict__
     return any(
         is_parked(module, table, key) and key not in made
@@ -249,7 +213,7 @@ def take_back(module: nn.Module, table: str, key: str) -> None:
         if module.__dict__.get(SHOWN, {}).get(key) == parked:  # a copy made while the base was shown
             show(module, table, key, None)
         _list_anew(module)
-    module.__dict__.get(_MADE, {}).pop(key, None)
+    module.__dict__.get(MADE, {}).pop(key, None)
 
 
 def keep(module: nn.Module, table: str, key: str, tensor: Tensor) -> None:
@@ -264,30 +228,36 @@ def keep(module: nn.Module, table: str, key: str, tensor: Tensor) -> None:
         store(module, table, key, tensor)
     if is_parked(module, table, key):
         store(module, table, parked_key(ORIGINAL, key), None)
-    module.__dict__.get(_MADE, {}).pop(key, None)
+    module.__dict__.get(MADE, {}).pop(key, None)
     _list_anew(module)
 
 
 def show_sum(module: nn.Module, table: str, key: str, scales: Mapping[str, float], tensor: Tensor) -> None:
     """Let a sum of copies act; it moves with the module and is not saved."""
+    if getattr(own(module, table, key), _FLAT, False):  # whole while the module runs, and not now
+        module.__dict__.setdefault(MADE, {})[key] = dict(scales)
+        show(module, table, key, ON_READING)
+        return
     stored = parked_key(_SUM, key)
     module._buffers[stored] = whole(tensor)  # FSDP gathers no buffers
     module._non_persistent_buffers_set.add(stored)
-    module.__dict__.setdefault(_MADE, {})[key] = dict(scales)
+    module.__dict__.setdefault(MADE, {})[key] = dict(scales)
     show(module, table, key, stored)
 
 
 def drop_sum(module: nn.Module, key: str) -> None:
     """Forget a sum of copies."""
     stored = parked_key(_SUM, key)
-    if module._buffers.pop(stored, None) is not None:
+    if module._buffers.pop(stored, None) is not None or module.__dict__.get(SHOWN, {}).get(key) == ON_READING:
         module._non_persistent_buffers_set.discard(stored)
-        module.__dict__.get(_MADE, {}).pop(key, None)
+        module.__dict__.get(MADE, {}).pop(key, None)
 
 
 def remake(module: nn.Module) -> None:
     """Make sums and merged tensors anew, after their parts got other values."""
-    for key, scales in module.__dict__.get(_MADE, {}).items():
+    for key, scales in module.__dict__.get(MADE, {}).items():
+        if module.__dict__.get(SHOWN, {}).get(key) == ON_READING:
+            continue
         table = table_of(module, key)
         stored = parked_key(_SUM, key) if parked_key(_SUM, key) in module._buffers else key
         target = stored_at(module, table, stored)

@@ -7,25 +7,35 @@ they do, its class is a subclass in which those names are properties (torch's pa
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tnpeft.adapters.distributed import DISTRIBUTED, is_sharded
+from tnpeft.adapters.distributed import DISTRIBUTED, gathered, is_distributed, is_sharded, unit_class
 from tnpeft.adapters.offload import Resident, is_bare, store, wrapper_of
+from tnpeft.adapters.units import as_unit
 from tnpeft.errors import ExecutionError, Problem
 
 __all__ = [
+    "MADE",
+    "MANGLED",
+    "ON_READING",
+    "ORIGINAL",
     "READ",
     "SHOWN",
     "UNSET",
     "bare",
+    "combined",
+    "copies_of",
     "dress",
     "flat_weights",
     "key_of",
+    "own",
+    "parked_key",
     "plain_class",
     "require_values",
     "set_own",
@@ -39,6 +49,12 @@ READ = "_tnpeft_read"
 """On a module: for each parameter that reads as its sum with updates, the key of the submodule that makes it."""
 UNSET = "_tnpeft_unset"
 """On a module: the keys of copies that were made of tensors without memory, and were not loaded since."""
+MANGLED = "_tnpeft_"
+ORIGINAL = "original"
+MADE = "_tnpeft_made"
+"""On a module: for each tensor that is made of several copies, or merged, the adapters and scales that make it."""
+ON_READING = ":sum"
+"""In `SHOWN`, where a sum of copies acts that is made whenever it is read."""
 
 
 def key_of(stored: str) -> str:
@@ -59,6 +75,52 @@ def stored_at(module: nn.Module, table: str, stored: str) -> Tensor | None:
         if stored in tensors:
             return tensors[stored]  # type: ignore[no-any-return]
     return module.__dict__[stored]  # type: ignore[no-any-return] # FSDP has taken the parameter and left a view of it
+
+
+def parked_key(who: str, key: str) -> str:
+    """The key of what stands beside `key`. No adapter's name has a colon, so that no two tensors share a place."""
+    return f"{MANGLED}{who}:{key}"
+
+
+def copies_of(name: str) -> str:
+    """Whose the copies of adapter `name` are, for `parked_key`."""
+    return f"of_{name}"
+
+
+def own(module: nn.Module, table: str, key: str) -> Tensor:
+    """The base's own tensor, whatever acts in its place, merged or not."""
+    tensors = module.__dict__[table]
+    tensor: Tensor | None = tensors.get(f"{MANGLED}{ORIGINAL}:{key}")
+    if tensor is None:  # a table alone, as nearly always, takes no call
+        tensor = tensors.get(key)
+    if tensor is None:
+        tensor = stored_at(module, table, key)
+    assert tensor is not None
+    return tensor
+
+
+def combined(module: nn.Module, table: str, key: str, scales: Mapping[str, float]) -> Tensor:
+    """b0 + sum of s (b - b0) over the copies of some adapters, rounded once; an integer stays what it is."""
+    original = own(module, table, key).detach()
+    for stored in (parked_key(copies_of(name), key) for name in scales):
+        require_values(module, stored, stored_at(module, table, stored))
+    if list(scales.values()) == [1.0]:
+        (name,) = scales
+        return _copy(module, table, key, name).clone()
+    if not original.is_floating_point():
+        return original.clone()
+    wide = original.to(torch.promote_types(original.dtype, torch.float32))
+    total = wide.clone()
+    for name, scale in scales.items():
+        total.add_(_copy(module, table, key, name).to(wide.dtype) - wide, alpha=scale)
+    # A sum of differences may be no variance any more.
+    return (total.clamp_(min=0) if key == "running_var" else total).to(original.dtype)
+
+
+def _copy(module: nn.Module, table: str, key: str, name: str) -> Tensor:
+    copy = stored_at(module, table, parked_key(copies_of(name), key))
+    assert copy is not None
+    return copy.detach()
 
 
 class _Showing(Resident):
@@ -149,14 +211,14 @@ def dress(module: nn.Module, tables: tuple[tuple[str, str], ...]) -> None:
     A class of torch's parametrizations stays above it, for torch takes off its own.
     """
     kind: Any = type(module)
-    above = kind if _is_of_parametrizations(kind) else None
+    above: Any = next(filter(_is_of_parametrizations, kind.__mro__), None)
     plain: Any = plain_class(module)
     below = showing(plain, tables) if tables else plain
     if above is None:
         module.__class__ = below
-    elif above.__bases__ != (below,):  # another one: copies of the module have the same
-        own = {key: value for key, value in vars(above).items() if key not in ("__dict__", "__weakref__")}
-        module.__class__ = type(above.__name__, (below,), own)
+    elif kind is not above or above.__bases__ != (below,):  # another one: copies of the module have the same
+        names = {key: value for key, value in vars(above).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(above.__name__, (below,), names)
 
 
 def _is_of_parametrizations(kind: type) -> bool:
@@ -174,12 +236,15 @@ def showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> type
             shown = module.__dict__.get(SHOWN, {})
             if is_bare(module):
                 return bare(module, name) if table == "_parameters" else stored_at(module, table, name)
+            if shown.get(name) == ON_READING:
+                return combined(module, table, name, module.__dict__[MADE][name])
             acts = stored_at(module, table, shown.get(name, name))
             if UNSET in module.__dict__:
                 require_values(module, shown.get(name, name), acts)
             if DISTRIBUTED in sys.modules and name in shown and acts is not None and is_sharded(wrapper_of(module)):
                 own = stored_at(module, table, name)
-                acts = acts if own is None else acts.to(own.dtype)  # that of FSDP2's MixedPrecisionPolicy
+                if own is not None and not is_distributed(own):  # the module runs
+                    acts = gathered([acts])[0].to(own.dtype)  # that of FSDP2's MixedPrecisionPolicy
             maker = module.__dict__.get(READ, {}).get(name)
             return acts if maker is None else module._modules[maker].effective(acts)
 
@@ -223,8 +288,18 @@ def flat_weights(module: Any) -> list[Tensor | None]:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, without those that show other tensors or compute some."""
+    """The class of a module, without those that show other tensors or compute some; a unit of FSDP2 stays one."""
     kind: Any = type(module)
-    kind = kind.__bases__[0] if _is_of_parametrizations(kind) else kind
-    plain: type[nn.Module] = getattr(kind, "_tnpeft_plain", kind)
-    return plain
+    unit = None
+    while True:
+        if _is_of_parametrizations(kind):
+            (kind,) = kind.__bases__
+        elif "_tnpeft_plain" in vars(kind):
+            kind = kind._tnpeft_plain
+        elif kind.__bases__[:1] == (unit_class(),):
+            unit, kind = kind, kind.__bases__[1]
+        else:
+            break
+    if unit is None:
+        return kind  # type: ignore[no-any-return]
+    return unit if unit.__bases__[1] is kind else as_unit(kind)  # type: ignore[no-any-return]

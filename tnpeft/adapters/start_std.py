@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tnpeft.adapters.distributed import whole, write
 from tnpeft.errors import BindError, Problem
 from tnpeft.network import Network
 from tnpeft.spec.start_std import degree_of
@@ -29,7 +30,7 @@ def scale_start(
         raise BindError(Problem("`start_std`", "the base weight's values", "none", fix))
     slices = max(network.layer.slices, 1)
     have = value.detach().double().reshape(slices, -1).std(1, correction=0)
-    base = weight.detach().double().reshape(slices, -1).std(1, correction=0).to(have.device)
+    base = whole(weight.detach()).double().reshape(slices, -1).std(1, correction=0).to(have.device)
     for what, std in (("T(start)", have), ("the base weight", base)):
         if not bool((std > 0).all() & torch.isfinite(std).all()):
             found = "0: all of its entries are equal" if bool((std == 0).any()) else "nan or inf"
@@ -40,5 +41,6 @@ def scale_start(
         for name, copy in copies.items():
             core = cores[name]
             shape = (slices, *[1] * (core.ndim - 1)) if network.layer.slices else ()
-            core.mul_(factor.reshape(shape).to(core.dtype))
-            copy.copy_(core)
+            scaled = whole(core) * factor.reshape(shape).to(core.dtype)
+            write(core, scaled)
+            copy.copy_(scaled)

@@ -30,6 +30,7 @@ from tnpeft.adapters.parked import (
 )
 from tnpeft.adapters.parked_states import forget_hook, make_again, set_to_base, translate
 from tnpeft.adapters.showing import READ, SHOWN
+from tnpeft.adapters.units import stand_for
 from tnpeft.execution.calls import Acting, Calls
 from tnpeft.execution.dispatch import execute
 from tnpeft.execution.dropout import execute_dropping
@@ -109,6 +110,7 @@ class AdaptedLayer(Resident, nn.Module):
         self.__dict__.update({name: base.__dict__[name] for name in HOOKS})
         self.register_load_state_dict_post_hook(make_layer_again)  # type: ignore[no-untyped-call]
         move_hook(base, self)
+        stand_for(base, self)
 
     @property
     def base(self) -> Any:
@@ -244,6 +246,7 @@ class AdaptedLayer(Resident, nn.Module):
         forget_hook(base._load_state_dict_post_hooks, make_layer_again)
         make_again(base, False)
         move_hook(self, base)
+        stand_for(self, base)
         return base
 
     def reset_parameters(self) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.processes import is_flat_sharded
 from tnpeft.errors import Problem, listed
 from tnpeft.io.manifest import dtype_name
-from tnpeft.io.sharded import is_flat_sharded
 from tnpeft.surgery import base_tensors, statistics_of, trained_of
 
 __all__ = ["MOST_SHOWN", "core_shapes", "number_problem", "stored", "tensor_problems"]

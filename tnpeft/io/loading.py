@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, Sharing, is_drawn, memory_problems, place_problem
-from tnpeft.adapters.distributed import is_distributed, is_split
+from tnpeft.adapters.distributed import write
 from tnpeft.adapters.offload import hook_of
 from tnpeft.adapters.parked import ParameterLayer
+from tnpeft.adapters.processes import flat_part, holders_of, in_step, summoned
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
 from tnpeft.io.base import fingerprint
 from tnpeft.io.checks import MOST_SHOWN, number_problem
@@ -24,7 +25,6 @@ from tnpeft.io.files import FOREIGN, file_path, in_file, of_file, read, refuse, 
 from tnpeft.io.manifest import LayerEntry, Manifest, digest_of, dtype_name, encode
 from tnpeft.io.renaming import with_plain_names
 from tnpeft.io.same_base import check_base, other_base
-from tnpeft.io.sharded import holders_of, in_step, summoned
 from tnpeft.network import Layer, Network, Spec
 from tnpeft.network.orientation import ORIENTATIONS, oriented
 from tnpeft.recipe import Handle
@@ -41,7 +41,6 @@ from tnpeft.surgery import (
     names_of,
     norm_statistics,
     parameter_groups,
-    plain_modules,
     record_of,
     refill,
     scale_problem,
@@ -52,7 +51,7 @@ from tnpeft.surgery import (
 from tnpeft.surgery.parameters import bases_of
 from tnpeft.surgery.tree import slots
 
-__all__ = ["hot_swap", "load", "put_on", "without_values"]
+__all__ = ["hot_swap", "load", "put_on", "unlike", "without_values"]
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Handle:
@@ -61,18 +60,21 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     The adapter gets the name it was saved under, or `name`, and is the only active one, at the
     scale it had; the model then computes what the saved one did, to the bit. Layers keep their execution
     mode, and the choices that `autotune` made for them. Onto a name that is attached already, with the same specs,
-    params and layers, the values alone are loaded, in place: optimisers and compiled graphs stay as they are. That
-    works on a model that FSDP2 has sharded since, too: every process calls, reads the file, and takes its own parts.
+    params and layers, the values alone are loaded, in place: optimisers and compiled graphs stay as they are. Of a
+    model that is sharded every process must call it, with the same file. FSDP1 takes no new names.
 
     Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made
     for a base of other shapes, and AttachError where surgery refuses (the name is that of an adapter of another kind,
     the model is merged). The model is then as it was. Warns (TnpeftWarning) of a base of the same shapes that has other
     values in the layers that are adapted or trained, and of NaN and infinity in the file.
     """
-    path = file_path(path)
-    manifest, content = _content(model, path, name, holders_of(model))
-    name = manifest.name if name is None else name
-    put_on(model, path, name, *content, manifest.about, manifest.scale)
+    path, given, holders = file_path(path), model, holders_of(model)
+    flat = flat_part(model) is not None
+    model = adapted(model)[0] if flat and find(model) is not None else model
+    with summoned(given, True):
+        manifest, content = _content(model, path, name, holders, flat)
+        name = manifest.name if name is None else name
+        put_on(model, path, name, *content, manifest.about, manifest.scale)
     return Handle(model, name)
 
 
@@ -103,13 +105,13 @@ def hot_swap(model: nn.Module, path: str | os.PathLike[str], name: str | None = 
 
 
 def _content(
-    model: nn.Module, path: Path, name: str | None, holders: Sequence[Any]
+    model: nn.Module, path: Path, name: str | None, holders: Sequence[Any], flat: bool = False
 ) -> tuple[Manifest, tuple[dict[str, Adapter], dict[str, Tensor], dict[str, Tensor]]]:
     """What a file says, its adapters compiled for the model, and what trained beside them, statistics by themselves.
 
-    Where an adapter of that name is attached, they are for it to take.
+    Where an adapter of that name is attached, they are for it to take; a `flat` model (FSDP1) has no place for others.
     """
-    with in_step(holders, path) as said:
+    with in_step(holders, lambda: unlike(path)) as said:
         manifest, tensors = read(path)
         content = manifest, dict(tensors)
         said.append(lambda: encode(*content))
@@ -122,9 +124,11 @@ def _content(
         check_base(path, manifest, model, base)
         numbers = number_problem(tensors, manifest.layers)
         attached = _attached(model, manifest.name if name is None else name)
-        if attached is None:
-            _refuse_parts(path, model, manifest.layers, [each for names in manifest.trained for each in names])
-        adapters = _adapters(path, manifest, tensors, _bases(model, manifest), attached or {})
+        if attached is None and flat:
+            found = "pieces of one process (FullyShardedDataParallel)"
+            fix = "Load the adapter first, then wrap the model; names that it has by then take other values later."
+            raise refuse(path, "base model", "whole weights", found, fix)
+        adapters = _adapters(path, manifest, tensors, _bases(model, manifest))
         _check_names(path, manifest, model)
         here = base_tensors(model)
         trained, statistics = (
@@ -139,6 +143,12 @@ def _content(
     ]:
         warnings.warn(TnpeftWarning(*doubts), stacklevel=3)
     return manifest, (adapters, trained, statistics)
+
+
+def unlike(path: Path) -> AdapterFileError:
+    """What is said of a file that is another one in other processes."""
+    fix = "Give each process the same file: copy it to every machine, or to a folder that they share."
+    return refuse(path, "adapter file", "the same in every process", "others in some", fix)
 
 
 def put_on(
@@ -163,7 +173,7 @@ def put_on(
             with torch.no_grad():
                 for copies, values in ((trained_of(model, name), trained), (statistics_of(model, name), statistics)):
                     for key, value in values.items():
-                        copies[key].copy_(value)
+                        write(copies[key], value)
     if scales_of(model) != {name: scale}:
         activate(model, {name: scale})
 
@@ -171,16 +181,6 @@ def put_on(
 def _attached(model: nn.Module, name: str) -> dict[str, Adapter] | None:
     """The adapters of that name by layer, None where there are none."""
     return adapters_of(model, name) if find(model) is not None and name in names_of(model) else None
-
-
-def _refuse_parts(path: Path, model: nn.Module, layers: Collection[str], trained: Collection[str]) -> None:
-    """A model that is sharded takes no new adapters: FSDP would neither gather them nor reduce their gradients."""
-    modules, tensors = plain_modules(model), base_tensors(model)
-    split = [f"layer '{name}'" for name in layers if name in modules and is_split(modules[name])]
-    split += [f"'{name}'" for name in (*layers, *trained) if is_distributed(tensors.get(name))]
-    if split:
-        found = f"the parts of one process in {split[0]} (`fully_shard`)"
-        raise refuse(path, "base model", "whole weights", found, "Load the adapter first, then shard the model.")
 
 
 @contextmanager
@@ -218,19 +218,11 @@ def _adapters(
     manifest: Manifest,
     tensors: dict[str, Tensor],
     modules: Mapping[str, nn.Module | ParameterLayer],
-    attached: Mapping[str, Adapter],
 ) -> dict[str, Adapter]:
-    """Every layer's adapter with its values, which are taken out of `tensors`; `attached` ones are to take them."""
+    """Every layer's adapter with its values, which are taken out of `tensors`."""
     specs = specs_of(path, manifest)
     _require_maps(path, specs)
-    # What a layer in parts is was seen when it was whole.
-    known = {
-        layer: own.network.layer for layer, own in attached.items() if layer in modules and is_split(modules[layer])
-    }
-    networks = {
-        layer: _network(path, specs, entry, layer, modules, known.get(layer))
-        for layer, entry in manifest.layers.items()
-    }
+    networks = {layer: _network(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
     modes = {layer: entry.mode for layer, entry in manifest.layers.items()}
     if problems := [*memory_problems(networks, modules, modes)]:
         raise AdapterFileError(*(replace(problem, where=shown(path)) for problem in problems))
@@ -276,7 +268,6 @@ def _network(
     entry: LayerEntry,
     name: str,
     modules: Mapping[str, nn.Module | ParameterLayer],
-    known: Layer | None,
 ) -> Network:
     layer: Any = modules.get(name)
     if layer is None or entry.spec not in range(len(specs)):
@@ -284,7 +275,7 @@ def _network(
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type == "meta" and hook_of(layer) is None:
         raise without_values(path, name)
-    bound = known or (layer.signature if isinstance(layer, ParameterLayer) else layer)
+    bound = layer.signature if isinstance(layer, ParameterLayer) else layer
     with of_file(path, f"layer '{name}'"):
         return specs[entry.spec].bind(bound, **entry.params)
 

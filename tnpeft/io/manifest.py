@@ -11,6 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from tnpeft.adapters.hashing import add_bytes
+
 __all__ = [
     "FORMAT",
     "KEY",
@@ -28,7 +30,6 @@ __all__ = [
 # shared cores nor cores that are left out.
 FORMAT = 4
 KEY = "tnpeft"  # the one entry of the safetensors metadata: two would be written in any order
-_PIECE = 1 << 20  # bytes hashed at once
 
 _Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -119,22 +120,15 @@ def digest(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         total.update(_canonical([name, dtype_name(tensor.dtype), list(tensor.shape)]).encode())
-        _update(total, tensor)
+        add_bytes(total, tensor)
     return total.hexdigest()
 
 
 def digest_of(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in the order of its axes."""
     total = hashlib.sha256()
-    _update(total, tensor.detach())
+    add_bytes(total, tensor)
     return total.hexdigest()
-
-
-def _update(total: hashlib._Hash, tensor: Tensor) -> None:
-    # By copies of pieces: `numpy` makes storage that it shares unresizable, which FSDP then trips over.
-    flat = tensor.contiguous().flatten().view(torch.uint8)
-    for start in range(0, len(flat), _PIECE):
-        total.update(flat[start : start + _PIECE].to("cpu", copy=True).numpy().data)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

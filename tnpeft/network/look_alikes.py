@@ -69,6 +69,7 @@ _TORCH_AO = {
     "torch.ao.nn.intrinsic.qat.": "fused by torch.ao with what follows it",
     "torch.ao.nn.intrinsic.quantized.": "fused by torch.ao with what follows it",
 }
+_UNIT = "FSDPModule"
 _CONV1D = re.compile(r"transformers\.(pytorch_utils|modeling_utils)\.Conv1D")
 
 
@@ -85,11 +86,17 @@ def full_names(kind: type) -> list[str]:
     return [f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__]
 
 
+def _without_units(kind: type) -> list[str]:
+    """The full names of a class and its bases, but for what FSDP2 makes of one: a unit, whole whenever it runs."""
+    made = [each for each in kind.__mro__ if any(base.__qualname__ == _UNIT for base in each.__mro__)]
+    return [full for each, full in zip(kind.__mro__, full_names(kind), strict=True) if each not in made]
+
+
 @by_class
 def look_alike(kind: type) -> tuple[str, str] | None:
     """What a class of layers or tensors is in truth that cannot be adapted, and the way out; None for any other."""
     name = kind.__name__
-    for full in full_names(kind):
+    for full in _without_units(kind):
         for start, (what, fix) in _OTHERS.items():
             if full.startswith(start):
                 return f"{name}, {what}", fix

@@ -19,7 +19,7 @@ from tnpeft.spec.pattern import KINDS
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["is_opaque_layer", "is_own_method", "is_plain_tensor", "kind_of", "layer_of", "torch_kind"]
+__all__ = ["held_class", "is_opaque_layer", "is_own_method", "is_plain_tensor", "kind_of", "layer_of", "torch_kind"]
 
 # What a class may replace of torch's layers: how they compute, and what a state dict has of them.
 METHODS = ("forward", "_conv_forward", "_output_padding")
@@ -104,7 +104,9 @@ def torch_kind(module_class: type) -> str | None:
 def is_opaque_layer(module: nn.Module) -> bool:
     """Whether a layer's weight cannot be read and replaced: quantised, computed, or used in a way of its own."""
     weight = module._parameters.get("weight")
-    if weight is None or "bias" not in module._parameters or not is_plain_tensor(type(weight)):
+    if weight is None or "bias" not in module._parameters:
+        return True
+    if not is_plain_tensor(type(weight)) and not is_plain_tensor(held_class(weight)):
         return True
     known: type = type(module)
     plain = conv1d_of(known) or _torch_class(known)
@@ -135,6 +137,11 @@ def is_own_method(layer: nn.Module, method: str) -> bool:
         replaced = layer.__dict__.get(_FORWARD)
     bound = getattr(replaced, "__self__", None), getattr(replaced, "__func__", None)
     return bound[0] is layer and bound[1] is getattr(type(layer), method)
+
+
+def held_class(tensor: Any) -> type:
+    """The class of a tensor; of a DTensor, that of what this process holds."""
+    return type(getattr(tensor, "_local_tensor", tensor))
 
 
 @by_class

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from tnpeft.adapters import Adapter, Captured
+from tnpeft.adapters.hashing import digest_of_modules
+from tnpeft.adapters.parked import ParameterLayer
+from tnpeft.adapters.processes import holders_of, in_step
 from tnpeft.documents.nodes import read_file
 from tnpeft.errors import AttachError, Problem, SpecError, clip
-from tnpeft.network import Spec, load_spec, param_problems
-from tnpeft.recipe.compilation import compiled_layers
+from tnpeft.network import Network, Spec, load_spec, param_problems
+from tnpeft.recipe.compilation import bound_layers, compiled_layers
 from tnpeft.recipe.dropout import dropout_of
 from tnpeft.recipe.given_values import Start
 from tnpeft.recipe.handle import Handle
@@ -27,12 +31,15 @@ from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import ATTACH, unknown_params
 from tnpeft.spec.library import shipped_folder
 from tnpeft.surgery import base_shown, install
-from tnpeft.surgery.checks import model_problems
+from tnpeft.surgery.checks import flat_problem, model_problems
 from tnpeft.surgery.parameters import bases_of
 
 __all__ = ["Handle", "attach", "recipe_of"]
 
 Match = str | Sequence[str]
+
+_SAME_CALL = "Call it in each with the same arguments, on the same model."
+_SAME_VALUES = "Give each process the same weights, and let registered inits draw from their generator alone."
 
 
 def attach(
@@ -80,28 +87,62 @@ def attach(
     the base weight, several active adapters, other scales than 1) runs dense. `auto` takes the one of least predicted
     time; with `autotune` it times them, and remembers. Second derivatives need `dense`.
 
-    Layers that would take more than the device's memory are refused (`tnpeft.memory_limit`).
+    Layers that would take more than the device's memory are refused (`tnpeft.memory_limit`). Of a model that FSDP2 has
+    sharded every process must call it; each then holds all of the new cores.
     Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise AttachError(Problem("model", "a torch.nn.Module", clip(model), "Pass the model itself."))
     where = {"exclude": exclude, "kinds": kinds, "layers": layers, "ranks": ranks, "parameters": parameters}
-    recipe = _with(recipe_of(what, match, params, **where), train, scopes, dropout)
-    claimed = _claimed(model, recipe)
-    also = trained(model, recipe.train, claimed)
-    captured = captures(claimed, recipe.scopes)
-    with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
-        bases = bases_of(model, signatures(model, claimed))
-        adapters = compiled_layers(bases, claimed, captured, seed, mode, autotune, init)
-    install(model, name, adapters, also.names, _about(model, recipe, claimed, also))
+    holders = holders_of(model)
+    with in_step(holders, lambda: _unlike("attach", _SAME_CALL)) as said:
+        recipe = _with(recipe_of(what, match, params, **where), train, scopes, dropout)
+        claims = _claims(model, recipe, mode)
+        said.append(lambda: (name, seed, mode, claims.in_words))
+    adapters = _compiled(model, claims, holders, seed, mode, autotune, init)
+    install(model, name, adapters, claims.also.names, _about(model, recipe, claims.layers, claims.also))
     return Handle(model, name)
 
 
-def _claimed(model: nn.Module, recipe: Recipe) -> dict[str, Entry]:
-    """The layers that a recipe adapts. Raises AttachError, for a model that nothing can be attached to too."""
-    if problems := [*model_problems(model)]:
+def _compiled(model: nn.Module, claims: _Claims, holders: Sequence[Any], *options: Any) -> dict[str, Adapter]:
+    """The adapters of all layers, with first values that are the same in every process."""
+    with base_shown(model):  # cores may be made of weights that another adapter trains as a whole
+        adapters = compiled_layers(claims.networks, claims.bases, claims.layers, claims.captured, *options)
+    with in_step(holders, lambda: _unlike("initial cores", _SAME_VALUES)) as said:
+        said.append(lambda: digest_of_modules(adapters))
+    return adapters
+
+
+def _unlike(what: str, fix: str) -> AttachError:
+    return AttachError(Problem(what, "the same in every process that holds parts of the model", "others in some", fix))
+
+
+class _Claims(NamedTuple):
+    """What a recipe makes of a model: whom it adapts, on what and by which networks, and what trains beside."""
+
+    layers: Mapping[str, Entry]
+    also: Trained
+    captured: Mapping[str, Captured]
+    bases: Mapping[str, nn.Module | ParameterLayer]
+    networks: Mapping[str, Network]
+
+    @property
+    def in_words(self) -> list[object]:
+        """All that must be the same in processes that hold parts of one model."""
+        layers = [(name, each.spec.text, dict(each.params)) for name, each in self.networks.items()]
+        return [layers, self.also, [dict(each) for each in self.captured.values()]]
+
+
+def _claims(model: nn.Module, recipe: Recipe, mode: str) -> _Claims:
+    """Raises AttachError for a model that nothing can be attached to, or not by this recipe."""
+    flat = flat_problem(model)
+    if problems := [*model_problems(model)] if flat is None else [flat]:
         raise AttachError(*problems)
-    return targets(model, recipe)
+    layers = targets(model, recipe)
+    also = trained(model, recipe.train, layers)
+    captured = captures(layers, recipe.scopes)
+    bases = bases_of(model, signatures(model, layers))
+    return _Claims(layers, also, captured, bases, bound_layers(bases, layers, mode))
 
 
 def _with(recipe: Recipe, train: Any, scopes: Mapping[str, str] | None, given: object) -> Recipe:

@@ -17,21 +17,15 @@ from tnpeft.recipe.given_values import Start, given_values
 from tnpeft.recipe.model import Entry
 from tnpeft.schedule import check_mode
 
-__all__ = ["compiled_layers"]
+__all__ = ["bound_layers", "compiled_layers"]
 
 
-def compiled_layers(
-    modules: Mapping[str, nn.Module | ParameterLayer],
-    claimed: Mapping[str, Entry],
-    captured: Mapping[str, Captured],
-    seed: int | None,
-    mode: str,
-    autotune: bool,
-    start: Start | None = None,
-) -> dict[str, Adapter]:
-    """One adapter per layer (once for a layer with two names); every layer's mistakes are collected.
+def bound_layers(
+    modules: Mapping[str, nn.Module | ParameterLayer], claimed: Mapping[str, Entry], mode: str
+) -> dict[str, Network]:
+    """One network per layer (once for a layer with two names); every layer's mistakes are collected.
 
-    `start` has first values of cores.
+    Nothing is made of weights yet.
     """
     check_mode(mode)
     networks: dict[str, Network] = {}
@@ -52,8 +46,24 @@ def compiled_layers(
             problems += _dropout_problems(name, network, modules[name], dropout)
     if problems:
         raise AttachError(*problems)
+    return networks
+
+
+def compiled_layers(
+    networks: Mapping[str, Network],
+    modules: Mapping[str, nn.Module | ParameterLayer],
+    claimed: Mapping[str, Entry],
+    captured: Mapping[str, Captured],
+    seed: int | None,
+    mode: str,
+    autotune: bool,
+    start: Start | None = None,
+) -> dict[str, Adapter]:
+    """The adapters of bound layers; every layer's mistakes are collected. `start` has first values of cores."""
+    problems: list[Problem] = []
     given: Mapping[str, Mapping[str, Tensor]] = {}
     if start is not None:
+        names = {id(modules[name]): name for name in networks}
         given = given_values(start, networks, captured, {name: names[id(modules[name])] for name in claimed})
     sharing = Sharing()
     adapters: dict[str, Adapter] = {}

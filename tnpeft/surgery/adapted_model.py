@@ -106,7 +106,8 @@ def find(model: nn.Module) -> tuple[nn.Module, AdaptedModel] | None:
 
     Raises AttachError where two parts of `model` are adapted on their own, or it is no model.
     """
-    if problem := kind_problem(model):
+    problem = None if isinstance(model, nn.Module) else kind_problem(model)
+    if problem is not None:
         raise AttachError(problem)
     mark(model)
     roots = {name: (module, module.__dict__[_KEY]) for name, module in model.named_modules() if _KEY in module.__dict__}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,8 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.base_weight import dequantiser, needs_weight, unreadable
-from tnpeft.adapters.distributed import is_distributed
-from tnpeft.adapters.parked import LOOKUPS, MANGLED, own_weight
+from tnpeft.adapters.distributed import DISTRIBUTED, UNITS, is_distributed
+from tnpeft.adapters.parked import LOOKUPS, MANGLED, own, own_weight
+from tnpeft.adapters.processes import flat_part
+from tnpeft.adapters.units import is_gathered
 from tnpeft.errors import Problem, clip, listed, near_miss
 from tnpeft.execution import AdaptedLayer
 from tnpeft.network import Layer, Spec, layer_of
@@ -22,6 +25,7 @@ from tnpeft.network.look_alikes import kind_name, look_alike, opaque
 from tnpeft.network.signature import (
     METHODS,
     STATE_METHODS,
+    held_class,
     is_opaque_layer,
     is_plain_tensor,
     kind_of,
@@ -32,12 +36,14 @@ from tnpeft.surgery.tree import Slot, places, plain_modules
 
 __all__ = [
     "SUPPORTED",
+    "flat_problem",
     "is_layer",
     "is_opaque",
     "layer_problem",
     "model_problems",
     "name_problems",
     "other_roads",
+    "parts_problem",
     "spec_problem",
     "trained_problems",
     "weight_problem",
@@ -49,6 +55,7 @@ _KINDS = tuple(supported.__name__ for supported in SUPPORTED)
 _OF_MODULES = {"_modules", "_parameters", "_buffers"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATS = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+PARTS = "a DTensor, of which each process holds a part (tensor parallelism)"
 _TAKE_OFF = "An adapter would bypass it: take it off first, or match other layers."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -96,9 +103,8 @@ def _table_problem(embedding: Any) -> Problem | None:
     weight = embedding._parameters.get("weight")
     if weight is None:
         return Problem("weight", "a parameter", "one that is computed", "Match other layers.")
-    if is_distributed(weight):
-        fix = "Attach to the whole model, and train it in DistributedDataParallel."
-        return Problem("weight", "a plain parameter", "a DTensor, of which each process holds a part", fix)
+    if problem := parts_problem(embedding, ["weight"]):
+        return problem
     if embedding.max_norm is not None:
         found = f"max_norm={embedding.max_norm:g}, which writes to the weight"
         return Problem(
@@ -128,12 +134,19 @@ def _lazy_problem(layer: nn.Module) -> Problem | None:
 
 
 def _split_problem(layer: nn.Module) -> Problem | None:
-    plain = torch_kind(type(layer))
-    if plain is None or not any(map(is_distributed, layer.parameters(recurse=False))):
+    if DISTRIBUTED not in sys.modules or torch_kind(type(layer)) is None:
         return None
-    found = f"a {plain} of DTensors, of which each process holds a part (FSDP2, tensor parallelism)"
-    fix = "Attach to the whole model first, then shard it with `fully_shard`."
-    return Problem("layer", "`weight` and `bias` as plain parameters", found, fix)
+    return parts_problem(layer, layer._parameters)
+
+
+def parts_problem(owner: nn.Module, keys: Iterable[str]) -> Problem | None:
+    """What is wrong with parameters of which each process holds a part, also while their owner runs."""
+    for key in keys:
+        tensor = own(owner, "_parameters", key) if owner._parameters.get(key) is not None else None
+        if is_distributed(tensor) and not is_gathered(owner, tensor):
+            fix = "Use `fully_shard` in place of it, or split the model after `tnpeft.detach(model, merge=True)`."
+            return Problem(f"`{key}`", "a tensor that is whole while its module runs", PARTS, fix)
+    return None
 
 
 def _forward_problem(layer: nn.Module) -> Problem | None:
@@ -155,7 +168,8 @@ def _tensor_problem(layer: nn.Module) -> Problem | None:
     if not signature.opaque:
         assert weight is not None
         return weight_problem(weight) or _shape_problem(weight, signature)
-    if weight is not None and (look_alike(type(weight)) or (is_plain_tensor(type(weight)) and _is_odd(weight))):
+    kind = held_class(weight)
+    if weight is not None and (look_alike(kind) or (is_plain_tensor(kind) and _is_odd(weight))):
         return weight_problem(weight)
     return None
 
@@ -166,8 +180,8 @@ def _is_odd(weight: Tensor) -> bool:
 
 def weight_problem(weight: Tensor) -> Problem | None:
     """Why no update can be added to a base weight, or None if one can: it must be a plain dense tensor of floats."""
-    kind = type(weight)
-    if not is_plain_tensor(kind):
+    kind: type = type(weight)
+    if not is_plain_tensor(kind) and not is_plain_tensor(kind := held_class(weight)):
         found, fix = look_alike(kind) or (f"{kind.__name__}, with operations of its own", "Match other layers.")
         return Problem("weight", "a plain tensor", found, fix)
     if weight.dtype not in _DTYPES:
@@ -227,6 +241,15 @@ def model_problems(model: nn.Module) -> Iterator[Problem]:
         yield Problem("model", "the model that the other adapters were attached to", "a part of it", fix)
 
 
+def flat_problem(model: nn.Module) -> Problem | None:
+    """Why nothing new can be attached to a model that FSDP1 has flattened: it takes no parameters later."""
+    if UNITS not in sys.modules or flat_part(model) is None:
+        return None
+    found = "one that FullyShardedDataParallel has flattened"
+    fix = "Attach to the plain model first, then wrap it; or shard it with `fully_shard`, and attach then."
+    return Problem("model", "a plain or `fully_shard`ed module", found, fix)
+
+
 def _is_part(model: nn.Module) -> bool:
     """Whether something in `model` belongs to adapters of a larger one: a layer, or what trains beside the cores."""
     for module in model.modules():
@@ -283,9 +306,8 @@ def trained_problems(
         elif is_lazy(parameters[name].tensor):
             fix = "Run the model once, then attach."
             yield Problem("training", "a parameter of known size", "one without a size yet", fix, where=where)
-        elif is_distributed(parameters[name].tensor):
-            fix = "Attach to the whole model first, then shard it with `fully_shard`."
-            yield Problem("training", "a whole parameter", "a DTensor, of which each process holds a part", fix, where)
+        elif problem := parts_problem(parameters[name].owner, [parameters[name].key]):
+            yield replace(problem, what="training", where=where)
         elif not parameters[name].tensor.is_floating_point():
             dtype = str(parameters[name].tensor.dtype).removeprefix("torch.")
             fix = "Leave it out."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.distributed import DISTRIBUTED
 from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.adapters.parked_states import note_tie
+from tnpeft.adapters.units import hold_alike, mesh_of
 from tnpeft.errors import AttachError, TnpeftWarning
 from tnpeft.execution import AdaptedLayer, AdaptedParameter, ModelResults, wrap
 from tnpeft.surgery.adapted_model import AdaptedModel, AdapterRecord, adapted, find
@@ -60,6 +63,8 @@ def install(
         if isinstance(layer, AdaptedParameter):
             layer.hang()
     for target, layer in zip(targets.values(), wrappers.values(), strict=True):
+        if DISTRIBUTED in sys.modules and (held := mesh_of(layer.base)) is not None:
+            hold_alike(target, *held)
         layer.add_adapter(name, target)
     for slot in parameters.values():
         slot.tensor.requires_grad_(False)

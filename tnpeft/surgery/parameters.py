@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tnpeft.adapters.distributed import is_distributed
 from tnpeft.adapters.parked import LOOKUPS, ParameterLayer
 from tnpeft.errors import Problem, clip
 from tnpeft.execution import AdaptedParameter
@@ -17,7 +17,7 @@ from tnpeft.network import Layer
 from tnpeft.network.look_alikes import kind_name, opaque
 from tnpeft.network.orientation import ORIENTATIONS, orientation_of, oriented
 from tnpeft.network.signature import kind_of
-from tnpeft.surgery.checks import weight_problem
+from tnpeft.surgery.checks import parts_problem, weight_problem
 from tnpeft.surgery.tree import Slot, plain_modules, slots
 
 __all__ = [
@@ -104,9 +104,8 @@ def _tensor_problem(slot: Slot) -> Problem | None:
     tensor: Any = slot.tensor
     if is_lazy(tensor):
         return Problem("its shape", "a known one", "none yet", "Run the model once, then attach.")
-    if is_distributed(tensor):
-        fix = "Attach to the whole model, and train it in DistributedDataParallel."
-        return Problem("its values", "whole", "a DTensor, of which each process holds a part", fix)
+    if problem := parts_problem(slot.owner, [slot.key]):
+        return replace(problem, what="its values")
     if tensor.ndim not in (2, 3):
         fix = "Match other parameters."
         return Problem("its axes", "2 (outputs and inputs), or 3 (a stack)", str(tensor.ndim), fix)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tnpeft.adapters.distributed import whole
 from tnpeft.io.foreign.formats import INCOMPLETE, clip_key
 from tnpeft.io.foreign.key_names import dotted
 from tnpeft.io.foreign.layer_tensors import wide
@@ -64,7 +65,7 @@ def without_bases(
     for name, value in trained.items():
         if name not in parts and name.removesuffix(".weight") not in parts:
             kept[name] = value
-        elif not torch.equal(wide(source.path, name, parameters[name].detach().cpu()), value):
+        elif not torch.equal(wide(source.path, name, whole(parameters[name].detach()).cpu()), value):
             fix = "Give the model this weight first: the file has it, and an adapter on top of it."
             raise source.refuse(f"weight '{name}' below an adapter", "that of this model", "another", fix)
     return kept
@@ -89,5 +90,6 @@ def with_biases(
             fix = "Give the layer a bias, zero at first."
             raise source.refuse(f"bias of `lora_B` on layer '{layer}'", "a layer with a bias", "one without", fix)
         update = bias * part.scale
-        values[name] = base.detach().to(update.dtype) + update.to(base.device)
+        base = whole(base.detach())
+        values[name] = base.to(update.dtype) + update.to(base.device)
     return values

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter, memory_problems
 from tnpeft.adapters.base_weight import base_weight
+from tnpeft.adapters.distributed import whole
 from tnpeft.adapters.dora import magnitudes
 from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.errors import BindError, Problem, SpecError
@@ -72,8 +73,8 @@ def adapter_of(part: LayerUpdate, module: nn.Module | ParameterLayer, name: str)
         if values is None:
             continue
         if part.magnitude is not None:
-            weight = base_weight(module, network)
-            start = magnitudes(layer, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
+            weight = whole(base_weight(module, network).detach())
+            start = magnitudes(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
             values |= {"dora_magnitude": part.magnitude, "start_magnitude": start}
         if problems := [*memory_problems({name: network}, {name: module}, DEFAULT_MODE)]:
             raise BindError(*problems)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
+from tnpeft.adapters.processes import holders_of, in_step
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning, clip
 from tnpeft.io.checks import number_problem
 from tnpeft.io.files import file_path, in_file, refuse, shown
@@ -25,8 +26,8 @@ from tnpeft.io.foreign.peft import read_peft
 from tnpeft.io.foreign.pipeline import read_parts
 from tnpeft.io.foreign.source import Source, open_source
 from tnpeft.io.foreign.tenvoo import read_tenvoo
-from tnpeft.io.loading import put_on, without_values
-from tnpeft.io.manifest import dtype_name
+from tnpeft.io.loading import put_on, unlike, without_values
+from tnpeft.io.manifest import digest, dtype_name
 from tnpeft.network import Layer
 from tnpeft.network.orientation import oriented
 from tnpeft.recipe import Handle
@@ -38,6 +39,7 @@ from tnpeft.surgery import (
     plain_modules,
     plain_parameters,
 )
+from tnpeft.surgery.checks import flat_problem
 from tnpeft.surgery.parameters import bases_of
 from tnpeft.surgery.tree import slots
 
@@ -62,7 +64,8 @@ def load_foreign(
 
     Each layer gets the shipped spec of its method, or one written for the purpose where the file's sizes are
     not that spec's. The model then computes what the other library computed, and what that trained beside the
-    adapter (biases, saved modules) trains here.
+    adapter (biases, saved modules) trains here. Of a model that FSDP2 has sharded every process must call it, with the
+    same file.
 
     `alpha` is for the paper's LoCon, LoHa and LoKr, whose files do not hold it (`rank // 4` there).
 
@@ -71,11 +74,16 @@ def load_foreign(
     NaN and infinity in the file.
     """
     path = file_path(path)
-    if problems := [*model_problems(model)]:
-        raise AttachError(*problems)
-    source = open_source(path, format)
+    with in_step(holders_of(model), lambda: unlike(path)) as said:
+        if problems := [*model_problems(model)]:
+            raise AttachError(*problems)
+        if flat := flat_problem(model):
+            raise AttachError(flat)
+        source = open_source(path, format)
+        alpha = _checked_alpha(path, source.format, alpha)
+        said.append(lambda: (name, alpha, digest({"config": source.config, "headers": source.headers}, source.tensors)))
     modules, parameters, buffers = plain_modules(model), *_base_tensors(model)
-    foreign = _read(source, modules, parameters, buffers, _checked_alpha(path, source.format, alpha))
+    foreign = _read(source, modules, parameters, buffers, alpha)
     if source.format in ("peft", "diffusers"):
         _check_places(path, model, foreign)
         _check_ties(path, model, foreign)

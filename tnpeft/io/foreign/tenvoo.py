@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters.distributed import whole
 from tnpeft.io.foreign.beside import beside
 from tnpeft.io.foreign.formats import INCOMPLETE, MADE_FOR, unsupported
 from tnpeft.io.foreign.key_names import check_layers, layer_named
@@ -66,7 +67,7 @@ def _changed(values: Mapping[str, Tensor], parts: Iterable[str], parameters: Map
     adapted = {f"{layer}.weight" for layer in parts}
     changed = {}
     for name, value in values.items():
-        base = parameters[name].detach().cpu()
+        base = whole(parameters[name].detach()).cpu()
         if name not in adapted and not (value.shape == base.shape and torch.equal(value, base.to(value.dtype))):
             changed[name] = value
     return changed
