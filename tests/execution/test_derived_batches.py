@@ -1,0 +1,94 @@
+"""Maps are applied once a forward pass, for all layers alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnpeft
+from tnpeft.program import derived
+from tnpeft.program.maps import map_function
+
+
+def tower(count: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(16, 16) for _ in range(count)])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each map is called, and for how many layers in all."""
+    counted: Counter[str] = Counter()
+
+    def counting(name: str) -> Any:
+        def call(x: Tensor, *rest: Any, **arguments: Any) -> Tensor:
+            counted[name] += 1
+            counted[f"{name}, layers"] += len(x)
+            return map_function(name)(x, *rest, **arguments)
+
+        return call
+
+    monkeypatch.setattr(derived, "map_function", counting)
+    return counted
+
+
+@pytest.mark.parametrize(("spec", "params", "name"), [("oft", {"b": 4}, "neumann"), ("hra", {"rank": 2}, "unit")])
+def test_a_map_is_called_once_a_pass(spec: str, params: dict[str, int], name: str, calls: Counter[str]):
+    model = tower()
+    tnpeft.attach(model, spec, match="all", **params)
+    x = torch.randn(3, 16)
+    for _ in range(2):  # the first pass plans, the second makes what is kept of the start
+        model(x)
+    calls.clear()
+    model(x).sum().backward()
+    assert (calls[name], calls[f"{name}, layers"]) == (1, 4)
+
+
+def test_layers_of_a_pass_may_be_walked_back_one_by_one():
+    model = tower()
+    tnpeft.attach(model, "oft", match="all", b=4)
+    x = torch.randn(3, 16)
+    seen: list[Tensor] = []
+    for layer in model:
+        layer.register_forward_hook(lambda _layer, _inputs, output: seen.append(output))
+    model(x)
+    for place in (3, 1, 1, 0):
+        seen[place].sum().backward(retain_graph=True)
+    model.zero_grad()
+    seen.clear()
+    first = model(x)
+    second = model(x + 1)  # another pass
+    first.sum().backward()
+    second.sum().backward()
+    grads = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    (model(x).sum() + model(x + 1).sum()).backward()
+    again = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for grad, other in zip(grads, again, strict=True):
+        torch.testing.assert_close(grad, other)
+
+
+def test_a_step_between_passes_is_seen():
+    model, alone = tower(), tower()
+    for each in (model, alone):
+        tnpeft.attach(each, "oft", match="all", b=4)
+    x = torch.randn(3, 16)
+    for _ in range(2):
+        optimisers = [
+            torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=1.0) for each in (model, alone)
+        ]
+        for each, optimiser in zip((model, alone), optimisers, strict=True):
+            optimiser.zero_grad()
+            output = x
+            if each is model:
+                output = model(x)
+            else:
+                for layer in alone:  # outside of a pass
+                    output = layer(output)
+            output.square().sum().backward()
+            optimiser.step()
+    torch.testing.assert_close(model(x), alone(x))
