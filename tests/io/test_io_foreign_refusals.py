@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.errors import AdapterFileError, AttachError
+from tnpeft.io.foreign.tuner_table import METHODS as PEFT_TUNERS
 
 MADE_FOR = "Load the file onto the model it was made for."
 INCOMPLETE = "The file is incomplete: copy it again, or save the adapter once more."
@@ -27,6 +28,7 @@ METHODS = (
     "LoRA, LoHa and LoKr of PEFT, LyCORIS, diffusers, kohya and ComfyUI, or TenVOO, QuanTA, LoCon, LoHa and LoKr of "
     "the TenVOO paper"
 )
+TUNERS = ", ".join(("LORA", "LOHA", "LOKR", *PEFT_TUNERS))
 ELSEWHERE = "Convert such adapters with the library that made them."
 
 
@@ -72,12 +74,12 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 LINE = "base_model.model.line"
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "method": (
-        {"peft_type": "OFT"},
-        f"PATH: `peft_type`: expected LORA, LOHA or LOKR (supported are {METHODS}), found 'OFT'. {ELSEWHERE}",
+        {"peft_type": "POLY"},
+        f"PATH: `peft_type`: expected one of {TUNERS} (supported are {METHODS}), found 'POLY'. {ELSEWHERE}",
     ),
     "no method": (
         {"peft_type": None},
-        f"PATH: `peft_type`: expected LORA, LOHA or LOKR (supported are {METHODS}), found None. {ELSEWHERE}",
+        f"PATH: `peft_type`: expected one of {TUNERS} (supported are {METHODS}), found None. {ELSEWHERE}",
     ),
     "pissa": (
         {"init_lora_weights": "pissa"},

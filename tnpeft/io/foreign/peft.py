@@ -21,6 +21,8 @@ from tnpeft.io.foreign.layer_tensors import LayerTensors, tensors_of_layer, wide
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.peft_places import Place, check_places, layer_at, place_of, update_at
 from tnpeft.io.foreign.source import Source
+from tnpeft.io.foreign.tuner_reading import read_tuner
+from tnpeft.io.foreign.tuner_table import METHODS, rows_of
 from tnpeft.network import Layer
 from tnpeft.network.dropout import Dropout
 from tnpeft.recipe.dropout import dropout_of
@@ -53,6 +55,8 @@ def read_peft(
 ) -> Foreign:
     """The parts by layer or parameter and what else was trained. Raises AdapterFileError."""
     config = source.config or {}
+    if source.format == "peft" and rows_of(config.get("peft_type")):
+        return read_tuner(source, modules, parameters, buffers)
     _check_config(source, config)
     dropout, notes = _dropout(source, config)
     keys = {key: match for key in source.tensors if (match := _SLOT.fullmatch(key))}
@@ -135,7 +139,8 @@ def _check_config(source: Source, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind not in ("LORA", "LOHA", "LOKR"):
         fix = "Convert such adapters with the library that made them."
-        raise source.refuse("`peft_type`", f"LORA, LOHA or LOKR (supported are {SUPPORTED})", clip(kind), fix)
+        known = f"one of LORA, LOHA, LOKR, {', '.join(METHODS)}" if source.format == "peft" else "LORA, LOHA or LOKR"
+        raise source.refuse("`peft_type`", f"{known} (supported are {SUPPORTED})", clip(kind), fix)
     for option in _OTHER_MATHS:
         if config.get(option):
             fix = "Such updates are not in the language of specs: merge the adapter with PEFT instead."

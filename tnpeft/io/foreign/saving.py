@@ -31,6 +31,8 @@ from tnpeft.io.foreign.peft_files import beside_problems, dropout_note, method_o
 from tnpeft.io.foreign.peft_forms import form_problems
 from tnpeft.io.foreign.rewrites import part_of, untuckered
 from tnpeft.io.foreign.source import DIFFUSERS_WEIGHTS
+from tnpeft.io.foreign.tuner_table import Tuner
+from tnpeft.io.foreign.tuner_writing import tuner_contents, tuner_dropout_note, tuner_of, tuner_problems
 from tnpeft.io.saving import chosen
 from tnpeft.io.sharded import one_writer
 from tnpeft.network import Layer
@@ -85,12 +87,17 @@ def save_foreign(
         _raise(path, [] if format == "peft" else [*_parameter_problems(modules, adapters)])
         moved = _moved_statistics(root, state, name)
         kept = moved if format == "peft" and gain == 1.0 else {}
-        parts = _parts(
-            path, adapters, modules, gain, _statistics_problems([each for each in moved if each not in kept])
-        )
-        layers = {layer: adapter.network.layer for layer, adapter in adapters.items()}
-        contents = _contents(path, root, format, prefix, parts, layers, _trained(root, state, name, gain) | kept)
-        note = dropout_note(parts, modules) if format == "peft" else None
+        odd = [*_statistics_problems([each for each in moved if each not in kept])]
+        trained = _trained(root, state, name, gain) | kept
+        rows = {layer: tuner_of(adapter) for layer, adapter in adapters.items()} if format == "peft" else {}
+        if any(rows.values()):
+            contents = _tuner(path, root, rows, adapters, trained, gain, odd)
+            note = tuner_dropout_note(rows, adapters)
+        else:
+            parts = _parts(path, adapters, modules, gain, odd)
+            layers = {layer: adapter.network.layer for layer, adapter in adapters.items()}
+            contents = _contents(path, root, format, prefix, parts, layers, trained)
+            note = dropout_note(parts, modules) if format == "peft" else None
         if not writes:
             pass
         elif format == "peft" or (format == "diffusers" and path.suffix != _FILE):
@@ -122,6 +129,23 @@ def _parts(
     found = {name: part_of(adapter, wheres[name], gain) for name, adapter in adapters.items()}
     _raise(path, [*(part for part in found.values() if isinstance(part, Problem)), *problems])
     return {layer: part for layer, part in found.items() if isinstance(part, LayerUpdate)}
+
+
+def _tuner(
+    path: Path,
+    root: nn.Module,
+    rows: Mapping[str, Tuner | None],
+    adapters: Mapping[str, Adapter],
+    trained: Mapping[str, Tensor],
+    gain: float,
+    odd: list[Problem],
+) -> dict[Path, bytes]:
+    """The files of one of PEFT's tuners. Raises AdapterFileError for what it cannot hold."""
+    modules, base = plain_modules(root), base_tensors(root)
+    problems = tuner_problems(rows, adapters, modules, trained, base, gain)
+    _raise(path, [*odd, *_place_problems(root, rows), *problems])
+    known = {name: row for name, row in rows.items() if row is not None}
+    return tuner_contents(path, known, adapters, trained, modules, base, gain)
 
 
 def _contents(
