@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.errors import AdapterFileError, AttachError
-from tnpeft.io.foreign.tuner_table import METHODS as PEFT_TUNERS
+from tnpeft.io.foreign.tuner_rows import METHODS as PEFT_TUNERS
 
 MADE_FOR = "Load the file onto the model it was made for."
 INCOMPLETE = "The file is incomplete: copy it again, or save the adapter once more."
@@ -81,9 +81,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"peft_type": None},
         f"PATH: `peft_type`: expected one of {TUNERS} (supported are {METHODS}), found None. {ELSEWHERE}",
     ),
-    "pissa": (
-        {"init_lora_weights": "pissa"},
-        "PATH: `init_lora_weights`: expected an init that leaves the base weights alone, found 'pissa'. "
+    "corda": (
+        {"init_lora_weights": "corda"},
+        "PATH: `init_lora_weights`: expected an init that leaves the base weights alone, found 'corda'. "
         "PEFT changes the base weights then: save it with `path_initial_model_for_weight_conversion`.",
     ),
     "other maths": (

@@ -35,7 +35,6 @@ from tnpeft.io.foreign.tuner_table import Tuner
 from tnpeft.io.foreign.tuner_writing import tuner_contents, tuner_dropout_note, tuner_of, tuner_problems
 from tnpeft.io.saving import chosen
 from tnpeft.io.sharded import one_writer
-from tnpeft.network import Layer
 from tnpeft.surgery import AdaptedModel, base_tensors, parameter_groups, plain_modules, statistics_of
 from tnpeft.surgery.trained import all_tied
 
@@ -69,9 +68,9 @@ def save_foreign(
     `transformer`, `te` or `text_encoder`, `te2`, ...) is written with the prefix of each.
 
     The model that the other library adapts computes what `model` computes. A spec of any name can be written
-    whose network is that of LoRA, LoCon, LoHa or LoKr. Cores for the kernel, unequal ranks and low-rank factors
-    that the loader would not read are multiplied out; a LoRA with a frozen copy becomes one of twice the rank; a
-    scale from `activate` goes into the file's.
+    whose network is that of LoRA, LoCon, LoHa or LoKr, or for PEFT of a tuner of `tuner_rows`. Cores for the kernel,
+    unequal ranks and low-rank factors that the loader would not read are multiplied out; a LoRA with a frozen copy
+    becomes one of twice the rank; a scale from `activate` goes into the file's.
 
     Raises AdapterFileError, before anything is written, for what the other library cannot hold.
     """
@@ -89,14 +88,12 @@ def save_foreign(
         kept = moved if format == "peft" and gain == 1.0 else {}
         odd = [*_statistics_problems([each for each in moved if each not in kept])]
         trained = _trained(root, state, name, gain) | kept
-        rows = {layer: tuner_of(adapter) for layer, adapter in adapters.items()} if format == "peft" else {}
+        rows = {layer: tuner_of(each) for layer, each in adapters.items()} if format == "peft" else {}
         if any(rows.values()):
-            contents = _tuner(path, root, rows, adapters, trained, gain, odd)
-            note = tuner_dropout_note(rows, adapters)
+            contents, note = _tuner(path, root, rows, adapters, trained, gain, odd)
         else:
             parts = _parts(path, adapters, modules, gain, odd)
-            layers = {layer: adapter.network.layer for layer, adapter in adapters.items()}
-            contents = _contents(path, root, format, prefix, parts, layers, trained)
+            contents = _contents(path, root, format, prefix, parts, adapters, trained)
             note = dropout_note(parts, modules) if format == "peft" else None
         if not writes:
             pass
@@ -139,13 +136,14 @@ def _tuner(
     trained: Mapping[str, Tensor],
     gain: float,
     odd: list[Problem],
-) -> dict[Path, bytes]:
-    """The files of one of PEFT's tuners. Raises AdapterFileError for what it cannot hold."""
+) -> tuple[dict[Path, bytes], Problem | None]:
+    """The files of one of PEFT's tuners, and what they cannot say. Raises AdapterFileError for what it cannot hold."""
     modules, base = plain_modules(root), base_tensors(root)
     problems = tuner_problems(rows, adapters, modules, trained, base, gain)
     _raise(path, [*odd, *_place_problems(root, rows), *problems])
     known = {name: row for name, row in rows.items() if row is not None}
-    return tuner_contents(path, known, adapters, trained, modules, base, gain)
+    contents = tuner_contents(path, known, adapters, trained, modules, base, gain)
+    return contents, tuner_dropout_note(rows, adapters)
 
 
 def _contents(
@@ -154,11 +152,12 @@ def _contents(
     kind: str,
     prefix: str | None,
     parts: dict[str, LayerUpdate],
-    layers: Mapping[str, Layer],
+    adapters: Mapping[str, Adapter],
     trained: Mapping[str, Tensor],
 ) -> dict[Path, bytes]:
     """The files to write. Raises AdapterFileError for what the other library cannot hold."""
     modules, base = plain_modules(root), base_tensors(root)
+    layers = {layer: adapter.network.layer for layer, adapter in adapters.items()}
     problems = [*_option_problems(modules, parts, kind in ("peft", "diffusers"))]
     names: dict[str, str] = {}
     first = {names[0]: trained[names[0]] for names in parameter_groups(root) if names[0] in trained}

@@ -44,9 +44,10 @@ def _units(layer: Layer) -> tuple[int, ...]:
     return (1,) * len(layer.kernel_size)
 
 
-# A factor of the weight, of which a zero here is a one there: (o, 1, 1...) and (1, i, 1...).
+# A factor of the weight, of which a zero here is a one there: (o, 1), of convolutions (1, o, 1...), and (1, i, 1...).
 LESS_ONE_COLUMN = Form(
-    lambda tensor, _: tensor.flatten() - 1, lambda core, layer: (core + 1).reshape(-1, 1, *_units(layer))
+    lambda tensor, _: tensor.flatten() - 1,
+    lambda core, layer: (core + 1).reshape(1, -1, *_units(layer)) if layer.kernel_size else (core + 1)[:, None],
 )
 LESS_ONE_ROW = Form(
     lambda tensor, _: tensor.flatten() - 1, lambda core, layer: (core + 1).reshape(1, -1, *_units(layer))
@@ -62,11 +63,14 @@ def _bases(layer: Layer, rank: int) -> int:
     return -(-min(layer.in_channels, layer.out_channels) // rank)
 
 
-# (r, 1, i) is (r, i) here; of (o, n, r) the first n are for a layer.
-BASES_A = Form(lambda tensor, layer: tensor[:, 0, : layer.in_channels], lambda core, _: core[:, None])
-BASES_B = Form(
-    lambda tensor, layer: tensor[: layer.out_channels, : _bases(layer, tensor.shape[-1])], lambda core, _: core
-)
+def _first_bases(tensor: Tensor, layer: Layer) -> Tensor:
+    """(o, n, r) of the first bases, whose numbers PEFT counts as those of (o, r, n)."""
+    first = tensor[: layer.out_channels, : _bases(layer, tensor.shape[-1])]
+    return first.reshape(first.shape[0], first.shape[2], first.shape[1]).transpose(1, 2)
+
+
+BASES_A = Form(lambda tensor, layer: tensor[:, 0, : layer.in_channels], lambda core, _: core[:, None])  # (r, 1, i)
+BASES_B = Form(_first_bases, lambda core, _: core.transpose(1, 2).reshape(core.shape))
 
 # Rows and columns are one place in the weight, counted row by row.
 PLACES = Form(

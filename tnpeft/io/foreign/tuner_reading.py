@@ -19,7 +19,8 @@ from tnpeft.io.foreign.layer_tensors import wide
 from tnpeft.io.foreign.layer_update import Foreign
 from tnpeft.io.foreign.peft_places import Place, check_places, place_of
 from tnpeft.io.foreign.source import Source
-from tnpeft.io.foreign.tuner_table import Tuner, rows_of
+from tnpeft.io.foreign.tuner_rows import rows_of
+from tnpeft.io.foreign.tuner_table import Tuner
 from tnpeft.io.foreign.tuner_update import TunerUpdate
 from tnpeft.recipe.dropout import dropout_of
 
@@ -71,7 +72,7 @@ def read_tuner(
     for module, ends in layers.items():
         keys = {end: source.called(key) for end, key in {**once, **ends}.items()}
         tensors = {end: _numbers(source, key) for end, key in {**once, **ends}.items()}
-        parts[places[module].name] = _part(source, config, rows, tensors, keys)
+        parts[places[module].name] = _part(source, config, rows, tensors, keys, places[module].pattern)
     trained, statistics, unknown = beside(source, others, parameters, buffers)
     if unknown or not parts:
         raise unsupported(source.path, map(source.called, unknown or source.tensors))
@@ -111,7 +112,12 @@ def _numbers(source: Source, key: str) -> Tensor:
 
 
 def _part(
-    source: Source, config: Mapping[str, Any], rows: tuple[Tuner, ...], tensors: dict[str, Tensor], keys: dict[str, str]
+    source: Source,
+    config: Mapping[str, Any],
+    rows: tuple[Tuner, ...],
+    tensors: dict[str, Tensor],
+    keys: dict[str, str],
+    name: str,
 ) -> TunerUpdate:
     for end in rows[0].keys:
         if end not in tensors:
@@ -123,7 +129,7 @@ def _part(
             found = f"the shape {tuple(tensor.shape)}"
             raise source.refuse(f"tensor '{keys[end]}'", "at least one axis and one number", found, MADE_FOR)
     _check_options(source, config, rows)
-    row = next((row for row in rows if row.when(config, tensors)), None)
+    row = next((row for row in rows if _is_listed(source, config, row, name) and row.when(config, tensors)), None)
     if row is None:
         raise source.refuse(f"PEFT's {rows[0].method}", "one of its forms that are specs", "another one", _MERGE)
     for option, values in row.needs.items():
@@ -137,6 +143,22 @@ def _part(
     used = {slot.key for slot in row.slots} | {*row.remade}
     tensors = {end: tensor for end, tensor in tensors.items() if end in used}
     return TunerUpdate(row, config, tensors, {end: keys[end] for end in tensors}, dropout)
+
+
+def _is_listed(source: Source, config: Mapping[str, Any], row: Tuner, name: str) -> bool:
+    """Whether a layer has a row's form, if that is what an option says: by an expression, or by ends of names."""
+    if row.lists is None:
+        return True
+    given = config.get(row.lists) or []
+    try:
+        if isinstance(given, str):
+            return re.fullmatch(given, name) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        found = f"{clip(given)}: {error}"
+        raise source.refuse(f"`{row.lists}`", "a regular expression", found, f"Mend `{source.config_name}`.") from error
+    if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
+        raise source.refuse(f"`{row.lists}`", "a list of names", clip(given), f"Mend `{source.config_name}`.")
+    return name.endswith(tuple(given))
 
 
 def _check_options(source: Source, config: Mapping[str, Any], rows: tuple[Tuner, ...]) -> None:

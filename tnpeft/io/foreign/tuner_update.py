@@ -23,7 +23,7 @@ from tnpeft.schedule import DEFAULT_MODE
 
 __all__ = ["TunerUpdate", "differs", "kind_problem", "tuner_adapter"]
 
-_CLOSE = 1e-4  # relative to the largest number: what follows from the weight may have been made of a narrower one
+_REMADE = 1e-2  # relative to the largest number: what follows from the weight may have been made of a narrower one
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def tuner_adapter(part: TunerUpdate, module: nn.Module | ParameterLayer, name: s
             raise BindError(Problem("tensors", f"`{key}` beside '{beside}'", "no such tensor", INCOMPLETE))
     if fault := row.misfit(layer, part.tensors):
         raise BindError(Problem(f"PEFT's {row.method}", *fault, MADE_FOR))
-    network = load_spec(row.spec).bind(layer, **row.params(part.config, part.tensors))
+    network = load_spec(row.spec).bind(layer, **row.params(part.config, part.tensors, layer))
     cores = _cores(part, network)
     _check_remade(part, module, network)
     if problem := place_problem(network, cores):
@@ -78,7 +78,7 @@ def kind_problem(row: Tuner, layer: Layer) -> Problem | None:
 
 def _cores(part: TunerUpdate, network: Network) -> dict[str, Tensor]:
     """All cores but the weight, in their own shapes."""
-    cores = part.row.made(part.config, network.layer)
+    cores = part.row.made(part.config, network.layer, part.tensors)
     shapes = {core.name: core.shape for core in network.cores}
     for slot in part.row.slots:
         tensor = part.tensors[slot.key]
@@ -98,14 +98,14 @@ def _check_remade(part: TunerUpdate, module: nn.Module | ParameterLayer, network
     """What the file has of the base weight must be this one's: here it is made again."""
     for key, make in part.row.remade.items():
         made = make(base_weight(module, network).detach().cpu().float())
-        if differs(part.tensors[key], made):
+        if differs(part.tensors[key], made, _REMADE):
             what = f"tensor '{part.keys[key]}'"
             raise BindError(Problem(what, "what this model's weight makes of it", "other values", MADE_FOR))
 
 
-def differs(one: Tensor, other: Tensor) -> bool:
+def differs(one: Tensor, other: Tensor, bound: float = 1e-4) -> bool:
     """Whether two tensors are other numbers than rounding makes of the same."""
     if one.shape != other.shape:
         return True
     largest = max(float(one.abs().max()), float(other.abs().max()))
-    return float((one - other).abs().max()) > _CLOSE * largest
+    return float((one - other).abs().max()) > bound * largest

@@ -21,7 +21,8 @@ from tnpeft.io.foreign.formats import MERGE, trained_problem
 from tnpeft.io.foreign.peft_files import pattern_of, targets, usual
 from tnpeft.io.foreign.peft_forms import saved_modules, tensors_of
 from tnpeft.io.foreign.source import CONFIG, WEIGHTS
-from tnpeft.io.foreign.tuner_table import TUNERS, Tuner, rows_of
+from tnpeft.io.foreign.tuner_rows import TUNERS, rows_of
+from tnpeft.io.foreign.tuner_table import Tuner
 from tnpeft.io.foreign.tuner_update import differs, kind_problem
 from tnpeft.network import load_spec
 from tnpeft.spec.canonical import canonical
@@ -172,10 +173,6 @@ def _tensors(
     cores = {core: tensor.detach().cpu() for core, tensor in adapter.cores.items()}
     if row.gain is not None:
         cores[row.gain] = cores[row.gain] * gain
-    for core, made in row.made(config, network.layer).items():
-        if differs(cores[core], made):
-            expected = f"'{core}' as PEFT makes it"
-            raise refuse(path, f"PEFT's {row.method} on layer '{name}'", expected, "another one", MERGE)
     found: dict[bool, dict[str, list[Tensor]]] = {False: {}, True: {}}
     for slot in row.slots:
         found[slot.shared].setdefault(slot.key, []).append(slot.form.write(cores[slot.core], network.layer))
@@ -184,6 +181,12 @@ def _tensors(
         {key: torch.stack(those) if key in items else those[0] for key, those in found[shared].items()}
         for shared in (False, True)
     )
+    if fault := row.misfit(network.layer, own):
+        raise refuse(path, f"PEFT's {row.method} on layer '{name}'", *fault, MERGE)
+    for core, made in row.made(config, network.layer, own).items():
+        if differs(cores[core], made):
+            expected = f"'{core}' as PEFT makes it"
+            raise refuse(path, f"PEFT's {row.method} on layer '{name}'", expected, "another one", MERGE)
     if row.remade:
         weight = base_weight(module, network).detach().cpu().float()
         own |= {key: make(weight) for key, make in row.remade.items()}
@@ -212,9 +215,12 @@ def _options(path: Path, rows: Mapping[str, Tuner], adapters: Mapping[str, Adapt
         network = adapters[name].network
         for option, value in row.options({**network.params}, network.sizes).items():
             given.setdefault(option, {})[name] = _plain(value)
-        if row.input_dropout:
-            given.setdefault(row.input_dropout, {})[name] = _dropouts(row, adapters[name]).get("input", 0.0)
-    patterns = next(iter(rows.values())).patterns
+    first = next(iter(rows.values()))
+    if first.input_dropout and (dropped := _one_dropout(rows, adapters)):
+        options[first.input_dropout] = dropped
+    # A name is looked for at the end of others.
+    clear = first.anchored or not any(other.endswith(f".{name}") for name in rows for other in rows)
+    patterns = first.patterns if clear else {}
     for option, values in given.items():
         options[option] = usual(values)
         others = {name: value for name, value in values.items() if value != options[option]}
@@ -223,7 +229,8 @@ def _options(path: Path, rows: Mapping[str, Tuner], adapters: Mapping[str, Adapt
             found = f"{options[option]} and, on '{name}', {value}"
             raise refuse(path, f"PEFT's `{option}`", "one for all layers", found, _APART)
         if option in patterns:
-            options[patterns[option]] = {pattern_of(name): value for name, value in others.items()}
+            keys = {name: pattern_of(name) if first.anchored else name for name in others}
+            options[patterns[option]] = {keys[name]: value for name, value in others.items()}
     for key in [row.lists for row in rows.values() if row.lists]:
         names = [name for name, row in rows.items() if row.lists == key]
         options[key] = "|".join(map(re.escape, names))  # a list would be one of mere endings
@@ -241,14 +248,15 @@ def _plain(value: Any) -> Any:
 def tuner_dropout_note(rows: Mapping[str, Tuner | None], adapters: Mapping[str, Adapter]) -> Problem | None:
     """What is said where training left out what PEFT's config has no word for."""
     left_out = [adapter.dropout for adapter in adapters.values() if adapter.dropout is not None]
-    if not left_out or all("input" in _dropouts(row, adapters[name]) for name, row in rows.items() if row):
+    if not left_out or _one_dropout({name: row for name, row in rows.items() if row is not None}, adapters):
         return None
     expected = "`input` alone, alike on all layers, where PEFT's tuner has it"
     return Problem("`dropout`", expected, str(left_out[0]), "The folder says none: set it there, if training goes on.")
 
 
-def _dropouts(row: Tuner, adapter: Adapter) -> dict[str, float]:
-    """What PEFT's config can say of what training leaves out."""
-    if row.input_dropout is None or adapter.dropout is None or adapter.dropout.as_dict().keys() != {"input"}:
-        return {}
-    return {"input": adapter.dropout.as_dict()["input"]}
+def _one_dropout(rows: Mapping[str, Tuner], adapters: Mapping[str, Adapter]) -> float | None:
+    """How likely all layers drop entries of their input, where that is all that they drop and PEFT's tuner can."""
+    (dropout, *others) = {adapters[name].dropout for name in rows}
+    if others or dropout is None or next(iter(rows.values())).input_dropout is None:
+        return None
+    return dropout.as_dict()["input"] if dropout.as_dict().keys() == {"input"} else None
