@@ -75,11 +75,11 @@ LINE = "base_model.model.line"
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "method": (
         {"peft_type": "POLY"},
-        f"PATH: `peft_type`: expected one of {TUNERS} (supported are {METHODS}), found 'POLY'. {ELSEWHERE}",
+        f"PATH: `peft_type`: expected one of {TUNERS}, found 'POLY'. {ELSEWHERE}",
     ),
     "no method": (
         {"peft_type": None},
-        f"PATH: `peft_type`: expected one of {TUNERS} (supported are {METHODS}), found None. {ELSEWHERE}",
+        f"PATH: `peft_type`: expected one of {TUNERS}, found None. {ELSEWHERE}",
     ),
     "corda": (
         {"init_lora_weights": "corda"},

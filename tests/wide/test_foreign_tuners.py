@@ -13,6 +13,7 @@ import peft
 import peft.tuners.boft.layer
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tnpeft
@@ -184,6 +185,32 @@ ODD: dict[str, tuple[Callable[[], Any], tuple[int, int, int], str]] = {
     "randlora": (lambda: peft.RandLoraConfig(r=4, **ON), (24, 32, 16), "layers of no more inputs than outputs"),
     "shares": (lambda: peft.OFTConfig(oft_block_size=8, block_share=True, **ON), (24, 32, 16), "`block_share`"),
 }
+
+
+def test_places_outside_of_the_weight_are_refused(tmp_path: Path):
+    """A column beyond the inputs would be a place in the next row."""
+    plain = base((24, 32, 16))
+    saved(plain, CASES["shira"].config(), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.0.shira_indices"][1, 0] = 24
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match=r"of 0 to 23 for Linear\(24, 32\), found some of 0 to 24"):
+        tnpeft.load_foreign(plain, tmp_path)
+
+
+def test_ranks_that_adalora_left_are_those_of_the_tensors(tmp_path: Path):
+    plain = base((24, 32, 16))
+    theirs = peft.get_peft_model(copy.deepcopy(plain), CASES["adalora"].config())
+    move(theirs)
+    theirs.peft_config["default"].rank_pattern = {
+        "0.lora_E.default": [True, False, True, True],
+        "2.lora_E.default": [True, True, False, False],
+    }
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(plain)
+    handle = tnpeft.load_foreign(ours, tmp_path)
+    assert [adapter.network.params["r"] for adapter in handle.adapters.values()] == [3, 2]
+    same(ours(inputs(plain)), loaded(plain, tmp_path)(inputs(plain)))
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -141,8 +141,10 @@ def _check_config(source: Source, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind not in ("LORA", "LOHA", "LOKR"):
         fix = "Convert such adapters with the library that made them."
-        known = f"one of LORA, LOHA, LOKR, {', '.join(METHODS)}" if source.format == "peft" else "LORA, LOHA or LOKR"
-        raise source.refuse("`peft_type`", f"{known} (supported are {SUPPORTED})", clip(kind), fix)
+        expected = f"LORA, LOHA or LOKR (supported are {SUPPORTED})"
+        if source.format == "peft":
+            expected = f"one of LORA, LOHA, LOKR, {', '.join(METHODS)}"
+        raise source.refuse("`peft_type`", expected, clip(kind), fix)
     for option in _OTHER_MATHS:
         if config.get(option):
             fix = "Such updates are not in the language of specs: merge the adapter with PEFT instead."

@@ -45,6 +45,9 @@ def started_at(
             raise source.refuse(f"`init_lora_weights={init!r}`", expected, found, _CONVERT)
         if part.magnitude is not None:
             raise source.refuse("`use_dora`", f"false beside `init_lora_weights={init!r}`", clip(True), _CONVERT)
+        if part.scale <= 0:
+            found = f"{part.scale:g} on '{name}'"
+            raise source.refuse(f"`init_lora_weights={init!r}`", "a positive scale, alpha / r", found, _CONVERT)
         rank = part.tensors["down"].shape[0]
         up, down = _pissa(weight, rank, part.scale) if init.lower() == "pissa" else _olora(weight, rank)
         tensors = {"down": part.tensors["down"], "up": part.tensors["up"] * part.scale}

@@ -14,7 +14,7 @@ from tnpeft.adapters.parked import LOOKUPS
 from tnpeft.errors import AdapterFileError, Problem, clip
 from tnpeft.io.files import in_file
 from tnpeft.io.foreign.beside import beside
-from tnpeft.io.foreign.formats import INCOMPLETE, MADE_FOR, ONE_ADAPTER, unsupported
+from tnpeft.io.foreign.formats import INCOMPLETE, MADE_FOR, ONE_ADAPTER, clip_key
 from tnpeft.io.foreign.layer_tensors import wide
 from tnpeft.io.foreign.layer_update import Foreign
 from tnpeft.io.foreign.peft_places import Place, check_places, place_of
@@ -48,6 +48,7 @@ def read_tuner(
     rows = rows_of(config["peft_type"])
     own = {key for row in rows for key in row.keys}
     shared = {key for row in rows for key in row.shared_keys}
+    whole = {slot.key for row in rows for slot in row.slots if slot.whole}
     layers: dict[str, dict[str, str]] = {}  # for each module, as the file calls it, the keys by their ends
     once: dict[str, str] = {}
     others: dict[str, Tensor] = {}
@@ -71,11 +72,15 @@ def read_tuner(
     parts: dict[str, TunerUpdate] = {}
     for module, ends in layers.items():
         keys = {end: source.called(key) for end, key in {**once, **ends}.items()}
-        tensors = {end: _numbers(source, key) for end, key in {**once, **ends}.items()}
+        tensors = {end: _numbers(source, key, end in whole) for end, key in {**once, **ends}.items()}
         parts[places[module].name] = _part(source, config, rows, tensors, keys, places[module].pattern)
     trained, statistics, unknown = beside(source, others, parameters, buffers)
     if unknown or not parts:
-        raise unsupported(source.path, map(source.called, unknown or source.tensors))
+        wanted = ", ".join(
+            f"`{end}`" for end in dict.fromkeys(end for row in rows for end in row.keys + row.shared_keys)
+        )
+        found = ", ".join(f"'{clip_key(source.called(key))}'" for key in unknown[:3]) or "none of them"
+        raise source.refuse("tensors", f"those of {rows[0].method}: {wanted}", found, MADE_FOR)
     notes = dict.fromkeys(_notes({part.row for part in parts.values()}, config))
     scaled = dict(_scaled_biases(parts, parameters, trained))
     if scaled:
@@ -103,10 +108,10 @@ def _check_places(source: Source, places: Mapping[str, Place], modules: Mapping[
     check_places(source, list(places.values()), modules)
 
 
-def _numbers(source: Source, key: str) -> Tensor:
+def _numbers(source: Source, key: str, whole: bool) -> Tensor:
     """A tensor as cores are; whole numbers, which are places, stay whole."""
     tensor = source.tensors[key]
-    if tensor.dtype in (torch.int16, torch.int32, torch.int64) and tensor.layout == torch.strided:
+    if whole and tensor.dtype in (torch.int16, torch.int32, torch.int64) and tensor.layout == torch.strided:
         return tensor
     return wide(source.path, source.called(key), tensor)
 

@@ -25,12 +25,24 @@ def _side(entries: int) -> int:
 
 
 _SEED = 777  # where FourierFT's config says none
+
+
+def _no_triangle(layer: Layer, tensors: Tensors) -> tuple[str, str] | None:
+    """Why OFT's numbers are no upper triangles."""
+    shape = tuple(tensors["oft_R"].shape)
+    side = _side(shape[-1])
+    if len(shape) == 2 and side * (side - 1) // 2 == shape[1]:
+        return None
+    return "`oft_R` of (blocks, b (b - 1) / 2)", f"{shape}"
+
+
 _OFT = {"coft": (False,), "block_share": (False,)}
 _OFT_FORM: dict[str, Any] = {
     "method": "OFT",
     "slots": (Slot("R", "oft_R"),),
     "leaf": ".weight",
     "copy": {"R": 0.0},
+    "misfit": _no_triangle,
     "dropout": "module_dropout",
 }
 _BOFT: dict[str, Any] = {
@@ -73,6 +85,12 @@ def _undivided(layer: Layer, tensors: Tensors) -> tuple[str, str] | None:
 def _odd_places(layer: Layer, tensors: Tensors) -> tuple[str, str] | None:
     """Why so many places are none of SHiRA's, whose number is r times (inputs + outputs)."""
     count, sides = tensors["shira_weight"].shape[0], layer.in_channels + layer.out_channels
+    places = tensors["shira_indices"]
+    if tuple(places.shape) == (2, count):
+        for axis, size in enumerate((layer.out_channels, layer.in_channels)):
+            least, most = float(places[axis].min()), float(places[axis].max())
+            if least < 0 or most >= size or bool((places[axis] != places[axis].round()).any()):
+                return f"whole `shira_indices` of 0 to {size - 1} for {layer}", f"some of {least:g} to {most:g}"
     if count % sides == 0 and count <= layer.in_channels * layer.out_channels:
         return None
     return f"a multiple of {sides} entries, no more than the weight has", f"{count}"
@@ -125,12 +143,14 @@ TUNERS: tuple[Tuner, ...] = (
     ),
     Tuner(
         method="ADALORA",
-        numbers=("lora_alpha",),
+        numbers=("lora_alpha", "init_r"),
         spec="adalora",
         slots=(Slot("Q", "lora_A"), Slot("E", "lora_E", forms.COLUMN), Slot("P", "lora_B")),
         params=lambda config, tensors, layer: {
             "r": (rank := tensors["lora_A"].shape[0]),
-            "alpha": (config.get("lora_alpha", 8) or rank) * rank / (rank + 1e-5),  # it divides by r + 1e-5
+            # It divides by r + 1e-5, and goes on to where ranks were pruned.
+            "alpha": (config.get("lora_alpha", 8) if config.get("lora_alpha", 8) > 0 else rank)
+            * (rank / (config.get("init_r", 12) + 1e-5)),
         },
         options=lambda params, sizes: {
             "r": sizes["r"],
@@ -207,7 +227,7 @@ TUNERS: tuple[Tuner, ...] = (
     Tuner(
         method="SHIRA",
         spec="shira",
-        slots=(Slot("values", "shira_weight"), Slot("places", "shira_indices", forms.PLACES)),
+        slots=(Slot("values", "shira_weight"), Slot("places", "shira_indices", forms.PLACES, whole=True)),
         params=lambda config, tensors, layer: {
             "r": tensors["shira_weight"].shape[0] // (layer.in_channels + layer.out_channels)
         },

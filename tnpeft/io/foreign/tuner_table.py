@@ -26,7 +26,7 @@ class Slot:
     """A core and the end of its key in the file.
 
     `item` is the core's place along the first axis of a tensor that holds several; `shared` says that the file has it
-    once for the model, as large as the largest layer needs it.
+    once for the model, as large as the largest layer needs it. `whole` numbers are places.
     """
 
     core: str
@@ -34,6 +34,7 @@ class Slot:
     form: Form = SAME
     item: int | None = None
     shared: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, eq=False)
