@@ -235,10 +235,9 @@ def test_layers_of_other_sizes_use_the_first_entries_of_what_the_model_has_once(
         same(loaded(plain, tmp_path / f"{name} again")(inputs(plain)), theirs(inputs(plain)))
 
 
-@pytest.mark.parametrize("config", [peft.HRAConfig(r=4, target_modules=["0"]), *(
-    peft.IA3Config(target_modules=["0"], feedforward_modules=those) for those in ([], ["0"])
-)])  # fmt: skip
-def test_convolutions(config: Any, tmp_path: Path):
+@pytest.mark.parametrize("inputs_of", [[], ["0"]])
+def test_convolutions(inputs_of: list[str], tmp_path: Path):
+    config = peft.IA3Config(target_modules=["0"], feedforward_modules=inputs_of)
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Flatten(), nn.Linear(96, 2)).eval()
     x = torch.randn(2, 3, 4, 4)
@@ -294,6 +293,13 @@ def test_what_peft_cannot_hold_is_not_written(name: str, tmp_path: Path):
         tnpeft.save_foreign(ours, tmp_path / "ours", "peft")
     assert text in str(caught.value)
     assert not (tmp_path / "ours").exists()
+
+
+def test_embeddings_are_not_written(tmp_path: Path):
+    ours = nn.Sequential(nn.Embedding(10, 24), nn.Linear(24, 8))
+    tnpeft.attach(ours, "vera", match=["0"], r=2)
+    with pytest.raises(AdapterFileError, match=r"PEFT's VERA: expected a layer that is called, found Embedding\."):
+        tnpeft.save_foreign(ours, tmp_path / "ours", "peft")
 
 
 @pytest.mark.parametrize("name", ["adalora", "c3a", "delora", "gralora", "ia3_input", "miss", "shira"])

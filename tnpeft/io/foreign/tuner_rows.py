@@ -188,7 +188,6 @@ TUNERS: tuple[Tuner, ...] = (
         misfit=lambda layer, tensors: (
             ("an even `r`", f"{tensors['hra_u'].shape[-1]}") if tensors["hra_u"].shape[-1] % 2 else None
         ),
-        kinds=("Linear", "Conv2d"),
     ),
     Tuner(
         **_BOFT,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
-from tnpeft.adapters.base_weight import base_weight
+from tnpeft.adapters.base_weight import base_weight, never_called
+from tnpeft.adapters.parked import LOOKUPS
 from tnpeft.errors import Problem
 from tnpeft.io.files import refuse
 from tnpeft.io.foreign.formats import MERGE, trained_problem
@@ -65,8 +66,8 @@ def tuner_problems(
     for name, row in rows.items():
         assert row is not None
         adapter, where = adapters[name], f"layer '{name}'"
-        if name not in modules:
-            yield Problem(f"PEFT's {row.method}", "a layer", "a parameter", MERGE, where)
+        if (place := _other_place(name, modules)) is not None:
+            yield Problem(f"PEFT's {row.method}", "a layer that is called", place, MERGE, where)
             continue
         if problem := kind_problem(row, adapter.network.layer):
             yield Problem(problem.what, problem.expected, problem.found, MERGE, where)
@@ -80,6 +81,14 @@ def tuner_problems(
         if problem := _bias_problem(name, adapter, row, trained, base, gain):
             yield problem
     yield from saved_modules(trained.keys() - _biases(rows, trained), _no_parts(rows), modules)[1]
+
+
+def _other_place(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """What an adapter stands on where that is no layer whose calls PEFT's tuner would see."""
+    if name not in modules:
+        return "a parameter"
+    module = modules[name]
+    return type(module).__name__ if isinstance(module, LOOKUPS) else never_called(module)
 
 
 def _starts_elsewhere(adapter: Adapter, row: Tuner, module: nn.Module) -> bool:
