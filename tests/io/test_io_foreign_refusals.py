@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.errors import AdapterFileError, AttachError
+from tnpeft.io.foreign.tuner_rows import METHODS as PEFT_TUNERS
 
 MADE_FOR = "Load the file onto the model it was made for."
 INCOMPLETE = "The file is incomplete: copy it again, or save the adapter once more."
@@ -27,6 +28,7 @@ METHODS = (
     "LoRA, LoHa and LoKr of PEFT, LyCORIS, diffusers, kohya and ComfyUI, or TenVOO, QuanTA, LoCon, LoHa and LoKr of "
     "the TenVOO paper"
 )
+TUNERS = ", ".join(("LORA", "LOHA", "LOKR", *PEFT_TUNERS))
 ELSEWHERE = "Convert such adapters with the library that made them."
 
 
@@ -72,16 +74,16 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 LINE = "base_model.model.line"
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "method": (
-        {"peft_type": "OFT"},
-        f"PATH: `peft_type`: expected LORA, LOHA or LOKR (supported are {METHODS}), found 'OFT'. {ELSEWHERE}",
+        {"peft_type": "POLY"},
+        f"PATH: `peft_type`: expected one of {TUNERS}, found 'POLY'. {ELSEWHERE}",
     ),
     "no method": (
         {"peft_type": None},
-        f"PATH: `peft_type`: expected LORA, LOHA or LOKR (supported are {METHODS}), found None. {ELSEWHERE}",
+        f"PATH: `peft_type`: expected one of {TUNERS}, found None. {ELSEWHERE}",
     ),
-    "pissa": (
-        {"init_lora_weights": "pissa"},
-        "PATH: `init_lora_weights`: expected an init that leaves the base weights alone, found 'pissa'. "
+    "corda": (
+        {"init_lora_weights": "corda"},
+        "PATH: `init_lora_weights`: expected an init that leaves the base weights alone, found 'corda'. "
         "PEFT changes the base weights then: save it with `path_initial_model_for_weight_conversion`.",
     ),
     "other maths": (

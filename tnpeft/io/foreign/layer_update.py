@@ -18,6 +18,7 @@ from tnpeft.errors import BindError, Problem, SpecError
 from tnpeft.io.foreign.formats import MADE_FOR
 from tnpeft.io.foreign.generated_specs import spec_of_sizes
 from tnpeft.io.foreign.topologies import Topology, found_in, topology_named
+from tnpeft.io.foreign.tuner_update import TunerUpdate
 from tnpeft.network import Layer, Network, layer_of, load_spec
 from tnpeft.network.dropout import Dropout
 from tnpeft.schedule import DEFAULT_MODE
@@ -53,7 +54,7 @@ class LayerUpdate:
 class Foreign:
     """A whole file: the parts by layer or parameter, and what trained beside: parameters and running statistics."""
 
-    parts: Mapping[str, LayerUpdate]
+    parts: Mapping[str, LayerUpdate | TunerUpdate]
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     copied: frozenset[str] = frozenset()  # trained parameters that are the file's own copies, tied to nothing

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
 from tnpeft.adapters.processes import holders_of, in_step
+from tnpeft.adapters.sharing import Sharing
 from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftError, TnpeftWarning, clip
 from tnpeft.io.checks import number_problem
 from tnpeft.io.files import file_path, in_file, refuse, shown
@@ -26,6 +27,7 @@ from tnpeft.io.foreign.peft import read_peft
 from tnpeft.io.foreign.pipeline import read_parts
 from tnpeft.io.foreign.source import Source, open_source
 from tnpeft.io.foreign.tenvoo import read_tenvoo
+from tnpeft.io.foreign.tuner_update import TunerUpdate, tuner_adapter
 from tnpeft.io.loading import put_on, unlike, without_values
 from tnpeft.io.manifest import digest, dtype_name
 from tnpeft.network import Layer
@@ -155,6 +157,7 @@ def _adapters(path: Path, foreign: Foreign, model: nn.Module, modules: Mapping[s
     """The adapters in the model's order. Everything that does not fit is a problem of its own."""
     adapters: dict[str, Adapter] = {}
     problems: list[Problem] = []
+    sharing = Sharing()
     known = slots(model) if foreign.parts.keys() - modules.keys() else {}
     order = [name for name in (*modules, *known) if name in foreign.parts]
     signatures: dict[str, Layer | None] = dict.fromkeys(order)
@@ -166,7 +169,12 @@ def _adapters(path: Path, foreign: Foreign, model: nn.Module, modules: Mapping[s
         if isinstance(weight, Tensor) and weight.device.type == "meta":
             raise without_values(path, name)
         try:
-            adapters[name] = adapter_of(foreign.parts[name], base, name)
+            part = foreign.parts[name]
+            adapters[name] = (
+                tuner_adapter(part, base, name, sharing)
+                if isinstance(part, TunerUpdate)
+                else adapter_of(part, base, name)
+            )
         except TnpeftError as error:
             kind = "layer" if name in modules else "parameter"
             problems += in_file(path, error.problems, f"{kind} '{name}'")

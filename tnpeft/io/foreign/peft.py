@@ -20,7 +20,10 @@ from tnpeft.io.foreign.formats import MADE_FOR, PEFT_DROPOUTS, PEFT_SLOTS, SUPPO
 from tnpeft.io.foreign.layer_tensors import LayerTensors, tensors_of_layer, wide
 from tnpeft.io.foreign.layer_update import Foreign, LayerUpdate
 from tnpeft.io.foreign.peft_places import Place, check_places, layer_at, place_of, update_at
+from tnpeft.io.foreign.peft_starts import STARTS, started_at
 from tnpeft.io.foreign.source import Source
+from tnpeft.io.foreign.tuner_reading import read_tuner
+from tnpeft.io.foreign.tuner_rows import METHODS, rows_of
 from tnpeft.network import Layer
 from tnpeft.network.dropout import Dropout
 from tnpeft.recipe.dropout import dropout_of
@@ -53,6 +56,8 @@ def read_peft(
 ) -> Foreign:
     """The parts by layer or parameter and what else was trained. Raises AdapterFileError."""
     config = source.config or {}
+    if source.format == "peft" and rows_of(config.get("peft_type")):
+        return read_tuner(source, modules, parameters, buffers)
     _check_config(source, config)
     dropout, notes = _dropout(source, config)
     keys = {key: match for key in source.tensors if (match := _SLOT.fullmatch(key))}
@@ -83,6 +88,7 @@ def read_peft(
     standing = {place.name: place for place in places.values()}
     bound = {name: layer_at(standing[name], modules, parameters) for name in slots}
     parts = {name: _part(source, config, slots[name], standing[name], bound[name]) for name in slots}
+    parts = started_at(source, config, parts, bound, parameters)
     trained = without_bases(source, parts, trained, parameters) | with_biases(
         source, parts, biases, trained, parameters
     )
@@ -135,13 +141,16 @@ def _check_config(source: Source, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind not in ("LORA", "LOHA", "LOKR"):
         fix = "Convert such adapters with the library that made them."
-        raise source.refuse("`peft_type`", f"LORA, LOHA or LOKR (supported are {SUPPORTED})", clip(kind), fix)
+        expected = f"LORA, LOHA or LOKR (supported are {SUPPORTED})"
+        if source.format == "peft":
+            expected = f"one of LORA, LOHA, LOKR, {', '.join(METHODS)}"
+        raise source.refuse("`peft_type`", expected, clip(kind), fix)
     for option in _OTHER_MATHS:
         if config.get(option):
             fix = "Such updates are not in the language of specs: merge the adapter with PEFT instead."
             raise source.refuse(f"`{option}`", "no such option", clip(config[option]), fix)
     init = config.get("init_lora_weights", config.get("init_weights"))
-    if init not in _PLAIN_INITS:
+    if init not in _PLAIN_INITS and not (kind == "LORA" and str(init).lower() in STARTS):
         fix = "PEFT changes the base weights then: save it with `path_initial_model_for_weight_conversion`."
         raise source.refuse("`init_lora_weights`", "an init that leaves the base weights alone", clip(init), fix)
 

@@ -48,9 +48,11 @@ __all__ = [
     "dropout_note",
     "lora_tensors",
     "method_of",
+    "pattern_of",
     "peft_contents",
     "peft_problems",
     "targets",
+    "usual",
 ]
 
 _KINDS = {
@@ -288,7 +290,7 @@ def config_of(
     method: str, ranks: Mapping[str, int], alphas: Mapping[str, float], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """PEFT's config: the usual rank and alpha, and those of other layers by patterns."""
-    rank, alpha = _usual(ranks), _usual(alphas)
+    rank, alpha = usual(ranks), usual(alphas)
     return {
         "peft_type": method,
         "task_type": None,
@@ -296,13 +298,13 @@ def config_of(
         "inference_mode": True,
         "r": rank,
         "lora_alpha" if method == "LORA" else "alpha": _plain(alpha),
-        "rank_pattern": {_pattern(name): value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {_pattern(name): _plain(value) for name, value in alphas.items() if value != alpha},
+        "rank_pattern": {pattern_of(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {pattern_of(name): _plain(value) for name, value in alphas.items() if value != alpha},
         **options,
     }
 
 
-def _usual(values: Mapping[str, Any]) -> Any:
+def usual(values: Mapping[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]
 
 
@@ -311,7 +313,7 @@ def _plain(value: float) -> int | float:
     return int(near) if near.is_integer() and math.isfinite(near) else near
 
 
-def _pattern(name: str) -> str:
+def pattern_of(name: str) -> str:
     """PEFT looks for a pattern at the end of a name: this one is the name itself."""
     return f"^{re.escape(name)}"
 

@@ -16,6 +16,7 @@ from tnpeft.io.foreign.lycoris import read_lycoris
 from tnpeft.io.foreign.peft import read_peft
 from tnpeft.io.foreign.source import Source
 from tnpeft.io.foreign.spelling import respelled
+from tnpeft.io.foreign.tuner_update import TunerUpdate
 
 __all__ = ["read_parts"]
 
@@ -28,7 +29,7 @@ def read_parts(
     Where diffusers' header has PEFT's config of a part, it says the scales; elsewhere the `alpha` of each layer
     does, and without one the scale is 1.
     """
-    parts: dict[str, LayerUpdate] = {}
+    parts: dict[str, LayerUpdate | TunerUpdate] = {}
     trained: dict[str, Tensor] = {}
     statistics: dict[str, Tensor] = {}
     copied: set[str] = set()

@@ -31,9 +31,10 @@ from tnpeft.io.foreign.peft_files import beside_problems, dropout_note, method_o
 from tnpeft.io.foreign.peft_forms import form_problems
 from tnpeft.io.foreign.rewrites import part_of, untuckered
 from tnpeft.io.foreign.source import DIFFUSERS_WEIGHTS
+from tnpeft.io.foreign.tuner_table import Tuner
+from tnpeft.io.foreign.tuner_writing import tuner_contents, tuner_dropout_note, tuner_of, tuner_problems
 from tnpeft.io.saving import chosen
 from tnpeft.io.sharded import one_writer
-from tnpeft.network import Layer
 from tnpeft.surgery import AdaptedModel, base_tensors, parameter_groups, plain_modules, statistics_of
 from tnpeft.surgery.trained import all_tied
 
@@ -67,9 +68,9 @@ def save_foreign(
     `transformer`, `te` or `text_encoder`, `te2`, ...) is written with the prefix of each.
 
     The model that the other library adapts computes what `model` computes. A spec of any name can be written
-    whose network is that of LoRA, LoCon, LoHa or LoKr. Cores for the kernel, unequal ranks and low-rank factors
-    that the loader would not read are multiplied out; a LoRA with a frozen copy becomes one of twice the rank; a
-    scale from `activate` goes into the file's.
+    whose network is that of LoRA, LoCon, LoHa or LoKr, or for PEFT of a tuner of `tuner_rows`. Cores for the kernel,
+    unequal ranks and low-rank factors that the loader would not read are multiplied out; a LoRA with a frozen copy
+    becomes one of twice the rank; a scale from `activate` goes into the file's.
 
     Raises AdapterFileError, before anything is written, for what the other library cannot hold.
     """
@@ -85,12 +86,15 @@ def save_foreign(
         _raise(path, [] if format == "peft" else [*_parameter_problems(modules, adapters)])
         moved = _moved_statistics(root, state, name)
         kept = moved if format == "peft" and gain == 1.0 else {}
-        parts = _parts(
-            path, adapters, modules, gain, _statistics_problems([each for each in moved if each not in kept])
-        )
-        layers = {layer: adapter.network.layer for layer, adapter in adapters.items()}
-        contents = _contents(path, root, format, prefix, parts, layers, _trained(root, state, name, gain) | kept)
-        note = dropout_note(parts, modules) if format == "peft" else None
+        odd = [*_statistics_problems([each for each in moved if each not in kept])]
+        trained = _trained(root, state, name, gain) | kept
+        rows = {layer: tuner_of(each) for layer, each in adapters.items()} if format == "peft" else {}
+        if any(rows.values()):
+            contents, note = _tuner(path, root, rows, adapters, trained, gain, odd)
+        else:
+            parts = _parts(path, adapters, modules, gain, odd)
+            contents = _contents(path, root, format, prefix, parts, adapters, trained)
+            note = dropout_note(parts, modules) if format == "peft" else None
         if not writes:
             pass
         elif format == "peft" or (format == "diffusers" and path.suffix != _FILE):
@@ -124,17 +128,36 @@ def _parts(
     return {layer: part for layer, part in found.items() if isinstance(part, LayerUpdate)}
 
 
+def _tuner(
+    path: Path,
+    root: nn.Module,
+    rows: Mapping[str, Tuner | None],
+    adapters: Mapping[str, Adapter],
+    trained: Mapping[str, Tensor],
+    gain: float,
+    odd: list[Problem],
+) -> tuple[dict[Path, bytes], Problem | None]:
+    """The files of one of PEFT's tuners, and what they cannot say. Raises AdapterFileError for what it cannot hold."""
+    modules, base = plain_modules(root), base_tensors(root)
+    problems = tuner_problems(rows, adapters, modules, trained, base, gain)
+    _raise(path, [*odd, *_place_problems(root, rows), *problems])
+    known = {name: row for name, row in rows.items() if row is not None}
+    contents = tuner_contents(path, known, adapters, trained, modules, base, gain)
+    return contents, tuner_dropout_note(rows, adapters)
+
+
 def _contents(
     path: Path,
     root: nn.Module,
     kind: str,
     prefix: str | None,
     parts: dict[str, LayerUpdate],
-    layers: Mapping[str, Layer],
+    adapters: Mapping[str, Adapter],
     trained: Mapping[str, Tensor],
 ) -> dict[Path, bytes]:
     """The files to write. Raises AdapterFileError for what the other library cannot hold."""
     modules, base = plain_modules(root), base_tensors(root)
+    layers = {layer: adapter.network.layer for layer, adapter in adapters.items()}
     problems = [*_option_problems(modules, parts, kind in ("peft", "diffusers"))]
     names: dict[str, str] = {}
     first = {names[0]: trained[names[0]] for names in parameter_groups(root) if names[0] in trained}

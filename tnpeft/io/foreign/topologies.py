@@ -77,7 +77,7 @@ TOPOLOGIES = (*WRITABLE, "tenvoo_l", "tenvoo_q", "quanta", *_VIEWED)
 
 @cache
 def topology_named(name: str) -> Topology:
-    """One of `TOPOLOGIES`: that of the shipped spec of this name, or made of the cores of shipped ones."""
+    """That of the shipped spec of this name, or one of `TOPOLOGIES` made of the cores of shipped ones."""
     if name in _VIEWED:
         legs, weight = _VIEWED[name]
         cores = ("up_1", "down_1", "up_2", "down_2")
