@@ -54,6 +54,10 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     tnpeft.register_map("summed", summed, lambda sizes: sizes, linear=True)
 
 
+def test_shipped_specs_are_read_beside_a_map_with_arguments():
+    assert tnpeft.load_spec("oft").name == "oft"
+
+
 def base() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))

@@ -60,7 +60,7 @@ class MapCall:
         return self.text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MapKind:
     """What a map takes and makes.
 
@@ -78,7 +78,7 @@ class MapKind:
     removes: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RegisteredMap:
     """A user's map: `function(x, **arguments)` on trailing axes, and `shape(sizes, **arguments)` of what it makes."""
 
