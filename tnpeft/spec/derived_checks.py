@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import networkx
 
 from tnpeft.errors import Position, Problems, near_miss
 from tnpeft.spec.declaration import Core, Declaration, Term
 from tnpeft.spec.derived import Derivation, Reference, Summand, arrow_legs, index_of, legs_before_maps
-from tnpeft.spec.legs import cores_by_name, legs_of
+from tnpeft.spec.legs import cores_by_name, legs_of, uses_of
 from tnpeft.spec.maps import MapCall, passes_zero
 from tnpeft.spec.pattern import ELLIPSIS
 
@@ -32,11 +32,11 @@ def check_derived(spec: Declaration, problems: Problems) -> None:
     if is_circular(spec):
         _circles(spec, problems)
         return
-    cores = cores_by_name(spec)
+    cores, known = cores_by_name(spec), set(uses_of(spec))
     for core in spec.cores:
         if core.derivation is not None:
             _derivation(core, core.derivation, cores, problems)
-        _init_legs(core, problems)
+        _init_legs(core, known, problems)
         _value(core, cores, problems)
     for label, reference in _references(spec):
         _axes_of(label, reference, cores, problems)
@@ -155,9 +155,14 @@ def _index(core: Core, number: int, call: MapCall, cores: Mapping[str, Core], pr
         problems.add(where, what, "an index core", f"'{name}' of init `{index.init}`", fix, core=core.name)
 
 
-def _init_legs(core: Core, problems: Problems) -> None:
-    """Index cores are frozen; `same` names legs of the core."""
+def _init_legs(core: Core, known: Set[str], problems: Problems) -> None:
+    """Index cores are frozen, and hold places among legs of the network; `same` names legs of the core."""
     where = core.init.position or core.position
+    for leg in getattr(core.init.arguments.get("legs"), "legs", ()):
+        if leg not in known:
+            fix = near_miss(leg, known) or "Name indices that a core has."
+            what = f"index core '{core.name}', `{core.init.name}`"
+            problems.add(where, what, "legs of the network", f"'{leg}'", fix, core=core.name)
     if core.is_index and not core.frozen:
         fix = "Add `frozen: true`: whole numbers have no gradient."
         problems.add(where, f"index core '{core.name}'", "a frozen core", "one that trains", fix, core=core.name)
@@ -245,9 +250,8 @@ def check_zero_through_maps(
         stopped = _stopped(reference.core, zeros.name, cores)
         if stopped is None:
             return
-    name, call = next(
-        (stop for each in term.references if (stop := _stopped(each.core, zeros.name, cores))), ("", None)
-    )
+    stops = [stop for each in term.references if (stop := _stopped(each.core, zeros.name, cores)) is not None]
+    name, call = next((stop for stop in stops if stop[1] is not None), stops[0])
     if call is not None:
         found = f"`{call.name}` in '{name}', which is not zero with a slope where its input is zero"
         fix = "Put them after it, or write `start: frozen_copy`."
