@@ -28,6 +28,8 @@ MAX_SHOWN = 20  # names of a circle
 
 def check_derived(spec: Declaration, problems: Problems) -> None:
     """Report every mistake in what derived cores, references and inits name."""
+    if not uses_second_half(spec):
+        return
     _version(spec, problems)
     if is_circular(spec):
         _circles(spec, problems)
@@ -53,7 +55,7 @@ def uses_second_half(spec: Declaration) -> bool:
 
 def _version(spec: Declaration, problems: Problems) -> None:
     node = spec.root.get("tnpeft")
-    if node is not None and node.value == 1 and uses_second_half(spec):
+    if node is not None and node.value == 1:
         fix = "Write `tnpeft: 2`: versions of tnpeft before 0.2 then say that they are too old for it."
         expected = (
             "the language version 2 for derived cores, references with legs, grouped legs, index cores and `start_std`"
