@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tnpeft.network import Network
+from tnpeft.network.derived import DerivedCore
 from tnpeft.program import needs_plain_ops, versions
 from tnpeft.program.derived import Derivations, StartValues, build_derivations
 from tnpeft.program.repeatable import repeatable
@@ -17,6 +18,9 @@ __all__ = ["Factors", "KeptStart", "Light"]
 
 Light = Sequence[Tensor] | None
 """Derived cores that no base weight is part of, as a pass has made them for layers alike; None: they are not known."""
+
+
+_Evaluate = Callable[[Mapping[str, Tensor], Sequence[DerivedCore]], Sequence[Tensor]]
 
 
 class _Start(NamedTuple):
@@ -33,11 +37,10 @@ class KeptStart:
     def __init__(self) -> None:
         self._known: _Start | None = None
 
-    def get(self, sources: Sequence[Tensor], make: Any) -> StartValues:
+    def get(self, sources: Sequence[Tensor], make: Callable[[], StartValues]) -> StartValues:
         """`make()`, once as long as it is made of the same `sources`."""
         if needs_plain_ops(*sources):
-            made: StartValues = make()
-            return made
+            return make()
         made_of = [*map(id, sources)], versions(sources)
         if self._known is None or self._known.sources != made_of:
             self._known = _Start(make(), made_of, tuple(sources))
@@ -59,41 +62,34 @@ class Factors:
 
     def values(self, stored: Sequence[Tensor], light: Light = None) -> list[Tensor]:
         """The factors of stored cores, with `start: zero` and for T(theta)."""
-        return self._split(self.derivations.factors(self._values(stored, light)))
+        return self._split(self.derivations.factors(self._evaluated(stored, light, self.derivations.values)))
 
     def derived(self, stored: Sequence[Tensor], name: str) -> Tensor:
         """A derived core's value."""
-        return self._split([self._values(stored, None)[name]])[0]
+        return self._split([self._evaluated(stored, None, self.derivations.values)[name]])[0]
 
     def changes(self, stored: Sequence[Tensor], copies: Sequence[Tensor], light: Light = None) -> list[Tensor]:
         """The factors with a frozen copy: of derived cores that train, their change."""
-        derivations = self.derivations
-        start, now = self._start_values(copies, first=True), self._layers(stored)
-        known = {} if light is None else dict(zip([core.name for core in derivations.light], light, strict=True))
-        rest = [*(derivations.light if light is None else ()), *derivations.heavy]
-        names = [*now, *known]
-
-        def made(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-            return derivations.changes(dict(zip(names, tensors, strict=True)), start, rest)
-
-        found = repeatable(made, [*now.values(), *known.values()]) if rest else []
-        changed = known | {core.name: change for core, change in zip(rest, found, strict=True)}
-        return self._split(derivations.factors({**now, **changed}))
+        start = self._start_values(copies, first=True)
+        changed = self._evaluated(stored, light, lambda cores, rest: self.derivations.changes(cores, start, rest))
+        return self._split(self.derivations.factors(changed))
 
     def start(self, copies: Sequence[Tensor]) -> list[Tensor]:
         """The factors of the frozen copies."""
         return self._split(self.derivations.factors(self._start_values(copies).cores))
 
-    def _values(self, stored: Sequence[Tensor], light: Light) -> dict[str, Tensor]:
+    def _evaluated(self, stored: Sequence[Tensor], light: Light, evaluate: _Evaluate) -> dict[str, Tensor]:
+        """Every core by name: stored ones, `light` ones where these are known, and what `evaluate` makes of them."""
         derivations, now = self.derivations, self._layers(stored)
-        known = {} if light is None else dict(zip([core.name for core in derivations.light], light, strict=True))
-        rest, names = [*(derivations.light if light is None else ()), *derivations.heavy], [*now, *known]
+        if light is not None:
+            now |= {core.name: tensor for core, tensor in zip(derivations.light, light, strict=True)}
+        rest, names = [*(derivations.light if light is None else ()), *derivations.heavy], [*now]
 
         def made(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-            return derivations.values(dict(zip(names, tensors, strict=True)), rest)
+            return evaluate(dict(zip(names, tensors, strict=True)), rest)
 
-        found = repeatable(made, [*now.values(), *known.values()]) if rest else []
-        return now | known | {core.name: value for core, value in zip(rest, found, strict=True)}
+        found = repeatable(made, [*now.values()]) if rest else []
+        return now | {core.name: tensor for core, tensor in zip(rest, found, strict=True)}
 
     def _start_values(self, copies: Sequence[Tensor], first: bool = False) -> StartValues:
         """The start of all derived cores. Those that base weights are part of are made anew, for these may be written

@@ -46,7 +46,6 @@ class Derivations:
         derived, stored = self.network.derived, self.network.cores
         self.names = [core.name for core in stored]
         self.copies = self.network.start == "frozen_copy"
-        self.changing = [core.changes for core in self.network.plain.cores]
         self._frozen = {core.name for core in stored if core.frozen}
         weights = {core.name for core in stored if core.origin == "weight"}
         roots = {core.name: self.network.roots_of(core.name) for core in derived}
