@@ -62,19 +62,6 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.fixture
-def torch_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BOFT's several factors without its CUDA extension, whose one function is torch's block_diag of a batch."""
-
-    class Blocks:
-        @staticmethod
-        def apply(blocks: Tensor) -> Tensor:
-            return torch.stack([torch.block_diag(*factor) for factor in blocks])
-
-    monkeypatch.setattr(peft.tuners.boft.layer, "_FBD_CUDA", object())
-    monkeypatch.setattr(peft.tuners.boft.layer, "FastBlockDiag", Blocks)
-
-
 def base(sizes: tuple[int, int, int], bias: bool = True) -> nn.Module:
     torch.manual_seed(0)
     first, second, third = sizes

@@ -237,19 +237,6 @@ PEERS: dict[str, Peer] = {
 }
 
 
-@pytest.fixture
-def torch_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BOFT's several factors without its CUDA extension, whose one function is torch's block_diag of a batch."""
-
-    class Blocks:
-        @staticmethod
-        def apply(blocks: Tensor) -> Tensor:
-            return torch.stack([torch.block_diag(*factor) for factor in blocks])
-
-    monkeypatch.setattr(peft.tuners.boft.layer, "_FBD_CUDA", object())
-    monkeypatch.setattr(peft.tuners.boft.layer, "FastBlockDiag", Blocks)
-
-
 def value(peer: Peer, name: str, cores: Cores, weight: Tensor) -> Tensor:
     """The formula in float64."""
     wide = {core: tensor.double() if tensor.is_floating_point() else tensor for core, tensor in cores.items()}
