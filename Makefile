@@ -19,6 +19,8 @@ WIDE    := .venv-wide
 LOWEST  := .venv-lowest
 # One thread per process: two workers on two cores are faster than two that fight for both.
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Images of containers often forbid Python to keep what it compiles: every process of the tests would compile torch anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-wide lowest pythons check lint types specs catalogue unit bench format install clean

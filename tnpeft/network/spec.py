@@ -27,6 +27,8 @@ __all__ = ["Spec", "load_spec"]
 
 # Networks that a spec remembers: more than the kinds of layers that a model has.
 NETWORKS = 256
+# Specs that stay parsed: more than ship, for what goes through all of them in turn would find none in a smaller table.
+PARSED = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ def load_spec(name: str | Path) -> Spec:
     return _parsed(read_bytes(path), label_of(path), (registered_inits(), registered_maps()))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=PARSED)
 def _parsed(text: bytes, file: str, _registered: object) -> Spec:
     """A recipe names one spec several times, a program attaches it to several models: the text is parsed once."""
     return Spec.from_yaml(text, file)
