@@ -8,6 +8,7 @@ import os
 # Before torch is imported: two test processes on two cores must not fight for threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import find, settings
 from hypothesis import strategies as st
 
@@ -19,5 +20,12 @@ settings.load_profile("repeatable")
 def pytest_collection_finish() -> None:
     """What stands now stays to the end: the collector need not walk through millions of objects after every test."""
     find(st.none(), lambda _: True)  # Hypothesis asks who holds its generator, and would not see what is frozen
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def settled() -> None:
+    """What stands before a test that collects is neither walked through by it nor found by `gc.get_objects`."""
     gc.collect()
     gc.freeze()

@@ -184,11 +184,33 @@ def refused(model: nn.Module, act: Callable[[], object]) -> str:
     return str(excinfo.value)
 
 
+def quick_if(quick: bool, *values: Any) -> Any:
+    """A case of `parametrize`: `make test` runs it where it is quick, `make test-wide` the others."""
+    return pytest.param(*values, marks=[] if quick else [pytest.mark.slow])
+
+
 def spec_cases(kinds: Iterable[str]) -> list[Any]:
     """Every shipped spec on each of these kinds of layer that it takes; what is slow is all but one for each spec."""
     cases = []
     for number, spec in enumerate(tnpeft.list_specs()):
         taken = [kind for kind in kinds if kind in tnpeft.load_spec(spec).layers]
         quick = taken[number % len(taken)]
-        cases += [pytest.param(spec, kind, marks=[] if kind == quick else [pytest.mark.slow]) for kind in taken]
+        cases += [quick_if(kind == quick, spec, kind) for kind in taken]
+    return cases
+
+
+def spec_cases_in(modes: Iterable[str]) -> list[Any]:
+    """Every shipped spec in each of these modes with kinds of layers that it takes: one of them, and what is slow.
+
+    The quick kind of a spec is another one in the next mode, so that modes meet kinds.
+    """
+    cases = []
+    for number, spec in enumerate(tnpeft.list_specs()):
+        taken = tnpeft.load_spec(spec).layers
+        for place, mode in enumerate(modes):
+            quick = taken[(number + place) % len(taken)]
+            others = tuple(kind for kind in taken if kind != quick)
+            cases.append(pytest.param(spec, mode, (quick,), id=f"{spec}-{mode}-{quick}"))
+            if others:
+                cases.append(pytest.param(spec, mode, others, id=f"{spec}-{mode}-others", marks=pytest.mark.slow))
     return cases

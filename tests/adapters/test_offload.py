@@ -11,6 +11,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_submodules
+from small import quick_if
 from torch import Tensor, nn
 
 import tnpeft
@@ -76,19 +77,26 @@ def losses(model: nn.Module, handle: tnpeft.Handle) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("first", ["attach", "offload"])
-@pytest.mark.parametrize("offload", OFFLOADS)
+COMPUTED = [
+    ("lora", "dense", None, True),
+    ("lora", "factored", TRAIN, True),
+    ("lora", "hybrid", None, False),
+    ("lora", "auto", {"also": ["^1[.]"]}, False),
+    ("dora", "auto", TRAIN, True),
+    ("hira", "auto", None, False),
+    ("lora_xs", "auto", None, True),
+    ("quanta", "factored", TRAIN, True),
+]
+
+
+# Every adapter meets every way to offload; by turns it is there before, or comes after.
 @pytest.mark.parametrize(
-    ("spec", "mode", "train", "bias"),
+    ("spec", "mode", "train", "bias", "offload", "first"),
     [
-        ("lora", "dense", None, True),
-        ("lora", "factored", TRAIN, True),
-        ("lora", "hybrid", None, False),
-        ("lora", "auto", {"also": ["^1[.]"]}, False),
-        ("dora", "auto", TRAIN, True),
-        ("hira", "auto", None, False),
-        ("lora_xs", "auto", None, True),
-        ("quanta", "factored", TRAIN, True),
+        quick_if((number + place + turn) % 2 == 0, *adapter, offload, first)
+        for number, adapter in enumerate(COMPUTED)
+        for place, offload in enumerate(OFFLOADS)
+        for turn, first in enumerate(("attach", "offload"))
     ],
 )
 def test_it_computes_and_trains_as_it_does_without(
@@ -253,10 +261,22 @@ def on_blocks(model: nn.Module, spec: str, train: dict[str, Any] | None, name: s
     return tnpeft.attach(model, spec, match=r"^(0[.][xy]|1|2[.]x)$", train=train, name=name, r=2)
 
 
+PRELOADS = [preload_cpu, preload_disk, preload_dispatched]
+CLASSES = [["Block"], ["Linear"], ["Sequential"]]
+ADAPTERS = [("lora", None), ("dora", TRAIN), ("lora", {"also": ["norm", "2[.]y"]})]
+
+
+# A Latin square of them is quick: every two meet.
 @pytest.mark.parametrize("first", ["attach", "offload"])
-@pytest.mark.parametrize("offload", [preload_cpu, preload_disk, preload_dispatched])
-@pytest.mark.parametrize("classes", [["Block"], ["Linear"], ["Sequential"]])
-@pytest.mark.parametrize(("spec", "train"), [("lora", None), ("dora", TRAIN), ("lora", {"also": ["norm", "2[.]y"]})])
+@pytest.mark.parametrize(
+    ("offload", "classes", "spec", "train"),
+    [
+        quick_if((number + place) % 3 == turn, offload, classes, *adapter)
+        for number, offload in enumerate(PRELOADS)
+        for place, classes in enumerate(CLASSES)
+        for turn, adapter in enumerate(ADAPTERS)
+    ],
+)
 def test_a_preloaded_ancestor_reaches_no_core_and_no_copy(
     offload: Callable[..., None], first: str, classes: list[str], spec: str, train: dict[str, Any] | None,
     tmp_path: Path,

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import hyperedge, make_network, network_of_graph, networks
+from small import quick_if
 from terminal import data, mistakes, run, text
 
 import tnpeft
@@ -154,7 +155,9 @@ def test_reflections_swap_input_and_output():
 TANGLED = {"boft_2": 1, "boft_lycoris": 240}
 
 
-@pytest.mark.parametrize("name", tnpeft.list_specs())
+@pytest.mark.parametrize(
+    "name", [quick_if(place % 4 == 0 or name in TANGLED, name) for place, name in enumerate(tnpeft.list_specs())]
+)
 def test_shipped_specs_are_readable(name: str):
     spec = tnpeft.load_spec(name)
     quality = draw_network(spec).quality

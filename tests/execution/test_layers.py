@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small import chain, layers, move, runs, sample_input
+from small import chain, layers, move, runs, sample_input, spec_cases_in
 from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
@@ -18,7 +18,6 @@ from tnpeft.adapters.inits import canonical_weight
 from tnpeft.errors import BindError, ExecutionError, TnpeftWarning
 from tnpeft.execution import AdaptedLayer, compile, wrap
 from tnpeft.network import Network, load_spec
-from tnpeft.spec import list_specs
 
 # torch's own remark on an option that the strategies draw.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -142,20 +141,14 @@ def _layer_for(kind: str, dtype: torch.dtype, groups: int = 1) -> nn.Module:
     return getattr(nn, kind)(12, 16, 3, padding=1, groups=groups).to(dtype)
 
 
-# Every spec in fp32 and under bf16 autocast, and in two of the others by turns: what rounds is the start, not the spec.
 @pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        (name, mode)
-        for place, name in enumerate(list_specs())
-        for mode in ("fp32", "autocast bf16", *(("bf16", "fp64"), ("fp16", "autocast fp16"))[place % 2])
-    ],
+    ("name", "mode", "kinds"), spec_cases_in(("fp32", "autocast bf16", "bf16", "fp64", "fp16", "autocast fp16"))
 )
-def test_every_shipped_spec_starts_exactly_at_the_base(name, mode):
+def test_every_shipped_spec_starts_exactly_at_the_base(name, mode, kinds):
     spec = load_spec(name)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}.get(mode, torch.float32)
     cast = torch.float16 if mode.endswith("fp16") else torch.bfloat16
-    for kind in spec.layers:
+    for kind in kinds:
         layer = _layer_for(kind, dtype, groups=1 if name.startswith(("quanta", "tenvoo")) else 2)
         x = sample_input(layer, dtype=dtype)
         with torch.autocast("cpu", dtype=cast, enabled=mode.startswith("autocast")):

@@ -194,6 +194,7 @@ def test_a_model_within_a_model(mode: str, itself: bool):
     assert open_pass(model) is None
 
 
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("mode", MODES)
 def test_an_interrupt_leaves_a_pass_open_in_its_thread_alone(mode: str):
     model = tower(mode)
@@ -343,17 +344,11 @@ def test_replicas_of_one_process_are_refused():
 # Tables.
 
 
-def tensors() -> set[int]:
-    for _ in range(2):
-        gc.collect()
-    return {id(one) for one in gc.get_objects() if issubclass(type(one), Tensor)}
-
-
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("spec", ["tenvoo_l", "loha"])
 @pytest.mark.parametrize("mode", MODES[:3])
 def test_tables_die_with_the_last_model(mode: str, spec: str):
     """Numbers and matrices that move voxels, and those that reorder cores, are no tensors of the process."""
-    before = tensors()
 
     def use() -> None:
         models = []
@@ -366,7 +361,9 @@ def test_tables_die_with_the_last_model(mode: str, spec: str):
                     called(model, torch.randn(1, 6, size, size, 4), "gradients")
 
     use()
-    assert not tensors() - before
+    for _ in range(2):
+        gc.collect()
+    assert not [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
 
 
 def test_models_that_are_alike_share_programs():

@@ -1,6 +1,6 @@
 """Nothing but TnpeftError comes out of the reader, whatever goes in, and nothing takes a second.
 
-5,000 inputs a run; `python tests/project/test_fuzz.py COUNT SEED` throws as many more as one likes.
+3,000 inputs a run, more with the slow test; `python tests/project/test_fuzz.py COUNT SEED` throws as many as one likes.
 """
 
 from __future__ import annotations
@@ -63,13 +63,24 @@ def test_random_words(text):
     assert_survives(text)
 
 
-@fuzz(400)
-@given(st.sampled_from(SHIPPED), st.integers(0, 2**32))
-def test_mutated_shipped_files(text, seed):
+def assert_mutants_survive(text: str, seed: int) -> None:
     """Eight mutants an example: drawing them one by one takes longer than reading them."""
     choose = random.Random(seed)
     for _ in range(8):
         assert_survives(mutated(text, choose))
+
+
+@fuzz(150)
+@given(st.sampled_from(SHIPPED), st.integers(0, 2**32))
+def test_mutated_shipped_files(text, seed):
+    assert_mutants_survive(text, seed)
+
+
+@pytest.mark.slow
+@fuzz(400)
+@given(st.sampled_from(SHIPPED), st.integers(0, 2**32))
+def test_more_mutated_shipped_files(text, seed):
+    assert_mutants_survive(text, seed)
 
 
 @fuzz(120)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from same_bits import differences, drawn, pairs, summary_error, values_of
+from small import spec_cases_in
 from smallest import MODES
 
 VALUES = json.loads((Path(__file__).parents[1] / "data" / "values.json").read_text())
@@ -25,10 +26,9 @@ def test_every_shipped_spec_has_values():
     assert VALUES.keys() <= {f"{spec} {kind}" for kind, spec in PAIRS}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("spec", SPECS)
-def test_outputs_and_gradients_are_what_they_were(spec: str, mode: str):
-    for kind in [kind for kind, name in PAIRS if name == spec]:
+@pytest.mark.parametrize(("spec", "mode", "kinds"), spec_cases_in(MODES))
+def test_outputs_and_gradients_are_what_they_were(spec: str, mode: str, kinds: tuple[str, ...]):
+    for kind in kinds:
         values = values_of(kind, spec, mode)
         assert (values is None) == (f"{spec} {kind}" not in VALUES)
         if values is not None:
