@@ -25,7 +25,7 @@ from tnpeft.fitting.slices import fit_slices
 from tnpeft.fitting.start import random_start, tree_start
 from tnpeft.network import Network, Spec, load_spec
 
-__all__ = ["Fit", "FrozenCopy", "Method", "check_method", "fit", "fit_adapter"]
+__all__ = ["Fit", "FrozenCopy", "Method", "check_method", "checked", "fit", "fit_adapter"]
 
 Method = Literal["auto", "als", "adam"]
 FrozenCopy = Literal["zeros", "drawn"]
@@ -113,7 +113,7 @@ def fit(
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
     layer = layer.base if isinstance(layer, AdaptedLayer) else layer
     network = spec.bind(layer.signature if isinstance(layer, ParameterLayer) else layer, **params)
-    delta = _checked(delta, network.layer.stored_shape)
+    delta = checked(delta, network.layer.stored_shape)
     if not isinstance(layer, nn.Module) or base_weight(layer, network).is_meta:
         layer = _stand_in(network, delta, layer)
     adapter = Adapter(network, layer, seed=seed, name=name)
@@ -142,7 +142,7 @@ def fit_adapter(
 ) -> Fit:
     """Fit an adapter that has its initial values, in place; `weight` is its layer's base weight. Raises BindError."""
     check_method(method, iterations)
-    delta = _checked(delta, adapter.network.layer.stored_shape).detach()
+    delta = checked(delta, adapter.network.layer.stored_shape).detach()
     if not bool(delta.any()):
         return Fit(adapter, 0.0, "start", 0, (0.0,))
     if adapter.network.slice_network is not None:
@@ -351,7 +351,7 @@ def _begun(problem: fitting_problem.Problem, cores: Cores) -> Descent:
     return Descent(cores, [problem.error(cores)])
 
 
-def _checked(delta: object, shape: tuple[int, ...]) -> Tensor:
+def checked(delta: object, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(delta, Tensor):
         fix = "Pass the tuned weight minus the base weight."
         raise BindError(Problem("delta", "a tensor", clip(delta), fix))
