@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tnpeft.adapters import Adapter
 from tnpeft.execution import compile
-from tnpeft.fitting.fit import checked
+from tnpeft.fitting.arguments import checked
 from tnpeft.network import Network, Spec
 from tnpeft.spec.maps import registered_map
 
@@ -168,12 +168,13 @@ class _Jacobian:
             return weights.new_zeros(len(weights), self.parameters)
         parts = []
         for chosen in torch.split(weights, 1 if self._alone else max(1, BATCH // self.entries)):
+            together = len(chosen) > 1
             gradients = torch.autograd.grad(
                 self.value,
                 self.trained,
-                chosen[0] if self._alone else chosen,
+                chosen if together else chosen[0],
                 retain_graph=True,
-                is_grads_batched=not self._alone,
+                is_grads_batched=together,
                 allow_unused=True,
                 materialize_grads=True,
             )

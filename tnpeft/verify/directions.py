@@ -51,10 +51,10 @@ class Directions:
             return "at this start the first step moves nothing, to first order"
         if self.rank == self.entries and self.counted:
             return "at this start the first steps move in all directions"
-        share = f"less than {SMALL:.1%}" if self.share < SMALL else f"{self.share:.1%}"
-        bound = "" if self.counted or self.share < SMALL else "at most "
-        number = f"{self.rank:,} of {self.entries:,}"
-        return f"at this start the first steps move in {bound}{share} of the directions ({bound}{number})"
+        bound = "" if self.counted else "at most "
+        share = f"less than {SMALL:.1%}" if self.share < SMALL else f"{bound}{self.share:.1%}"
+        number = f"{bound}{self.rank:,} of {self.entries:,}"
+        return f"at this start the first steps move in {share} of the directions ({number})"
 
     @property
     def _rate(self) -> str:
