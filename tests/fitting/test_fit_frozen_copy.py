@@ -292,14 +292,15 @@ def test_the_copy_that_is_asked_for():
     layer = nn.Conv3d(4, 6, 3)
     delta = update(layer, 2)
     fits = {
-        copied: tnpeft.fit("tenvoo_l", delta, layer, r=2, frozen_copy=copied) for copied in ("zeros", "drawn", None)
+        copied: tnpeft.fit("tenvoo_l", delta, layer, method="als", iterations=20, r=2, frozen_copy=copied)
+        for copied in ("zeros", "drawn", None)
     }
     assert [fitted.frozen_copy for fitted in fits.values()] == ["zeros", "drawn", "zeros"]
     assert fits["drawn"].captured < fits["zeros"].captured
     assert fits[None].captured == fits["zeros"].captured
-    # What training can make from its start is more than the start's tangent space, and not much more.
+    # From a start so large, the whole network reaches no more than its tangent space there holds.
     held = tnpeft.tangent_space("tenvoo_l", layer, r=2).captured(delta)
-    assert held - 1e-6 < fits["drawn"].captured < held + 0.05
+    assert fits["drawn"].captured == pytest.approx(held, abs=0.01)
 
 
 def test_a_copy_of_another_name_is_refused():

@@ -14,7 +14,7 @@ from tnpeft.adapters import Adapter
 from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.dora import magnitudes
 from tnpeft.adapters.parked import ParameterLayer
-from tnpeft.errors import BindError, Problem, clip
+from tnpeft.errors import BindError, Problem
 from tnpeft.execution import AdaptedLayer
 from tnpeft.fitting import problem as fitting_problem
 from tnpeft.fitting.arguments import check_frozen_copy, check_method, checked
