@@ -59,7 +59,7 @@ def measured(spec: Spec, gain: float, layer: nn.Module, update: Tensor, r: int) 
     weight: Any = layer.weight
     return {
         "gain": gain or "zero",
-        "std T / std W": float(adapter.network_weight().detach().std() / weight.std()),
+        "std T / std W": float(adapter.network_weight().detach().std() / weight.detach().std()),
         "parameters": space.parameters,
         "rank": space.rank,
         "entries": space.entries,
