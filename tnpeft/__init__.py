@@ -41,7 +41,18 @@ if TYPE_CHECKING:
     from tnpeft.adapters import Adapter, memory_limit
     from tnpeft.draw import draw_network
     from tnpeft.execution import compile
-    from tnpeft.fitting import Budget, Extraction, Fit, Truncation, budget, extract, fit, truncate
+    from tnpeft.fitting import (
+        Budget,
+        Extraction,
+        Fit,
+        TangentSpace,
+        Truncation,
+        budget,
+        extract,
+        fit,
+        tangent_space,
+        truncate,
+    )
     from tnpeft.io import Inspection, hot_swap, inspect, load, load_foreign, save, save_foreign
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
     from tnpeft.surgery import (
@@ -80,6 +91,7 @@ __all__ = [
     "Report",
     "Spec",
     "SpecError",
+    "TangentSpace",
     "TnpeftError",
     "TnpeftWarning",
     "Truncation",
@@ -115,6 +127,7 @@ __all__ = [
     "save",
     "save_foreign",
     "scales_of",
+    "tangent_space",
     "truncate",
     "unmerge",
 ]
@@ -129,7 +142,7 @@ _LAZY = {
         "unmerge",
         "recipe": "Handle Recipe Report attach list_recipes load_recipe",
         "io": "Inspection hot_swap inspect load load_foreign save save_foreign",
-        "fitting": "Budget Extraction Fit Truncation budget extract fit truncate",
+        "fitting": "Budget Extraction Fit TangentSpace Truncation budget extract fit tangent_space truncate",
         "draw": "draw_network",
     }.items()
     for name in names.split()

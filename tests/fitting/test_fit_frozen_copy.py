@@ -285,3 +285,28 @@ def test_other_libraries_take_a_fitted_adapter_as_it_is(spec: str, form: str, tm
     torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
     if spec == "pissa":
         assert adapters_of(again, "default")["0"].network.params["r"] == 4
+
+
+def test_the_copy_that_is_asked_for():
+    """A random start of few directions holds little of an update that the same graph reaches from zeros."""
+    layer = nn.Conv3d(4, 6, 3)
+    delta = update(layer, 2)
+    fits = {
+        copied: tnpeft.fit("tenvoo_l", delta, layer, method="als", iterations=20, r=2, frozen_copy=copied)
+        for copied in ("zeros", "drawn", None)
+    }
+    assert [fitted.frozen_copy for fitted in fits.values()] == ["zeros", "drawn", "zeros"]
+    assert fits["drawn"].captured < fits["zeros"].captured
+    assert fits[None].captured == fits["zeros"].captured
+    # From a start so large, the whole network reaches no more than its tangent space there holds.
+    held = tnpeft.tangent_space("tenvoo_l", layer, r=2).captured(delta)
+    assert fits["drawn"].captured == pytest.approx(held, abs=0.01)
+
+
+def test_a_copy_of_another_name_is_refused():
+    with pytest.raises(tnpeft.BindError) as caught:
+        tnpeft.fit("pissa", torch.ones(3, 4), nn.Linear(4, 3), r=1, frozen_copy="zero")
+    assert (
+        str(caught.value)
+        == "`frozen_copy`: expected zeros or drawn, found 'zero'. Leave it out, or choose one of them."
+    )

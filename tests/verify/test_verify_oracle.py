@@ -202,3 +202,10 @@ def test_shipped_specs_are_sound(name: str):
     report = verify(name, examples=2, advice=False, layer=Layer("Linear", 16, 64) if name in _POINTS else None)
     assert report.ok, str(report)
     assert report.examples == 2
+
+
+def test_numbers_that_are_single_entries_are_no_redundancy():
+    """More entries than the sums in which a rank is looked for."""
+    found = gauge_of(tnpeft.load_spec("shira"), [Case("Linear", 48, 96, params={"r": 2})])
+    assert found is not None
+    assert (found.entries, found.rank, found.redundant) == (4608, found.parameters, 0)

@@ -106,6 +106,8 @@ def _print_advice(output: Output, report: VerifyReport) -> None:
         for row in report.conditioning:
             if row.advice:
                 output.say(f"{row.layer}: {row.advice}")
+    for directions in report.directions:
+        output.say(str(directions))
 
 
 def _row(row: Conditioning) -> tuple[str, ...]:

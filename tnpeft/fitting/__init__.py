@@ -1,8 +1,9 @@
-"""From data to adapters: fits to full updates, an adapter of a checkpoint, the rank of a budget, ranks that shrink."""
+"""From data to adapters: fits, tangent spaces, an adapter of a checkpoint, the rank of a budget, ranks that shrink."""
 
 from tnpeft.fitting.budget import Budget, BudgetRow, budget
 from tnpeft.fitting.extract import ExtractedLayer, Extraction, Unexplained, check_tensors, extract
 from tnpeft.fitting.fit import Fit, fit, fit_adapter
+from tnpeft.fitting.tangent import TangentSpace, tangent_space, tangent_space_of
 from tnpeft.fitting.truncation import Truncation, truncate
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "ExtractedLayer",
     "Extraction",
     "Fit",
+    "TangentSpace",
     "Truncation",
     "Unexplained",
     "budget",
@@ -18,5 +20,7 @@ __all__ = [
     "extract",
     "fit",
     "fit_adapter",
+    "tangent_space",
+    "tangent_space_of",
     "truncate",
 ]

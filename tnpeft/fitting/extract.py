@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
 from tnpeft.errors import AttachError, Problem, TnpeftError, clip, near_miss
-from tnpeft.fitting.fit import Fit, FrozenCopy, Method, check_method, fit_adapter
+from tnpeft.fitting.arguments import check_method
+from tnpeft.fitting.fit import Fit, FrozenCopy, Method, fit_adapter
 from tnpeft.network import Network, Spec
 from tnpeft.recipe import Handle, Recipe, Train, attach
 from tnpeft.recipe.report import printed

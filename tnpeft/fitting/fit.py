@@ -14,9 +14,10 @@ from tnpeft.adapters import Adapter
 from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.dora import magnitudes
 from tnpeft.adapters.parked import ParameterLayer
-from tnpeft.errors import BindError, Problem, clip
+from tnpeft.errors import BindError, Problem
 from tnpeft.execution import AdaptedLayer
 from tnpeft.fitting import problem as fitting_problem
+from tnpeft.fitting.arguments import check_frozen_copy, check_method, checked
 from tnpeft.fitting.descent import Descent, adam, alternate, balanced, quasi_newton
 from tnpeft.fitting.mapped import linear_cores
 from tnpeft.fitting.problem import Cores
@@ -25,7 +26,7 @@ from tnpeft.fitting.slices import fit_slices
 from tnpeft.fitting.start import random_start, tree_start
 from tnpeft.network import Network, Spec, load_spec
 
-__all__ = ["Fit", "FrozenCopy", "Method", "check_method", "fit", "fit_adapter"]
+__all__ = ["Fit", "FrozenCopy", "Method", "fit", "fit_adapter"]
 
 Method = Literal["auto", "als", "adam"]
 FrozenCopy = Literal["zeros", "drawn"]
@@ -37,7 +38,6 @@ TRIAL = 15  # sweeps from each start before the best goes on
 TOLERANCE = 1e-6
 TURNS, ENOUGH = 6, 1e-3  # of L-BFGS and least squares, while a turn brings so much
 GOOD = 1e-6  # a relative error that needs no polishing
-SMALLEST = 1e-100  # of an update's largest entry, and one over it
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def fit(
     *,
     method: Method = "auto",
     iterations: int | None = None,
+    frozen_copy: FrozenCopy | None = None,
     seed: int | None = None,
     name: str = "",
     **params: Any,
@@ -102,7 +103,8 @@ def fit(
     gets the best fit there is; other networks end in a local minimum, the best that a few starts lead to.
 
     With `start: frozen_copy` the copy that the update is counted from is chosen as well: zeros, with which the network
-    is as free as with `start: zero`, or the copy as it was drawn, where that comes nearer.
+    is as free as with `start: zero`, or the copy as it was drawn, where that comes nearer. `frozen_copy="drawn"` (or
+    `"zeros"`) settles it: what of the update the adapter could make from the start that its training has.
 
     `iterations` bounds the sweeps (100) or Adam's steps (2000). Equal arguments give equal bits; `seed` and `name` are
     those of `compile`.
@@ -110,15 +112,16 @@ def fit(
     Raises SpecError and BindError.
     """
     check_method(method, iterations)
+    check_frozen_copy(frozen_copy)
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
     layer = layer.base if isinstance(layer, AdaptedLayer) else layer
     network = spec.bind(layer.signature if isinstance(layer, ParameterLayer) else layer, **params)
-    delta = _checked(delta, network.layer.stored_shape)
+    delta = checked(delta, network.layer.stored_shape)
     if not isinstance(layer, nn.Module) or base_weight(layer, network).is_meta:
         layer = _stand_in(network, delta, layer)
     adapter = Adapter(network, layer, seed=seed, name=name)
     weight = base_weight(layer, network)
-    return fit_adapter(adapter, weight, delta, method=method, iterations=iterations)
+    return fit_adapter(adapter, weight, delta, method=method, iterations=iterations, frozen_copy=frozen_copy)
 
 
 def _stand_in(network: Network, delta: Tensor, layer: object) -> nn.Module:
@@ -138,17 +141,26 @@ def _stand_in(network: Network, delta: Tensor, layer: object) -> nn.Module:
 
 
 def fit_adapter(
-    adapter: Adapter, weight: Tensor, delta: Tensor, *, method: Method = "auto", iterations: int | None = None
+    adapter: Adapter,
+    weight: Tensor,
+    delta: Tensor,
+    *,
+    method: Method = "auto",
+    iterations: int | None = None,
+    frozen_copy: FrozenCopy | None = None,
 ) -> Fit:
     """Fit an adapter that has its initial values, in place; `weight` is its layer's base weight. Raises BindError."""
     check_method(method, iterations)
-    delta = _checked(delta, adapter.network.layer.stored_shape).detach()
+    check_frozen_copy(frozen_copy)
+    delta = checked(delta, adapter.network.layer.stored_shape).detach()
     if not bool(delta.any()):
         return Fit(adapter, 0.0, "start", 0, (0.0,))
     if adapter.network.slice_network is not None:
 
         def fit_slice(part: Adapter, part_weight: Tensor, part_delta: Tensor) -> tuple[float, str, int]:
-            fitted = fit_adapter(part, part_weight, part_delta, method=method, iterations=iterations)
+            fitted = fit_adapter(
+                part, part_weight, part_delta, method=method, iterations=iterations, frozen_copy=frozen_copy
+            )
             return fitted.error, fitted.method, fitted.sweeps
 
         error, said, sweeps = fit_slices(adapter, weight, delta, fit_slice)
@@ -159,7 +171,7 @@ def fit_adapter(
         delta = (delta.cpu() if delta.device.type not in ("cpu", "cuda") else delta).to(torch.float64, copy=True)
         before = [(parameter, parameter.detach().clone()) for parameter in adapter.parameters()]
         copy = {name: core.clone() for name, core in adapter.start.items()}
-        fitted = _fitted(adapter, weight, delta, method, steps)
+        fitted = _fitted(adapter, weight, delta, method, steps, frozen_copy)
         if fitted.error < 1:
             return fitted
         # Rounded to the adapter's own type, a small change of large cores may be worse than none.
@@ -178,11 +190,14 @@ class _Trial(NamedTuple):
     descent: Descent
 
 
-def _fitted(adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, steps: int) -> Fit:
+def _fitted(
+    adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, steps: int, frozen_copy: FrozenCopy | None
+) -> Fit:
     with_factor = adapter.magnitude is not None
     _refuse_als(adapter.network, method)
     curved = bool(_curved(adapter.network))
-    trial = _best_trial(adapter, weight, delta, "als" if with_factor and not curved else method, steps)
+    first = "als" if with_factor and not curved else method
+    trial = _best_trial(adapter, weight, delta, first, steps, frozen_copy)
     if with_factor:
         descent, said, error = _with_factor(adapter, weight, delta, trial, method, steps)
     else:
@@ -192,7 +207,9 @@ def _fitted(adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, ste
     return Fit(adapter, error, said, len(descent.errors) - 1, tuple(descent.errors))
 
 
-def _best_trial(adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, steps: int) -> _Trial:
+def _best_trial(
+    adapter: Adapter, weight: Tensor, delta: Tensor, method: Method, steps: int, frozen_copy: FrozenCopy | None
+) -> _Trial:
     """The nearest of two ways, as the adapter would store it: with a frozen copy of zeros, and with the copy as it is.
 
     A copy of zeros makes nothing, and leaves the network as free as with `start: zero`. The copy as it was drawn is
@@ -201,6 +218,8 @@ def _best_trial(adapter: Adapter, weight: Tensor, delta: Tensor, method: Method,
     drawn = {name: core.to(delta.device, torch.float64) for name, core in adapter.start.items()}
     zeros = {name: torch.zeros_like(core) for name, core in drawn.items()}
     copies = [zeros, drawn] if any(bool(core.any()) for core in drawn.values()) else [drawn]
+    if frozen_copy is not None:
+        copies = [zeros if frozen_copy == "zeros" else drawn]
     trials: list[tuple[float, _Trial]] = []
     for copy in copies:
         problem = build_problem(adapter, weight, delta, copy)
@@ -349,35 +368,3 @@ def _refuse_als(network: Network, method: Method) -> None:
 def _begun(problem: fitting_problem.Problem, cores: Cores) -> Descent:
     cores = balanced(problem, cores)
     return Descent(cores, [problem.error(cores)])
-
-
-def _checked(delta: object, shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(delta, Tensor):
-        fix = "Pass the tuned weight minus the base weight."
-        raise BindError(Problem("delta", "a tensor", clip(delta), fix))
-    if tuple(delta.shape) != shape:
-        fix = "Pass the tuned weight minus the base weight, as the layer stores them."
-        raise BindError(Problem("delta", f"the shape of the layer's weight, {shape}", f"{tuple(delta.shape)}", fix))
-    if not delta.is_floating_point():
-        dtype = str(delta.dtype).removeprefix("torch.")
-        raise BindError(Problem("delta", "floating-point numbers", dtype, "Convert it, for example by `.float()`."))
-    if delta.layout is not torch.strided:
-        layout = str(delta.layout).removeprefix("torch.")
-        raise BindError(Problem("delta", "a dense tensor", layout, "Convert it by `.to_dense()`."))
-    if delta.device.type == "meta" or not bool(torch.isfinite(delta).all()):
-        found = "none (it is on the meta device)" if delta.device.type == "meta" else "nan or inf"
-        raise BindError(Problem("delta", "finite numbers", found, "Check both weights: training may have diverged."))
-    largest = float(delta.detach().abs().max())
-    if largest and not SMALLEST < largest < 1 / SMALLEST:
-        fix = "Scale both weights."
-        raise BindError(Problem("delta", "numbers whose squares float64 can add up", f"{largest:.1e} at most", fix))
-    return delta
-
-
-def check_method(method: object, iterations: object) -> None:
-    if method not in ("auto", "als", "adam"):
-        fix = "Leave it out, or choose one of them."
-        raise BindError(Problem("`method`", "one of auto, als, adam", clip(method), fix))
-    if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1):
-        fix = "For example `iterations=100`."
-        raise BindError(Problem("`iterations`", "a positive whole number", clip(iterations), fix))

@@ -16,8 +16,9 @@ from tnpeft.adapters.base_weight import base_weight
 from tnpeft.adapters.distributed import refuse_distributed
 from tnpeft.adapters.offload import present
 from tnpeft.errors import AttachError, BindError, ExecutionError, Problem, clip, listed
+from tnpeft.fitting.arguments import check_method
 from tnpeft.fitting.extract import ExtractedLayer, fitted_layer, refuse_shared, row_of
-from tnpeft.fitting.fit import Method, check_method
+from tnpeft.fitting.fit import Method
 from tnpeft.network import Network, Spec, param_problems
 from tnpeft.recipe import Handle
 from tnpeft.recipe.report import printed

@@ -3,6 +3,7 @@
 from tnpeft.verify.case import Case, sample_input
 from tnpeft.verify.checks import CHECKS, Check
 from tnpeft.verify.conditioning import Conditioning
+from tnpeft.verify.directions import Directions
 from tnpeft.verify.engine import run_check, verify
 from tnpeft.verify.gauge import Gauge
 from tnpeft.verify.random_specs import networks, specs
@@ -16,6 +17,7 @@ __all__ = [
     "CheckResult",
     "Conditioning",
     "Counterexample",
+    "Directions",
     "Gauge",
     "VerifyReport",
     "inputs_for",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +16,9 @@ from tnpeft.execution import compile
 from tnpeft.network import Layer, Spec
 from tnpeft.verify.case import Case
 
-__all__ = ["RATE", "Conditioning", "conditioning_of"]
+__all__ = ["RATE", "Conditioning", "conditioning_of", "rows_on"]
+
+Row = TypeVar("Row")
 
 RATE = 1e-3  # of Adam, whose first step moves every number by this much
 LARGE_NETWORK, LARGE_STEP, SMALL_STEP = 10.0, 0.1, 1e-5
@@ -87,21 +91,25 @@ class Conditioning:
 def conditioning_of(
     spec: Spec, params: Mapping[str, float], layer: Layer | None = None, seed: int = 0
 ) -> tuple[Conditioning, ...]:
-    """One row for each kind that the spec takes (transposed ones where it takes no other), or for `layer` alone."""
-    if layer is not None:
-        return tuple(_rows(spec, params, [layer], seed))
-    rows = tuple(_rows(spec, params, [one for one in _LAYERS if not one.transposed], seed))
-    return rows or tuple(_rows(spec, params, [one for one in _LAYERS if one.transposed], seed))
+    """One row for each kind that the spec takes, or for `layer` alone."""
+    return rows_on(partial(_row, spec), params, layer, seed)
 
 
-def _rows(spec: Spec, params: Mapping[str, float], layers: Sequence[Layer], seed: int) -> list[Conditioning]:
-    rows = []
-    for layer in layers:
-        try:
-            rows.append(_row(spec, Case.on(layer, params=params, seed=seed)))
-        except TnpeftError:
-            continue
-    return rows
+def rows_on(
+    row: Callable[[Case], Row], params: Mapping[str, float], layer: Layer | None = None, seed: int = 0
+) -> tuple[Row, ...]:
+    """A row for each kind of layer that is not refused (transposed ones where no other is left), or `layer` alone."""
+    groups = (
+        [[one for one in _LAYERS if one.transposed == kind] for kind in (False, True)] if layer is None else [[layer]]
+    )
+    for layers in groups:
+        rows = []
+        for one in layers:
+            with suppress(TnpeftError):
+                rows.append(row(Case.on(one, params=params, seed=seed)))
+        if rows:
+            return tuple(rows)
+    return ()
 
 
 def _row(spec: Spec, case: Case) -> Conditioning:

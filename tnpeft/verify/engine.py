@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from tnpeft.network import Layer, Spec, load_spec
 from tnpeft.spec.habits import unknown_params
 from tnpeft.verify.case import DTYPES, Case
 from tnpeft.verify.checks import CHECKS, Check
-from tnpeft.verify.conditioning import conditioning_of
+from tnpeft.verify.conditioning import conditioning_of, rows_on
 from tnpeft.verify.dead_cores import reached
+from tnpeft.verify.directions import directions_on
 from tnpeft.verify.gauge import gauge_of
 from tnpeft.verify.model_under_test import Mismatch, Skip, Subject
 from tnpeft.verify.properties import Flaky, Found, HealthCheck, NoSuchExample, Phase, Unsatisfiable, find, settings, st
@@ -50,7 +52,7 @@ def verify(
     """Try `spec` (or a shipped name, a path) on random layers within its reach, and report what does not hold.
 
     `layer` and `params` fix what is otherwise drawn. No new example starts after `seconds`. `label` is what the spec is
-    called where counter-examples are printed; without `advice` redundancy and conditioning are left out. Raises
+    called where counter-examples are printed; without `advice` what fails nothing is left out. Raises
     SpecError for a spec that cannot be read; whatever else goes wrong is in the report.
     """
     started = time.monotonic()
@@ -66,6 +68,7 @@ def verify(
         results = [run.result(check, drawn) for check in CHECKS]
         gauge = gauge_of(spec, gauge_cases(spec, layer, params, run.accepted)) if advice else None
         conditioning = conditioning_of(spec, params, layer, seed) if advice else ()
+        directions = rows_on(partial(directions_on, spec), params, layer, seed) if advice else ()
     return VerifyReport(
         spec.name,
         spec.file,
@@ -79,6 +82,7 @@ def verify(
         run.notes(),
         gauge,
         conditioning,
+        directions,
     )
 
 

@@ -31,6 +31,7 @@ __all__ = ["Gauge", "gauge_of"]
 
 MAX_PARAMETERS, MAX_ENTRIES = 700, 40_000
 COLUMNS = 2_000  # random sums of the weight's entries: a rank shows in them as well, once they are enough
+SUMS = 8  # in which each entry stands: in one alone, numbers that are single entries would meet
 BATCH = 100  # columns whose gradients are taken at once
 PRECISION = 1e-9  # of singular values, relative to the largest
 
@@ -158,14 +159,17 @@ def _through_maps(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _sketch(matrix: Tensor) -> Tensor:
-    """Every column with a random sign in one of `COLUMNS` sums; the same sums for every matrix of this width."""
+    """Every column with random signs in some of `COLUMNS` sums; the same sums for every matrix of this width."""
     width = matrix.shape[1]
     if width <= COLUMNS:
         return matrix
     generator = torch.Generator().manual_seed(width)
-    signs = 2.0 * torch.randint(2, (width,), generator=generator, dtype=torch.float64) - 1
-    places = torch.randint(COLUMNS, (width,), generator=generator)
-    return matrix.new_zeros(matrix.shape[0], COLUMNS).index_add_(1, places, matrix * signs)
+    sums = matrix.new_zeros(matrix.shape[0], COLUMNS)
+    for _ in range(SUMS):
+        signs = 2.0 * torch.randint(2, (width,), generator=generator, dtype=torch.float64) - 1
+        places = torch.randint(COLUMNS, (width,), generator=generator)
+        sums.index_add_(1, places, matrix * signs)
+    return sums
 
 
 def _rank(matrix: Tensor) -> int:

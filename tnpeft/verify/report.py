@@ -1,4 +1,4 @@
-"""What verifying found: counts, counter-examples, and notes on gauge and conditioning."""
+"""What verifying found: counts, counter-examples, and notes on gauge, conditioning and directions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from tnpeft.verify.case import Case
 from tnpeft.verify.conditioning import Conditioning
+from tnpeft.verify.directions import Directions
 from tnpeft.verify.gauge import Gauge
 
 __all__ = ["CheckResult", "Counterexample", "VerifyReport"]
@@ -85,7 +86,7 @@ class VerifyReport:
     """The outcome of `verify`; `ok` where nothing failed.
 
     `seen` counts the examples by kind of layer, groups, dtype and options; `refused` the layers that the spec refuses,
-    by what it says of them. `notes`, `gauge` and `conditioning` advise; they fail nothing.
+    by what it says of them. `notes`, `gauge`, `conditioning` and `directions` advise; they fail nothing.
     """
 
     spec: str
@@ -100,6 +101,7 @@ class VerifyReport:
     notes: tuple[str, ...] = ()
     gauge: Gauge | None = None
     conditioning: tuple[Conditioning, ...] = field(default_factory=tuple)
+    directions: tuple[Directions, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -125,6 +127,7 @@ class VerifyReport:
             "notes": list(self.notes),
             "gauge": None if self.gauge is None else self.gauge.as_dict(),
             "conditioning": [row.as_dict() for row in self.conditioning],
+            "directions": [row.as_dict() for row in self.directions],
         }
 
     def __str__(self) -> str:
