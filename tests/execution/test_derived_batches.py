@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.program import derived
-from tnpeft.program.maps import map_function
+from tnpeft.program.maps import map_change, map_function
 
 
 def tower(count: int = 4) -> nn.Sequential:
@@ -24,15 +24,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each map is called, and for how many layers in all."""
     counted: Counter[str] = Counter()
 
-    def counting(name: str) -> Any:
-        def call(x: Tensor, *rest: Any, **arguments: Any) -> Tensor:
-            counted[name] += 1
-            counted[f"{name}, layers"] += len(x)
-            return map_function(name)(x, *rest, **arguments)
+    def counting(find: Any) -> Any:
+        def found(name: str) -> Any:
+            function = find(name)
 
-        return call
+            def call(x: Tensor, *rest: Any, **arguments: Any) -> Tensor:
+                counted[name] += 1
+                counted[f"{name}, layers"] += len(x)
+                return function(x, *rest, **arguments)
 
-    monkeypatch.setattr(derived, "map_function", counting)
+            return None if function is None else call
+
+        return found
+
+    monkeypatch.setattr(derived, "map_function", counting(map_function))
+    monkeypatch.setattr(derived, "map_change", counting(map_change))
     return counted
 
 
@@ -92,3 +98,29 @@ def test_a_step_between_passes_is_seen():
             output.square().sum().backward()
             optimiser.step()
     torch.testing.assert_close(model(x), alone(x))
+
+
+def test_what_a_pass_knows_without_gradients_is_not_what_it_knows_with_them():
+    """One layer is called without gradients before the others are called with them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = tower()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.layers[0](x)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Model()
+    tnpeft.attach(model, "hra", match="all", rank=2, mode="factored")
+    x = torch.randn(3, 16)
+    for _ in range(3):
+        model.zero_grad()
+        model(x).square().sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 4
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in trained)

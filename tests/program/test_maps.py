@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tnpeft
-from tnpeft.program.maps import map_function
+from tnpeft.program.maps import map_change, map_function
 from tnpeft.spec import map_kinds
 from tnpeft.spec.maps import MapCall, map_kind, map_names, passes_zero, register_map, size_problem
 from tnpeft.spec.wavelets import FAMILIES, wavelet_filters
@@ -223,6 +223,35 @@ def test_what_the_table_promises_of_sums_and_zeros(case):
     assert size_problem(call, case.taken, case.made, case.arguments) is None
     if case.name != "qr":  # of zeros it has no value
         assert passes_zero(call) is trains
+
+
+@given(
+    floor=st.sampled_from([None, 1e-4, 1.0, 100.0]),
+    size=st.sampled_from([0.0, 1e-9, 1e-5, 1.0, 1e3]),
+    zeros=st.sampled_from(["none", "start", "end"]),
+    seed=st.integers(0, 999),
+)
+def test_the_change_of_unit_is_the_difference_of_its_values(floor, size, zeros, seed):
+    """A formula in place of two values in float64; in float32 it has as many digits, however small the step."""
+    generator = torch.Generator().manual_seed(seed)
+    first, step = torch.randn(2, 2, 3, 5, dtype=torch.float32, generator=generator)
+    step = step * size
+    if zeros == "start":
+        first[0, 1] = 0
+    if zeros == "end":
+        step[0, 1] = -first[0, 1]
+    unit, change = map_function("unit"), map_change("unit")
+    assert change is not None
+    leaf, wide = step.clone().requires_grad_(), step.double().requires_grad_()
+    found = change(first, leaf, (5,), floor=floor)
+    wanted = unit(first.double() + wide, (5,), floor=floor) - unit(first.double(), (5,), floor=floor)
+    upstream = torch.randn(found.shape, generator=generator)
+    (gradient,) = torch.autograd.grad(found, leaf, upstream)
+    (slope,) = torch.autograd.grad(wanted, wide, upstream.double())
+    assert found.dtype == torch.float32
+    assert (found - wanted).norm() <= 3e-6 * wanted.norm() + 1e-30
+    assert (gradient - slope).norm() <= 3e-6 * slope.norm() + 1e-30
+    assert not change(first, torch.zeros_like(step), (5,), floor=floor).any()
 
 
 def matrices(count: int, size: int) -> Tensor:

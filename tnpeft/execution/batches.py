@@ -8,7 +8,7 @@ as these are small. Batches say what belongs together, for all threads; results 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ class Member(NamedTuple):
         if network.layer.numel > small or network.reads_weight:
             return None
         return cls(base, adapter, adapter.program_for(weight).weight)
+
+
+TensorsOf: TypeAlias = "Callable[[Adapter], list[Tensor]]"
 
 
 class _Places(NamedTuple):
@@ -111,23 +114,24 @@ class Batch:
         ]
         self._constants: StartConstants[Any] = StartConstants()
 
-    def results(self, tensors_of: Callable[[Adapter], list[Tensor]]) -> Any:
-        """Of all members, from the cores of each; None where these do not lie together, or somebody looks on."""
-        tensors = {adapter: tensors_of(adapter) for adapter in self._each}
-        return self._contracted([tensors[adapter][core] for adapter, core in self._cores])
+    def results(self, cores_of: TensorsOf, starts_of: TensorsOf) -> Any:
+        """Of all members, from the cores and the frozen copies of each; None where the cores do not lie together, or
+        somebody looks on."""
+        cores = {adapter: cores_of(adapter) for adapter in self._each}
+        return self._contracted([cores[adapter][core] for adapter, core in self._cores], starts_of)
 
-    def _contracted(self, cores: Sequence[Tensor]) -> Any:
+    def _contracted(self, cores: Sequence[Tensor], starts_of: TensorsOf) -> Any:
         raise NotImplementedError
 
     def _kept(self, cores: Sequence[Tensor], weights: Sequence[Tensor], make: Make) -> Sequence[Tensor]:
         """`make(cores)`, kept from pass to pass while accumulating; it is made of `weights` too."""
         return self._cache.get((self._code, *self._cores), self._each, weights, cores, make)
 
-    def _start(self) -> Any:
+    def _start(self, starts_of: TensorsOf) -> Any:
         """What the code needs of the frozen copies."""
         if self.adapters[0].network.start == "zero":
             return None
-        copies = {adapter: adapter.start_tensors() for adapter in self._each}
+        copies = {adapter: starts_of(adapter) for adapter in self._each}
         start = [copies[adapter][core] for adapter, core in self._cores]
         return self._constants.get(self._code, start, self._code.start)
 
@@ -148,11 +152,11 @@ class _Clusters(Batch):
         code = BatchedCluster(members[0].cluster, len(members))
         super().__init__(code, [member.adapter for member in members], [member.cores for member in members], cache)
 
-    def _contracted(self, cores: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...]] | None:
+    def _contracted(self, cores: Sequence[Tensor], starts_of: TensorsOf) -> Sequence[tuple[Tensor, ...]] | None:
         if needs_plain_ops(*cores):
             return None
         count = len(self.adapters)
-        clusters = self._kept(cores, (), lambda cores: self._code(cores, self._start()))
+        clusters = self._kept(cores, (), lambda cores: self._code(cores, self._start(starts_of)))
         return [tuple(clusters[place::count]) for place in range(count)]
 
 
@@ -175,14 +179,14 @@ class _Deltas(Batch):
         super().__init__(code, [member.adapter for member in members], [cores] * len(members), cache)
         self._bases = [member.base for member in members]
 
-    def _contracted(self, cores: Sequence[Tensor]) -> list[_Sum] | None:
+    def _contracted(self, cores: Sequence[Tensor], starts_of: TensorsOf) -> list[_Sum] | None:
         weights = [base.weight for base in self._bases]
         if needs_plain_ops(*cores, *weights):
             return None
         constants = [weight.detach() for weight in weights]
 
         def summed(cores: Sequence[Tensor]) -> Sequence[Tensor]:
-            deltas = self._code.deltas(cores, self._start())
+            deltas = self._code.deltas(cores, self._start(starts_of))
             return tuple([add_weight(delta, weight, False) for delta, weight in zip(deltas, constants, strict=True)])
 
         totals = self._kept(cores, weights, summed)

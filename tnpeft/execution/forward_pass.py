@@ -76,7 +76,8 @@ class ForwardPass:
         self._light: dict[tuple[DerivedBatch, bool, bool], dict[Adapter, DerivedResults] | None] = {}
         self.sums = Sums()
         self._results: dict[tuple[bool, bool], dict[Batch, Any]] = {}
-        self._cores: dict[Adapter, _Cores] = {}
+        self._cores: dict[tuple[Adapter, bool, bool], _Cores] = {}
+        self._starts: dict[tuple[Adapter, bool, bool], list[Tensor]] = {}
 
     def clusters(self, adapter: Adapter, program: ClusterProgram) -> LayerClusters | None:
         """The clusters of an adapter; None where it must contract its own."""
@@ -118,17 +119,25 @@ class ForwardPass:
         if known is None:
             known = self._results[key] = {}
         if batch not in known:
-            known[batch] = batch.results(self.cores_of)
+            known[batch] = batch.results(self.cores_of, self.starts_of)
         return known[batch]
 
     def cores_of(self, adapter: Adapter) -> list[Tensor]:
         """The cores that an adapter had when they were first asked for."""
-        known = self._cores.get(adapter)
+        key = adapter, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        known = self._cores.get(key)
         if known is None:
             light = None if adapter.factors is None else self.light(adapter)
             cores = adapter.core_tensors(light=light)
-            known = self._cores[adapter] = _Cores(cores, sources_of(adapter.stored))
+            known = self._cores[key] = _Cores(cores, sources_of(adapter.stored))
         return known.tensors
+
+    def starts_of(self, adapter: Adapter) -> list[Tensor]:
+        """The frozen copies of its cores, and what else its derived cores had at the start."""
+        key = adapter, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if key not in self._starts:
+            self._starts[key] = adapter.start_tensors()
+        return self._starts[key]
 
     def light(self, adapter: Adapter) -> Light:
         """The derived cores that it has in common with layers alike, made for all of them when the first one asks."""
@@ -145,7 +154,7 @@ class ForwardPass:
 
     def is_current(self, adapter: Adapter) -> bool:
         """Whether its cores are what they were when they were contracted."""
-        known = self._cores.get(adapter)
+        known = self._cores.get((adapter, torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
         return known is not None and known.sources == sources_of(adapter.stored)
 
 

@@ -3,7 +3,8 @@
 With a frozen copy a derived core is carried as its change d since the start, never as a difference of rounded values:
 
     products    d(A B) = dA B0 + A dB                       each A - A0 of a stored core is exact
-    maps        linear: f(d);  others: f(A0 + d) - f(A0), both in float64 by one call, so that equal inputs give zero
+    maps        linear: f(d);  others: f(A0 + d) - f(A0), both in float64 by one call, so that equal inputs give zero,
+                or a formula of their own
 
 Every tensor here has an axis of layers first, so that layers alike are one computation. Derived cores that are made of
 base weights are `heavy`: those of several layers are never copied together.
@@ -17,18 +18,18 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from opt_einsum import get_symbol
 from torch import Tensor
 
 from tnpeft.network import Network
 from tnpeft.network.derived import BoundMap, BoundReference, BoundSummand, DerivedCore
 from tnpeft.program.autocast import without_autocast
-from tnpeft.program.maps import map_function
+from tnpeft.program.maps import Map, map_change, map_function
+from tnpeft.program.products import LAYERS, contract
 
 __all__ = ["Derivations", "StartValues", "build_derivations"]
 
-# Legs that no file can name: the axis of layers, and that of a value before and after a change.
-LAYERS, PAIR = "layers.", "pair."
+# A leg that no file can name: a value before and after a change.
+PAIR = "pair."
 
 
 class StartValues(NamedTuple):
@@ -46,6 +47,7 @@ class Derivations:
         derived, stored = self.network.derived, self.network.cores
         self.names = [core.name for core in stored]
         self.copies = self.network.start == "frozen_copy"
+        self._derived = {core.name for core in derived}
         self._frozen = {core.name for core in stored if core.frozen}
         weights = {core.name for core in stored if core.origin == "weight"}
         roots = {core.name: self.network.roots_of(core.name) for core in derived}
@@ -75,23 +77,11 @@ class Derivations:
 
     def changes(self, now: Mapping[str, Tensor], start: StartValues, derived: Sequence[DerivedCore]) -> list[Tensor]:
         """How derived cores changed, the value of those that cannot; `now` has the same of those that are known."""
-        cores: dict[str, Tensor] = {}
-        changed: dict[str, Tensor | None] = {}
-        made = {core.name for core in self.network.derived}
+        moved = _Moved(now, start, self._derived, self._constant | self._frozen)
         with without_autocast(next(iter(now.values()))):
-            for name, tensor in now.items():
-                first = start.cores[name]
-                if name in made:
-                    constant = name in self._constant
-                    cores[name] = first if constant else first + tensor
-                    changed[name] = None if constant else tensor
-                else:
-                    cores[name] = tensor
-                    changed[name] = None if name in self._frozen else tensor - first
             for core in derived:
-                changed[core.name] = change = self._change(core, cores, changed, start)
-                cores[core.name] = start.cores[core.name] if change is None else start.cores[core.name] + change
-        return [self._given(core.name, changed[core.name], start) for core in derived]
+                moved.changes[core.name] = self._change(core, moved, start)
+        return [self._given(core.name, moved.changes[core.name], start) for core in derived]
 
     def _given(self, name: str, change: Tensor | None, start: StartValues) -> Tensor:
         """What a factor of a derived core holds: its change, or its value where it cannot change."""
@@ -118,44 +108,50 @@ class Derivations:
                     before.append(value)
                     at = None if each.at is None else cores[each.at]
                     wide = value.double() if self.copies and not each.linear else value
-                    mapped, legs = _mapped(each, wide, legs, at)
+                    mapped, legs = _mapped(each, [wide], legs, at, map_function(each.name))
                     value = mapped.to(value.dtype)
                 cores[core.name] = _ordered(value, legs, core.legs)
                 inputs[core.name] = tuple(before)
 
-    def _change(
-        self,
-        core: DerivedCore,
-        cores: Mapping[str, Tensor],
-        changed: Mapping[str, Tensor | None],
-        start: StartValues,
-    ) -> Tensor | None:
+    def _change(self, core: DerivedCore, moved: _Moved, start: StartValues) -> Tensor | None:
         """How a derived core changed; None where it cannot."""
         if core.name in self._constant:
             return None
-        legs, parts = core.before, []
-        for summand in core.summands:
-            for place, reference in enumerate(summand.references):
-                if changed[reference.core] is not None:
-                    parts.append(_product(summand, cores, legs, start.cores, changed, place))
-        if not parts:
+        legs = core.before
+        places = [(summand, place) for summand in core.summands for place in range(len(summand.references))]
+        parts = [_product_change(summand, moved, start, legs, place) for summand, place in places]
+        changed = [part for part in parts if part is not None]
+        if not changed:
             return None
-        change = _summed(parts)
+        change = _summed(changed)
         for each, first in zip(core.maps, start.inputs[core.name], strict=True):
-            at = None if each.at is None else cores[each.at]
-            if each.linear:
-                change, legs = _mapped(each, change, legs, at)
-                continue
-            wide = first.double()
-            both, paired = _mapped(each, torch.stack((wide, wide + change.double()), 1), (PAIR, *legs), at)
-            before, now = both.unbind(1 + paired.index(PAIR))
-            change, legs = (now - before).to(change.dtype), tuple(leg for leg in paired if leg != PAIR)
+            at = None if each.at is None else moved.value(each.at)
+            change, legs = _mapped_change(each, first, change, legs, at)
         return _ordered(change, legs, core.legs)
 
 
-def _known(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
+class _Moved:
+    """Cores as they are, and how they changed since the start, each made when it is first asked for."""
+
+    def __init__(self, now: Mapping[str, Tensor], start: StartValues, derived: set[str], constant: set[str]) -> None:
+        self._start = start.cores
+        self._values = {name: tensor for name, tensor in now.items() if name not in derived}
+        self.changes: dict[str, Tensor | None] = {name: now[name] for name in derived.intersection(now)}
+        self.changes |= dict.fromkeys(constant.intersection(now))
+
+    def change(self, name: str) -> Tensor | None:
+        """None where a core cannot change."""
+        if name not in self.changes:
+            self.changes[name] = self._values[name] - self._start[name]
+        return self.changes[name]
+
+    def value(self, name: str) -> Tensor:
+        """A derived core is its start and its change together."""
+        value = self._values.get(name)
+        if value is None:
+            change = self.changes[name]
+            self._values[name] = value = self._start[name] if change is None else self._start[name] + change
+        return value
 
 
 def _summed(tensors: Sequence[Tensor]) -> Tensor:
@@ -170,41 +166,61 @@ def _under(core: Tensor, reference: BoundReference) -> Tensor:
     return core if core.shape[1:] == reference.shape else core.reshape(core.shape[0], *reference.shape)
 
 
-def _product(
-    summand: BoundSummand,
-    cores: Mapping[str, Tensor],
-    legs: Sequence[str],
-    start: Mapping[str, Tensor] | None = None,
-    changed: Mapping[str, Tensor | None] | None = None,
-    place: int = -1,
-) -> Tensor:
-    """(layers, legs): scale * einsum(cores); with `changed`, the part of its change that core number `place` makes.
+def _product(summand: BoundSummand, cores: Mapping[str, Tensor], legs: Sequence[str]) -> Tensor:
+    """(layers, legs): scale * einsum(cores)."""
+    return _contracted(summand, [cores[reference.core] for reference in summand.references], legs)
+
+
+def _product_change(
+    summand: BoundSummand, moved: _Moved, start: StartValues, legs: Sequence[str], place: int
+) -> Tensor | None:
+    """The part of a product's change that core number `place` makes; None where that cannot change.
 
     einsum: cores before it as they are now, its own change, cores after it as they were.
     """
-    operands, inputs = [], []
-    letters = {leg: get_symbol(number) for number, leg in enumerate((LAYERS, *summand.legs))}
-    for number, reference in enumerate(summand.references):
-        source = cores if start is None or changed is None or number < place else start
-        tensor = _known(changed[reference.core]) if changed is not None and number == place else source[reference.core]
-        operands.append(_under(tensor, reference))
-        inputs.append(letters[LAYERS] + "".join(letters[leg] for leg in reference.legs))
-    result = letters[LAYERS] + "".join(letters[leg] for leg in legs)
-    product: Tensor = torch.einsum(f"{','.join(inputs)}->{result}", *operands)
+    names = [reference.core for reference in summand.references]
+    change = moved.change(names[place])
+    if change is None:
+        return None
+    before, after = map(moved.value, names[:place]), map(start.cores.__getitem__, names[place + 1 :])
+    return _contracted(summand, [*before, change, *after], legs)
+
+
+def _contracted(summand: BoundSummand, cores: Sequence[Tensor], legs: Sequence[str]) -> Tensor:
+    references = zip(cores, summand.references, strict=True)
+    factors = [(_under(core, reference), (LAYERS, *reference.legs)) for core, reference in references]
+    product = contract(factors, (LAYERS, *legs))
     return product if summand.scale == 1.0 else product * summand.scale
 
 
-def _mapped(each: BoundMap, tensor: Tensor, legs: Sequence[str], at: Tensor | None) -> tuple[Tensor, tuple[str, ...]]:
-    """The map's result with its legs: those that it leaves alone first, then those that it made."""
+def _mapped(
+    each: BoundMap, tensors: Sequence[Tensor], legs: Sequence[str], at: Tensor | None, function: Map
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The function of tensors of equal legs, and its legs: those that the map leaves alone, those that it makes."""
     rest = tuple(leg for leg in legs if leg not in each.takes)
-    moved = _ordered(tensor, legs, (*rest, *each.takes))
-    layers, others, taken = moved.shape[0], moved.shape[1 : 1 + len(rest)], moved.shape[1 + len(rest) :]
+    moved = [_ordered(tensor, legs, (*rest, *each.takes)) for tensor in tensors]
+    layers, *others = moved[0].shape[: 1 + len(rest)]
     arguments: dict[str, object] = dict(each.arguments)
     if at is not None:
         arguments["at"] = at
-    flat = moved.reshape(layers, math.prod(others), *taken)
-    result = map_function(each.name)(flat, each.shape, **arguments)
+    flat = [tensor.reshape(layers, math.prod(others), *tensor.shape[1 + len(rest) :]) for tensor in moved]
+    result = function(*flat, each.shape, **arguments)
     return result.reshape(layers, *others, *each.shape), (*rest, *each.gives)
+
+
+def _mapped_change(
+    each: BoundMap, first: Tensor, change: Tensor, legs: Sequence[str], at: Tensor | None
+) -> tuple[Tensor, tuple[str, ...]]:
+    """How a map's result changes where what it acts on changes from `first`, and its legs."""
+    function, change_of = map_function(each.name), map_change(each.name)
+    if each.linear:
+        return _mapped(each, [change], legs, at, function)
+    if change_of is not None and torch.finfo(change.dtype).bits >= 32:
+        return _mapped(each, [first, change], legs, at, change_of)
+    wide = first.double()
+    both, paired = _mapped(each, [torch.stack((wide, wide + change.double()), 1)], (PAIR, *legs), at, function)
+    before, now = both.unbind(1 + paired.index(PAIR))
+    return (now - before).to(change.dtype), tuple(leg for leg in paired if leg != PAIR)
 
 
 def _ordered(tensor: Tensor, legs: Sequence[str], order: Sequence[str]) -> Tensor:

@@ -21,7 +21,7 @@ from tnpeft.program.linear_maps import antisymmetric, flattened, gather, pad, ro
 from tnpeft.spec.factorize import times
 from tnpeft.spec.maps import RegisteredMap, registered_map, unregistered_map
 
-__all__ = ["map_function"]
+__all__ = ["Map", "map_change", "map_function"]
 
 Shape = tuple[int, ...]
 Map = Callable[..., Tensor]
@@ -36,6 +36,11 @@ def map_function(name: str) -> Map:
     if registered is None:
         raise ExecutionError(unregistered_map(name))
     return _checked(name, registered)
+
+
+def map_change(name: str) -> Map | None:
+    """How a map's result changes, as a function of its first input and that one's change; None: it has no formula."""
+    return _CHANGES.get(name)
 
 
 def _checked(name: str, registered: RegisteredMap) -> Map:
@@ -80,12 +85,37 @@ def topk_softmax(x: Tensor, shape: Shape, k: float) -> Tensor:
 def unit(x: Tensor, shape: Shape, floor: float | None = None) -> Tensor:
     """v / max(norm, floor). Without a floor, zeros stay zeros and have no slope."""
     flat = flattened(x)
-    length = _length(flat)
-    if floor is None:
-        direction = torch.where(length > 0, flat / torch.where(length > 0, length, 1.0), 0.0)
-    else:
-        direction = flat / length.clamp(min=max(floor, torch.finfo(x.dtype).tiny))
-    return direction.reshape(x.shape)
+    return (flat * _inverse(_floored(_length(flat), floor))).reshape(x.shape)
+
+
+def unit_change(first: Tensor, change: Tensor, shape: Shape, floor: float | None = None) -> Tensor:
+    """How `unit` changes from `first` on, no two directions subtracted, in the precision of the change.
+
+    dv / max(l, l0) - (the shorter of v0 and v) (l - l0) / (l l0), with l - l0 = dv (v0 + v) / (l0 + l)
+    """
+    start, step = flattened(first), flattened(change)
+    now = start + step
+    lengths = _length(start), _length(now)
+    before, after = (_floored(length, floor) for length in lengths)
+    grown = (step * (start + now)).sum(-1, keepdim=True) * _inverse(lengths[0] + lengths[1])
+    if floor is not None:
+        longer = torch.minimum(*lengths) >= max(floor, torch.finfo(first.dtype).tiny)
+        grown = torch.where(longer, grown, after - before)
+    gone = after == 0  # it has no direction left, and no slope
+    shorter = torch.where(gone | (before <= after), start, now)
+    turned = torch.where(gone, 1.0, grown * _inverse(after)) * _inverse(before)
+    return (step * torch.where(gone, 0.0, _inverse(torch.maximum(before, after))) - shorter * turned).reshape(
+        first.shape
+    )
+
+
+def _floored(length: Tensor, floor: float | None) -> Tensor:
+    return length if floor is None else length.clamp(min=max(floor, torch.finfo(length.dtype).tiny))
+
+
+def _inverse(length: Tensor) -> Tensor:
+    """1 / length, 0 for none, with no slope there."""
+    return torch.where(length > 0, 1 / torch.where(length > 0, length, 1.0), 0.0)
 
 
 def norm(x: Tensor, shape: Shape) -> Tensor:
@@ -164,3 +194,6 @@ _BUILT_IN: dict[str, Map] = {
     "pad": pad,
     "wavelet": wavelet,
 }
+
+# Where it saves what the plain way takes: both values in float64, subtracted.
+_CHANGES: dict[str, Map] = {"unit": unit_change}
