@@ -3,7 +3,8 @@
 With a frozen copy a derived core is carried as its change d since the start, never as a difference of rounded values:
 
     products    d(A B) = dA B0 + A dB                       each A - A0 of a stored core is exact
-    maps        linear: f(d);  others: f(A0 + d) - f(A0), both in float64 by one call, so that equal inputs give zero
+    maps        linear: f(d);  others: f(A0 + d) - f(A0), both in float64, of tensors laid out alike: equal inputs must
+                give zero, and torch rounds a number by its place (in a vector of the processor, or after them)
 
 Every tensor here has an axis of layers first, so that layers alike are one computation. Derived cores that are made of
 base weights are `heavy`: those of several layers are never copied together.
@@ -27,8 +28,7 @@ from tnpeft.program.maps import map_function
 
 __all__ = ["Derivations", "StartValues", "build_derivations"]
 
-# Legs that no file can name: the axis of layers, and that of a value before and after a change.
-LAYERS, PAIR = "layers.", "pair."
+LAYERS = "layers."  # a leg that no file can name: the axis of layers
 
 
 class StartValues(NamedTuple):
@@ -146,10 +146,11 @@ class Derivations:
             if each.linear:
                 change, legs = _mapped(each, change, legs, at)
                 continue
-            wide = first.double()
-            both, paired = _mapped(each, torch.stack((wide, wide + change.double()), 1), (PAIR, *legs), at)
-            before, now = both.unbind(1 + paired.index(PAIR))
-            change, legs = (now - before).to(change.dtype), tuple(leg for leg in paired if leg != PAIR)
+            order = (*(leg for leg in legs if leg not in each.takes), *each.takes)
+            wide = _ordered(first, legs, order).double().contiguous()
+            moved = (wide + _ordered(change, legs, order).double()).contiguous()
+            before, now = (_mapped(each, tensor, order, at) for tensor in (wide, moved))
+            change, legs = (now[0] - before[0]).to(change.dtype), now[1]
         return _ordered(change, legs, core.legs)
 
 
