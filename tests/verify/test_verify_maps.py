@@ -19,7 +19,9 @@ from tnpeft.spec import map_kinds
 from tnpeft.testing import networks
 from tnpeft.verify import Case, VerifyReport, checks, engine, verify
 from tnpeft.verify.differences import slope_by_differences
+from tnpeft.verify.exact import Exact
 from tnpeft.verify.gauge import gauge_of
+from tnpeft.verify.model_under_test import adapted_layers
 from tnpeft.verify.oracle import dense_weight, entry
 from tnpeft.verify.oracle_derived import Definition, derive, size_of
 from tnpeft.verify.oracle_linear import LINEAR, matrix_of
@@ -210,6 +212,23 @@ def test_what_is_wrong_with_a_map_is_told_by_name(
     message = told(report_of(start=start))
     assert "map `mine` of core 'made'" in message
     assert text in message
+
+
+def test_sizes_count_what_a_frozen_copy_had_behind_a_kink():
+    """Where `relu` has come to 0, a gradient is a difference of what the copy makes."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    tnpeft.attach(
+        model, tnpeft.Spec.from_yaml(MAPPED.format(map="relu", start="frozen_copy", init="ones")), match="all"
+    )
+    (layer,) = adapted_layers(model)
+    cores = layer.adapter("default").cores
+    with torch.no_grad():
+        cores["up"].fill_(-1)
+    gradients = []
+    for oracle in (Exact(model), Exact(model, magnitude=True)):
+        gradients += torch.autograd.grad(oracle.delta(layer).sum(), oracle.leaves[id(cores["down"])])
+    assert not gradients[0].any()
+    assert bool((gradients[1] >= 2).all())
 
 
 def test_a_difference_that_loses_its_digits_is_found(monkeypatch: pytest.MonkeyPatch):

@@ -3,7 +3,8 @@
 With a frozen copy a derived core is carried as its change d since the start, never as a difference of rounded values:
 
     products    d(A B) = dA B0 + A dB                       each A - A0 of a stored core is exact
-    maps        linear: f(d);  others: f(A0 + d) - f(A0), both in float64 by one call, so that equal inputs give zero,
+    maps        linear: f(d);  others: f(A0 + d) - f(A0), both in float64, of tensors laid out alike: equal inputs must
+                give zero, and torch rounds a number by its place (in a vector of the processor, or after them);
                 or a formula of their own
 
 Every tensor here has an axis of layers first, so that layers alike are one computation. Derived cores that are made of
@@ -27,9 +28,6 @@ from tnpeft.program.maps import Map, map_change, map_function
 from tnpeft.program.products import LAYERS, contract
 
 __all__ = ["Derivations", "StartValues", "build_derivations"]
-
-# A leg that no file can name: a value before and after a change.
-PAIR = "pair."
 
 
 class StartValues(NamedTuple):
@@ -217,10 +215,11 @@ def _mapped_change(
         return _mapped(each, [change], legs, at, function)
     if change_of is not None and torch.finfo(change.dtype).bits >= 32:
         return _mapped(each, [first, change], legs, at, change_of)
-    wide = first.double()
-    both, paired = _mapped(each, [torch.stack((wide, wide + change.double()), 1)], (PAIR, *legs), at, function)
-    before, now = both.unbind(1 + paired.index(PAIR))
-    return (now - before).to(change.dtype), tuple(leg for leg in paired if leg != PAIR)
+    order = (*(leg for leg in legs if leg not in each.takes), *each.takes)
+    wide = _ordered(first, legs, order).double().contiguous()
+    moved = (wide + _ordered(change, legs, order).double()).contiguous()
+    (before, made), (now, _) = (_mapped(each, [tensor], order, at, function) for tensor in (wide, moved))
+    return (now - before).to(change.dtype), made
 
 
 def _ordered(tensor: Tensor, legs: Sequence[str], order: Sequence[str]) -> Tensor:
