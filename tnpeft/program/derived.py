@@ -146,8 +146,11 @@ class Derivations:
             if each.linear:
                 change, legs = _mapped(each, change, legs, at)
                 continue
-            wide = first.double()
-            both, paired = _mapped(each, torch.stack((wide, wide + change.double()), 1), (PAIR, *legs), at)
+            order = (*(leg for leg in legs if leg not in each.takes), *each.takes)
+            wide, step = _ordered(first, legs, order).double(), _ordered(change, legs, order).double()
+            # Contiguous, for torch sums rows that are not in another order at the ends: equal inputs would differ.
+            pair = torch.stack((wide, wide + step), 1).contiguous()
+            both, paired = _mapped(each, pair, (PAIR, *order), at)
             before, now = both.unbind(1 + paired.index(PAIR))
             change, legs = (now - before).to(change.dtype), tuple(leg for leg in paired if leg != PAIR)
         return _ordered(change, legs, core.legs)
