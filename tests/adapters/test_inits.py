@@ -309,3 +309,11 @@ def test_new_singular_inits_need_the_second_version(init: str):
     with pytest.raises(SpecError, match="the language version 2 for"):
         Spec.from_yaml(text)
     assert Spec.from_yaml(text.replace("tnpeft: 1", "tnpeft: 2"))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(2, 5, 3)], ids=str)
+def test_a_weight_is_decomposed_once(layer: nn.Module, monkeypatch):
+    calls, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: calls.append(1) or svd(*args, **kwargs))
+    compile(Spec.from_yaml(PART), layer)
+    assert len(calls) == 1

@@ -21,10 +21,13 @@ from tnpeft.network import BoundCore, Layer, Network
 from tnpeft.spec import init_function
 from tnpeft.spec.expression import Expression, ExpressionError
 
-__all__ = ["OF_WEIGHT", "canonical_weight", "initial_core", "is_drawn", "stream", "whole_seed"]
+__all__ = ["OF_WEIGHT", "Decompositions", "canonical_weight", "initial_core", "is_drawn", "stream", "whole_seed"]
 
 _Shape = tuple[int, ...]
 _Draw = Callable[[BoundCore, torch.Generator, Mapping[str, float]], Tensor]
+
+Decompositions = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""U, S and V of base weights, by the layer's label."""
 
 _OTHER = "Give the core another `init`."
 _LARGEST_SEED = 2**63
@@ -38,9 +41,16 @@ def stream(seed: int, layer: str, core: str, shape: _Shape) -> torch.Generator:
     return generator
 
 
-def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None) -> Tensor:
+def initial_core(
+    network: Network,
+    core: BoundCore,
+    seed: int,
+    layer: str,
+    weight: Tensor | None,
+    known: Decompositions | None = None,
+) -> Tensor:
     """Draw one core: fp32 (places: int64), on the CPU, whatever the default device is. `weight` is the base weight,
-    which singular vectors and places by size are taken from.
+    which singular vectors and places by size are taken from; `known` keeps its decomposition for the next core.
 
     Raises BindError where the distribution does not fit the core.
     """
@@ -48,18 +58,20 @@ def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weigh
         weight = weight if core.init.name in OF_WEIGHT else None
         one = network.slice_network
         if one is None or core.shared is not None:
-            return _initial_core(one or network, core, seed, layer, weight)
+            return _initial_core(one or network, core, seed, layer, weight, known)
         slice_core = one.cores[network.cores.index(core)]
         # As if each slice were a layer of its own, with its number at the end of its name.
         weights = [None] * network.layer.slices if weight is None else whole(weight).unbind(0)
-        slices = [_initial_core(one, slice_core, seed, f"{layer}.{n}", part) for n, part in enumerate(weights)]
+        slices = [_initial_core(one, slice_core, seed, f"{layer}.{n}", part, known) for n, part in enumerate(weights)]
         return torch.stack(slices)
 
 
-def _initial_core(network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None) -> Tensor:
+def _initial_core(
+    network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None, known: Decompositions | None
+) -> Tensor:
     name, arguments = core.init.name, core.init.arguments
     if name in _PARTS:
-        return _svd(network, core, weight)
+        return _svd(network, core, weight, layer, {} if known is None else known)
     if name in _WAVES:
         return _wave(core, seed, layer)
     if core.init.entry is not None:
@@ -266,7 +278,7 @@ OF_WEIGHT = frozenset({*_PARTS, *_BY_SIZE})
 """The inits that the base weight's values have a part in."""
 
 
-def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
+def _svd(network: Network, core: BoundCore, weight: Tensor | None, layer: str, known: Decompositions) -> Tensor:
     """A factor of the base weight unfolded as out x rest, cut to the core's bond."""
     side, power = _PARTS[core.init.name]
     term = network.term_of(core)
@@ -282,7 +294,9 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
         raise BindError(_misfit(core, "a base weight of finite numbers", "nan or inf", fix))
     first = int(core.init.arguments.get("skip", 0))
     part = slice(first, first + network.sizes[bond])
-    u, s, v = _decomposed(matrix)
+    if layer not in known:
+        known[layer] = _decomposed(matrix)
+    u, s, v = known[layer]
     scaled = s[part] ** power
     if side == "values":
         return scaled.float()
