@@ -169,7 +169,7 @@ MISTAKES = [
         [
             (
                 "11:27: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "
-                "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, value, choice, random, "
+                "kaiming_uniform, orthogonal, cosine, sine, svd_u, svd_s, svd_v, svd_us, svd_vs, value, choice, random, "
                 "largest, smallest, entries, places, found `zeroes`. Did you mean `zeros`?"
             ),
         ],
@@ -316,7 +316,7 @@ MISTAKES = [
         "o: out_channels + 1",
         [
             (
-                "14:9: `weight`, axis 1 (o), on Linear(64, 128), as on all layers tried: expected a product of 128 "
+                "14:9: `weight`, axis 1 (o), on Conv3d(64, 128, 3), as on all layers tried: expected a product of 128 "
                 "(out_channels), found 129. Change `sizes` or `factors`, or group the legs of `weight` otherwise."
             ),
         ],
