@@ -169,8 +169,8 @@ MISTAKES = [
         [
             (
                 "11:27: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "
-                "kaiming_uniform, orthogonal, cosine, sine, svd_u, svd_s, svd_v, svd_us, svd_vs, value, choice, random, "
-                "largest, smallest, entries, places, found `zeroes`. Did you mean `zeros`?"
+                "kaiming_uniform, orthogonal, cosine, sine, svd_u, svd_s, svd_v, svd_us, svd_vs, value, choice, "
+                "random, largest, smallest, entries, places, found `zeroes`. Did you mean `zeros`?"
             ),
         ],
     ),
