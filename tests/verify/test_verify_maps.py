@@ -17,7 +17,7 @@ from tnpeft.network import Network
 from tnpeft.program import maps as program_maps
 from tnpeft.spec import map_kinds
 from tnpeft.testing import networks
-from tnpeft.verify import Case, VerifyReport, checks, engine, verify
+from tnpeft.verify import Case, VerifyReport, checks, engine, run_check, verify
 from tnpeft.verify.differences import slope_by_differences
 from tnpeft.verify.exact import Exact
 from tnpeft.verify.gauge import gauge_of
@@ -29,13 +29,14 @@ from tnpeft.verify.oracle_maps import oracle_map, oracle_slope
 
 Shape = tuple[int, ...]
 SMOOTH: list[tuple[str, Shape, Shape, dict[str, Any]]] = [
-    *((name, (), (), {}) for name in ("tanh", "sin", "gelu", "silu", "relu", "cos", "sigmoid")),
+    *((name, (), (), {}) for name in ("tanh", "sin", "gelu", "silu", "relu", "cos", "exp", "sigmoid")),
     ("topk_softmax", (5,), (5,), {"k": 2.0}),
     ("unit", (2, 3), (2, 3), {}),
     ("unit", (2, 3), (2, 3), {"floor": 100.0}),
     ("norm", (2, 3), (), {}),
     ("qr", (2, 2, 3), (2, 2, 3), {}),
     ("cayley", (3, 3), (3, 3), {}),
+    ("expm", (3, 3), (3, 3), {}),
     ("neumann", (3, 3), (3, 3), {"terms": 5.0}),
     ("neumann", (3, 3), (3, 3), {"terms": 2.0}),
     ("reflections", (3, 3), (3, 3), {}),
@@ -280,3 +281,11 @@ def test_shipped_specs_with_maps_are_sound(name: str):
 
 
 SMALL: dict[str, dict[str, float]] = {"oft": {"b": 4}, "c3a": {"b": 4}, "psoft": {"r": 3}, "gralora": {"r": 4}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_over_an_outer_leg_are_equal_where_their_inputs_are(seed: int, dtype: str):
+    """`bora` takes norms over outputs and over inputs: rows of one sum must be added in one order."""
+    case = Case("ConvTranspose2d", 3, 11, kernel_size=(2, 1), dtype=dtype, seed=seed, options={"bias": False})
+    run_check("start", "bora", case)

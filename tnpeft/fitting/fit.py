@@ -25,6 +25,7 @@ from tnpeft.fitting.setup import FACTOR, build_problem, build_problem_with_facto
 from tnpeft.fitting.slices import fit_slices
 from tnpeft.fitting.start import random_start, tree_start
 from tnpeft.network import Network, Spec, load_spec
+from tnpeft.spec.inits import SINGULAR_INITS
 
 __all__ = ["Fit", "FrozenCopy", "Method", "fit", "fit_adapter"]
 
@@ -127,7 +128,7 @@ def fit(
 
 def _stand_in(network: Network, delta: Tensor, layer: object) -> nn.Module:
     """A layer of the update's type and shape, for a network that needs nothing of the base weight's values."""
-    readers = ("svd_us", "svd_vs", "largest", "smallest")
+    readers = (*SINGULAR_INITS, "largest", "smallest")
     cores = [core for core in network.cores if core.origin is not None or core.init.name in readers]
     if network.compose is not None or cores:
         reader = "`compose`" if network.compose is not None else f"core '{cores[0].name}'"
