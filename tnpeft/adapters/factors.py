@@ -83,12 +83,14 @@ class Factors:
         derivations, now = self.derivations, self._layers(stored)
         if light is not None:
             now |= {core.name: tensor for core, tensor in zip(derivations.light, light, strict=True)}
-        rest, names = [*(derivations.light if light is None else ()), *derivations.heavy], [*now]
+        rest = [*(derivations.light if light is None else ()), *derivations.heavy]
+        names = [name for core in rest for name in derivations.reads[core.name] if name in now]
+        names = [*dict.fromkeys(names)]
 
         def made(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             return evaluate(dict(zip(names, tensors, strict=True)), rest)
 
-        found = repeatable(made, [*now.values()]) if rest else []
+        found = repeatable(made, [now[name] for name in names]) if rest else []
         return now | {core.name: tensor for core, tensor in zip(rest, found, strict=True)}
 
     def _start_values(self, copies: Sequence[Tensor], first: bool = False) -> StartValues:

@@ -52,6 +52,8 @@ class Derivations:
         self._constant = {name for name, cores in roots.items() if self._frozen.issuperset(cores)}
         self.light = [core for core in derived if weights.isdisjoint(roots[core.name])]
         self.heavy = [core for core in derived if not weights.isdisjoint(roots[core.name])]
+        # The cores that each is made of, index cores too.
+        self.reads = {core.name: (*core.sources, *(each.at for each in core.maps if each.at)) for core in derived}
         # The stored cores that light ones, and all of them, are made of, by their places.
         self.light_roots = self._places({root for core in self.light for root in roots[core.name]})
         self.roots = self._places({root for cores in roots.values() for root in cores})
