@@ -25,7 +25,7 @@ from tnpeft.network import Network
 from tnpeft.network.derived import BoundMap, BoundReference, BoundSummand, DerivedCore
 from tnpeft.program.autocast import without_autocast
 from tnpeft.program.maps import Map, map_change, map_function
-from tnpeft.program.products import LAYERS, contract
+from tnpeft.program.products import LAYERS, Factor, contract, contract_with_start
 
 __all__ = ["Derivations", "StartValues", "build_derivations"]
 
@@ -35,6 +35,14 @@ class StartValues(NamedTuple):
 
     cores: Mapping[str, Tensor]  # every core by name, derived ones too
     inputs: Mapping[str, tuple[Tensor, ...]]  # of each map of a derived core, by its name
+
+
+class _Pair(NamedTuple):
+    """A derived core that is a product of a constant core and of one that changes."""
+
+    core: DerivedCore
+    constant: BoundReference
+    changing: BoundReference
 
 
 class Derivations:
@@ -54,9 +62,26 @@ class Derivations:
         self.heavy = [core for core in derived if not weights.isdisjoint(roots[core.name])]
         # The cores that each is made of, index cores too.
         self.reads = {core.name: (*core.sources, *(each.at for each in core.maps if each.at)) for core in derived}
+        self.pairs = self._pairs()
         # The stored cores that light ones, and all of them, are made of, by their places.
         self.light_roots = self._places({root for core in self.light for root in roots[core.name]})
         self.roots = self._places({root for cores in roots.values() for root in cores})
+
+    def _pairs(self) -> list[_Pair]:
+        """The heavy cores, where each is the product of a constant and of a core that is not heavy; else none."""
+        pairs, heavy = [], {core.name for core in self.heavy}
+        for core in self.heavy:
+            summand = core.summands[0]
+            fixed = [each.core in self._frozen or each.core in self._constant for each in summand.references]
+            if (
+                len(core.summands) > 1
+                or core.maps
+                or sorted(fixed) != [False, True]
+                or heavy.intersection(core.sources)
+            ):
+                return []
+            pairs.append(_Pair(core, summand.references[fixed.index(True)], summand.references[fixed.index(False)]))
+        return pairs
 
     def _places(self, names: set[str]) -> list[int]:
         return [place for place, name in enumerate(self.names) if name in names]
@@ -82,6 +107,23 @@ class Derivations:
             for core in derived:
                 moved.changes[core.name] = self._change(core, moved, start)
         return [self._given(core.name, moved.changes[core.name], start) for core in derived]
+
+    def with_start(self, now: Mapping[str, Tensor], start: StartValues) -> tuple[StartValues, list[Tensor]]:
+        """The heavy cores at the start, and their changes, made together where they are `pairs`."""
+        cores, changes = dict(start.cores), []
+        with without_autocast(next(iter(now.values()))):
+            for core, constant, other in self.pairs:
+                change, first = now[other.core], start.cores[other.core]
+                change = change if other.core in self._derived else change - first
+                fixed, changing = _factor(now[constant.core], constant), _factor(change, other)
+                both = contract_with_start(fixed, _under(first, other), changing, (LAYERS, *core.before))
+                scale = core.summands[0].scale
+                value, moved = (
+                    _ordered(part if scale == 1.0 else part * scale, core.before, core.legs) for part in both
+                )
+                cores[core.name] = value
+                changes.append(moved)
+        return StartValues(cores, {**start.inputs, **{pair.core.name: () for pair in self.pairs}}), changes
 
     def _given(self, name: str, change: Tensor | None, start: StartValues) -> Tensor:
         """What a factor of a derived core holds: its change, or its value where it cannot change."""
@@ -166,6 +208,10 @@ def _under(core: Tensor, reference: BoundReference) -> Tensor:
     return core if core.shape[1:] == reference.shape else core.reshape(core.shape[0], *reference.shape)
 
 
+def _factor(core: Tensor, reference: BoundReference) -> Factor:
+    return _under(core, reference), (LAYERS, *reference.legs)
+
+
 def _product(summand: BoundSummand, cores: Mapping[str, Tensor], legs: Sequence[str]) -> Tensor:
     """(layers, legs): scale * einsum(cores)."""
     return _contracted(summand, [cores[reference.core] for reference in summand.references], legs)
@@ -187,9 +233,7 @@ def _product_change(
 
 
 def _contracted(summand: BoundSummand, cores: Sequence[Tensor], legs: Sequence[str]) -> Tensor:
-    references = zip(cores, summand.references, strict=True)
-    factors = [(_under(core, reference), (LAYERS, *reference.legs)) for core, reference in references]
-    product = contract(factors, (LAYERS, *legs))
+    product = contract([*map(_factor, cores, summand.references)], (LAYERS, *legs))
     return product if summand.scale == 1.0 else product * summand.scale
 
 
