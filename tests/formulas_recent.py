@@ -160,8 +160,12 @@ def dense_hoft(c: Cores, w: Tensor, shape: Shape) -> Tensor:
 
 
 def dense_salt(c: Cores, w: Tensor, shape: Shape) -> Tensor:
-    kept = torch.diag((c["A"] * c["S"] + c["B"]).clamp(min=0))
-    return (c["U"] @ kept @ c["V"].flatten(1) + c["X"] @ c["Y"].flatten(1)).reshape(w.shape)
+    first, rest = len(c["A"]), len(c["X"])
+    values = c["others"] * c["S"]
+    values[:first] += c["A"] * c["S"][:first] + c["B"]
+    middle = values[:, None] * c["diagonal"]
+    middle[-rest:, -rest:] += c["X"] @ c["Y"]
+    return (c["U"] @ middle.clamp(min=0) @ c["V"].flatten(1)).reshape(w.shape)
 
 
 def dense_sorsa(c: Cores, w: Tensor, shape: Shape) -> Tensor:
