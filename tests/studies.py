@@ -23,14 +23,14 @@ source: {{title: healthy, made: {{domain: t1, count: 6, side: 16}}}}
 datasets:
   contrast: {{title: T2-like, made: {{domain: t2, count: 6, side: 16}}}}
   lesion: {{title: Lesion, made: {{domain: lesion, count: 6, side: 16}}}}
-data: {{resize: [8, 8, 8]}}
+data: {{resize: [8, 8, 8], test_share: 0.2}}
 model: {{channels: [8, 8], attention_levels: [false, true], head_channels: [0, 8], res_blocks: 1, norm_groups: 4}}
 diffusion: {{prediction: v_prediction}}
 pretraining: {QUICK}
 training: {QUICK}
 validation: {{every: 1, buckets: 2}}
 sampling: {{steps: 2, count: 2, batch_size: 2}}
-metrics: {{pairs: 2, resamples: 4}}
+metrics: {{reference: test, pairs: 2, resamples: 4}}
 methods:
   full: {{title: Full fine-tuning, method: {{kind: full}}}}
   lora: {{title: LoRA, method: {{recipe: lora_ddpm}}, training: {{learning_rate: 5.0e-3}}}}
@@ -116,6 +116,7 @@ def _summary(method: str, number: int, seed: int) -> dict[str, Any]:
             "held_out_error_before": 0.03,
             "held_out_error_after": 0.03 * (1 - drop),
             "change_percent": -100 * drop + seed,
+            "test_change_percent": -100 * drop + seed,
         },
         "history": {
             "losses": losses,

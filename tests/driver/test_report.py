@@ -134,7 +134,7 @@ def test_the_page_and_the_markdown_say_what_the_files_hold(out: Path) -> None:
         "| TenVOO-L, rank 4 |",
         "| LoRA | 70.8 k | 3.93% | 100.0 % | 110.0 % | 98.0 % |",
         "| Method | #P | of base | T2-like: Error change ↓ (%) | Lesion: Error change ↓ (%) |",
-        "- Change of the denoising error on held-out volumes from the first step to the last, in percent.",
+        "- Change of the denoising error on test volumes from the first step to the last, in percent.",
         "- Machine: cpu, A processor",
         "- Versions: python 3.11, torch 2.13",
         "- Source revision: 0123abcd",

@@ -265,6 +265,15 @@ def test_every_run_has_its_folder_and_the_base_is_pretrained_once(finished: tupl
             assert (folder / "cache").resolve() == out / "cache" / dataset
             if method != "base":
                 summary = read(folder / "summary.json")
+                manifest = read(out / "data" / dataset / "manifest.json")
+                errors = Outcome.read(folder).errors  # type: ignore[union-attr]
+                assert list(errors) == ["validation", "test"]
+                for name, by_volume in errors.items():
+                    assert list(by_volume) == [entry["path"] for entry in manifest[name]]
+                    before, after = (sum(part) / len(part) for part in zip(*by_volume.values(), strict=True))
+                    kind = "test" if name == "test" else "held_out"
+                    assert before == pytest.approx(summary["run"][f"{kind}_error_before"])
+                    assert after == pytest.approx(summary["run"][f"{kind}_error_after"])
                 assert summary["run"]["steps"] == 2
                 assert len(summary["history"]["losses"]) == 2
     assert (out / "base" / "model.safetensors").is_file()

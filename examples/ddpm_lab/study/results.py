@@ -105,7 +105,7 @@ class Result:
     def _value(self, metric: Metric, seed: int, real: bool) -> Value | None:
         if metric.key == "change_percent":
             run = self.summaries.get(seed, {}).get("run")
-            return Value(seed, float(run["change_percent"])) if run and not real else None
+            return Value(seed, float(run["test_change_percent"])) if run and not real else None
         sets = self.evaluations.get(seed, {}).get("sets", {})
         own = [name for name in sets if (name == REAL) == real]
         found = sets[own[0]].get(metric.key) if own else None

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,17 @@ ASIDE = ("threads", "processes", "workers", "tensorboard", "checkpoint_every", "
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run; `reason` says why it failed, `made_of` are the settings that `key` stands for."""
+    """What became of a run; `reason` says why it failed, `made_of` are the settings that `key` stands for.
+
+    `errors` has each held-out volume's errors before and after: {"test": {"sub-007_t2w.nii.gz": [0.031, 0.019]}}.
+    """
 
     status: str  # done, failed, running
     key: str
     seconds: float = 0.0
     reason: str = ""
     made_of: Mapping[str, Any] = field(default_factory=dict)
+    errors: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         with writing(folder, "the record of a run"):
@@ -106,7 +110,9 @@ class Run:
             status, reason = "failed", one_line(str(error))
         except (torch.OutOfMemoryError, OSError) as error:
             status, reason = "failed", one_line(str(error))
-        outcome = Outcome(status, self.key, before + time.perf_counter() - started, reason, self.made_of)
+        seconds = before + time.perf_counter() - started
+        errors = self._errors() if status == "done" else {}
+        outcome = Outcome(status, self.key, seconds, reason, self.made_of, errors)
         outcome.write(self.folder)
         gc.collect()
         if torch.cuda.is_available():
@@ -126,6 +132,18 @@ class Run:
         sample_volumes(config, self.folder, screen)
         with alone(self.cache / "lock", wait=True):  # another command may fill the same cache
             evaluate_samples(config, self.folder, screen)
+
+    def _errors(self) -> dict[str, dict[str, list[float]]]:
+        """The errors of each held-out volume before and after, by its path below the root; none of the base's."""
+        by_volume = ((read_json(self.folder / "summary.json") or {}).get("run") or {}).get("by_volume", {})
+        names = read_json(self.folder / "split.json") or {}
+        return {
+            name: {
+                path: [before, after]
+                for path, before, after in zip(names[name], each["before"], each["after"], strict=True)
+            }
+            for name, each in by_volume.items()
+        }
 
     def _link_cache(self) -> None:
         """The run's cache is the data set's, by a relative path so that OUT can move."""

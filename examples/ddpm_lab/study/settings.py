@@ -138,6 +138,14 @@ class StudyConfig(Section):
         found = overlaid(self.training, self.methods[method].training)
         return found.model_copy(update={"seed": seed})
 
+    @property
+    def pretrained_on(self) -> DataSet:
+        """The source, with no subjects to test on unless it asks for some: nothing is reported on it."""
+        own = self.source.data
+        if "test_share" in own.model_fields_set:
+            return self.source
+        return self.source.model_copy(update={"data": own.model_copy(update={"test_share": 0.0})})
+
     def data_of(self, dataset: DataSet) -> Data:
         return overlaid(self.data, dataset.data)
 

@@ -108,7 +108,7 @@ def planned(name: str, config: StudyConfig, out: Path, screen: Screen) -> list[R
         for dataset, about in datasets.items():
             for method in (BASE, *config.members(name)):
                 own = config.run(None if method == BASE else method, about, seed, base)
-                settings = made_of(own, identity(config, config.datasets[dataset]), base_key)
+                settings = made_of(own, identity(config, about), base_key)
                 folder = out / "runs" / method / dataset / f"seed-{seed}"
                 runs.append(Run(method, dataset, seed, own, folder, out / "cache" / dataset, settings))
     return runs

@@ -109,13 +109,13 @@ def method_table(results: Results, name: str, title: str, methods: Sequence[str]
 
 
 def change_table(results: Results, name: str, methods: Sequence[str]) -> Table:
-    """How the error on held-out volumes changed, on each data set."""
+    """How the error on test volumes changed, on each data set."""
     datasets = tuple(results.config.datasets)
     groups = [("", 2), *((results.dataset_title(each), 1) for each in datasets)]
     columns = [_Column(CHANGE) for _ in datasets]
     table = _table(results, name, "Error", methods, groups, columns, [(dataset, CHANGE) for dataset in datasets])
     rows = tuple(row for row in table.rows if not row.reference)
-    note = "Change of the denoising error on held-out volumes from the first step to the last, in percent."
+    note = "Change of the denoising error on test volumes from the first step to the last, in percent."
     return replace(table, rows=rows, notes=(note,))
 
 

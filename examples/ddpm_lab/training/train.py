@@ -178,9 +178,9 @@ def measure(
     """
     device, process, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     with contextlib.nullcontext() if is_sharded(unet) else together(), accelerator.autocast():
-        sums = held_out.sums(unet, device, progress, process, processes)
-    # Each sum is one process's; adding the others' zeros changes no bit of it.
-    error = held_out.error_of(accelerator.reduce(sums.to(device), "sum").cpu())
+        errors = held_out.errors(unet, device, progress, process, processes)
+    # Each volume's error is one process's; adding the others' zeros changes no bit of it.
+    error = held_out.error_of(accelerator.reduce(errors.to(device), "sum").cpu())
     if not math.isfinite(error.mean):
         raise fault(when, "the error on held-out volumes", "a finite number", str(error.mean), fix)
     return error
