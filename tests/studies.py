@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 from ddpm_lab.config.reader import read_config
 from ddpm_lab.study.run import BASE, Outcome
 from ddpm_lab.study.settings import STUDIES, StudyConfig
+from ddpm_lab.support.console import Screen
 from ddpm_lab.support.durable import write_json
+from rich.console import Console
 
 QUICK = (
     "{steps: 2, batch_size: 2, accumulation: 1, learning_rate: 1.0e-3, schedule: one_cycle, clip_norm: 1.0, threads: 1}"
@@ -109,6 +112,7 @@ def _summary(method: str, number: int, seed: int) -> dict[str, Any]:
     losses = [0.2 + 0.2 * np.exp(-k / 15) * (1 + 0.2 * np.sin(k * (number + 1))) - drop / 5 for k in range(steps)]
     size = next((about for name, about in SIZES.items() if method.startswith(name)), 1000)
     return {
+        "config": {"training": {"learning_rate": 1e-3}},
         "run": {
             "method": method,
             "trainable_parameters": size // (3 if method.endswith("r1") else 1),
@@ -166,6 +170,18 @@ def _costs(config: StudyConfig) -> dict[str, Any]:
         "revision": None,
         "sizes": sizes,
     }
+
+
+class Told:
+    """A screen whose lines can be read."""
+
+    def __init__(self) -> None:
+        self.console = Console(record=True, width=400, file=io.StringIO())
+        self.screen = Screen(self.console)
+
+    @property
+    def text(self) -> str:
+        return self.console.export_text(clear=False)
 
 
 def read(path: Path) -> Any:

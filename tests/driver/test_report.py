@@ -118,9 +118,12 @@ def test_the_page_and_the_markdown_say_what_the_files_hold(out: Path) -> None:
     assert "2.10 ± 0.10" in page.bold
     assert "1.10 ± 0.10" not in page.bold  # the base is no competitor
     second = page.tables[1]
-    assert second[1] == ["Method", "#P", "of base", "Error change ↓ (%)", "Error change ↓ (%)"]
+    assert second[0] == ["", "", "T2-like", "Lesion"]
+    assert second[1] == ["Method", "#P", "of base", *["rate", "Error change ↓ (%)"] * 2]
     assert [row[0] for row in second[2:]] == ["Full fine-tuning", "LoRA", "TenVOO-L"]
-    assert second[2][3:] == ["\N{MINUS SIGN}27.5 ± 0.5"] * 2  # -28 + seed
+    assert second[2][3:] == ["1.0e-03", "\N{MINUS SIGN}27.5 ± 0.5"] * 2  # -28 + seed
+    assert "\N{MINUS SIGN}27.5 ± 0.5" in page.bold
+    assert "1.0e-03" not in page.bold
     markdown = (out / "report" / "report.md").read_text(encoding="utf-8")
     for text in (
         "> All subjects are deformations of one average brain.",
@@ -133,7 +136,8 @@ def test_the_page_and_the_markdown_say_what_the_files_hold(out: Path) -> None:
         "| TenVOO-L, rank 1 |",
         "| TenVOO-L, rank 4 |",
         "| LoRA | 70.8 k | 3.93% | 100.0 % | 110.0 % | 98.0 % |",
-        "| Method | #P | of base | T2-like: Error change ↓ (%) | Lesion: Error change ↓ (%) |",
+        "| #P | of base | T2-like: rate | T2-like: Error change ↓ (%) | Lesion: rate | Lesion: Error change ↓ (%) |",
+        "- Rates were given, not searched.",
         "- Change of the denoising error on test volumes from the first step to the last, in percent.",
         "- Machine: cpu, A processor",
         "- Versions: python 3.11, torch 2.13",

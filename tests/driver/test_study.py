@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -26,8 +25,7 @@ from ddpm_lab.study.settings import StudyConfig
 from ddpm_lab.study.study import check_study, clock, study
 from ddpm_lab.support.console import Screen
 from ddpm_lab.support.faults import LabError, fault
-from rich.console import Console
-from studies import TINY_STUDY, read, tiny_study
+from studies import TINY_STUDY, Told, read, tiny_study
 from typer.testing import CliRunner
 
 import tnpeft
@@ -225,18 +223,6 @@ def test_the_zero_start_has_the_layers_and_sizes_of_tenvoo_l() -> None:
     layer = {"in_channels": 64, "out_channels": 128, "kernel_size": 3}
     networks = [spec.bind("Conv3d", **layer) for spec in (ours, theirs)]
     assert networks[0].num_parameters == networks[1].num_parameters
-
-
-class Told:
-    """A screen whose lines can be read."""
-
-    def __init__(self) -> None:
-        self.console = Console(record=True, width=400, file=io.StringIO())
-        self.screen = Screen(self.console)
-
-    @property
-    def text(self) -> str:
-        return self.console.export_text(clear=False)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from scipy.stats import t as student
 
 from ddpm_lab.study.run import BASE, Outcome
+from ddpm_lab.study.search import Choice, read_choice
 from ddpm_lab.study.settings import STUDIES, StudyConfig
 from ddpm_lab.support.durable import read_json
 from ddpm_lab.support.faults import fault
@@ -152,6 +153,17 @@ class Results:
                 return int(summary["run"]["trainable_parameters"]), int(summary["run"]["base_parameters"])
         return None
 
+    def choice(self, method: str, dataset: str) -> Choice | None:
+        """The rates that were tried, of a method that has several."""
+        rates = self.config.methods[method].rates if method in self.config.methods else ()
+        return read_choice(self.out, method, dataset, rates) if len(rates) > 1 else None
+
+    def rate(self, method: str, dataset: str) -> float | None:
+        """The rate that the tables' runs had."""
+        for summary in self.result(method, dataset).summaries.values():
+            return float(summary["config"]["training"]["learning_rate"])
+        return None
+
     def title(self, method: str, ranked: bool = False) -> str:
         """A method's name for people; with its rank where that is what a table is about."""
         if method == BASE:
@@ -208,7 +220,7 @@ def read_results(out: Path) -> Results:
 def _add(result: Result, seed: int, folder: Path) -> float:
     """Read one run; the seconds that it took, 0 where it is not done."""
     outcome = Outcome.read(folder)
-    if outcome is not None and outcome.status == "failed":
+    if outcome is not None and outcome.status in ("failed", "diverged"):
         result.failures[seed] = outcome.reason
     if outcome is None or outcome.status != "done":
         return 0.0

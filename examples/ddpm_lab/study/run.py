@@ -20,7 +20,7 @@ from ddpm_lab.evaluation.evaluate import evaluate_samples
 from ddpm_lab.sampling.sample import sample_volumes
 from ddpm_lab.support.console import Screen
 from ddpm_lab.support.durable import read_json, write_json, writing
-from ddpm_lab.support.faults import fault, raise_all
+from ddpm_lab.support.faults import DivergenceError, fault, raise_all
 from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone
 from ddpm_lab.training.driver import finetune
@@ -43,7 +43,7 @@ class Outcome:
     `errors` has each held-out volume's errors before and after: {"test": {"sub-007_t2w.nii.gz": [0.031, 0.019]}}.
     """
 
-    status: str  # done, failed, running
+    status: str  # done, failed, diverged, running
     key: str
     seconds: float = 0.0
     reason: str = ""
@@ -63,7 +63,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """A method (or the base), a data set and a seed."""
+    """A method (or the base), a data set and a seed, and the rate where there was a choice.
+
+    A `search` run tries the rate: one that diverges is done, for the same settings diverge again.
+    """
 
     method: str
     dataset: str
@@ -72,9 +75,17 @@ class Run:
     folder: Path
     cache: Path  # of volumes and features, shared by all runs on the data set
     made_of: Mapping[str, Any]  # everything that changes the result, by its dotted name
+    rate: float | None = None
+    search: bool = False
 
     def __str__(self) -> str:
-        return f"{self.method} on {self.dataset}, seed {self.seed}"
+        last = f"rate {self.rate:g}" if self.search else f"seed {self.seed}"
+        return f"{self.method} on {self.dataset}, {last}"
+
+    @property
+    def lock(self) -> str:
+        """A name that no other run has."""
+        return f"{self.method}--{self.dataset}--{f'rate-{self.rate:g}' if self.search else self.seed}"
 
     @property
     def key(self) -> str:
@@ -82,8 +93,13 @@ class Run:
 
     @property
     def done(self) -> bool:
-        outcome = Outcome.read(self.folder)
-        return outcome is not None and (outcome.status, outcome.key) == ("done", self.key)
+        outcome = self.outcome
+        ends = ("done", "diverged") if self.search else ("done",)
+        return outcome is not None and outcome.status in ends and outcome.key == self.key
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return Outcome.read(self.folder)
 
     def check(self) -> None:
         """Raise LabError where the folder holds a finished run of other settings: results are never thrown away."""
@@ -106,6 +122,8 @@ class Run:
         status, reason = "done", ""
         try:
             self._stages(screen)
+        except DivergenceError as error:
+            status, reason = "diverged", one_line(str(error))
         except TnpeftError as error:
             status, reason = "failed", one_line(str(error))
         except (torch.OutOfMemoryError, OSError) as error:

@@ -59,6 +59,7 @@ class StudyMethod(Section):
     note: str | None = None  # printed under the tables that the method stands in
     method: Method = Method()
     training: Training = Training()  # replaces these settings of the study's `training`
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = ()  # tried on each data set; the best trains the study's seeds
 
 
 class Ranks(Section):
@@ -95,6 +96,7 @@ class StudyConfig(Section):
     metrics: Metrics = Metrics()
     methods: dict[Name, StudyMethod]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    search_seed: int = 1000  # of training while rates are tried: none of `seeds`
     table1: tuple[Name, ...] = ()  # methods side by side
     table2: tuple[Name, ...] = ()  # the same, with whole layers that train along (`method.also`)
     table3: tuple[Name, ...] = ()  # frozen copy against zero start
@@ -133,9 +135,13 @@ class StudyConfig(Section):
         datasets = {name: each.model_copy(update={"data": self.data_of(each)}) for name, each in self.datasets.items()}
         return self.model_copy(update={"methods": methods, "datasets": datasets})
 
-    def training_of(self, method: str, seed: int) -> Training:
-        """The common training with what the method replaces, and the seed."""
-        found = overlaid(self.training, self.methods[method].training)
+    def training_of(self, method: str, seed: int, rate: float | None = None) -> Training:
+        """The common training with what the method replaces, the seed, and a rate where it has several."""
+        own = self.methods[method]
+        found = overlaid(self.training, own.training)
+        if own.rates:
+            rate = rate or sorted(own.rates)[len(own.rates) // 2]  # of a dry run, or a check
+            found = found.model_copy(update={"learning_rate": rate})
         return found.model_copy(update={"seed": seed})
 
     @property
@@ -149,7 +155,15 @@ class StudyConfig(Section):
     def data_of(self, dataset: DataSet) -> Data:
         return overlaid(self.data, dataset.data)
 
-    def run(self, method: str | None, dataset: DataSet, seed: int, checkpoint: Base) -> Config:
+    def tried(self, method: str, dataset: DataSet, rate: float, checkpoint: Base) -> Config:
+        """The configuration of a run that tries a rate: no samples, and no look at what is tested on."""
+        found = self.run(method, dataset, self.search_seed, checkpoint, rate)
+        blind = self.validation.model_copy(update={"test": False})
+        return found.model_copy(update={"validation": blind, "sampling": Sampling(count=0), "metrics": Metrics()})
+
+    def run(
+        self, method: str | None, dataset: DataSet, seed: int, checkpoint: Base, rate: float | None = None
+    ) -> Config:
         """The configuration of one run; of the base itself where there is no method."""
         common = self.training
         plain = Training(precision=common.precision, device=common.device, threads=common.threads)
@@ -159,7 +173,7 @@ class StudyConfig(Section):
             base=checkpoint,
             diffusion=self.diffusion,
             method=self.methods[method].method if method is not None else Method(),
-            training=self.training_of(method, seed) if method is not None else plain,
+            training=self.training_of(method, seed, rate) if method is not None else plain,
             validation=self.validation,
             sampling=self.sampling.model_copy(update={"seed": self.sampling.seed + seed}),
             metrics=self.metrics,

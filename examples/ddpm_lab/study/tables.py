@@ -26,6 +26,7 @@ __all__ = [
 PAPER = METRICS[:3]  # what the paper's tables have
 CHANGE = next(metric for metric in METRICS if metric.key == "change_percent")
 NOTHING = "-"
+EDGE = "\N{DAGGER}"
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,50 @@ def method_table(results: Results, name: str, title: str, methods: Sequence[str]
 
 
 def change_table(results: Results, name: str, methods: Sequence[str]) -> Table:
-    """How the error on test volumes changed, on each data set."""
+    """How the error on test volumes changed on each data set, beside the rate."""
     datasets = tuple(results.config.datasets)
     groups = [("", 2), *((results.dataset_title(each), 1) for each in datasets)]
     columns = [_Column(CHANGE) for _ in datasets]
     table = _table(results, name, "Error", methods, groups, columns, [(dataset, CHANGE) for dataset in datasets])
-    rows = tuple(row for row in table.rows if not row.reference)
-    note = "Change of the denoising error on test volumes from the first step to the last, in percent."
-    return replace(table, rows=rows, notes=(note,))
+    rows = []
+    for row, method in zip(table.rows[2:], methods, strict=True):
+        cells = list(row.cells[:2])
+        for dataset, change in zip(datasets, row.cells[2:], strict=True):
+            cells += [_rate(results, method, dataset), change]
+        best = frozenset(2 * place - 1 for place in row.best)  # a rate stands before each
+        rows.append(replace(row, cells=tuple(cells), best=best))
+    columns_of_each = [part for heading in table.columns[2:] for part in ("rate", heading)]
+    notes = ["Change of the denoising error on test volumes from the first step to the last, in percent."]
+    return replace(
+        table,
+        groups=(table.groups[0], *((title, 2) for title, _ in table.groups[1:])),
+        columns=(*table.columns[:2], *columns_of_each),
+        rows=tuple(rows),
+        notes=(*notes, *_rate_notes(results, methods)),
+    )
+
+
+def _rate(results: Results, method: str, dataset: str) -> str:
+    """The rate of a method, marked where it is the largest or the smallest that was tried."""
+    rate, choice = results.rate(method, dataset), results.choice(method, dataset)
+    if rate is None:
+        return NOTHING
+    return f"{rate:.1e}" + (EDGE if choice is not None and choice.edge else "")
+
+
+def _rate_notes(results: Results, methods: Sequence[str]) -> list[str]:
+    """How rates were found."""
+    tried = max((len(results.config.methods[method].rates) for method in methods), default=0)
+    if tried < 2:
+        return ["Rates were given, not searched."]
+    notes = [
+        f"Each method's rate is the best of {tried} on the data set's volumes to validate, with seed "
+        f"{results.config.search_seed}, which no table has."
+    ]
+    pairs = [results.choice(method, dataset) for method in methods for dataset in results.config.datasets]
+    if any(choice is not None and choice.edge for choice in pairs):
+        notes.append(f"{EDGE} The largest or the smallest rate that was tried: a better one may lie beyond.")
+    return notes
 
 
 def detail_table(results: Results, name: str, dataset: str, methods: Sequence[str]) -> Table:
@@ -332,13 +369,14 @@ def as_csv(results: Results, methods: Sequence[str]) -> str:
     """Every number behind a table: a line for each method, data set, metric and seed."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "title", "parameters", "dataset", "metric", "seed", "value", "low", "high"])
+    writer.writerow(["method", "title", "parameters", "dataset", "rate", "metric", "seed", "value", "low", "high"])
     for method in (BASE, *methods):
         known = results.parameters(method)
         for dataset in results.config.datasets:
+            rate = results.rate(method, dataset)
             for metric in METRICS:
                 cell = results.result(method, dataset).cell(metric, results.config.metrics.confidence)
                 for each in cell.values if cell is not None else ():
-                    row = [method, results.title(method), known[0] if known else "", dataset, metric.key]
+                    row = [method, results.title(method), known[0] if known else "", dataset, rate, metric.key]
                     writer.writerow([*row, each.seed, each.value, each.low, each.high])
     return text.getvalue()
