@@ -481,13 +481,14 @@ def test_a_dry_run_builds_counts_and_steps(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     found = read(out / "dry-run-table1.json")
     assert found["shape"] == [2, 2, 2]
-    assert found["runs"] == 12
+    assert (found["runs"], found["left"], found["seconds_left"]) == (16, 16, None)  # four are the base's
     full, lora = found["methods"]["full"], found["methods"]["lora"]
     assert full["trainable_parameters"] == full["base_parameters"] == lora["base_parameters"]
     assert lora["trainable_parameters"] < full["base_parameters"]
     for about in found["methods"].values():
         assert about["tensors_moved"] > about["tensors"] // 3
-    assert "Dry run of table1: 12 runs" in done.stdout
+    assert "Dry run of table1: 16 runs" in done.stdout
+    assert "16 of 16 runs are left: no row says how long" in done.stdout
     assert not (out / "runs").exists()
     assert not (out / "base").exists()
 

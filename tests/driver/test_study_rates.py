@@ -1,9 +1,9 @@
-"""Rates as an axis of a study: as many for every method, chosen on volumes to validate, one seed that no table has."""
+"""Rates as an axis of a study, chosen on volumes to validate, and finished runs as rows that are not run again."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import pytest
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 from ddpm_lab.config.settings import Base, Config
+from ddpm_lab.study import dry_run as study_dry_run
 from ddpm_lab.study import plan as study_plan
 from ddpm_lab.study import run as study_run
 from ddpm_lab.study.results import read_results
+from ddpm_lab.study.rows import Rows
 from ddpm_lab.study.run import Outcome
 from ddpm_lab.study.search import Choice, score
-from ddpm_lab.study.settings import StudyConfig
 from ddpm_lab.study.study import check_study, study
 from ddpm_lab.study.tables import change_table
 from ddpm_lab.support.console import Screen
@@ -175,9 +176,6 @@ def test_a_method_that_diverges_at_every_rate_is_said(
     assert "full on contrast: training diverged at every rate: try smaller ones" in told.text
 
 
-Change = Callable[[StudyConfig], StudyConfig]
-
-
 def test_the_digest_takes_in_the_split_and_not_where_files_lie(tmp_path: Path, trained: Trained) -> None:
     def keys(name: str, *overrides: str) -> list[str]:
         config = tiny_study(tmp_path, *SEARCHED, *overrides)
@@ -188,4 +186,83 @@ def test_the_digest_takes_in_the_split_and_not_where_files_lie(tmp_path: Path, t
     assert here == keys("b")
     assert not set(here) & set(keys("c", "data.split_seed=1"))
     assert not set(here) & set(keys("d", "data.test_share=0.4"))
-    assert here == keys("e", "sampling.count=7"), "a search draws no samples"
+    assert here == keys("a", "sampling.count=7"), "a search draws no samples"
+
+
+def test_rows_are_read_first_and_added_to(tmp_path: Path, trained: Trained) -> None:
+    path = tmp_path / "rows" / "rows.jsonl"
+    config = tiny_study(tmp_path, *SEARCHED, "seeds=[0]", "rows=rows/rows.jsonl")
+    assert config.rows == path, "beside the configuration"
+    study("table1", config, tmp_path / "one", Screen(quiet=True))
+    first, asked = path.read_bytes(), len(trained)
+    rows = [json.loads(line) for line in first.decode().splitlines()]
+    assert len(rows) == asked + 1  # and the base's
+    kinds = [(row["search"], row["method"], row["rate"], row["seed"], row["status"]) for row in rows]
+    assert (True, "full", 8e-3, 1000, "diverged") in kinds
+    assert (False, "lora", 1e-3, 0, "done") in kinds
+    lora = next(row for row in rows if (row["search"], row["method"]) == (False, "lora"))
+    assert list(lora["errors"]["test"]) == ["a.nii", "b.nii"]
+    assert lora["settings"]["training.learning_rate"] == 1e-3
+    assert lora["seconds"] >= 0
+    assert lora["machine"]["processor"]
+    assert str(tmp_path) not in first.decode(), "a row holds no paths"
+    path.write_bytes(first + b'{"version": 1, "cut')  # a crash in mid-line
+    told = Told()
+    study("table1", tiny_study(tmp_path, *SEARCHED, "rows=rows/rows.jsonl"), tmp_path / "two", told.screen)
+    assert trained[asked:] == [("full", 2e-3, 1, True), ("adapter", 1e-3, 1, True)]
+    assert "6 runs to choose rates, 6 of them done before, 6 of those by the rows" in told.text
+    assert "6 runs, 3 of them done before, 3 of those by the rows" in told.text
+    assert path.read_bytes().startswith(first), "lines are added and never changed"
+    assert [json.loads(line)["seed"] for line in path.read_text().splitlines()[len(rows) :]] == [1, 1, 1]
+    tables = [change_table(read_results(tmp_path / name), "table1", config.table1) for name in ("one", "two")]
+    assert [row.cells[2] for row in tables[1].rows] == [row.cells[2] for row in tables[0].rows]
+
+
+def test_a_line_that_is_no_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for text, found in (("{}\n", "'version'"), ('{"version": 2, "key": "x"}\n', "version 2"), ("[]\n", "list indices")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(LabError) as excinfo:
+            Rows(path)
+        (problem,) = excinfo.value.problems
+        assert (problem.where, problem.what, problem.expected) == (f"{path}:1", "a row", "a finished run as JSON")
+        assert problem.found.startswith(found)
+        assert problem.fix == (
+            "Take the file from version control again, or remove the line: its run is then done anew."
+        )
+
+
+def test_no_run_starts_that_would_not_end_in_time(tmp_path: Path, trained: Trained) -> None:
+    path = tmp_path / "rows.jsonl"
+    one = tiny_study(tmp_path, *SEARCHED, "seeds=[0]", "rows=rows.jsonl")
+    study("table1", one, tmp_path / "one", Screen(quiet=True))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    slow = [{**row, "seconds": 3600.0 if row["method"] == "full" else 1.0} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in slow), encoding="utf-8")
+    before, told = len(trained), Told()
+    both = tiny_study(tmp_path, *SEARCHED, "rows=rows.jsonl", "minutes=50")
+    found = study_dry_run._left("table1", both, tmp_path)
+    assert found == {"runs": 12, "left": 3, "seconds_left": 3602.0}
+    study("table1", both, tmp_path / "two", told.screen)
+    assert trained[before:] == [("adapter", 1e-3, 1, True)]
+    assert "1 are left for another part: they would not end within 50 minutes" in told.text
+    assert "5 of 6 runs are done." in told.text
+
+
+def test_how_long_a_run_takes_is_known_by_its_method_or_by_any(tmp_path: Path, trained: Trained) -> None:
+    config = tiny_study(tmp_path, *SEARCHED, "seeds=[0]")
+    plan = study_plan.Plan.of("table1", config, tmp_path, Screen(quiet=True))
+    searches = plan.searches()
+    full = [run for run in searches if run.method == "full"]
+    lora = next(run for run in searches if run.method == "lora")
+    rows = Rows(None)
+    assert rows.expected(lora) is None
+    for run, seconds in zip(full, (10.0, 20.0, 60.0), strict=True):
+        row = {"search": True, "method": "full", "status": "done", "seconds": seconds, "settings": dict(run.made_of)}
+        rows.known[run.key] = row
+    assert (rows.expected(full[0]), rows.expected(lora)) == (20, 60)
+    longer = tiny_study(tmp_path, *SEARCHED, "seeds=[0]", "training.steps=9")
+    other = study_plan.Plan.of("table1", longer, tmp_path, Screen(quiet=True)).searches()[0]
+    assert rows.expected(other) is None, "of other settings"
+    (final, *_), _ = plan.finals({})
+    assert rows.expected(final) is None

@@ -23,17 +23,23 @@ from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone
 from ddpm_lab.training.driver import pretrain
 
-__all__ = ["base_of", "identity", "settled"]
+__all__ = ["base_of", "described", "identity", "settled"]
 
 PREVIEWS = 4  # real volumes kept as the model sees them, for the report's montage
 
 
 def described(config: StudyConfig, dataset: DataSet) -> dict[str, Any]:
-    """What tells a data set from another one: how its subjects are made, or where its files lie."""
-    data = config.data_of(dataset).model_dump(mode="json", exclude={"cache", "checksums"})
-    if dataset.made is None:
-        return data
-    return {"made": dataset.made.model_dump(mode="json"), **data, "root": None, "manifest": None}
+    """How the subjects of a data set are made, if they are, and what becomes of a volume; not where files lie."""
+    where = {"cache", "checksums", "root", "manifest", "keep"}
+    data = config.data_of(dataset).model_dump(mode="json", exclude=where)
+    return data if dataset.made is None else {"made": dataset.made.model_dump(mode="json"), **data}
+
+
+def _wanted(config: StudyConfig, dataset: DataSet) -> dict[str, Any]:
+    """What the manifest that was made depends on."""
+    data = config.data_of(dataset)
+    files = {} if dataset.made is not None else data.model_dump(mode="json", include={"root", "keep"})
+    return {**described(config, dataset), **files}
 
 
 def identity(config: StudyConfig, dataset: DataSet) -> dict[str, Any]:
@@ -48,7 +54,7 @@ def identity(config: StudyConfig, dataset: DataSet) -> dict[str, Any]:
         name: [entry.path if made else [entry.path, entry.sha256] for entry in entries]
         for name, entries in (("train", manifest.train), ("validation", manifest.validation), ("test", manifest.test))
     }
-    return {**described(config, dataset), "root": None, "manifest": None, "keep": None, "split": digest(split)}
+    return {**described(config, dataset), "split": digest(split)}
 
 
 def settled(name: str, config: StudyConfig, dataset: DataSet, out: Path, screen: Screen) -> DataSet:
@@ -60,7 +66,7 @@ def settled(name: str, config: StudyConfig, dataset: DataSet, out: Path, screen:
             with writing(folder, "the made subjects"):
                 own["root"] = _population(folder, dataset, name, screen)
         data = config.data_of(dataset).model_copy(update=own)
-        wanted = described(config, dataset)
+        wanted = _wanted(config, dataset)
         if data.manifest is None:
             if not (folder / "manifest.json").is_file() or read_json(folder / "data.json") != wanted:
                 prepare_data(_only(config, data), folder, screen)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_lab.config.settings import Base, Config
-from ddpm_lab.study.data import base_of, identity, settled
+from ddpm_lab.study.data import base_of, described, identity, settled
 from ddpm_lab.study.run import BASE, Run, made_of
 from ddpm_lab.study.search import Choice, folder_of
 from ddpm_lab.study.settings import DataSet, StudyConfig
@@ -26,6 +26,11 @@ class Plan:
     base: Base
     base_key: str
     datasets: Mapping[str, DataSet]
+
+    @classmethod
+    def sketch(cls, name: str, config: StudyConfig, out: Path) -> Plan:
+        """The plan of a study whose base and data are not there: `alike` finds its rows."""
+        return cls(name, config, out, Base(), "", config.datasets)
 
     @classmethod
     def of(cls, name: str, config: StudyConfig, out: Path, screen: Screen) -> Plan:
@@ -76,6 +81,8 @@ class Plan:
         rate: float | None,
         search: bool = False,
     ) -> Run:
-        settings = made_of(own, identity(self.config, self.datasets[dataset]), self.base_key)
+        about = self.datasets[dataset]
+        data = identity(self.config, about) if self.base_key else described(self.config, about)
+        settings = made_of(own, data, self.base_key)
         cache = self.out / "cache" / dataset
         return Run(method, dataset, seed, own, folder, cache, settings, rate, search)

@@ -132,7 +132,7 @@ def _curves(results: Results, dataset: str, methods: Sequence[str]) -> list[Pane
     losses, errors = [], []
     for colour, method in enumerate(methods):
         summaries = results.result(method, dataset).summaries
-        if not summaries:
+        if not summaries or "losses" not in summaries[min(summaries)]["history"]:  # of a row
             continue
         summary = summaries[min(summaries)]
         history, run = summary["history"], summary["run"]

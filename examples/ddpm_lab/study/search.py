@@ -15,7 +15,7 @@ from ddpm_lab.study.run import Outcome, Run
 from ddpm_lab.study.settings import StudyConfig
 from ddpm_lab.support.faults import fault
 
-__all__ = ["Choice", "check_rates", "choices", "folder_of", "read_choice", "score"]
+__all__ = ["Choice", "change_of", "check_rates", "choices", "folder_of", "read_choice", "score"]
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,16 @@ def folder_of(out: Path, method: str, dataset: str, rate: float) -> Path:
 
 def score(outcome: Outcome | None) -> float | None:
     """The change of the error on volumes to validate, in percent; infinite for a diverged run, None for none."""
-    if outcome is not None and outcome.status == "diverged":
+    return None if outcome is None else change_of(outcome.status, outcome.errors)
+
+
+def change_of(status: str, errors: Mapping[str, Mapping[str, Sequence[float]]]) -> float | None:
+    """The same, of a run or a row."""
+    if status == "diverged":
         return math.inf
-    if outcome is None or outcome.status != "done" or "validation" not in outcome.errors:
+    if status != "done" or "validation" not in errors:
         return None
-    before, after = (statistics.fmean(part) for part in zip(*outcome.errors["validation"].values(), strict=True))
+    before, after = (statistics.fmean(part) for part in zip(*errors["validation"].values(), strict=True))
     return 100 * (after / before - 1)
 
 

@@ -5,9 +5,11 @@ A section of a method or a data set replaces those settings of the common sectio
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from ddpm_lab.config.settings import (
     Base,
@@ -103,7 +105,15 @@ class StudyConfig(Section):
     table4: tuple[Name, ...] = ()  # time and memory
     figure4: Ranks = Ranks()
     cost: Cost = Cost()
+    rows: Path | None = None  # finished runs, one a line: those are not run again, and others are added
+    minutes: Annotated[float, Field(gt=0)] | None = None  # no run starts that would not end within so many
     dry_run: bool = False  # build everything, count, and take one step at reduced size
+
+    @field_validator("rows")
+    @classmethod
+    def _beside_the_configuration(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        folder = (info.context or {}).get("folder")
+        return path if path is None or folder is None else Path(os.path.normpath(folder / path))
 
     def members(self, study: str) -> tuple[str, ...]:
         """The names of a study's methods; for Figure 4 those that `with_ranks` makes."""

@@ -20,6 +20,7 @@ from ddpm_lab.study.check import check_inputs, inside
 from ddpm_lab.study.cost import measure_costs
 from ddpm_lab.study.dry_run import dry_run
 from ddpm_lab.study.plan import Plan
+from ddpm_lab.study.rows import Rows
 from ddpm_lab.study.run import BASE, Outcome, Run
 from ddpm_lab.study.search import Choice, check_rates, choices
 from ddpm_lab.study.settings import STUDIES, StudyConfig
@@ -52,7 +53,8 @@ def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
     if name == "table4":
         measure_costs(config, out, screen)
         return
-    plan, work = Plan.of(name, config, out, screen), _Work(out, screen)
+    work = _Work(out, screen, Rows(config.rows), config.minutes)
+    plan = Plan.of(name, config, out, screen)
     searches = plan.searches()
     for run in searches:
         run.check()
@@ -114,17 +116,26 @@ def _remember(name: str, config: StudyConfig, out: Path) -> None:
 class _Work:
     """What a command does on its runs, one after the other, leaving those that another command holds."""
 
-    def __init__(self, out: Path, screen: Screen) -> None:
-        self.out, self.screen = out, screen
+    def __init__(self, out: Path, screen: Screen, rows: Rows, minutes: float | None) -> None:
+        self.out, self.screen, self.rows, self.minutes = out, screen, rows, minutes
+        self.started = time.perf_counter()
         self.failed: list[tuple[Run, str]] = []
         self.taken: list[Run] = []
+        self.late: list[Run] = []
 
     def do(self, runs: Sequence[Run], what: str) -> None:
         """Run what is left of them; a failure does not stop the rest."""
+        laid_out = self.rows.lay_out(runs)
         left = [run for run in runs if not run.done]
-        self.screen.line(f"{len(runs)} {what}, {len(runs) - len(left)} of them done before")
+        from_rows = f", {laid_out} of those by the rows" if laid_out else ""
+        self.screen.line(f"{len(runs)} {what}, {len(runs) - len(left)} of them done before{from_rows}")
+        for run in runs:
+            self.rows.add(run)  # of an earlier command that had no file
         times: list[float] = []
         for number, run in enumerate(left, 1):
+            if not self._fits(run):
+                self.late.append(run)
+                continue
             with alone(self.out / "locks" / run.lock) as mine:
                 if not mine:
                     self.taken.append(run)
@@ -136,7 +147,15 @@ class _Work:
             times.append(time.perf_counter() - started)
             if not run.done:
                 self.failed.append((run, outcome.reason))
+            self.rows.add(run)
             self.screen.line(_progress(number, len(left), run, outcome, times))
+
+    def _fits(self, run: Run) -> bool:
+        """Whether a run may end in time; one of which nothing is known may."""
+        expected = self.rows.expected(run)
+        if self.minutes is None or expected is None:
+            return self.minutes is None or time.perf_counter() - self.started < 60 * self.minutes
+        return time.perf_counter() - self.started + expected <= 60 * self.minutes
 
     def sum_up(self, runs: Sequence[Run], waiting: Sequence[str]) -> None:
         """What is done and what is not; raises LabError where a run failed."""
@@ -145,6 +164,10 @@ class _Work:
         if self.taken:
             names = "; ".join(map(str, self.taken))
             screen.line(f"{len(self.taken)} were in the hands of another command: {names}")
+        if self.late:
+            screen.line(
+                f"{len(self.late)} are left for another part: they would not end within {self.minutes:g} minutes"
+            )
         if waiting:
             screen.line(f"{len(waiting)} wait for a rate that is not chosen yet: {'; '.join(waiting)}")
         for run, reason in self.failed:
