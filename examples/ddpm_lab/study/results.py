@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,22 @@ class Result:
     folders: dict[int, Path] = field(default_factory=dict)
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    errors: dict[int, Mapping[str, Sequence[float]]] = field(default_factory=dict)  # of each test volume
     failures: dict[int, str] = field(default_factory=dict)
+
+    def numbers(self, metric: Metric) -> dict[int, dict[str, float]]:
+        """What is compared with another method's: a metric by seed and, where each volume has one, by volume.
+
+        The change of the error is in percent of the mean error before, so that its mean is the table's number.
+        """
+        if metric.key != "change_percent":
+            cell = self.cell(metric, 0.95)
+            return {each.seed: {"": each.value} for each in cell.values} if cell is not None else {}
+        found = {}
+        for seed, errors in self.errors.items():
+            before = statistics.fmean(each[0] for each in errors.values())
+            found[seed] = {name: 100 * (after / before - 1) for name, (_, after) in errors.items()}
+        return found
 
     def cell(self, metric: Metric, confidence: float, real: bool = False) -> Cell | None:
         """The numbers of one metric, of the samples or of real volumes; None where no seed has one."""
@@ -225,6 +240,8 @@ def _add(result: Result, seed: int, folder: Path) -> float:
     if outcome is None or outcome.status != "done":
         return 0.0
     result.folders[seed] = folder
+    if outcome.errors.get("test"):
+        result.errors[seed] = outcome.errors["test"]
     for name, kept in (("summary.json", result.summaries), ("evaluation.json", result.evaluations)):
         content = read_json(folder / name)
         if content is not None:
