@@ -212,13 +212,16 @@ def test_the_papers_profile_has_the_papers_hyperparameters() -> None:
     assert sum(parameter.numel() for parameter in unet.parameters()) == 166_669_313
 
 
-def test_the_zero_start_has_the_layers_and_sizes_of_tenvoo_l() -> None:
-    zero = tnpeft.load_recipe(ROOT / "examples" / "recipes" / "tenvoo_l_zero_ddpm.yaml")
+@pytest.mark.parametrize(("name", "start"), [("tenvoo_l_zero", "zero"), ("tenvoo_l_std1", "frozen_copy")])
+def test_other_starts_have_the_layers_and_sizes_of_tenvoo_l(name: str, start: str) -> None:
+    other = tnpeft.load_recipe(ROOT / "examples" / "recipes" / f"{name}_ddpm.yaml")
     shipped = tnpeft.load_recipe("tenvoo_l_ddpm")
-    assert [entry.match for entry in zero.entries] == [entry.match for entry in shipped.entries]
-    assert zero.train == shipped.train
-    ours, theirs = zero.entries[0].spec, shipped.entries[0].spec
-    assert (ours.start, theirs.start) == ("zero", "frozen_copy")
+    assert [entry.match for entry in other.entries] == [entry.match for entry in shipped.entries]
+    assert other.train == shipped.train
+    ours, theirs = other.entries[0].spec, shipped.entries[0].spec
+    assert (ours.start, theirs.start) == (start, "frozen_copy")
+    size = getattr(ours.start_std, "text", None)
+    assert size == ("1" if name == "tenvoo_l_std1" else None)
     assert [(core.name, core.legs) for core in ours.cores] == [(core.name, core.legs) for core in theirs.cores]
     layer = {"in_channels": 64, "out_channels": 128, "kernel_size": 3}
     networks = [spec.bind("Conv3d", **layer) for spec in (ours, theirs)]
@@ -494,7 +497,7 @@ def test_a_dry_run_builds_counts_and_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["table2", "table3"])
+@pytest.mark.parametrize("name", ["table1", "table2", "table3"])
 def test_the_profile_for_two_cores_dry_runs(tmp_path: Path, name: str) -> None:
     """Patterns of joint training and the recipe of the zero start fit the model; every joint method trains more."""
     config = read_config(CONFIGS / "study_cpu.yaml", ["dry_run=true"], StudyConfig)
@@ -503,6 +506,9 @@ def test_the_profile_for_two_cores_dry_runs(tmp_path: Path, name: str) -> None:
     assert list(methods) == list(config.members(name))
     sizes = {each: about["trainable_parameters"] for each, about in methods.items()}
     if name == "table3":
-        assert sizes["tenvoo_l_zero"] == sizes["tenvoo_l"] == 58_192
+        assert sizes["tenvoo_l_zero"] == sizes["tenvoo_l_std1"] == sizes["tenvoo_l"] == 58_192
+    elif name == "table1":
+        adapters = {each: size for each, size in sizes.items() if each not in ("full", "bias_norm")}
+        assert all(53_000 < size < 59_300 for size in adapters.values()), adapters
     else:
         assert all(300_000 < size < 1_802_481 for size in sizes.values())
