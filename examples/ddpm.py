@@ -81,9 +81,11 @@ def study(
     config: Settings,
     out: Folder,
     overrides: Override = [],  # noqa: B006
+    minutes: Annotated[float, typer.Option(min=0, help="Start no run that would not end within so many; 0: all.")] = 0,
 ) -> None:
     """Run methods x data sets x seeds as one of the paper's tables or figures has them; resumable."""
-    _run("study.study:study", "study.settings:StudyConfig", config, overrides, out, name)
+    limit = [f"minutes={minutes:g}"] if minutes else []
+    _run("study.study:study", "study.settings:StudyConfig", config, [*overrides, *limit], out, name)
 
 
 @app.command("report")

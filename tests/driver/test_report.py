@@ -15,9 +15,10 @@ import pytest
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
+from ddpm_lab.study.columns import Column
 from ddpm_lab.study.plots import spread
 from ddpm_lab.study.report import report
-from ddpm_lab.study.results import METRICS, Cell, Value, read_results
+from ddpm_lab.study.results import METRICS, Cell, Metric, Value, read_results
 from ddpm_lab.study.run import Outcome
 from ddpm_lab.study.tables import Row, Table, as_html, as_markdown, method_table
 from ddpm_lab.support.console import Screen
@@ -104,7 +105,7 @@ def test_the_page_and_the_markdown_say_what_the_files_hold(out: Path) -> None:
     page = Page((out / "report" / "index.html").read_text(encoding="utf-8"))
     first = page.tables[0]
     assert first[0] == ["", "", "T2-like", "Lesion"]
-    assert first[1][:6] == ["Method", "#P", "of base", "FID* ↓ (1e-2)", "MMD* ↓ (1e-2)", "MS-SSIM ↑"]
+    assert first[1][:6] == ["Method", "#P", "of base", "FID* ↓ (1e-2)", "MMD* ↓", "MS-SSIM ↑"]
     assert [row[0] for row in first[2:]] == [
         "Real, held out",
         "Base, not fine-tuned",
@@ -118,9 +119,12 @@ def test_the_page_and_the_markdown_say_what_the_files_hold(out: Path) -> None:
     assert "2.10 ± 0.10" in page.bold
     assert "1.10 ± 0.10" not in page.bold  # the base is no competitor
     second = page.tables[1]
-    assert second[1] == ["Method", "#P", "of base", "Error change ↓ (%)", "Error change ↓ (%)"]
+    assert second[0] == ["", "", "T2-like", "Lesion"]
+    assert second[1] == ["Method", "#P", "of base", *["rate", "Error change ↓ (%)"] * 2]
     assert [row[0] for row in second[2:]] == ["Full fine-tuning", "LoRA", "TenVOO-L"]
-    assert second[2][3:] == ["\N{MINUS SIGN}27.5 ± 0.5"] * 2  # -28 + seed
+    assert second[2][3:] == ["1.0e-03", "\N{MINUS SIGN}27.5 ± 0.5"] * 2  # -28 + seed
+    assert "\N{MINUS SIGN}27.5 ± 0.5" in page.bold
+    assert "1.0e-03" not in page.bold
     markdown = (out / "report" / "report.md").read_text(encoding="utf-8")
     for text in (
         "> All subjects are deformations of one average brain.",
@@ -128,13 +132,17 @@ def test_the_page_and_the_markdown_say_what_the_files_hold(out: Path) -> None:
         "- FID and MMD: * random features, not comparable; MMD is the paper's (kernel scaled by the median distance). "
         "MS-SSIM: 1 scale, window 5: non-standard, the volumes are small. Samples are compared with 60 real volumes.",
         "- Each number: mean of two seeds ± half their difference. #P: parameters that train. "
-        "Bold: the best method of a column. (1e-3): in units of 0.001.",
+        "Bold: the best method of a column, where it is better than the base and its paired difference from the next "
+        "one has a 95% interval without zero: over seeds and, for errors, volumes. (1e-3): in units of 0.001.",
+        "- Fewer than five seeds: a first look, no result.",
+        "- T2-like: Full fine-tuning less LoRA, -2.00 points (-2.00 to -2.00).",
         "- TenVOO-Q: a note",
         "| TenVOO-L, rank 1 |",
         "| TenVOO-L, rank 4 |",
         "| LoRA | 70.8 k | 3.93% | 100.0 % | 110.0 % | 98.0 % |",
-        "| Method | #P | of base | T2-like: Error change ↓ (%) | Lesion: Error change ↓ (%) |",
-        "- Change of the denoising error on held-out volumes from the first step to the last, in percent.",
+        "| #P | of base | T2-like: rate | T2-like: Error change ↓ (%) | Lesion: rate | Lesion: Error change ↓ (%) |",
+        "- Rates were given, not searched.",
+        "- Change of the denoising error on test volumes from the first step to the last, in percent.",
         "- Machine: cpu, A processor",
         "- Versions: python 3.11, torch 2.13",
         "- Source revision: 0123abcd",
@@ -195,6 +203,46 @@ def test_the_best_is_marked_by_what_is_printed_and_by_the_direction(tmp_path: Pa
         assert {row.title for row in table.rows if place in row.best} == {
             title for title, number in numbers.items() if number == best
         }
+
+
+def column(*numbers: dict[int, dict[str, float]], less: bool = True, key: str = "fid") -> Column:
+    """A column whose first row is the base."""
+    made = Column(Metric(key, "x", less))
+    for each in numbers:
+        means = tuple(Value(seed, sum(row.values()) / len(row)) for seed, row in each.items())
+        made.cells.append(Cell(means) if means else None)
+        made.numbers.append(each)
+    return made
+
+
+def seeds(*numbers: float) -> dict[int, dict[str, float]]:
+    return {seed: {"": number} for seed, number in enumerate(numbers)}
+
+
+def test_bold_needs_an_interval_without_zero_and_a_base_that_is_worse() -> None:
+    base, clear, doubtful = seeds(9, 9, 9), seeds(1, 1.1, 0.9), seeds(0.9, 2.5, 1.5)
+    next_one = seeds(2, 2.1, 1.9)
+    assert column(base, next_one, clear).best([1, 2], 0) == {2}
+    assert column(base, next_one, doubtful).best([1, 2], 0) == set(), "1.6 less 2.0, and seeds differ by as much"
+    assert column(base, clear, clear).best([1, 2], 0) == set()
+    assert column(seeds(0.5, 0.5, 0.5), next_one, clear).best([1, 2], 0) == set(), "the base is better"
+    assert column(base, next_one, clear, less=False).best([1, 2], 0) == set()
+    assert column(seeds(1, 1, 1), next_one, clear, less=False).best([1, 2], 0) == {1}
+    assert column(base, {}, clear).best([1, 2], 0) == set(), "nothing to compare with"
+    assert column(base, seeds(2), seeds(1)).best([1, 2], 0) == set(), "one seed"
+
+
+def test_the_change_of_the_error_is_compared_volume_by_volume() -> None:
+    def rows(shift: float, spread: float = 0.0) -> dict[int, dict[str, float]]:
+        return {
+            seed: {name: shift + 10 * place + spread * (-1) ** (seed + place) for place, name in enumerate("abcd")}
+            for seed in range(3)
+        }
+
+    made = column({}, rows(-50), rows(-51), key="change_percent")
+    assert made.best([1, 2], 0) == {2}, "volumes differ by ten points, pairs by one"
+    assert column({}, rows(-50), rows(-51, 8), key="change_percent").best([1, 2], 0) == set()
+    assert column({}, rows(2), rows(1), key="change_percent").best([1, 2], 0) == set(), "the base has no change"
 
 
 def test_names_are_text_and_no_markup() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -26,8 +25,7 @@ from ddpm_lab.study.settings import StudyConfig
 from ddpm_lab.study.study import check_study, clock, study
 from ddpm_lab.support.console import Screen
 from ddpm_lab.support.faults import LabError, fault
-from rich.console import Console
-from studies import TINY_STUDY, read, tiny_study
+from studies import TINY_STUDY, Told, read, tiny_study
 from typer.testing import CliRunner
 
 import tnpeft
@@ -214,29 +212,20 @@ def test_the_papers_profile_has_the_papers_hyperparameters() -> None:
     assert sum(parameter.numel() for parameter in unet.parameters()) == 166_669_313
 
 
-def test_the_zero_start_has_the_layers_and_sizes_of_tenvoo_l() -> None:
-    zero = tnpeft.load_recipe(ROOT / "examples" / "recipes" / "tenvoo_l_zero_ddpm.yaml")
+@pytest.mark.parametrize(("name", "start"), [("tenvoo_l_zero", "zero"), ("tenvoo_l_std1", "frozen_copy")])
+def test_other_starts_have_the_layers_and_sizes_of_tenvoo_l(name: str, start: str) -> None:
+    other = tnpeft.load_recipe(ROOT / "examples" / "recipes" / f"{name}_ddpm.yaml")
     shipped = tnpeft.load_recipe("tenvoo_l_ddpm")
-    assert [entry.match for entry in zero.entries] == [entry.match for entry in shipped.entries]
-    assert zero.train == shipped.train
-    ours, theirs = zero.entries[0].spec, shipped.entries[0].spec
-    assert (ours.start, theirs.start) == ("zero", "frozen_copy")
+    assert [entry.match for entry in other.entries] == [entry.match for entry in shipped.entries]
+    assert other.train == shipped.train
+    ours, theirs = other.entries[0].spec, shipped.entries[0].spec
+    assert (ours.start, theirs.start) == (start, "frozen_copy")
+    size = getattr(ours.start_std, "text", None)
+    assert size == ("1" if name == "tenvoo_l_std1" else None)
     assert [(core.name, core.legs) for core in ours.cores] == [(core.name, core.legs) for core in theirs.cores]
     layer = {"in_channels": 64, "out_channels": 128, "kernel_size": 3}
     networks = [spec.bind("Conv3d", **layer) for spec in (ours, theirs)]
     assert networks[0].num_parameters == networks[1].num_parameters
-
-
-class Told:
-    """A screen whose lines can be read."""
-
-    def __init__(self) -> None:
-        self.console = Console(record=True, width=400, file=io.StringIO())
-        self.screen = Screen(self.console)
-
-    @property
-    def text(self) -> str:
-        return self.console.export_text(clear=False)
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +254,15 @@ def test_every_run_has_its_folder_and_the_base_is_pretrained_once(finished: tupl
             assert (folder / "cache").resolve() == out / "cache" / dataset
             if method != "base":
                 summary = read(folder / "summary.json")
+                manifest = read(out / "data" / dataset / "manifest.json")
+                errors = Outcome.read(folder).errors  # type: ignore[union-attr]
+                assert list(errors) == ["validation", "test"]
+                for name, by_volume in errors.items():
+                    assert list(by_volume) == [entry["path"] for entry in manifest[name]]
+                    before, after = (sum(part) / len(part) for part in zip(*by_volume.values(), strict=True))
+                    kind = "test" if name == "test" else "held_out"
+                    assert before == pytest.approx(summary["run"][f"{kind}_error_before"])
+                    assert after == pytest.approx(summary["run"][f"{kind}_error_after"])
                 assert summary["run"]["steps"] == 2
                 assert len(summary["history"]["losses"]) == 2
     assert (out / "base" / "model.safetensors").is_file()
@@ -486,19 +484,20 @@ def test_a_dry_run_builds_counts_and_steps(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     found = read(out / "dry-run-table1.json")
     assert found["shape"] == [2, 2, 2]
-    assert found["runs"] == 12
+    assert (found["runs"], found["left"], found["seconds_left"]) == (16, 16, None)  # four are the base's
     full, lora = found["methods"]["full"], found["methods"]["lora"]
     assert full["trainable_parameters"] == full["base_parameters"] == lora["base_parameters"]
     assert lora["trainable_parameters"] < full["base_parameters"]
     for about in found["methods"].values():
         assert about["tensors_moved"] > about["tensors"] // 3
-    assert "Dry run of table1: 12 runs" in done.stdout
+    assert "Dry run of table1: 16 runs" in done.stdout
+    assert "16 of 16 runs are left: no row says how long" in done.stdout
     assert not (out / "runs").exists()
     assert not (out / "base").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["table2", "table3"])
+@pytest.mark.parametrize("name", ["table1", "table2", "table3"])
 def test_the_profile_for_two_cores_dry_runs(tmp_path: Path, name: str) -> None:
     """Patterns of joint training and the recipe of the zero start fit the model; every joint method trains more."""
     config = read_config(CONFIGS / "study_cpu.yaml", ["dry_run=true"], StudyConfig)
@@ -507,6 +506,9 @@ def test_the_profile_for_two_cores_dry_runs(tmp_path: Path, name: str) -> None:
     assert list(methods) == list(config.members(name))
     sizes = {each: about["trainable_parameters"] for each, about in methods.items()}
     if name == "table3":
-        assert sizes["tenvoo_l_zero"] == sizes["tenvoo_l"] == 58_192
+        assert sizes["tenvoo_l_zero"] == sizes["tenvoo_l_std1"] == sizes["tenvoo_l"] == 58_192
+    elif name == "table1":
+        adapters = {each: size for each, size in sizes.items() if each not in ("full", "bias_norm")}
+        assert all(53_000 < size < 59_300 for size in adapters.values()), adapters
     else:
         assert all(300_000 < size < 1_802_481 for size in sizes.values())

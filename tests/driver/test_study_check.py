@@ -13,6 +13,7 @@ import ddpm
 import nibabel
 import torch
 from ddpm_lab.config.settings import Base, Config, Data, Method, Model, Training
+from ddpm_lab.data.prepare import prepare_data
 from ddpm_lab.model.unet import build_unet, save_weights
 from ddpm_lab.study.check import check_inputs
 from ddpm_lab.study.study import study
@@ -36,7 +37,8 @@ def scans(folder: Path, count: int) -> Path:
     return folder
 
 
-FILES = "found 5 of 6 after holding 1 out. Lower `training.batch_size` or raise `made.count`."
+WAY_OUT = "Lower `training.batch_size` or raise `made.count`."
+FILES = f"found 4 of 6 after holding 2 out. {WAY_OUT}"
 REFUSED: dict[str, tuple[str, list[str], str]] = {
     "a batch": (
         "table1",
@@ -51,7 +53,8 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     "a batch of pretraining": (
         "table1",
         ["pretraining.batch_size=6"],
-        f"source.made.count: files to train on: expected at least 6, one batch, {FILES}",
+        "source.made.count: files to train on: expected at least 6, one batch, found 5 of 6 after holding 1 out. "
+        + WAY_OUT,
     ),
     "more held out": (
         "table1",
@@ -59,10 +62,28 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         "datasets.lesion.made.count: files to train on: expected at least 2, one batch, found 1 of 6 after holding 5 "
         "out. Lower `training.batch_size` or raise `made.count`.",
     ),
+    "a reference that was trained on": (
+        "table1",
+        ["metrics.reference=all"],
+        "metrics.reference: the volumes of a study's tables: expected those to test on, which nothing else sees, "
+        "found all. Write `metrics: {reference: test}`.",
+    ),
+    "none to test on": (
+        "table1",
+        ["datasets.lesion.data.test_share=0"],
+        "datasets.lesion.data.test_share: subjects to test on: expected some, found `test_share` 0. "
+        "Write `data: {test_share: 0.2}`.",
+    ),
+    "a manifest without any": (
+        "table1",
+        ["datasets.own.data={manifest: MANIFEST, test_share: 0}"],
+        "datasets.own.data.test_share: subjects to test on: expected some, found none in MANIFEST. "
+        "Run `prepare` again with `--set data.test_share=0.2`.",
+    ),
     "few files": (
         "table1",
         ["datasets.own.data.root=ROOT", "training.batch_size=4"],
-        "datasets.own.data: files to train on: expected at least 4, one batch, found 3 of 4 after holding 1 out. "
+        "datasets.own.data: files to train on: expected at least 4, one batch, found 2 of 4 after holding 2 out. "
         "Lower `training.batch_size` or add files.",
     ),
     "no folder": (
@@ -120,10 +141,15 @@ def test_mistakes_end_before_anything_is_made(tmp_path: Path, mistake: str) -> N
     name, overrides, expected = REFUSED[mistake]
     root, base = scans(tmp_path / "scans", 4), tmp_path / "base.safetensors"
     save_file({"weight": torch.zeros(2)}, base)
-    words = [text.replace("ROOT", str(root)).replace("BASE", str(base)) for text in overrides]
+    manifest = prepare_data(Config(data=Data(root=root)), tmp_path / "prepared", QUIET)
+    places = {"ROOT": root, "BASE": base, "MANIFEST": manifest}
+    words = overrides
+    for name_of_place, place in places.items():
+        words = [text.replace(name_of_place, str(place)) for text in words]
+        expected = expected.replace(name_of_place, str(place))
     with pytest.raises(tnpeft.TnpeftError) as excinfo:
         study(name, tiny_study(tmp_path, *words), tmp_path / "out", QUIET)
-    assert str(excinfo.value) == expected.replace("BASE", str(base))
+    assert str(excinfo.value) == expected
     assert not (tmp_path / "out").exists()
 
 

@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 from ddpm_lab.config.settings import Base, Config, Data, Diffusion, Method, Model, Sampling, Training, Validation
 from ddpm_lab.data.order import Batches, Key, Noised, Source, collate, epoch_order, stream
 from ddpm_lab.model.accelerator import make_accelerator
-from ddpm_lab.model.diffusion import HeldOut, noise_schedule
+from ddpm_lab.model.diffusion import HeldOut, HeldOutError, noise_schedule, predict
 from ddpm_lab.model.method import PAPER_JOINT, Trained, apply_method, check_method
 from ddpm_lab.model.unet import build_unet, save_weights
 from ddpm_lab.support.console import Screen
@@ -156,11 +156,36 @@ def test_a_samples_noise_is_its_own() -> None:
 def test_held_out_noise_does_not_depend_on_the_batch_size() -> None:
     volumes = list(torch.rand((3, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
     kinds = [HeldOut(volumes, noise_schedule(Diffusion()), Validation(buckets=3, draws=2), size) for size in (1, 3)]
-    one, three = (held_out.error_of(held_out.sums(tiny())) for held_out in kinds)
+    one, three = (held_out.error_of(held_out.errors(tiny())) for held_out in kinds)
     assert one.buckets == pytest.approx(three.buckets, rel=1e-5)
-    shares = [kinds[1].sums(tiny(), process=process, processes=4) for process in range(4)]
-    assert [int(share.count_nonzero()) for share in shares] == [2, 2, 1, 1]
-    assert kinds[1].error_of(sum(shares, torch.zeros(6))) == three, "to the bit, however many share the batches"
+    shares = [kinds[1].errors(tiny(), process=process, processes=4) for process in range(4)]
+    assert [int(share.count_nonzero()) for share in shares] == [6, 6, 3, 3]
+    assert kinds[1].error_of(sum(shares, torch.zeros(3, 6))) == three, "to the bit, however many share the batches"
+
+
+def test_the_error_of_each_volume_is_that_of_the_volume_alone() -> None:
+    volumes = list(torch.rand((3, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
+    validation = Validation(buckets=2, draws=2)
+    unet, scheduler = tiny(), noise_schedule(Diffusion())
+    held_out = HeldOut(volumes, scheduler, validation, 4)
+    error = held_out.error_of(held_out.errors(unet))
+    assert error.mean == pytest.approx(sum(error.volumes) / 3, rel=1e-12)
+    assert HeldOutError.from_data(json.loads(json.dumps(error.as_data()))) == error
+    assert HeldOutError.from_data([error.mean, error.buckets]).volumes == ()  # of a checkpoint that had none
+    unet.eval()
+    for index, volume in enumerate(volumes):  # one at a time, the noise drawn here
+        found = []
+        for bucket in range(2):
+            for draw in range(2):
+                generator = stream("held-out", validation.seed, bucket, draw, index)
+                timestep = torch.randint(500 * bucket, 500 * (bucket + 1), (), generator=generator)
+                noise = torch.randn(volume.shape, generator=generator)
+                with torch.no_grad():
+                    given, target = predict(unet, scheduler, volume[None], noise[None], timestep[None])
+                found.append(float((given - target).double().square().mean()))
+        assert error.volumes[index] == pytest.approx(sum(found) / 4, rel=1e-5)
+    other = HeldOut(volumes, scheduler, validation, 4, "test")
+    assert other.error_of(other.errors(unet)).volumes != error.volumes, "noise of its own"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

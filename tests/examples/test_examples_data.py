@@ -216,6 +216,10 @@ def test_the_split_is_fixed_by_its_seed_and_written_down(tmp_path: Path) -> None
     written = json.loads((tmp_path / "split.json").read_text(encoding="utf-8"))
     assert written["seed"] == 0
     assert written["validation"] == [path.name for path in split.validation]
+    tested = split_volumes(paths, Data(test_share=0.2))
+    assert (len(tested.train), len(tested.validation), len(tested.test)) == (42, 6, 12)
+    assert tested.validation == split.validation, "subjects to test on are taken from those that train"
+    assert sorted([*tested.train, *tested.validation, *tested.test]) == paths
     small = split_volumes(paths[:2], Data())
     assert (len(small.train), len(small.validation)) == (1, 1)
 

@@ -222,7 +222,7 @@ def test_the_held_out_error_is_repeatable_and_has_buckets() -> None:
     volumes = list(torch.rand((3, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
     held_out = HeldOut(volumes, noise_schedule(Diffusion()), Validation(buckets=5, draws=2), batch_size=4)
     unet = tiny().train()
-    one, two = (held_out.error_of(held_out.sums(unet)) for _ in range(2))
+    one, two = (held_out.error_of(held_out.errors(unet)) for _ in range(2))
     assert one == two
     assert unet.training
     assert len(one.buckets) == 5

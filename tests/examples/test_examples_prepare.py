@@ -21,7 +21,7 @@ import nibabel
 from accelerate.state import AcceleratorState
 from ddpm_lab.config.settings import Config, Data
 from ddpm_lab.data import files
-from ddpm_lab.data.files import check_data, find_volumes, rooted, split_volumes
+from ddpm_lab.data.files import LAYOUTS, check_data, find_volumes, held_out_counts, rooted, split_volumes
 from ddpm_lab.data.prepare import prepare_data
 from ddpm_lab.support.console import Screen
 from ddpm_lab.support.durable import write_json
@@ -67,7 +67,7 @@ def refusal(work: Callable[[], object]) -> str:
 def test_the_manifest_has_every_file_with_its_size_and_checksum(scans: Path, tmp_path: Path) -> None:
     manifest, _ = prepared(Data(root=scans), tmp_path / "out")
     head = {key: manifest[key] for key in ("version", "root", "layout", "seed", "validation_share")}
-    assert head == {"version": 1, "root": str(scans), "layout": "plain", "seed": 0, "validation_share": 0.1}
+    assert head == {"version": 2, "root": str(scans), "layout": "plain", "seed": 0, "validation_share": 0.1}
     entries = {entry["path"]: entry for entry in manifest["train"] + manifest["validation"]}
     assert (len(manifest["train"]), len(manifest["validation"])) == (5, 1)
     assert sorted(entries) == ["0.nii", "1.nii", "2.nii", "3.nii", "4.nii", "5.nii"]
@@ -97,7 +97,7 @@ def test_what_prepare_prints(scans: Path, tmp_path: Path) -> None:
     assert ["series.nii.gz", "expected one 3D volume, found shape 4x4x6x2"] in rows
     assert "Their sizes differ: set `data.crop` or `data.resize` before training." in printed
     record = json.loads((out / "record-prepare.json").read_text(encoding="utf-8"))
-    assert record["volumes"] == {"train": 5, "validation": 1, "rejected": 3}
+    assert record["volumes"] == {"train": 5, "validation": 1, "test": 0, "rejected": 3}
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "record-prepare.json"]
 
 
@@ -132,6 +132,65 @@ def test_a_subject_is_never_on_both_sides(tmp_path: Path, layout: str) -> None:
         {path.relative_to(tmp_path / "scans").parts[0] for path in side} for side in (by_file.train, by_file.validation)
     ]
     assert shared[0] & shared[1], "by file, these subjects would be on both"
+
+
+@pytest.mark.parametrize("layout", ["adni", "ppmi"])
+def test_subjects_to_test_on_are_seen_by_nothing_else(tmp_path: Path, layout: str) -> None:
+    name = {"adni": "{}/MPR/{}/I/scan.nii", "ppmi": "{}/{}/scan.nii"}[layout]
+    for number in range(30):
+        write_nifti(tmp_path / "scans" / name.format(f"s{number // 3}", number), number)
+    data = Data(root=tmp_path / "scans", layout=layout, validation_share=0.2, test_share=0.3)  # type: ignore[arg-type]
+    manifest, printed = prepared(data, tmp_path / "out")
+    train, validation, test = (
+        {entry["path"].split("/")[0] for entry in manifest[side]} for side in ("train", "validation", "test")
+    )
+    assert (len(train), len(validation), len(test)) == (5, 2, 3)
+    assert len(train | validation | test) == 10
+    assert (
+        "15 files of 5 subjects train, 6 files of 2 subjects are held out to validate, 9 files of 3 subjects to test"
+    ) in " ".join(printed.split())
+    path = tmp_path / "out" / "manifest.json"
+    split = split_volumes([], Data(manifest=path))
+    assert [len(files) for _, files in split.named()] == [15, 6, 9]
+    split.write(tmp_path / "split.json", tmp_path / "scans")
+    written = json.loads((tmp_path / "split.json").read_text(encoding="utf-8"))
+    assert written["test"] == [entry["path"] for entry in manifest["test"]]
+    assert refusal(lambda: find_volumes(Data(manifest=path, test_share=0.2))) == (
+        f"data.test_share: a setting of the manifest: expected 0.3, as there, found 0.2. "
+        f"Remove it, or run `prepare` with it: {path} has the files and the split."
+    )
+
+
+@pytest.mark.parametrize(
+    ("subjects", "validation", "test", "counts"),
+    [(2, 0.1, 0, (1, 0)), (3, 0.1, 0.1, (1, 1)), (3, 0.9, 0.9, (1, 1)), (4, 0.9, 0.1, (2, 1)), (60, 0.1, 0.2, (6, 12))],
+)
+def test_at_least_one_subject_trains_and_one_stands_in_every_list(
+    subjects: int, validation: float, test: float, counts: tuple[int, int]
+) -> None:
+    assert held_out_counts(subjects, Data(validation_share=validation, test_share=test)) == counts
+
+
+def test_too_few_subjects_for_three_lists(tmp_path: Path) -> None:
+    for number in range(2):
+        write_nifti(tmp_path / f"{number}.nii", number)
+    assert refusal(lambda: prepared(Data(root=tmp_path, test_share=0.1), tmp_path / "out")) == (
+        f"{tmp_path}: layout `plain`: expected at least 3 files matching **/*.nii or **/*.nii.gz, found 2. "
+        f"Check the folder and `data.layout` ({', '.join(LAYOUTS)})."
+    )
+
+
+def test_a_manifest_of_the_first_version_has_nothing_to_test_on(manifest: Path) -> None:
+    values = json.loads(manifest.read_text(encoding="utf-8"))
+    values["version"] = 1
+    del values["test"], values["test_share"]
+    manifest.write_text(json.dumps(values), encoding="utf-8")
+    split = split_volumes([], Data(manifest=manifest))
+    assert [name for name, _ in split.named()] == ["train", "validation"]
+    assert refusal(lambda: split.reference("test")) == (
+        "metrics.reference: volumes to compare with: expected some to test on, found none in the split. "
+        "Set `data.test_share`, or run `prepare` with it."
+    )
 
 
 def test_one_subject_cannot_be_split(tmp_path: Path) -> None:
@@ -309,8 +368,8 @@ def test_settings_that_contradict_the_manifest_are_named(manifest: Path, tmp_pat
 
 Mend = Callable[[dict[str, Any]], None]
 MISTAKES: dict[str, tuple[Mend, str]] = {
-    "version": (lambda m: m.update(version=2), "the manifest: expected version 1, found version 2."),
-    "no version": (lambda m: m.pop("version"), "the manifest: expected version 1, found no version."),
+    "version": (lambda m: m.update(version=3), "the manifest: expected version 2, found version 3."),
+    "no version": (lambda m: m.pop("version"), "the manifest: expected version 2, found no version."),
     "missing": (lambda m: m.pop("seed"), "`seed`: expected a value, found nothing."),
     "extra": (lambda m: m.update(more=1), "`more`: expected no such key, found 1."),
     "layout": (
@@ -358,9 +417,7 @@ def test_a_file_that_trains_is_not_held_out(manifest: Path) -> None:
     manifest.write_text(json.dumps(values), encoding="utf-8")
     text = refusal(lambda: find_volumes(Data(manifest=manifest)))
     name = values["train"][0]["path"]
-    assert text.startswith(
-        f"{manifest}: `manifest`: expected each file once, in one of the two lists, not '{name}' twice"
-    )
+    assert text.startswith(f"{manifest}: `manifest`: expected each file once, in one of the lists, not '{name}' twice")
 
 
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
@@ -377,7 +434,7 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
     )
     path.write_text("[1]", encoding="utf-8")
     assert refusal(lambda: find_volumes(data)) == (
-        f"{path}: the manifest: expected version 1, found no version. Run `prepare` again."
+        f"{path}: the manifest: expected version 2, found no version. Run `prepare` again."
     )
 
 

@@ -67,6 +67,7 @@ class Data(Section):
     checksums: bool = False  # compare each file's sha256 with the manifest's, not its size alone: reads every file
     skip_damaged: bool = False  # leave out, and list, volumes that turn out damaged in mid-epoch or in `evaluate`
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of subjects that a study reports on, and nothing else sees
     split_seed: int = 0
 
     @field_validator("intensity")
@@ -85,10 +86,11 @@ class Data(Section):
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `percentiles` where there are none: then caches and runs have the names that they always had."""
+        """Without `percentiles` and `test_share` where there are none: then caches and runs keep their names."""
         values: dict[str, Any] = dump(self)
-        if values.get("percentiles") is None:
-            values.pop("percentiles", None)
+        for name in ("percentiles", "test_share"):
+            if not values.get(name):
+                values.pop(name, None)
         return values
 
 
@@ -171,13 +173,25 @@ class Training(Section):
 
 
 class Validation(Section):
-    """The error on held-out volumes: the same noise and timesteps before, during and after."""
+    """The error on held-out volumes: the same noise and timesteps before, during and after.
+
+    Volumes of the test split are measured before and after alone, with noise of their own.
+    """
 
     every: Positive | None = None  # optimiser steps; when not given, before and after only
     buckets: Positive = 10  # equal ranges of timesteps, reported one by one
     draws: Positive = 1  # noises for each volume and bucket
     batch_size: Positive | None = None  # the training batch size when not given
     seed: int = 1234
+    test: bool = True  # measure on the test split too, where there is one; a search for a rate does not
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `test` where it says nothing: then runs have the names that they always had."""
+        values: dict[str, Any] = dump(self)
+        if self.test:
+            values.pop("test", None)
+        return values
 
 
 class Sampling(Section):
@@ -197,7 +211,8 @@ class Metrics(Section):
     """Distances between samples and real volumes."""
 
     medicalnet: Path | None = None  # weights of MedicalNet's ResNet-50 (resnet_50.pth); random features without
-    reference: Literal["validation", "all"] = "validation"  # which real volumes the samples are compared with
+    # Which real volumes the samples are compared with; `all` takes in those that were trained on.
+    reference: Literal["validation", "test", "all"] = "validation"
     most: Annotated[int, Field(ge=2)] = 1000  # real volumes of a set that are read, evenly chosen
     pairs: Positive = 100  # for MS-SSIM
     resamples: Annotated[int, Field(ge=0)] = 200  # of the bootstrap; 0 for none

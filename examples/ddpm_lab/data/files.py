@@ -39,8 +39,9 @@ __all__ = [
     "check_volumes",
     "damaged_volumes",
     "each",
+    "fewest",
     "find_volumes",
-    "held_out_count",
+    "held_out_counts",
     "inspect",
     "rooted",
     "split_volumes",
@@ -58,7 +59,6 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "ppmi": ("*/*/*.nii", "*/*/*.nii.gz"),
     "brats": ("*/*t1.nii.gz",),
 }
-FEWEST = 2  # one to train on, one to hold out
 THREADS = 8  # each holds one volume in memory
 # What nibabel raises for a damaged file; OverflowError: a header whose sizes multiply to nothing or too much.
 UNREADABLE = (
@@ -100,11 +100,16 @@ def find_volumes(data: Data, changed_too: bool = False) -> list[Path]:
     paths = sorted({path for pattern in patterns for path in data.root.glob(pattern) if _is_file(path)})
     if data.keep is not None:
         paths = _kept(paths, data)
-    if len(paths) < FEWEST:
-        expected = f"at least {FEWEST} files matching {' or '.join(patterns)}"
+    if len(paths) < fewest(data):
+        expected = f"at least {fewest(data)} files matching {' or '.join(patterns)}"
         fix = f"Check the folder and `data.layout` ({', '.join(LAYOUTS)})."
         raise fault(data.root, f"layout `{data.layout}`", expected, str(len(paths)), fix)
     return paths
+
+
+def fewest(data: Data) -> int:
+    """One subject to train on, one to validate on and, where asked for, one to test on."""
+    return 3 if data.test_share else 2
 
 
 def _is_file(path: Path) -> bool:
@@ -258,57 +263,68 @@ def _read(path: Path, most: int) -> tuple[Any, np.ndarray]:
 
 @dataclass(frozen=True)
 class Split:
-    """Which files train and which are held out."""
+    """Which files train, which are validated on, and which a study reports on that nothing else sees."""
 
     train: tuple[Path, ...]
     validation: tuple[Path, ...]
+    test: tuple[Path, ...]
     seed: int
 
     def write(self, path: Path, root: Path) -> None:
         """Write the split down as JSON, with paths below `root`."""
-        lists = {name: [str(file.relative_to(root)) for file in files] for name, files in self._named()}
+        lists = {name: [str(file.relative_to(root)) for file in files] for name, files in self.named()}
         path.write_text(json.dumps({"root": str(root), "seed": self.seed, **lists}, indent=1) + "\n", encoding="utf-8")
 
-    def _named(self) -> tuple[tuple[str, tuple[Path, ...]], ...]:
-        return ("train", self.train), ("validation", self.validation)
+    def reference(self, wanted: str) -> tuple[Path, ...]:
+        """The held-out files that samples are compared with; raises LabError for a split that has none to test on."""
+        if wanted == "test" and not self.test:
+            fix = "Set `data.test_share`, or run `prepare` with it."
+            raise fault("metrics.reference", "volumes to compare with", "some to test on", "none in the split", fix)
+        return self.test if wanted == "test" else self.validation
+
+    def named(self) -> tuple[tuple[str, tuple[Path, ...]], ...]:
+        """The lists that the split has, by name."""
+        lists = ("train", self.train), ("validation", self.validation)
+        return (*lists, ("test", self.test)) if self.test else lists
 
 
 def split_volumes(paths: Sequence[Path], data: Data) -> Split:
-    """Hold out a share of the subjects, at least one and not all; the same seed gives the same split.
+    """Hold out shares of the subjects, at least one and not all; the same seed gives the same split.
 
-    A manifest has the split already. In layout `plain` each file is a subject of its own.
+    A manifest has the split already. In layout `plain` each file is a subject of its own. Subjects to test on are
+    taken from those that would train: the others are validated on with or without them.
     """
     if data.manifest is not None:
         manifest = read_manifest(data)
         root = root_of(data, manifest)
-        train, validation = (
-            tuple(sorted(root / entry.path for entry in entries)) for entries in (manifest.train, manifest.validation)
-        )
-        return Split(train, validation, manifest.seed)
+        entries = (manifest.train, manifest.validation, manifest.test)
+        train, validation, test = (tuple(sorted(root / entry.path for entry in each)) for each in entries)
+        return Split(train, validation, test, manifest.seed)
     subjects = list(dict.fromkeys(subject_of(path, data) for path in sorted(paths)))
-    if len(subjects) < FEWEST:
+    if len(subjects) < fewest(data):
         found = f"{len(subjects)}, {', '.join(subjects)}"
         fix = "Add subjects, or split by file with `--set data.layout=plain`."
-        raise fault(data.root, "subjects to split", f"at least {FEWEST}", found, fix)
-    count = held_out_count(len(subjects), data)
+        raise fault(data.root, "subjects to split", f"at least {fewest(data)}", found, fix)
+    first, last = held_out_counts(len(subjects), data)
     random.Random(data.split_seed).shuffle(subjects)
-    held_out = set(subjects[:count])
-    train, validation = (
-        tuple(sorted(path for path in paths if (subject_of(path, data) in held_out) == wanted))
-        for wanted in (False, True)
+    parts = (set(part) for part in (subjects[first + last :], subjects[:first], subjects[first : first + last]))
+    train, validation, test = (
+        tuple(sorted(path for path in paths if subject_of(path, data) in part)) for part in parts
     )
-    return Split(train, validation, data.split_seed)
+    return Split(train, validation, test, data.split_seed)
 
 
-def held_out_count(subjects: int, data: Data) -> int:
-    """How many subjects are held out: at least one and not all."""
-    return min(max(1, round(subjects * data.validation_share)), subjects - 1)
+def held_out_counts(subjects: int, data: Data) -> tuple[int, int]:
+    """How many subjects are validated on, at least one, and tested on, at least one where asked for; one trains."""
+    test = max(1, round(subjects * data.test_share)) if data.test_share else 0
+    validation = min(max(1, round(subjects * data.validation_share)), subjects - 1 - min(test, 1))
+    return validation, min(test, subjects - validation - 1)
 
 
 def subject_of(path: Path, data: Data) -> str:
     """Whose scan a file is: the first folder below the root in the paper's layouts, in `plain` the file itself.
 
-    A subject's scans must not stand on both sides of the split: the held-out error would be that of known brains.
+    A subject's scans must not stand on two sides of the split: the held-out error would be that of known brains.
     """
     if data.layout == "plain":
         return str(path)

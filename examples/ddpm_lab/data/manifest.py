@@ -18,7 +18,8 @@ from tnpeft.errors import Position, Problem
 
 __all__ = ["VERSION", "Entry", "Manifest", "Rejected", "compare", "read_manifest", "root_of"]
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # the first had no volumes to test on
 AGAIN = "Run `prepare` again."
 
 
@@ -56,27 +57,29 @@ class Rejected(Part):
 class Manifest(Part):
     """The data of many runs: the same files and the same split for all."""
 
-    version: Literal[1]
+    version: Literal[1, 2]
     root: str
     layout: Literal["plain", "ukb", "adni", "ppmi", "brats"]
     seed: int
     validation_share: float
+    test_share: float = 0.0
     train: Annotated[tuple[Entry, ...], Field(min_length=1)]
     validation: Annotated[tuple[Entry, ...], Field(min_length=1)]
+    test: tuple[Entry, ...] = ()
     rejected: tuple[Rejected, ...]
     outliers: tuple[Rejected, ...] = ()  # volumes that are used, and of which a few voxels lie far from the rest
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """Every volume, those that train first."""
-        return self.train + self.validation
+        return self.train + self.validation + self.test
 
     @model_validator(mode="after")
     def _each_once(self) -> Manifest:
         seen: set[str] = set()
         for entry in self.entries:
             if entry.path in seen:
-                raise ValueError(f"each file once, in one of the two lists, not {entry.path!r} twice")
+                raise ValueError(f"each file once, in one of the lists, not {entry.path!r} twice")
             seen.add(entry.path)
         return self
 
@@ -109,7 +112,7 @@ def _refuse_others(text: str, path: Path) -> None:
         where = Position(str(path), error.lineno, error.colno)
         raise fault(where, "the manifest", "JSON", error.msg.lower(), AGAIN) from None
     version = values.get("version") if isinstance(values, dict) else None
-    if version != VERSION:
+    if version not in READABLE:
         found = f"version {json.dumps(version)}" if version is not None else "no version"
         raise fault(path, "the manifest", f"version {VERSION}", found, AGAIN)
 
@@ -137,9 +140,14 @@ def _conflicts(data: Data, manifest: Manifest) -> Iterator[Problem]:
     fix = f"Remove it, or run `prepare` with it: {data.manifest} has the files and the split."
     if data.keep is not None:
         yield Problem("a list of files", "none beside a manifest", str(data.keep), fix, "data.keep")
-    given = {"layout": data.layout, "split_seed": data.split_seed, "validation_share": data.validation_share}
-    made = {"layout": manifest.layout, "split_seed": manifest.seed, "validation_share": manifest.validation_share}
-    for name, value in given.items():
+    made = {
+        "layout": manifest.layout,
+        "split_seed": manifest.seed,
+        "validation_share": manifest.validation_share,
+        "test_share": manifest.test_share,
+    }
+    for name in made:
+        value = getattr(data, name)
         if value not in (made[name], Data.model_fields[name].default):
             yield Problem("a setting of the manifest", f"{made[name]}, as there", str(value), fix, f"data.{name}")
 

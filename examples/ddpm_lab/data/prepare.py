@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddpm_lab.config.settings import Config, Data
-from ddpm_lab.data.files import FEWEST, Volume, each, find_volumes, inspect, split_volumes, subject_of
+from ddpm_lab.data.files import Volume, each, fewest, find_volumes, inspect, split_volumes, subject_of
 from ddpm_lab.data.manifest import VERSION
 from ddpm_lab.data.outliers import Outliers, warnings_of
 from ddpm_lab.support.console import Screen
@@ -41,7 +41,7 @@ class Examined:
 def prepare_data(config: Config, out: Path, screen: Screen) -> Path:
     """Read every file of the data set and write `manifest.json` to `out`; returns its path.
 
-    Files that are no volumes are listed there and do not stop it, unless fewer than two are left. The same folder
+    Files that are no volumes are listed there and do not stop it, unless too few are left to split. The same folder
     and settings give the same bytes.
     """
     if config.data.manifest is not None:
@@ -62,7 +62,7 @@ def _prepared(config: Config, data: Data, paths: Sequence[Path], out: Path, scre
     manifest = _manifest(examined, data)
     path = out / "manifest.json"
     write_json(path, manifest)
-    counts = {name: len(manifest[name]) for name in ("train", "validation", "rejected")}
+    counts = {name: len(manifest[name]) for name in ("train", "validation", "test", "rejected")}
     write_record(out, "prepare", config, volumes=counts)
     _show(examined, manifest, data, screen)
     screen.line(f"Written to {path}")
@@ -99,12 +99,12 @@ def _unlike(examined: Iterable[Examined]) -> list[Examined]:
 
 
 def _enough(examined: Sequence[Examined], data: Data) -> None:
-    """Raise LabError with the first few rejected files where fewer than two volumes are left."""
+    """Raise LabError with the first few rejected files where too few volumes are left."""
     usable = sum(isinstance(item.found, Volume) for item in examined)
-    if usable < FEWEST:
+    if usable < fewest(data):
         problems = [item.found for item in examined if isinstance(item.found, Problem)]
         found = f"{usable} of {len(examined)} files"
-        whole = Problem("usable volumes", f"at least {FEWEST}", found, "Mend or add files.", str(data.root))
+        whole = Problem("usable volumes", f"at least {fewest(data)}", found, "Mend or add files.", str(data.root))
         raise LabError(*problems[:MOST], whole)
 
 
@@ -130,8 +130,10 @@ def _manifest(examined: Sequence[Examined], data: Data) -> dict[str, Any]:
         "layout": data.layout,
         "seed": data.split_seed,
         "validation_share": data.validation_share,
+        "test_share": data.test_share,
         "train": [entries[path] for path in split.train],
         "validation": [entries[path] for path in split.validation],
+        "test": [entries[path] for path in split.test],
         "rejected": rejected,
         **({"outliers": outliers} if outliers else {}),
     }
@@ -161,10 +163,11 @@ def _show(examined: Sequence[Examined], manifest: dict[str, Any], data: Data, sc
     volumes = [item.found for item in examined if isinstance(item.found, Volume)]
     size = sum(item.size for item in examined if isinstance(item.found, Volume))
     screen.line("")
+    tested = f"to validate, {_people(manifest['test'], data)} to test " if manifest["test"] else ""
     screen.line(
         f"{len(volumes)} of {len(examined)} files are volumes ({_bytes(size)}); "
         f"{_people(manifest['train'], data)} train, {_people(manifest['validation'], data)} are held out "
-        f"(seed {data.split_seed})"
+        f"{tested}(seed {data.split_seed})"
     )
     sizes = Counter((_times(volume.shape), _times(volume.spacing)) for volume in volumes)
     rows = ((shape, spacing, str(count)) for (shape, spacing), count in sizes.most_common())

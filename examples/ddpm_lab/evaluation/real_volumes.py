@@ -27,7 +27,7 @@ from tnpeft.errors import Problem
 __all__ = ["Files", "RealVolumes", "times"]
 
 # Settings of the data that say which files are read, not what a volume becomes.
-WHERE = {"root", "layout", "keep", "cache", "manifest", "skip_damaged", "validation_share", "split_seed"}
+WHERE = {"root", "layout", "keep", "cache", "manifest", "skip_damaged", "validation_share", "test_share", "split_seed"}
 
 
 class Files(Sequence[torch.Tensor]):
@@ -52,7 +52,8 @@ class RealVolumes:
     def __init__(self, config: Config, out: Path, paths: Sequence[Path], screen: Screen) -> None:
         split = split_volumes(paths, config.data)
         self.config, self.out = config, out
-        self.held_out, self.train = (_some(files, config.metrics.most) for files in (split.validation, split.train))
+        held_out = split.reference(config.metrics.reference)
+        self.held_out, self.train = (_some(files, config.metrics.most) for files in (held_out, split.train))
         self.left_out: dict[Path, Problem] = {}
         self._check(screen)
         self.steps = transforms(config.data)

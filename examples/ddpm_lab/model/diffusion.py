@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +55,19 @@ def predict(
 
 @dataclass(frozen=True)
 class HeldOutError:
-    """The mean squared error on held-out volumes, whole and for equal ranges of timesteps."""
+    """The mean squared error on held-out volumes: whole, for equal ranges of timesteps, and for each volume."""
 
     mean: float
     buckets: tuple[float, ...]
+    volumes: tuple[float, ...] = ()  # in the order of the split
+
+    def as_data(self) -> list[Any]:
+        return [self.mean, list(self.buckets), list(self.volumes)]
+
+    @classmethod
+    def from_data(cls, data: Sequence[Any]) -> HeldOutError:
+        mean, *lists = data
+        return cls(float(mean), *(tuple(each) for each in lists))
 
     def change(self, before: HeldOutError) -> float:
         """The relative change since `before`, in percent; negative is better."""
@@ -69,11 +78,20 @@ class HeldOut:
     """Held-out volumes with noise and timesteps that never change, so that errors can be compared.
 
     `volumes` is a dataset of (1, D, H, W) tensors. The noise of a volume depends on the seed, the bucket, the draw and
-    the volume alone, whatever the batch size, and is drawn anew each time, not kept.
+    the volume alone, whatever the batch size, and is drawn anew each time, not kept. Sets of another `purpose` have
+    other noise.
     """
 
-    def __init__(self, volumes: Any, scheduler: DDPMScheduler, validation: Validation, batch_size: int) -> None:
+    def __init__(
+        self,
+        volumes: Any,
+        scheduler: DDPMScheduler,
+        validation: Validation,
+        batch_size: int,
+        purpose: str = "held-out",
+    ) -> None:
         self.volumes = volumes
+        self.purpose = purpose
         self.scheduler = scheduler
         self.validation = validation
         self.batch_size = validation.batch_size or batch_size
@@ -84,7 +102,7 @@ class HeldOut:
         return len(self.volumes) * self.validation.buckets * self.validation.draws
 
     @torch.no_grad()
-    def sums(
+    def errors(
         self,
         unet: nn.Module,
         device: torch.device | str = "cpu",
@@ -92,40 +110,38 @@ class HeldOut:
         process: int = 0,
         processes: int = 1,
     ) -> torch.Tensor:
-        """The sum of the errors of each batch that is this process's, and 0 for the others'.
+        """The error of each volume that is this process's, in each bucket and draw, and 0 for the others'.
 
         Measures `unet` in evaluation mode; its mode is put back.
         """
         batches = self._batches()
-        sums = torch.zeros(len(batches), dtype=torch.float64)
+        errors = torch.zeros(self.validation.buckets, len(self.volumes) * self.validation.draws, dtype=torch.float64)
         was_training = unet.training
         unet.eval()
         done = 0
         for number, (bucket, places) in enumerate(batches):
             if number % processes == process:
-                sums[number] = self._sum(unet, bucket, places, device)
+                errors[bucket, places.start : places.stop] = self._errors(unet, bucket, places, device)
             done += len(places)
             if (number + 1) % processes == 0 or number + 1 == len(batches):
                 progress(done)
         if is_sharded(unet) and 0 < len(batches) % processes <= process:
-            self._sum(unet, *batches[-1], device)  # in vain: the others' last batch needs this process's parts
+            self._errors(unet, *batches[-1], device)  # in vain: the others' last batch needs this process's parts
         unet.train(was_training)
-        return sums
+        return errors
 
-    def _sum(self, unet: nn.Module, bucket: int, places: range, device: torch.device | str) -> torch.Tensor:
-        """The sum of the errors of one batch."""
+    def _errors(self, unet: nn.Module, bucket: int, places: range, device: torch.device | str) -> torch.Tensor:
+        """The errors of one batch."""
         drawn = [self._drawn(bucket, place) for place in places]
         clean, noise, timesteps = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
         found, target = predict(unet, self.scheduler, clean, noise, timesteps)
-        return (found.float() - target.float()).pow(2).flatten(1).mean(1).double().sum().cpu()
+        return (found.float() - target.float()).pow(2).flatten(1).mean(1).double().cpu()
 
-    def error_of(self, sums: torch.Tensor) -> HeldOutError:
-        """The error from the sums of all batches, added in one order whoever measured them."""
-        buckets = torch.zeros(self.validation.buckets, dtype=torch.float64)
-        for (bucket, _), one in zip(self._batches(), sums, strict=True):
-            buckets[bucket] += one
-        means = buckets / (len(self.volumes) * self.validation.draws)
-        return HeldOutError(float(means.mean()), tuple(means.tolist()))
+    def error_of(self, errors: torch.Tensor) -> HeldOutError:
+        """The means of what `errors` gave, added in one order whoever measured them."""
+        by_volume = errors.view(len(errors), self.validation.draws, len(self.volumes)).mean((0, 1))
+        means = errors.mean(1)
+        return HeldOutError(float(means.mean()), tuple(means.tolist()), tuple(by_volume.tolist()))
 
     def _batches(self) -> list[tuple[int, range]]:
         """Each batch's bucket, and the places of its volumes among those of all draws."""
@@ -142,7 +158,7 @@ class HeldOut:
         low, high = (
             self.scheduler.num_train_timesteps * edge // self.validation.buckets for edge in (bucket, bucket + 1)
         )
-        generator = stream("held-out", self.validation.seed, bucket, draw, index)
+        generator = stream(self.purpose, self.validation.seed, bucket, draw, index)
         clean = torch.as_tensor(self.volumes[index])
         timestep = torch.randint(low, max(high, low + 1), (), generator=generator)
         return clean, torch.randn(clean.shape, generator=generator), timestep

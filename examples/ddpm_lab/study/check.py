@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from ddpm_lab.config.settings import Data, Training
-from ddpm_lab.data.files import find_volumes, held_out_count, rooted, split_volumes
+from ddpm_lab.data.files import find_volumes, held_out_counts, rooted, split_volumes
+from ddpm_lab.data.manifest import read_manifest
 from ddpm_lab.data.volumes import check_sizes
 from ddpm_lab.evaluation.encoder import load_encoder
 from ddpm_lab.model.accelerator import make_accelerator
@@ -55,10 +56,15 @@ def check_inputs(name: str, config: StudyConfig, out: Path) -> None:
             _check_shape(shape, f"cost.shapes.{size}", config)
         return
     load_encoder(config.metrics.medicalnet)
+    if config.metrics.reference != "test":
+        fix = "Write `metrics: {reference: test}`."
+        expected = "those to test on, which nothing else sees"
+        raise fault("metrics.reference", "the volumes of a study's tables", expected, config.metrics.reference, fix)
     trainings = [config.training_of(method, config.seeds[0]) for method in members]
     for each, about in config.datasets.items():
         with inside(f"datasets.{each}"):
             _check_data(about, trainings, config)
+            _check_tested(config.data_of(about))
     _check_base(config, pretrained=is_file(out / "base" / "model.safetensors"))
 
 
@@ -76,7 +82,7 @@ def _check_base(config: StudyConfig, pretrained: bool) -> None:
     if pretrained:  # by an earlier command: its data may have gone since
         return
     with inside("source"):
-        _check_data(config.source, [config.pretraining], config)
+        _check_data(config.pretrained_on, [config.pretraining], config)
 
 
 def _check_data(dataset: DataSet, trainings: Sequence[Training], config: StudyConfig) -> None:
@@ -88,17 +94,29 @@ def _check_data(dataset: DataSet, trainings: Sequence[Training], config: StudyCo
     if dataset.made is not None:
         if shape is None and data.spacing is None:
             _check_shape((dataset.made.side,) * 3, "made.side", config)
-        files, held_out = dataset.made.count, held_out_count(dataset.made.count, data)
+        files, held_out = dataset.made.count, sum(held_out_counts(dataset.made.count, data))
         fix, where = "Lower `training.batch_size` or raise `made.count`.", "made.count"
     else:
         data = rooted(data)
         paths = find_volumes(data)
-        files, held_out = len(paths), len(split_volumes(paths, data).validation)
+        files = len(paths)
+        held_out = files - len(split_volumes(paths, data).train)
         fix, where = "Lower `training.batch_size` or add files.", "data"
     needed = max(training.batch_size for training in trainings)
     if files - held_out < needed:
         found = f"{files - held_out} of {files} after holding {held_out} out"
         raise fault(where, "files to train on", f"at least {needed}, one batch", found, fix)
+
+
+def _check_tested(data: Data) -> None:
+    """Subjects that tables report on: rates are chosen on others."""
+    if data.manifest is not None:
+        there, found = bool(read_manifest(data).test), f"none in {data.manifest}"
+        fix = "Run `prepare` again with `--set data.test_share=0.2`."
+    else:
+        there, found, fix = data.test_share > 0, "`test_share` 0", "Write `data: {test_share: 0.2}`."
+    if not there:
+        raise fault("data.test_share", "subjects to test on", "some", found, fix)
 
 
 def _known_shape(data: Data) -> tuple[int, ...] | None:

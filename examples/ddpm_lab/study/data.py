@@ -18,22 +18,43 @@ from ddpm_lab.data.volumes import transforms
 from ddpm_lab.study.run import Outcome, digest, made_of, refuse_others
 from ddpm_lab.study.settings import DataSet, StudyConfig
 from ddpm_lab.support.console import Screen
-from ddpm_lab.support.durable import read_json, write_json, writing
+from ddpm_lab.support.durable import digest_of_file, read_json, write_json, writing
 from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone
 from ddpm_lab.training.driver import pretrain
 
-__all__ = ["base_of", "identity", "settled"]
+__all__ = ["base_of", "described", "identity", "settled"]
 
 PREVIEWS = 4  # real volumes kept as the model sees them, for the report's montage
 
 
+def described(config: StudyConfig, dataset: DataSet) -> dict[str, Any]:
+    """How the subjects of a data set are made, if they are, and what becomes of a volume; not where files lie."""
+    where = {"cache", "checksums", "root", "manifest", "keep"}
+    data = config.data_of(dataset).model_dump(mode="json", exclude=where)
+    return data if dataset.made is None else {"made": dataset.made.model_dump(mode="json"), **data}
+
+
+def _wanted(config: StudyConfig, dataset: DataSet) -> dict[str, Any]:
+    """What the manifest that was made depends on."""
+    data = config.data_of(dataset)
+    files = {} if dataset.made is not None else data.model_dump(mode="json", include={"root", "keep"})
+    return {**described(config, dataset), **files}
+
+
 def identity(config: StudyConfig, dataset: DataSet) -> dict[str, Any]:
-    """What tells a data set from another one: how its subjects are made, or where its files lie."""
-    data = config.data_of(dataset).model_dump(mode="json", exclude={"cache", "checksums"})
-    if dataset.made is None:
-        return data
-    return {"made": dataset.made.model_dump(mode="json"), **data, "root": None, "manifest": None}
+    """What a result on a settled data set depends on: its files and their split, wherever they lie.
+
+    Of made subjects the names suffice, whose bytes other machines may round otherwise.
+    """
+    data = config.data_of(dataset)
+    manifest = read_manifest(data)
+    made = dataset.made is not None
+    split = {
+        name: [entry.path if made else [entry.path, entry.sha256] for entry in entries]
+        for name, entries in (("train", manifest.train), ("validation", manifest.validation), ("test", manifest.test))
+    }
+    return {**described(config, dataset), "split": digest(split)}
 
 
 def settled(name: str, config: StudyConfig, dataset: DataSet, out: Path, screen: Screen) -> DataSet:
@@ -45,10 +66,11 @@ def settled(name: str, config: StudyConfig, dataset: DataSet, out: Path, screen:
             with writing(folder, "the made subjects"):
                 own["root"] = _population(folder, dataset, name, screen)
         data = config.data_of(dataset).model_copy(update=own)
-        wanted = identity(config, dataset)
+        wanted = _wanted(config, dataset)
         if data.manifest is None:
             if not (folder / "manifest.json").is_file() or read_json(folder / "data.json") != wanted:
                 prepare_data(_only(config, data), folder, screen)
+                _forget(folder / "real")
                 write_json(folder / "data.json", wanted)
             own |= {"manifest": folder / "manifest.json", "keep": None}  # the manifest has the files that were kept
         found = dataset.model_copy(update={"data": dataset.data.model_copy(update=own)})
@@ -74,6 +96,14 @@ def _population(folder: Path, dataset: DataSet, name: str, screen: Screen) -> Pa
     return root
 
 
+def _forget(folder: Path) -> None:
+    """Remove the volumes that stood for an earlier split."""
+    for file in folder.glob("*.nii.gz"):
+        file.unlink()
+    if folder.is_dir():
+        folder.rmdir()
+
+
 def _previews(config: StudyConfig, dataset: DataSet, folder: Path) -> None:
     """A few held-out volumes after their transforms."""
     if folder.is_dir():
@@ -81,7 +111,7 @@ def _previews(config: StudyConfig, dataset: DataSet, folder: Path) -> None:
     data = config.data_of(dataset)
     manifest = read_manifest(data)
     root = root_of(data, manifest)
-    files = [root / entry.path for entry in (*manifest.validation, *manifest.train)][:PREVIEWS]
+    files = [root / entry.path for entry in (*manifest.test, *manifest.validation)][:PREVIEWS]
     save_volumes([transforms(data)(file) for file in files], folder)
 
 
@@ -98,14 +128,14 @@ def save_volumes(volumes: Sequence[torch.Tensor], folder: Path) -> None:
 def base_of(config: StudyConfig, out: Path, screen: Screen) -> tuple[Base, str]:
     """The base of all runs and a name for it: the given checkpoint, or one pretrained on the source, once."""
     if config.base.checkpoint is not None:
-        return config.base, str(config.base.checkpoint)
+        return config.base, digest_of_file(config.base.checkpoint)
     training = config.pretraining
     assert training is not None  # `check_inputs` has seen to it
     folder, checkpoint = out / "base", out / "base" / "model.safetensors"
     with alone(out / "base.lock", wait=True):
-        source = settled("source", config, config.source, out, screen)
+        source = settled("source", config, config.pretrained_on, out, screen)
         run = _pretraining(config, source, training)
-        settings = made_of(run, identity(config, config.source), "")
+        settings = made_of(run, identity(config, source), "")
         key = digest(settings)
         outcome = Outcome.read(folder)
         if outcome is not None and outcome.key != key:

@@ -16,8 +16,11 @@ from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.base_file import name_some
 from ddpm_lab.model.unet import divisor
 from ddpm_lab.study.cost import Subject, subject
+from ddpm_lab.study.plan import Plan
+from ddpm_lab.study.rows import Rows, alike
+from ddpm_lab.study.search import Choice, change_of
 from ddpm_lab.study.settings import StudyConfig
-from ddpm_lab.support.console import Screen
+from ddpm_lab.support.console import Screen, clock
 from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.faults import fault
 from ddpm_lab.support.record import machine, versions
@@ -48,13 +51,45 @@ def dry_run(name: str, config: StudyConfig, out: Path, screen: Screen) -> dict[s
         "shape": list(shape),
         "methods": methods,
         "datasets": {each: _files(config.data_of(about)) for each, about in config.datasets.items() if not about.made},
-        "runs": len(members) * max(1, len(config.datasets)) * len(config.seeds),
+        **_left(name, config, out),
         "machine": machine(),
         "versions": versions(),
     }
     write_json(out / f"dry-run-{name}.json", found)
     _show(found, screen)
     return found
+
+
+def _left(name: str, config: StudyConfig, out: Path) -> dict[str, Any]:
+    """How many runs the study has, how many no row has yet, and how long those take by the seconds of the rows."""
+    rows, plan = Rows(config.rows), Plan.sketch(name, config, out)
+    if name == "table4":
+        return {"runs": 0, "left": 0, "seconds_left": 0.0}
+    searches = plan.searches()
+    found = {id(run): row for run in searches for row in rows.known.values() if alike(row, run)}
+    chosen = {}
+    for run in searches:
+        same = [each for each in searches if (each.method, each.dataset) == (run.method, run.dataset)]
+        changes: dict[float, float] = {}
+        for each in same:
+            row = found.get(id(each))
+            change = change_of(row["status"], row["errors"]) if row is not None else None
+            if change is not None and each.rate is not None:
+                changes[each.rate] = change
+        chosen[run.method, run.dataset] = Choice(tuple(each.rate or 0.0 for each in same), changes)
+    finals, _ = plan.finals({key: choice if choice.best else _any(choice) for key, choice in chosen.items()})
+    done = [any(alike(row, run) for row in rows.known.values()) for run in finals]
+    left = [run for run in searches if id(run) not in found]
+    left += [run for run, there in zip(finals, done, strict=True) if not there]
+    seconds = [rows.expected(run) for run in left]
+    known = [each for each in seconds if each is not None]
+    whole = sum(known) if len(known) == len(left) else None
+    return {"runs": len(searches) + len(finals), "left": len(left), "seconds_left": whole}
+
+
+def _any(choice: Choice) -> Choice:
+    """A rate for runs that are counted before theirs is chosen."""
+    return Choice(choice.rates[:1], {choice.rates[0]: 0.0})
 
 
 def _described(built: Subject, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -87,6 +122,10 @@ def _files(data: Data) -> dict[str, Any]:
 
 def _show(found: dict[str, Any], screen: Screen) -> None:
     table = Table(title=f"Dry run of {found['study']}: {found['runs']} runs", title_justify="left", title_style="bold")
+    seconds = found["seconds_left"]
+    how_long = "no row says how long" if seconds is None else f"about {clock(seconds)} in one process, by the rows"
+    if found["left"]:
+        screen.line(f"{found['left']} of {found['runs']} runs are left: {how_long}")
     table.add_column("method", no_wrap=True)
     for name in ("trains", "of base", "loss of a step", "moved in 2 steps"):
         table.add_column(name, justify="right", no_wrap=True)

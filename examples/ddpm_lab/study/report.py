@@ -103,7 +103,7 @@ def _pictures(results: Results, study: str, methods: Sequence[str], folder: Path
         panels = _curves(results, dataset, methods)
         if panels:
             caption = (
-                f"{results.dataset_title(dataset)}: training loss (smoothed) and error on held-out volumes, "
+                f"{results.dataset_title(dataset)}: training loss (smoothed) and error on validation volumes, "
                 f"seed {results.config.seeds[0]}."
             )
             pictures.append(_chart(folder / f"{study}-curves-{dataset}.png", caption, panels))
@@ -128,11 +128,11 @@ def _png(draw: Callable[[Path], None]) -> bytes:
 
 
 def _curves(results: Results, dataset: str, methods: Sequence[str]) -> list[Panel]:
-    """Training losses and held-out errors of the first seed that each method has."""
+    """Training losses and validation errors of the first seed that each method has."""
     losses, errors = [], []
     for colour, method in enumerate(methods):
         summaries = results.result(method, dataset).summaries
-        if not summaries:
+        if not summaries or "losses" not in summaries[min(summaries)]["history"]:  # of a row
             continue
         summary = summaries[min(summaries)]
         history, run = summary["history"], summary["run"]
@@ -145,7 +145,7 @@ def _curves(results: Results, dataset: str, methods: Sequence[str]) -> list[Pane
         return []
     return [
         Panel("Training loss", "optimiser step", losses, log=True, labels=False),
-        Panel("Error on held-out volumes", "optimiser step", errors, marks=True),
+        Panel("Error on validation volumes", "optimiser step", errors, marks=True),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from scipy.stats import t as student
 
 from ddpm_lab.study.run import BASE, Outcome
+from ddpm_lab.study.search import Choice, read_choice
 from ddpm_lab.study.settings import STUDIES, StudyConfig
 from ddpm_lab.support.durable import read_json
 from ddpm_lab.support.faults import fault
@@ -91,7 +92,22 @@ class Result:
     folders: dict[int, Path] = field(default_factory=dict)
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    errors: dict[int, Mapping[str, Sequence[float]]] = field(default_factory=dict)  # of each test volume
     failures: dict[int, str] = field(default_factory=dict)
+
+    def numbers(self, metric: Metric) -> dict[int, dict[str, float]]:
+        """What is compared with another method's: a metric by seed and, where each volume has one, by volume.
+
+        The change of the error is in percent of the mean error before, so that its mean is the table's number.
+        """
+        if metric.key != "change_percent":
+            cell = self.cell(metric, 0.95)
+            return {each.seed: {"": each.value} for each in cell.values} if cell is not None else {}
+        found = {}
+        for seed, errors in self.errors.items():
+            before = statistics.fmean(each[0] for each in errors.values())
+            found[seed] = {name: 100 * (after / before - 1) for name, (_, after) in errors.items()}
+        return found
 
     def cell(self, metric: Metric, confidence: float, real: bool = False) -> Cell | None:
         """The numbers of one metric, of the samples or of real volumes; None where no seed has one."""
@@ -105,7 +121,7 @@ class Result:
     def _value(self, metric: Metric, seed: int, real: bool) -> Value | None:
         if metric.key == "change_percent":
             run = self.summaries.get(seed, {}).get("run")
-            return Value(seed, float(run["change_percent"])) if run and not real else None
+            return Value(seed, float(run["test_change_percent"])) if run and not real else None
         sets = self.evaluations.get(seed, {}).get("sets", {})
         own = [name for name in sets if (name == REAL) == real]
         found = sets[own[0]].get(metric.key) if own else None
@@ -150,6 +166,17 @@ class Results:
         for dataset in self.config.datasets:
             for summary in self.result(method, dataset).summaries.values():
                 return int(summary["run"]["trainable_parameters"]), int(summary["run"]["base_parameters"])
+        return None
+
+    def choice(self, method: str, dataset: str) -> Choice | None:
+        """The rates that were tried, of a method that has several."""
+        rates = self.config.methods[method].rates if method in self.config.methods else ()
+        return read_choice(self.out, method, dataset, rates) if len(rates) > 1 else None
+
+    def rate(self, method: str, dataset: str) -> float | None:
+        """The rate that the tables' runs had."""
+        for summary in self.result(method, dataset).summaries.values():
+            return float(summary["config"]["training"]["learning_rate"])
         return None
 
     def title(self, method: str, ranked: bool = False) -> str:
@@ -208,11 +235,13 @@ def read_results(out: Path) -> Results:
 def _add(result: Result, seed: int, folder: Path) -> float:
     """Read one run; the seconds that it took, 0 where it is not done."""
     outcome = Outcome.read(folder)
-    if outcome is not None and outcome.status == "failed":
+    if outcome is not None and outcome.status in ("failed", "diverged"):
         result.failures[seed] = outcome.reason
     if outcome is None or outcome.status != "done":
         return 0.0
     result.folders[seed] = folder
+    if outcome.errors.get("test"):
+        result.errors[seed] = outcome.errors["test"]
     for name, kept in (("summary.json", result.summaries), ("evaluation.json", result.evaluations)):
         content = read_json(folder / name)
         if content is not None:

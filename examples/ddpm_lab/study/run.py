@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ddpm_lab.evaluation.evaluate import evaluate_samples
 from ddpm_lab.sampling.sample import sample_volumes
 from ddpm_lab.support.console import Screen
 from ddpm_lab.support.durable import read_json, write_json, writing
-from ddpm_lab.support.faults import fault, raise_all
+from ddpm_lab.support.faults import DivergenceError, fault, raise_all
 from ddpm_lab.support.folders import make_folder
 from ddpm_lab.support.locks import alone
 from ddpm_lab.training.driver import finetune
@@ -38,13 +38,17 @@ ASIDE = ("threads", "processes", "workers", "tensorboard", "checkpoint_every", "
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run; `reason` says why it failed, `made_of` are the settings that `key` stands for."""
+    """What became of a run; `reason` says why it failed, `made_of` are the settings that `key` stands for.
 
-    status: str  # done, failed, running
+    `errors` has each held-out volume's errors before and after: {"test": {"sub-007_t2w.nii.gz": [0.031, 0.019]}}.
+    """
+
+    status: str  # done, failed, diverged, running
     key: str
     seconds: float = 0.0
     reason: str = ""
     made_of: Mapping[str, Any] = field(default_factory=dict)
+    errors: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         with writing(folder, "the record of a run"):
@@ -59,7 +63,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """A method (or the base), a data set and a seed."""
+    """A method (or the base), a data set and a seed, and the rate where there was a choice.
+
+    A `search` run tries the rate: one that diverges is done, for the same settings diverge again.
+    """
 
     method: str
     dataset: str
@@ -68,9 +75,17 @@ class Run:
     folder: Path
     cache: Path  # of volumes and features, shared by all runs on the data set
     made_of: Mapping[str, Any]  # everything that changes the result, by its dotted name
+    rate: float | None = None
+    search: bool = False
 
     def __str__(self) -> str:
-        return f"{self.method} on {self.dataset}, seed {self.seed}"
+        last = f"rate {self.rate:g}" if self.search else f"seed {self.seed}"
+        return f"{self.method} on {self.dataset}, {last}"
+
+    @property
+    def lock(self) -> str:
+        """A name that no other run has."""
+        return f"{self.method}--{self.dataset}--{f'rate-{self.rate:g}' if self.search else self.seed}"
 
     @property
     def key(self) -> str:
@@ -78,8 +93,13 @@ class Run:
 
     @property
     def done(self) -> bool:
-        outcome = Outcome.read(self.folder)
-        return outcome is not None and (outcome.status, outcome.key) == ("done", self.key)
+        outcome = self.outcome
+        ends = ("done", "diverged") if self.search else ("done",)
+        return outcome is not None and outcome.status in ends and outcome.key == self.key
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return Outcome.read(self.folder)
 
     def check(self) -> None:
         """Raise LabError where the folder holds a finished run of other settings: results are never thrown away."""
@@ -102,11 +122,15 @@ class Run:
         status, reason = "done", ""
         try:
             self._stages(screen)
+        except DivergenceError as error:
+            status, reason = "diverged", one_line(str(error))
         except TnpeftError as error:
             status, reason = "failed", one_line(str(error))
         except (torch.OutOfMemoryError, OSError) as error:
             status, reason = "failed", one_line(str(error))
-        outcome = Outcome(status, self.key, before + time.perf_counter() - started, reason, self.made_of)
+        seconds = before + time.perf_counter() - started
+        errors = self._errors() if status == "done" else {}
+        outcome = Outcome(status, self.key, seconds, reason, self.made_of, errors)
         outcome.write(self.folder)
         gc.collect()
         if torch.cuda.is_available():
@@ -126,6 +150,18 @@ class Run:
         sample_volumes(config, self.folder, screen)
         with alone(self.cache / "lock", wait=True):  # another command may fill the same cache
             evaluate_samples(config, self.folder, screen)
+
+    def _errors(self) -> dict[str, dict[str, list[float]]]:
+        """The errors of each held-out volume before and after, by its path below the root; none of the base's."""
+        by_volume = ((read_json(self.folder / "summary.json") or {}).get("run") or {}).get("by_volume", {})
+        names = read_json(self.folder / "split.json") or {}
+        return {
+            name: {
+                path: [before, after]
+                for path, before, after in zip(names[name], each["before"], each["after"], strict=True)
+            }
+            for name, each in by_volume.items()
+        }
 
     def _link_cache(self) -> None:
         """The run's cache is the data set's, by a relative path so that OUT can move."""

@@ -5,9 +5,11 @@ A section of a method or a data set replaces those settings of the common sectio
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from ddpm_lab.config.settings import (
     Base,
@@ -59,6 +61,7 @@ class StudyMethod(Section):
     note: str | None = None  # printed under the tables that the method stands in
     method: Method = Method()
     training: Training = Training()  # replaces these settings of the study's `training`
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = ()  # tried on each data set; the best trains the study's seeds
 
 
 class Ranks(Section):
@@ -95,13 +98,22 @@ class StudyConfig(Section):
     metrics: Metrics = Metrics()
     methods: dict[Name, StudyMethod]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    search_seed: int = 1000  # of training while rates are tried: none of `seeds`
     table1: tuple[Name, ...] = ()  # methods side by side
     table2: tuple[Name, ...] = ()  # the same, with whole layers that train along (`method.also`)
     table3: tuple[Name, ...] = ()  # frozen copy against zero start
     table4: tuple[Name, ...] = ()  # time and memory
     figure4: Ranks = Ranks()
     cost: Cost = Cost()
+    rows: Path | None = None  # finished runs, one a line: those are not run again, and others are added
+    minutes: Annotated[float, Field(gt=0)] | None = None  # no run starts that would not end within so many
     dry_run: bool = False  # build everything, count, and take one step at reduced size
+
+    @field_validator("rows")
+    @classmethod
+    def _beside_the_configuration(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        folder = (info.context or {}).get("folder")
+        return path if path is None or folder is None else Path(os.path.normpath(folder / path))
 
     def members(self, study: str) -> tuple[str, ...]:
         """The names of a study's methods; for Figure 4 those that `with_ranks` makes."""
@@ -133,15 +145,35 @@ class StudyConfig(Section):
         datasets = {name: each.model_copy(update={"data": self.data_of(each)}) for name, each in self.datasets.items()}
         return self.model_copy(update={"methods": methods, "datasets": datasets})
 
-    def training_of(self, method: str, seed: int) -> Training:
-        """The common training with what the method replaces, and the seed."""
-        found = overlaid(self.training, self.methods[method].training)
+    def training_of(self, method: str, seed: int, rate: float | None = None) -> Training:
+        """The common training with what the method replaces, the seed, and a rate where it has several."""
+        own = self.methods[method]
+        found = overlaid(self.training, own.training)
+        if own.rates:
+            rate = rate or sorted(own.rates)[len(own.rates) // 2]  # of a dry run, or a check
+            found = found.model_copy(update={"learning_rate": rate})
         return found.model_copy(update={"seed": seed})
+
+    @property
+    def pretrained_on(self) -> DataSet:
+        """The source, with no subjects to test on unless it asks for some: nothing is reported on it."""
+        own = self.source.data
+        if "test_share" in own.model_fields_set:
+            return self.source
+        return self.source.model_copy(update={"data": own.model_copy(update={"test_share": 0.0})})
 
     def data_of(self, dataset: DataSet) -> Data:
         return overlaid(self.data, dataset.data)
 
-    def run(self, method: str | None, dataset: DataSet, seed: int, checkpoint: Base) -> Config:
+    def tried(self, method: str, dataset: DataSet, rate: float, checkpoint: Base) -> Config:
+        """The configuration of a run that tries a rate: no samples, and no look at what is tested on."""
+        found = self.run(method, dataset, self.search_seed, checkpoint, rate)
+        blind = self.validation.model_copy(update={"test": False})
+        return found.model_copy(update={"validation": blind, "sampling": Sampling(count=0), "metrics": Metrics()})
+
+    def run(
+        self, method: str | None, dataset: DataSet, seed: int, checkpoint: Base, rate: float | None = None
+    ) -> Config:
         """The configuration of one run; of the base itself where there is no method."""
         common = self.training
         plain = Training(precision=common.precision, device=common.device, threads=common.threads)
@@ -151,7 +183,7 @@ class StudyConfig(Section):
             base=checkpoint,
             diffusion=self.diffusion,
             method=self.methods[method].method if method is not None else Method(),
-            training=self.training_of(method, seed) if method is not None else plain,
+            training=self.training_of(method, seed, rate) if method is not None else plain,
             validation=self.validation,
             sampling=self.sampling.model_copy(update={"seed": self.sampling.seed + seed}),
             metrics=self.metrics,

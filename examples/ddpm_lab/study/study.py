@@ -1,5 +1,6 @@
 """`study`: methods x data sets x seeds, as one of the paper's tables or figures has them.
 
+First the rates of each method are tried (OUT/search/METHOD/DATASET/rate-R), then the seeds run at the best.
 Runs lie in OUT/runs/METHOD/DATASET/seed-N, whatever table asked for them: what tables share is run once.
 Several `study` commands on one OUT share the work, one on each device.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from ddpm_lab.model.method import check_method
 from ddpm_lab.sampling.draw import check_sampling
 from ddpm_lab.study.check import check_inputs, inside
 from ddpm_lab.study.cost import measure_costs
-from ddpm_lab.study.data import base_of, identity, settled
 from ddpm_lab.study.dry_run import dry_run
-from ddpm_lab.study.run import BASE, Outcome, Run, made_of
+from ddpm_lab.study.plan import Plan
+from ddpm_lab.study.rows import Rows
+from ddpm_lab.study.run import BASE, Outcome, Run
+from ddpm_lab.study.search import Choice, check_rates, choices
 from ddpm_lab.study.settings import STUDIES, StudyConfig
 from ddpm_lab.support.console import Bar, Screen, clock
 from ddpm_lab.support.durable import read_json, write_json, writing
@@ -50,10 +53,20 @@ def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
     if name == "table4":
         measure_costs(config, out, screen)
         return
-    runs = planned(name, config, out, screen)
+    work = _Work(out, screen, Rows(config.rows), config.minutes)
+    plan = Plan.of(name, config, out, screen)
+    searches = plan.searches()
+    for run in searches:
+        run.check()
+    if searches:
+        work.do(searches, "runs to choose rates")
+    chosen = choices(searches)
+    _say_rates(chosen, screen)
+    runs, waiting = plan.finals(chosen)
     for run in runs:
         run.check()
-    _run_all(runs, out, screen)
+    work.do(runs, "runs")
+    work.sum_up(runs, waiting)
 
 
 def check_study(name: str, config: StudyConfig) -> None:
@@ -72,6 +85,7 @@ def check_study(name: str, config: StudyConfig) -> None:
         raise fault(name, "the methods of this study", "at least one", "none", fix)
     for method in members:
         _check_method(method, config)
+    check_rates(name, config)
     if name == "table4":
         if not config.cost.shapes:
             raise fault(
@@ -99,63 +113,86 @@ def _remember(name: str, config: StudyConfig, out: Path) -> None:
     )
 
 
-def planned(name: str, config: StudyConfig, out: Path, screen: Screen) -> list[Run]:
-    """The runs of a study, seed by seed, so that a whole table of the first seed stands early."""
-    base, base_key = base_of(config, out, screen)
-    datasets = {each: settled(each, config, about, out, screen) for each, about in config.datasets.items()}
-    runs = []
-    for seed in config.seeds:
-        for dataset, about in datasets.items():
-            for method in (BASE, *config.members(name)):
-                own = config.run(None if method == BASE else method, about, seed, base)
-                settings = made_of(own, identity(config, config.datasets[dataset]), base_key)
-                folder = out / "runs" / method / dataset / f"seed-{seed}"
-                runs.append(Run(method, dataset, seed, own, folder, out / "cache" / dataset, settings))
-    return runs
+class _Work:
+    """What a command does on its runs, one after the other, leaving those that another command holds."""
+
+    def __init__(self, out: Path, screen: Screen, rows: Rows, minutes: float | None) -> None:
+        self.out, self.screen, self.rows, self.minutes = out, screen, rows, minutes
+        self.started = time.perf_counter()
+        self.failed: list[tuple[Run, str]] = []
+        self.taken: list[Run] = []
+        self.late: list[Run] = []
+
+    def do(self, runs: Sequence[Run], what: str) -> None:
+        """Run what is left of them; a failure does not stop the rest."""
+        laid_out = self.rows.lay_out(runs)
+        left = [run for run in runs if not run.done]
+        from_rows = f", {laid_out} of those by the rows" if laid_out else ""
+        self.screen.line(f"{len(runs)} {what}, {len(runs) - len(left)} of them done before{from_rows}")
+        for run in runs:
+            self.rows.add(run)  # of an earlier command that had no file
+        times: list[float] = []
+        for number, run in enumerate(left, 1):
+            if not self._fits(run):
+                self.late.append(run)
+                continue
+            with alone(self.out / "locks" / run.lock) as mine:
+                if not mine:
+                    self.taken.append(run)
+                    continue
+                if run.done:  # by another command meanwhile
+                    continue
+                started = time.perf_counter()
+                outcome = run.execute(_Inner(self.screen))
+            times.append(time.perf_counter() - started)
+            if not run.done:
+                self.failed.append((run, outcome.reason))
+            self.rows.add(run)
+            self.screen.line(_progress(number, len(left), run, outcome, times))
+
+    def _fits(self, run: Run) -> bool:
+        """Whether a run may end in time; one of which nothing is known may."""
+        expected = self.rows.expected(run)
+        if self.minutes is None or expected is None:
+            return self.minutes is None or time.perf_counter() - self.started < 60 * self.minutes
+        return time.perf_counter() - self.started + expected <= 60 * self.minutes
+
+    def sum_up(self, runs: Sequence[Run], waiting: Sequence[str]) -> None:
+        """What is done and what is not; raises LabError where a run failed."""
+        screen, done, total = self.screen, sum(run.done for run in runs), len(runs) + len(waiting)
+        screen.line(f"{done} of {total} runs are done. `report --out {self.out}` makes the tables.")
+        if self.taken:
+            names = "; ".join(map(str, self.taken))
+            screen.line(f"{len(self.taken)} were in the hands of another command: {names}")
+        if self.late:
+            screen.line(
+                f"{len(self.late)} are left for another part: they would not end within {self.minutes:g} minutes"
+            )
+        if waiting:
+            screen.line(f"{len(waiting)} wait for a rate that is not chosen yet: {'; '.join(waiting)}")
+        for run, reason in self.failed:
+            screen.line(f"failed: {run}: {reason}")
+        if self.failed:
+            fix = "Mend what the list above says; the same command tries them again."
+            raise fault(self.out, "runs of the study", "all done", f"{len(self.failed)} failed", fix)
 
 
-def _run_all(runs: Sequence[Run], out: Path, screen: Screen) -> None:
-    """One after the other, leaving those that another command holds; a failure does not stop the rest."""
-    left = [run for run in runs if not run.done]
-    screen.line(f"{len(runs)} runs, {len(runs) - len(left)} of them done before")
-    failed: list[tuple[Run, str]] = []
-    taken: list[Run] = []
-    times: list[float] = []
-    for number, run in enumerate(left, 1):
-        with alone(out / "locks" / f"{run.method}--{run.dataset}--{run.seed}") as mine:
-            if not mine:
-                taken.append(run)
-                continue
-            if run.done:  # by another command meanwhile
-                continue
-            started = time.perf_counter()
-            outcome = run.execute(_Inner(screen))
-        times.append(time.perf_counter() - started)
-        if outcome.status == "failed":
-            failed.append((run, outcome.reason))
-        screen.line(_progress(number, len(left), run, outcome, times))
-    _sum_up(runs, failed, taken, out, screen)
+def _say_rates(chosen: Mapping[tuple[str, str], Choice], screen: Screen) -> None:
+    """Which rates were chosen, and where a better one may lie beyond them."""
+    for (method, dataset), choice in chosen.items():
+        what = f"{method} on {dataset}"
+        if choice.best is not None:
+            beyond = f", the {choice.edge} tried: a better one may lie beyond" if choice.edge else ""
+            screen.line(f"{what}: rate {choice.best:g}{beyond}")
+        elif len(choice.changes) == len(choice.rates):
+            screen.line(f"{what}: training diverged at every rate: try smaller ones")
 
 
 def _progress(number: int, total: int, run: Run, outcome: Outcome, times: Sequence[float]) -> str:
     rest = sum(times) / len(times) * (total - number)
     after = f", about {clock(rest)} left" if number < total else ""
-    word = "failed" if outcome.status == "failed" else f"done in {clock(times[-1])}"
+    word = f"done in {clock(times[-1])}" if outcome.status == "done" else outcome.status
     return f"run {number} of {total}: {run}: {word}{after}"
-
-
-def _sum_up(
-    runs: Sequence[Run], failed: Sequence[tuple[Run, str]], taken: Sequence[Run], out: Path, screen: Screen
-) -> None:
-    done = sum(run.done for run in runs)
-    screen.line(f"{done} of {len(runs)} runs are done. `report --out {out}` makes the tables.")
-    if taken:
-        screen.line(f"{len(taken)} were in the hands of another command: " + "; ".join(map(str, taken)))
-    for run, reason in failed:
-        screen.line(f"failed: {run}: {reason}")
-    if failed:
-        fix = "Mend what the list above says; the same command tries them again."
-        raise fault(out, "runs of the study", "all done", f"{len(failed)} failed", fix)
 
 
 class _Inner(Screen):

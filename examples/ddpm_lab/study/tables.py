@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import html
 import io
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from ddpm_lab.study.results import BASE, METRICS, Cell, Metric, Results
+from ddpm_lab.study.columns import NOTHING, Column, set_powers
+from ddpm_lab.study.results import BASE, METRICS, Metric, Results
 
 __all__ = [
     "Row",
@@ -25,7 +25,7 @@ __all__ = [
 
 PAPER = METRICS[:3]  # what the paper's tables have
 CHANGE = next(metric for metric in METRICS if metric.key == "change_percent")
-NOTHING = "-"
+EDGE = "\N{DAGGER}"
 
 
 @dataclass(frozen=True)
@@ -50,78 +50,80 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-@dataclass
-class _Column:
-    """The cells of one metric on one data set, by row."""
-
-    metric: Metric
-    cells: list[Cell | None] = field(default_factory=list)
-    power: int = 0  # numbers are printed in units of ten to this power
-
-    @property
-    def sizes(self) -> list[float]:
-        return [abs(cell.mean) for cell in self.cells if cell is not None and cell.mean]
-
-    @property
-    def decimals(self) -> int:
-        if self.metric.unit == "%":
-            return 1
-        return 2 if self.power else 3
-
-    def text(self, row: int) -> str:
-        cell = self.cells[row]
-        if cell is None:
-            return NOTHING
-        scale, sign = 10.0**self.power, "+" if self.metric.unit == "%" else ""
-        text = f"{cell.mean / scale:{sign}.{self.decimals}f}"
-        return text if cell.half is None else f"{text} ± {cell.half / scale:.{self.decimals}f}"
-
-    def best(self, competitors: Sequence[int]) -> set[int]:
-        """The rows with the best number as it is printed."""
-        means = {row: cell.mean for row in competitors if (cell := self.cells[row]) is not None}
-        if len(means) < 2:
-            return set()
-        rounded = {row: round(mean / 10.0**self.power, self.decimals) for row, mean in means.items()}
-        first = min(rounded.values()) if self.metric.less else max(rounded.values())
-        return {row for row, mean in rounded.items() if mean == first}
-
-
-def _set_powers(columns: Sequence[_Column]) -> None:
-    """One unit for each metric: a middle number of all its columns has one digit before the point."""
-    for metric in METRICS:
-        own = [column for column in columns if column.metric == metric]
-        sizes = sorted(size for column in own for size in column.sizes)
-        if not sizes or not metric.marked:
-            continue
-        # The middle one, so that a method which diverged does not cost the others their digits.
-        power = math.floor(math.log10(sizes[len(sizes) // 2]))
-        for column in own:
-            column.power = power if power < -1 else 0
-
-
 def method_table(results: Results, name: str, title: str, methods: Sequence[str]) -> Table:
     """Methods by metrics on each data set, as the paper's Tables 1 and 2 have them."""
     datasets = tuple(results.config.datasets)
     groups = [("", 2), *((results.dataset_title(each), len(PAPER)) for each in datasets)]
-    columns = [_Column(metric) for _ in datasets for metric in PAPER]
+    columns = [Column(metric, confidence=results.confidence) for _ in datasets for metric in PAPER]
     keys = [(dataset, metric) for dataset in datasets for metric in PAPER]
     return _table(results, name, title, methods, groups, columns, keys)
 
 
 def change_table(results: Results, name: str, methods: Sequence[str]) -> Table:
-    """How the error on held-out volumes changed, on each data set."""
+    """How the error on test volumes changed on each data set, beside the rate."""
     datasets = tuple(results.config.datasets)
     groups = [("", 2), *((results.dataset_title(each), 1) for each in datasets)]
-    columns = [_Column(CHANGE) for _ in datasets]
+    columns = [Column(CHANGE, confidence=results.confidence) for _ in datasets]
     table = _table(results, name, "Error", methods, groups, columns, [(dataset, CHANGE) for dataset in datasets])
-    rows = tuple(row for row in table.rows if not row.reference)
-    note = "Change of the denoising error on held-out volumes from the first step to the last, in percent."
-    return replace(table, rows=rows, notes=(note,))
+    rows = []
+    for row, method in zip(table.rows[2:], methods, strict=True):
+        cells = list(row.cells[:2])
+        for dataset, change in zip(datasets, row.cells[2:], strict=True):
+            cells += [_rate(results, method, dataset), change]
+        best = frozenset(2 * place - 1 for place in row.best)  # a rate stands before each
+        rows.append(replace(row, cells=tuple(cells), best=best))
+    columns_of_each = [part for heading in table.columns[2:] for part in ("rate", heading)]
+    notes = ["Change of the denoising error on test volumes from the first step to the last, in percent."]
+    return replace(
+        table,
+        groups=(table.groups[0], *((title, 2) for title, _ in table.groups[1:])),
+        columns=(*table.columns[:2], *columns_of_each),
+        rows=tuple(rows),
+        notes=(*notes, *_against_the_next(results, datasets, methods, columns), *_rate_notes(results, methods)),
+    )
+
+
+def _against_the_next(
+    results: Results, datasets: Sequence[str], methods: Sequence[str], columns: Sequence[Column]
+) -> list[str]:
+    """On each data set the best method less the next one, in points."""
+    lines = []
+    for dataset, column in zip(datasets, columns, strict=True):
+        order = column.order(range(2, 2 + len(methods)))
+        found = column.difference(order[0], order[1]) if len(order) > 1 else None
+        if found is not None:
+            one, other = (results.title(methods[row - 2]) for row in order[:2])
+            where = f"{found.low:+.2f} to {found.high:+.2f}"
+            lines.append(f"{results.dataset_title(dataset)}: {one} less {other}, {found.mean:+.2f} points ({where}).")
+    return lines
+
+
+def _rate(results: Results, method: str, dataset: str) -> str:
+    """The rate of a method, marked where it is the largest or the smallest that was tried."""
+    rate, choice = results.rate(method, dataset), results.choice(method, dataset)
+    if rate is None:
+        return NOTHING
+    return f"{rate:.1e}" + (EDGE if choice is not None and choice.edge else "")
+
+
+def _rate_notes(results: Results, methods: Sequence[str]) -> list[str]:
+    """How rates were found."""
+    tried = max((len(results.config.methods[method].rates) for method in methods), default=0)
+    if tried < 2:
+        return ["Rates were given, not searched."]
+    notes = [
+        f"Each method's rate is the best of {tried} on the data set's volumes to validate, with seed "
+        f"{results.config.search_seed}, which no table has."
+    ]
+    pairs = [results.choice(method, dataset) for method in methods for dataset in results.config.datasets]
+    if any(choice is not None and choice.edge for choice in pairs):
+        notes.append(f"{EDGE} The largest or the smallest rate that was tried: a better one may lie beyond.")
+    return notes
 
 
 def detail_table(results: Results, name: str, dataset: str, methods: Sequence[str]) -> Table:
     """Every metric on one data set."""
-    columns = [_Column(metric) for metric in METRICS]
+    columns = [Column(metric, confidence=results.confidence) for metric in METRICS]
     keys = [(dataset, metric) for metric in METRICS]
     groups = [("", 2), ("", len(METRICS))]
     return _table(results, name, results.dataset_title(dataset), methods, groups, columns, keys)
@@ -133,7 +135,7 @@ def _table(
     title: str,
     methods: Sequence[str],
     groups: Sequence[tuple[str, int]],
-    columns: Sequence[_Column],
+    columns: Sequence[Column],
     keys: Sequence[tuple[str, Metric]],
 ) -> Table:
     confidence = results.config.metrics.confidence
@@ -146,9 +148,9 @@ def _table(
         for _, method in rows:
             result = results.result(method or BASE, dataset)
             column.cells.append(result.cell(metric, confidence, real=method is None))
-    _set_powers(columns)
-    competitors = range(2, len(rows))
-    best = [column.best(competitors) for column in columns]
+            column.numbers.append(result.numbers(metric) if method is not None else {})
+    set_powers(columns)
+    best = [column.best(range(2, len(rows)), base=1) for column in columns]
     made = [
         Row(
             row_title,
@@ -191,7 +193,7 @@ def _evaluation(results: Results) -> dict[str, object]:
     return {}
 
 
-def _heading(column: _Column, mark: str) -> str:
+def _heading(column: Column, mark: str) -> str:
     metric = column.metric
     unit = f" (1e{column.power})" if column.power else f" ({metric.unit})" if metric.unit else ""
     return f"{metric.title}{mark if metric.marked else ''} {'↓' if metric.less else '↑'}{unit}"
@@ -208,10 +210,13 @@ def _notes(results: Results, methods: Sequence[str]) -> list[str]:
         interval = "mean of two seeds ± half their difference"
     else:
         interval = f"one seed ± half of the bootstrap's {percent} interval"
+    few = ["Fewer than five seeds: a first look, no result."] if seeds < 5 else []
     notes = [
         f"Each number: {interval}. #P: parameters that train. Bold: the best method of a "
-        "column. (1e-3): in units of 0.001."
+        "column, where it is better than the base and its paired difference from the next one has a "
+        f"{percent} interval without zero: over seeds and, for errors, volumes. (1e-3): in units of 0.001."
     ]
+    notes += few
     if about:
         notes.append(
             f"FID and MMD: {about.get('encoder', '')}; MMD is the paper's (kernel scaled by the median distance). "
@@ -332,13 +337,14 @@ def as_csv(results: Results, methods: Sequence[str]) -> str:
     """Every number behind a table: a line for each method, data set, metric and seed."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "title", "parameters", "dataset", "metric", "seed", "value", "low", "high"])
+    writer.writerow(["method", "title", "parameters", "dataset", "rate", "metric", "seed", "value", "low", "high"])
     for method in (BASE, *methods):
         known = results.parameters(method)
         for dataset in results.config.datasets:
+            rate = results.rate(method, dataset)
             for metric in METRICS:
                 cell = results.result(method, dataset).cell(metric, results.config.metrics.confidence)
                 for each in cell.values if cell is not None else ():
-                    row = [method, results.title(method), known[0] if known else "", dataset, metric.key]
+                    row = [method, results.title(method), known[0] if known else "", dataset, rate, metric.key]
                     writer.writerow([*row, each.seed, each.value, each.low, each.high])
     return text.getvalue()

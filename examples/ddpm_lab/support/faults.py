@@ -6,13 +6,17 @@ from collections.abc import Iterable
 
 from tnpeft.errors import Position, Problem, TnpeftError
 
-__all__ = ["LabError", "fault", "known_cause", "raise_all", "reason"]
+__all__ = ["DivergenceError", "LabError", "fault", "known_cause", "raise_all", "reason"]
 
 MOST = 8
 
 
 class LabError(TnpeftError):
     """A configuration, a folder, a volume or a checkpoint that the driver refuses."""
+
+
+class DivergenceError(LabError):
+    """A training whose numbers grew beyond all bounds: its rate was too large."""
 
 
 def fault(where: object, what: str, expected: str, found: str, fix: str) -> LabError:

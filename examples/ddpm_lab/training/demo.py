@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lab.config.settings import Base, Config, DemoConfig, Method, Training
-from ddpm_lab.data.files import held_out_count
+from ddpm_lab.data.files import held_out_counts
 from ddpm_lab.data.order import Source
 from ddpm_lab.data.population import template_tissues, write_population
 from ddpm_lab.model.accelerator import make_accelerator
@@ -93,7 +93,7 @@ def _check_population(config: DemoConfig) -> None:
     )
     problems: dict[str, Problem] = {}
     for domain, subjects, section, training in runs:
-        held_out = held_out_count(subjects, config.data)
+        held_out = sum(held_out_counts(subjects, config.data))
         if subjects - held_out < training.batch_size:
             expected = f"at least {training.batch_size}, one batch"
             found = f"{subjects - held_out} of {subjects} after holding {held_out} out"

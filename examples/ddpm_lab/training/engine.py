@@ -19,7 +19,8 @@ import tnpeft.surgery
 from ddpm_lab.config.settings import Training
 from ddpm_lab.data.order import Batch, Source
 from ddpm_lab.model.diffusion import predict
-from ddpm_lab.support.faults import LabError, fault
+from ddpm_lab.support.faults import DivergenceError, fault
+from tnpeft.errors import Problem
 
 __all__ = ["Damage", "Engine", "smaller_steps"]
 
@@ -118,7 +119,7 @@ class Engine:
             raise fault(f"step {number}", "the volumes", expected, f"none: {names}", "Mend them.")
         return damaged
 
-    def _diverged(self, seen: Sequence[_Seen], number: int) -> LabError:
+    def _diverged(self, seen: Sequence[_Seen], number: int) -> DivergenceError:
         """What gave a loss that is not finite: the same message in all processes."""
         own = [
             (f"{self.source.name(index)} at timestep {timestep}", str(error))
@@ -130,7 +131,8 @@ class Engine:
         values = " and ".join(sorted({value for _, value in found}))
         names = _some([name for name, _ in found])
         found_here = f"{values} from {names}"
-        return fault(f"step {number}", "the loss", "a finite number", found_here, smaller_steps(self.training))
+        fix = smaller_steps(self.training)
+        return DivergenceError(Problem("the loss", "a finite number", found_here, fix, f"step {number}"))
 
 
 def smaller_steps(training: Training) -> str:

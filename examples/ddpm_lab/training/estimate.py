@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ddpm_lab.config.settings import DemoConfig, Training
-from ddpm_lab.data.files import held_out_count
+from ddpm_lab.data.files import held_out_counts
 from ddpm_lab.data.population import paint_subject, template_tissues
 from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.diffusion import noise_schedule, predict
@@ -43,7 +43,7 @@ def expected_time(config: DemoConfig, populated: bool, pretrained: bool) -> str:
 
 def _tuning(config: DemoConfig, step: float, forward: float) -> float:
     """The run, the baseline and the control, with their errors on held-out volumes."""
-    held_out = held_out_count(config.population.target, config.data)
+    held_out = sum(held_out_counts(config.population.target, config.data))
     evaluation = _batches(held_out * config.validation.buckets * config.validation.draws, config) * forward
     total = 0.0
     for training in (config.training, config.bias_norm, config.training):

@@ -49,11 +49,12 @@ FLUSH = 10  # seconds of events that a killed run may lose
 
 @dataclass(frozen=True)
 class Volumes:
-    """The data of a run: two datasets of (1, D, H, W) tensors."""
+    """The data of a run: datasets of (1, D, H, W) tensors, that of the test split where the run measures on it."""
 
     split: Split
     train: Any
     validation: Any
+    test: Any | None
     shape: tuple[int, ...]
 
 
@@ -67,6 +68,7 @@ class Setup:
     unet: nn.Module
     scheduler: DDPMScheduler
     held_out: HeldOut
+    tested: HeldOut | None  # the test split
     encoder: Encoder
     accelerator: Accelerator
 
@@ -85,13 +87,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Run:
-    """One trained method and its errors on the same held-out volumes, before and after."""
+    """One trained method and its errors on the same held-out volumes, before and after.
+
+    `tested` are those two errors on the test split, where there is one.
+    """
 
     trained: Trained
     history: History
     before: HeldOutError
     after: HeldOutError
     start_difference: float  # largest difference between the base and the adapted model before the first step
+    tested: tuple[HeldOutError, HeldOutError] | None = None
 
     @property
     def change(self) -> float:
@@ -115,13 +121,14 @@ def prepare(config: Config, out: Path, screen: Screen) -> Setup:
     if config.model.checkpointing:
         recompute_activations(unet)
     scheduler = noise_schedule(config.diffusion)
-    held_out = HeldOut(
-        Source(volumes.validation, volumes.split.validation, volumes.shape, NEVER_LEFT_OUT),
-        scheduler,
-        config.validation,
-        config.training.batch_size,
-    )
-    setup = Setup(config, out, volumes, unet, scheduler, held_out, encoder, accelerator)
+    split, shape = volumes.split, volumes.shape
+    named = Source(volumes.validation, split.validation, shape, NEVER_LEFT_OUT)
+    held_out = HeldOut(named, scheduler, config.validation, config.training.batch_size)
+    tested = None
+    if volumes.test is not None and config.validation.test:
+        named = Source(volumes.test, split.test, shape, NEVER_LEFT_OUT)
+        tested = HeldOut(named, scheduler, config.validation, config.training.batch_size, "test")
+    setup = Setup(config, out, volumes, unet, scheduler, held_out, tested, encoder, accelerator)
     if not setup.sharded:  # that is for later: adapters are attached first
         setup.place(unet)
     return setup
@@ -132,9 +139,10 @@ def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Acce
     data = config.data
     paths = find_volumes(data)
     split = split_volumes(paths, data)
+    split.reference(config.metrics.reference)
     needed = config.training.batch_size * accelerator.num_processes
     if len(split.train) < needed:
-        found = f"{len(split.train)} of {len(paths)} after holding {len(split.validation)} out"
+        found = f"{len(split.train)} of {len(paths)} after holding {len(paths) - len(split.train)} out"
         fix = "Lower `training.batch_size` or add files."
         raise fault(str(data.root), "files to train on", f"at least {needed}, one batch", found, fix)
     with screen.bar(f"check {len(paths)} files", len(paths)) as bar:
@@ -146,16 +154,19 @@ def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Acce
         make_folder(out)
         with writing(out, "the split"):
             split.write(out / "split.json", data.root)
+    compared = config.metrics.reference == "test" and config.sampling.count > 0
+    tested = config.validation.test or compared
+    wanted = [files for name, files in split.named() if name != "test" or tested]
     with screen.phase("load volumes"):
-        train_set, validation_set = (dataset(files, data, out / "cache") for files in (split.train, split.validation))
+        sets = [dataset(files, data, out / "cache") for files in wanted]
     shape = None
-    for volumes, files in ((train_set, split.train), (validation_set, split.validation)):
+    for volumes, files in zip(sets, wanted, strict=True):
         if data.cache != "none":
             with screen.bar("prepare volumes", len(files)) as bar:
                 shape = check_sizes(volumes, files, divisor(config.model), bar, shape)
     if shape is None:
-        shape = check_sizes(train_set[:1], split.train[:1], divisor(config.model))
-    return Volumes(split, train_set, validation_set, shape)
+        shape = check_sizes(sets[0][:1], split.train[:1], divisor(config.model))
+    return Volumes(split, sets[0], sets[1], sets[2] if len(sets) > 2 else None, shape)
 
 
 def run_training(
@@ -201,27 +212,28 @@ def run_training(
             saver,
             config.data.skip_damaged,
         )
-    after = _measured(setup, screen, f"{title}, after", smaller_steps(training))
-    return Run(trained, history, kept.before, after, kept.start_difference)
+    after, tested = _measured(setup, screen, f"{title}, after", smaller_steps(training))
+    both = (kept.tested, tested) if kept.tested is not None and tested is not None else None
+    return Run(trained, history, kept.before, after, kept.start_difference, both)
 
 
 def _started(setup: Setup, screen: Screen, title: str) -> tuple[Trained, Kept]:
     """A new run: what trains, and how the model did without it."""
     if setup.sharded:
         return _started_in_parts(setup, screen, title)
-    before = _measured(setup, screen, f"{title}, before", BROKEN_BASE)
+    before, tested = _measured(setup, screen, f"{title}, before", BROKEN_BASE)
     start = probe(setup, setup.unet)
     trained = _applied(setup)
-    return trained, Kept(before, (probe(setup, setup.unet) - start).abs().max().item())
+    return trained, Kept(before, (probe(setup, setup.unet) - start).abs().max().item(), tested)
 
 
 def _started_in_parts(setup: Setup, screen: Screen, title: str) -> tuple[Trained, Kept]:
     """The same, measured after the model is sharded: no device holds all of the base."""
     trained = _applied(setup)
     with tnpeft.disabled(setup.unet) if trained.report is not None else contextlib.nullcontext():
-        before = _measured(setup, screen, f"{title}, before", BROKEN_BASE)
+        before, tested = _measured(setup, screen, f"{title}, before", BROKEN_BASE)
         start = probe(setup, setup.unet)
-    return trained, Kept(before, (probe(setup, setup.unet) - start).abs().max().item())
+    return trained, Kept(before, (probe(setup, setup.unet) - start).abs().max().item(), tested)
 
 
 def _continued(setup: Setup, found: Checkpoint) -> tuple[Trained, Kept]:
@@ -273,9 +285,15 @@ def _writer(folder: Path, start: int) -> Any:
     return SummaryWriter(folder, purge_step=start + 1, flush_secs=FLUSH)
 
 
-def _measured(setup: Setup, screen: Screen, title: str, fix: str) -> HeldOutError:
+def _measured(setup: Setup, screen: Screen, title: str, fix: str) -> tuple[HeldOutError, HeldOutError | None]:
+    """The errors on the volumes to validate and, where there are some, to test."""
     with screen.bar(title, setup.held_out.evaluations) as bar:
-        return measure(setup.held_out, setup.unet, setup.accelerator, title, fix, bar)
+        validated = measure(setup.held_out, setup.unet, setup.accelerator, title, fix, bar)
+    if setup.tested is None:
+        return validated, None
+    title = f"{title}, test"
+    with screen.bar(title, setup.tested.evaluations) as bar:
+        return validated, measure(setup.tested, setup.unet, setup.accelerator, title, fix, bar)
 
 
 @torch.no_grad()

@@ -132,7 +132,7 @@ def check_same_checkpoint(out: Path, found: Checkpoint | None) -> None:
 
 def identity(config: Config, split: Split, accelerator: Accelerator) -> dict[str, Any]:
     """What else must be the same when a run goes on, beside its settings."""
-    names = [[str(path) for path in files] for files in (split.train, split.validation)]
+    names = [[str(path) for path in files] for _, files in split.named()]
     base = config.base.checkpoint
     found = {
         "volumes": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
@@ -174,11 +174,16 @@ class Kept:
 
     before: HeldOutError
     start_difference: float
+    tested: HeldOutError | None = None  # on the test split, where there is one
 
     @classmethod
     def of(cls, found: Checkpoint) -> Kept:
-        mean, buckets = found.state["before"]
-        return cls(HeldOutError(mean, tuple(buckets)), found.state["start_difference"])
+        tested = found.state.get("tested")
+        return cls(
+            HeldOutError.from_data(found.state["before"]),
+            found.state["start_difference"],
+            HeldOutError.from_data(tested) if tested is not None else None,
+        )
 
 
 class Saver:
@@ -228,7 +233,8 @@ class Saver:
             "identity": self.identity,
             "threads": torch.get_num_threads(),
             "position": self._position(loop.step),
-            "before": [self.kept.before.mean, list(self.kept.before.buckets)],
+            "before": self.kept.before.as_data(),
+            "tested": self.kept.tested.as_data() if self.kept.tested is not None else None,
             "start_difference": self.kept.start_difference,
             "random": gather_object([random_states()]),
             "loop": loop.data(),

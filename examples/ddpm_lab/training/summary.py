@@ -40,6 +40,7 @@ def describe_setup(setup: Setup) -> dict[str, Any]:
             "root": str(setup.config.data.root),
             "train": len(split.train),
             "validation": len(split.validation),
+            **({"test": len(split.test)} if split.test else {}),
             "shape": list(setup.volumes.shape),
         },
         "machine": {
@@ -54,8 +55,17 @@ def describe_setup(setup: Setup) -> dict[str, Any]:
 
 
 def describe_run(run: Run) -> dict[str, Any]:
-    """One trained method: its size, its errors and its speed."""
+    """One trained method: its size, its errors and its speed.
+
+    `by_volume` has the errors of every held-out volume before and after, in the order of `split.json`.
+    """
     steps = len(run.history.losses)
+    pairs = {"validation": (run.before, run.after), **({"test": run.tested} if run.tested is not None else {})}
+    tested: dict[str, Any] = {}
+    if run.tested is not None:
+        before, after = run.tested
+        tested = {"test_error_before": before.mean, "test_error_after": after.mean}
+        tested |= {"test_change_percent": after.change(before)}
     return {
         "method": run.trained.title,
         "trainable_parameters": run.trained.parameters,
@@ -64,8 +74,13 @@ def describe_run(run: Run) -> dict[str, Any]:
         "held_out_error_before": run.before.mean,
         "held_out_error_after": run.after.mean,
         "change_percent": run.change,
+        **tested,
         "by_timestep_before": list(run.before.buckets),
         "by_timestep_after": list(run.after.buckets),
+        "by_volume": {
+            name: {"before": list(before.volumes), "after": list(after.volumes)}
+            for name, (before, after) in pairs.items()
+        },
         "start_difference": run.start_difference,
         "training_seconds": run.history.seconds,
         "seconds_per_step": run.history.seconds / max(1, steps),
@@ -79,7 +94,8 @@ def describe_samples(setup: Setup, samples: Mapping[str, torch.Tensor]) -> Sampl
     The last is what a perfect generator would show with as few volumes.
     """
     most = setup.config.metrics.most
-    held_out, train = (_some(volumes, most) for volumes in (setup.volumes.validation, setup.volumes.train))
+    chosen = setup.volumes.test if setup.config.metrics.reference == "test" else setup.volumes.validation
+    held_out, train = (_some(volumes, most) for volumes in (chosen, setup.volumes.train))
     both = setup.config.metrics.reference == "all"
     reference: Volumes = _some(ConcatDataset([held_out, train]), most) if both else held_out
     sets: dict[str, tuple[Volumes, Volumes]] = {name: (volumes, reference) for name, volumes in samples.items()}

@@ -19,11 +19,12 @@ from ddpm_lab.config.settings import Training
 from ddpm_lab.data.order import Batches, Noised, Source, collate
 from ddpm_lab.model.diffusion import HeldOut, HeldOutError
 from ddpm_lab.model.sharding import is_sharded
-from ddpm_lab.support.faults import fault
+from ddpm_lab.support.faults import DivergenceError, fault
 from ddpm_lab.support.processes import together
 from ddpm_lab.training.average import Average
 from ddpm_lab.training.engine import Damage, Engine, smaller_steps
 from ddpm_lab.training.progress import History, Loop
+from tnpeft.errors import Problem
 
 __all__ = ["History", "Keeper", "Step", "measure", "steps_of", "train"]
 
@@ -178,9 +179,9 @@ def measure(
     """
     device, process, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     with contextlib.nullcontext() if is_sharded(unet) else together(), accelerator.autocast():
-        sums = held_out.sums(unet, device, progress, process, processes)
-    # Each sum is one process's; adding the others' zeros changes no bit of it.
-    error = held_out.error_of(accelerator.reduce(sums.to(device), "sum").cpu())
+        errors = held_out.errors(unet, device, progress, process, processes)
+    # Each volume's error is one process's; adding the others' zeros changes no bit of it.
+    error = held_out.error_of(accelerator.reduce(errors.to(device), "sum").cpu())
     if not math.isfinite(error.mean):
-        raise fault(when, "the error on held-out volumes", "a finite number", str(error.mean), fix)
+        raise DivergenceError(Problem("the error on held-out volumes", "a finite number", str(error.mean), fix, when))
     return error

@@ -1,0 +1,88 @@
+"""The runs of a study: those that try rates, and those of its tables at the rates that were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm_lab.config.settings import Base, Config
+from ddpm_lab.study.data import base_of, described, identity, settled
+from ddpm_lab.study.run import BASE, Run, made_of
+from ddpm_lab.study.search import Choice, folder_of
+from ddpm_lab.study.settings import DataSet, StudyConfig
+from ddpm_lab.support.console import Screen
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study whose base and data are there."""
+
+    name: str
+    config: StudyConfig
+    out: Path
+    base: Base
+    base_key: str
+    datasets: Mapping[str, DataSet]
+
+    @classmethod
+    def sketch(cls, name: str, config: StudyConfig, out: Path) -> Plan:
+        """The plan of a study whose base and data are not there: `alike` finds its rows."""
+        return cls(name, config, out, Base(), "", config.datasets)
+
+    @classmethod
+    def of(cls, name: str, config: StudyConfig, out: Path, screen: Screen) -> Plan:
+        """Make what all runs share, unless an earlier command did."""
+        base, base_key = base_of(config, out, screen)
+        datasets = {each: settled(each, config, about, out, screen) for each, about in config.datasets.items()}
+        return cls(name, config, out, base, base_key, datasets)
+
+    def searches(self) -> list[Run]:
+        """A run for each rate of each method that has several, on each data set."""
+        runs = []
+        for dataset, about in self.datasets.items():
+            for method in self.config.members(self.name):
+                rates = self.config.methods[method].rates
+                for rate in rates if len(rates) > 1 else ():
+                    own = self.config.tried(method, about, rate, self.base)
+                    folder = folder_of(self.out, method, dataset, rate)
+                    runs.append(self._run(method, dataset, self.config.search_seed, own, folder, rate, search=True))
+        return runs
+
+    def finals(self, chosen: Mapping[tuple[str, str], Choice]) -> tuple[list[Run], list[str]]:
+        """The runs of the tables, seed by seed, so that a whole table of the first seed stands early.
+
+        Beside them those that wait for a rate, in words.
+        """
+        runs, waiting = [], []
+        for seed in self.config.seeds:
+            for dataset, about in self.datasets.items():
+                for method in (BASE, *self.config.members(self.name)):
+                    rates = self.config.methods[method].rates if method != BASE else ()
+                    choice = chosen.get((method, dataset))
+                    rate = choice.best if choice is not None else rates[0] if rates else None
+                    if rates and rate is None:
+                        waiting.append(f"{method} on {dataset}, seed {seed}")
+                        continue
+                    own = self.config.run(None if method == BASE else method, about, seed, self.base, rate)
+                    folder = self.out / "runs" / method / dataset / f"seed-{seed}"
+                    runs.append(self._run(method, dataset, seed, own, folder, rate))
+        return runs, waiting
+
+    def _run(
+        self,
+        method: str,
+        dataset: str,
+        seed: int,
+        own: Config,
+        folder: Path,
+        rate: float | None,
+        search: bool = False,
+    ) -> Run:
+        about = self.datasets[dataset]
+        data = identity(self.config, about) if self.base_key else described(self.config, about)
+        settings = made_of(own, data, self.base_key)
+        cache = self.out / "cache" / dataset
+        return Run(method, dataset, seed, own, folder, cache, settings, rate, search)
