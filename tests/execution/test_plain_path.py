@@ -17,6 +17,8 @@ import tnpeft
 from tnpeft.program import counting
 
 PAIRS = pairs()
+# Gradients through eight reflections on each side, drawn in pairs that cancel, have a digit less in float32.
+DIGITS = {"hoft": 5e-6}
 KINDS = {spec: [kind for kind, name in PAIRS if name == spec] for _, spec in PAIRS}
 
 
@@ -30,7 +32,7 @@ def test_both_paths_agree(spec: str, mode: str, kinds: tuple[str, ...]):
         assert (fast is None) == (plain is None)
         for name, value in (fast or {}).items():
             assert plain is not None
-            assert error(plain[name], value) <= 1e-6, (kind, name)
+            assert error(plain[name], value) <= DIGITS.get(spec, 1e-6), (kind, name)
 
 
 @pytest.mark.parametrize("mode", ["dense", "factored", "hybrid"])

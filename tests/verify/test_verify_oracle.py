@@ -192,8 +192,8 @@ def test_a_network_that_hardly_moves_is_named():
     assert row.advice.endswith("use a larger init of the other cores, a larger `scale` or a larger learning rate")
 
 
-# The first examples have one channel, of which an orthogonal core is a point: these are tried on more.
-_POINTS = ("boft", "boft_2", "boft_lycoris", "diag_oft", "gsoft", "hra_gs", "para", "spectral_adapter_r")
+# The first examples have one channel, of which an orthogonal core or a direction is a point: these are tried on more.
+_POINTS = ("bora", "boft", "boft_2", "boft_lycoris", "diag_oft", "gsoft", "hra_gs", "para", "spectral_adapter_r")
 
 
 @pytest.mark.slow

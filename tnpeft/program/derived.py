@@ -259,8 +259,9 @@ def _mapped_change(
     function, change_of = map_function(each.name), map_change(each.name)
     if each.linear:
         return _mapped(each, [change], legs, at, function)
-    if change_of is not None and torch.finfo(change.dtype).bits >= 32:
-        return _mapped(each, [first, change], legs, at, change_of)
+    if change_of is not None:
+        turned, made = _mapped(each, [first.double(), change.double()], legs, at, change_of)
+        return turned.to(change.dtype), made
     order = (*(leg for leg in legs if leg not in each.takes), *each.takes)
     wide = _ordered(first, legs, order).double().contiguous()
     moved = (wide + _ordered(change, legs, order).double()).contiguous()

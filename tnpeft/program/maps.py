@@ -89,7 +89,7 @@ def unit(x: Tensor, shape: Shape, floor: float | None = None) -> Tensor:
 
 
 def unit_change(first: Tensor, change: Tensor, shape: Shape, floor: float | None = None) -> Tensor:
-    """How `unit` changes from `first` on, no two directions subtracted, in the precision of the change.
+    """How `unit` changes from `first` on, no two directions subtracted.
 
     dv / max(l, l0) - (the shorter of v0 and v) (l - l0) / (l l0), with l - l0 = dv (v0 + v) / (l0 + l)
     """

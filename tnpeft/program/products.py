@@ -63,7 +63,9 @@ class _WithStart(torch.autograd.Function):
         change_legs: tuple[str, ...],
         legs: tuple[str, ...],
     ) -> tuple[Tensor, Tensor]:
-        pair = torch.stack((first, change), 1), (change_legs[0], PAIR, *change_legs[1:])
+        stored = _as_stored((change, change_legs))
+        order = [change_legs.index(leg) for leg in stored]
+        pair = torch.stack((first.permute(order), change.permute(order))), (PAIR, *stored)
         start, changed = contract([(constant, constant_legs), pair], (PAIR, *legs)).unbind(0)
         ctx.constant, ctx.writes, ctx.legs = constant, versions([constant]), (constant_legs, change_legs, legs)
         ctx.mark_non_differentiable(start)
@@ -90,12 +92,17 @@ def _is_matrix_product(first: Sequence[str], second: Sequence[str], legs: Sequen
     return once and bool(common - set(legs)) and (set(first) ^ set(second)) <= set(legs)
 
 
+def _as_stored(factor: Factor) -> list[str]:
+    """The legs as they lie in memory, the slowest first."""
+    tensor, legs = factor
+    return [leg for _, leg in sorted(zip(tensor.stride(), legs, strict=True), key=lambda pair: -pair[0])]
+
+
 def _multiplied(smaller: Factor, larger: Factor, legs: Sequence[str]) -> Tensor:
     """(batch, rows, summed) times (batch, summed, columns): the smaller factor has the rows, the larger the columns."""
     (left, left_legs), (right, right_legs) = smaller, larger
     sizes = dict(zip((*left_legs, *right_legs), (*left.shape, *right.shape), strict=True))
-    # As they lie in memory, so that the larger factor is a view.
-    stored = [leg for _, leg in sorted(zip(right.stride(), right_legs, strict=True), key=lambda pair: -pair[0])]
+    stored = _as_stored(larger)  # so that the larger factor is a view
     batch = [leg for leg in legs if leg in left_legs and leg in right_legs]
     rows = [leg for leg in left_legs if leg not in right_legs]
     columns = [leg for leg in stored if leg not in left_legs]
