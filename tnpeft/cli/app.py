@@ -281,6 +281,42 @@ def budget(
 
 
 @_command()
+def search(
+    files: Annotated[
+        list[str], typer.Argument(metavar="BASE TUNED...", help="Pairs of a base's weights and a full fine-tune's.")
+    ],
+    model: Model,
+    match: Annotated[str, typer.Option("--match", help="The layers: a regular expression on their names, or all.")],
+    params: Annotated[int, typer.Option("--params", "-p", metavar="NUMBER", help="How many parameters may train.")],
+    target: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The spec to write, a .yaml file.")],
+    evaluations: Annotated[int, typer.Option("--evaluations", "-n", help="How many networks are tried.")] = 100,
+    tests: Annotated[
+        list[str] | None,
+        typer.Option("--test", metavar="BASE=TUNED", help="A pair that the winner alone is tested on. Repeatable."),
+    ] = None,
+    test_match: Annotated[
+        str | None, typer.Option("--test-match", help="Layers, of all pairs, that the winner alone is tested on.")
+    ] = None,
+    sampler: Annotated[str, typer.Option("--sampler", help="mixed, random, tpe, evolution or local.")] = "mixed",
+    seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes.")] = 1,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", help="A journal, a .db file or a URL: resumes, and is shared by processes."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Search for the network that captures most of full fine-tunes within a number of parameters."""
+    from tnpeft.cli.search import search_networks
+
+    search_networks(
+        Output(), files, model, match, params, target, evaluations=evaluations, tests=tests or [],
+        test_match=test_match, sampler=sampler, seed=seed, jobs=jobs, storage=storage, quiet=quiet, as_json=as_json,
+    )  # fmt: skip
+
+
+@_command()
 def version(as_json: Json = False) -> None:
     """Print the version."""
     output = Output()
