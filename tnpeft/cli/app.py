@@ -304,6 +304,19 @@ def search(
         str | None,
         typer.Option("--storage", help="A journal, a .db file or a URL: resumes, and is shared by processes."),
     ] = None,
+    command: Annotated[
+        str | None,
+        typer.Option("--command", help='Fine-tunes {spec} at {rate}; its last line is JSON: {"score": NUMBER}.'),
+    ] = None,
+    rates: Annotated[
+        list[float] | None,
+        typer.Option("--rate", help="With --command: a rate that each is fine-tuned at. Repeatable."),
+    ] = None,
+    finalists: Annotated[int, typer.Option("--finalists", help="With --command: how many are fine-tuned.")] = 3,
+    report: Annotated[
+        str | None,
+        typer.Option("--report", metavar="FOLDER", help="Compare with random search and shipped specs; write it here."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -312,7 +325,8 @@ def search(
 
     search_networks(
         Output(), files, model, match, params, target, evaluations=evaluations, tests=tests or [],
-        test_match=test_match, sampler=sampler, seed=seed, jobs=jobs, storage=storage, quiet=quiet, as_json=as_json,
+        test_match=test_match, sampler=sampler, seed=seed, jobs=jobs, storage=storage,
+        command=command, rates=rates, finalists=finalists, report=report, quiet=quiet, as_json=as_json,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from tnpeft.errors import Problem
 
 if TYPE_CHECKING:
     from tnpeft.searching import Candidate, Search
+    from tnpeft.searching.report import Row
 
 __all__ = ["search_networks"]
 
@@ -34,19 +36,27 @@ def search_networks(
     seed: int,
     jobs: int,
     storage: str | None,
+    command: str | None,
+    rates: Sequence[float] | None,
+    finalists: int,
+    report: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Search, write the winner's file and report."""
+    from tnpeft.draw.files import need_matplotlib
     from tnpeft.fitting.checkpoint import Checkpoint
-    from tnpeft.searching import search
+    from tnpeft.searching import search, write_report
     from tnpeft.searching.needs import check_target, need_optuna
+    from tnpeft.searching.search import RATES
 
     if len(files) % 2:
         fix = "For example base.safetensors tuned.safetensors."
         raise UsageError(Problem("checkpoints", "pairs: a base and its fine-tune each", f"{len(files)} files", fix))
     need_optuna()
     check_target(Path(target))
+    if report is not None:
+        need_matplotlib()
     pairs = [(Checkpoint(base), Checkpoint(tuned)) for base, tuned in zip(files[::2], files[1::2], strict=True)]
     found = search(
         build_model(model_text),
@@ -60,13 +70,19 @@ def search_networks(
         seed=seed,
         jobs=jobs,
         storage=storage,
+        command=command,
+        rates=rates or RATES,
+        finalists=finalists,
         progress=None if quiet else _progress,
     )
     found.save(target)
+    rows = [] if report is None or found.interrupted else write_report(found, report, storage, jobs)
     if as_json:
-        output.data({"file": target} | found.as_dict())
+        output.data({"file": target} | found.as_dict() | {"comparison": [asdict(row) for row in rows]})
     else:
         _print_search(output, target, found)
+        if rows:
+            _print_comparison(output, f"{report}/report.md", rows)
 
 
 def _test_pair(text: str) -> tuple[str, str]:
@@ -101,6 +117,28 @@ def _print_search(output: Output, target: str, found: Search) -> None:
     output.say(f"passed over  {found.shared} drawn again, {found.refused} that do not meet the budget")
     test = "none: no update was held out" if found.test_score is None else f"{found.test_score:.2%}"
     output.say(f"test score   {test}")
+    for run in found.finetunes:
+        score = "no score" if run.score is None else f"{run.score:.6g}"
+        output.say(f"fine-tuned   network {run.number} at rate {run.rate:g}: {score}")
+    if (best := found.best_finetune) is not None:
+        score = f"selection score (optimistic) {best.score:.6g}"
+        output.say(f"chosen       network {best.number} at rate {best.rate:g}, {score}")
     output.say(f"wrote        {target}")
     if found.interrupted:
         output.say("interrupted  with --storage the same command goes on from here")
+
+
+def _print_comparison(output: Output, title: str, rows: Sequence[Row]) -> None:
+    columns = {"": "left", "parameters": "right", "selection score": "right", "test score": "right", "why not": "left"}
+    lines = (
+        (
+            row.name,
+            "" if row.parameters is None else f"{row.parameters:,}",
+            "" if row.selection_score is None else f"{row.selection_score:.2%}",
+            "" if row.test_score is None else f"{row.test_score:.2%}",
+            row.missing,
+        )
+        for row in rows
+    )
+    output.say()
+    output.show(table(title, columns, lines))

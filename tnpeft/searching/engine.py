@@ -23,7 +23,7 @@ from tnpeft.searching.known import known_topologies
 from tnpeft.searching.samplers import SearchSampler
 from tnpeft.searching.task import Task, mean
 
-__all__ = ["Progress", "evaluated", "open_study", "quiet", "run", "shared_storage"]
+__all__ = ["Progress", "evaluated", "open_study", "quiet", "run", "shared_storage", "storage_of"]
 
 Progress = Callable[[FrozenTrial, int], None]  # a trial that ended, and how many networks were evaluated so far
 
@@ -35,7 +35,7 @@ def open_study(task: Task, storage: str | None, name: str = "search") -> Study:
     sampler = SearchSampler(task.sampler, task.space, task.seed)
     try:
         study = optuna.create_study(
-            storage=None if storage is None else _storage(storage),
+            storage=None if storage is None else storage_of(storage),
             sampler=sampler,
             pruner=optuna.pruners.MedianPruner(),
             study_name=name,
@@ -60,7 +60,7 @@ def open_study(task: Task, storage: str | None, name: str = "search") -> Study:
     return study
 
 
-def _storage(text: str) -> BaseStorage:
+def storage_of(text: str) -> BaseStorage:
     """A database by its URL or by a name in .db or .sqlite; any other name is a journal, which needs no server."""
     if "://" in text:
         return RDBStorage(text)

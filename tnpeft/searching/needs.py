@@ -9,7 +9,7 @@ from tnpeft.documents.files import replace_files
 from tnpeft.documents.paths import is_folder
 from tnpeft.errors import Problem, TnpeftError, clip, shown_path
 
-__all__ = ["check_target", "need_optuna", "write"]
+__all__ = ["check_target", "need_optuna", "unwritten", "write"]
 
 
 def need_optuna() -> None:
@@ -31,9 +31,10 @@ def check_target(path: Path) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write a text file, whole or not at all. Raises TnpeftError."""
-    replace_files({path: text.encode()}, _unwritten)
+    replace_files({path: text.encode()}, unwritten)
 
 
-def _unwritten(path: Path, reason: str) -> TnpeftError:
+def unwritten(path: Path, reason: str) -> TnpeftError:
+    """What is said of a file that could not be written."""
     fix = "Choose a folder that exists and can be written to."
     return TnpeftError(Problem("search", "to be written", reason, fix, shown_path(path)))

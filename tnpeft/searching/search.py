@@ -2,137 +2,22 @@
 
 from __future__ import annotations
 
-import platform
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tnpeft.errors import Problem, TnpeftError, clip
-from tnpeft.network import Spec
-from tnpeft.searching.needs import need_optuna, write
-from tnpeft.searching.space import Topology
-from tnpeft.searching.task import Task, mean
+from tnpeft.searching.needs import need_optuna
+from tnpeft.searching.results import EQUAL, Candidate, Search
+from tnpeft.searching.task import Task
 from tnpeft.searching.updates import Pair, Update, layers_matching, updates_of
-from tnpeft.version import __version__
 
-__all__ = ["Candidate", "Search", "search"]
+__all__ = ["search", "searched"]
 
-EQUAL = 6  # digits of scores
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A network that was evaluated.
-
-    `score` is the mean share of the updates' energy that it captures, None where the search gave it up early;
-    `parameters` are those of all searched layers. `origin` says what drew it, or the name of a known network.
-    """
-
-    number: int
-    origin: str
-    parameters: int
-    score: float | None
-    topology: Topology
-    kinds: tuple[str, ...]
-    ranks: Mapping[str, int]
-
-    def spec(self, name: str = "found") -> Spec:
-        """The network as a spec whose params are the ranks of the search."""
-        return self.topology.spec(self.kinds, self.ranks, name)
-
-    def as_dict(self) -> dict[str, Any]:
-        """It as plain data, ready for JSON."""
-        row = {"number": self.number, "origin": self.origin, "parameters": self.parameters, "score": self.score}
-        return row | {"ranks": dict(self.ranks), "network": self.topology.key}
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a search found: the `candidates` that were evaluated, the best first.
-
-    `best.score` is the best of many on the updates that chose it, so that it flatters. `test_score` is the mean over
-    `test_scores`, by update, of what the search never saw; None where there is none. `shared` counts drawn networks
-    that had been evaluated before, `refused` those that do not meet the budget at rank 1.
-    """
-
-    task: Task
-    candidates: tuple[Candidate, ...]
-    test_scores: Mapping[str, float]
-    shared: int
-    refused: int
-    interrupted: bool
-
-    @property
-    def best(self) -> Candidate:
-        return self.candidates[0]
-
-    @property
-    def spec(self) -> Spec:
-        """The best network."""
-        return self.best.spec()
-
-    @property
-    def score(self) -> float:
-        """The selection score, optimistic."""
-        return self.best.score or 0.0
-
-    @property
-    def test_score(self) -> float | None:
-        return mean([*self.test_scores.values()]) if self.test_scores else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The search as plain data, ready for JSON."""
-        return {
-            "params": self.task.params,
-            "layers": {name: str(layer) for name, layer in self.task.layers.items()},
-            "updates": [str(update) for update in self.task.updates],
-            "evaluations": len(self.candidates),
-            "shared": self.shared,
-            "refused": self.refused,
-            "interrupted": self.interrupted,
-            "sampler": self.task.sampler,
-            "seed": self.task.seed,
-            "versions": _versions(),
-            "selection_score_optimistic": self.best.score,
-            "test_score": self.test_score,
-            "test_scores": dict(self.test_scores),
-            "best": self.best.as_dict(),
-            "candidates": [candidate.as_dict() for candidate in self.candidates],
-        }
-
-    def to_yaml(self, name: str = "found") -> str:
-        """The best network as a spec file that carries its history in comments."""
-        task, test = self.task, self.test_score
-        tested = "none, no update was held out."
-        if test is not None:
-            tested = f"{test:.4f} of the energy of {len(self.test_scores)} updates that the search never saw."
-        lines = [
-            f"By `tnpeft search`: {self.best.parameters:,} of {task.params:,} parameters, layers: {len(task.layers)}",
-            f"Evaluations: {len(self.candidates)} networks, sampler {task.sampler}, seed {task.seed}.",
-            f"This one is number {self.best.number}, drawn by {self.best.origin}.",
-            f"Selection score, optimistic: {self.score:.4f} of the energy of {len(task.updates)} updates.",
-            f"Test score: {tested}",
-            "Versions: " + ", ".join(f"{key} {value}" for key, value in _versions().items()) + ".",
-        ]
-        return "".join(f"# {line}\n" for line in lines) + self.best.spec(name).to_yaml()
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_yaml` to a file, whole or not at all. Raises TnpeftError."""
-        path = Path(path)
-        write(path, self.to_yaml(re.sub(r"\W", "_", path.stem.lower(), flags=re.ASCII) or "found"))
-
-    def __str__(self) -> str:
-        test = "none held out" if self.test_score is None else f"{self.test_score:.2%}"
-        return (
-            f"{len(self.best.topology.legs)} cores, {self.best.parameters:,} of {self.task.params:,} parameters, "
-            f"selection score (optimistic) {self.score:.2%}, test score {test}, "
-            f"{len(self.candidates)} networks evaluated"
-        )
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of fine-tunes
 
 
 def search(
@@ -152,6 +37,9 @@ def search(
     iterations: int = 15,
     cores: int = 8,
     from_known: bool = True,
+    command: str | None = None,
+    rates: Sequence[float] = RATES,
+    finalists: int = 3,
     progress: Callable[[Candidate | None, int], None] | None = None,
 ) -> Search:
     """Search for the network of at most `params` parameters that captures most of full fine-tunes.
@@ -166,6 +54,10 @@ def search(
     `from_known=False`. Equal networks are evaluated once, and what is clearly behind is given up before the last
     update. Layers that match `test_match`, and all layers of `test_pairs`, are never searched: the winner's test score
     is theirs.
+
+    With a `command` the best `finalists` are fine-tuned at each of `rates`, and the one that ends best has won. In it
+    `{spec}` stands for the network's file and `{rate}` for the rate. Its last line on stdout is JSON, `{"score": ...}`,
+    the higher the better; lines `{"step": ..., "score": ...}` before let runs that are behind be stopped.
 
     `storage` is a journal's path, a `.db` file or a database's URL: several processes and machines may share it, and a
     search that ended goes on from there. `jobs` processes work here. With one of them, equal arguments give equal
@@ -183,21 +75,39 @@ def search(
         layers, tuple(updates_of(layers, pairs)), params, evaluations, iterations, cores, sampler, seed, from_known
     )
     task.check()
-    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
-        raise TnpeftError(Problem("search, `jobs`", "a whole number from 1 on", clip(jobs), "For example `jobs=2`."))
+    _check(jobs, command, rates, finalists)
     tests = [*updates_of(beside, pairs), *updates_of({**layers, **beside}, test_pairs, len(pairs))]
-    return searched(task, tests, None if storage is None else str(storage), jobs, progress)
+    place = None if storage is None else str(storage)
+    found = searched(task, place, jobs, progress)
+    if command is not None and not found.interrupted:
+        found = _finetuned(found, command, rates, finalists, place)
+    return _tested(found, tests)
+
+
+def _check(jobs: object, command: str | None, rates: Sequence[float], finalists: object) -> None:
+    problems = []
+    for name, value in (("jobs", jobs), ("finalists", finalists)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            fix = f"For example `{name}=2`."
+            problems.append(Problem(f"search, `{name}`", "a whole number from 1 on", clip(value), fix))
+    if command is not None and not ("{spec}" in command and "{rate}" in command):
+        fix = "For example 'python train.py --spec {spec} --rate {rate}'."
+        problems.append(Problem("search, `command`", "{spec} and {rate} in it", clip(command), fix))
+    if not rates or len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
+        fix = "For example `rates=(1e-4, 1e-3)`."
+        problems.append(Problem("search, `rates`", "different positive numbers", clip([*rates]), fix))
+    if problems:
+        raise TnpeftError(*problems)
 
 
 def searched(
     task: Task,
-    tests: Sequence[Update],
     storage: str | None,
     jobs: int,
     progress: Callable[[Candidate | None, int], None] | None = None,
     name: str = "search",
 ) -> Search:
-    """Run a task, and test its winner."""
+    """Run a task; nothing is tested yet."""
     from tnpeft.searching.engine import evaluated, open_study, quiet, run, shared_storage
 
     def tell(trial: Any, count: int) -> None:
@@ -220,16 +130,32 @@ def searched(
         found = f"none in {len(trials)} trials"
         fix = "Allow more parameters (`params`), or match fewer layers."
         raise TnpeftError(Problem("search", "a network that meets the budget", found, fix))
-    winner = candidates[0].spec()
-    shares = task.captured(winner, {}, tests)
     return Search(
         task,
         tuple(candidates),
-        {str(update): share for update, share in zip(tests, shares, strict=True)},
+        {},
         sum("same_as" in trial.user_attrs for trial in trials),
         sum("refused" in trial.user_attrs for trial in trials),
         interrupted,
     )
+
+
+def _finetuned(found: Search, command: str, rates: Sequence[float], finalists: int, storage: str | None) -> Search:
+    from tnpeft.searching.engine import quiet
+    from tnpeft.searching.finetunes import run_finetunes
+
+    best = [candidate for candidate in found.candidates if candidate.score is not None][:finalists]
+    networks = {candidate.number: candidate.spec() for candidate in best}
+    with quiet():
+        runs, interrupted = run_finetunes(found.task, networks, command, rates, storage)
+    return replace(found, finetunes=tuple(runs), interrupted=interrupted)
+
+
+def _tested(found: Search, tests: Sequence[Update]) -> Search:
+    """With the test scores of the best network."""
+    shares = found.task.captured(found.spec, {}, tests)
+    scores = {str(update): share for update, share in zip(tests, shares, strict=True)}
+    return replace(found, test_scores=scores, tests=tuple(tests))
 
 
 def _worth(candidate: Candidate) -> tuple[float, int, int]:
@@ -243,14 +169,3 @@ def _candidate(task: Task, trial: Any) -> Candidate:
     score = trial.value if trial.state.name == "COMPLETE" else None
     topology = task.space.topology(trial.params)
     return Candidate(trial.number, attrs["origin"], attrs["parameters"], score, topology, task.kinds, attrs["ranks"])
-
-
-def _versions() -> dict[str, str]:
-    import optuna
-
-    return {
-        "tnpeft": __version__,
-        "optuna": optuna.__version__,
-        "torch": str(torch.__version__),
-        "Python": platform.python_version(),
-    }
