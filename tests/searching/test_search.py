@@ -72,6 +72,26 @@ def test_a_planted_network_is_found_and_lora_is_not_ahead():
     assert len(found.candidates) == 8
 
 
+def test_what_is_held_out_is_not_searched():
+    found = searched(match="all", test_match="[12]", evaluations=2)
+    assert [*found.task.layers] == ["0"]
+    assert {update.name for update in found.task.updates} == {"0"}
+    assert {update.name for update in found.tests} == {"1", "2"}
+    assert error_of(match="1", test_match="all") == (
+        "search: expected layers that `match` has and `test_match` has not, found none. "
+        "Let `test_match` match fewer layers."
+    )
+
+
+def test_layers_of_another_kind_may_be_held_out():
+    model = nn.Sequential(nn.Conv1d(4, 6, 2), nn.ConvTranspose1d(6, 4, 2))
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuned = {name: torch.ones_like(tensor) for name, tensor in base.items()}
+    found = tnpeft.search(model, [(base, tuned)], 40, match="0", test_match="1", evaluations=1)
+    assert found.spec.layers == ("Conv1d", "ConvTranspose1d")
+    assert found.test_scores.keys() == {"1, pair 0"}
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe", "evolution", "local"])
 def test_equal_arguments_give_equal_searches(sampler: str):
     runs = [searched(sampler=sampler, from_known=False, seed=3, evaluations=5) for _ in range(2)]

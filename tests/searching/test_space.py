@@ -34,7 +34,7 @@ def test_every_network_is_a_valid_spec_within_the_budget(drawn: tuple[str, Topol
     kind, topology = drawn
     layers = {f"{place}": Layer(kind, *sides, SIDES[kind]) for place, sides in enumerate(channels)}
     spec = topology.spec([kind])
-    task = Task(layers, (), params)
+    task = Task(layers, (kind,), (), params)
     try:
         ranks = task.within_budget(spec, [*spec.params]).settings
     except TnpeftError as error:

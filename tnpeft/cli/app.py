@@ -324,9 +324,9 @@ def search(
     from tnpeft.cli.search import search_networks
 
     search_networks(
-        Output(), files, model, match, params, target, evaluations=evaluations, tests=tests or [],
-        test_match=test_match, sampler=sampler, seed=seed, jobs=jobs, storage=storage,
-        command=command, rates=rates, finalists=finalists, report=report, quiet=quiet, as_json=as_json,
+        Output(), files, model, params, target, tests=tests or [], rates=rates, report=report, quiet=quiet,
+        as_json=as_json, match=match, test_match=test_match, evaluations=evaluations, sampler=sampler, seed=seed,
+        jobs=jobs, storage=storage, command=command, finalists=finalists,
     )  # fmt: skip
 
 

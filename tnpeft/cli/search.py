@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, table
@@ -25,64 +25,55 @@ def search_networks(
     output: Output,
     files: Sequence[str],
     model_text: str,
-    match: str,
     params: int,
     target: str,
     *,
-    evaluations: int,
     tests: Sequence[str],
-    test_match: str | None,
-    sampler: str,
-    seed: int,
-    jobs: int,
-    storage: str | None,
-    command: str | None,
     rates: Sequence[float] | None,
-    finalists: int,
     report: str | None,
     quiet: bool,
     as_json: bool,
+    **how: Any,
 ) -> None:
-    """Search, write the winner's file and report."""
+    """Search, write the winner's file and report; `how` goes to `tnpeft.search`."""
     from tnpeft.draw.files import need_matplotlib
     from tnpeft.fitting.checkpoint import Checkpoint
     from tnpeft.searching import search, write_report
     from tnpeft.searching.needs import check_target, need_optuna
     from tnpeft.searching.search import RATES
 
-    if len(files) % 2:
-        fix = "For example base.safetensors tuned.safetensors."
-        raise UsageError(Problem("checkpoints", "pairs: a base and its fine-tune each", f"{len(files)} files", fix))
+    held_out = _checked(files, tests)
     need_optuna()
     check_target(Path(target))
     if report is not None:
         need_matplotlib()
-    pairs = [(Checkpoint(base), Checkpoint(tuned)) for base, tuned in zip(files[::2], files[1::2], strict=True)]
+    named = [*zip(files[::2], files[1::2], strict=True)]
+    pairs, test_pairs = ([(Checkpoint(base), Checkpoint(tuned)) for base, tuned in each] for each in (named, held_out))
     found = search(
         build_model(model_text),
         pairs,
         params,
-        match=match,
-        evaluations=evaluations,
-        test_pairs=[(Checkpoint(base), Checkpoint(tuned)) for base, tuned in map(_test_pair, tests)],
-        test_match=test_match,
-        sampler=sampler,
-        seed=seed,
-        jobs=jobs,
-        storage=storage,
-        command=command,
+        test_pairs=test_pairs,
         rates=rates or RATES,
-        finalists=finalists,
         progress=None if quiet else _progress,
+        **how,
     )
     found.save(target)
-    rows = [] if report is None or found.interrupted else write_report(found, report, storage, jobs)
+    rows = [] if report is None or found.interrupted else write_report(found, report, how["storage"], how["jobs"])
     if as_json:
         output.data({"file": target} | found.as_dict() | {"comparison": [asdict(row) for row in rows]})
     else:
         _print_search(output, target, found)
         if rows:
             _print_comparison(output, f"{report}/report.md", rows)
+
+
+def _checked(files: Sequence[str], tests: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs to test on, where all is in pairs. Raises UsageError."""
+    if len(files) % 2:
+        fix = "For example base.safetensors tuned.safetensors."
+        raise UsageError(Problem("checkpoints", "pairs: a base and its fine-tune each", f"{len(files)} files", fix))
+    return [_test_pair(text) for text in tests]
 
 
 def _test_pair(text: str) -> tuple[str, str]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from tnpeft.errors import Problem, TnpeftError, clip
+from tnpeft.errors import AttachError, Problem, TnpeftError, clip
+from tnpeft.network import Layer
 from tnpeft.searching.needs import need_optuna
 from tnpeft.searching.results import EQUAL, Candidate, Search
 from tnpeft.searching.task import Task
-from tnpeft.searching.updates import Pair, Update, layers_matching, updates_of
+from tnpeft.searching.updates import Pair, Update, check_kinds, layers_matching, updates_of
 
 __all__ = ["search", "searched"]
 
@@ -52,8 +53,8 @@ def search(
     Drawn are networks of up to `cores` cores by `sampler`: `random`, `tpe`, `evolution`, `local` (one choice away from
     the best) or `mixed`, the last three in turn. It begins with known networks (LoRA, CP, Tucker, a train), but for
     `from_known=False`. Equal networks are evaluated once, and what is clearly behind is given up before the last
-    update. Layers that match `test_match`, and all layers of `test_pairs`, are never searched: the winner's test score
-    is theirs.
+    update. Layers that match `test_match`, whether `match` has them or not, and all layers of `test_pairs` are never
+    searched: the winner's test score is theirs.
 
     With a `command` the best `finalists` are fine-tuned at each of `rates`, and the one that ends best has won. In it
     `{spec}` stands for the network's file and `{rate}` for the rate. Its last line on stdout is JSON, `{"score": ...}`,
@@ -68,12 +69,10 @@ def search(
     """
     need_optuna()
     pairs, test_pairs = list(pairs), list(test_pairs)
-    layers = layers_matching(model, match)
-    beside = {} if test_match is None else layers_matching(model, test_match)
-    beside = {name: layer for name, layer in beside.items() if name not in layers}
-    task = Task(
-        layers, tuple(updates_of(layers, pairs)), params, evaluations, iterations, cores, sampler, seed, from_known
-    )
+    layers, beside = _layers(model, match, test_match)
+    kinds = tuple(sorted({layer.kind for layer in (*layers.values(), *beside.values())}))
+    updates = tuple(updates_of(layers, pairs))
+    task = Task(layers, kinds, updates, params, evaluations, iterations, cores, sampler, seed, from_known)
     task.check()
     _check(jobs, command, rates, finalists)
     tests = [*updates_of(beside, pairs), *updates_of({**layers, **beside}, test_pairs, len(pairs))]
@@ -82,6 +81,19 @@ def search(
     if command is not None and not found.interrupted:
         found = _finetuned(found, command, rates, finalists, place)
     return _tested(found, tests)
+
+
+def _layers(
+    model: nn.Module, match: str | Sequence[str], test_match: str | Sequence[str] | None
+) -> tuple[dict[str, Layer], dict[str, Layer]]:
+    """The layers that are searched, and those that are tested on alone. Raises AttachError."""
+    beside = {} if test_match is None else layers_matching(model, test_match)
+    layers = {name: layer for name, layer in layers_matching(model, match).items() if name not in beside}
+    check_kinds([*layers.values(), *beside.values()])
+    if not layers:
+        fix = "Let `test_match` match fewer layers."
+        raise AttachError(Problem("search", "layers that `match` has and `test_match` has not", "none", fix))
+    return layers, beside
 
 
 def _check(jobs: object, command: str | None, rates: Sequence[float], finalists: object) -> None:

@@ -29,10 +29,12 @@ LAYOUT = "1"  # of the space and of what a study notes: a study of another layou
 class Task:
     """A search: the `layers` whose adapters train at most `params` parameters in all, and the `updates` to capture.
 
-    Of each network at most `iterations` sweeps are made for each update.
+    `kinds` are those of the layers and of the held-out ones: the networks fit them all. Of each network at most
+    `iterations` sweeps are made for each update.
     """
 
     layers: Mapping[str, Layer]
+    kinds: tuple[str, ...]
     updates: tuple[Update, ...]
     params: int
     evaluations: int = 100
@@ -62,10 +64,6 @@ class Task:
             raise TnpeftError(*problems)
 
     @cached_property
-    def kinds(self) -> tuple[str, ...]:
-        return tuple(sorted({layer.kind for layer in self.layers.values()}))
-
-    @cached_property
     def space(self) -> Space:
         return Space(KINDS[self.kinds[0]], self.cores)
 
@@ -73,7 +71,7 @@ class Task:
     def digest(self) -> str:
         """What must be equal for two processes to share one search."""
         said = hashlib.sha256()
-        settings = LAYOUT, self.params, self.iterations, self.cores, self.sampler, self.from_known
+        settings = LAYOUT, self.kinds, self.params, self.iterations, self.cores, self.sampler, self.from_known
         said.update(repr((settings, sorted((name, str(layer)) for name, layer in self.layers.items()))).encode())
         for update in self.updates:
             said.update(repr((update.name, update.pair, tuple(update.delta.shape))).encode())

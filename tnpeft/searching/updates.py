@@ -16,7 +16,7 @@ from tnpeft.recipe.targets import targets
 from tnpeft.spec.pattern import KINDS
 from tnpeft.surgery import plain_modules
 
-__all__ = ["Pair", "Update", "layers_matching", "updates_of"]
+__all__ = ["Pair", "Update", "check_kinds", "layers_matching", "updates_of"]
 
 Pair = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
@@ -43,12 +43,16 @@ def layers_matching(model: nn.Module, match: str | Sequence[str]) -> dict[str, L
     if odd:
         fix = "Match other layers."
         raise AttachError(Problem("search", "layers with a plain weight each", listed(odd), fix))
-    axes = {KINDS[layer.kind] for layer in layers.values()}
+    return layers
+
+
+def check_kinds(layers: Sequence[Layer]) -> None:
+    """One network fits layers with equally many kernel axes. Raises AttachError."""
+    axes = {KINDS[layer.kind] for layer in layers}
     if len(axes) > 1:
-        found = ", ".join(sorted({layer.kind for layer in layers.values()}))
+        found = ", ".join(sorted({layer.kind for layer in layers}))
         fix = "Search for each kind by itself: match the layers of one."
         raise AttachError(Problem("search", "layers with equally many kernel axes", found, fix))
-    return layers
 
 
 def updates_of(layers: Mapping[str, Layer], pairs: Iterable[Pair], first: int = 0) -> list[Update]:
