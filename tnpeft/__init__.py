@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     )
     from tnpeft.io import Inspection, hot_swap, inspect, load, load_foreign, save, save_foreign
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
-    from tnpeft.searching import Search, search
+    from tnpeft.searching import Search, search, search_report
     from tnpeft.surgery import (
         accumulating,
         activate,
@@ -131,6 +131,7 @@ __all__ = [
     "save_foreign",
     "scales_of",
     "search",
+    "search_report",
     "tangent_space",
     "truncate",
     "unmerge",
@@ -148,7 +149,7 @@ _LAZY = {
         "io": "Inspection hot_swap inspect load load_foreign save save_foreign",
         "fitting": "Budget Extraction Fit TangentSpace Truncation budget extract fit tangent_space truncate",
         "draw": "draw_network",
-        "searching": "Search search",
+        "searching": "Search search search_report",
     }.items()
     for name in names.split()
 }

@@ -14,13 +14,13 @@ from torch import nn
 import tnpeft
 from tnpeft.draw import Point, draw_front
 from tnpeft.draw.front import front_of
-from tnpeft.searching import write_report
+from tnpeft.searching import search_report
 from tnpeft.searching.report import compared
 
 
 def test_the_report_compares_at_equal_parameters(tmp_path: Path):
     found = searched(evaluations=4, test_match="^2$", seed=6)
-    rows = {row.name: row for row in write_report(found, tmp_path / "report")}
+    rows = {row.name: row for row in search_report(found, tmp_path / "report")}
     assert [*rows] == ["found", "random search", "cp", "tucker5", "lora, r=1", "lokr, r=3", "tenvoo_l"]
     assert all(row.parameters <= 90 for row in rows.values() if row.parameters is not None)
     base, tuned = planted(CP)

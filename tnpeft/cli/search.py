@@ -38,7 +38,7 @@ def search_networks(
     """Search, write the winner's file and report; `how` goes to `tnpeft.search`."""
     from tnpeft.draw.files import need_matplotlib
     from tnpeft.fitting.checkpoint import Checkpoint
-    from tnpeft.searching import search, write_report
+    from tnpeft.searching import search, search_report
     from tnpeft.searching.needs import check_target, need_optuna
     from tnpeft.searching.search import RATES
 
@@ -59,7 +59,7 @@ def search_networks(
         **how,
     )
     found.save(target)
-    rows = [] if report is None or found.interrupted else write_report(found, report, how["storage"], how["jobs"])
+    rows = [] if report is None or found.interrupted else search_report(found, report, how["storage"], how["jobs"])
     if as_json:
         output.data({"file": target} | found.as_dict() | {"comparison": [asdict(row) for row in rows]})
     else:

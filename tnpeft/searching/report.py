@@ -18,7 +18,7 @@ from tnpeft.searching.results import Candidate, Search
 from tnpeft.searching.search import searched
 from tnpeft.searching.task import mean
 
-__all__ = ["PEERS", "Row", "compared", "write_report"]
+__all__ = ["PEERS", "Row", "compared", "search_report"]
 
 PEERS = ("cp", "tucker5", "lora", "lokr", "tenvoo_l")
 FILES = "report.json", "report.md", "front.svg"
@@ -70,7 +70,7 @@ def _said(error: TnpeftError) -> str:
     return in_one_line(f"expected {problem.expected}, found {problem.found}", 100)
 
 
-def write_report(found: Search, folder: str | Path, storage: str | None = None, jobs: int = 1) -> list[Row]:
+def search_report(found: Search, folder: str | Path, storage: str | None = None, jobs: int = 1) -> list[Row]:
     """Compare, and write `report.json`, `report.md` and `front.svg` into a folder. Raises TnpeftError."""
     rows = compared(found, storage, jobs)
     folder = Path(folder)
