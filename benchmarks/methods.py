@@ -33,6 +33,7 @@ __all__ = [
 RECIPES = ("lora_ddpm", "loha_ddpm", "lokr_ddpm", "tenvoo_l_ddpm", "tenvoo_q_ddpm")
 # These are on every layer of their recipe, at its rank: there is nothing else to measure.
 SAME_AS_RECIPE = {"lora": "lora_ddpm", "loha": "loha_ddpm", "lokr_both": "lokr_ddpm"}
+ON_LINEAR = " on Linear"  # behind the name of a spec: on the model's Linear layers alone, where PEFT has no Conv3d
 FULL_SPEC = "full as a spec"  # not the model that trains everything, `full`
 # What a block of the model and a matrix of a block are, for cores that such layers share.
 SCOPES = {"layer": r"^(\w+_blocks\.\d+|time_embed)", "matrix": r"(conv1|conv2|to_q|to_v|time_emb_proj|time_embed)"}
@@ -57,8 +58,23 @@ def _lycoris(algorithm: str, rank: int, convolutions: bool = False, **options: o
     return build
 
 
+def _peft(config: str, linear: bool = False, **options: object) -> Callable[..., nn.Module]:
+    def build(model: nn.Module) -> nn.Module:
+        return peft_model(model, config, _linear_layers(model) if linear else None, **options)
+
+    return build
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    return [name for name in matched(model) if isinstance(model.get_submodule(name), nn.Linear)]
+
+
 PEERS: Mapping[str, Peer] = {
-    "peft LoRA r=2": Peer(lambda model: peft_model(model, 2), ("lora_ddpm", "lora")),
+    "peft LoRA r=2": Peer(_peft("LoraConfig", r=2, lora_alpha=2), ("lora_ddpm", "lora")),
+    "peft OFT b=32 on Linear": Peer(_peft("OFTConfig", True, oft_block_size=32), ("oft" + ON_LINEAR,)),
+    "peft HRA r=8 on Linear": Peer(_peft("HRAConfig", True, r=8), ("hra" + ON_LINEAR,)),
+    "lycoris Diag-OFT r=4": Peer(_lycoris("diag-oft", 4), ("diag_oft",)),
+    "lycoris BOFT r=32": Peer(_lycoris("boft", 32), ("boft_lycoris",)),
     "lycoris LoCon r=2": Peer(_lycoris("lora", 2), ("lora_ddpm", "lora")),
     "lycoris LoHa r=1": Peer(_lycoris("loha", 1), ("loha_ddpm", "loha")),
     "lycoris LoKr r=24": Peer(_lycoris("lokr", 24, decompose_both=True, factor=-1), ("lokr_ddpm", "lokr_both")),
@@ -70,10 +86,12 @@ PEERS: Mapping[str, Peer] = {
 
 
 def specs_named(names: Iterable[str]) -> list[str]:
-    """`all` is every shipped spec but those that a recipe measures."""
-    found: list[str] = []
-    for name in names:
-        found += [spec for spec in tnpeft.list_specs() if spec not in SAME_AS_RECIPE] if name == "all" else [name]
+    """`all` is every shipped spec but those that a recipe measures, `peers` what other libraries have beside these."""
+    every = {
+        "all": [spec for spec in tnpeft.list_specs() if spec not in SAME_AS_RECIPE],
+        "peers": [name for peer in PEERS.values() for name in peer.versions if name not in {*RECIPES, *SAME_AS_RECIPE}],
+    }
+    found = [spec for name in names for spec in every.get(name, [name])]
     return [FULL_SPEC if spec == "full" else spec for spec in dict.fromkeys(found)]
 
 
@@ -101,14 +119,15 @@ def adapt(model: nn.Module, name: str, mode: str) -> nn.Module:
     if name in tnpeft.list_recipes():
         tnpeft.attach(model, name, mode=mode)
         return model
-    return _with_spec(model, name, mode)
+    return _with_spec(model, name.removesuffix(ON_LINEAR), mode, linear=name.endswith(ON_LINEAR))
 
 
-def _with_spec(model: nn.Module, name: str, mode: str) -> nn.Module:
+def _with_spec(model: nn.Module, name: str, mode: str, linear: bool = False) -> nn.Module:
     spec = tnpeft.load_spec("full" if name == FULL_SPEC else name)
     params = _recipe_params().get(name, {})
     wanted = matched(model)
-    able = [layer for layer in wanted if _can_be_bound(spec, model.get_submodule(layer), params)]
+    asked = _linear_layers(model) if linear else wanted
+    able = [layer for layer in asked if _can_be_bound(spec, model.get_submodule(layer), params)]
     if not able:
         raise UnsuitableError(f"supports {', '.join(spec.layers)}, none of which is adapted here")
     biases = "|".join(re.escape(layer) for layer in wanted)

@@ -59,13 +59,13 @@ def matched(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if re.search(TARGETS, name)]
 
 
-def peft_model(model: nn.Module, rank: int) -> nn.Module:
-    """HF PEFT's LoRA on the recipes' layers."""
+def peft_model(model: nn.Module, config: str, layers: Sequence[str] | None = None, **options: object) -> nn.Module:
+    """HF PEFT's method of a config class on the recipes' layers, or on those of them in `layers`."""
     import peft
 
     names = matched(model)
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
-    adapted: nn.Module = peft.get_peft_model(model, config)
+    targets = names if layers is None else list(layers)
+    adapted: nn.Module = peft.get_peft_model(model, getattr(peft, config)(target_modules=targets, **options))
     train_biases_and_norms(adapted, names)
     return adapted
 

@@ -1,6 +1,7 @@
 """Training step (forward, backward, Adam) of every method as a ratio to full fine-tuning.
 
     python benchmarks/step_time.py --size 16 --specs all
+    python benchmarks/step_time.py --size 16 --specs oft hra peers
     python benchmarks/step_time.py --model paper --shape 160,224,160 --device cuda --autocast bf16
     python benchmarks/step_time.py --profile tenvoo_l_ddpm
     python benchmarks/step_time.py --inference
@@ -62,7 +63,7 @@ def options() -> argparse.ArgumentParser:
     found = parser(__doc__, "step_time.json")
     add_options(found)
     found.add_argument("--rounds", type=int, default=9)
-    found.add_argument("--specs", nargs="+", default=[], help="shipped specs beside the recipes, or `all`")
+    found.add_argument("--specs", nargs="+", default=[], help="shipped specs beside the recipes; `all`; `peers`")
     found.add_argument("--only", nargs="+", help="of the recipes, `--specs` and other libraries' methods, these alone")
     found.add_argument("--no-peers", action="store_true", help="leave the other libraries out")
     found.add_argument("--together", type=int, default=6, help="methods in memory at a time, beside full and floor")

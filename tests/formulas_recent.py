@@ -107,8 +107,94 @@ def dense_prolora(c: Cores, w: Tensor, shape: Shape, m: int = 2, n: int = 2) -> 
     return torch.einsum("ou,uik->oik", c["up"], flat(c["down"], 2)) + torch.einsum("yo,yik->oik", rows, columns)
 
 
+def dense_gsoft(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    """W' = gain * W Q: blocks, the shuffle of their entries, blocks, and back."""
+    blocks, size = c["L"].shape[:2]
+    left, right = (torch.block_diag(*(cayley((x - x.T) / 2) for x in c[name])) for name in ("L", "R"))
+    order = torch.arange(blocks * size).reshape(size, blocks).T.flatten()  # (r l) read as (l r)
+    shuffle = torch.eye(blocks * size, dtype=w.dtype)[order]
+    turn = shuffle.T @ left @ shuffle @ right
+    return c["gain"][:, None, None] * torch.einsum("ojk,ji->oik", w, turn)
+
+
+def dense_bora(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    moved = w + torch.einsum("or,rik->oik", c["B"], flat(c["A"], 2))
+    columns = flat(c["column"], 1) * moved / moved.norm(dim=0)
+    lengths = columns.square().sum((1, 2)).sqrt()
+    return (c["row"] / lengths)[:, None, None] * columns
+
+
+def dense_svft_banded(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    middle = c["s"][c["at"]] * c["mask"]
+    return (c["U"] @ middle @ c["V"].flatten(1)).reshape(w.shape) / (1 + torch.exp(-c["gate"]))
+
+
+def dense_loca(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    spectrum = w.new_zeros(w.numel()).index_put((c["places"],), c["spectrum"]).reshape(w.shape)
+    return torch.einsum("fo,fgk,gi->oik", c["C_out"], spectrum, c["C_in"])
+
+
+def dense_qwha(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    spectrum = w.new_zeros(w.numel()).index_put((c["places"],), c["spectrum"]).reshape(w.shape)
+    return torch.einsum("ogk,gi->oik", spectrum, torch.block_diag(*[c["H"]] * (w.shape[1] // len(c["H"]))))
+
+
+def dense_cdvft(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    size = c["left"].shape[1]
+    blocks = torch.stack([flat(c["kernel"], 3).roll(row, 2) for row in range(size)], 2)  # (m, n, x, y, k)
+    return torch.einsum("mx,mnxyk,ny->mxnyk", c["left"], blocks, c["right"]).flatten(2, 3).flatten(0, 1)
+
+
+def mirrors(columns: Tensor) -> Tensor:
+    """The product of the reflections at a matrix's columns."""
+    product = torch.eye(len(columns), dtype=columns.dtype)
+    for column in columns.T:
+        product = product @ (
+            torch.eye(len(columns), dtype=columns.dtype) - 2 * torch.outer(column, column) / (column @ column)
+        )
+    return product
+
+
+def dense_hoft(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    return torch.einsum("oj,jlk,li->oik", mirrors(c["u"]), w, mirrors(c["v"])) - w
+
+
+def dense_salt(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    kept = torch.diag((c["A"] * c["S"] + c["B"]).clamp(min=0))
+    return (c["U"] @ kept @ c["V"].flatten(1) + c["X"] @ c["Y"].flatten(1)).reshape(w.shape)
+
+
+def dense_sorsa(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    return (c["B"] @ torch.diag(c["S"]) @ c["A"].flatten(1)).reshape(w.shape)
+
+
+def dense_milora(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    return (c["up"] @ c["down"].flatten(1)).reshape(w.shape)
+
+
+def dense_liera(c: Cores, w: Tensor, shape: Shape) -> Tensor:
+    return w * torch.exp((c["up"] @ c["down"].flatten(1)).reshape(w.shape))
+
+
+def dense_capaboost(c: Cores, w: Tensor, shape: Shape, masks: int = 2) -> Tensor:
+    total = torch.zeros_like(w)
+    for number in range(masks):
+        pair = {}
+        for name in ("A", "B"):
+            flat_core = c[name].flatten()
+            kept = torch.zeros_like(flat_core)
+            for place, one in zip(c[f"at_{name}"].tolist(), c[f"one_{name}"], strict=True):
+                if place // len(kept) == number:
+                    kept[place % len(kept)] = one
+            pair[name] = (flat_core * kept).reshape(c[name].shape).flatten(1)
+        total = total + (pair["B"] @ pair["A"]).reshape(w.shape)
+    return total
+
+
 HEADS = (nn.Linear(12, 20), nn.Conv2d(6, 9, (3, 2), groups=3), nn.Conv3d(4, 6, (1, 2, 3)))
 SQUARE = (nn.Linear(12, 20), nn.Conv1d(24, 20, 5, groups=2), nn.ConvTranspose2d(8, 4, (2, 3)))
+
+SHUFFLED = (nn.Linear(16, 12), nn.Conv2d(32, 6, (3, 2), groups=2), nn.ConvTranspose1d(8, 6, 3))
 
 RECENT: dict[str, tuple[Callable[[Cores, Tensor, Shape], Tensor], tuple[nn.Module, ...]]] = {
     "cara": (dense_cara, HEADS),
@@ -118,8 +204,13 @@ RECENT: dict[str, tuple[Callable[[Cores, Tensor, Shape], Tensor], tuple[nn.Modul
     "curlora": (dense_curlora, FLAT),
     "prolora": (dense_prolora, EVEN),
     "spectral_adapter_r": (dense_spectral_adapter_r, BROAD),
+    "gsoft": (dense_gsoft, SHUFFLED),
+    "bora": (dense_bora, BROAD),
+    "hoft": (dense_hoft, BROAD),
 }
-for _name in (*("tera", "tensorguide", "hyperadapt", "moslora", "mora", "tlora", "svdiff", "spectral_adapter"),):
+_EVERYWHERE = ("tera", "tensorguide", "hyperadapt", "moslora", "mora", "tlora", "svdiff", "spectral_adapter",
+               "svft_banded", "loca", "qwha", "cdvft", "salt", "sorsa", "milora", "liera", "capaboost")  # fmt: skip
+for _name in _EVERYWHERE:
     RECENT[_name] = (globals()[f"dense_{_name}"], (*ANY, *ODD))
 
 METHODS = {**formulas.METHODS, **formulas_maps.METHODS, **RECENT}
@@ -148,6 +239,10 @@ PARAMS: dict[str, dict[str, Any]] = {
     "tensorguide": {"r": 3, "width": 2, "noise": 3},
     "miss_bat": {"r": 4},
     "mora": {"r": 1},
+    "gsoft": {"b": 4},
+    "capaboost": {"r": 3, "masks": 2},
+    "hoft": {"rank": 4},
+    "salt": {"r": 3, "values": 3},
 }
 
 

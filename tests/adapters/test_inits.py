@@ -255,3 +255,65 @@ def test_singular_vectors_need_finite_weights(value):
         "core `u`, init `svd_us`: expected a base weight of finite numbers, found nan or inf. "
         "Mend the layer's weight, or match other layers."
     )
+
+
+PART = """
+tnpeft: 2
+name: part
+layers: any
+params: {r: 2, skip: 0}
+sizes: {o: out_channels, i: in_channels, p: r}
+cores:
+  u: {legs: o p, init: svd_u(skip=skip)}
+  s: {legs: p, init: svd_s(skip=skip)}
+  v: {legs: p i k..., init: svd_v(skip=skip)}
+weight: o i k...
+start: frozen_copy
+"""
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(2, 5, (2, 3)), nn.ConvTranspose1d(4, 5, 3)], ids=str)
+@pytest.mark.parametrize("skip", [0, 1, 3])
+def test_singular_parts_from_one_number_on(layer: nn.Module, skip: int):
+    adapter = compile(Spec.from_yaml(PART), layer, skip=skip)
+    weight = layer.weight.detach().double()
+    matrix = (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose1d) else weight).flatten(1)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    part = slice(skip, skip + 2)
+    wanted = u[:, part] @ torch.diag(s[part]) @ vh[part]
+    cores = {name: core.detach().double() for name, core in adapter.cores.items()}
+    torch.testing.assert_close(
+        cores["u"] @ torch.diag(cores["s"]) @ cores["v"].flatten(1), wanted, rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(cores["s"], s[part], rtol=1e-6, atol=1e-7)
+    assert all(core.requires_grad for core in adapter.cores.values())
+
+
+@pytest.mark.parametrize(
+    ("skip", "found"),
+    [
+        (4, "expected a bond of at most 5, the rank of the weight, found 2 after 4. Lower the size of `p`."),
+        (-1, "expected a whole number as `skip`, not below 0, found -1. Use `//`, `floor` or `max`."),
+        (0.5, "expected a whole number as `skip`, not below 0, found 0.5. Use `//`, `floor` or `max`."),
+    ],
+)
+def test_singular_parts_that_are_not_there(skip: float, found: str):
+    with pytest.raises(BindError) as caught:
+        compile(Spec.from_yaml(PART, "part.yaml"), nn.Linear(6, 5), skip=skip)
+    assert str(caught.value).splitlines()[0] == f"part.yaml:8:13: core 'u', `svd_u`, on Linear(6, 5): {found}"
+
+
+@pytest.mark.parametrize("init", ["svd_u", "svd_us(skip=1)"])
+def test_new_singular_inits_need_the_second_version(init: str):
+    text = PISSA.replace("init: svd_us", f"init: {init}")
+    with pytest.raises(SpecError, match="the language version 2 for"):
+        Spec.from_yaml(text)
+    assert Spec.from_yaml(text.replace("tnpeft: 1", "tnpeft: 2"))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(2, 5, 3)], ids=str)
+def test_a_weight_is_decomposed_once(layer: nn.Module, monkeypatch):
+    calls, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: calls.append(1) or svd(*args, **kwargs))
+    compile(Spec.from_yaml(PART), layer)
+    assert len(calls) == 1

@@ -42,8 +42,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-@pytest.mark.parametrize(("spec", "params", "name"), [("oft", {"b": 4}, "neumann"), ("hra", {"rank": 2}, "unit")])
-def test_a_map_is_called_once_a_pass(spec: str, params: dict[str, int], name: str, calls: Counter[str]):
+@pytest.mark.parametrize(
+    ("spec", "params", "name", "times"),
+    [
+        ("oft", {"b": 4}, "neumann", 2),  # of the cores, and of their copies
+        ("hra", {"rank": 2}, "unit", 1),  # its change has a formula
+    ],
+)
+def test_a_map_is_called_once_a_pass(
+    spec: str, params: dict[str, int], name: str, times: int, calls: Counter[str]
+) -> None:
     model = tower()
     tnpeft.attach(model, spec, match="all", **params)
     x = torch.randn(3, 16)
@@ -51,7 +59,31 @@ def test_a_map_is_called_once_a_pass(spec: str, params: dict[str, int], name: st
         model(x)
     calls.clear()
     model(x).sum().backward()
-    assert (calls[name], calls[f"{name}, layers"]) == (1, 4)
+    assert (calls[name], calls[f"{name}, layers"]) == (times, 4 * times)
+
+
+ELEMENTWISE = """
+tnpeft: 2
+name: elementwise
+layers: [Linear]
+sizes: {{o: out_channels, i: in_channels}}
+cores:
+  a: {{legs: o, init: normal(1)}}
+  h: {{of: a, legs: o, map: {map}}}
+  b: {{legs: i, init: normal(1)}}
+weight: o i
+start: frozen_copy
+"""
+
+
+@pytest.mark.parametrize("name", ["tanh", "sin", "gelu", "silu", "cos", "sigmoid"])
+def test_a_map_starts_exactly_wherever_a_number_stands(name: str):
+    """Torch rounds what fills a vector of the processor otherwise than the rest of a tensor."""
+    spec = tnpeft.Spec.from_yaml(ELEMENTWISE.format(map=name))
+    for size in (1, 7, 13, 22, 37):
+        for dtype in (torch.float32, torch.float64):
+            adapter = tnpeft.compile(spec, nn.Linear(2, size, dtype=dtype))
+            assert not adapter.delta_weight().any(), (size, dtype)
 
 
 def test_layers_of_a_pass_may_be_walked_back_one_by_one():

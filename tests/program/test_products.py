@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tnpeft.program.products import LAYERS, contract
+import tnpeft
+from tnpeft.program.products import LAYERS, contract, contract_with_start
 
 LEGS = "abcdef"
 
@@ -75,3 +76,32 @@ def test_a_factor_as_large_as_the_weight_is_never_copied(layout):
     with _Largest(weight) as largest:
         contract([(weight, (LAYERS, *"oiabc")), (columns, (LAYERS, *"iabcr"))], (LAYERS, "o", "r")).sum().backward()
     assert largest.elements == columns.numel()
+
+
+def test_a_start_and_its_change_are_made_together_and_walked_back_again():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 5, 4, 3, dtype=torch.float64, generator=generator)
+    first, change = torch.randn(2, 2, 4, 3, 2, dtype=torch.float64, generator=generator)
+    change = change.requires_grad_()
+    both = contract_with_start((weight, (LAYERS, *"oik")), first, (change, (LAYERS, *"ikr")), (LAYERS, *"or"))
+    arrays = [tensor.detach().numpy() for tensor in (weight, first, change)]
+    for found, factor in zip(both, arrays[1:], strict=True):
+        np.testing.assert_allclose(found.detach(), np.einsum("loik,likr->lor", arrays[0], factor), rtol=1e-13)
+    assert not both[0].requires_grad
+    upstream = torch.randn(2, 5, 2, dtype=torch.float64, generator=generator)
+    wanted = np.einsum("loik,lor->likr", arrays[0], upstream)
+    for _ in range(2):  # nothing is freed
+        (gradient,) = torch.autograd.grad(both[1], change, upstream)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-13)
+
+    def product(change: torch.Tensor) -> torch.Tensor:
+        return contract_with_start((weight, (LAYERS, *"oik")), first, (change, (LAYERS, *"ikr")), (LAYERS, *"or"))[1]
+
+    assert torch.autograd.gradgradcheck(lambda change: product(change).square(), [change])
+    weight.add_(1)
+    with pytest.raises(tnpeft.ExecutionError) as caught:
+        torch.autograd.grad(both[1], change, upstream)
+    assert str(caught.value) == (
+        "a base weight of which derived cores are made: expected its values of the forward pass, "
+        "found values that were written since. Write to base weights after the backward pass."
+    )

@@ -319,8 +319,8 @@ def test_mistakes_in_a_recipe_are_collected_with_those_in_its_specs(folder):
         f"{recipe}:6:43: pattern '(^head\\\\.': expected a regular expression, found missing ), "
         r"unterminated subpattern at position 0. A dot of a module's name is written `\.`.",
         f"{spec}:6:31: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "
-        "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, value, choice, random, "
-        "largest, smallest, found `zeroes`. Did you mean `zeros`?",
+        "kaiming_uniform, orthogonal, cosine, sine, svd_u, svd_s, svd_v, svd_us, svd_vs, value, choice, random, "
+        "largest, smallest, entries, places, found `zeroes`. Did you mean `zeros`?",
     ]
 
 

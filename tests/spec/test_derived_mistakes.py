@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import tnpeft
 
@@ -48,8 +49,8 @@ MISTAKES = [
         [
             (
                 "demo.yaml:1:9: `tnpeft`: expected the language version 2 for derived cores, "
-                "references with legs, grouped legs, index cores and `start_std`, found 1. Write "
-                "`tnpeft: 2`: versions of tnpeft before 0.2 then say that they are too old for it."
+                "references with legs, grouped legs, index cores, inits by position or value and `start_std`, "
+                "found 1. Write `tnpeft: 2`: versions of tnpeft before 0.2 then say that they are too old for it."
             ),
         ],
     ),
@@ -136,7 +137,7 @@ MISTAKES = [
         [
             (
                 "demo.yaml:9:36: core 'turn', map 1, `at=R`: expected an index core, found 'R' of "
-                "init `zeros`. Give 'R' one of the inits choice, random, largest and smallest, and "
+                "init `zeros`. Give 'R' one of the inits choice, random, largest, smallest and places, and "
                 "`frozen: true`."
             ),
         ],
@@ -237,3 +238,52 @@ def test_a_mistake_says_where_what_and_how_to_mend_it(old: str, new: str, messag
 
 def test_without_a_mistake_it_is_read():
     assert [*tnpeft.Spec.from_yaml(GOOD, "demo.yaml").derivations] == ["turn"]
+
+
+GATED = """tnpeft: 2
+name: gated
+layers: [Linear]
+params: {r: 2}
+sizes: {o: out_features, i: in_features}
+cores:
+  A: r i
+  B: {legs: o r, init: zeros}
+  g: {legs: r, init: zeros}
+  G: {of: g, legs: r, map: MAP}
+terms:
+  - {cores: [A, B, G], weight: o i}
+start: zero
+"""
+
+
+@pytest.mark.parametrize("call", ["cos", "exp", "sigmoid", '"topk_softmax(r, k=2)"', "[tanh, cos]"])
+def test_zeros_that_a_map_turns_into_other_numbers_do_not_count(call: str):
+    adapter = tnpeft.compile(tnpeft.Spec.from_yaml(GATED.replace("MAP", call)), torch.nn.Linear(3, 4))
+    assert not adapter.delta_weight().any()
+    adapter.delta_weight().sum().backward()
+    assert dict(adapter.named_parameters())["core_B"].grad.any()
+
+
+@pytest.mark.parametrize("call", ["tanh", "relu", "unit(r)", "[tanh, relu]"])
+def test_two_cores_of_zeros_are_one_too_many(call: str):
+    text = GATED.replace("MAP", call)
+    with pytest.raises(tnpeft.SpecError) as caught:
+        tnpeft.Spec.from_yaml(text, "gated.yaml")
+    assert str(caught.value) == (
+        "gated.yaml:13:8: `start: zero`: expected exactly one trainable core with `init: zeros`, found 2, 'B', 'g'. "
+        "Two never receive a gradient: give all but one another init."
+    )
+
+
+def test_zeros_beside_another_summand_do_not_count():
+    text = GATED.replace("of: g, legs: r, map: MAP", "of: [{cores: [g]}, {cores: [h]}], legs: r, map: tanh")
+    spec = tnpeft.Spec.from_yaml(text.replace("cores:\n", "cores:\n  h: {legs: r, init: ones}\n", 1))
+    assert not tnpeft.compile(spec, torch.nn.Linear(3, 4)).delta_weight().any()
+
+
+def test_zeros_behind_a_map_may_be_given_other_values():
+    """Those that make the start zero may not."""
+    spec, model = tnpeft.Spec.from_yaml(GATED.replace("MAP", "sigmoid")), torch.nn.Sequential(torch.nn.Linear(3, 4))
+    tnpeft.attach(model, spec, match="all", init={"0.g": torch.ones(2)}).detach()
+    with pytest.raises(tnpeft.TnpeftError, match="this core makes `start: zero` hold"):
+        tnpeft.attach(model, spec, match="all", init={"0.B": torch.ones(4, 2)})

@@ -234,7 +234,7 @@ MISTAKES = [
         [
             (
                 "7:45: core 'w': expected a frozen core, found `from: weight`. "
-                "Remove it; the inits `svd_us` and `svd_vs` give cores that train."
+                "Remove it; the inits `svd_u`, `svd_us` and their kin give cores that train."
             ),
         ],
     ),

@@ -251,7 +251,7 @@ def test_no_text_brings_the_reader_down(text):
     ("text", "passes"),
     [
         *((name, True) for name in ("tanh", "sin", "gelu", "silu")),
-        *((name, False) for name in ("relu", "cos", "sigmoid")),
+        *((name, False) for name in ("relu", "cos", "exp", "sigmoid")),
         ("topk_softmax(v, k=2)", False),
         ("unit(i, floor=1e-4)", True),
         ("unit(i)", False),
@@ -260,6 +260,7 @@ def test_no_text_brings_the_reader_down(text):
         ("antisymmetric(x y)", True),
         ("skew(e -> x y)", True),
         ("cayley(x y)", False),
+        ("expm(x y)", False),
         ("neumann(x y, terms=5)", False),
         ("reflections(x y)", False),
         ("scatter(n -> o, at=c)", True),
@@ -284,6 +285,7 @@ def test_which_legs_an_index_core_has():
 
 SIZES = [
     ("cayley(x y)", (4, 8), (4, 8), {}, ("x and y of one size", "4 and 8", "Give both legs one size.")),
+    ("expm(x y)", (4, 8), (4, 8), {}, ("x and y of one size", "4 and 8", "Give both legs one size.")),
     ("reflections(r s)", (1, 2), (1, 2), {}, ("r and s of one size", "1 and 2", "Give both legs one size.")),
     ("neumann(x y, terms=t)", (3, 2), (3, 2), {"terms": 1.0},
      ("x and y of one size", "3 and 2", "Give both legs one size.")),

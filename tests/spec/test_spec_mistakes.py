@@ -169,8 +169,8 @@ MISTAKES = [
         [
             (
                 "11:27: unknown init 'zeroes': expected one of zeros, ones, eye, constant, normal, uniform, "
-                "kaiming_uniform, orthogonal, cosine, sine, svd_us, svd_vs, value, choice, random, "
-                "largest, smallest, found `zeroes`. Did you mean `zeros`?"
+                "kaiming_uniform, orthogonal, cosine, sine, svd_u, svd_s, svd_v, svd_us, svd_vs, value, choice, "
+                "random, largest, smallest, entries, places, found `zeroes`. Did you mean `zeros`?"
             ),
         ],
     ),
@@ -316,8 +316,8 @@ MISTAKES = [
         "o: out_channels + 1",
         [
             (
-                "14:9: `weight`, axis 1 (o): expected a product of 128 (out_channels), found 129. Change `sizes` "
-                "or `factors`, or group the legs of `weight` otherwise."
+                "14:9: `weight`, axis 1 (o), on Conv3d(64, 128, 3), as on all layers tried: expected a product of 128 "
+                "(out_channels), found 129. Change `sizes` or `factors`, or group the legs of `weight` otherwise."
             ),
         ],
     ),

@@ -96,9 +96,8 @@ REFUSED = {
     "version": (
         ("tnpeft: 2", "tnpeft: 1"),
         "<spec>:1:9: `tnpeft`: expected the language version 2 for derived cores, references with legs, grouped legs, "
-        "index cores and `start_std`, found 1. Write `tnpeft: 2`: versions of tnpeft before 0.2 then say "
-        "that they are too "
-        "old for it.",
+        "index cores, inits by position or value and `start_std`, found 1. Write `tnpeft: 2`: versions of tnpeft "
+        "before 0.2 then say that they are too old for it.",
     ),
     "zero": (
         ("orthogonal}", "zeros}", "frozen_copy", "zero"),

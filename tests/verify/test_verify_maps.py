@@ -17,9 +17,11 @@ from tnpeft.network import Network
 from tnpeft.program import maps as program_maps
 from tnpeft.spec import map_kinds
 from tnpeft.testing import networks
-from tnpeft.verify import Case, VerifyReport, checks, engine, verify
+from tnpeft.verify import Case, VerifyReport, checks, engine, run_check, verify
 from tnpeft.verify.differences import slope_by_differences
+from tnpeft.verify.exact import Exact
 from tnpeft.verify.gauge import gauge_of
+from tnpeft.verify.model_under_test import adapted_layers
 from tnpeft.verify.oracle import dense_weight, entry
 from tnpeft.verify.oracle_derived import Definition, derive, size_of
 from tnpeft.verify.oracle_linear import LINEAR, matrix_of
@@ -27,13 +29,14 @@ from tnpeft.verify.oracle_maps import oracle_map, oracle_slope
 
 Shape = tuple[int, ...]
 SMOOTH: list[tuple[str, Shape, Shape, dict[str, Any]]] = [
-    *((name, (), (), {}) for name in ("tanh", "sin", "gelu", "silu", "relu", "cos", "sigmoid")),
+    *((name, (), (), {}) for name in ("tanh", "sin", "gelu", "silu", "relu", "cos", "exp", "sigmoid")),
     ("topk_softmax", (5,), (5,), {"k": 2.0}),
     ("unit", (2, 3), (2, 3), {}),
     ("unit", (2, 3), (2, 3), {"floor": 100.0}),
     ("norm", (2, 3), (), {}),
     ("qr", (2, 2, 3), (2, 2, 3), {}),
     ("cayley", (3, 3), (3, 3), {}),
+    ("expm", (3, 3), (3, 3), {}),
     ("neumann", (3, 3), (3, 3), {"terms": 5.0}),
     ("neumann", (3, 3), (3, 3), {"terms": 2.0}),
     ("reflections", (3, 3), (3, 3), {}),
@@ -212,6 +215,23 @@ def test_what_is_wrong_with_a_map_is_told_by_name(
     assert text in message
 
 
+def test_sizes_count_what_a_frozen_copy_had_behind_a_kink():
+    """Where `relu` has come to 0, a gradient is a difference of what the copy makes."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    tnpeft.attach(
+        model, tnpeft.Spec.from_yaml(MAPPED.format(map="relu", start="frozen_copy", init="ones")), match="all"
+    )
+    (layer,) = adapted_layers(model)
+    cores = layer.adapter("default").cores
+    with torch.no_grad():
+        cores["up"].fill_(-1)
+    gradients = []
+    for oracle in (Exact(model), Exact(model, magnitude=True)):
+        gradients += torch.autograd.grad(oracle.delta(layer).sum(), oracle.leaves[id(cores["down"])])
+    assert not gradients[0].any()
+    assert bool((gradients[1] >= 2).all())
+
+
 def test_a_difference_that_loses_its_digits_is_found(monkeypatch: pytest.MonkeyPatch):
     """f(A) - f(A0) of rounded values, instead of in float64 by one call."""
     spec = tnpeft.Spec.from_yaml(MAPPED.format(map="sin", start="frozen_copy", init="normal(1)"))
@@ -261,3 +281,11 @@ def test_shipped_specs_with_maps_are_sound(name: str):
 
 
 SMALL: dict[str, dict[str, float]] = {"oft": {"b": 4}, "c3a": {"b": 4}, "psoft": {"r": 3}, "gralora": {"r": 4}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_over_an_outer_leg_are_equal_where_their_inputs_are(seed: int, dtype: str):
+    """`bora` takes norms over outputs and over inputs: rows of one sum must be added in one order."""
+    case = Case("ConvTranspose2d", 3, 11, kernel_size=(2, 1), dtype=dtype, seed=seed, options={"bias": False})
+    run_check("start", "bora", case)

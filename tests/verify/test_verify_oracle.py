@@ -193,7 +193,7 @@ def test_a_network_that_hardly_moves_is_named():
 
 
 # The first examples have one channel, of which an orthogonal core is a point: these are tried on more.
-_POINTS = ("boft", "boft_2", "boft_lycoris", "diag_oft", "hra_gs", "para", "spectral_adapter_r")
+_POINTS = ("boft", "boft_2", "boft_lycoris", "diag_oft", "gsoft", "hra_gs", "para", "spectral_adapter_r")
 
 
 @pytest.mark.slow

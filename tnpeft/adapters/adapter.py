@@ -17,7 +17,7 @@ from tnpeft.adapters.distributed import DISTRIBUTED, gathered, outline, refuse_f
 from tnpeft.adapters.dora import composed, magnitudes
 from tnpeft.adapters.factors import Factors, Light
 from tnpeft.adapters.given import unwritten
-from tnpeft.adapters.inits import initial_core, whole_seed
+from tnpeft.adapters.inits import Decompositions, initial_core, whole_seed
 from tnpeft.adapters.missing_values import without_values
 from tnpeft.adapters.offload import Resident, present
 from tnpeft.adapters.places import with_good_places
@@ -255,8 +255,9 @@ class Adapter(Resident, Twinned, nn.Module):
             if weight is None or weight.is_meta:
                 return
             self.to_empty(device=weight.device)
+        given, known = self.given, Decompositions()
         drawn = {
-            core.name: unwritten(self.given, core.name) if core.name in self.given else self.initial(core, weight)
+            core.name: unwritten(given, core.name) if core.name in given else self.initial(core, weight, known)
             for core in self.network.cores
             if (core.init.core is None or core.name in self.given)
             and core.origin != "weight"
@@ -299,10 +300,10 @@ class Adapter(Resident, Twinned, nn.Module):
         tables = (*self._parameters.values(), *self._buffers.values())
         return tuple([tensor for tensor in tables if tensor is not None])
 
-    def initial(self, core: BoundCore, weight: Tensor | None = None) -> Tensor:
+    def initial(self, core: BoundCore, weight: Tensor | None = None, known: Decompositions | None = None) -> Tensor:
         """A core's first value, fp32 on the CPU: the same bits on any machine, unless it is taken from the weight."""
         label = self.layer_name if core.shared is None else sharing_label(self.network.spec, core, self.captured)
-        return initial_core(self.network, core, self.seed, label, weight)
+        return initial_core(self.network, core, self.seed, label, weight, known)
 
     def extra_repr(self) -> str:
         return f"{self.network.spec.name}, parameters={self.network.num_parameters}, mode={self.mode}"

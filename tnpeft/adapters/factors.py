@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tnpeft.network import Network
 from tnpeft.network.derived import DerivedCore
-from tnpeft.program import needs_plain_ops, versions
+from tnpeft.program import needs_plain_ops, saved_tensors_are_hooked, versions
 from tnpeft.program.derived import Derivations, StartValues, build_derivations
 from tnpeft.program.repeatable import repeatable
 
@@ -62,52 +62,84 @@ class Factors:
 
     def values(self, stored: Sequence[Tensor], light: Light = None) -> list[Tensor]:
         """The factors of stored cores, with `start: zero` and for T(theta)."""
-        return self._split(self.derivations.factors(self._evaluated(stored, light, self.derivations.values)))
+        return self._split(self.derivations.factors(self._values(stored, light)))
 
     def derived(self, stored: Sequence[Tensor], name: str) -> Tensor:
         """A derived core's value."""
-        return self._split([self._evaluated(stored, None, self.derivations.values)[name]])[0]
+        return self._split([self._values(stored, None)[name]])[0]
+
+    def _values(self, stored: Sequence[Tensor], light: Light) -> dict[str, Tensor]:
+        every = [*self.derivations.light, *self.derivations.heavy]
+        return self._evaluated(stored, light, every, self.derivations.values)
 
     def changes(self, stored: Sequence[Tensor], copies: Sequence[Tensor], light: Light = None) -> list[Tensor]:
         """The factors with a frozen copy: of derived cores that train, their change."""
+        derivations = self.derivations
+        if derivations.pairs and not needs_plain_ops(*stored) and not saved_tensors_are_hooked():
+            return self._split(derivations.factors(self._changes_with_start(stored, copies, light)))
         start = self._start_values(copies, first=True)
-        changed = self._evaluated(stored, light, lambda cores, rest: self.derivations.changes(cores, start, rest))
-        return self._split(self.derivations.factors(changed))
+        every = [*derivations.light, *derivations.heavy]
+        changed = self._evaluated(stored, light, every, lambda cores, rest: derivations.changes(cores, start, rest))
+        return self._split(derivations.factors(changed))
+
+    def _changes_with_start(
+        self, stored: Sequence[Tensor], copies: Sequence[Tensor], light: Light
+    ) -> dict[str, Tensor]:
+        """The changes of all cores by name; the start of those that base weights are part of is made with theirs."""
+        derivations, start = self.derivations, self._light_start(copies)
+        now = self._evaluated(
+            stored, light, derivations.light, lambda cores, rest: derivations.changes(cores, start, rest)
+        )
+        values, changes = derivations.with_start(now, start)
+        self._once = (self._made_of(copies), values)
+        return now | {core.name: change for core, change in zip(derivations.heavy, changes, strict=True)}
 
     def start(self, copies: Sequence[Tensor]) -> list[Tensor]:
         """The factors of the frozen copies."""
         return self._split(self.derivations.factors(self._start_values(copies).cores))
 
-    def _evaluated(self, stored: Sequence[Tensor], light: Light, evaluate: _Evaluate) -> dict[str, Tensor]:
-        """Every core by name: stored ones, `light` ones where these are known, and what `evaluate` makes of them."""
+    def _evaluated(
+        self, stored: Sequence[Tensor], light: Light, derived: Sequence[DerivedCore], evaluate: _Evaluate
+    ) -> dict[str, Tensor]:
+        """Every core by name: stored ones, `light` ones where these are known, what `evaluate` makes of `derived`."""
         derivations, now = self.derivations, self._layers(stored)
         if light is not None:
             now |= {core.name: tensor for core, tensor in zip(derivations.light, light, strict=True)}
-        rest, names = [*(derivations.light if light is None else ()), *derivations.heavy], [*now]
+        rest = [core for core in derived if core.name not in now]
+        names = [name for core in rest for name in derivations.reads[core.name] if name in now]
+        names = [*dict.fromkeys(names)]
 
         def made(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             return evaluate(dict(zip(names, tensors, strict=True)), rest)
 
-        found = repeatable(made, [*now.values()]) if rest else []
+        found = repeatable(made, [now[name] for name in names]) if rest else []
         return now | {core.name: tensor for core, tensor in zip(rest, found, strict=True)}
 
-    def _start_values(self, copies: Sequence[Tensor], first: bool = False) -> StartValues:
-        """The start of all derived cores. Those that base weights are part of are made anew, for these may be written
-        to unseen; but what the `first` one of two calls made for one product serves both."""
+    def _light_start(self, copies: Sequence[Tensor]) -> StartValues:
+        """The start of derived cores that no base weight is part of, and the copies."""
         derivations, layers = self.derivations, self._layers(copies)
         sources = [copies[place] for place in derivations.light_roots]
         light = self._start.get(sources, lambda: derivations.start(layers, derivations.light))
         # Cores that no derived one is made of may be others since, the base weight above all.
-        known = StartValues({**light.cores, **layers}, light.inputs)
+        return StartValues({**light.cores, **layers}, light.inputs)
+
+    def _start_values(self, copies: Sequence[Tensor], first: bool = False) -> StartValues:
+        """The start of all derived cores. Those that base weights are part of are made anew, for these may be written
+        to unseen; but what the `first` one of two calls made for one product serves both."""
+        derivations, known = self.derivations, self._light_start(copies)
         if not derivations.heavy:
             return known
-        places, (given, values) = [copies[place] for place in derivations.roots], self._once
-        made_of = None if needs_plain_ops(*copies) else ([tensor.data_ptr() for tensor in places], versions(places))
+        made_of, (given, values) = self._made_of(copies), self._once
         if values is None or given is None or given != made_of:
             heavy = derivations.start(known.cores, derivations.heavy)
             values = StartValues(heavy.cores, {**known.inputs, **heavy.inputs})
         self._once = (made_of, values) if first else (None, None)
         return values
+
+    def _made_of(self, copies: Sequence[Tensor]) -> object:
+        """What tells whether derived cores were made of these copies; None where somebody looks on."""
+        tensors = [copies[place] for place in self.derivations.roots]
+        return None if needs_plain_ops(*copies) else ([tensor.data_ptr() for tensor in tensors], versions(tensors))
 
     def _layers(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """By name, with an axis of layers: the slices of a stack, or one layer."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters.distributed import is_distributed
+from tnpeft.adapters.places import place_problem
 from tnpeft.errors import BindError, Problem
 from tnpeft.network import BoundCore, Network
+from tnpeft.spec.derived_checks import zeros_in
 
 __all__ = ["given_misfit", "misfit", "unwritten"]
 
@@ -44,7 +46,10 @@ def given_misfit(network: Network, core: BoundCore, value: object) -> tuple[str,
     assert isinstance(value, Tensor)
     if core.is_index:
         return _places_misfit(network, core, value)
-    if network.start == "zero" and core.init.name == "zeros" and bool((value != 0).any()):
+    makes_zero = network.start == "zero" and core.name in {
+        one.name for term in network.spec.terms for one in zeros_in(network.spec, term)
+    }
+    if makes_zero and bool((value != 0).any()):
         expected = "zeros: this core makes `start: zero` hold"
         fix = "Leave it out, or use a spec with `start: frozen_copy`, whose update is what has changed since the start."
         return expected, "other numbers", fix
@@ -53,6 +58,9 @@ def given_misfit(network: Network, core: BoundCore, value: object) -> tuple[str,
 
 def _places_misfit(network: Network, core: BoundCore, value: Tensor) -> tuple[str, str, str] | None:
     """Places must lie in what they point into, and those of `choice` and its kin differ from one another."""
+    if core.init.name == "places":
+        problem = place_problem(network, {core.name: value})
+        return (problem.expected, problem.found, "Count flat places in row-major order, from 0.") if problem else None
     places = math.prod(network.sizes[leg] for leg in core.init.legs)
     if value.numel() and (int(value.min()) < 0 or int(value.max()) >= places):
         into = f"places in `{' '.join(core.init.legs)}`, from 0 to {places - 1}"

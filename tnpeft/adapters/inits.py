@@ -13,15 +13,21 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters.distributed import whole
+from tnpeft.adapters.entries import entries
 from tnpeft.adapters.given import misfit
+from tnpeft.adapters.places import place_problem
 from tnpeft.errors import BindError, Problem, clip
 from tnpeft.network import BoundCore, Layer, Network
 from tnpeft.spec import init_function
+from tnpeft.spec.expression import Expression, ExpressionError
 
-__all__ = ["OF_WEIGHT", "canonical_weight", "initial_core", "is_drawn", "stream", "whole_seed"]
+__all__ = ["OF_WEIGHT", "Decompositions", "canonical_weight", "initial_core", "is_drawn", "stream", "whole_seed"]
 
 _Shape = tuple[int, ...]
 _Draw = Callable[[BoundCore, torch.Generator, Mapping[str, float]], Tensor]
+
+Decompositions = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""U, S and V of base weights, by the layer's label."""
 
 _OTHER = "Give the core another `init`."
 _LARGEST_SEED = 2**63
@@ -35,9 +41,16 @@ def stream(seed: int, layer: str, core: str, shape: _Shape) -> torch.Generator:
     return generator
 
 
-def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None) -> Tensor:
+def initial_core(
+    network: Network,
+    core: BoundCore,
+    seed: int,
+    layer: str,
+    weight: Tensor | None,
+    known: Decompositions | None = None,
+) -> Tensor:
     """Draw one core: fp32 (places: int64), on the CPU, whatever the default device is. `weight` is the base weight,
-    which singular vectors and places by size are taken from.
+    which singular vectors and places by size are taken from; `known` keeps its decomposition for the next core.
 
     Raises BindError where the distribution does not fit the core.
     """
@@ -45,20 +58,24 @@ def initial_core(network: Network, core: BoundCore, seed: int, layer: str, weigh
         weight = weight if core.init.name in OF_WEIGHT else None
         one = network.slice_network
         if one is None or core.shared is not None:
-            return _initial_core(one or network, core, seed, layer, weight)
+            return _initial_core(one or network, core, seed, layer, weight, known)
         slice_core = one.cores[network.cores.index(core)]
         # As if each slice were a layer of its own, with its number at the end of its name.
         weights = [None] * network.layer.slices if weight is None else whole(weight).unbind(0)
-        slices = [_initial_core(one, slice_core, seed, f"{layer}.{n}", part) for n, part in enumerate(weights)]
+        slices = [_initial_core(one, slice_core, seed, f"{layer}.{n}", part, known) for n, part in enumerate(weights)]
         return torch.stack(slices)
 
 
-def _initial_core(network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None) -> Tensor:
+def _initial_core(
+    network: Network, core: BoundCore, seed: int, layer: str, weight: Tensor | None, known: Decompositions | None
+) -> Tensor:
     name, arguments = core.init.name, core.init.arguments
     if name in _PARTS:
-        return _svd(network, core, weight)
+        return _svd(network, core, weight, layer, {} if known is None else known)
     if name in _WAVES:
         return _wave(core, seed, layer)
+    if core.init.entry is not None:
+        return _by_position(network, core, core.init.entry)
     generator = stream(seed, layer, core.name, core.shape)
     if name in _BY_SIZE:
         return _by_size(network, core, weight)
@@ -85,7 +102,7 @@ def is_drawn(core: BoundCore) -> bool:
     Not where the base weight or a function of the user's has a part in it, nor LAPACK.
     """
     drawn = {*_DRAWS, *_WAVES, *_PLACES} - {"orthogonal"}
-    return core.origin is None and core.init.name in drawn
+    return core.origin is None and (core.init.name in drawn or core.init.entry is not None)
 
 
 def canonical_weight(layer: Layer, weight: Tensor) -> Tensor:
@@ -208,6 +225,24 @@ _PLACES: dict[str, Callable[[BoundCore, torch.Generator, Sequence[int]], Tensor]
     "random": _random,
 }
 
+
+def _by_position(network: Network, core: BoundCore, entry: Expression) -> Tensor:
+    """What an expression makes of each position; as places they must be some that maps can use."""
+    try:
+        table = entries(entry, core.legs, core.unfolded, core.init.numbers).reshape(core.shape)
+    except ExpressionError as error:
+        raise BindError(_misfit(core, error.expected, error.found, error.fix)) from error
+    if not core.is_index:
+        return table.float().contiguous()
+    fix = "Change the expression, or the sizes."
+    broken = table[table != table.round()]
+    if broken.numel():
+        raise BindError(_misfit(core, "whole numbers", f"{float(broken[0]):g}", "Use `//` or `floor`."))
+    if problem := place_problem(network, {core.name: table.long()}):
+        raise BindError(_misfit(core, problem.expected, problem.found, fix))
+    return table.long().contiguous()
+
+
 _BY_SIZE = ("largest", "smallest")
 _WAVES = {"cosine": torch.cos, "sine": torch.sin}
 
@@ -230,6 +265,9 @@ def _wave(core: BoundCore, seed: int, layer: str) -> Tensor:
 # What is taken from the base weight's singular value decomposition, by the name of the init: which side, and which
 # power of the singular values goes with it.
 _PARTS = {
+    "svd_u": ("left", 0.0),
+    "svd_s": ("values", 1.0),
+    "svd_v": ("right", 0.0),
     "svd_us": ("left", 0.5),
     "svd_vs": ("right", 0.5),
     "from svd_u": ("left", 0.0),
@@ -240,7 +278,7 @@ OF_WEIGHT = frozenset({*_PARTS, *_BY_SIZE})
 """The inits that the base weight's values have a part in."""
 
 
-def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
+def _svd(network: Network, core: BoundCore, weight: Tensor | None, layer: str, known: Decompositions) -> Tensor:
     """A factor of the base weight unfolded as out x rest, cut to the core's bond."""
     side, power = _PARTS[core.init.name]
     term = network.term_of(core)
@@ -254,14 +292,17 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None) -> Tensor:
     if not bool(torch.isfinite(matrix).all()):
         fix = "Mend the layer's weight, or match other layers."
         raise BindError(_misfit(core, "a base weight of finite numbers", "nan or inf", fix))
-    rank = network.sizes[bond]
-    u, s, v = _decomposed(matrix)
-    scaled = s[:rank] ** power
+    first = int(core.init.arguments.get("skip", 0))
+    part = slice(first, first + network.sizes[bond])
+    if layer not in known:
+        known[layer] = _decomposed(matrix)
+    u, s, v = known[layer]
+    scaled = s[part] ** power
     if side == "values":
         return scaled.float()
-    values = ((u if side == "left" else v)[:, :rank] * scaled).reshape(*matrix.shape[axes], rank)
+    values = ((u if side == "left" else v)[:, part] * scaled).reshape(*matrix.shape[axes], len(scaled))
     padded = [math.prod(network.sizes[leg] for leg in axis) for axis in term.weight[axes]]
-    full = values.new_zeros(*padded, rank)
+    full = values.new_zeros(*padded, len(scaled))
     full[tuple(slice(0, size) for size in values.shape)] = values  # a padded axis is zero where no weight is
     legs.append(bond)
     folded = full.reshape([network.sizes[leg] for leg in legs])

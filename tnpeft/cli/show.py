@@ -149,6 +149,7 @@ def _init_text(core: BoundCore) -> str:
     legs = " ".join(init.legs)
     arguments += [f"same=[{', '.join(init.legs)}]" if arguments and legs else legs] if legs else []
     arguments += [init.core] if init.core is not None else []
+    arguments += [init.entry.text] if init.entry is not None else []
     return f"{init.name}({', '.join(arguments)})" if arguments else init.name
 
 

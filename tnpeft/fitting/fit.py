@@ -25,6 +25,7 @@ from tnpeft.fitting.setup import FACTOR, build_problem, build_problem_with_facto
 from tnpeft.fitting.slices import fit_slices
 from tnpeft.fitting.start import random_start, tree_start
 from tnpeft.network import Network, Spec, load_spec
+from tnpeft.spec.inits import SINGULAR_INITS
 
 __all__ = ["Fit", "FrozenCopy", "Method", "fit", "fit_adapter"]
 
@@ -99,8 +100,9 @@ def fit(
     numbers among `params`, as in `Spec.bind`. The work is done in float64 on delta's device: `als` alternates least
     squares, one core at a time; `adam` takes gradient steps; `auto` polishes by L-BFGS what alternating least squares
     leave in a flat valley. Cores behind maps that are not linear, and those that stand twice in a term, are found by
-    L-BFGS, or stay with `als`. A network that is a tree starts from singular vectors, so that one of two cores (LoRA)
-    gets the best fit there is; other networks end in a local minimum, the best that a few starts lead to.
+    L-BFGS, or stay with `als`: such a fit is not convex, and `error` says how much is left. A network that is a tree
+    starts from singular vectors, so that one of two cores (LoRA) gets the best fit there is; other networks end in a
+    local minimum, the best that a few starts lead to.
 
     With `start: frozen_copy` the copy that the update is counted from is chosen as well: zeros, with which the network
     is as free as with `start: zero`, or the copy as it was drawn, where that comes nearer. `frozen_copy="drawn"` (or
@@ -126,7 +128,7 @@ def fit(
 
 def _stand_in(network: Network, delta: Tensor, layer: object) -> nn.Module:
     """A layer of the update's type and shape, for a network that needs nothing of the base weight's values."""
-    readers = ("svd_us", "svd_vs", "largest", "smallest")
+    readers = (*SINGULAR_INITS, "largest", "smallest")
     cores = [core for core in network.cores if core.origin is not None or core.init.name in readers]
     if network.compose is not None or cores:
         reader = "`compose`" if network.compose is not None else f"core '{cores[0].name}'"
@@ -287,7 +289,7 @@ def _starts(problem: fitting_problem.Problem, own: Cores, both_ends: bool) -> It
     """
     tree = tree_start(problem)
     yield own if tree is None else tree
-    if tree is None and len(problem.shapes) > 1:
+    if tree is None and (len(problem.shapes) > 1 or problem.curved):
         many = MANY if problem.target.numel() <= SMALL else STARTS
         yield from (random_start(problem, seed) for seed in range(many))
         if both_ends:
@@ -296,7 +298,10 @@ def _starts(problem: fitting_problem.Problem, own: Cores, both_ends: bool) -> It
 
 
 def _tried(problem: fitting_problem.Problem, starts: Iterable[Cores], method: Method, steps: int) -> Descent:
-    """The start that leads furthest down in a few sweeps, and these sweeps; all steps of Adam, which has one start."""
+    """The start that leads furthest down in a few sweeps, and these sweeps; all steps of Adam, which has one start.
+
+    A few tell little behind maps that are not linear: of small targets every start is followed to its end.
+    """
     if not problem.shapes:  # `compose: dora` may train its magnitude alone
         return Descent({}, [problem.error({})], done=True)
     descents = (_begun(problem, start) for start in starts)
@@ -305,18 +310,23 @@ def _tried(problem: fitting_problem.Problem, starts: Iterable[Cores], method: Me
         few = list(itertools.islice(descents, STARTS + 1))[-STARTS:]
         return adam(problem, min(few, key=lambda descent: descent.error), steps)
     sweeps = min(TRIAL, steps)
-    best = _few_sweeps(problem, next(descents), method, sweeps)
-    for descent in descents:
+    to_the_end = method == "auto" and problem.curved and problem.target.numel() <= SMALL
+    best: Descent | None = None
+    for start in descents:
+        descent = _few_sweeps(problem, start, method, sweeps)
+        if to_the_end and descent.error >= GOOD:
+            descent = _in_turns(problem, descent, steps)[0]
+        best = descent if best is None else min(best, descent, key=lambda one: one.error)
         if best.error < GOOD:
             break
-        best = min(best, _few_sweeps(problem, descent, method, sweeps), key=lambda descent: descent.error)
+    assert best is not None
     return best
 
 
 def _few_sweeps(problem: fitting_problem.Problem, start: Descent, method: Method, sweeps: int) -> Descent:
     """Least squares for the cores that they find; then, where there are others, some steps of all."""
     descent = alternate(problem, start, sweeps, TOLERANCE)
-    if method == "als" or len(problem.solved_for) == len(problem.shapes) or descent.error < GOOD:
+    if method == "als" or not problem.curved or descent.error < GOOD:
         return descent
     return quasi_newton(problem, descent, sweeps)
 
@@ -325,7 +335,7 @@ def _finished(problem: fitting_problem.Problem, best: Descent, method: Method, s
     """The rest of the way down, and by what."""
     if method == "adam":
         return best, "adam"
-    if method == "auto" and len(problem.solved_for) < len(problem.shapes):
+    if method == "auto" and problem.curved:
         return _in_turns(problem, best, steps)
     if not best.done:
         best = alternate(problem, best, steps - min(TRIAL, steps), TOLERANCE)

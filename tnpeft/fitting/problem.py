@@ -64,6 +64,11 @@ class Problem:
         """Whether every term is a product of cores: factors may pass from one to another."""
         return True
 
+    @property
+    def curved(self) -> bool:
+        """Whether least squares do not find all cores."""
+        return len(self.solved_for) < len(self.shapes)
+
     def value(self, cores: Cores) -> Tensor:
         """The sum of the terms, over the rows."""
         return sum((term.scale * contract(term.operands(cores), self.rows) for term in self.terms), 0 * self._nothing)

@@ -14,16 +14,22 @@ from tnpeft.fitting.problem import Cores, Problem, Term
 
 __all__ = ["random_start", "tree_start"]
 
+SCALES = 5  # of random cores behind maps that are not linear: 1, 1/2, ...
 DENSE_SVD = 2**20  # elements up to which singular vectors come from the matrix itself
 
 
 def random_start(problem: Problem, seed: int) -> Cores:
-    """Normal cores, the same on any machine, scaled so that the network is about as large as the target."""
+    """Normal cores, the same on any machine, scaled so that the network is about as large as the target.
+
+    Behind maps that are not linear no scale is known to do so: seeds take several in turn.
+    """
     generator = torch.Generator().manual_seed(seed)
     cores = {}
     for name, shape in problem.shapes.items():
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
         cores[name] = drawn.to(problem.target.device)
+    if problem.curved:
+        return {name: core * 2.0 ** -(seed % SCALES) for name, core in cores.items()}
     size = float(torch.linalg.vector_norm(problem.value(cores)))
     wanted = float(torch.linalg.vector_norm(problem.target))
     if not size or not wanted or not math.isfinite(size):

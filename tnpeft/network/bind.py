@@ -18,7 +18,7 @@ from tnpeft.network.stack import stacked
 from tnpeft.spec.declaration import Core, Declaration
 from tnpeft.spec.expression import MAX_ABSOLUTE
 from tnpeft.spec.habits import unknown_params
-from tnpeft.spec.inits import Legs
+from tnpeft.spec.inits import SINGULAR_INITS, Legs
 from tnpeft.spec.pattern import KINDS, LAYER_NAMES, expand, expand_axes
 from tnpeft.spec.resolve import Resolved, layer_names, resolve
 
@@ -73,13 +73,14 @@ def _core(core: Core, resolved: Resolved, layer: Layer) -> BoundCore:
     value = next((each for each in arguments if isinstance(each, str)), None)
     named = expand(named, KINDS[layer.kind])
     sizes = tuple(resolved.sizes[leg] for leg in named)
-    init = BoundInit(core.init.name, resolved.inits[core.name], named, sizes, value)
+    by_position = core.init.entry, resolved.entries.get(core.name, {})
+    init = BoundInit(core.init.name, resolved.inits[core.name], named, sizes, value, *by_position)
     split = tuple(resolved.sizes[leg] for leg in legs)
     bound = BoundCore(core.name, legs, shape, init, core.frozen, core.shared, core.origin)
     return bound if split == shape else replace(bound, split=split)
 
 
-_SINGULAR = ("from svd_u", "from svd_s", "from svd_v", "svd_us", "svd_vs")
+_SINGULAR = ("from svd_u", "from svd_s", "from svd_v", *SINGULAR_INITS)
 
 
 def _rank_problems(network: Network) -> Iterator[Problem]:
@@ -89,10 +90,15 @@ def _rank_problems(network: Network) -> Iterator[Problem]:
         if core.init.name not in _SINGULAR:
             continue
         (bond,) = (leg for leg in core.legs if leg not in network.open_legs_of(core))
-        if network.sizes[bond] > limit:
-            what, on = f"core '{core.name}', `{core.origin or core.init.name}`", str(network.layer)
+        what, on = f"core '{core.name}', `{core.origin or core.init.name}`", str(network.layer)
+        skip = core.init.arguments.get("skip", 0.0)
+        if skip != int(skip) or skip < 0:
+            expected, fix = "a whole number as `skip`, not below 0", "Use `//`, `floor` or `max`."
+            yield Problem(what, expected, f"{skip:g}", fix, declared.position, core=core.name, on=on)
+        elif network.sizes[bond] + skip > limit:
             expected, fix = f"a bond of at most {limit}, the rank of the weight", f"Lower the size of `{bond}`."
-            yield Problem(what, expected, str(network.sizes[bond]), fix, declared.position, core=core.name, on=on)
+            found = f"{network.sizes[bond]}{f' after {skip:g}' if skip else ''}"
+            yield Problem(what, expected, found, fix, declared.position, core=core.name, on=on)
 
 
 def _check_kind(spec: Declaration, layer: Layer) -> None:

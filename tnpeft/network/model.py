@@ -14,6 +14,7 @@ import opt_einsum
 from tnpeft.network.derived import DerivedCore, Factor
 from tnpeft.network.layer import Layer
 from tnpeft.spec.declaration import Declaration
+from tnpeft.spec.expression import Expression, Value
 from tnpeft.spec.inits import INDEX_INITS
 
 __all__ = ["BoundCore", "BoundInit", "BoundTerm", "Network", "with_slices"]
@@ -28,6 +29,8 @@ class BoundInit:
     legs: tuple[str, ...] = ()  # that it names: those of places, or along which values are the same
     sizes: tuple[int, ...] = ()  # of these
     core: str | None = None  # whose value it takes
+    entry: Expression | None = None  # what each entry is: the core's legs are its position
+    numbers: Mapping[str, Value] = field(default_factory=dict)  # what other names in `entry` are
 
 
 @dataclass(frozen=True)

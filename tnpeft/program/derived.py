@@ -3,7 +3,8 @@
 With a frozen copy a derived core is carried as its change d since the start, never as a difference of rounded values:
 
     products    d(A B) = dA B0 + A dB                       each A - A0 of a stored core is exact
-    maps        linear: f(d);  others: f(A0 + d) - f(A0), both in float64 by one call, so that equal inputs give zero,
+    maps        linear: f(d);  others: f(A0 + d) - f(A0), both in float64, of tensors laid out alike: equal inputs must
+                give zero, and torch rounds a number by its place (in a vector of the processor, or after them);
                 or a formula of their own
 
 Every tensor here has an axis of layers first, so that layers alike are one computation. Derived cores that are made of
@@ -24,12 +25,9 @@ from tnpeft.network import Network
 from tnpeft.network.derived import BoundMap, BoundReference, BoundSummand, DerivedCore
 from tnpeft.program.autocast import without_autocast
 from tnpeft.program.maps import Map, map_change, map_function
-from tnpeft.program.products import LAYERS, contract
+from tnpeft.program.products import LAYERS, Factor, contract, contract_with_start
 
 __all__ = ["Derivations", "StartValues", "build_derivations"]
-
-# A leg that no file can name: a value before and after a change.
-PAIR = "pair."
 
 
 class StartValues(NamedTuple):
@@ -37,6 +35,14 @@ class StartValues(NamedTuple):
 
     cores: Mapping[str, Tensor]  # every core by name, derived ones too
     inputs: Mapping[str, tuple[Tensor, ...]]  # of each map of a derived core, by its name
+
+
+class _Pair(NamedTuple):
+    """A derived core that is a product of a constant core and of one that changes."""
+
+    core: DerivedCore
+    constant: BoundReference
+    changing: BoundReference
 
 
 class Derivations:
@@ -54,9 +60,28 @@ class Derivations:
         self._constant = {name for name, cores in roots.items() if self._frozen.issuperset(cores)}
         self.light = [core for core in derived if weights.isdisjoint(roots[core.name])]
         self.heavy = [core for core in derived if not weights.isdisjoint(roots[core.name])]
+        # The cores that each is made of, index cores too.
+        self.reads = {core.name: (*core.sources, *(each.at for each in core.maps if each.at)) for core in derived}
+        self.pairs = self._pairs()
         # The stored cores that light ones, and all of them, are made of, by their places.
         self.light_roots = self._places({root for core in self.light for root in roots[core.name]})
         self.roots = self._places({root for cores in roots.values() for root in cores})
+
+    def _pairs(self) -> list[_Pair]:
+        """The heavy cores, where each is the product of a constant and of a core that is not heavy; else none."""
+        pairs, heavy = [], {core.name for core in self.heavy}
+        for core in self.heavy:
+            summand = core.summands[0]
+            fixed = [each.core in self._frozen or each.core in self._constant for each in summand.references]
+            if (
+                len(core.summands) > 1
+                or core.maps
+                or sorted(fixed) != [False, True]
+                or heavy.intersection(core.sources)
+            ):
+                return []
+            pairs.append(_Pair(core, summand.references[fixed.index(True)], summand.references[fixed.index(False)]))
+        return pairs
 
     def _places(self, names: set[str]) -> list[int]:
         return [place for place, name in enumerate(self.names) if name in names]
@@ -82,6 +107,23 @@ class Derivations:
             for core in derived:
                 moved.changes[core.name] = self._change(core, moved, start)
         return [self._given(core.name, moved.changes[core.name], start) for core in derived]
+
+    def with_start(self, now: Mapping[str, Tensor], start: StartValues) -> tuple[StartValues, list[Tensor]]:
+        """The heavy cores at the start, and their changes, made together where they are `pairs`."""
+        cores, changes = dict(start.cores), []
+        with without_autocast(next(iter(now.values()))):
+            for core, constant, other in self.pairs:
+                change, first = now[other.core], start.cores[other.core]
+                change = change if other.core in self._derived else change - first
+                fixed, changing = _factor(now[constant.core], constant), _factor(change, other)
+                both = contract_with_start(fixed, _under(first, other), changing, (LAYERS, *core.before))
+                scale = core.summands[0].scale
+                value, moved = (
+                    _ordered(part if scale == 1.0 else part * scale, core.before, core.legs) for part in both
+                )
+                cores[core.name] = value
+                changes.append(moved)
+        return StartValues(cores, {**start.inputs, **{pair.core.name: () for pair in self.pairs}}), changes
 
     def _given(self, name: str, change: Tensor | None, start: StartValues) -> Tensor:
         """What a factor of a derived core holds: its change, or its value where it cannot change."""
@@ -166,6 +208,10 @@ def _under(core: Tensor, reference: BoundReference) -> Tensor:
     return core if core.shape[1:] == reference.shape else core.reshape(core.shape[0], *reference.shape)
 
 
+def _factor(core: Tensor, reference: BoundReference) -> Factor:
+    return _under(core, reference), (LAYERS, *reference.legs)
+
+
 def _product(summand: BoundSummand, cores: Mapping[str, Tensor], legs: Sequence[str]) -> Tensor:
     """(layers, legs): scale * einsum(cores)."""
     return _contracted(summand, [cores[reference.core] for reference in summand.references], legs)
@@ -187,9 +233,7 @@ def _product_change(
 
 
 def _contracted(summand: BoundSummand, cores: Sequence[Tensor], legs: Sequence[str]) -> Tensor:
-    references = zip(cores, summand.references, strict=True)
-    factors = [(_under(core, reference), (LAYERS, *reference.legs)) for core, reference in references]
-    product = contract(factors, (LAYERS, *legs))
+    product = contract([*map(_factor, cores, summand.references)], (LAYERS, *legs))
     return product if summand.scale == 1.0 else product * summand.scale
 
 
@@ -217,10 +261,11 @@ def _mapped_change(
         return _mapped(each, [change], legs, at, function)
     if change_of is not None and torch.finfo(change.dtype).bits >= 32:
         return _mapped(each, [first, change], legs, at, change_of)
-    wide = first.double()
-    both, paired = _mapped(each, [torch.stack((wide, wide + change.double()), 1)], (PAIR, *legs), at, function)
-    before, now = both.unbind(1 + paired.index(PAIR))
-    return (now - before).to(change.dtype), tuple(leg for leg in paired if leg != PAIR)
+    order = (*(leg for leg in legs if leg not in each.takes), *each.takes)
+    wide = _ordered(first, legs, order).double().contiguous()
+    moved = (wide + _ordered(change, legs, order).double()).contiguous()
+    (before, made), (now, _) = (_mapped(each, [tensor], order, at, function) for tensor in (wide, moved))
+    return (now - before).to(change.dtype), made
 
 
 def _ordered(tensor: Tensor, legs: Sequence[str], order: Sequence[str]) -> Tensor:

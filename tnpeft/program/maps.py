@@ -146,6 +146,13 @@ def cayley(x: Tensor, shape: Shape) -> Tensor:
     return turn
 
 
+def expm(x: Tensor, shape: Shape) -> Tensor:
+    """The exponential of each matrix: orthogonal where it is skew."""
+    with without_autocast(x):
+        exponential: Tensor = torch.linalg.matrix_exp(x)
+    return exponential
+
+
 def neumann(x: Tensor, shape: Shape, terms: float) -> Tensor:
     """I + 2Q + ... + 2Q^(terms - 2) + Q^(terms - 1), by Horner's rule; it tends to `cayley`."""
     identity = _identity(x)
@@ -178,6 +185,7 @@ _BUILT_IN: dict[str, Map] = {
     "silu": _elementwise(F.silu),
     "relu": _elementwise(torch.relu),
     "cos": _elementwise(torch.cos),
+    "exp": _elementwise(torch.exp),
     "sigmoid": _elementwise(torch.sigmoid),
     "topk_softmax": topk_softmax,
     "unit": unit,
@@ -186,6 +194,7 @@ _BUILT_IN: dict[str, Map] = {
     "antisymmetric": antisymmetric,
     "skew": skew,
     "cayley": cayley,
+    "expm": expm,
     "neumann": neumann,
     "reflections": reflections,
     "scatter": scatter,

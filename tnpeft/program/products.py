@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from opt_einsum import get_symbol
 from torch import Tensor
 
-__all__ = ["LAYERS", "Factor", "contract"]
+from tnpeft.errors import ExecutionError, Problem
+from tnpeft.program.kernels import versions
 
-# The axis of layers, a leg that no file can name.
-LAYERS = "layers."
+__all__ = ["LAYERS", "Factor", "contract", "contract_with_start"]
+
+# Legs that no file can name: the axis of layers, and that of a start and a change.
+LAYERS, PAIR = "layers.", "pair."
 
 Factor: TypeAlias = "tuple[Tensor, tuple[str, ...]]"
 """A tensor and its legs."""
@@ -38,6 +41,47 @@ def contract(factors: Sequence[Factor], legs: Sequence[str]) -> Tensor:
     )
     product: Tensor = torch.einsum(f"{','.join(inputs)}->{output}", *(tensor for tensor, _ in factors))
     return product
+
+
+def contract_with_start(constant: Factor, first: Tensor, change: Factor, legs: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """einsum(constant, first) and einsum(constant, change), for which the constant factor is read once.
+
+    `first` has the legs of `change`, which alone has a gradient. Its graph may be walked back any number of times.
+    """
+    both: tuple[Tensor, Tensor] = _WithStart.apply(constant[0], first, change[0], constant[1], change[1], tuple(legs))  # type: ignore[no-untyped-call]
+    return both
+
+
+class _WithStart(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        constant: Tensor,
+        first: Tensor,
+        change: Tensor,
+        constant_legs: tuple[str, ...],
+        change_legs: tuple[str, ...],
+        legs: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor]:
+        pair = torch.stack((first, change), 1), (change_legs[0], PAIR, *change_legs[1:])
+        start, changed = contract([(constant, constant_legs), pair], (PAIR, *legs)).unbind(0)
+        ctx.constant, ctx.writes, ctx.legs = constant, versions([constant]), (constant_legs, change_legs, legs)
+        ctx.mark_non_differentiable(start)
+        return start, changed
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if versions([ctx.constant]) != ctx.writes:
+            raise ExecutionError(
+                Problem(
+                    "a base weight of which derived cores are made",
+                    "its values of the forward pass",
+                    "values that were written since",
+                    "Write to base weights after the backward pass.",
+                )
+            )
+        constant_legs, change_legs, legs = ctx.legs
+        return None, None, contract([(ctx.constant, constant_legs), (gradient, legs)], change_legs), None, None, None
 
 
 def _is_matrix_product(first: Sequence[str], second: Sequence[str], legs: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from tnpeft.spec.canonical_form import canonical_form
 from tnpeft.spec.declaration import Core, Declaration, Term
 from tnpeft.spec.derived import Reference, index_of, legs_before_maps
 from tnpeft.spec.expression import Expression, parse_expression
-from tnpeft.spec.inits import Init, Last, Legs, init_function
+from tnpeft.spec.inits import Entry, Init, Last, Legs, init_function
 from tnpeft.spec.legs import cores_by_name
 from tnpeft.spec.pattern import ELLIPSIS
 
@@ -140,6 +140,8 @@ class _Graph:
         for key, value in init.arguments.items():
             if isinstance(value, Expression):
                 self.edges.append((node, self.node("argument", expressions={key: value}), key))
+            elif isinstance(value, Entry):
+                self._entry(value, node, places)
             elif isinstance(value, str):
                 self.edges.append(
                     (node, self.core_nodes[value], key) if value in self.core_nodes else (node, node, value)
@@ -154,6 +156,16 @@ class _Graph:
                     target = places[leg] if inside else self._leg(leg, "named")
                     self.edges.append((node, target, key if inside else f"{key} {number}"))
         self.edges += [(node, places[leg], "fan") for leg in fan if leg in places]
+
+    def _entry(self, entry: Entry, node: int, places: dict[str, int]) -> None:
+        """What each entry is, the core's legs in it numbered as they come."""
+        tree = copy.deepcopy(entry.expression.tree)
+        names = [name for name in entry.expression.names if name in places]
+        for each in ast.walk(tree):
+            if isinstance(each, ast.Name) and each.id in names:
+                each.id = f"position.{names.index(each.id)}"
+        argument = self.node("entry", expressions={"entry": Expression("", tree)})
+        self.edges += [(node, argument, "entry"), *((argument, places[name], f"{n}") for n, name in enumerate(names))]
 
     def _index(self, scope: object, leg: str) -> int:
         key = (scope, leg)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
+from dataclasses import replace
 
 import networkx
 
 from tnpeft.documents.nodes import Node
 from tnpeft.errors import Position, Problems, closest, near_miss
 from tnpeft.spec.declaration import Core, Declaration, Term
-from tnpeft.spec.derived_checks import check_derived, check_zero_through_maps, is_circular, sized_by_hand, stored_in
+from tnpeft.spec.derived_checks import (
+    check_derived,
+    check_zero_through_maps,
+    is_circular,
+    sized_by_hand,
+    stored_in,
+    zeros_in,
+)
 from tnpeft.spec.expression import Expression, spelling
-from tnpeft.spec.inits import Last, Legs
+from tnpeft.spec.inits import SINGULAR_INITS, Last, Legs
 from tnpeft.spec.legs import cores_by_name, inner_legs, legs_of
 from tnpeft.spec.pattern import ELLIPSIS, KINDS, LAYER_NAMES, expand_axes
 from tnpeft.spec.resolve import Fault, layer_names, resolve
@@ -96,6 +104,11 @@ def _names(spec: Declaration, problems: Problems) -> None:
                     fix = near_miss(name, known) or spelling(name) or "Add it to `params`."
                     expected = "params, layer names and indices in `sizes`"
                     problems.add(where, f"`{key}` of init", expected, f"'{name}'", fix)
+        for name in core.init.entry.names if core.init.entry else ():
+            if name not in known and name not in core.legs:
+                fix = near_miss(name, {*known, *core.legs}) or spelling(name) or "Add it to `params`."
+                expected = "the core's legs, params, layer names and indices in `sizes`"
+                problems.add(where, f"core '{core.name}', `{core.init.name}`", expected, f"'{name}'", fix)
     for rule in spec.sizes:
         for name in rule.names:
             if name in spec.params and rule.expression.text != name:
@@ -134,7 +147,7 @@ def _ellipsis(spec: Declaration, problems: Problems) -> None:
 
 def _inits(spec: Declaration, problems: Problems) -> None:
     for core in spec.cores:
-        if core.shared is not None and core.init.name in ("svd_us", "svd_vs"):
+        if core.shared is not None and core.init.name in SINGULAR_INITS:
             fix = "Remove `shared`: each layer has its own weight."
             found = f"`{core.init.name}`, which reads one layer's weight"
             problems.add(core.position, f"shared core '{core.name}'", "another init", found, fix, core=core.name)
@@ -161,7 +174,7 @@ def _start(spec: Declaration, problems: Problems) -> None:
 
 
 def _zero_term(spec: Declaration, where: Position, what: str, term: Term, problems: Problems) -> None:
-    zeros = [core for core in stored_in(spec, term) if core.init.name == "zeros"]
+    zeros = zeros_in(spec, term)
     expected = "exactly one trainable core with `init: zeros`"
     if not zeros:
         fix = "Give one core `init: zeros`, or write `start: frozen_copy`."
@@ -280,6 +293,7 @@ def _read(spec: Declaration) -> set[str]:
     read |= {leg for _, legs in inner_legs(spec) for leg in legs}
     for core in spec.cores:
         read |= {*getattr(core.init.arguments.get("legs"), "legs", ())}
+        read |= {*core.init.entry.names} - {*core.legs} if core.init.entry else set()
     return read | {leg for term in spec.terms for leg in term.places}
 
 
@@ -347,9 +361,19 @@ def _kinds(spec: Declaration, problems: Problems) -> None:
             runs.append(_try(spec, kind, sample))
             if all(fault.structural for fault in runs[-1]):  # none, or such as hold for every sample
                 break
-        certain = [fault for faults in runs for fault in faults if fault.structural]
-        for fault in certain if runs[-1] == [] else certain + runs[0]:
+        for fault in (fault for faults in runs for fault in faults if fault.structural):
             problems.put(fault.problem)
+        alike = {str(fault.problem) for fault in runs[-1]}  # whatever the layer
+        for fault in runs[0] if runs[-1] else ():
+            on = None if str(fault.problem) in alike else _shown(kind, SAMPLES[0])
+            if not fault.structural:
+                problems.put(replace(fault.problem, on=on))
+
+
+def _shown(kind: str, sample: tuple[int, int, int, int]) -> str:
+    """The first of the layers that were tried, none of which the spec fits."""
+    in_channels, out_channels, side, _ = sample
+    return f"{kind}({in_channels}, {out_channels}{f', {side}' if KINDS[kind] else ''}), as on all layers tried"
 
 
 def _try(spec: Declaration, kind: str, sample: tuple[int, int, int, int]) -> list[Fault]:

@@ -224,7 +224,7 @@ class CoreReader:
                 expected = f"no `{key}` beside `from`"
                 self.problems.add(fields[key].position, what, expected, f"`from: {origin}` and it", fix, core=name)
         if "frozen" in fields and fields["frozen"].value is False:
-            fix = "Remove it; the inits `svd_us` and `svd_vs` give cores that train."
+            fix = "Remove it; the inits `svd_u`, `svd_us` and their kin give cores that train."
             self.problems.add(fields["frozen"].position, what, "a frozen core", f"`from: {origin}`", fix, core=name)
 
     def _terms(self, cores: Sequence[Core]) -> Iterator[Term]:

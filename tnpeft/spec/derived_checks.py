@@ -10,8 +10,9 @@ import networkx
 from tnpeft.errors import Position, Problems, near_miss
 from tnpeft.spec.declaration import Core, Declaration, Term
 from tnpeft.spec.derived import Derivation, Reference, Summand, arrow_legs, index_of, legs_before_maps
+from tnpeft.spec.inits import Init
 from tnpeft.spec.legs import cores_by_name, legs_of, uses_of
-from tnpeft.spec.maps import MapCall, passes_zero
+from tnpeft.spec.maps import NOT_ZERO, MapCall, passes_zero
 from tnpeft.spec.pattern import ELLIPSIS
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "sized_by_hand",
     "stored_in",
     "uses_second_half",
+    "zeros_in",
 ]
 
 MAX_SHOWN = 20  # names of a circle
@@ -49,8 +51,14 @@ def uses_second_half(spec: Declaration) -> bool:
     """Whether a spec has what version 1 of the language has not."""
     grouped = any(core.origin != "weight" and core.axes != tuple((leg,) for leg in core.legs) for core in spec.cores)
     renamed = any(reference.axes is not None for term in spec.terms for reference in term.references)
-    new_inits = any(core.is_index or "same" in core.init.arguments or core.init.name == "value" for core in spec.cores)
+    new_inits = any(core.is_index or _is_new(core.init) for core in spec.cores)
     return grouped or renamed or new_inits or bool(spec.derivations) or spec.start_std is not None
+
+
+def _is_new(init: Init) -> bool:
+    """Whether version 1 of the language has no such init."""
+    skips = str(init.arguments.get("skip", 0)) != "0"
+    return skips or init.name in ("svd_u", "svd_s", "svd_v") or not {"same", "core", "entry"}.isdisjoint(init.arguments)
 
 
 def _version(spec: Declaration, problems: Problems) -> None:
@@ -58,7 +66,8 @@ def _version(spec: Declaration, problems: Problems) -> None:
     if node is not None and node.value == 1:
         fix = "Write `tnpeft: 2`: versions of tnpeft before 0.2 then say that they are too old for it."
         expected = (
-            "the language version 2 for derived cores, references with legs, grouped legs, index cores and `start_std`"
+            "the language version 2 for derived cores, references with legs, grouped legs, index cores, inits by "
+            "position or value and `start_std`"
         )
         problems.add(node.position, "`tnpeft`", expected, "1", fix)
 
@@ -153,7 +162,7 @@ def _index(core: Core, number: int, call: MapCall, cores: Mapping[str, Core], pr
         fix = near_miss(name, cores) or "Add it to `cores`."
         problems.add(where, what, "names of `cores`", f"'{name}'", fix, core=core.name)
     elif not index.is_index:
-        fix = f"Give '{name}' one of the inits choice, random, largest and smallest, and `frozen: true`."
+        fix = f"Give '{name}' one of the inits choice, random, largest, smallest and places, and `frozen: true`."
         problems.add(where, what, "an index core", f"'{name}' of init `{index.init}`", fix, core=core.name)
 
 
@@ -239,6 +248,23 @@ def stored_in(spec: Declaration, term: Term) -> list[Core]:
         if derivation := cores[name].derivation:
             pending += derivation.sources
     return [core for core in spec.cores if core.name in found and core.derivation is None]
+
+
+def zeros_in(spec: Declaration, term: Term) -> list[Core]:
+    """The stored cores of zeros that make a term zero; beside them, none whose zeros a map turns into other numbers."""
+    cores = cores_by_name(spec)
+    zeros = [core for core in stored_in(spec, term) if core.init.name == "zeros"]
+    return [core for core in zeros if any(_vanishes(each, core.name, cores) for each in term.cores)] or zeros[:1]
+
+
+def _vanishes(name: str, zeros: str, cores: Mapping[str, Core]) -> bool:
+    """Whether a core is zero while `zeros` is, as far as can be told."""
+    derivation = cores[name].derivation
+    if derivation is None:
+        return name == zeros
+    if any(call.name in NOT_ZERO for call in derivation.maps):
+        return False
+    return all(any(_vanishes(each.core, zeros, cores) for each in one.references) for one in derivation.summands)
 
 
 def check_zero_through_maps(

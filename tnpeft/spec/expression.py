@@ -19,6 +19,7 @@ from tnpeft.spec.factorize import MAX_FACTORS, MAX_NUMBER, Table, factorize
 
 __all__ = [
     "FUNCTIONS",
+    "POSITION_FUNCTIONS",
     "Expression",
     "ExpressionError",
     "Number",
@@ -38,6 +39,7 @@ MAX_NESTING = 40
 MAX_ABSOLUTE = 1e12
 
 FUNCTIONS = ("ceil", "factorize", "floor", "gcd", "max", "min", "prod", "sqrt")
+POSITION_FUNCTIONS = ("cos", "sin", "walsh")  # beside these in `entries` and `places`, where `pi` is a number too
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
@@ -108,8 +110,8 @@ class Expression:
         return self.text
 
 
-def parse_expression(text: str) -> Expression:
-    """Parse `text`; raises ExpressionError."""
+def parse_expression(text: str, positions: bool = False) -> Expression:
+    """Parse `text`, of `positions` where it says each entry of a core; raises ExpressionError."""
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"at most {MAX_LENGTH} characters", str(len(text)), "Split it over several sizes.")
     if not text.isascii():
@@ -119,9 +121,11 @@ def parse_expression(text: str) -> Expression:
     _check_nesting(tree)
     names: dict[str, None] = {}
     pads = False
+    functions = (*FUNCTIONS, *POSITION_FUNCTIONS) if positions else FUNCTIONS
+    words = {*_WORDS, "pi"} if positions else _WORDS
     for node in ast.walk(tree):
-        _check_node(node)
-        if isinstance(node, ast.Name) and node.id not in FUNCTIONS and node.id not in _WORDS:
+        _check_node(node, functions)
+        if isinstance(node, ast.Name) and node.id not in functions and node.id not in words:
             names[node.id] = None
         if isinstance(node, ast.keyword) and node.arg == "pad":
             pads = True
@@ -178,7 +182,7 @@ _ALLOWED = (
 )  # fmt: skip
 
 
-def _check_node(node: ast.AST) -> None:
+def _check_node(node: ast.AST, functions: tuple[str, ...]) -> None:
     offset = getattr(node, "col_offset", 0)
     if not isinstance(node, _ALLOWED):
         what = "`**`" if isinstance(node, ast.Pow) else f"Python's {type(node).__name__}"
@@ -197,9 +201,9 @@ def _check_node(node: ast.AST) -> None:
             raise ExpressionError(f"at most {MAX_ABSOLUTE:g}", found, "Write a smaller number.", offset=offset)
     if isinstance(node, ast.Call):
         name = node.func.id if isinstance(node.func, ast.Name) else "this"
-        if name not in FUNCTIONS:
-            known = ", ".join(FUNCTIONS)
-            fix = near_miss(name, FUNCTIONS) or "Use one of these functions."
+        if name not in functions:
+            known = ", ".join(functions)
+            fix = near_miss(name, functions) or "Use one of these functions."
             raise ExpressionError(f"one of {known}", f"{clip(name)}(...)", fix, offset=offset)
         if name != "factorize" and node.keywords:
             raise ExpressionError("values only", "a named argument", f"`{name}` takes values by place.", offset=offset)

@@ -17,6 +17,8 @@ from tnpeft.spec.pattern import ELLIPSIS, expand
 __all__ = [
     "DEFAULT_INIT",
     "INDEX_INITS",
+    "SINGULAR_INITS",
+    "Entry",
     "Init",
     "Last",
     "Legs",
@@ -27,6 +29,8 @@ __all__ = [
     "registered_inits",
 ]
 
+# Factors of the base weight U S V^T from its singular value number `skip` on; `us`: times the root of S.
+SINGULAR_INITS = ("svd_u", "svd_s", "svd_v", "svd_us", "svd_vs")
 _BUILT_IN: dict[str, tuple[str, ...]] = {  # name → arguments in order
     "zeros": (),
     "ones": (),
@@ -38,19 +42,20 @@ _BUILT_IN: dict[str, tuple[str, ...]] = {  # name → arguments in order
     "orthogonal": ("gain",),
     "cosine": ("draw",),
     "sine": ("draw",),
-    "svd_us": (),
-    "svd_vs": (),
+    **dict.fromkeys(SINGULAR_INITS, ("skip",)),
     "value": ("core",),
     "choice": ("legs",),
     "random": ("legs",),
     "largest": ("legs",),
     "smallest": ("legs",),
+    "entries": ("entry",),
+    "places": ("entry",),
 }
-# Whole numbers, for a map's `at=`: flat places without repeat, numbers below a leg's size, places by |weight|.
-INDEX_INITS = ("choice", "random", "largest", "smallest")
+# Whole numbers, for a map's `at=`: flat places without repeat, numbers below a leg's size, places by |weight|, by rule.
+INDEX_INITS = ("choice", "random", "largest", "smallest", "places")
 _RANDOM = ("normal", "uniform", "kaiming_uniform")
 _BUILT_IN.update((name, (*_BUILT_IN[name], "same")) for name in _RANDOM)
-_OPTIONAL = {"gain": "1", "std": "1", "bound": "1"}
+_OPTIONAL = {"gain": "1", "std": "1", "bound": "1", "skip": "0"}
 _NOT_NEEDED = (*_OPTIONAL, "fan", "same")
 _GAINS = {"linear": 1.0, "relu": math.sqrt(2.0), "tanh": 5.0 / 3.0, "sigmoid": 1.0, "selu": 0.75}
 
@@ -73,11 +78,18 @@ class Last:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """`entries(x - y)`: what each entry is; the core's legs stand for its position, other names for numbers."""
+
+    expression: Expression
+
+
+@dataclass(frozen=True)
 class Init:
     """An init as a file writes it; `arguments` are worked out when the layer is known."""
 
     name: str
-    arguments: Mapping[str, Expression | Legs | Last | str]
+    arguments: Mapping[str, Expression | Legs | Last | Entry | str]
     text: str
     position: Position | None = None
 
@@ -93,6 +105,12 @@ class Init:
         if isinstance(fan, Last):
             return tuple(legs[-fan.count :])
         return None
+
+    @property
+    def entry(self) -> Expression | None:
+        """What each entry is by its position, or None where another rule says it."""
+        entry = self.arguments.get("entry")
+        return entry.expression if isinstance(entry, Entry) else None
 
     @property
     def names_legs(self) -> bool:
@@ -186,7 +204,7 @@ def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | Non
     given = _bind_arguments(
         name, split_at_commas(match.group(2) or ""), node, problems if known or name in _BUILT_IN else None
     )
-    parsed: dict[str, Expression | Legs | Last | str] = {}
+    parsed: dict[str, Expression | Legs | Last | Entry | str] = {}
     for key, text in given.items():
         value = _parse_argument(key, text, node, problems)
         if value is None:
@@ -222,7 +240,9 @@ def _bind_arguments(name: str, parts: list[str], node: Node, problems: Problems 
     return given
 
 
-def _parse_argument(key: str, text: str, node: Node, problems: Problems) -> Expression | Legs | Last | str | None:
+def _parse_argument(
+    key: str, text: str, node: Node, problems: Problems
+) -> Expression | Legs | Last | Entry | str | None:
     if key == "core":
         return text
     if key in ("legs", "same"):
@@ -239,7 +259,7 @@ def _parse_argument(key: str, text: str, node: Node, problems: Problems) -> Expr
     if key == "gain" and text in _GAINS:
         text = repr(_GAINS[text])
     try:
-        return parse_expression(text)
+        return Entry(parse_expression(text, positions=True)) if key == "entry" else parse_expression(text)
     except ExpressionError as error:
         fix = f"Gains are {', '.join(_GAINS)} or a number." if key == "gain" else error.fix
         problems.add(node.position, f"`{key}` of init", error.expected, error.found, fix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tnpeft.documents.json_schema import NAME, WORD, Keywords, schema_document
+from tnpeft.spec.inits import SINGULAR_INITS
 from tnpeft.spec.map_kinds import map_usages
 from tnpeft.spec.pattern import KINDS
 from tnpeft.spec.reader import SHORT_KINDS
@@ -22,12 +23,13 @@ _REFERENCE = {
     "examples": ["R", "bank(w y)", "turn((c u) (q m) (v t))"],
 }
 _REFERENCES = {"type": "array", "items": _REFERENCE, "minItems": 1, "examples": [["up", "down"], ["U", "U(i k... s)"]]}
-_PLAIN_INITS = ("zeros", "ones", "eye", "orthogonal", "svd_us", "svd_vs")
+_PLAIN_INITS = ("zeros", "ones", "eye", "orthogonal", *SINGULAR_INITS)
 _INIT = {
     "anyOf": [{"enum": list(_PLAIN_INITS)}, {"type": "string", "pattern": rf"^\s*{WORD}\s*(\(.*\))?\s*$"}],
     "examples": [
         *("zeros", "normal(0.02)", "kaiming_uniform(fan=last(2), gain=relu)", "constant(0.1)"),
         *("normal(0.02, same=[q])", "value(part)", "choice(o i k...)", "random(d)", "largest(o i k...)"),
+        *("entries(1 if i >= r else 0)", "places(o - i + in_channels - 1)", "svd_us(skip=2)"),
     ],
 }
 _MAPS = map_usages()  # each as a file may write it

@@ -11,6 +11,7 @@ from tnpeft.errors import Position, Problem, SpecError, clip
 from tnpeft.spec.expression import Expression, is_name
 
 __all__ = [
+    "NOT_ZERO",
     "WORDS",
     "MapCall",
     "MapKind",
@@ -87,12 +88,15 @@ class RegisteredMap:
     kind: MapKind
 
 
+NOT_ZERO = ("cos", "exp", "sigmoid", "topk_softmax", "cayley", "expm", "neumann", "reflections")
+"""The built-in maps that are not zero where their input is."""
+
 _ANY: Counts = (1, None)
 _AT = {"at": True}
 
 _BUILT_IN: dict[str, MapKind] = {
     **{name: MapKind(name, (0, 0), zero=True) for name in ("tanh", "sin", "gelu", "silu")},
-    **{name: MapKind(name, (0, 0)) for name in ("relu", "cos", "sigmoid")},
+    **{name: MapKind(name, (0, 0)) for name in ("relu", "cos", "exp", "sigmoid")},
     "topk_softmax": MapKind("topk_softmax(v, k=2)", _ANY, arguments={"k": True}),
     "unit": MapKind("unit(i k..., floor=1e-4)", _ANY, arguments={"floor": False}),
     "norm": MapKind("norm(o)", _ANY, removes=True),
@@ -100,6 +104,7 @@ _BUILT_IN: dict[str, MapKind] = {
     "antisymmetric": MapKind("antisymmetric(x y)", (2, 2), linear=True, zero=True),
     "skew": MapKind("skew(e -> x y)", (1, 1), (2, 2), linear=True, zero=True),
     "cayley": MapKind("cayley(x y)", (2, 2)),
+    "expm": MapKind("expm(x y)", (2, 2)),
     "neumann": MapKind("neumann(x y, terms=5)", (2, 2), arguments={"terms": True}),
     "reflections": MapKind("reflections(r s)", (2, 2)),
     "scatter": MapKind("scatter(n -> o i k..., at=places)", _ANY, _ANY, _AT, linear=True, zero=True),

@@ -139,6 +139,7 @@ _CHECKS: dict[str, Callable[[MapCall, Sizes, Sizes, Arguments], Trouble]] = {
     "antisymmetric": _square,
     "skew": _skew,
     "cayley": _square,
+    "expm": _square,
     "neumann": _neumann,
     "reflections": _square,
     "scatter": _scatter,

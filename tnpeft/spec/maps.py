@@ -9,6 +9,7 @@ from tnpeft.documents.nodes import Node
 from tnpeft.errors import Position, Problems, clip, near_miss, ticked
 from tnpeft.spec.expression import Expression, ExpressionError, is_name, parse_expression, split_at_commas
 from tnpeft.spec.map_kinds import (
+    NOT_ZERO,
     WORDS,
     MapCall,
     MapKind,
@@ -29,6 +30,7 @@ from tnpeft.spec.pattern import ELLIPSIS, check_index
 from tnpeft.spec.wavelets import FAMILIES
 
 __all__ = [
+    "NOT_ZERO",
     "MapCall",
     "MapKind",
     "RegisteredMap",

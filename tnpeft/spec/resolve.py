@@ -45,6 +45,7 @@ class Resolved:
     scale: float = 1.0
     start_std: float | None = None
     inits: dict[str, dict[str, float]] = field(default_factory=dict)  # arguments by core
+    entries: dict[str, dict[str, Value]] = field(default_factory=dict)  # numbers that each entry is made of, by core
     maps: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # their arguments, by derived core
     sums: dict[str, list[float]] = field(default_factory=dict)  # scales of the summands, by derived core
     symbols: dict[str, Expression] = field(default_factory=dict)  # legs whose size is an expression of params alone
@@ -372,6 +373,9 @@ class _Resolver:
                     self._init_fault(core, key, error)
             if core.init.name == "kaiming_uniform":
                 self._fan(core, legs, arguments)
+            if core.init.entry is not None:
+                names = {*core.init.entry.names} - {*core.legs}
+                self.out.entries[core.name] = {name: self.values[name] for name in names if name in self.values}
             self.out.inits[core.name] = arguments
 
     def _init_fault(self, core: Core, key: str, error: ExpressionError) -> None:

@@ -20,21 +20,21 @@ Leaves = dict[int, Tensor]
 
 
 class Exact:
-    """The values of an adapted model in float64; `leaves` has a twin that can be differentiated for every core.
+    """The values of a model with an adapter in float64; `leaves` has a twin of every core that can be differentiated.
 
     With `magnitude` every number in it is positive and every difference a sum; `values` are then those without.
     """
 
-    def __init__(self, model: nn.Module, magnitude: bool = False) -> None:
+    def __init__(self, model: nn.Module, magnitude: bool = False, name: str = "default") -> None:
         self.layers = list(adapted_layers(model))
-        self.magnitude = magnitude
+        self.magnitude, self.name = magnitude, name
         self.leaves: Leaves = {}
-        self.values = Exact(model) if magnitude else None
+        self.values = Exact(model, name=name) if magnitude else None
         self._twins = {id(layer): self._twin(layer) for layer in self.layers}
 
     def _twin(self, layer: AdaptedLayer) -> dict[str, Tensor]:
         """A layer's stored cores in float64, the base weight among them; a tensor that layers share has one leaf."""
-        adapter = layer.adapter("default")
+        adapter = layer.adapter(self.name)
         network, start = adapter.network, adapter.start
         base = self._sized(canonical(_base_weight(layer), network.layer))
         twins = {core.name: base.reshape(core.shape) for core in network.cores if core.origin == "weight"}
@@ -63,27 +63,28 @@ class Exact:
 
     def network_weight(self, layer: AdaptedLayer) -> Tensor:
         """T(θ) of one layer."""
-        network = layer.adapter("default").network
+        network = layer.adapter(self.name).network
         return dense_weight(network, self.cores(layer), self.magnitude, self._values(layer))
 
     def delta(self, layer: AdaptedLayer) -> Tensor:
         """The update of one layer's weight."""
-        if layer.adapter("default").magnitude is None:
+        if layer.adapter(self.name).magnitude is None:
             return self._network_delta(layer)
         base = _base_weight(layer)
         return self.weight(layer) + (base.abs() if self.magnitude else -base)
 
     def _network_delta(self, layer: AdaptedLayer) -> Tensor:
-        adapter = layer.adapter("default")
+        adapter = layer.adapter(self.name)
         network, twins, values = adapter.network, self.cores(layer), self._values(layer)
         if network.start == "zero":
             return dense_delta(network, twins, None, self.magnitude, values)
-        start = {**twins, **{name: self._sized(core.double()) for name, core in adapter.start.items()}}
+        now = twins if values is None else values
+        start = {**now, **{name: core.double() for name, core in adapter.start.items()}}
         return dense_delta(network, twins, start, self.magnitude, values)
 
     def weight(self, layer: AdaptedLayer) -> Tensor:
         """The effective weight of one layer."""
-        adapter = layer.adapter("default")
+        adapter = layer.adapter(self.name)
         magnitude = adapter.magnitude
         summed = self._sized(_base_weight(layer)) + self._network_delta(layer)
         if magnitude is None:

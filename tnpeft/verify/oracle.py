@@ -20,14 +20,19 @@ __all__ = ["canonical", "composed", "dense_delta", "dense_weight", "entry", "sto
 
 
 def dense_weight(
-    network: Network, cores: Mapping[str, Tensor], magnitude: bool = False, values: Mapping[str, Tensor] | None = None
+    network: Network,
+    cores: Mapping[str, Tensor],
+    magnitude: bool = False,
+    values: Mapping[str, Tensor] | None = None,
+    first: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """The sum of all terms in float64, in the shape of the layer's weight; without the adapter's scale.
 
     `cores` has every stored core by name, those that are the base weight too. With `magnitude` the scales count by
-    size, and `values` are the cores themselves, which maps of derived cores need beside their sizes.
+    size, and `values` are the cores themselves, which maps of derived cores need beside their sizes. `first` are those
+    of a frozen copy that is subtracted, whose derived cores may be the larger ones.
     """
-    named = _factors(network, cores, magnitude, values)
+    named = _factors(network, cores, magnitude, values, first)
     total: Tensor | None = None
     for term in network.terms:
         value = term_weight(network, term, [named[name] for name in term.cores])
@@ -38,14 +43,24 @@ def dense_weight(
 
 
 def _factors(
-    network: Network, cores: Mapping[str, Tensor], magnitude: bool = False, values: Mapping[str, Tensor] | None = None
+    network: Network,
+    cores: Mapping[str, Tensor],
+    magnitude: bool = False,
+    values: Mapping[str, Tensor] | None = None,
+    first: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Legged]:
     """What the terms name: the cores as they are stored, or factors."""
     if not network.factors:
         return {core.name: (cores[core.name].double(), core.legs) for core in network.cores}
     assert values is not None or not magnitude
     known = derive(network, values) if magnitude and values is not None else None
-    return factors_of(network, derive(network, cores, known))
+    copy = None if first is None else derive(network, _sizes(first), derive(network, first))
+    return factors_of(network, derive(network, cores, known, copy))
+
+
+def _sizes(cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of cores; places stay what they are."""
+    return {name: core.abs() if core.is_floating_point() else core for name, core in cores.items()}
 
 
 def term_weight(network: Network, term: BoundTerm, operands: Sequence[Legged], batch: Sequence[str] = ()) -> Tensor:
@@ -63,11 +78,18 @@ def dense_delta(
     magnitude: bool = False,
     values: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """scale * (T(cores) - T(start)), or scale * T(cores); with `magnitude` |scale| * (T(cores) + T(start))."""
-    delta = dense_weight(network, cores, magnitude, values)
-    if start is not None:
-        first = dense_weight(network, start, magnitude, values)
-        delta = delta + first if magnitude else delta - first
+    """scale * (T(cores) - T(start)), or scale * T(cores).
+
+    With `magnitude` it is |scale| * (T(cores) + T(start)) of sizes; `values` are then those of `cores`, and `start` has
+    values where the network has derived cores.
+    """
+    if magnitude and start is not None:
+        sized = _sizes(start)
+        copy = start if network.factors else None
+        delta = dense_weight(network, cores, True, values, copy) + dense_weight(network, sized, True, copy)
+    else:
+        delta = dense_weight(network, cores, magnitude, values)
+        delta = delta if start is None else delta - dense_weight(network, start)
     return (abs(network.scale) if magnitude else network.scale) * delta
 
 

@@ -154,8 +154,13 @@ class Derived:
     inputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
 
-def derive(network: Network, stored: Mapping[str, Tensor], values: Derived | None = None) -> Derived:
-    """The derived cores of stored ones; of sizes, where `values` has what they are the sizes of."""
+def derive(
+    network: Network, stored: Mapping[str, Tensor], values: Derived | None = None, first: Derived | None = None
+) -> Derived:
+    """The derived cores of stored ones; of sizes, where `values` has what they are the sizes of.
+
+    To the sizes come those of `first`: tensors on the way to a difference are a frozen copy's and the change added up.
+    """
     made = Derived({name: core if core.dtype == torch.int64 else core.double() for name, core in stored.items()})
     for derived in network.derived:
         total: Tensor | None = None
@@ -177,7 +182,8 @@ def derive(network: Network, stored: Mapping[str, Tensor], values: Derived | Non
             else:
                 rows = size_of(rows, values.inputs[derived.name, number], definition)
             tensor, legs = rows.reshape((*others, *each.shape)), (*rest, *each.gives)
-        made.cores[derived.name] = _ordered(tensor, legs, derived.legs)
+        value = _ordered(tensor, legs, derived.legs)
+        made.cores[derived.name] = value if first is None else value + first.cores[derived.name].detach()
     return made
 
 

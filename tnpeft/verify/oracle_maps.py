@@ -69,6 +69,10 @@ def _entrywise(function: Scalar) -> Callable[..., Array]:
     return lambda x, shape: np.asarray(each(np.asarray(x, np.float64)), np.float64)
 
 
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
@@ -93,6 +97,7 @@ _SCALARS: dict[str, tuple[Scalar, Scalar]] = {
     "silu": (lambda x: x * _sigmoid(x), _silu_slope),
     "relu": (lambda x: max(x, 0.0), lambda x: float(x > 0)),
     "cos": (math.cos, lambda x: -math.sin(x)),
+    "exp": (_exp, _exp),
     "sigmoid": (_sigmoid, lambda x: _sigmoid(x) * _sigmoid(-x)),
 }
 
@@ -165,6 +170,25 @@ def _cayley_slope(x: Array, upstream: Array) -> Array:
     return (np.eye(len(x)) + _cayley(x, ())).T @ upstream @ np.linalg.inv(np.eye(len(x)) - x).T
 
 
+def _expm(x: Array, shape: Shape) -> Array:
+    """Taylor's series of x / 2^n, small, squared n times."""
+    halvings = max(0, math.ceil(math.log2(float(np.abs(x).sum(1).max(initial=0)) + 1e-300)) + 3)
+    small, power = x / 2.0**halvings, np.eye(len(x))
+    total = power
+    for order in range(1, 19):
+        power = power @ small / order
+        total = total + power
+    for _ in range(halvings):
+        total = total @ total
+    return total
+
+
+def _expm_slope(x: Array, upstream: Array) -> Array:
+    """The derivative stands in the upper right of the exponential of [[x, d], [0, x]]."""
+    both = np.block([[x.T, upstream], [np.zeros(x.shape), x.T]])
+    return _expm(both, ())[: len(x), len(x) :]
+
+
 def _series(terms: float) -> list[int]:
     """The factors of the powers 0, 1, ... of Neumann's series."""
     return [1, *[2] * (int(terms) - 2), 1]
@@ -204,6 +228,7 @@ _ROWS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
     "norm": (_norm, _norm_slope),
     "qr": (_qr, _qr_slope),
     "cayley": (_cayley, _cayley_slope),
+    "expm": (_expm, _expm_slope),
     "neumann": (_neumann, _neumann_slope),
     "reflections": (_reflections, _reflections_slope),
 }

@@ -184,6 +184,7 @@ def turn(draw: st.DrawFn, body: Body, name: str, legs: tuple[str, str]) -> None:
     first, second = legs
     ways = {
         "cayley": [f"antisymmetric({first} {second})", f"cayley({first} {second})"],
+        "expm": [f"antisymmetric({first} {second})", f"expm({first} {second})"],
         "neumann": [f"antisymmetric({first} {second})", f"neumann({first} {second}, terms=4)"],
         "reflections": [f"reflections({first} {second})"],
         "qr": [f"qr({first} {second})"],
