@@ -47,6 +47,19 @@ def test_a_search_writes_its_winner():
     assert again["versions"]["tnpeft"] == tnpeft.__version__
 
 
+@pytest.mark.slow
+def test_fine_tunes_and_the_report():
+    Path("train.py").write_text("import sys; print('{\"score\": ' + str(-float(sys.argv[2])) + '}')")
+    how = ("--command", f"{sys.executable} train.py {{spec}} {{rate}}", "--rate", "0.5", "--rate", "0.25")
+    result = run("search", *FILES, *QUICK, *how, "--finalists", "2", "--report", "report", "--test", "=".join(FILES))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("fine-tuned   network ") == 4
+    assert " at rate 0.25, selection score (optimistic) -0.25\n" in result.stdout
+    assert "tenvoo_l" in result.stdout
+    assert "Fine-tuned: the best of 2 networks at 2 rates each, at rate 0.25" in Path("found.yaml").read_text()
+    assert {path.name for path in Path("report").iterdir()} == {"report.json", "report.md", "front.svg"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -132,9 +132,15 @@ searched(storage=sys.argv[1])
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "at"), [("search.journal", "7"), pytest.param("search.db", "3", marks=pytest.mark.slow)]
-)
+def test_a_search_goes_on_where_it_ended(tmp_path: Path):
+    storage = tmp_path / "search.journal"
+    first = searched(storage=storage, evaluations=6)
+    assert drawn(searched(storage=storage)) == drawn(searched())
+    assert drawn(searched(storage=storage))[:6] == drawn(first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "at"), [("search.journal", "7"), ("search.db", "3")])
 def test_a_killed_search_goes_on_as_if_nothing_had_been(name: str, at: str, tmp_path: Path):
     storage = str(tmp_path / name)
     run = subprocess.run([sys.executable, "-c", KILLED, storage, at], cwd=Path(__file__).parent, check=False)
@@ -223,6 +229,18 @@ def test_a_storage_holds_one_search(tmp_path: Path):
         f"{storage}: storage: expected this search, found one with other updates or settings. "
         "Name another storage, or search with the files and settings that it was begun with."
     )
+
+
+def test_files_that_are_no_storage(tmp_path: Path):
+    (tmp_path / "a.journal").write_text("hello\n")
+    assert error_of(storage=str(tmp_path / "a.journal")) == (
+        f"{tmp_path / 'a.journal'}: storage: expected a search to go on with, or none yet, "
+        "found Expecting value: line 1 column 1 (char 0). Name another file, or leave it out."
+    )
+    for name in ("none/a.journal", "none/a.db", "."):
+        text = error_of(storage=str(tmp_path / name))
+        assert text.startswith(f"{tmp_path / name}: storage: expected a search to go on with, or none yet, found ")
+    assert "storage: expected a search" in error_of(storage="foo://x")
 
 
 def test_nothing_to_capture_and_nothing_that_fits():

@@ -43,7 +43,7 @@ def open_study(task: Task, storage: str | None, name: str = "search") -> Study:
             load_if_exists=True,
         )
         known = study.user_attrs.get("digest")
-    except (OSError, ValueError, KeyError, SQLAlchemyError) as error:
+    except (ImportError, OSError, ValueError, KeyError, SQLAlchemyError) as error:
         fix = "Name another file, or leave it out."
         where = shown_path(storage or "")
         raise TnpeftError(
@@ -78,15 +78,18 @@ def run(task: Task, study: Study, storage: str | None, jobs: int = 1, progress: 
         return
     assert storage is not None
     context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // jobs)
+    before = torch.get_num_threads()
+    threads = max(1, before // jobs)
     workers = [
         context.Process(target=_worker, args=(task, storage, study.study_name, threads)) for _ in range(jobs - 1)
     ]
     for worker in workers:
         worker.start()
+    torch.set_num_threads(threads)
     try:
         _optimize(task, study, progress)
     finally:
+        torch.set_num_threads(before)
         for worker in workers:
             worker.join()
 
