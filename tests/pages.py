@@ -10,7 +10,9 @@ import tnpeft
 __all__ = ["HEAVY", "LIGHT", "PAGES", "run"]
 
 PAGES = sorted((Path(__file__).resolve().parents[1] / "docs").glob("*.md"))
-LIGHT = [page for page in PAGES if page.stem in ("README", "parameters", "peft", "specs_from_python", "starts")]
+LIGHT = [
+    page for page in PAGES if page.stem in ("README", "parameters", "peft", "search", "specs_from_python", "starts")
+]
 HEAVY = [page for page in PAGES if page not in LIGHT]
 """tests/wide runs these."""
 

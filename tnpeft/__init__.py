@@ -7,7 +7,8 @@ A YAML file declares the adapter's tensor network; `attach` puts it on a model:
 The rooms import only to the left:
 
     errors <- documents <- spec <- network <- planning <- schedule <- program <- adapters
-           <- execution <- surgery <- recipe <- io <- integrations <- fitting <- verify <- draw <- cli
+           <- execution <- surgery <- recipe <- io <- integrations <- fitting <- verify <- draw
+           <- searching <- cli
 
 `tnpeft.integrations` has what other libraries call; its modules are imported by name.
 """
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     )
     from tnpeft.io import Inspection, hot_swap, inspect, load, load_foreign, save, save_foreign
     from tnpeft.recipe import Handle, Recipe, Report, attach, list_recipes, load_recipe
+    from tnpeft.searching import Search, search, search_report
     from tnpeft.surgery import (
         accumulating,
         activate,
@@ -89,6 +91,7 @@ __all__ = [
     "Problem",
     "Recipe",
     "Report",
+    "Search",
     "Spec",
     "SpecError",
     "TangentSpace",
@@ -127,6 +130,8 @@ __all__ = [
     "save",
     "save_foreign",
     "scales_of",
+    "search",
+    "search_report",
     "tangent_space",
     "truncate",
     "unmerge",
@@ -144,6 +149,7 @@ _LAZY = {
         "io": "Inspection hot_swap inspect load load_foreign save save_foreign",
         "fitting": "Budget Extraction Fit TangentSpace Truncation budget extract fit tangent_space truncate",
         "draw": "draw_network",
+        "searching": "Search search search_report",
     }.items()
     for name in names.split()
 }

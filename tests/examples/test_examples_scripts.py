@@ -15,7 +15,14 @@ import tnpeft
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-SCRIPTS = ("quickstart", "several_adapters", "your_own_adapter", "fit_a_checkpoint", "with_transformers")
+SCRIPTS = (
+    "quickstart",
+    "several_adapters",
+    "your_own_adapter",
+    "fit_a_checkpoint",
+    "search_for_a_network",
+    "with_transformers",
+)
 MAX_LINES = 120
 
 
@@ -127,6 +134,19 @@ def test_fit_a_checkpoint(tmp_path: Path):
     assert [row[0] for row in rows] == ["lora", "lora", "locon_tucker", "full"]
     with safe_open(tmp_path / "runs" / "fit_a_checkpoint" / "adapter.safetensors", "pt") as file:
         assert len([*file.keys()]) == 9  # two cores and a bias for each of three layers
+
+
+@pytest.mark.slow
+def test_search_for_a_network(tmp_path: Path):
+    printed = output_of(EXAMPLES / "search_for_a_network.py", "--evaluations", "3", folder=tmp_path)
+    parameters, selection, test = numbers("found", printed)
+    assert parameters <= 800
+    lora = numbers("lora, r=", printed)
+    assert selection > lora[2] > 0
+    assert test > lora[3] > 0
+    assert "Attached from" in printed
+    folder = tmp_path / "runs" / "search_for_a_network"
+    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "front.svg", "found.yaml"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -143,6 +143,8 @@ LATE = (
     ("tnpeft/cli/", "torch", "commands that need no model start without it"),
     ("tnpeft/network/signature.py", "torch", "only who has a module pays for it"),
     ("tnpeft/draw/", "matplotlib", "an extra"),
+    ("tnpeft/searching/", "tnpeft.searching.", "it needs Optuna, an extra"),
+    ("tnpeft/searching/results.py", "optuna", "an extra"),
     ("tnpeft/planning/heuristic.py", "cotengra", "20 ms, which only large networks pay"),
     ("tnpeft/adapters/memory_need.py", "resource", "Windows has none"),
     ("tnpeft/adapters/distributed.py", "torch.distributed", "a second; whoever has a DTensor has paid for it"),

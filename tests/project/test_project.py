@@ -41,6 +41,7 @@ ROOMS = (
     "verify",
     "testing",
     "draw",
+    "searching",
     "cli",
 )
 WITHOUT_TORCH = ("version", "earlier", "errors", "documents", "spec", "network", "planning", "schedule")

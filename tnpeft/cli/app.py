@@ -281,6 +281,56 @@ def budget(
 
 
 @_command()
+def search(
+    files: Annotated[
+        list[str], typer.Argument(metavar="BASE TUNED...", help="Pairs of a base's weights and a full fine-tune's.")
+    ],
+    model: Model,
+    match: Annotated[str, typer.Option("--match", help="The layers: a regular expression on their names, or all.")],
+    params: Annotated[int, typer.Option("--params", "-p", metavar="NUMBER", help="How many parameters may train.")],
+    target: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The spec to write, a .yaml file.")],
+    evaluations: Annotated[int, typer.Option("--evaluations", "-n", help="How many networks are tried.")] = 100,
+    tests: Annotated[
+        list[str] | None,
+        typer.Option("--test", metavar="BASE=TUNED", help="A pair that the winner alone is tested on. Repeatable."),
+    ] = None,
+    test_match: Annotated[
+        str | None, typer.Option("--test-match", help="Layers, of all pairs, that the winner alone is tested on.")
+    ] = None,
+    sampler: Annotated[str, typer.Option("--sampler", help="mixed, random, tpe, evolution or local.")] = "mixed",
+    seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes.")] = 1,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", help="A journal, a .db file or a URL: resumes, and is shared by processes."),
+    ] = None,
+    command: Annotated[
+        str | None,
+        typer.Option("--command", help='Fine-tunes {spec} at {rate}; its last line is JSON: {"score": NUMBER}.'),
+    ] = None,
+    rates: Annotated[
+        list[float] | None,
+        typer.Option("--rate", help="With --command: a rate that each is fine-tuned at. Repeatable."),
+    ] = None,
+    finalists: Annotated[int, typer.Option("--finalists", help="With --command: how many are fine-tuned.")] = 3,
+    report: Annotated[
+        str | None,
+        typer.Option("--report", metavar="FOLDER", help="Compare with random search and shipped specs; write it here."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Search for the network that captures most of full fine-tunes within a number of parameters."""
+    from tnpeft.cli.search import search_networks
+
+    search_networks(
+        Output(), files, model, params, target, tests=tests or [], rates=rates, report=report, quiet=quiet,
+        as_json=as_json, match=match, test_match=test_match, evaluations=evaluations, sampler=sampler, seed=seed,
+        jobs=jobs, storage=storage, command=command, finalists=finalists,
+    )  # fmt: skip
+
+
+@_command()
 def version(as_json: Json = False) -> None:
     """Print the version."""
     output = Output()

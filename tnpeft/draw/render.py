@@ -18,7 +18,7 @@ from tnpeft.draw.scene import LABEL_POINTS
 from tnpeft.draw.shapes import Disc, Scene, Stroke
 from tnpeft.draw.text import FONT, text_size
 
-__all__ = ["figure_of", "rendered"]
+__all__ = ["figure_of", "figure_settings", "rendered"]
 
 # Tints of Okabe and Ito's colours, which stay apart for every kind of colour vision; lines have the full colour.
 _FILLS = {"in": "#b3d9f2", "out": "#f9d9a4", "kernel": "#a8dccb", "inner": "#ffffff"}
@@ -33,7 +33,7 @@ def rendered(page: Page, suffix: str, title: str, digest: str) -> bytes:
 
     `digest` goes into the metadata as `sha256:...`.
     """
-    with _settings():
+    with figure_settings():
         file = io.BytesIO()
         dpi = min(_DPI, _MOST_PIXELS / max(page.width, page.height))
         figure_of(page).savefig(file, format=suffix, dpi=dpi, metadata=_metadata(suffix, title, digest))
@@ -54,7 +54,7 @@ def figure_of(page: Page) -> Any:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def figure_settings() -> Iterator[None]:
     """Our own settings, whatever the user's are; and no words about letters of a title that the font lacks."""
     import matplotlib
 

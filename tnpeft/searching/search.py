@@ -1,0 +1,183 @@
+"""`search`: a network that captures the updates of fine-tunes at a number of parameters, found by trying many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tnpeft.errors import AttachError, Problem, TnpeftError, clip
+from tnpeft.network import Layer
+from tnpeft.searching.needs import need_optuna
+from tnpeft.searching.results import EQUAL, Candidate, Search
+from tnpeft.searching.task import Task
+from tnpeft.searching.updates import Pair, Update, check_kinds, layers_matching, updates_of
+
+__all__ = ["search", "searched"]
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of fine-tunes
+
+
+def search(
+    model: nn.Module,
+    pairs: Iterable[Pair],
+    params: int,
+    /,
+    *,
+    match: str | Sequence[str],
+    evaluations: int = 100,
+    test_pairs: Iterable[Pair] = (),
+    test_match: str | Sequence[str] | None = None,
+    sampler: str = "mixed",
+    seed: int = 0,
+    jobs: int = 1,
+    storage: str | Path | None = None,
+    iterations: int = 15,
+    cores: int = 8,
+    from_known: bool = True,
+    command: str | None = None,
+    rates: Sequence[float] = RATES,
+    finalists: int = 3,
+    progress: Callable[[Candidate | None, int], None] | None = None,
+) -> Search:
+    """Search for the network of at most `params` parameters that captures most of full fine-tunes.
+
+    `model` says which layers there are (it may be on the meta device), `match` which of them are searched; each of
+    `pairs` has the state dicts of a base and of its full fine-tune. A network is worth the mean share of the energy
+    of the updates that `fit` captures from a free start, in at most `iterations` sweeps, with the largest ranks at
+    which the adapters of all searched layers train at most `params` parameters (`budget`).
+
+    Drawn are networks of up to `cores` cores by `sampler`: `random`, `tpe`, `evolution`, `local` (one choice away from
+    the best) or `mixed`, the last three in turn. It begins with known networks (LoRA, CP, Tucker, a train), but for
+    `from_known=False`. Equal networks are evaluated once, and what is clearly behind is given up before the last
+    update. Layers that match `test_match`, whether `match` has them or not, and all layers of `test_pairs` are never
+    searched: the winner's test score is theirs.
+
+    With a `command` the best `finalists` are fine-tuned at each of `rates`, and the one that ends best has won. In it
+    `{spec}` stands for the network's file and `{rate}` for the rate. Its last line on stdout is JSON, `{"score": ...}`,
+    the higher the better; lines `{"step": ..., "score": ...}` before let runs that are behind be stopped.
+
+    `storage` is a journal's path, a `.db` file or a database's URL: several processes and machines may share it, and a
+    search that ended goes on from there. `jobs` processes work here. With one of them, equal arguments give equal
+    results. `progress` is called after each trial, with its candidate, if it was evaluated, and how many were.
+    After an interrupt by Ctrl-C the search ends with what it has.
+
+    Raises TnpeftError, among them one where Optuna is not installed.
+    """
+    need_optuna()
+    pairs, test_pairs = list(pairs), list(test_pairs)
+    layers, beside = _layers(model, match, test_match)
+    kinds = tuple(sorted({layer.kind for layer in (*layers.values(), *beside.values())}))
+    updates = tuple(updates_of(layers, pairs))
+    task = Task(layers, kinds, updates, params, evaluations, iterations, cores, sampler, seed, from_known)
+    task.check()
+    _check(jobs, command, rates, finalists)
+    tests = [*updates_of(beside, pairs), *updates_of({**layers, **beside}, test_pairs, len(pairs))]
+    place = None if storage is None else str(storage)
+    found = searched(task, place, jobs, progress)
+    if command is not None and not found.interrupted:
+        found = _finetuned(found, command, rates, finalists, place)
+    return _tested(found, tests)
+
+
+def _layers(
+    model: nn.Module, match: str | Sequence[str], test_match: str | Sequence[str] | None
+) -> tuple[dict[str, Layer], dict[str, Layer]]:
+    """The layers that are searched, and those that are tested on alone. Raises AttachError."""
+    beside = {} if test_match is None else layers_matching(model, test_match)
+    layers = {name: layer for name, layer in layers_matching(model, match).items() if name not in beside}
+    check_kinds([*layers.values(), *beside.values()])
+    if not layers:
+        fix = "Let `test_match` match fewer layers."
+        raise AttachError(Problem("search", "layers that `match` has and `test_match` has not", "none", fix))
+    return layers, beside
+
+
+def _check(jobs: object, command: str | None, rates: Sequence[float], finalists: object) -> None:
+    problems = []
+    for name, value in (("jobs", jobs), ("finalists", finalists)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            fix = f"For example `{name}=2`."
+            problems.append(Problem(f"search, `{name}`", "a whole number from 1 on", clip(value), fix))
+    if command is not None and not ("{spec}" in command and "{rate}" in command):
+        fix = "For example 'python train.py --spec {spec} --rate {rate}'."
+        problems.append(Problem("search, `command`", "{spec} and {rate} in it", clip(command), fix))
+    if not rates or len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
+        fix = "For example `rates=(1e-4, 1e-3)`."
+        problems.append(Problem("search, `rates`", "different positive numbers", clip([*rates]), fix))
+    if problems:
+        raise TnpeftError(*problems)
+
+
+def searched(
+    task: Task,
+    storage: str | None,
+    jobs: int,
+    progress: Callable[[Candidate | None, int], None] | None = None,
+    name: str = "search",
+) -> Search:
+    """Run a task; nothing is tested yet."""
+    from tnpeft.searching.engine import evaluated, open_study, quiet, run, shared_storage
+
+    def tell(trial: Any, count: int) -> None:
+        if progress is not None:
+            progress(_candidate(task, trial) if trial.user_attrs.get("evaluated") else None, count)
+
+    interrupted = False
+    with quiet(), shared_storage(storage, jobs) as place:
+        study = open_study(task, place, name)
+        try:
+            run(task, study, place, jobs, tell)
+        except KeyboardInterrupt:
+            interrupted = True
+        trials = study.get_trials(deepcopy=False)
+        candidates = [_candidate(task, trial) for trial in evaluated(study) if trial.state.is_finished()]
+    candidates.sort(key=_worth, reverse=True)
+    if not candidates or candidates[0].score is None:
+        if interrupted:
+            raise KeyboardInterrupt
+        found = f"none in {len(trials)} trials"
+        fix = "Allow more parameters (`params`), or match fewer layers."
+        raise TnpeftError(Problem("search", "a network that meets the budget", found, fix))
+    return Search(
+        task,
+        tuple(candidates),
+        {},
+        sum("same_as" in trial.user_attrs for trial in trials),
+        sum("refused" in trial.user_attrs for trial in trials),
+        interrupted,
+    )
+
+
+def _finetuned(found: Search, command: str, rates: Sequence[float], finalists: int, storage: str | None) -> Search:
+    from tnpeft.searching.engine import quiet
+    from tnpeft.searching.finetunes import run_finetunes
+
+    best = [candidate for candidate in found.candidates if candidate.score is not None][:finalists]
+    networks = {candidate.number: candidate.spec() for candidate in best}
+    with quiet():
+        runs, interrupted = run_finetunes(found.task, networks, command, rates, storage)
+    return replace(found, finetunes=tuple(runs), interrupted=interrupted)
+
+
+def _tested(found: Search, tests: Sequence[Update]) -> Search:
+    """With the test scores of the best network."""
+    shares = found.task.captured(found.spec, {}, tests)
+    scores = {str(update): share for update, share in zip(tests, shares, strict=True)}
+    return replace(found, test_scores=scores, tests=tuple(tests))
+
+
+def _worth(candidate: Candidate) -> tuple[float, int, int]:
+    """Of equal scores the smaller network comes first, and of those the earlier one."""
+    score = -1.0 if candidate.score is None else round(candidate.score, EQUAL)
+    return score, -candidate.parameters, -candidate.number
+
+
+def _candidate(task: Task, trial: Any) -> Candidate:
+    attrs = trial.user_attrs
+    score = trial.value if trial.state.name == "COMPLETE" else None
+    topology = task.space.topology(trial.params)
+    return Candidate(trial.number, attrs["origin"], attrs["parameters"], score, topology, task.kinds, attrs["ranks"])

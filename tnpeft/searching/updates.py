@@ -1,0 +1,90 @@
+"""What a search is measured on: updates of layers' weights, read from pairs of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.errors import AttachError, Problem, TnpeftError, clip, listed
+from tnpeft.fitting.arguments import checked
+from tnpeft.network import Layer, layer_of
+from tnpeft.recipe.attachment import recipe_of
+from tnpeft.recipe.targets import targets
+from tnpeft.spec.pattern import KINDS
+from tnpeft.surgery import plain_modules
+
+__all__ = ["Pair", "Update", "check_kinds", "layers_matching", "updates_of"]
+
+Pair = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one layer in one pair of checkpoints: the tuned weight minus the base weight."""
+
+    name: str
+    layer: Layer
+    delta: Tensor
+    pair: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, pair {self.pair}"
+
+
+def layers_matching(model: nn.Module, match: str | Sequence[str]) -> dict[str, Layer]:
+    """The layers of a model whose names match, by name. Raises AttachError."""
+    claimed = targets(model, recipe_of("full", match, {}))
+    modules = plain_modules(model)
+    layers = {name: layer_of(modules[name]) for name in claimed if name in modules}
+    odd = [name for name, layer in layers.items() if layer.opaque or layer.slices]
+    if odd:
+        fix = "Match other layers."
+        raise AttachError(Problem("search", "layers with a plain weight each", listed(odd), fix))
+    return layers
+
+
+def check_kinds(layers: Sequence[Layer]) -> None:
+    """One network fits layers with equally many kernel axes. Raises AttachError."""
+    axes = {KINDS[layer.kind] for layer in layers}
+    if len(axes) > 1:
+        found = ", ".join(sorted({layer.kind for layer in layers}))
+        fix = "Search for each kind by itself: match the layers of one."
+        raise AttachError(Problem("search", "layers with equally many kernel axes", found, fix))
+
+
+def updates_of(layers: Mapping[str, Layer], pairs: Iterable[Pair], first: int = 0) -> list[Update]:
+    """The updates of layers in pairs of a base's and a tuned state dict, in that order. Raises AttachError.
+
+    A layer that no pair changes has nothing to capture and is passed over.
+    """
+    updates = []
+    for number, (base, tuned) in enumerate(pairs, first):
+        for name, layer in layers.items():
+            update = _update(name, layer, base, tuned, number)
+            if bool(update.delta.any()):
+                updates.append(update)
+    return updates
+
+
+def _update(name: str, layer: Layer, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], pair: int) -> Update:
+    weights = []
+    for what, state in (("base", base), ("tuned", tuned)):
+        weight = state.get(f"{name}.weight")
+        where = f"{what} checkpoint of pair {pair}"
+        fix = "Pass checkpoints of this model."
+        if not isinstance(weight, Tensor):
+            raise AttachError(Problem(where, f"a tensor '{name}.weight'", clip(weight), fix))
+        if tuple(weight.shape) != layer.stored_shape:
+            expected = f"'{name}.weight' of shape {layer.stored_shape}"
+            raise AttachError(Problem(where, expected, f"{tuple(weight.shape)}", fix))
+        weights.append(weight.detach().to("cpu", torch.float64))
+    try:
+        return Update(name, layer, checked(weights[1] - weights[0], layer.stored_shape), pair)
+    except TnpeftError as error:
+        problem = error.problems[0]
+        raise AttachError(
+            Problem(f"pair {pair}, '{name}.weight'", problem.expected, problem.found, problem.fix)
+        ) from error
