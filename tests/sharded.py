@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,6 +153,8 @@ def _enter(rank: int, worker: Callable[..., None], processes: int, folder: str, 
     worker(Path(folder), *arguments)
     distributed.barrier()
     distributed.destroy_process_group()
+    # Threads of groups that are gone may stand a moment longer: the interpreter's end would abort over one of them.
+    os._exit(0)
 
 
 def cores(model: nn.Module) -> Iterator[Tensor]:

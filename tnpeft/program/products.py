@@ -35,11 +35,10 @@ def contract(factors: Sequence[Factor], legs: Sequence[str]) -> Tensor:
             return _multiplied(smaller, larger, legs)
     every = dict.fromkeys(leg for _, of in factors for leg in of)
     letters = {leg: get_symbol(number) for number, leg in enumerate(every)}
-    inputs, output = (
-        ("".join(map(letters.__getitem__, of)) for _, of in factors),
-        "".join(map(letters.__getitem__, legs)),
-    )
-    product: Tensor = torch.einsum(f"{','.join(inputs)}->{output}", *(tensor for tensor, _ in factors))
+    # Lists, for Dynamo hands no generator on.
+    inputs = ["".join([letters[leg] for leg in of]) for _, of in factors]
+    output = "".join([letters[leg] for leg in legs])
+    product: Tensor = torch.einsum(f"{','.join(inputs)}->{output}", *[tensor for tensor, _ in factors])
     return product
 
 
@@ -111,7 +110,7 @@ def _multiplied(smaller: Factor, larger: Factor, legs: Sequence[str]) -> Tensor:
     def matrices(factor: Factor, *groups: Sequence[str]) -> Tensor:
         tensor, of = factor
         moved = tensor.permute([of.index(leg) for group in groups for leg in group])
-        return moved.reshape([math.prod(sizes[leg] for leg in group) for group in groups])
+        return moved.reshape([math.prod([sizes[leg] for leg in group]) for group in groups])
 
     product = torch.bmm(matrices(smaller, batch, rows, summed), matrices(larger, batch, summed, columns))
     order = [*batch, *rows, *columns]
