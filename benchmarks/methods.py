@@ -74,7 +74,6 @@ PEERS: Mapping[str, Peer] = {
     "peft OFT b=32 on Linear": Peer(_peft("OFTConfig", True, oft_block_size=32), ("oft" + ON_LINEAR,)),
     "peft HRA r=8 on Linear": Peer(_peft("HRAConfig", True, r=8), ("hra" + ON_LINEAR,)),
     "lycoris Diag-OFT r=4": Peer(_lycoris("diag-oft", 4), ("diag_oft",)),
-    "lycoris BOFT r=32": Peer(_lycoris("boft", 32), ("boft_lycoris",)),
     "lycoris LoCon r=2": Peer(_lycoris("lora", 2), ("lora_ddpm", "lora")),
     "lycoris LoHa r=1": Peer(_lycoris("loha", 1), ("loha_ddpm", "loha")),
     "lycoris LoKr r=24": Peer(_lycoris("lokr", 24, decompose_both=True, factor=-1), ("lokr_ddpm", "lokr_both")),
