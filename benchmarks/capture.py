@@ -88,9 +88,10 @@ def convolutions(training: int, tuning: int) -> Iterator[tuple[str, nn.Module, T
 def painted(domain: Any, generator: torch.Generator) -> Tensor:
     """Subjects of the demonstration's population, (subjects, 1, side, side, side)."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    from ddpm_lab.data.population import paint_subject, template_tissues
+    from ddpm_lab.data.anatomies import tissues_of
+    from ddpm_lab.data.population import paint_subject
 
-    tissues = template_tissues(SIDE)
+    tissues = tissues_of("mni152", SIDE)
     return torch.stack([paint_subject(tissues, domain, generator)[None] for _ in range(SUBJECTS)]) * 2 - 1
 
 

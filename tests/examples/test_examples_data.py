@@ -16,7 +16,8 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 import nibabel
 from ddpm_lab.config.settings import Data
 from ddpm_lab.data.files import check_volumes, find_volumes, split_volumes
-from ddpm_lab.data.population import Tissues, paint_subject, template_tissues, write_population
+from ddpm_lab.data.anatomies import Tissues, tissues_of
+from ddpm_lab.data.population import paint_subject, write_population
 from ddpm_lab.data.volumes import check_sizes, dataset
 from ddpm_lab.support.faults import LabError
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
@@ -318,7 +319,7 @@ def test_volumes_of_different_or_impossible_sizes_are_named(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def tissues() -> Tissues:
-    return template_tissues(16)
+    return tissues_of("mni152", 16)
 
 
 def test_tissues_are_probabilities_of_a_whole_brain(tissues: Tissues) -> None:
@@ -332,9 +333,9 @@ def test_tissues_are_probabilities_of_a_whole_brain(tissues: Tissues) -> None:
 
 
 def test_the_population_is_the_same_every_time(tissues: Tissues, tmp_path: Path) -> None:
-    first = write_population(tmp_path / "a", tissues, "t1", 3, seed=0)
-    again = write_population(tmp_path / "b", tissues, "t1", 2, seed=0)
-    other = write_population(tmp_path / "c", tissues, "t1", 1, seed=1)
+    first = write_population(tmp_path / "a", (tissues,), "t1", 3, seed=0)
+    again = write_population(tmp_path / "b", (tissues,), "t1", 2, seed=0)
+    other = write_population(tmp_path / "c", (tissues,), "t1", 1, seed=1)
     volumes = [nibabel.load(path).get_fdata() for path in [*first, *again, *other]]
     assert [path.name for path in first] == ["sub-001_t1w.nii.gz", "sub-002_t1w.nii.gz", "sub-003_t1w.nii.gz"]
     assert np.array_equal(volumes[0], volumes[3])

@@ -9,14 +9,15 @@ import torch
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from ddpm_lab.data.population import Domain, Tissues, paint_subject, template_tissues, write_population
+from ddpm_lab.data.anatomies import Tissues, tissues_of
+from ddpm_lab.data.population import Domain, paint_subject, write_population
 
 SIDE = 32
 
 
 @pytest.fixture(scope="module")
 def tissues() -> Tissues:
-    return template_tissues(SIDE)
+    return tissues_of("mni152", SIDE)
 
 
 def subject(tissues: Tissues, domain: Domain, seed: int) -> torch.Tensor:
@@ -61,7 +62,7 @@ def test_healthy_subjects_are_what_they_were_before_there_were_diseases(tissues:
 
 
 def test_files_are_named_after_their_domain(tissues: Tissues, tmp_path: Path) -> None:
-    names = [write_population(tmp_path / each, tissues, each, 1, 0)[0].name for each in ("t2", "atrophy", "lesion")]
+    names = [write_population(tmp_path / each, (tissues,), each, 1, 0)[0].name for each in ("t2", "atrophy", "lesion")]
     assert names == ["sub-001_t2w.nii.gz", "sub-001_atrophy.nii.gz", "sub-001_lesion.nii.gz"]
 
 

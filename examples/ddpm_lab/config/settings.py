@@ -7,6 +7,7 @@ where a comment says otherwise.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from pydantic import (
 from tnpeft.documents.paths import is_file
 
 __all__ = [
+    "Anatomy",
     "Base",
     "Config",
     "Data",
@@ -42,6 +44,7 @@ Positive = Annotated[int, Field(gt=0)]
 Millimetres = Annotated[float, Field(gt=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Size = tuple[Positive, Positive, Positive]
+Anatomy = Literal["mni152", "icbm2009c", "colin27", "three_tissue", "inia19"]  # what made subjects descend from
 
 
 class Section(BaseModel):
@@ -69,6 +72,26 @@ class Data(Section):
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     test_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of subjects that a study reports on, and nothing else sees
     split_seed: int = 0
+    strata: str | None = None  # a pattern of file names with one group: each part of the split has its share of each
+    unseen: tuple[str, ...] = ()  # strata held out whole, which are measured before and after as those to test on are
+
+    @field_validator("strata")
+    @classmethod
+    def _one_group(cls, pattern: str | None) -> str | None:
+        try:
+            groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error:
+            groups = 0
+        if groups != 1:
+            raise ValueError("a regular expression with one group")
+        return pattern
+
+    @field_validator("unseen")
+    @classmethod
+    def _of_strata(cls, unseen: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if unseen and info.data.get("strata") is None:
+            raise ValueError("nothing without `strata`, which says of a file which it is of")
+        return tuple(sorted(set(unseen)))
 
     @field_validator("intensity")
     @classmethod
@@ -86,9 +109,9 @@ class Data(Section):
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `percentiles` and `test_share` where there are none: then caches and runs keep their names."""
+        """Without later settings where they say nothing: then caches and runs keep their names."""
         values: dict[str, Any] = dump(self)
-        for name in ("percentiles", "test_share"):
+        for name in ("percentiles", "test_share", "strata", "unseen"):
             if not values.get(name):
                 values.pop(name, None)
         return values

@@ -8,8 +8,10 @@ import json
 import math
 import os
 import random
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +47,7 @@ __all__ = [
     "inspect",
     "rooted",
     "split_volumes",
+    "stratum_of",
     "subject_of",
 ]
 
@@ -269,6 +272,7 @@ class Split:
     validation: tuple[Path, ...]
     test: tuple[Path, ...]
     seed: int
+    unseen: tuple[Path, ...] = ()  # of strata that are held out whole
 
     def write(self, path: Path, root: Path) -> None:
         """Write the split down as JSON, with paths below `root`."""
@@ -284,34 +288,50 @@ class Split:
 
     def named(self) -> tuple[tuple[str, tuple[Path, ...]], ...]:
         """The lists that the split has, by name."""
-        lists = ("train", self.train), ("validation", self.validation)
-        return (*lists, ("test", self.test)) if self.test else lists
+        lists = ("train", self.train), ("validation", self.validation), ("test", self.test), ("unseen", self.unseen)
+        return tuple((name, files) for name, files in lists if files)
 
 
 def split_volumes(paths: Sequence[Path], data: Data) -> Split:
     """Hold out shares of the subjects, at least one and not all; the same seed gives the same split.
 
     A manifest has the split already. In layout `plain` each file is a subject of its own. Subjects to test on are
-    taken from those that would train: the others are validated on with or without them.
+    taken from those that would train: the others are validated on with or without them. Strata are spread evenly
+    over the shuffled subjects, so that each part has its share of each.
     """
     if data.manifest is not None:
         manifest = read_manifest(data)
         root = root_of(data, manifest)
-        entries = (manifest.train, manifest.validation, manifest.test)
-        train, validation, test = (tuple(sorted(root / entry.path for entry in each)) for each in entries)
-        return Split(train, validation, test, manifest.seed)
-    subjects = list(dict.fromkeys(subject_of(path, data) for path in sorted(paths)))
+        entries = (manifest.train, manifest.validation, manifest.test, manifest.unseen)
+        train, validation, test, unseen = (tuple(sorted(root / entry.path for entry in each)) for each in entries)
+        return Split(train, validation, test, manifest.seed, unseen)
+    unseen = tuple(sorted(path for path in paths if stratum_of(path, data) in data.unseen))
+    paths = [path for path in paths if stratum_of(path, data) not in data.unseen]
+    strata = {subject_of(path, data): stratum_of(path, data) for path in sorted(paths)}
+    subjects = list(strata)
     if len(subjects) < fewest(data):
         found = f"{len(subjects)}, {', '.join(subjects)}"
         fix = "Add subjects, or split by file with `--set data.layout=plain`."
         raise fault(data.root, "subjects to split", f"at least {fewest(data)}", found, fix)
     first, last = held_out_counts(len(subjects), data)
     random.Random(data.split_seed).shuffle(subjects)
+    subjects = _spread(subjects, strata)
     parts = (set(part) for part in (subjects[first + last :], subjects[:first], subjects[first : first + last]))
     train, validation, test = (
         tuple(sorted(path for path in paths if subject_of(path, data) in part)) for part in parts
     )
-    return Split(train, validation, test, data.split_seed)
+    return Split(train, validation, test, data.split_seed, unseen)
+
+
+def _spread(subjects: Sequence[str], strata: Mapping[str, str | None]) -> list[str]:
+    """The subjects in an order in which every stretch has its share of each stratum; a single one stays as it is."""
+    sizes, seen = Counter(strata.values()), Counter[str | None]()
+    places = {}
+    for subject in subjects:
+        stratum = strata[subject]
+        places[subject] = (seen[stratum] + 0.5) / sizes[stratum]
+        seen[stratum] += 1
+    return sorted(subjects, key=lambda subject: places[subject])
 
 
 def held_out_counts(subjects: int, data: Data) -> tuple[int, int]:
@@ -319,6 +339,12 @@ def held_out_counts(subjects: int, data: Data) -> tuple[int, int]:
     test = max(1, round(subjects * data.test_share)) if data.test_share else 0
     validation = min(max(1, round(subjects * data.validation_share)), subjects - 1 - min(test, 1))
     return validation, min(test, subjects - validation - 1)
+
+
+def stratum_of(path: Path, data: Data) -> str | None:
+    """The stratum that a file's name says, None where there are none or it says nothing."""
+    found = re.search(data.strata, path.name) if data.strata is not None else None
+    return found.group(1) if found is not None else None
 
 
 def subject_of(path: Path, data: Data) -> str:

@@ -37,6 +37,7 @@ class Entry(Part):
     bytes: Annotated[int, Field(gt=0)]
     shape: tuple[int, int, int]  # voxels, along the stored axes
     spacing: tuple[float, float, float]  # mm
+    stratum: str | None = None  # where the split knows strata
 
     @field_validator("path")
     @classmethod
@@ -66,13 +67,15 @@ class Manifest(Part):
     train: Annotated[tuple[Entry, ...], Field(min_length=1)]
     validation: Annotated[tuple[Entry, ...], Field(min_length=1)]
     test: tuple[Entry, ...] = ()
+    strata: str | None = None
+    unseen: tuple[Entry, ...] = ()  # of strata that are held out whole
     rejected: tuple[Rejected, ...]
     outliers: tuple[Rejected, ...] = ()  # volumes that are used, and of which a few voxels lie far from the rest
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """Every volume, those that train first."""
-        return self.train + self.validation + self.test
+        return self.train + self.validation + self.test + self.unseen
 
     @model_validator(mode="after")
     def _each_once(self) -> Manifest:
@@ -145,6 +148,8 @@ def _conflicts(data: Data, manifest: Manifest) -> Iterator[Problem]:
         "split_seed": manifest.seed,
         "validation_share": manifest.validation_share,
         "test_share": manifest.test_share,
+        "strata": manifest.strata,
+        "unseen": tuple(sorted({entry.stratum or "" for entry in manifest.unseen})),
     }
     for name in made:
         value = getattr(data, name)

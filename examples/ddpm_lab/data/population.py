@@ -1,15 +1,14 @@
-"""A population of brains made from one real template, for machines that have no MRI data.
+"""A population of brains made from a few real templates, for machines that have no MRI data.
 
-The tissue maps of the MNI152 template (which nilearn carries in its wheel) are deformed, painted
-with the contrast of a sequence and passed through the faults of a scanner. Every subject is a
-deformation of the same average brain: what is learnt from them says nothing about patients.
+The tissue maps of a template (`anatomies`) are deformed, painted with the contrast of a sequence and
+passed through the faults of a scanner. Every subject is a deformation of a template's brain: what is
+learnt from them says nothing about patients.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,13 +19,12 @@ from monai.transforms import AdjustContrast, Compose, EnsureType, RandBiasField,
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch.nn.functional import grid_sample, interpolate
 
-__all__ = ["Domain", "Tissues", "paint_subject", "template_tissues", "write_population"]
+from ddpm_lab.data.anatomies import Tissues
+
+__all__ = ["Domain", "paint_subject", "write_population"]
 
 # What is drawn: healthy subjects in two contrasts, and two diseases in the first.
 Domain = Literal["t1", "t2", "atrophy", "lesion"]
-
-FIELD_OF_VIEW = 208.0  # mm, the side of the cube that holds the brain
-CENTRE = (0.0, -18.0, 8.0)  # mm in MNI space, the middle of the brain mask's bounding box
 
 # Mean signal of cerebrospinal fluid, grey matter and white matter.
 T1 = (0.22, 0.58, 0.88)
@@ -42,7 +40,7 @@ SCALING = 0.08
 SHIFT = 0.03  # of half the field of view
 DISPLACEMENT = 0.035  # of half the field of view, at 6 x 6 x 6 knots
 
-# Lengths below are shares of half the field of view, in the order R, A, S.
+# Lengths below are shares of half the field of view, in the order R, A, S; places are those of a brain in MNI space.
 VENTRICLES = (0.0, 0.13, 0.06)  # the middle of the lateral ventricles
 VENTRICLE_REACH = (0.22, 0.34, 0.24)
 WIDENING = (0.16, 0.24)  # of the ventricles, in either direction of an axis
@@ -53,50 +51,6 @@ LESION_REACH = {"oedema": 1.0, "rim": 0.66, "core": 0.46}
 LESION_EDGE = 0.05  # over this width one signal gives way to the next
 
 STORED_AXES = ("RAS", "LPS", "LAS", "PIR")  # scanners disagree about axes, and so do these files
-
-
-@dataclass(frozen=True)
-class Tissues:
-    """Probabilities of the three tissues on a cube: `maps` is (3, side, side, side), axes R, A, S."""
-
-    maps: torch.Tensor
-    spacing: float  # mm
-
-    @property
-    def affine(self) -> np.ndarray:
-        """Voxel indices to millimetres in MNI space."""
-        affine = np.diag([self.spacing] * 3 + [1.0])
-        affine[:3, 3] = np.array(CENTRE) - FIELD_OF_VIEW / 2 + self.spacing / 2
-        return affine
-
-
-def template_tissues(side: int) -> Tissues:
-    """The MNI152 tissue maps on a cube of `side` voxels around the brain; no network is needed."""
-    from nilearn import datasets
-
-    images = (
-        datasets.load_mni152_brain_mask(resolution=2),
-        datasets.load_mni152_gm_template(resolution=2),
-        datasets.load_mni152_wm_template(resolution=2),
-    )
-    mask, grey, white = (_on_cube(image, side) for image in images)
-    fluid = (mask - grey - white).clamp(0, 1)
-    return Tissues(torch.stack([fluid, grey * mask, white * mask]), FIELD_OF_VIEW / side)
-
-
-def _on_cube(image: nibabel.Nifti1Image, side: int) -> torch.Tensor:
-    """Resample an image to the cube; fine samples are averaged, so that thin cortex survives."""
-    finer = 2
-    steps = (torch.arange(side * finer, dtype=torch.float64) + 0.5) / (side * finer) - 0.5
-    axes = [centre + FIELD_OF_VIEW * steps for centre in CENTRE]
-    points = torch.stack([*torch.meshgrid(*axes, indexing="ij"), torch.ones((side * finer,) * 3)], dim=-1)
-    to_voxels = torch.from_numpy(np.linalg.inv(image.affine))
-    voxels = (points.to(torch.float64) @ to_voxels.T)[..., :3]
-    size = torch.tensor(image.shape[:3], dtype=torch.float64)
-    grid = (2 * voxels / (size - 1) - 1).flip(-1).to(torch.float32)  # grid_sample counts axes from the last
-    data = torch.from_numpy(image.get_fdata(dtype=np.float32))
-    fine = grid_sample(data[None, None], grid[None], align_corners=True)
-    return torch.nn.functional.avg_pool3d(fine, finer)[0, 0]
 
 
 def paint_subject(tissues: Tissues, domain: Domain, generator: torch.Generator) -> torch.Tensor:
@@ -178,28 +132,33 @@ def _deformation(side: int, generator: torch.Generator) -> torch.Tensor:
 
 def write_population(
     folder: Path,
-    tissues: Tissues,
+    tissues: Sequence[Tissues],
     domain: Domain,
     count: int,
     seed: int,
     progress: Callable[[int], None] = lambda _: None,
+    named: bool = False,
+    first: int = 1,
 ) -> list[Path]:
-    """Write `count` subjects as NIfTI files; existing files with these names are replaced.
+    """Write `count` subjects as NIfTI files, dealt to the brains in turn; existing files with these names are replaced.
 
-    Each subject has a random stream of its own, drawn from `seed` and its name.
+    Each subject has a random stream of its own, drawn from `seed` and its name. The first has the number `first`.
+    Names say the anatomy where they are `named`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number in range(1, count + 1):
-        name = f"sub-{number:03d}_{domain}{'w' if domain in ('t1', 't2') else ''}"
+    for done in range(count):
+        brain = tissues[done % len(tissues)]
+        anatomy = f"{brain.anatomy}_" if named else ""
+        name = f"sub-{first + done:03d}_{anatomy}{domain}{'w' if domain in ('t1', 't2') else ''}"
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        volume = paint_subject(tissues, domain, generator)
+        volume = paint_subject(brain, domain, generator)
         axes = STORED_AXES[int(torch.randint(len(STORED_AXES), (), generator=generator))]
         path = folder / f"{name}.nii.gz"
-        nibabel.save(_stored_as(volume, tissues.affine, axes), path)
+        nibabel.save(_stored_as(volume, brain.affine, axes), path)
         paths.append(path)
-        progress(number)
+        progress(first + done)
     return paths
 
 

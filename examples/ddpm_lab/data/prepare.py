@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddpm_lab.config.settings import Config, Data
-from ddpm_lab.data.files import Volume, each, fewest, find_volumes, inspect, split_volumes, subject_of
+from ddpm_lab.data.files import Volume, each, fewest, find_volumes, inspect, split_volumes, stratum_of, subject_of
 from ddpm_lab.data.manifest import VERSION
 from ddpm_lab.data.outliers import Outliers, warnings_of
 from ddpm_lab.support.console import Screen
@@ -117,8 +117,10 @@ def _manifest(examined: Sequence[Examined], data: Data) -> dict[str, Any]:
         name = _below(item.path, data.root)
         if isinstance(item.found, Volume):
             shape, spacing = list(item.found.shape), list(item.found.spacing)
+            stratum = stratum_of(item.path, data)
             entries[item.path] = {
-                "path": name, "sha256": item.sha256, "bytes": item.size, "shape": shape, "spacing": spacing
+                "path": name, "sha256": item.sha256, "bytes": item.size, "shape": shape, "spacing": spacing,
+                **({"stratum": stratum} if stratum is not None else {}),
             }  # fmt: skip
         else:
             rejected.append({"path": name, "reason": _why(item.found, data.root)})
@@ -134,6 +136,8 @@ def _manifest(examined: Sequence[Examined], data: Data) -> dict[str, Any]:
         "train": [entries[path] for path in split.train],
         "validation": [entries[path] for path in split.validation],
         "test": [entries[path] for path in split.test],
+        **({"strata": data.strata} if data.strata is not None else {}),
+        **({"unseen": [entries[path] for path in split.unseen]} if split.unseen else {}),
         "rejected": rejected,
         **({"outliers": outliers} if outliers else {}),
     }
@@ -164,10 +168,11 @@ def _show(examined: Sequence[Examined], manifest: dict[str, Any], data: Data, sc
     size = sum(item.size for item in examined if isinstance(item.found, Volume))
     screen.line("")
     tested = f"to validate, {_people(manifest['test'], data)} to test " if manifest["test"] else ""
+    unseen = f"; {_people(manifest['unseen'], data)} of strata that nothing sees" if "unseen" in manifest else ""
     screen.line(
         f"{len(volumes)} of {len(examined)} files are volumes ({_bytes(size)}); "
         f"{_people(manifest['train'], data)} train, {_people(manifest['validation'], data)} are held out "
-        f"{tested}(seed {data.split_seed})"
+        f"{tested}(seed {data.split_seed}){unseen}"
     )
     sizes = Counter((_times(volume.shape), _times(volume.spacing)) for volume in volumes)
     rows = ((shape, spacing, str(count)) for (shape, spacing), count in sizes.most_common())

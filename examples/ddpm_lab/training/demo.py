@@ -12,7 +12,8 @@ from typing import Any
 from ddpm_lab.config.settings import Base, Config, DemoConfig, Method, Training
 from ddpm_lab.data.files import held_out_counts
 from ddpm_lab.data.order import Source
-from ddpm_lab.data.population import template_tissues, write_population
+from ddpm_lab.data.anatomies import tissues_of
+from ddpm_lab.data.population import write_population
 from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.diffusion import noise_schedule
 from ddpm_lab.model.unet import build_unet, save_weights
@@ -111,7 +112,7 @@ def _population(config: DemoConfig, out: Path, screen: Screen) -> None:
         screen.line(f"Population: {people.source} source and {people.target} target subjects, from an earlier run")
         return
     with screen.bar("population from MNI152", people.source + people.target) as bar:
-        tissues = template_tissues(people.side)
+        tissues = (tissues_of("mni152", people.side),)
         write_population(out / "data" / "source", tissues, "t1", people.source, people.seed, bar)
         write_population(
             out / "data" / "target", tissues, "t2", people.target, people.seed, lambda done: bar(people.source + done)

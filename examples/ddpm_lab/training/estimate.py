@@ -11,7 +11,8 @@ from torch import nn
 
 from ddpm_lab.config.settings import DemoConfig, Training
 from ddpm_lab.data.files import held_out_counts
-from ddpm_lab.data.population import paint_subject, template_tissues
+from ddpm_lab.data.anatomies import tissues_of
+from ddpm_lab.data.population import paint_subject
 from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.diffusion import noise_schedule, predict
 from ddpm_lab.model.unet import build_unet
@@ -87,7 +88,7 @@ def _network_times(config: DemoConfig) -> tuple[float, float]:
 
 
 def _painting(config: DemoConfig) -> Callable[[], object]:
-    tissues, generator = template_tissues(config.population.side), torch.Generator().manual_seed(0)
+    tissues, generator = tissues_of("mni152", config.population.side), torch.Generator().manual_seed(0)
     return lambda: paint_subject(tissues, "t1", generator)
 
 
