@@ -205,9 +205,9 @@ def test_the_best_is_marked_by_what_is_printed_and_by_the_direction(tmp_path: Pa
         }
 
 
-def column(*numbers: dict[int, dict[str, float]], less: bool = True, key: str = "fid") -> Column:
+def column(*numbers: dict[int, dict[str, float]], less: bool = True, part: str = "") -> Column:
     """A column whose first row is the base."""
-    made = Column(Metric(key, "x", less))
+    made = Column(Metric("x", "x", less, part=part))
     for each in numbers:
         means = tuple(Value(seed, sum(row.values()) / len(row)) for seed, row in each.items())
         made.cells.append(Cell(means) if means else None)
@@ -239,10 +239,10 @@ def test_the_change_of_the_error_is_compared_volume_by_volume() -> None:
             for seed in range(3)
         }
 
-    made = column({}, rows(-50), rows(-51), key="change_percent")
+    made = column({}, rows(-50), rows(-51), part="test")
     assert made.best([1, 2], 0) == {2}, "volumes differ by ten points, pairs by one"
-    assert column({}, rows(-50), rows(-51, 8), key="change_percent").best([1, 2], 0) == set()
-    assert column({}, rows(2), rows(1), key="change_percent").best([1, 2], 0) == set(), "the base has no change"
+    assert column({}, rows(-50), rows(-51, 8), part="test").best([1, 2], 0) == set()
+    assert column({}, rows(2), rows(1), part="test").best([1, 2], 0) == set(), "the base has no change"
 
 
 def test_names_are_text_and_no_markup() -> None:

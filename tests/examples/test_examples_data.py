@@ -15,8 +15,8 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 import nibabel
 from ddpm_lab.config.settings import Data
-from ddpm_lab.data.files import check_volumes, find_volumes, split_volumes
 from ddpm_lab.data.anatomies import Tissues, tissues_of
+from ddpm_lab.data.files import check_volumes, find_volumes, split_volumes
 from ddpm_lab.data.population import paint_subject, write_population
 from ddpm_lab.data.volumes import check_sizes, dataset
 from ddpm_lab.support.faults import LabError

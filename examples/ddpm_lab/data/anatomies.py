@@ -99,7 +99,9 @@ def find_template(name: Anatomy, folder: Path | None = None) -> Path | None:
             return place
     tried = " or ".join(str(place.parent) for place in places) or f"no package {template.package}"
     fix = f"Run `{template.get}`, or set `templates` to the folder that has the file."
-    raise fault("made.anatomies", f"the template of {name}", template.file, f"none in {tried}" if places else tried, fix)
+    raise fault(
+        "made.anatomies", f"the template of {name}", template.file, f"none in {tried}" if places else tried, fix
+    )
 
 
 def tissues_of(name: Anatomy, side: int, folder: Path | None = None) -> Tissues:
@@ -154,7 +156,7 @@ def _from_t1(image: nibabel.Nifti1Image) -> list[nibabel.Nifti1Image]:
     """Tissues of a brain without skull by its T1 signal: a mixture of three normal distributions.
 
     A voxel darker than the mean of fluid is fluid, and one brighter than the mean of white matter is white matter.
-    The signal alone decides: deep grey matter, which is bright, is taken for white matter in part.
+    The signal alone decides: where fluid and white matter share a voxel, that looks like grey matter.
     """
     from sklearn.mixture import GaussianMixture
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ddpm_lab.config.settings import Data, Training
+from ddpm_lab.data.anatomies import find_template
 from ddpm_lab.data.files import find_volumes, held_out_counts, rooted, split_volumes
 from ddpm_lab.data.manifest import read_manifest
 from ddpm_lab.data.volumes import check_sizes
@@ -17,7 +18,7 @@ from ddpm_lab.evaluation.encoder import load_encoder
 from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.method import check_fit
 from ddpm_lab.model.unet import build_unet, divisor, load_base
-from ddpm_lab.study.settings import DataSet, StudyConfig
+from ddpm_lab.study.settings import DataSet, Made, StudyConfig
 from ddpm_lab.support.faults import LabError, fault
 from ddpm_lab.training.train import steps_of
 from tnpeft import TnpeftError
@@ -92,6 +93,7 @@ def _check_data(dataset: DataSet, trainings: Sequence[Training], config: StudyCo
     if shape is not None:
         _check_shape(shape, "data.resize" if data.resize else "data.crop", config)
     if dataset.made is not None:
+        _check_anatomies(dataset.made, data, config)
         if shape is None and data.spacing is None:
             _check_shape((dataset.made.side,) * 3, "made.side", config)
         files, held_out = dataset.made.count, sum(held_out_counts(dataset.made.count, data))
@@ -106,6 +108,16 @@ def _check_data(dataset: DataSet, trainings: Sequence[Training], config: StudyCo
     if files - held_out < needed:
         found = f"{files - held_out} of {files} after holding {held_out} out"
         raise fault(where, "files to train on", f"at least {needed}, one batch", found, fix)
+
+
+def _check_anatomies(made: Made, data: Data, config: StudyConfig) -> None:
+    """Templates that are there, and subjects enough that each anatomy is among those that are held out."""
+    for anatomy in (*made.anatomies, *made.held_out):
+        find_template(anatomy, config.templates)
+    smallest = min(count for count in held_out_counts(made.count, data) if count)
+    if smallest < len(made.anatomies):
+        expected, fix = f"at least {len(made.anatomies)}, one of each anatomy", "Raise `made.count` or the shares."
+        raise fault("made.count", "subjects to validate or test on", expected, str(smallest), fix)
 
 
 def _check_tested(data: Data) -> None:

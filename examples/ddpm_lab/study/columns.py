@@ -64,7 +64,7 @@ class Column:
         """Whether a row is better than the base, which changes no error."""
         own, other = self.cells[row], self.cells[base]
         assert own is not None
-        if self.metric.key == "change_percent":
+        if self.metric.part:
             return own.mean < 0
         return other is None or (own.mean < other.mean if self.metric.less else own.mean > other.mean)
 

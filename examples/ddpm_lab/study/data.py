@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from ddpm_lab.config.settings import Base, Config, Method, Sampling, Training
+from ddpm_lab.data.anatomies import tissues_of
 from ddpm_lab.data.manifest import read_manifest, root_of
-from ddpm_lab.data.population import template_tissues, write_population
+from ddpm_lab.data.population import write_population
 from ddpm_lab.data.prepare import prepare_data
 from ddpm_lab.data.volumes import transforms
 from ddpm_lab.study.run import Outcome, digest, made_of, refuse_others
-from ddpm_lab.study.settings import DataSet, StudyConfig
+from ddpm_lab.study.settings import DataSet, Made, StudyConfig
 from ddpm_lab.support.console import Screen
 from ddpm_lab.support.durable import digest_of_file, read_json, write_json, writing
 from ddpm_lab.support.folders import make_folder
@@ -50,9 +51,11 @@ def identity(config: StudyConfig, dataset: DataSet) -> dict[str, Any]:
     data = config.data_of(dataset)
     manifest = read_manifest(data)
     made = dataset.made is not None
+    parts = {"train": manifest.train, "validation": manifest.validation, "test": manifest.test}
+    parts |= {"unseen": manifest.unseen} if manifest.unseen else {}
     split = {
         name: [entry.path if made else [entry.path, entry.sha256] for entry in entries]
-        for name, entries in (("train", manifest.train), ("validation", manifest.validation), ("test", manifest.test))
+        for name, entries in parts.items()
     }
     return {**described(config, dataset), "split": digest(split)}
 
@@ -64,7 +67,7 @@ def settled(name: str, config: StudyConfig, dataset: DataSet, out: Path, screen:
         own: dict[str, Any] = {}
         if dataset.made is not None:
             with writing(folder, "the made subjects"):
-                own["root"] = _population(folder, dataset, name, screen)
+                own["root"] = _population(folder, config, dataset.made, name, screen)
         data = config.data_of(dataset).model_copy(update=own)
         wanted = _wanted(config, dataset)
         if data.manifest is None:
@@ -82,16 +85,23 @@ def _only(config: StudyConfig, data: Any) -> Config:
     return Config(data=data, model=config.model, method=Method(kind="full"), training=config.training)
 
 
-def _population(folder: Path, dataset: DataSet, name: str, screen: Screen) -> Path:
+def _population(folder: Path, config: StudyConfig, made: Made, name: str, screen: Screen) -> Path:
     """Made subjects as NIfTI files, unless they are there."""
-    assert dataset.made is not None
-    made, root = dataset.made, folder / "subjects"
+    root = folder / "subjects"
     wanted = made.model_dump(mode="json")
     if read_json(folder / "population.json") != wanted:
-        with screen.bar(f"make {name}: {made.count} subjects", made.count) as bar:
-            write_population(root, template_tissues(made.side), made.domain, made.count, made.seed, bar)
-        for extra in sorted(root.glob("*.nii.gz"))[made.count :]:
-            extra.unlink()  # of a larger population that stood here before
+        groups = [(made.anatomies, made.count)]
+        groups += [(made.unseen.anatomies, made.unseen.count)] if made.unseen is not None else []
+        written: list[Path] = []
+        with screen.bar(f"make {name}", sum(count for _, count in groups)) as bar:
+            for anatomies, count in groups:
+                brains = [tissues_of(each, made.side, config.templates) for each in anatomies]
+                first = len(written) + 1
+                written += write_population(
+                    root, brains, made.domain, count, made.seed, bar, named=made.named, first=first
+                )
+        for extra in sorted({*root.glob("*.nii.gz")} - {*written}):
+            extra.unlink()  # of another population that stood here before
         write_json(folder / "population.json", wanted)
     return root
 

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from scipy.stats import t as student
 
+from ddpm_lab.data.anatomies import TITLES
 from ddpm_lab.study.run import BASE, Outcome
 from ddpm_lab.study.search import Choice, read_choice
 from ddpm_lab.study.settings import STUDIES, StudyConfig
@@ -21,7 +22,6 @@ from ddpm_lab.support.faults import fault
 
 __all__ = ["BASE", "METRICS", "REAL", "Cell", "Metric", "Result", "Results", "read_results"]
 
-MADE = "made from MNI152"
 REAL = "real, held out"  # the set of an evaluation that compares real volumes with each other
 
 
@@ -34,6 +34,7 @@ class Metric:
     less: bool
     marked: bool = False  # with the encoder's mark
     unit: str = ""
+    part: str = ""  # of the split, of whose error on each volume this is the change
 
 
 METRICS = (
@@ -42,7 +43,8 @@ METRICS = (
     Metric("ms_ssim", "MS-SSIM", less=False),
     Metric("mmd_rbf", "MMD, standard", less=True, marked=True),
     Metric("mmd_linear", "MMD, linear", less=True, marked=True),
-    Metric("change_percent", "Error change", less=True, unit="%"),
+    Metric("change_percent", "Error change", less=True, unit="%", part="test"),
+    Metric("unseen_change_percent", "Error change, unseen anatomy", less=True, unit="%", part="unseen"),
 )
 
 
@@ -83,6 +85,10 @@ class Cell:
         return (only.high - only.low) / 2 if only.low is not None and only.high is not None else None
 
 
+# Of each volume before and after, by the part of the split and by the volume.
+Errors = Mapping[str, Mapping[str, Sequence[float]]]
+
+
 @dataclass
 class Result:
     """One method on one data set: the folders of its seeds, and what they say."""
@@ -92,7 +98,7 @@ class Result:
     folders: dict[int, Path] = field(default_factory=dict)
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
-    errors: dict[int, Mapping[str, Sequence[float]]] = field(default_factory=dict)  # of each test volume
+    errors: dict[int, Errors] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
 
     def numbers(self, metric: Metric) -> dict[int, dict[str, float]]:
@@ -100,11 +106,13 @@ class Result:
 
         The change of the error is in percent of the mean error before, so that its mean is the table's number.
         """
-        if metric.key != "change_percent":
+        if not metric.part:
             cell = self.cell(metric, 0.95)
             return {each.seed: {"": each.value} for each in cell.values} if cell is not None else {}
         found = {}
-        for seed, errors in self.errors.items():
+        for seed, parts in self.errors.items():
+            if not (errors := parts.get(metric.part)):
+                continue
             before = statistics.fmean(each[0] for each in errors.values())
             found[seed] = {name: 100 * (after / before - 1) for name, (_, after) in errors.items()}
         return found
@@ -119,9 +127,9 @@ class Result:
         return Cell(tuple(values), confidence) if values else None
 
     def _value(self, metric: Metric, seed: int, real: bool) -> Value | None:
-        if metric.key == "change_percent":
-            run = self.summaries.get(seed, {}).get("run")
-            return Value(seed, float(run["test_change_percent"])) if run and not real else None
+        if metric.part:
+            change = self.summaries.get(seed, {}).get("run", {}).get(f"{metric.part}_change_percent")
+            return Value(seed, float(change)) if change is not None and not real else None
         sets = self.evaluations.get(seed, {}).get("sets", {})
         own = [name for name in sets if (name == REAL) == real]
         found = sets[own[0]].get(metric.key) if own else None
@@ -150,8 +158,21 @@ class Results:
     @property
     def source(self) -> str:
         """Where the volumes come from that samples are compared with."""
-        made = [about.made is not None for about in self.config.datasets.values()]
-        return MADE if all(made) else f"real or {MADE}" if any(made) else "real"
+        if not self.templates:
+            return "real"
+        made = f"made from {', '.join(self.templates)}"
+        return made if all(about.made is not None for about in self.config.datasets.values()) else f"real or {made}"
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The templates from which subjects that stand in tables are made, for people."""
+        made = [about.made for about in self.config.datasets.values() if about.made is not None]
+        return tuple(dict.fromkeys(TITLES[each] for own in made for each in (*own.anatomies, *own.held_out)))
+
+    def metrics(self, dataset: str) -> tuple[Metric, ...]:
+        """What can be known of a data set: nothing of unseen anatomies where it has none."""
+        held_out = bool(self.config.data_of(self.config.datasets[dataset]).unseen)
+        return tuple(metric for metric in METRICS if metric.part != "unseen" or held_out)
 
     @property
     def empty(self) -> bool:
@@ -240,8 +261,7 @@ def _add(result: Result, seed: int, folder: Path) -> float:
     if outcome is None or outcome.status != "done":
         return 0.0
     result.folders[seed] = folder
-    if outcome.errors.get("test"):
-        result.errors[seed] = outcome.errors["test"]
+    result.errors[seed] = outcome.errors
     for name, kept in (("summary.json", result.summaries), ("evaluation.json", result.evaluations)):
         content = read_json(folder / name)
         if content is not None:

@@ -26,7 +26,10 @@ __all__ = ["Row", "Rows", "alike"]
 Row = Mapping[str, Any]
 VERSION = 1
 # Settings in which runs of one study differ, and which say little about how long one takes.
-OWN = ("method.", "data.made.", "data.split", "training.seed", "training.learning_rate", "sampling.seed", "base")
+OWN = (
+    "method.", "data.made.", "data.split", "data.strata", "data.unseen", "training.seed", "training.learning_rate",
+    "sampling.seed", "base",
+)  # fmt: skip
 KEPT = ("encoder", "encoder_mark", "ms_ssim", "reference", "resamples", "confidence", "counts", "sets")
 
 

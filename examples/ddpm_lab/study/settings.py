@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 
 from ddpm_lab.config.settings import (
+    Anatomy,
     Base,
     Config,
     Data,
@@ -28,8 +29,10 @@ from ddpm_lab.config.settings import (
 )
 from ddpm_lab.support.faults import fault
 
-__all__ = ["STUDIES", "Cost", "DataSet", "Made", "Ranks", "StudyConfig", "StudyMethod", "overlaid"]
+__all__ = ["STUDIES", "Cost", "DataSet", "Made", "Ranks", "StudyConfig", "StudyMethod", "Unseen", "overlaid"]
 
+# An anatomy in the name of a made subject's file.
+STRATA = rf"^sub-\d+_({'|'.join(get_args(Anatomy))})_"
 STUDIES = ("table1", "table2", "table3", "table4", "figure4")
 
 # Names become folders, on any file system.
@@ -37,13 +40,42 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=6
 S = TypeVar("S", bound=Section)
 
 
+class Unseen(Section):
+    """Subjects of anatomies that nothing sees before the tables do: neither a base nor a method nor the rates."""
+
+    anatomies: Annotated[tuple[Anatomy, ...], Field(min_length=1)]
+    count: Annotated[int, Field(ge=1)] = 20
+
+
 class Made(Section):
-    """Subjects made from the MNI152 template, for machines that have no MRI data."""
+    """Subjects made from templates, dealt to the anatomies in turn, for machines that have no MRI data."""
 
     domain: Literal["t1", "t2", "atrophy", "lesion"]
+    anatomies: Annotated[tuple[Anatomy, ...], Field(min_length=1)] = ("mni152",)
     count: Annotated[int, Field(ge=4)] = 60
     side: Annotated[int, Field(ge=8)] = 32  # voxels
     seed: int = 0
+    unseen: Unseen | None = None  # beside `count`, in the same domain
+
+    @property
+    def named(self) -> bool:
+        """Whether files are named after their anatomy: not those of MNI152 alone, so that they stay what they were."""
+        return self.anatomies != ("mni152",) or self.unseen is not None
+
+    @property
+    def held_out(self) -> tuple[Anatomy, ...]:
+        return self.unseen.anatomies if self.unseen is not None else ()
+
+    def split(self) -> dict[str, Any]:
+        """What a split must know of these subjects, as settings of `data`."""
+        return {"strata": STRATA, "unseen": tuple(sorted(self.held_out))} if self.named else {}
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without later settings where they say nothing: then runs have the names that they always had."""
+        values: dict[str, Any] = dump(self)
+        says = {"anatomies": self.anatomies != ("mni152",), "unseen": self.unseen is not None}
+        return {name: value for name, value in values.items() if says.get(name, True)}
 
 
 class DataSet(Section):
@@ -105,11 +137,12 @@ class StudyConfig(Section):
     table4: tuple[Name, ...] = ()  # time and memory
     figure4: Ranks = Ranks()
     cost: Cost = Cost()
+    templates: Path | None = None  # a folder with templates of made subjects, looked at before the packages' own
     rows: Path | None = None  # finished runs, one a line: those are not run again, and others are added
     minutes: Annotated[float, Field(gt=0)] | None = None  # no run starts that would not end within so many
     dry_run: bool = False  # build everything, count, and take one step at reduced size
 
-    @field_validator("rows")
+    @field_validator("rows", "templates")
     @classmethod
     def _beside_the_configuration(cls, path: Path | None, info: ValidationInfo) -> Path | None:
         folder = (info.context or {}).get("folder")
@@ -163,7 +196,9 @@ class StudyConfig(Section):
         return self.source.model_copy(update={"data": own.model_copy(update={"test_share": 0.0})})
 
     def data_of(self, dataset: DataSet) -> Data:
-        return overlaid(self.data, dataset.data)
+        """The common settings with what the data set replaces, and the anatomies of made subjects as strata."""
+        found = overlaid(self.data, dataset.data)
+        return found if dataset.made is None else found.model_copy(update=dataset.made.split())
 
     def tried(self, method: str, dataset: DataSet, rate: float, checkpoint: Base) -> Config:
         """The configuration of a run that tries a rate: no samples, and no look at what is tested on."""
@@ -189,8 +224,24 @@ class StudyConfig(Section):
             metrics=self.metrics,
         )
 
+    def _check_unseen(self) -> None:
+        """Raise LabError where a base, or a method, trains on an anatomy that is to be unseen."""
+        source = self.source.made.anatomies if self.source.made is not None else ()
+        for name, dataset in self.datasets.items():
+            made = dataset.made
+            if made is None:
+                continue
+            for anatomy in made.held_out:
+                seen = [what for what, own in (("source", source), (name, made.anatomies)) if anatomy in own]
+                if seen:
+                    where = f"datasets.{name}.made.unseen"
+                    fix = "Take it out of one of the two."
+                    found = f"{anatomy} in `{seen[0]}`"
+                    raise fault(where, "an anatomy that nothing sees", "none to train on", found, fix)
+
     def check_names(self) -> None:
         """Raise LabError where a table names a method that is not there, or a seed stands twice."""
+        self._check_unseen()
         for study in STUDIES:
             own = self.figure4.methods if study == "figure4" else getattr(self, study)
             for name in own:

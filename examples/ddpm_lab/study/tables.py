@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 PAPER = METRICS[:3]  # what the paper's tables have
-CHANGE = next(metric for metric in METRICS if metric.key == "change_percent")
 EDGE = "\N{DAGGER}"
 
 
@@ -62,39 +61,47 @@ def method_table(results: Results, name: str, title: str, methods: Sequence[str]
 def change_table(results: Results, name: str, methods: Sequence[str]) -> Table:
     """How the error on test volumes changed on each data set, beside the rate."""
     datasets = tuple(results.config.datasets)
-    groups = [("", 2), *((results.dataset_title(each), 1) for each in datasets)]
-    columns = [Column(CHANGE, confidence=results.confidence) for _ in datasets]
-    table = _table(results, name, "Error", methods, groups, columns, [(dataset, CHANGE) for dataset in datasets])
+    keys = [(dataset, metric) for dataset in datasets for metric in results.metrics(dataset) if metric.part]
+    groups = [("", 2), *((results.dataset_title(each), sum(key[0] == each for key in keys)) for each in datasets)]
+    columns = [Column(metric, confidence=results.confidence) for _, metric in keys]
+    table = _table(results, name, "Error", methods, groups, columns, keys)
+    places = [2 + place + datasets.index(dataset) + 1 for place, (dataset, _) in enumerate(keys)]  # a rate before each
+    starts = [place for place, (_, metric) in enumerate(keys) if metric.part == "test"]
     rows = []
     for row, method in zip(table.rows[2:], methods, strict=True):
-        cells = list(row.cells[:2])
-        for dataset, change in zip(datasets, row.cells[2:], strict=True):
-            cells += [_rate(results, method, dataset), change]
-        best = frozenset(2 * place - 1 for place in row.best)  # a rate stands before each
+        cells = list(row.cells)
+        for place in reversed(starts):
+            cells.insert(2 + place, _rate(results, method, keys[place][0]))
+        best = frozenset(places[place - 2] for place in row.best)
         rows.append(replace(row, cells=tuple(cells), best=best))
-    columns_of_each = [part for heading in table.columns[2:] for part in ("rate", heading)]
+    headings = list(table.columns)
+    for place in reversed(starts):
+        headings.insert(2 + place, "rate")
     notes = ["Change of the denoising error on test volumes from the first step to the last, in percent."]
+    if any(metric.part == "unseen" for _, metric in keys):
+        notes.append("Unseen anatomy: the same on volumes of an anatomy that no base, no method and no rate has seen.")
     return replace(
         table,
-        groups=(table.groups[0], *((title, 2) for title, _ in table.groups[1:])),
-        columns=(*table.columns[:2], *columns_of_each),
+        groups=(table.groups[0], *((title, number + 1) for title, number in table.groups[1:])),
+        columns=tuple(headings),
         rows=tuple(rows),
-        notes=(*notes, *_against_the_next(results, datasets, methods, columns), *_rate_notes(results, methods)),
+        notes=(*notes, *_against_the_next(results, keys, methods, columns), *_rate_notes(results, methods)),
     )
 
 
 def _against_the_next(
-    results: Results, datasets: Sequence[str], methods: Sequence[str], columns: Sequence[Column]
+    results: Results, keys: Sequence[tuple[str, Metric]], methods: Sequence[str], columns: Sequence[Column]
 ) -> list[str]:
     """On each data set the best method less the next one, in points."""
     lines = []
-    for dataset, column in zip(datasets, columns, strict=True):
+    for (dataset, metric), column in zip(keys, columns, strict=True):
         order = column.order(range(2, 2 + len(methods)))
         found = column.difference(order[0], order[1]) if len(order) > 1 else None
         if found is not None:
             one, other = (results.title(methods[row - 2]) for row in order[:2])
             where = f"{found.low:+.2f} to {found.high:+.2f}"
-            lines.append(f"{results.dataset_title(dataset)}: {one} less {other}, {found.mean:+.2f} points ({where}).")
+            title = results.dataset_title(dataset) + (", unseen anatomy" if metric.part == "unseen" else "")
+            lines.append(f"{title}: {one} less {other}, {found.mean:+.2f} points ({where}).")
     return lines
 
 
@@ -123,9 +130,9 @@ def _rate_notes(results: Results, methods: Sequence[str]) -> list[str]:
 
 def detail_table(results: Results, name: str, dataset: str, methods: Sequence[str]) -> Table:
     """Every metric on one data set."""
-    columns = [Column(metric, confidence=results.confidence) for metric in METRICS]
-    keys = [(dataset, metric) for metric in METRICS]
-    groups = [("", 2), ("", len(METRICS))]
+    keys = [(dataset, metric) for metric in results.metrics(dataset)]
+    columns = [Column(metric, confidence=results.confidence) for _, metric in keys]
+    groups = [("", 2), ("", len(keys))]
     return _table(results, name, results.dataset_title(dataset), methods, groups, columns, keys)
 
 
@@ -222,8 +229,10 @@ def _notes(results: Results, methods: Sequence[str]) -> list[str]:
             f"FID and MMD: {about.get('encoder', '')}; MMD is the paper's (kernel scaled by the median distance). "
             f"MS-SSIM: {about.get('ms_ssim', '')}. Samples are compared with {about.get('reference', 'real volumes')}."
         )
-    if "MNI152" in results.source:
-        notes.append("Volumes that are called real are made from the MNI152 template, where the data set is.")
+    if results.templates:
+        names = ", ".join(results.templates)
+        made = f"the {names} template" if len(results.templates) == 1 else f"templates ({names})"
+        notes.append(f"Volumes that are called real are made from {made}, where the data set is.")
     for method in methods:
         note = results.config.methods[method].note if method in results.config.methods else None
         if note:

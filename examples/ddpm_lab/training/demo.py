@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lab.config.settings import Base, Config, DemoConfig, Method, Training
+from ddpm_lab.data.anatomies import tissues_of
 from ddpm_lab.data.files import held_out_counts
 from ddpm_lab.data.order import Source
-from ddpm_lab.data.anatomies import tissues_of
 from ddpm_lab.data.population import write_population
 from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.diffusion import noise_schedule

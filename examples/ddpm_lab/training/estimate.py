@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ddpm_lab.config.settings import DemoConfig, Training
-from ddpm_lab.data.files import held_out_counts
 from ddpm_lab.data.anatomies import tissues_of
+from ddpm_lab.data.files import held_out_counts
 from ddpm_lab.data.population import paint_subject
 from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.diffusion import noise_schedule, predict

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,14 @@ FLUSH = 10  # seconds of events that a killed run may lose
 
 @dataclass(frozen=True)
 class Volumes:
-    """The data of a run: datasets of (1, D, H, W) tensors, that of the test split where the run measures on it."""
+    """The data of a run: datasets of (1, D, H, W) tensors, `test` and `unseen` where the run measures on them."""
 
     split: Split
     train: Any
     validation: Any
     test: Any | None
     shape: tuple[int, ...]
+    unseen: Any | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Setup:
     unet: nn.Module
     scheduler: DDPMScheduler
     held_out: HeldOut
-    tested: HeldOut | None  # the test split
+    tested: Mapping[str, HeldOut]  # by the name of the split's part: `test` and `unseen`, where there are some
     encoder: Encoder
     accelerator: Accelerator
 
@@ -89,7 +90,7 @@ class Setup:
 class Run:
     """One trained method and its errors on the same held-out volumes, before and after.
 
-    `tested` are those two errors on the test split, where there is one.
+    `tested` are those two errors on the parts `test` and `unseen` of the split, where there are some.
     """
 
     trained: Trained
@@ -97,7 +98,7 @@ class Run:
     before: HeldOutError
     after: HeldOutError
     start_difference: float  # largest difference between the base and the adapted model before the first step
-    tested: tuple[HeldOutError, HeldOutError] | None = None
+    tested: Mapping[str, tuple[HeldOutError, HeldOutError]] = field(default_factory=dict)
 
     @property
     def change(self) -> float:
@@ -124,10 +125,11 @@ def prepare(config: Config, out: Path, screen: Screen) -> Setup:
     split, shape = volumes.split, volumes.shape
     named = Source(volumes.validation, split.validation, shape, NEVER_LEFT_OUT)
     held_out = HeldOut(named, scheduler, config.validation, config.training.batch_size)
-    tested = None
-    if volumes.test is not None and config.validation.test:
-        named = Source(volumes.test, split.test, shape, NEVER_LEFT_OUT)
-        tested = HeldOut(named, scheduler, config.validation, config.training.batch_size, "test")
+    tested = {}
+    for part, own, files in (("test", volumes.test, split.test), ("unseen", volumes.unseen, split.unseen)):
+        if own is not None and config.validation.test:
+            named = Source(own, files, shape, NEVER_LEFT_OUT)
+            tested[part] = HeldOut(named, scheduler, config.validation, config.training.batch_size, part)
     setup = Setup(config, out, volumes, unet, scheduler, held_out, tested, encoder, accelerator)
     if not setup.sharded:  # that is for later: adapters are attached first
         setup.place(unet)
@@ -155,18 +157,18 @@ def prepare_volumes(config: Config, out: Path, screen: Screen, accelerator: Acce
         with writing(out, "the split"):
             split.write(out / "split.json", data.root)
     compared = config.metrics.reference == "test" and config.sampling.count > 0
-    tested = config.validation.test or compared
-    wanted = [files for name, files in split.named() if name != "test" or tested]
+    asked = {"test": config.validation.test or compared, "unseen": config.validation.test}
+    wanted = {name: files for name, files in split.named() if asked.get(name, True)}
     with screen.phase("load volumes"):
-        sets = [dataset(files, data, out / "cache") for files in wanted]
+        sets = {name: dataset(files, data, out / "cache") for name, files in wanted.items()}
     shape = None
-    for volumes, files in zip(sets, wanted, strict=True):
+    for name, files in wanted.items():
         if data.cache != "none":
             with screen.bar("prepare volumes", len(files)) as bar:
-                shape = check_sizes(volumes, files, divisor(config.model), bar, shape)
+                shape = check_sizes(sets[name], files, divisor(config.model), bar, shape)
     if shape is None:
-        shape = check_sizes(sets[0][:1], split.train[:1], divisor(config.model))
-    return Volumes(split, sets[0], sets[1], sets[2] if len(sets) > 2 else None, shape)
+        shape = check_sizes(sets["train"][:1], split.train[:1], divisor(config.model))
+    return Volumes(split, sets["train"], sets["validation"], sets.get("test"), shape, sets.get("unseen"))
 
 
 def run_training(
@@ -213,7 +215,7 @@ def run_training(
             config.data.skip_damaged,
         )
     after, tested = _measured(setup, screen, f"{title}, after", smaller_steps(training))
-    both = (kept.tested, tested) if kept.tested is not None and tested is not None else None
+    both = {part: (kept.tested[part], error) for part, error in tested.items()}
     return Run(trained, history, kept.before, after, kept.start_difference, both)
 
 
@@ -285,15 +287,15 @@ def _writer(folder: Path, start: int) -> Any:
     return SummaryWriter(folder, purge_step=start + 1, flush_secs=FLUSH)
 
 
-def _measured(setup: Setup, screen: Screen, title: str, fix: str) -> tuple[HeldOutError, HeldOutError | None]:
-    """The errors on the volumes to validate and, where there are some, to test."""
+def _measured(setup: Setup, screen: Screen, title: str, fix: str) -> tuple[HeldOutError, dict[str, HeldOutError]]:
+    """The errors on the volumes to validate and, by the part of the split, on those that are tested on."""
     with screen.bar(title, setup.held_out.evaluations) as bar:
         validated = measure(setup.held_out, setup.unet, setup.accelerator, title, fix, bar)
-    if setup.tested is None:
-        return validated, None
-    title = f"{title}, test"
-    with screen.bar(title, setup.tested.evaluations) as bar:
-        return validated, measure(setup.tested, setup.unet, setup.accelerator, title, fix, bar)
+    tested = {}
+    for part, volumes in setup.tested.items():
+        with screen.bar(f"{title}, {part}", volumes.evaluations) as bar:
+            tested[part] = measure(volumes, setup.unet, setup.accelerator, f"{title}, {part}", fix, bar)
+    return validated, tested
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +174,17 @@ class Kept:
 
     before: HeldOutError
     start_difference: float
-    tested: HeldOutError | None = None  # on the test split, where there is one
+    tested: Mapping[str, HeldOutError] = field(default_factory=dict)  # on other parts of the split, by their names
 
     @classmethod
     def of(cls, found: Checkpoint) -> Kept:
-        tested = found.state.get("tested")
+        tested = found.state.get("tested") or {}
+        if not isinstance(tested, dict):  # of a version that knew no other part
+            tested = {"test": tested}
         return cls(
             HeldOutError.from_data(found.state["before"]),
             found.state["start_difference"],
-            HeldOutError.from_data(tested) if tested is not None else None,
+            {part: HeldOutError.from_data(error) for part, error in tested.items()},
         )
 
 
@@ -234,7 +236,7 @@ class Saver:
             "threads": torch.get_num_threads(),
             "position": self._position(loop.step),
             "before": self.kept.before.as_data(),
-            "tested": self.kept.tested.as_data() if self.kept.tested is not None else None,
+            "tested": {part: error.as_data() for part, error in self.kept.tested.items()},
             "start_difference": self.kept.start_difference,
             "random": gather_object([random_states()]),
             "loop": loop.data(),

@@ -41,6 +41,7 @@ def describe_setup(setup: Setup) -> dict[str, Any]:
             "train": len(split.train),
             "validation": len(split.validation),
             **({"test": len(split.test)} if split.test else {}),
+            **({"unseen": len(split.unseen)} if split.unseen else {}),
             "shape": list(setup.volumes.shape),
         },
         "machine": {
@@ -60,12 +61,11 @@ def describe_run(run: Run) -> dict[str, Any]:
     `by_volume` has the errors of every held-out volume before and after, in the order of `split.json`.
     """
     steps = len(run.history.losses)
-    pairs = {"validation": (run.before, run.after), **({"test": run.tested} if run.tested is not None else {})}
+    pairs = {"validation": (run.before, run.after), **run.tested}
     tested: dict[str, Any] = {}
-    if run.tested is not None:
-        before, after = run.tested
-        tested = {"test_error_before": before.mean, "test_error_after": after.mean}
-        tested |= {"test_change_percent": after.change(before)}
+    for part, (before, after) in run.tested.items():
+        tested |= {f"{part}_error_before": before.mean, f"{part}_error_after": after.mean}
+        tested |= {f"{part}_change_percent": after.change(before)}
     return {
         "method": run.trained.title,
         "trainable_parameters": run.trained.parameters,
