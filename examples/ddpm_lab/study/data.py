@@ -32,6 +32,7 @@ PREVIEWS = 4  # real volumes kept as the model sees them, for the report's monta
 def described(config: StudyConfig, dataset: DataSet) -> dict[str, Any]:
     """How the subjects of a data set are made, if they are, and what becomes of a volume; not where files lie."""
     where = {"cache", "checksums", "root", "manifest", "keep"}
+    where |= {"strata", "unseen"} if dataset.made is not None else set()  # as `made` has them
     data = config.data_of(dataset).model_dump(mode="json", exclude=where)
     return data if dataset.made is None else {"made": dataset.made.model_dump(mode="json"), **data}
 

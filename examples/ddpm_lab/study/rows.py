@@ -26,10 +26,7 @@ __all__ = ["Row", "Rows", "alike"]
 Row = Mapping[str, Any]
 VERSION = 1
 # Settings in which runs of one study differ, and which say little about how long one takes.
-OWN = (
-    "method.", "data.made.", "data.split", "data.strata", "data.unseen", "training.seed", "training.learning_rate",
-    "sampling.seed", "base",
-)  # fmt: skip
+OWN = ("method.", "data.made.", "data.split", "training.seed", "training.learning_rate", "sampling.seed", "base")
 KEPT = ("encoder", "encoder_mark", "ms_ssim", "reference", "resamples", "confidence", "counts", "sets")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 
@@ -31,8 +31,7 @@ from ddpm_lab.support.faults import fault
 
 __all__ = ["STUDIES", "Cost", "DataSet", "Made", "Ranks", "StudyConfig", "StudyMethod", "Unseen", "overlaid"]
 
-# An anatomy in the name of a made subject's file.
-STRATA = rf"^sub-\d+_({'|'.join(get_args(Anatomy))})_"
+STRATA = r"^sub-\d+_(.+)_"  # the anatomy in the name of a made subject's file
 STUDIES = ("table1", "table2", "table3", "table4", "figure4")
 
 # Names become folders, on any file system.
