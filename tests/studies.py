@@ -33,7 +33,7 @@ pretraining: {QUICK}
 training: {QUICK}
 validation: {{every: 1, buckets: 2}}
 sampling: {{steps: 2, count: 2, batch_size: 2}}
-metrics: {{reference: test, pairs: 2, resamples: 4}}
+metrics: {{encoder: random, reference: test, pairs: 2, resamples: 4}}
 methods:
   full: {{title: Full fine-tuning, method: {{kind: full}}}}
   lora: {{title: LoRA, method: {{recipe: lora_ddpm}}, training: {{learning_rate: 5.0e-3}}}}
