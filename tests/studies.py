@@ -103,6 +103,7 @@ def _evaluation(method: str, number: int, place: int, seed: int) -> dict[str, An
     return {
         "encoder": "* random features, not comparable",
         "encoder_mark": "*",
+        "encoder_digest": "random",
         "ms_ssim": "1 scale, window 5: non-standard, the volumes are small",
         "reference": "60 real volumes",
         "sets": {"base" if method == BASE else f"seed-{seed}": measured(size), "real, held out": measured(0.001)},
