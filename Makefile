@@ -101,7 +101,7 @@ $(WIDE)/.wide: constraints.txt pyproject.toml requirements-nodeps.txt
 	@echo "Setting up $(WIDE) (once, a few minutes) ..."
 	@$(PYTHON) -m venv $(WIDE)
 	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt torch
-	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt -e ".[demo,test,wide,anatomies]"
+	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt -e ".[demo,anatomies,encoder,test,wide]"
 	@$(WIDE)/bin/python $(INSTALL) --no-deps -r requirements-nodeps.txt
 	@touch $@
 

@@ -68,7 +68,7 @@ def config(scans: Path, **metrics: Any) -> Config:
     return Config(
         data=DATA.model_copy(update={"root": scans}),
         training=Training(precision="fp32", device="cpu", threads=1),
-        metrics=Metrics(**{"pairs": 6, "resamples": 20, **metrics}),
+        metrics=Metrics(**{"encoder": "random", "pairs": 6, "resamples": 20, **metrics}),
     )
 
 
@@ -92,7 +92,7 @@ def read(settings: Config) -> tuple[torch.Tensor, torch.Tensor]:
 
 def independent(one: torch.Tensor, other: torch.Tensor, pairs: int) -> dict[str, float]:
     """Each metric by its own function, from volumes."""
-    encoder = load_encoder(None)
+    encoder = load_encoder(Metrics(encoder="random"))
     features = [encoder.features(volumes) for volumes in (one, other)]
     return {
         "fid": frechet_distance(*features),

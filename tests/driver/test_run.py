@@ -37,7 +37,7 @@ method: {{recipe: tenvoo_l_ddpm, params: {{r: 2}}}}
 training: {QUICK}
 validation: {{every: 1, buckets: 2}}
 sampling: {{steps: 2, count: 2, batch_size: 2}}
-metrics: {{pairs: 2}}
+metrics: {{encoder: random, pairs: 2}}
 """
 DEMO = f"""\
 population: {{source: 12, target: 8, side: 16}}

@@ -14,6 +14,7 @@ from torch import nn
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
+from ddpm_lab.config.settings import Metrics
 from ddpm_lab.evaluation.bootstrap import Estimate, estimate
 from ddpm_lab.evaluation.encoder import load_encoder, medicalnet_resnet50
 from ddpm_lab.evaluation.metrics import (
@@ -31,6 +32,8 @@ from ddpm_lab.support.faults import LabError
 from monai.metrics import MMDMetric
 from scipy.linalg import sqrtm
 from scipy.ndimage import correlate1d
+
+RANDOM = Metrics(encoder="random")
 
 
 def features(seed: int, count: int, width: int, shift: float = 0.0) -> torch.Tensor:
@@ -113,7 +116,7 @@ def test_the_random_encoder_is_the_same_everywhere_and_says_what_it_is() -> None
     volumes = torch.rand((3, 1, 16, 16, 16), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    first, second = load_encoder(None), load_encoder(None)
+    first, second = load_encoder(RANDOM), load_encoder(RANDOM)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.features(volumes), second.features(volumes))
     torch.testing.assert_close(first.features(volumes), second.features(volumes, batch=2), rtol=1e-3, atol=1e-5)
@@ -190,7 +193,7 @@ def test_medicalnet_features_need_the_dilations(medicalnet: tuple[MedicalNet, Pa
     network, path = medicalnet
     renamed = path.with_suffix(".safetensors")  # torch would read it by its ending
     renamed.write_bytes(path.read_bytes())
-    encoder = load_encoder(renamed)
+    encoder = load_encoder(Metrics(medicalnet=renamed))
     assert (encoder.mark, encoder.note) == ("", "MedicalNet ResNet-50 features")
     volumes = torch.rand((1, 1, 40, 40, 40), generator=torch.Generator().manual_seed(1))
     expected = network(volumes).double()

@@ -233,7 +233,10 @@ class Sampling(Section):
 class Metrics(Section):
     """Distances between samples and real volumes."""
 
-    medicalnet: Path | None = None  # weights of MedicalNet's ResNet-50 (resnet_50.pth); random features without
+    # Whose features FID and MMD compare. `auto`: MedicalNet's where its weights are named, else deepbet's where that is
+    # installed (extra `encoder`), else random ones.
+    encoder: Literal["auto", "medicalnet", "deepbet", "random"] = "auto"
+    medicalnet: Path | None = None  # weights of MedicalNet's ResNet-50 (resnet_50.pth)
     # Which real volumes the samples are compared with; `all` takes in those that were trained on.
     reference: Literal["validation", "test", "all"] = "validation"
     most: Annotated[int, Field(ge=2)] = 1000  # real volumes of a set that are read, evenly chosen

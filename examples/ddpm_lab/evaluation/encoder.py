@@ -1,4 +1,7 @@
-"""Volumes → features for FID and MMD: MedicalNet's ResNet-50, or a random network where it is not at hand."""
+"""Volumes → features for FID and MMD.
+
+By MedicalNet's ResNet-50 as in the paper, by deepbet's encoder, or by a random network where neither is at hand.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import torch
 from monai.networks.nets import resnet10, resnet50
 from torch import nn
 
+from ddpm_lab.config.settings import Metrics
+from ddpm_lab.evaluation.deepbet import SIDE, has_deepbet, load_deepbet
 from ddpm_lab.support.durable import digest_of_file
 from ddpm_lab.support.faults import fault, raise_all, reason
 from tnpeft.documents.paths import is_file
@@ -29,8 +34,9 @@ class Encoder:
     """A network from (N, 1, D, H, W) to (N, features), and how its distances must be labelled."""
 
     network: nn.Module
-    comparable: bool
-    digest: str  # of what its features depend on
+    comparable: bool  # with the paper's distances
+    digest: str  # of what its features depend on: distances of two encoders never stand side by side
+    title: str
 
     @property
     def mark(self) -> str:
@@ -38,9 +44,7 @@ class Encoder:
 
     @property
     def note(self) -> str:
-        if self.comparable:
-            return "MedicalNet ResNet-50 features"
-        return "* random features, not comparable"
+        return self.title if self.comparable else f"* {self.title}"
 
     @torch.no_grad()
     def features(
@@ -60,14 +64,38 @@ class Encoder:
         return torch.cat(features)
 
 
-def load_encoder(weights: Path | None) -> Encoder:
-    """MedicalNet's ResNet-50 from its weights, or a ResNet-10 with random weights from a fixed seed."""
-    if weights is not None:
-        network = medicalnet_resnet50(weights)
-        return Encoder(network, comparable=True, digest=digest_of_file(weights))
+def load_encoder(metrics: Metrics) -> Encoder:
+    """The encoder that the settings ask for; `auto` takes the first that is there, and the random one always is.
+
+    Raises LabError for one that is asked for by name and is not there, and for files that are damaged.
+    """
+    name = _chosen(metrics)
+    if name == "medicalnet":
+        assert metrics.medicalnet is not None  # `_chosen` has seen to it
+        network = medicalnet_resnet50(metrics.medicalnet)
+        return Encoder(network, True, digest_of_file(metrics.medicalnet), "MedicalNet ResNet-50 features")
+    if name == "deepbet":
+        found, version, digest = load_deepbet()
+        title = f"features of deepbet {version}, comparable between methods and not with the paper"
+        return Encoder(found, False, f"deepbet at {SIDE} voxels, {digest}", title)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return Encoder(resnet10(**SHAPE), comparable=False, digest=f"random ResNet-10, seed {SEED}")
+        network = resnet10(**SHAPE)
+    return Encoder(network, False, f"random ResNet-10, seed {SEED}", "random features, not comparable")
+
+
+def _chosen(metrics: Metrics) -> str:
+    named = metrics.medicalnet is not None
+    if metrics.encoder == "auto":
+        return "medicalnet" if named else "deepbet" if has_deepbet() else "random"
+    if named != (metrics.encoder == "medicalnet"):
+        expected = "with `medicalnet` and with no other"
+        found = f"`encoder: {metrics.encoder}` {'with' if named else 'without'} them"
+        fix = "Write `metrics: {encoder: auto}`, or set `metrics.medicalnet` " + (
+            "to null." if named else "to the file."
+        )
+        raise fault("metrics.encoder", "weights in `metrics.medicalnet`", expected, found, fix)
+    return metrics.encoder
 
 
 def medicalnet_resnet50(weights: Path) -> nn.Module:

@@ -43,12 +43,12 @@ def evaluate_samples(config: Config, out: Path, screen: Screen) -> dict[str, Any
     """
     sets = {each.name: each.paths() for each in find_sample_sets(out, _names(config))}
     paths = find_volumes(config.data, changed_too=config.data.skip_damaged)
-    encoder = load_encoder(config.metrics.medicalnet)
+    encoder = load_encoder(config.metrics)
     accelerator = make_accelerator(config.training)
     if not accelerator.is_main_process:
         return None
     make_folder(out)
-    real = RealVolumes(config, out, paths, screen)
+    real = RealVolumes(config, out / "cache", paths, screen)
     scales = ssim_scales(real.shape)
     samples = {name: _samples(files, real) for name, files in sets.items()}
     real.encode(encoder, accelerator, screen)
@@ -66,6 +66,7 @@ def evaluate_samples(config: Config, out: Path, screen: Screen) -> dict[str, Any
     evaluation = {
         "encoder": encoder.note,
         "encoder_mark": encoder.mark,
+        "encoder_digest": encoder.digest,
         "ms_ssim": scales.note,
         "reference": f"{len(reference)} real volumes" + (", held out" if config.metrics.reference != "all" else ""),
         "kernels": KERNELS,

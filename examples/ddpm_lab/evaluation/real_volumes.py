@@ -49,9 +49,9 @@ class RealVolumes:
     Those that cannot be used are a LabError that names them or, with `data.skip_damaged`, are `left_out` of both.
     """
 
-    def __init__(self, config: Config, out: Path, paths: Sequence[Path], screen: Screen) -> None:
+    def __init__(self, config: Config, cache: Path, paths: Sequence[Path], screen: Screen) -> None:
         split = split_volumes(paths, config.data)
-        self.config, self.out = config, out
+        self.config, self.cache = config, cache
         held_out = split.reference(config.metrics.reference)
         self.held_out, self.train = (_some(files, config.metrics.most) for files in (held_out, split.train))
         self.left_out: dict[Path, Problem] = {}
@@ -95,7 +95,7 @@ class RealVolumes:
     def encode(self, encoder: Encoder, accelerator: Accelerator, screen: Screen) -> None:
         """The features of all volumes, from an earlier evaluation of the same files where there was one."""
         paths = [*self.held_out, *self.train]
-        cache = self.out / "cache" / f"features-{self._key(encoder, paths)}.safetensors"
+        cache = self.cache / f"features-{self._key(encoder, paths)}.safetensors"
         try:
             features = load_file(cache)["features"]
         except (OSError, SafetensorError, KeyError):

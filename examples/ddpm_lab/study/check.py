@@ -56,7 +56,7 @@ def check_inputs(name: str, config: StudyConfig, out: Path) -> None:
         for size, shape in config.cost.shapes.items():
             _check_shape(shape, f"cost.shapes.{size}", config)
         return
-    load_encoder(config.metrics.medicalnet)
+    load_encoder(config.metrics)
     if config.metrics.reference != "test":
         fix = "Write `metrics: {reference: test}`."
         expected = "those to test on, which nothing else sees"

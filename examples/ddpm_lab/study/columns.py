@@ -22,10 +22,13 @@ class Column:
     cells: list[Cell | None] = field(default_factory=list)
     numbers: list[Numbers] = field(default_factory=list)
     confidence: float = 0.95
+    unseen: bool = False  # the encoder does not tell this data set from the source: nothing is compared
     power: int = 0  # numbers are printed in units of ten to this power
 
     @property
     def sizes(self) -> list[float]:
+        if self.unseen:
+            return []
         return [abs(cell.mean) for cell in self.cells if cell is not None and cell.mean]
 
     @property
@@ -36,7 +39,7 @@ class Column:
 
     def text(self, row: int) -> str:
         cell = self.cells[row]
-        if cell is None:
+        if cell is None or self.unseen:
             return NOTHING
         scale, sign = 10.0**self.power, "+" if self.metric.unit == "%" else ""
         text = f"{cell.mean / scale:{sign}.{self.decimals}f}"
@@ -54,7 +57,7 @@ class Column:
     def best(self, competitors: Sequence[int], base: int) -> set[int]:
         """The best row, if its paired difference from the next excludes zero and the base is not better."""
         order = self.order(competitors)
-        if len(order) < 2:
+        if len(order) < 2 or self.unseen:
             return set()
         first = order[0]
         found = self.difference(first, order[1])

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from scipy.stats import t as student
 
 from ddpm_lab.data.anatomies import TITLES
+from ddpm_lab.study.domains import read_domain, unseen
 from ddpm_lab.study.run import BASE, Outcome
 from ddpm_lab.study.search import Choice, read_choice
 from ddpm_lab.study.settings import STUDIES, StudyConfig
@@ -100,6 +101,9 @@ class Result:
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     errors: dict[int, Errors] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    others: set[int] = field(
+        default_factory=set
+    )  # seeds whose distances are another encoder's: they are no numbers here
 
     def numbers(self, metric: Metric) -> dict[int, dict[str, float]]:
         """What is compared with another method's: a metric by seed and, where each volume has one, by volume.
@@ -130,6 +134,8 @@ class Result:
         if metric.part:
             change = self.summaries.get(seed, {}).get("run", {}).get(f"{metric.part}_change_percent")
             return Value(seed, float(change)) if change is not None and not real else None
+        if metric.marked and seed in self.others:
+            return None
         sets = self.evaluations.get(seed, {}).get("sets", {})
         own = [name for name in sets if (name == REAL) == real]
         found = sets[own[0]].get(metric.key) if own else None
@@ -150,6 +156,8 @@ class Results:
     seconds: dict[Path, float]  # of each finished run
     costs: dict[str, Any] | None
     record: dict[str, Any]  # of the last study: versions, machine, revision
+    features: Mapping[str, Any]  # whose distances the tables have: the encoder's note, mark and digest
+    domains: Mapping[str, Any]  # what the encoder tells of each data set
 
     @property
     def confidence(self) -> float:
@@ -212,6 +220,14 @@ class Results:
     def dataset_title(self, dataset: str) -> str:
         return self.config.datasets[dataset].title or dataset
 
+    def unseen(self, metric: Metric, dataset: str) -> bool:
+        """Whether a metric is a distance between features that do not tell this data set from the source."""
+        return metric.marked and unseen(self.domains.get(dataset))
+
+    def left_out(self, methods: Sequence[str]) -> int:
+        """How many runs of these methods have distances by another encoder."""
+        return sum(len(result.others) for (method, _), result in self.found.items() if method in methods)
+
     def failures(self, methods: Sequence[str]) -> list[str]:
         """Every run of these methods that is not done, in words."""
         lines = []
@@ -250,7 +266,23 @@ def read_results(out: Path) -> Results:
             result = found.setdefault((method, dataset), Result(method, dataset))
             seconds[folder] = _add(result, int(seed), folder)
     record = read_json(out / f"record-study-{studies[-1]}.json") or {} if studies else {}
-    return Results(out, config, studies, found, seconds, read_json(out / "costs.json"), record)
+    features = _only_one_encoder(known.get("features"), found)
+    domains = {name: read_domain(out, name, features.get("encoder_digest")) for name in config.datasets}
+    return Results(out, config, studies, found, seconds, read_json(out / "costs.json"), record, features, domains)
+
+
+def _only_one_encoder(features: Mapping[str, Any] | None, found: Mapping[tuple[str, str], Result]) -> Mapping[str, Any]:
+    """The encoder that the study had, or the first evaluation of one that did not say; marks those of another."""
+    every = [(result, seed, evaluation) for result in found.values() for seed, evaluation in result.evaluations.items()]
+    own = features or (every[0][2] if every else {})
+    for result, seed, evaluation in every:
+        if _encoder_of(evaluation) != _encoder_of(own):
+            result.others.add(seed)
+    return own
+
+
+def _encoder_of(evaluation: Mapping[str, Any]) -> Any:
+    return evaluation.get("encoder_digest", evaluation.get("encoder"))  # an earlier version had the note alone
 
 
 def _add(result: Result, seed: int, folder: Path) -> float:

@@ -27,7 +27,17 @@ Row = Mapping[str, Any]
 VERSION = 1
 # Settings in which runs of one study differ, and which say little about how long one takes.
 OWN = ("method.", "data.made.", "data.split", "training.seed", "training.learning_rate", "sampling.seed", "base")
-KEPT = ("encoder", "encoder_mark", "ms_ssim", "reference", "resamples", "confidence", "counts", "sets")
+KEPT = (
+    "encoder",
+    "encoder_mark",
+    "encoder_digest",
+    "ms_ssim",
+    "reference",
+    "resamples",
+    "confidence",
+    "counts",
+    "sets",
+)
 
 
 class Rows:

@@ -175,8 +175,11 @@ class Run:
 
 
 def made_of(config: Config, data: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """What a run's result depends on; `data` and `base` stand for files whose paths do not matter."""
-    parts = config.model_dump(mode="json", exclude={"data", "base"})
+    """What a run's result depends on; `data` and `base` stand for files whose paths do not matter.
+
+    Not the encoder, which changes no training: the evaluation says which one it was, and a report keeps them apart.
+    """
+    parts = config.model_dump(mode="json", exclude={"data": True, "base": True, "metrics": {"encoder", "medicalnet"}})
     for name in ASIDE:
         parts["training"].pop(name)
     return dict(flat({**parts, "data": dict(data), "base": base}))

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ddpm_lab.config.settings import Base
+from ddpm_lab.evaluation.encoder import Encoder, load_encoder
 from ddpm_lab.model.method import check_method
 from ddpm_lab.sampling.draw import check_sampling
 from ddpm_lab.study.check import check_inputs, inside
 from ddpm_lab.study.cost import measure_costs
+from ddpm_lab.study.domains import tell_domains
 from ddpm_lab.study.dry_run import dry_run
 from ddpm_lab.study.plan import Plan
 from ddpm_lab.study.rows import Rows
@@ -49,12 +51,14 @@ def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
         return
     with writing(out, "the settings of the study"):
         write_record(out, f"study-{name}", config)
-        _remember(name, config, out)
-    if name == "table4":
+        encoder = load_encoder(config.metrics) if name != "table4" else None
+        _remember(name, config, out, encoder)
+    if encoder is None:
         measure_costs(config, out, screen)
         return
     work = _Work(out, screen, Rows(config.rows), config.minutes)
     plan = Plan.of(name, config, out, screen)
+    tell_domains(plan, encoder, screen)
     searches = plan.searches()
     for run in searches:
         run.check()
@@ -104,13 +108,15 @@ def _check_method(name: str, config: StudyConfig) -> None:
         steps_of(config.training_of(name, 0), 1)
 
 
-def _remember(name: str, config: StudyConfig, out: Path) -> None:
-    """The settings and which studies ran, for `report`."""
+def _remember(name: str, config: StudyConfig, out: Path, encoder: Encoder | None) -> None:
+    """The settings, which studies ran and whose features their distances compare, for `report`."""
     known = read_json(out / "study.json") or {}
     studies = [each for each in STUDIES if each == name or each in known.get("studies", ())]
-    write_json(
-        out / "study.json", {"version": 1, "studies": studies, "config": config.settled().model_dump(mode="json")}
-    )
+    content = {"version": 1, "studies": studies, "config": config.settled().model_dump(mode="json")}
+    features = known.get("features")
+    if encoder is not None:
+        features = {"encoder": encoder.note, "encoder_mark": encoder.mark, "encoder_digest": encoder.digest}
+    write_json(out / "study.json", {**content, "features": features})
 
 
 class _Work:

@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ddpm_lab.evaluation.permutation import LEVEL
 from ddpm_lab.study.columns import NOTHING, Column, set_powers
 from ddpm_lab.study.results import BASE, METRICS, Metric, Results
 
@@ -25,6 +26,7 @@ __all__ = [
 
 PAPER = METRICS[:3]  # what the paper's tables have
 EDGE = "\N{DAGGER}"
+UNSEEN = "not seen by this encoder"
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ def method_table(results: Results, name: str, title: str, methods: Sequence[str]
     """Methods by metrics on each data set, as the paper's Tables 1 and 2 have them."""
     datasets = tuple(results.config.datasets)
     groups = [("", 2), *((results.dataset_title(each), len(PAPER)) for each in datasets)]
-    columns = [Column(metric, confidence=results.confidence) for _ in datasets for metric in PAPER]
     keys = [(dataset, metric) for dataset in datasets for metric in PAPER]
+    columns = [Column(metric, confidence=results.confidence) for _, metric in keys]
     return _table(results, name, title, methods, groups, columns, keys)
 
 
@@ -152,6 +154,7 @@ def _table(
         *((_title(results, name, each), each) for each in methods),
     ]
     for column, (dataset, metric) in zip(columns, keys, strict=True):
+        column.unseen = results.unseen(metric, dataset)
         for _, method in rows:
             result = results.result(method or BASE, dataset)
             column.cells.append(result.cell(metric, confidence, real=method is None))
@@ -167,7 +170,7 @@ def _table(
         )
         for number, (row_title, method) in enumerate(rows)
     ]
-    mark = encoder_mark(results)
+    mark = str(results.features.get("encoder_mark", ""))
     headings = ["#P", "of base", *(_heading(column, mark) for column in columns)]
     return Table(name, title, tuple(groups), tuple(headings), tuple(made), tuple(_notes(results, methods)))
 
@@ -189,10 +192,6 @@ def millions(number: int) -> str:
     return f"{number / 1e6:.2f} M" if number >= 5e5 else f"{number / 1e3:.1f} k"
 
 
-def encoder_mark(results: Results) -> str:
-    return str(_evaluation(results).get("encoder_mark", ""))
-
-
 def _evaluation(results: Results) -> dict[str, object]:
     for result in results.found.values():
         for evaluation in result.evaluations.values():
@@ -203,6 +202,7 @@ def _evaluation(results: Results) -> dict[str, object]:
 def _heading(column: Column, mark: str) -> str:
     metric = column.metric
     unit = f" (1e{column.power})" if column.power else f" ({metric.unit})" if metric.unit else ""
+    unit = f", {UNSEEN}" if column.unseen else unit
     return f"{metric.title}{mark if metric.marked else ''} {'↓' if metric.less else '↑'}{unit}"
 
 
@@ -225,10 +225,12 @@ def _notes(results: Results, methods: Sequence[str]) -> list[str]:
     ]
     notes += few
     if about:
+        encoder = results.features.get("encoder", "")
         notes.append(
-            f"FID and MMD: {about.get('encoder', '')}; MMD is the paper's (kernel scaled by the median distance). "
+            f"FID and MMD: {encoder}; MMD is the paper's (kernel scaled by the median distance). "
             f"MS-SSIM: {about.get('ms_ssim', '')}. Samples are compared with {about.get('reference', 'real volumes')}."
         )
+    notes += _encoder_notes(results, methods)
     if results.templates:
         names = ", ".join(results.templates)
         made = f"the {names} template" if len(results.templates) == 1 else f"templates ({names})"
@@ -238,6 +240,25 @@ def _notes(results: Results, methods: Sequence[str]) -> list[str]:
         if note:
             notes.append(f"{results.title(method)}: {note}")
     return notes + [f"Missing: {line}" for line in results.failures(methods)]
+
+
+def _encoder_notes(results: Results, methods: Sequence[str]) -> list[str]:
+    """Which data sets the encoder tells from the source, and which runs have distances by another one."""
+    notes = []
+    known = {name: found for name, found in results.domains.items() if found is not None and found["p"] is not None}
+    if known:
+        said = ", ".join(f"{results.dataset_title(name)} {found['p']:.2g}" for name, found in known.items())
+        notes.append(
+            "Does the encoder tell a data set's held-out volumes from the source's? p-values of a permutation test of "
+            f"the MMD: {said}. Above {LEVEL} it does not, or volumes are too few: {UNSEEN}, so that no FID or MMD is "
+            "compared."
+        )
+    if left_out := results.left_out((BASE, *methods)):
+        notes.append(
+            f"FID and MMD of {left_out} runs are left out: another encoder measured them. Their errors and MS-SSIM "
+            "stand. Remove their folders, and their lines in `rows`, to run them again."
+        )
+    return notes
 
 
 def cost_table(results: Results) -> Table:
@@ -343,17 +364,24 @@ def _html_cell(cell: str) -> str:
 
 
 def as_csv(results: Results, methods: Sequence[str]) -> str:
-    """Every number behind a table: a line for each method, data set, metric and seed."""
+    """Every number behind a table: a line for each method, data set, metric and seed.
+
+    Beside distances stand the encoder and the p-value of its test on the data set.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "title", "parameters", "dataset", "rate", "metric", "seed", "value", "low", "high"])
+    writer.writerow(
+        ["method", "title", "parameters", "dataset", "rate", "metric", "seed", "value", "low", "high", "encoder", "p"]
+    )
     for method in (BASE, *methods):
         known = results.parameters(method)
         for dataset in results.config.datasets:
             rate = results.rate(method, dataset)
+            domain = results.domains.get(dataset) or {}
             for metric in METRICS:
+                about = (results.features.get("encoder"), domain.get("p")) if metric.marked else (None, None)
                 cell = results.result(method, dataset).cell(metric, results.config.metrics.confidence)
                 for each in cell.values if cell is not None else ():
                     row = [method, results.title(method), known[0] if known else "", dataset, rate, metric.key]
-                    writer.writerow([*row, each.seed, each.value, each.low, each.high])
+                    writer.writerow([*row, each.seed, each.value, each.low, each.high, *about])
     return text.getvalue()

@@ -115,7 +115,7 @@ def prepare(config: Config, out: Path, screen: Screen) -> Setup:
     if config.base.checkpoint is not None:
         load_base(unet, config.base, screen.line)
     check_fit(config.model, config.base, config.method)
-    encoder = load_encoder(config.metrics.medicalnet)
+    encoder = load_encoder(config.metrics)
     accelerator = make_accelerator(config.training, config.distributed)
     with together():
         volumes = prepare_volumes(config, out, screen, accelerator)
