@@ -292,7 +292,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_report_of_a_study_that_has_only_begun(tmp_path: Path) -> None:
     config = tiny_study(tmp_path)
-    settled = config.with_ranks().settled().model_dump(mode="json")
+    settled = config.with_variants().settled().model_dump(mode="json")
     write_json(tmp_path / "study.json", {"version": 1, "studies": ["table1", "table4"], "config": settled})
     report(tmp_path, Screen(quiet=True))
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")

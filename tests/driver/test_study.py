@@ -109,11 +109,11 @@ def test_what_a_method_gives_replaces_the_common_setting_and_no_other(tmp_path: 
 
 
 def test_ranks_of_figure_4_share_the_run_of_their_own_rank(tmp_path: Path) -> None:
-    config = tiny_study(tmp_path).with_ranks()
+    config = tiny_study(tmp_path).with_variants()
     assert config.members("figure4") == ("tenvoo_l-r1", "tenvoo_l", "tenvoo_q-r1", "tenvoo_q")
     assert config.methods["tenvoo_l-r1"].method.params == {"r": 1}
     assert config.methods["tenvoo_l-r1"].title == "TenVOO-L, rank 1"
-    assert config.with_ranks() == config
+    assert config.with_variants() == config
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from ddpm_lab.study.settings import STUDIES, StudyConfig
 from ddpm_lab.support.durable import read_json
 from ddpm_lab.support.faults import fault
 
-__all__ = ["BASE", "METRICS", "REAL", "Cell", "Metric", "Result", "Results", "read_results"]
+__all__ = ["BASE", "METRICS", "REAL", "Cell", "Metric", "Result", "Results", "Value", "read_results"]
 
 MADE = "made from MNI152"
 REAL = "real, held out"  # the set of an evaluation that compares real volumes with each other
@@ -142,6 +142,7 @@ class Results:
     seconds: dict[Path, float]  # of each finished run
     costs: dict[str, Any] | None
     record: dict[str, Any]  # of the last study: versions, machine, revision
+    shares: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # of an update, by method and data set
 
     @property
     def confidence(self) -> float:
@@ -200,7 +201,7 @@ class Results:
                 for seed in self.config.seeds:
                     if seed in result.failures:
                         what = result.failures[seed]
-                    elif seed not in result.evaluations:
+                    elif seed not in result.folders:
                         what = "not run yet"
                     else:
                         continue
@@ -228,8 +229,13 @@ def read_results(out: Path) -> Results:
         if dataset in config.datasets and seed.lstrip("-").isdigit() and int(seed) in config.seeds:
             result = found.setdefault((method, dataset), Result(method, dataset))
             seconds[folder] = _add(result, int(seed), folder)
+    shares = {}
+    for folder in sorted((out / "shares").glob("*/*")):
+        outcome, content = Outcome.read(folder), read_json(folder / "summary.json")
+        if outcome is not None and outcome.status == "done" and content is not None:
+            shares[folder.parent.name, folder.name] = content["run"]
     record = read_json(out / f"record-study-{studies[-1]}.json") or {} if studies else {}
-    return Results(out, config, studies, found, seconds, read_json(out / "costs.json"), record)
+    return Results(out, config, studies, found, seconds, read_json(out / "costs.json"), record, shares)
 
 
 def _add(result: Result, seed: int, folder: Path) -> float:
