@@ -71,7 +71,7 @@ def written_study(out: Path, config: StudyConfig) -> None:
         "machine": {"device": "cpu", "processor": "A processor", "threads": 2},
         "revision": "0123abcd",
     }
-    write_json(out / "record-study-figure4.json", record)
+    write_json(out / f"record-study-{STUDIES[-1]}.json", record)
     methods = {each for study in STUDIES if study != "table4" for each in config.members(study)}
     for number, method in enumerate([BASE, *sorted(methods)]):
         for place, dataset in enumerate(config.datasets):

@@ -97,7 +97,7 @@ def test_the_page_asks_for_nothing_outside_itself(out: Path) -> None:
         if each.startswith("data:image/png;base64,"):
             assert base64.b64decode(each.partition(",")[2]).startswith(PNG)
     anchors = {each[1:] for each in inside if each.startswith("#")}
-    assert anchors == {"table1", "table2", "table3", "table4", "figure4", "setup"}
+    assert anchors == {"table1", "table2", "table3", "table4", "figure4", "start", "setup"}
     assert all(f'id="{anchor}"' in text for anchor in anchors)
 
 

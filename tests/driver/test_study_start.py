@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-import ddpm_lab.study.data as study_data
 import ddpm_lab.study.plan as study_plan
 import ddpm_lab.study.run as study_run
 import ddpm_lab.study.shares as study_shares
@@ -83,8 +82,12 @@ def test_starts_that_cannot_be_are_refused() -> None:
     assert str(excinfo.value) == (
         "method.start_std: the method: expected an adapter, found `full`. Remove `method.start_std`."
     )
-    with pytest.raises(TnpeftError, match="`start_std`: expected"):
-        check_parts(Method(spec="loha_tucker", match="all", start_std=1).model_copy(update={"spec": "nola"}))
+    with pytest.raises(TnpeftError) as refused:
+        check_parts(Method(spec="lotr", match="all", start_std=1))
+    assert str(refused.value) == (
+        "lotr.yaml with start_std 1:15:12: `start_std`: expected cores with values of their own, found 'left', which "
+        "layers share: it has one size for all of them. Remove `start_std`, or give the cores inits of that size."
+    )
 
 
 def test_every_start_is_a_method_of_its_own(tmp_path: Path) -> None:
@@ -97,8 +100,8 @@ def test_every_start_is_a_method_of_its_own(tmp_path: Path) -> None:
     assert config.run("lora-std0_3", dataset, 1, Base()).sampling.count == 0
     assert config.run("lora", dataset, 1, Base()).sampling.count == 2
     assert config.with_variants() == config
-    settled = json.loads(json.dumps(config.settled().model_dump(mode="json")))
-    assert StudyConfig.model_validate(settled).run("lora-std1", dataset, 1, Base()).sampling.count == 0 or True
+    settled = StudyConfig.model_validate_json(json.dumps(config.settled().model_dump(mode="json")))
+    assert settled.run("lora-std0_3", dataset, 1, Base()).sampling.count == 0
     check_study("start", config)
 
 
@@ -107,7 +110,8 @@ def test_every_start_is_a_method_of_its_own(tmp_path: Path) -> None:
     [
         (
             ["start.methods={lora: [{std: 1}, {std: 0}, {std: 1.0}]}"],
-            "start.methods.lora: the sizes of a start: expected each once, found [1.0, 0.0, 1.0]. Remove one of the two.",
+            "start.methods.lora: the sizes of a start: expected each once, found [1.0, 0.0, 1.0]. "
+            "Remove one of the two.",
         ),
         (
             ["start.methods={tucker: [{std: 1}]}"],
@@ -115,11 +119,15 @@ def test_every_start_is_a_method_of_its_own(tmp_path: Path) -> None:
             "Add it to `methods`, or correct the name.",
         ),
         (
-            ["start.methods={lora: [{std: 1, rates: [1.0e-3, 2.0e-3]}]}"],
-            "start: the number of rates: expected the same for every method, found full 0, lora 0, lora-std1 2. "
+            ["start.methods={tenvoo_l: [{std: 1, rates: [1.0e-3, 2.0e-3]}]}"],
+            "start: the number of rates: expected the same for every method, found full 0, tenvoo_l 0, "
+            "tenvoo_l-std1 2. "
             "Try as many for each: more tries find a better rate.",
         ),
-        (["start.methods={}"], "start: the methods of this study: expected at least one, found none. List methods under `start`."),
+        (
+            ["start.methods={}"],
+            "start: the methods of this study: expected at least one, found none. List methods under `start`.",
+        ),
     ],
 )
 def test_mistakes_in_starts_are_refused(tmp_path: Path, overrides: list[str], expected: str) -> None:
@@ -131,9 +139,9 @@ def test_mistakes_in_starts_are_refused(tmp_path: Path, overrides: list[str], ex
 @pytest.fixture
 def updated(tmp_path: Path) -> tuple[Config, Path, dict[str, np.ndarray]]:
     """A run of LoRA on a tiny base, the weights of an update, and the update itself."""
-    unet = build_unet(TINY, Base())
-    before = {name: value.detach().clone() for name, value in unet.state_dict().items()}
     generator = torch.Generator().manual_seed(3)
+    shapes = {name: value.shape for name, value in build_unet(TINY, Base()).state_dict().items()}
+    before = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     after = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in before.items()}
     save_file(before, tmp_path / "base.safetensors")
     save_file(after, tmp_path / "model.safetensors")
@@ -177,12 +185,12 @@ def test_a_large_start_reaches_no_more_than_its_tangent_space(
         method = config.method.model_copy(update={"start_std": std})
         return measured(config.model_copy(update={"method": method}), path, 1, 10, Screen(quiet=True))
 
-    large, small = at(1000), at(0.1)
-    assert (large["std"], small["std"]) == pytest.approx((1000, 0.1), rel=1e-4)
+    large, small = at(1000), at(1e-4)
+    assert (large["std"], small["std"]) == pytest.approx((1000, 1e-4), rel=1e-4)
     assert large["tangent"] == pytest.approx(small["tangent"], rel=1e-6), "a gain changes no direction"
     assert large["reach"] == pytest.approx(large["tangent"], rel=0.05)
-    assert small["reach"] > 1.1 * small["tangent"]
-    assert large["free"] == pytest.approx(small["free"], rel=0.05)
+    assert small["reach"] == pytest.approx(small["free"], rel=0.01)
+    assert small["reach"] > 1.15 * large["reach"]
 
 
 def test_layers_are_spaced_evenly() -> None:
@@ -205,7 +213,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         run |= {"steps": 2, "held_out_error_before": 0.04, "held_out_error_after": 0.03}
         history = {"losses": [1.0, 2.0], "validation": [[1, 0.035, [0.1]]]}
         write_json(folder / "split.json", {name: ["a.nii"] for name in errors})
-        config = {"training": {"learning_rate": 1e-3}}
+        config = {"training": {"learning_rate": settings.training.learning_rate}}
         summary = {"run": run, "config": config, "result": "model.safetensors", "history": history}
         write_json(folder / "summary.json", summary)
         (folder / "model.safetensors").touch()
@@ -256,9 +264,9 @@ def test_shares_are_measured_after_the_runs_and_kept_as_rows(tmp_path: Path, ask
     assert len(asked) == before
     assert "2 shares of an update, 2 of them done before, 2 of those by the rows" in again.text
     tables = [start_table(read_results(tmp_path / name)) for name in ("one", "two")]
-    assert tables[0] == tables[1]
+    assert [row.cells for row in tables[0].rows] == [row.cells for row in tables[1].rows]
     (row,) = [row for row in tables[0].rows if row.title == "LoRA, start 0.3"]
-    assert row.cells[2:] == ("1.0e-03", "-25.0", "+0.00 (+0.00 to +0.00)", "7", "10.0%", "5.0%", "30.0%", "40.0%")
+    assert row.cells[2:] == ("5.0e-03", "-25.0", "+0.00 (+0.00 to +0.00)", "7", "10.0%", "5.0%", "30.0%", "40.0%")
 
     report(tmp_path / "two", Screen(quiet=True))
     names = {path.name for path in (tmp_path / "two" / "report").iterdir()}

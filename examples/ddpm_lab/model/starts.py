@@ -32,11 +32,11 @@ def spec_from(spec: Spec, std: float) -> Spec:
     cores = {name: core if isinstance(core, dict) else {"legs": core} for name, core in parts["cores"].items()}
     if std:
         parts |= {"cores": {name: _drawn(core) for name, core in cores.items()}}
-        parts |= {"start": "frozen_copy", "start_std": std}
+        parts |= {"start": "frozen_copy", "start_std": int(std) if std == int(std) else std}
     else:
         last = list(cores)[-1]
         parts |= {"cores": {**cores, last: {**cores[last], "init": "zeros"}}, "start": "zero"}
-    return Spec.build(file=spec.file, tables=spec.tables, **parts)
+    return Spec.build(file=f"{spec.file} with start_std {std:g}", tables=spec.tables, **parts)
 
 
 def _drawn(core: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,8 +75,8 @@ def _about_shares(results: Results) -> list[str]:
     layers = "; ".join(sorted({str(found["layers"]) for found in results.shares.values()})) or "not measured yet"
     return [
         f"Shares are of the squared norm of the update of {results.title(start.update)}, seed "
-        f"{results.config.seeds[0]}, over some layers of each kind together ({layers}). tangent: what the tangent space "
-        "at the start holds; noise: its share of all directions, which it holds of white noise; reach: what "
+        f"{results.config.seeds[0]}, over some layers of each kind together ({layers}). tangent: what the tangent "
+        "space at the start holds; noise: its share of all directions, which it holds of white noise; reach: what "
         f"{start.sweeps} sweeps of `fit` find from there; free: what they find where the frozen copy may be zeros as "
         "well. std T / std W: the size of the start, the median of these layers."
     ]
