@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -193,6 +194,19 @@ def test_shipped_profiles_describe_every_study(name: str, tmp_path: Path, monkey
     assert len(config.datasets) == 3
     assert len(config.table2) == 5
     assert all(config.methods[each].method.also for each in config.table2)
+
+
+def test_the_profile_for_two_cores_searches_every_start_equally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start has a grid of as many rates, by one factor."""
+    monkeypatch.chdir(tmp_path)
+    config = read_config(CONFIGS / "study_cpu.yaml", [], StudyConfig)
+    check_study("start", config)
+    assert set(config.start.methods) == {"tenvoo_l", "tenvoo_q", "quanta", "lora", "cp"}
+    for starts in config.start.methods.values():
+        for start in starts:
+            assert len(start.rates) == 4
+            steps = [after / before for before, after in itertools.pairwise(start.rates)]
+            assert steps == pytest.approx([4.0] * 3, rel=0.01)
 
 
 def test_the_papers_profile_has_the_papers_hyperparameters() -> None:
