@@ -77,7 +77,7 @@ def evaluate(config: Settings, out: Folder, overrides: Override = []) -> None:  
 
 @app.command("study")
 def study(
-    name: Annotated[str, typer.Argument(help="table1, table2, table3, table4 or figure4.")],
+    name: Annotated[str, typer.Argument(help="table1, table2, table3, table4, figure4 or start.")],
     config: Settings,
     out: Folder,
     overrides: Override = [],  # noqa: B006

@@ -45,6 +45,9 @@ table2: [lora]
 table3: [tenvoo_l, tenvoo_q]
 table4: [full, lora, tenvoo_l]
 figure4: {{methods: [tenvoo_l, tenvoo_q], ranks: [1, 4]}}
+start:
+  methods: {{tenvoo_l: [{{std: 1}}, {{std: 0}}], lora: [{{std: 0.3}}]}}
+  sampling: {{count: 0}}
 cost: {{shapes: {{small: [8, 8, 8]}}, rounds: 3, warmup: 1, batch_size: 2}}
 """
 SIZES = {"full": 1_802_481, "lora": 70_800, "tenvoo_l": 58_192, "tenvoo_q": 59_248}
@@ -58,7 +61,7 @@ def tiny_study(folder: Path, *overrides: str, text: str = TINY_STUDY) -> StudyCo
 
 def written_study(out: Path, config: StudyConfig) -> None:
     """The folder of a study whose runs are all done, with numbers made from names."""
-    config = config.with_ranks()
+    config = config.with_variants()
     write_json(
         out / "study.json",
         {"version": 1, "studies": list(STUDIES), "config": config.settled().model_dump(mode="json")},
@@ -68,7 +71,7 @@ def written_study(out: Path, config: StudyConfig) -> None:
         "machine": {"device": "cpu", "processor": "A processor", "threads": 2},
         "revision": "0123abcd",
     }
-    write_json(out / "record-study-figure4.json", record)
+    write_json(out / f"record-study-{STUDIES[-1]}.json", record)
     methods = {each for study in STUDIES if study != "table4" for each in config.members(study)}
     for number, method in enumerate([BASE, *sorted(methods)]):
         for place, dataset in enumerate(config.datasets):
@@ -76,7 +79,19 @@ def written_study(out: Path, config: StudyConfig) -> None:
             for seed in config.seeds:
                 folder = out / "runs" / method / dataset / f"seed-{seed}"
                 _run(folder, method, number if number else 9, place, seed)  # the base has the worst distances
+    for place, dataset in enumerate(config.datasets):
+        for number, method in enumerate(config.members("start")[1:]):
+            _shares(out / "shares" / method / dataset, number, place)
     write_json(out / "costs.json", _costs(config))
+
+
+def _shares(folder: Path, number: int, place: int) -> None:
+    """The first method's own start is of size 40, the next ones' 30, 20 and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Outcome("done", "key", 9.0).write(folder)
+    shares = {"tangent": 0.1 + 0.01 * number, "noise": 0.05, "reach": 0.3, "free": 0.4 + 0.1 * place}
+    run = {**shares, "std": 40.0 - 10 * number, "layers": "conv1, to_q"}
+    write_json(folder / "summary.json", {"run": run, "config": {"training": {"learning_rate": 1e-3}}})
 
 
 def _run(folder: Path, method: str, number: int, place: int, seed: int) -> None:
@@ -121,6 +136,7 @@ def _summary(method: str, number: int, seed: int) -> dict[str, Any]:
             "method": method,
             "trainable_parameters": size // (3 if method.endswith("r1") else 1),
             "base_parameters": 1_802_481,
+            "steps": steps,
             "held_out_error_before": 0.03,
             "held_out_error_after": 0.03 * (1 - drop),
             "change_percent": -100 * drop + seed,

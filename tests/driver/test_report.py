@@ -97,7 +97,7 @@ def test_the_page_asks_for_nothing_outside_itself(out: Path) -> None:
         if each.startswith("data:image/png;base64,"):
             assert base64.b64decode(each.partition(",")[2]).startswith(PNG)
     anchors = {each[1:] for each in inside if each.startswith("#")}
-    assert anchors == {"table1", "table2", "table3", "table4", "figure4", "setup"}
+    assert anchors == {"table1", "table2", "table3", "table4", "figure4", "start", "setup"}
     assert all(f'id="{anchor}"' in text for anchor in anchors)
 
 
@@ -292,7 +292,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_report_of_a_study_that_has_only_begun(tmp_path: Path) -> None:
     config = tiny_study(tmp_path)
-    settled = config.with_ranks().settled().model_dump(mode="json")
+    settled = config.with_variants().settled().model_dump(mode="json")
     write_json(tmp_path / "study.json", {"version": 1, "studies": ["table1", "table4"], "config": settled})
     report(tmp_path, Screen(quiet=True))
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")

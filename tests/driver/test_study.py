@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -109,11 +110,11 @@ def test_what_a_method_gives_replaces_the_common_setting_and_no_other(tmp_path: 
 
 
 def test_ranks_of_figure_4_share_the_run_of_their_own_rank(tmp_path: Path) -> None:
-    config = tiny_study(tmp_path).with_ranks()
+    config = tiny_study(tmp_path).with_variants()
     assert config.members("figure4") == ("tenvoo_l-r1", "tenvoo_l", "tenvoo_q-r1", "tenvoo_q")
     assert config.methods["tenvoo_l-r1"].method.params == {"r": 1}
     assert config.methods["tenvoo_l-r1"].title == "TenVOO-L, rank 1"
-    assert config.with_ranks() == config
+    assert config.with_variants() == config
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_ranks_of_figure_4_share_the_run_of_their_own_rank(tmp_path: Path) -> No
         (
             "tabel1",
             [],
-            "study: a study: expected one of table1, table2, table3, table4, figure4, found `tabel1`. "
+            "study: a study: expected one of table1, table2, table3, table4, figure4, start, found `tabel1`. "
             "Did you mean `table1`?",
         ),
         (
@@ -193,6 +194,21 @@ def test_shipped_profiles_describe_every_study(name: str, tmp_path: Path, monkey
     assert len(config.datasets) == 3
     assert len(config.table2) == 5
     assert all(config.methods[each].method.also for each in config.table2)
+
+
+def test_the_profile_for_two_cores_searches_every_start_equally(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each start has a grid of as many rates, by one factor."""
+    monkeypatch.chdir(tmp_path)
+    config = read_config(CONFIGS / "study_cpu.yaml", [], StudyConfig)
+    check_study("start", config)
+    assert set(config.start.methods) == {"tenvoo_l", "tenvoo_q", "quanta", "lora", "cp"}
+    for starts in config.start.methods.values():
+        for start in starts:
+            assert len(start.rates) == 4
+            steps = [after / before for before, after in itertools.pairwise(start.rates)]
+            assert steps == pytest.approx([4.0] * 3, rel=0.01)
 
 
 def test_the_papers_profile_has_the_papers_hyperparameters() -> None:

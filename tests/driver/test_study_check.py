@@ -190,7 +190,7 @@ def test_a_base_that_is_there_needs_no_source_any_more(tmp_path: Path) -> None:
 
 
 def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:
-    settled = tiny_study(tmp_path).with_ranks().settled().model_dump(mode="json")
+    settled = tiny_study(tmp_path).with_variants().settled().model_dump(mode="json")
     write_json(tmp_path / "study.json", {"version": 1, "studies": ["table1"], "config": settled})
     done = CliRunner().invoke(ddpm.app, ["report", "--out", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 1

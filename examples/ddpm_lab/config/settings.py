@@ -158,6 +158,9 @@ class Method(Section):
     params: dict[str, Any] = {}  # the spec's: {r: 4}
     mode: Literal["auto", "dense", "factored", "hybrid"] = "auto"
     also: tuple[str, ...] = ()  # joint fine-tuning: patterns of layers that train whole, beside the adapters
+    start_std: Annotated[float, Field(ge=0)] | None = (
+        None  # every adapter starts so large (`model/starts.py`); 0: at zero
+    )
     zero_scale: bool = False  # as the paper's scripts build LoRA and LoHa: rank // 4 = 0 scales updates to nothing
 
     @field_validator("recipe", "spec")

@@ -15,6 +15,7 @@ import tnpeft
 import tnpeft.surgery
 from ddpm_lab.config.settings import Base, Method, Model
 from ddpm_lab.model.sharding import whole_tensors
+from ddpm_lab.model.starts import recipe_from, spec_from
 from ddpm_lab.model.unet import build_unet
 from ddpm_lab.support.durable import write_tensors
 from ddpm_lab.support.faults import fault
@@ -83,9 +84,9 @@ def check_parts(method: Method) -> None:
             fix = "Give the regular expression of the layers to adapt."
             raise fault("method.match", "the layers of a spec", "a regular expression", "nothing", fix)
         if method.recipe is not None:
-            tnpeft.load_recipe(method.recipe)
+            _recipe(method)
         else:
-            tnpeft.load_spec(method.spec or "")
+            _spec(method)
     if method.match is not None:
         try:
             re.compile(method.match)
@@ -101,8 +102,9 @@ def check_fit(model: Model, base: Base, method: Method) -> None:
 
 
 def _check_extras(method: Method) -> None:
-    """`also` and `zero_scale` say something about an adapter."""
-    for name, given in (("also", bool(method.also)), ("zero_scale", method.zero_scale)):
+    """`also`, `zero_scale` and `start_std` say something about an adapter."""
+    parts = {"also": bool(method.also), "zero_scale": method.zero_scale, "start_std": method.start_std is not None}
+    for name, given in parts.items():
         if given and method.kind != "adapter":
             raise fault(f"method.{name}", "the method", "an adapter", f"`{method.kind}`", f"Remove `method.{name}`.")
     if method.zero_scale and method.spec is not None and method.train == "cores" and not method.also:
@@ -154,13 +156,22 @@ def _freeze_cores(unet: nn.Module, name: str) -> None:
 def _attach(unet: nn.Module, method: Method) -> Any:
     """A recipe, or a spec on the layers that match; with what trains whole beside it."""
     if method.recipe is not None:
-        recipe = tnpeft.load_recipe(method.recipe)
+        recipe = _recipe(method)
         recipe = replace(recipe, train=replace(recipe.train, also=(*recipe.train.also, *method.also)))
         return tnpeft.attach(unet, recipe, mode=method.mode, **method.params)
-    assert method.spec is not None
     train = {"bias": "adapted", "norm": True} if method.train == "bias_norm" else {}
     train |= {"also": list(method.also)}
-    return tnpeft.attach(unet, method.spec, match=method.match, train=train, mode=method.mode, **method.params)
+    return tnpeft.attach(unet, _spec(method), match=method.match, train=train, mode=method.mode, **method.params)
+
+
+def _recipe(method: Method) -> tnpeft.Recipe:
+    recipe = tnpeft.load_recipe(method.recipe or "")
+    return recipe if method.start_std is None else recipe_from(recipe, method.start_std)
+
+
+def _spec(method: Method) -> tnpeft.Spec:
+    spec = tnpeft.load_spec(method.spec or "")
+    return spec if method.start_std is None else spec_from(spec, method.start_std)
 
 
 def _train_biases_and_norms(unet: nn.Module, match: re.Pattern[str]) -> None:

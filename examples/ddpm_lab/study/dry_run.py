@@ -78,6 +78,7 @@ def _left(name: str, config: StudyConfig, out: Path) -> dict[str, Any]:
                 changes[each.rate] = change
         chosen[run.method, run.dataset] = Choice(tuple(each.rate or 0.0 for each in same), changes)
     finals, _ = plan.finals({key: choice if choice.best else _any(choice) for key, choice in chosen.items()})
+    finals = [*finals, *plan.shares(finals)]
     done = [any(alike(row, run) for row in rows.known.values()) for run in finals]
     left = [run for run in searches if id(run) not in found]
     left += [run for run, there in zip(finals, done, strict=True) if not there]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from ddpm_lab.study.data import base_of, described, identity, settled
 from ddpm_lab.study.run import BASE, Run, made_of
 from ddpm_lab.study.search import Choice, folder_of
 from ddpm_lab.study.settings import DataSet, StudyConfig
+from ddpm_lab.study.shares import ShareRun
 from ddpm_lab.support.console import Screen
 
 __all__ = ["Plan"]
@@ -70,6 +71,36 @@ class Plan:
                     folder = self.out / "runs" / method / dataset / f"seed-{seed}"
                     runs.append(self._run(method, dataset, seed, own, folder, rate))
         return runs, waiting
+
+    def shares(self, finals: Sequence[Run]) -> list[ShareRun]:
+        """In `start`: a run for each method and data set that measures the shares of its update, where that has run."""
+        config = self.config
+        names = (
+            [name for name in config.members(self.name) if name != config.start.update] if self.name == "start" else []
+        )
+        updates = {
+            run.dataset: run for run in finals if (run.method, run.seed) == (config.start.update, config.seeds[0])
+        }
+        return [
+            self._shares(name, updates[dataset]) for name in names for dataset in self.datasets if dataset in updates
+        ]
+
+    def _shares(self, method: str, update: Run) -> ShareRun:
+        start, dataset, seed = self.config.start, update.dataset, update.seed
+        own = self.config.run(method, self.datasets[dataset], seed, self.base)
+        parts = made_of(own, {}, self.base_key)
+        settings = {
+            **{
+                f"update.{name}" if name.startswith("method.") else name: value
+                for name, value in update.made_of.items()
+            },
+            **{name: value for name, value in parts.items() if name.startswith("method.")},
+            "shares.layers": start.layers,
+            "shares.sweeps": start.sweeps,
+        }
+        folder = self.out / "shares" / method / dataset
+        about = (method, dataset, seed, own, folder, update.cache, settings)
+        return ShareRun(*about, update=update, layers=start.layers, sweeps=start.sweeps)
 
     def _run(
         self,

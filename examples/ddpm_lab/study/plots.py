@@ -71,6 +71,7 @@ class Panel:
     ticks: Sequence[float] | None = None
     zero: bool = False  # the axis begins at zero
     labels: bool = True
+    sizes: bool = False  # `x` are sizes over several powers of ten, and zero
     format: str = "{x:g}"
 
 
@@ -133,7 +134,10 @@ def _draw(axes: Any, panel: Panel, theme: Theme) -> None:
             axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
         mark = "o" if panel.marks else None
         axes.plot(line.x, line.y, color=colour, linewidth=2, linestyle=style, marker=mark, markersize=5)
-    if panel.ticks is not None:
+    if panel.sizes:
+        axes.set_xscale("symlog", linthresh=0.1, linscale=0.5)
+        axes.xaxis.set_major_formatter("{x:g}")
+    elif panel.ticks is not None:
         axes.set_xticks(list(panel.ticks))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))

@@ -16,7 +16,8 @@ from nibabel.filebasedimages import ImageFileError
 from ddpm_lab.data.slices import CONVENTION
 from ddpm_lab.study.page import Picture, Section, write_page
 from ddpm_lab.study.plots import DARK_THEME, LIGHT_THEME, Line, Panel, Theme, plot_montage_page, plot_panels, smoothed
-from ddpm_lab.study.results import BASE, METRICS, Results, read_results
+from ddpm_lab.study.results import BASE, METRICS, Cell, Results, Value, read_results
+from ddpm_lab.study.starts import start_panels, start_table
 from ddpm_lab.study.tables import as_csv, as_markdown, change_table, cost_table, detail_table, method_table, millions
 from ddpm_lab.support.console import Screen
 from ddpm_lab.support.durable import write_whole, writing
@@ -32,6 +33,7 @@ TITLES = {
     "table3": "Table 3. Frozen copy against zero start",
     "table4": "Table 4. Cost",
     "figure4": "Figure 4. Rank",
+    "start": "The start",
 }
 TEXTS = {
     "table1": "Each method fine-tunes one base on each data set. Samples are compared with the data set's volumes.",
@@ -39,6 +41,7 @@ TEXTS = {
     "table3": "How an adapter starts: its update minus a frozen copy of itself, or from a last core of zeros.",
     "table4": "Time and memory of each method as percentages of full fine-tuning, measured on this machine.",
     "figure4": "The number of parameters and MS-SSIM as the rank grows.",
+    "start": "Methods from starts of several sizes, and what each start holds of the update of full fine-tuning.",
 }
 COLUMNS = 3  # samples of each data set in a montage
 SSIM = next(metric for metric in METRICS if metric.key == "ms_ssim")
@@ -88,8 +91,11 @@ def _section(results: Results, study: str, folder: Path) -> Section:
         write_whole(folder / "table4.csv", _cost_csv(results).encode())
         return section
     methods = results.config.members(study)
-    section.tables += [method_table(results, study, TITLES[study], methods), change_table(results, study, methods)]
-    section.details += [detail_table(results, study, each, methods) for each in results.config.datasets]
+    if study == "start":
+        section.tables.append(start_table(results))
+    else:
+        section.tables += [method_table(results, study, TITLES[study], methods), change_table(results, study, methods)]
+        section.details += [detail_table(results, study, each, methods) for each in results.config.datasets]
     write_whole(folder / f"{study}.csv", as_csv(results, methods).encode())
     section.pictures += _pictures(results, study, methods, folder)
     return section
@@ -99,16 +105,25 @@ def _pictures(results: Results, study: str, methods: Sequence[str], folder: Path
     pictures = []
     if study == "figure4":
         pictures += _figure4(results, folder)
+    if study == "start":
+        pictures += _starts(results, folder)
     for dataset in results.config.datasets:
         panels = _curves(results, dataset, methods)
         if panels:
             caption = (
-                f"{results.dataset_title(dataset)}: training loss (smoothed) and error on validation volumes, "
-                f"seed {results.config.seeds[0]}."
+                f"{results.dataset_title(dataset)}: error on validation volumes, mean over seeds with its interval"
+                f"{', and training loss of the first seed (smoothed)' if len(panels) > 1 else ''}."
             )
             pictures.append(_chart(folder / f"{study}-curves-{dataset}.png", caption, panels))
-    montage = _montage(results, study, methods, folder)
-    return [*pictures, *montage]
+    return pictures if study == "start" else [*pictures, *_montage(results, study, methods, folder)]
+
+
+def _starts(results: Results, folder: Path) -> list[Picture]:
+    panels = start_panels(results)
+    if not any(len(line.y) for panel in panels for line in panel.lines):
+        return []
+    caption = "Change of the error on test volumes by the size of the start; bands are intervals over seeds."
+    return [_chart(folder / "start-sizes.png", caption, panels)]
 
 
 def _chart(path: Path, caption: str, panels: Sequence[Panel], share: bool = False) -> Picture:
@@ -128,25 +143,36 @@ def _png(draw: Callable[[Path], None]) -> bytes:
 
 
 def _curves(results: Results, dataset: str, methods: Sequence[str]) -> list[Panel]:
-    """Training losses and validation errors of the first seed that each method has."""
-    losses, errors = [], []
+    """Errors on validation volumes over the steps, which rows have too, and the losses of runs that are in OUT."""
+    errors, losses = [], []
     for colour, method in enumerate(methods):
         summaries = results.result(method, dataset).summaries
-        if not summaries or "losses" not in summaries[min(summaries)]["history"]:  # of a row
+        curves = [points for seed in sorted(summaries) if (points := _error_curve(summaries[seed]))]
+        if not curves:
             continue
-        summary = summaries[min(summaries)]
-        history, run = summary["history"], summary["run"]
-        name = results.title(method)
-        losses.append(smoothed(name, history["losses"], colour))
-        points = [(0, run["held_out_error_before"]), *((step, mean) for step, mean, _ in history["validation"])]
-        points.append((len(history["losses"]), run["held_out_error_after"]))
-        errors.append(Line(name, [step for step, _ in points], [error for _, error in points], colour=colour))
-    if not losses:
-        return []
-    return [
-        Panel("Training loss", "optimiser step", losses, log=True, labels=False),
-        Panel("Error on validation volumes", "optimiser step", errors, marks=True),
-    ]
+        name, by_step = results.title(method), [dict(curve) for curve in curves]
+        steps = [step for step, _ in curves[0] if all(step in each for each in by_step)]
+        cells = [
+            Cell(tuple(Value(seed, each[step]) for seed, each in enumerate(by_step)), results.confidence)
+            for step in steps
+        ]
+        errors.append(
+            Line(name, steps, [cell.mean for cell in cells], [cell.half or 0.0 for cell in cells], colour=colour)
+        )
+        history = summaries[min(summaries)]["history"]
+        if "losses" in history:  # not of a row
+            losses.append(smoothed(name, history["losses"], colour))
+    panels = [Panel("Error on validation volumes", "optimiser step", errors, marks=True)] if errors else []
+    if losses:
+        panels.insert(0, Panel("Training loss", "optimiser step", losses, log=True, labels=False))
+    return panels
+
+
+def _error_curve(summary: dict[str, Any]) -> list[tuple[int, float]]:
+    """The error on validation volumes before, on the way and after, with the steps."""
+    history, run = summary["history"], summary["run"]
+    points = [(0, run["held_out_error_before"]), *((step, mean) for step, mean, _ in history["validation"])]
+    return [*points, (run["steps"], run["held_out_error_after"])]
 
 
 def _figure4(results: Results, folder: Path) -> list[Picture]:

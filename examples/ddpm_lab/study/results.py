@@ -21,7 +21,7 @@ from ddpm_lab.study.settings import STUDIES, StudyConfig
 from ddpm_lab.support.durable import read_json
 from ddpm_lab.support.faults import fault
 
-__all__ = ["BASE", "METRICS", "REAL", "Cell", "Metric", "Result", "Results", "read_results"]
+__all__ = ["BASE", "CHANGE", "METRICS", "REAL", "Cell", "Metric", "Result", "Results", "Value", "read_results"]
 
 REAL = "real, held out"  # the set of an evaluation that compares real volumes with each other
 
@@ -47,6 +47,7 @@ METRICS = (
     Metric("change_percent", "Error change", less=True, unit="%", part="test"),
     Metric("unseen_change_percent", "Error change, unseen anatomy", less=True, unit="%", part="unseen"),
 )
+CHANGE = next(metric for metric in METRICS if metric.part == "test")
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,7 @@ class Result:
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     errors: dict[int, Errors] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
-    others: set[int] = field(
-        default_factory=set
-    )  # seeds whose distances are another encoder's: they are no numbers here
+    others: set[int] = field(default_factory=set)  # seeds with another encoder's distances, which are no numbers here
 
     def numbers(self, metric: Metric) -> dict[int, dict[str, float]]:
         """What is compared with another method's: a metric by seed and, where each volume has one, by volume.
@@ -158,6 +157,7 @@ class Results:
     record: dict[str, Any]  # of the last study: versions, machine, revision
     features: Mapping[str, Any]  # whose distances the tables have: the encoder's note, mark and digest
     domains: Mapping[str, Any]  # what the encoder tells of each data set
+    shares: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # of an update, by method and data set
 
     @property
     def confidence(self) -> float:
@@ -237,7 +237,7 @@ class Results:
                 for seed in self.config.seeds:
                     if seed in result.failures:
                         what = result.failures[seed]
-                    elif seed not in result.evaluations:
+                    elif seed not in result.folders:
                         what = "not run yet"
                     else:
                         continue
@@ -265,10 +265,17 @@ def read_results(out: Path) -> Results:
         if dataset in config.datasets and seed.lstrip("-").isdigit() and int(seed) in config.seeds:
             result = found.setdefault((method, dataset), Result(method, dataset))
             seconds[folder] = _add(result, int(seed), folder)
+    shares = {}
+    for folder in sorted((out / "shares").glob("*/*")):
+        outcome, content = Outcome.read(folder), read_json(folder / "summary.json")
+        if outcome is not None and outcome.status == "done" and content is not None:
+            shares[folder.parent.name, folder.name] = content["run"]
     record = read_json(out / f"record-study-{studies[-1]}.json") or {} if studies else {}
     features = _only_one_encoder(known.get("features"), found)
     domains = {name: read_domain(out, name, features.get("encoder_digest")) for name in config.datasets}
-    return Results(out, config, studies, found, seconds, read_json(out / "costs.json"), record, features, domains)
+    return Results(
+        out, config, studies, found, seconds, read_json(out / "costs.json"), record, features, domains, shares
+    )
 
 
 def _only_one_encoder(features: Mapping[str, Any] | None, found: Mapping[tuple[str, str], Result]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ A section of a method or a data set replaces those settings of the common sectio
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,10 +30,22 @@ from ddpm_lab.config.settings import (
 )
 from ddpm_lab.support.faults import fault
 
-__all__ = ["STUDIES", "Cost", "DataSet", "Made", "Ranks", "StudyConfig", "StudyMethod", "Unseen", "overlaid"]
+__all__ = [
+    "STUDIES",
+    "Cost",
+    "DataSet",
+    "Made",
+    "Ranks",
+    "Start",
+    "Starts",
+    "StudyConfig",
+    "StudyMethod",
+    "Unseen",
+    "overlaid",
+]
 
 STRATA = r"^sub-\d+_(.+)_"  # the anatomy in the name of a made subject's file
-STUDIES = ("table1", "table2", "table3", "table4", "figure4")
+STUDIES = ("table1", "table2", "table3", "table4", "figure4", "start")
 
 # Names become folders, on any file system.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
@@ -92,6 +105,7 @@ class StudyMethod(Section):
     note: str | None = None  # printed under the tables that the method stands in
     method: Method = Method()
     training: Training = Training()  # replaces these settings of the study's `training`
+    sampling: Sampling = Sampling()  # and of the study's `sampling`
     rates: tuple[Annotated[float, Field(gt=0)], ...] = ()  # tried on each data set; the best trains the study's seeds
 
 
@@ -100,6 +114,23 @@ class Ranks(Section):
 
     methods: tuple[Name, ...] = ()
     ranks: tuple[Positive, ...] = (1, 2, 4, 6)
+
+
+class Start(Section):
+    """One start of a method: `std` is the size of T there, in standard deviations of the weight; 0 is from zero."""
+
+    std: Annotated[float, Field(ge=0)]
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = ()  # in place of the method's
+
+
+class Starts(Section):
+    """`start`: these methods from their own start and from these, beside the method whose update they are held to."""
+
+    methods: dict[Name, tuple[Start, ...]] = Field(default_factory=dict)
+    update: Name = "full"
+    layers: Positive = 3  # of each kind, evenly spaced, whose shares of the update are measured
+    sweeps: Positive = 40  # of alternating least squares, which find what is within reach
+    sampling: Sampling = Sampling()  # replaces these settings for starts that no other table has
 
 
 class Cost(Section):
@@ -135,6 +166,7 @@ class StudyConfig(Section):
     table3: tuple[Name, ...] = ()  # frozen copy against zero start
     table4: tuple[Name, ...] = ()  # time and memory
     figure4: Ranks = Ranks()
+    start: Starts = Starts()
     cost: Cost = Cost()
     templates: Path | None = None  # a folder with templates of made subjects, looked at before the packages' own
     rows: Path | None = None  # finished runs, one a line: those are not run again, and others are added
@@ -148,30 +180,53 @@ class StudyConfig(Section):
         return path if path is None or folder is None else Path(os.path.normpath(folder / path))
 
     def members(self, study: str) -> tuple[str, ...]:
-        """The names of a study's methods; for Figure 4 those that `with_ranks` makes."""
+        """The names of a study's methods, those that `with_variants` makes among them."""
         if study == "figure4":
             return tuple(self.ranked(name, rank) for name in self.figure4.methods for rank in self.figure4.ranks)
+        if study == "start":
+            own = [each for name in self.start.methods for each in self.started(name)]
+            return (self.start.update, *own) if own else ()
         return tuple(getattr(self, study))
 
     def ranked(self, name: str, rank: int) -> str:
         """The name of a method at a rank: its own name at its own rank, so that tables share the run."""
         return name if self.methods[name].method.params.get("r") == rank else f"{name}-r{rank}"
 
-    def with_ranks(self) -> StudyConfig:
-        """The same study, with a method of its own for each rank of Figure 4."""
+    def started(self, name: str) -> dict[str, float | None]:
+        """The names of a method at its starts with their sizes: first its own name, at its own start."""
+        sizes = {f"{name}-std{each.std:g}".replace(".", "_"): each.std for each in self.start.methods[name]}
+        return {name: None, **sizes}
+
+    def with_variants(self) -> StudyConfig:
+        """The same study, with a method of its own for each rank of Figure 4 and each start of `start`."""
         methods = dict(self.methods)
         for name in self.figure4.methods:
             for rank in self.figure4.ranks:
-                own = self.methods[name]
-                method = own.method.model_copy(update={"params": {**own.method.params, "r": rank}})
-                change: dict[str, Any] = {"method": method, "title": f"{own.title or name}, rank {rank}", "note": None}
-                methods.setdefault(self.ranked(name, rank), own.model_copy(update=change))
+                params = {**self.methods[name].method.params, "r": rank}
+                made = self._variant(name, {"params": params}, f"rank {rank}")
+                methods.setdefault(self.ranked(name, rank), made)
+        for name, starts in self.start.methods.items():
+            for start, variant in zip(starts, [*self.started(name)][1:], strict=True):
+                made = self._variant(name, {"start_std": start.std}, f"start {start.std:g}")
+                change: dict[str, Any] = {"sampling": self.start.sampling}
+                change |= {"rates": start.rates} if start.rates else {}
+                methods.setdefault(variant, made.model_copy(update=change))
         return self.model_copy(update={"methods": methods})
+
+    def _variant(self, name: str, change: Mapping[str, Any], what: str) -> StudyMethod:
+        own = self.methods[name]
+        method = own.method.model_copy(update=dict(change))
+        return own.model_copy(update={"method": method, "title": f"{own.title or name}, {what}", "note": None})
 
     def settled(self) -> StudyConfig:
         """The same study with nothing left to replace: every method and data set has all of its settings."""
         methods = {
-            name: each.model_copy(update={"training": overlaid(self.training, each.training)})
+            name: each.model_copy(
+                update={
+                    "training": overlaid(self.training, each.training),
+                    "sampling": overlaid(self.sampling, each.sampling),
+                }
+            )
             for name, each in self.methods.items()
         }
         datasets = {name: each.model_copy(update={"data": self.data_of(each)}) for name, each in self.datasets.items()}
@@ -210,6 +265,7 @@ class StudyConfig(Section):
     ) -> Config:
         """The configuration of one run; of the base itself where there is no method."""
         common = self.training
+        sampling = overlaid(self.sampling, self.methods[method].sampling) if method is not None else self.sampling
         plain = Training(precision=common.precision, device=common.device, threads=common.threads)
         return Config(
             data=self.data_of(dataset),
@@ -219,7 +275,7 @@ class StudyConfig(Section):
             method=self.methods[method].method if method is not None else Method(),
             training=self.training_of(method, seed, rate) if method is not None else plain,
             validation=self.validation,
-            sampling=self.sampling.model_copy(update={"seed": self.sampling.seed + seed}),
+            sampling=sampling.model_copy(update={"seed": sampling.seed + seed}),
             metrics=self.metrics,
         )
 
@@ -242,13 +298,26 @@ class StudyConfig(Section):
         """Raise LabError where a table names a method that is not there, or a seed stands twice."""
         self._check_unseen()
         for study in STUDIES:
-            own = self.figure4.methods if study == "figure4" else getattr(self, study)
-            for name in own:
+            for name in self._named(study):
                 if name not in self.methods:
                     expected = f"one of {', '.join(self.methods)}"
                     raise fault(study, "a method", expected, f"`{name}`", "Add it to `methods`, or correct the name.")
+        for name, starts in self.start.methods.items():
+            if len(self.started(name)) < len(starts) + 1:
+                found = str([each.std for each in starts])
+                raise fault(
+                    f"start.methods.{name}", "the sizes of a start", "each once", found, "Remove one of the two."
+                )
         if len(set(self.seeds)) < len(self.seeds):
             raise fault("seeds", "the seeds", "each once", str(list(self.seeds)), "Remove one of the two.")
+
+    def _named(self, study: str) -> tuple[str, ...]:
+        """The names of methods that stand under a study."""
+        if study == "figure4":
+            return self.figure4.methods
+        if study == "start":
+            return (self.start.update, *self.start.methods) if self.start.methods else ()
+        return tuple(getattr(self, study))
 
 
 def overlaid(common: S, own: S) -> S:

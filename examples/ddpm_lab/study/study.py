@@ -42,7 +42,7 @@ __all__ = ["study"]
 def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
     """Run what `name` needs and is not there yet; raises LabError at the end where a run failed."""
     check_study(name, config)
-    config = config.with_ranks()
+    config = config.with_variants()
     if not config.dry_run:  # which needs no data and no base
         check_inputs(name, config, out)
     make_folder(out)
@@ -67,10 +67,13 @@ def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
     chosen = choices(searches)
     _say_rates(chosen, screen)
     runs, waiting = plan.finals(chosen)
-    for run in runs:
+    shares = plan.shares(runs)
+    for run in (*runs, *shares):
         run.check()
     work.do(runs, "runs")
-    work.sum_up(runs, waiting)
+    if shares:
+        work.do(shares, "shares of an update")
+    work.sum_up([*runs, *shares], waiting)
 
 
 def check_study(name: str, config: StudyConfig) -> None:
@@ -82,7 +85,7 @@ def check_study(name: str, config: StudyConfig) -> None:
         fix = "Start `study` without torchrun, once for each device: the commands share the runs."
         raise fault("study", "its processes", "one", os.environ["WORLD_SIZE"], fix)
     config.check_names()
-    config = config.with_ranks()
+    config = config.with_variants()
     members = config.members(name)
     if not members:
         fix = f"List methods under `{name}`."

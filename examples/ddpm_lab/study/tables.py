@@ -22,6 +22,9 @@ __all__ = [
     "cost_table",
     "detail_table",
     "method_table",
+    "rate_notes",
+    "rate_of",
+    "sizes_of",
 ]
 
 PAPER = METRICS[:3]  # what the paper's tables have
@@ -73,7 +76,7 @@ def change_table(results: Results, name: str, methods: Sequence[str]) -> Table:
     for row, method in zip(table.rows[2:], methods, strict=True):
         cells = list(row.cells)
         for place in reversed(starts):
-            cells.insert(2 + place, _rate(results, method, keys[place][0]))
+            cells.insert(2 + place, rate_of(results, method, keys[place][0]))
         best = frozenset(places[place - 2] for place in row.best)
         rows.append(replace(row, cells=tuple(cells), best=best))
     headings = list(table.columns)
@@ -87,7 +90,7 @@ def change_table(results: Results, name: str, methods: Sequence[str]) -> Table:
         groups=(table.groups[0], *((title, number + 1) for title, number in table.groups[1:])),
         columns=tuple(headings),
         rows=tuple(rows),
-        notes=(*notes, *_against_the_next(results, keys, methods, columns), *_rate_notes(results, methods)),
+        notes=(*notes, *_against_the_next(results, keys, methods, columns), *rate_notes(results, methods)),
     )
 
 
@@ -107,7 +110,7 @@ def _against_the_next(
     return lines
 
 
-def _rate(results: Results, method: str, dataset: str) -> str:
+def rate_of(results: Results, method: str, dataset: str) -> str:
     """The rate of a method, marked where it is the largest or the smallest that was tried."""
     rate, choice = results.rate(method, dataset), results.choice(method, dataset)
     if rate is None:
@@ -115,7 +118,7 @@ def _rate(results: Results, method: str, dataset: str) -> str:
     return f"{rate:.1e}" + (EDGE if choice is not None and choice.edge else "")
 
 
-def _rate_notes(results: Results, methods: Sequence[str]) -> list[str]:
+def rate_notes(results: Results, methods: Sequence[str]) -> list[str]:
     """How rates were found."""
     tried = max((len(results.config.methods[method].rates) for method in methods), default=0)
     if tried < 2:
@@ -164,7 +167,7 @@ def _table(
     made = [
         Row(
             row_title,
-            (*_sizes(results, method), *(column.text(number) for column in columns)),
+            (*sizes_of(results, method), *(column.text(number) for column in columns)),
             frozenset(place + 2 for place, winners in enumerate(best) if number in winners),
             reference=number < 2,
         )
@@ -179,7 +182,7 @@ def _title(results: Results, table: str, method: str) -> str:
     return results.title(method, ranked=table == "figure4")
 
 
-def _sizes(results: Results, method: str | None) -> tuple[str, str]:
+def sizes_of(results: Results, method: str | None) -> tuple[str, str]:
     known = results.parameters(method) if method not in (None, BASE) else None
     if known is None:
         return NOTHING, NOTHING
