@@ -196,7 +196,9 @@ def test_shipped_profiles_describe_every_study(name: str, tmp_path: Path, monkey
     assert all(config.methods[each].method.also for each in config.table2)
 
 
-def test_the_profile_for_two_cores_searches_every_start_equally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profile_for_two_cores_searches_every_start_equally(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each start has a grid of as many rates, by one factor."""
     monkeypatch.chdir(tmp_path)
     config = read_config(CONFIGS / "study_cpu.yaml", [], StudyConfig)

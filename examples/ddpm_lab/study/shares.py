@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -126,6 +126,6 @@ def _of_layer(adapter: Adapter, weight: Tensor, update: Tensor, sweeps: int) -> 
 
 def _fitted(adapter: Adapter, weight: Tensor, update: Tensor, sweeps: int, from_there: bool) -> float:
     """What a copy of the adapter captures of the update, counted from its frozen copy or from zero as well."""
-    where = "drawn" if from_there else None
+    where: Literal["drawn"] | None = "drawn" if from_there else None
     fitted = fit_adapter(copy.deepcopy(adapter), weight, update, method="als", iterations=sweeps, frozen_copy=where)
     return fitted.captured
