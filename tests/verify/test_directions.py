@@ -94,6 +94,22 @@ def test_a_small_share_is_not_spelt_out():
     assert "move in less than 0.1% of the directions (at most 4 of 10,000); " in str(found)
 
 
+def test_a_start_that_is_large_beside_the_weight_keeps_its_directions():
+    """An update is then a small change of large cores, linear in it: the published start of TenVOO."""
+    large, small = (Spec.from_yaml(PISSA_LIKE.replace("0.5", size)) for size in ("4", "0.05"))
+    case = Case("Linear", 24, 20)
+    found = directions_on(large, case)
+    assert str(found).startswith(
+        "Linear(24, 20): at this start the first steps move in 60.0% of the directions (288 of 480), and so do later "
+        "ones; rate "
+    )
+    adapter, weight = compile(large, case.build(), name="layer"), case.build().weight.detach()
+    value = (adapter.cores["up"] @ adapter.cores["down"]).detach()
+    assert found.size == pytest.approx(float(value.std() / weight.std()), rel=1e-5)
+    assert "(288 of 480); rate " in str(directions_on(small, case))
+    assert directions_on(tnpeft.load_spec("lora"), case).size == 0
+
+
 def test_printed_and_as_data():
     options = ("verify", "lora", "--layer", "Conv2d:4,6,3x1,groups=2", "--set", "r=2", "--examples", "1")
     report = data(*options)

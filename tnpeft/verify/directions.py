@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnpeft.adapters import Adapter
 from tnpeft.errors import TnpeftError
 from tnpeft.execution import compile
 from tnpeft.fitting import tangent_space_of
 from tnpeft.network import Spec, load_spec
 from tnpeft.verify.case import Case
+from tnpeft.verify.conditioning import LARGE_NETWORK
 
 __all__ = ["Directions", "directions_on"]
 
@@ -28,7 +30,8 @@ class Directions:
     """The share of directions, `rank` of `entries`: those of one layer's delta weight at the start, to first order.
 
     Where `counted` is false the rank is at most this. `rate` moves the weight as far in Adam's first ten steps along a
-    random gradient as LoRA (r=8, alpha=8) gets at 1e-3; None where no rate up to 1 does.
+    random gradient as LoRA (r=8, alpha=8) gets at 1e-3; None where no rate up to 1 does. `size` is std(T) / std(W) of
+    the frozen copy; 0 without one.
     """
 
     layer: str
@@ -37,6 +40,7 @@ class Directions:
     entries: int
     counted: bool
     rate: float | None
+    size: float = 0.0
 
     @property
     def share(self) -> float:
@@ -54,7 +58,8 @@ class Directions:
         bound = "" if self.counted else "at most "
         share = f"less than {SMALL:.1%}" if self.share < SMALL else f"{bound}{self.share:.1%}"
         number = f"{bound}{self.rank:,} of {self.entries:,}"
-        return f"at this start the first steps move in {share} of the directions ({number})"
+        later = ", and so do later ones" if self.size > LARGE_NETWORK else ""
+        return f"at this start the first steps move in {share} of the directions ({number}){later}"
 
     @property
     def _rate(self) -> str:
@@ -74,7 +79,16 @@ def directions_on(spec: Spec, case: Case) -> Directions:
     space = tangent_space_of(adapter, base.weight)
     network = adapter.network
     rate = _rate(spec, case) if adapter.trained else None
-    return Directions(space.layer, dict(network.params), space.rank, space.entries, space.counted, rate)
+    size = _size(adapter, base.weight) if network.start == "frozen_copy" else 0.0
+    return Directions(space.layer, dict(network.params), space.rank, space.entries, space.counted, rate, size)
+
+
+@torch.no_grad()
+def _size(adapter: Adapter, weight: Tensor) -> float:
+    """std(T) / std(W) at the start; 0 where either has none."""
+    have, base = (each.double().std(correction=0) for each in (adapter.network_weight(weight), weight))
+    size = float(have / base)
+    return size if math.isfinite(size) else 0.0
 
 
 def _rate(spec: Spec, case: Case) -> float | None:
