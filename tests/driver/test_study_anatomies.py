@@ -80,8 +80,8 @@ def test_subjects_of_mni152_alone_have_the_settings_that_they_always_had() -> No
         (
             ["datasets.contrast.made.anatomies=[inia19]", "datasets.contrast.made.unseen.anatomies=[icbm2009c]"],
             "datasets.contrast.made.anatomies: the template of inia19: expected inia19-t1-brain.nii.gz, found none "
-            "in OUT/templates or OUT/system. Run `apt install mricron-data`, or set `templates` to the folder that has the "
-            "file.",
+            "in OUT/templates or OUT/system. Run `apt install mricron-data`, or set `templates` to the folder that has "
+            "the file.",
         ),
     ],
 )
