@@ -1,4 +1,4 @@
-"""`tnpeft extract`: checkpoints in, an adapter file out, and all that can be wrong with them."""
+"""`tnpeft fit`: checkpoints in, an adapter file out, and all that can be wrong with them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def same_outputs(file: str, tuned: dict[str, Tensor]) -> None:
 
 def test_an_exact_lora(tuned: dict[str, Tensor]):
     before = [Path(name).read_bytes() for name in ("base.safetensors", "tuned.safetensors")]
-    result = run("extract", "base.safetensors", "tuned.safetensors", *MODEL, *LORA, "-o", "a.safetensors")
+    result = run("fit", "base.safetensors", "tuned.safetensors", *MODEL, *LORA, "-o", "a.safetensors")
     assert result.exit_code == 0, result.output
     printed = [line.split() for line in result.stdout.splitlines()]
     assert printed[0] == ["a.safetensors"]
@@ -67,7 +67,7 @@ def test_an_exact_lora(tuned: dict[str, Tensor]):
 
 
 def test_the_frozen_copy_that_was_chosen(tuned: dict[str, Tensor]):
-    arguments = ("extract", "base.safetensors", "tuned.safetensors", *MODEL, "-o", "a.safetensors", "-q")
+    arguments = ("fit", "base.safetensors", "tuned.safetensors", *MODEL, "-o", "a.safetensors", "-q")
     printed = text(*arguments, "--spec", "pissa", "--match", "wide|head.0", "--set", "r=2")
     assert "frozen copy  zeros in 2 layers, as drawn in 0" in printed
     same_outputs("a.safetensors", tuned)
@@ -79,7 +79,7 @@ def test_a_recipe_and_what_it_does_not_cover(tuned: dict[str, Tensor]):
     save_file(changed, "tuned.safetensors")
     Path("mine.yaml").write_text(RECIPE)
     arguments = ("base.safetensors", "tuned.safetensors", *MODEL, "--recipe", "mine.yaml", "-o", "a.safetensors", "-q")
-    document = data("extract", *arguments, "--name", "adni")
+    document = data("fit", *arguments, "--name", "adni")
     assert (document["base"], document["tuned"], document["file"], document["ok"]) == (
         "base.safetensors",
         "tuned.safetensors",
@@ -98,14 +98,14 @@ def test_a_recipe_and_what_it_does_not_cover(tuned: dict[str, Tensor]):
     assert tnpeft.load(model, "a.safetensors").name == "adni"
     torch.testing.assert_close(model.head[0].weight, changed["head.0.weight"])
     torch.testing.assert_close(model.head[2].bias, changed["head.2.bias"])
-    printed = text("extract", *arguments)
+    printed = text("fit", *arguments)
     assert "in 8 tensors outside the recipe:" in printed
 
 
 def test_a_largest_error(tuned: dict[str, Tensor]):
     noise = torch.rand(tuned["wide.weight"].shape, generator=torch.Generator().manual_seed(8))
     save_file({**tuned, "wide.weight": tuned["wide.weight"] + 0.1 * noise}, "noisy.safetensors")
-    arguments = ("extract", "base.safetensors", "noisy.safetensors", *MODEL, *LORA, "-o", "a.safetensors", "-q")
+    arguments = ("fit", "base.safetensors", "noisy.safetensors", *MODEL, *LORA, "-o", "a.safetensors", "-q")
     result = run(*arguments, "--max-error", "1e-3")
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1].startswith("the largest relative error, ")
@@ -125,11 +125,11 @@ def test_shards(tuned: dict[str, Tensor]):
     places = {key: f"model-{at % 2}.safetensors" for at, key in enumerate(tuned)}
     Path("indexed/model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     for folder in ("indexed", "plain"):
-        data("extract", "base.safetensors", folder, *MODEL, *LORA, "-o", f"{folder}.safetensors", "-q")
+        data("fit", "base.safetensors", folder, *MODEL, *LORA, "-o", f"{folder}.safetensors", "-q")
         same_outputs(f"{folder}.safetensors", tuned)
 
     def refused(folder: str) -> list[str]:
-        return mistakes("extract", "base.safetensors", folder, *MODEL, *LORA, "-o", "x.safetensors", "-q")
+        return mistakes("fit", "base.safetensors", folder, *MODEL, *LORA, "-o", "x.safetensors", "-q")
 
     Path("indexed/model-1.safetensors").unlink()
     assert refused("indexed")[0].startswith("indexed/model-1.safetensors: checkpoint: expected a file that can be read")
@@ -148,7 +148,7 @@ def test_shards(tuned: dict[str, Tensor]):
 @pytest.mark.usefixtures("tuned")
 def test_checkpoints_that_are_none(tuned: dict[str, Tensor]):
     def refused(file: str, base: str = "base.safetensors") -> str:
-        (line,) = mistakes("extract", base, file, *MODEL, *LORA, "-o", "x.safetensors", "-q")
+        (line,) = mistakes("fit", base, file, *MODEL, *LORA, "-o", "x.safetensors", "-q")
         return line
 
     assert refused("none.safetensors").startswith("none.safetensors: checkpoint: expected a file that can be read, ")
@@ -183,7 +183,7 @@ def test_checkpoints_that_are_none(tuned: dict[str, Tensor]):
 def test_wrong_options():
     def refused(*arguments: str, status: int = 2, output: str = "x.safetensors") -> str:
         files = ("base.safetensors", "tuned.safetensors", *MODEL, "-o", output)
-        (line,) = mistakes("extract", *files, *arguments, status=status)
+        (line,) = mistakes("fit", *files, *arguments, status=status)
         return line
 
     example = r"For example --recipe lora_ddpm, or --spec lora --match 'attn\.to_[qv]$'."

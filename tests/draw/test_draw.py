@@ -442,11 +442,11 @@ def test_where_it_cannot_be_written(tmp_path: Path):
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tnpeft.draw.files.find_spec", lambda name: None)
+    monkeypatch.setattr("tnpeft.errors.find_spec", lambda name: None)
     with pytest.raises(tnpeft.DrawError) as error:
         draw_network("lora")
     assert str(error.value) == (
-        "pictures: expected matplotlib, found it is not installed. Run `pip install 'tnpeft[draw]'`."
+        "pictures: expected the package matplotlib, found none installed. Run `pip install 'tnpeft[draw]'`."
     )
 
 

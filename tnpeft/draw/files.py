@@ -6,11 +6,10 @@ import errno
 import hashlib
 import os
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 from tnpeft.documents.files import replace_files
-from tnpeft.errors import DrawError, Problem, clip, shown_path
+from tnpeft.errors import DrawError, Problem, clip, need, shown_path
 from tnpeft.spec import Declaration
 
 __all__ = ["SUFFIXES", "checked_path", "digest_of", "is_current", "need_matplotlib", "write"]
@@ -38,9 +37,7 @@ def is_current(path: str | Path, spec: Declaration) -> bool:
 
 def need_matplotlib() -> None:
     """Raises DrawError where matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        fix = "Run `pip install 'tnpeft[draw]'`."
-        raise DrawError(Problem("pictures", "matplotlib", "it is not installed", fix))
+    need("matplotlib", "pictures", DrawError)
 
 
 def checked_path(path: str | Path) -> Path:
