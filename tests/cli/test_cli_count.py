@@ -96,17 +96,10 @@ def test_count_on_the_papers_model():
 
 
 def test_count_without_monai(monkeypatch: pytest.MonkeyPatch):
-    arguments = ("count", "lora_ddpm", "--model", "monai:ddpm-paper")
     monkeypatch.setitem(sys.modules, "monai.networks.nets.diffusion_model_unet", None)
-    (line,) = mistakes(*arguments)
+    (line,) = mistakes("count", "lora_ddpm", "--model", "monai:ddpm-paper")
     assert line.startswith("--model monai:ddpm-paper: MONAI: expected monai 1.6 or newer, found ModuleNotFoundError: ")
     assert line.endswith(". Run `pip install 'tnpeft[demo]'`.")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "monai"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "monai", None)
-    assert mistakes(*arguments) == [
-        "--model monai:ddpm-paper: expected the package monai, found none installed. Run `pip install 'tnpeft[demo]'`."
-    ]
 
 
 ON_META = "It is called without arguments, on the meta device: what reads values or files cannot stand in it."

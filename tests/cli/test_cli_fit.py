@@ -152,7 +152,7 @@ def test_checkpoints_that_are_none(tuned: dict[str, Tensor]):
         return line
 
     assert refused("none.safetensors").startswith("none.safetensors: checkpoint: expected a file that can be read, ")
-    torch.save(tuned, "tuned.pth")
+    torch.save({"model": tuned}, "tuned.pth")
     assert refused("tuned.pth").startswith("tuned.pth: checkpoint: expected a complete safetensors file, found ")
     whole = Path("tuned.safetensors").read_bytes()
     Path("cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -187,9 +187,9 @@ def test_wrong_options():
         return line
 
     example = r"For example --recipe lora_ddpm, or --spec lora --match 'attn\.to_[qv]$'."
-    assert refused() == f"what to extract: expected --recipe, or --spec with --match, found neither. {example}"
+    assert refused() == f"what to fit: expected --recipe, or --spec with --match, found neither. {example}"
     assert refused("--recipe", "lora_ddpm", "--spec", "lora") == (
-        f"what to extract: expected --recipe, or --spec with --match, found both. {example}"
+        f"what to fit: expected --recipe, or --spec with --match, found both. {example}"
     )
     assert refused("--recipe", "lora") == "--recipe: expected a recipe, found a spec, 'lora'. Write `--spec lora`."
     assert refused("--spec", "lora_ddpm") == (
