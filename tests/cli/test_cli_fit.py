@@ -219,3 +219,84 @@ def test_wrong_options():
     )
     assert refused("--spec", "lora", "--match", "nowhere", status=1).startswith("spec 'lora', match 'nowhere': ")
     assert sorted(path.name for path in Path().iterdir()) == ["base.safetensors", "tuned.safetensors"]
+
+
+# without a model, and from a change
+
+
+WITHOUT = ("fit", "base.safetensors", "tuned.safetensors", *LORA, "-o", "a.safetensors", "-q")
+
+
+def test_without_a_model_the_weights_tell_the_layers(tuned: dict[str, Tensor]):
+    printed = text(*WITHOUT)
+    assert "Conv3d(" in printed
+    assert printed.splitlines()[-1] == (
+        "layers were taken as their weights' axes say, without groups; the file loads onto no others (see --model)"
+    )
+    same_outputs("a.safetensors", tuned)
+    rows = {row["name"]: row for row in data(*WITHOUT)["layers"]}
+    known = {row["name"]: row for row in data(*WITHOUT, *MODEL)["layers"]}
+    assert {name: row["layer"] for name, row in rows.items()} == {name: row["layer"] for name, row in known.items()}
+    assert all(rows[name]["captured"] == pytest.approx(row["captured"]) for name, row in known.items())
+    assert all(row["captured"] == pytest.approx(1, abs=1e-6) for row in rows.values())
+
+
+@pytest.mark.usefixtures("tuned")
+def test_a_file_that_was_fitted_to_other_layers_is_refused(tmp_path: Path):
+    weight = torch.rand(6, 6, generator=torch.Generator().manual_seed(0))
+    save_file({"a.weight": weight, "a.bias": torch.zeros(6)}, "base.safetensors")
+    save_file({"a.weight": weight + torch.ones(6, 6), "a.bias": torch.zeros(6)}, "tuned.safetensors")
+    data("fit", "base.safetensors", "tuned.safetensors", "--spec", "lora", "--match", "a", "-o", "a.safetensors", "-q")
+    model = torch.nn.Module()
+    model.a = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 6)  # stores (in, out): as square as the other
+    with torch.no_grad():
+        model.a.weight.copy_(weight)
+    with pytest.raises(tnpeft.AdapterFileError) as error:
+        tnpeft.load(model, "a.safetensors")
+    assert str(error.value) == (
+        "a.safetensors: layer 'a': expected a Linear(6, 6), as the adapter was fitted, found Linear(6, 6, turned). "
+        "Fit it again with `tnpeft fit --model`, which knows the layers."
+    )
+    plain = torch.nn.Module()
+    plain.a = torch.nn.Linear(6, 6)
+    plain.load_state_dict({"a.weight": weight, "a.bias": torch.zeros(6)})
+    tnpeft.load(plain, "a.safetensors")
+    total = weight + tnpeft.Adapter.delta_weight(tnpeft.surgery.adapters_of(plain, "default")["a"])
+    torch.testing.assert_close(total, weight + 1, rtol=1e-4, atol=1e-4)
+
+
+def test_a_change_in_place_of_the_fine_tune(tuned: dict[str, Tensor]):
+    before = net().state_dict()
+    change = {name: tuned[name].double() - before[name].double() for name in ("wide.weight", "head.0.weight")}
+    torch.save(change, "change.pt")
+    arguments = ("fit", "base.safetensors", "--delta", "change.pt", *LORA, "-o", "a.safetensors", "-q")
+    document = data(*arguments)
+    assert (document["tuned"], document["delta"]) == (None, "change.pt")
+    assert document["captured"] == pytest.approx(1, abs=1e-6)
+    assert document["unexplained"] == []
+    same_outputs("a.safetensors", tuned)
+    expected = "what to fit to: expected TUNED or --delta, found {}. "
+    fix = "Write `tnpeft fit BASE TUNED ...`, or `tnpeft fit BASE --delta CHANGE ...`."
+    both = ("fit", "base.safetensors", "tuned.safetensors", *arguments[2:])
+    assert mistakes(*both, status=2) == [expected.format("both") + fix]
+    assert mistakes("fit", "base.safetensors", *LORA, "-o", "x", status=2) == [expected.format("neither") + fix]
+    torch.save({"wide.weigth": change["wide.weight"]}, "change.pt")
+    assert mistakes(*arguments) == [
+        "change.pt: change: expected names of the base's tensors, found 'wide.weigth'. Did you mean `wide.weight`?"
+    ]
+    torch.save({"wide.weight": torch.ones(2)}, "change.pt")
+    assert mistakes(*arguments)[0].startswith("change.pt: change of 'wide.weight': expected the shape (")
+
+
+def test_names_that_no_model_has(tuned: dict[str, Tensor]):
+    for names, odd in ((("a", "a.b"), "'a.b'"), (("a.b", "a"), "'a'"), (("training.x",), "'training'")):
+        tensors = {name: torch.ones(2, 2) for name in names}
+        torch.save(tensors, "odd.pt")  # keeps their order
+        (line,) = mistakes("fit", "odd.pt", "odd.pt", *LORA, "-o", "x.safetensors", "-q")
+        assert line == f"checkpoint: expected names as a model's tensors have, found {odd}. Name the model: --model."
+
+
+@pytest.mark.usefixtures("tuned")
+def test_the_command_has_its_earlier_name_too():
+    data("extract", *WITHOUT[1:])
+    assert "extract" not in run("--help").stdout
