@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +17,8 @@ from tnpeft.errors import Problem, shown_path
 from tnpeft.network import Spec
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from tnpeft.fitting import ExtractedLayer, Extraction
     from tnpeft.fitting.fit import Method
     from tnpeft.recipe import Recipe
@@ -50,37 +52,20 @@ def fit_adapter_file(
 ) -> bool:
     """Fit, save and report; false where a layer's relative error is above `largest_error`."""
     from tnpeft.fitting import extract
-    from tnpeft.fitting.checkpoint import Changed, Checkpoint, fill
-    from tnpeft.fitting.skeleton import note_layers, skeleton_of
+    from tnpeft.fitting.skeleton import note_layers
     from tnpeft.io import save
 
-    if (tuned is None) == (delta is None):
-        fix = "Write `tnpeft fit BASE TUNED ...`, or `tnpeft fit BASE --delta CHANGE ...`."
-        found = "neither" if tuned is None else "both"
-        raise UsageError(Problem("what to fit to", "TUNED or --delta", found, fix))
-    changed = tuned or delta or ""
-
+    changed = _one_change(tuned, delta)
     what = _recipe_or_spec(recipe, spec)
     params: dict[str, Any] = parse_settings(settings)
     check_params(what, params)
     check_match(what, match)
     _check_method(method, iterations)
     _check_target(target, base, changed)
-    source, full = Checkpoint(base), Checkpoint(changed)
-    model = skeleton_of(source) if model_text is None else build_model(model_text)
-    fill(model, source)
-    extraction = extract(
-        model,
-        full if delta is None else Changed(source, full),
-        what,
-        match=match,
-        scopes=parse_scopes(scopes) or None,
-        name=name,
-        method=cast("Method", method),
-        iterations=iterations,
-        progress=None if quiet else partial(_progress, output),
-        **params,
-    )
+    model, full = _base_and_tuned(base, changed, delta is not None, model_text)
+    how: dict[str, Any] = {"match": match, "scopes": parse_scopes(scopes) or None, "name": name}
+    how |= {"method": cast("Method", method), "iterations": iterations}
+    extraction = extract(model, full, what, **how, progress=None if quiet else partial(_progress, output), **params)
     if model_text is None:
         note_layers(model, name)
     save(model, target)
@@ -96,6 +81,28 @@ def fit_adapter_file(
         if not good:
             output.say(f"the largest relative error, {worst:.3e}, is above {largest_error:g}")
     return good
+
+
+def _one_change(tuned: str | None, delta: str | None) -> str:
+    """The file of the fine-tune, or of what it adds. Raises UsageError for both or neither."""
+    if (tuned is None) == (delta is None):
+        fix = "Write `tnpeft fit BASE TUNED ...`, or `tnpeft fit BASE --delta CHANGE ...`."
+        found = "neither" if tuned is None else "both"
+        raise UsageError(Problem("what to fit to", "TUNED or --delta", found, fix))
+    return tuned or delta or ""
+
+
+def _base_and_tuned(
+    base: str, changed: str, is_delta: bool, model_text: str | None
+) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """The model with the base's weights, or what stands in for it, and the fine-tune's tensors."""
+    from tnpeft.fitting.checkpoint import Changed, Checkpoint, fill
+    from tnpeft.fitting.skeleton import skeleton_of
+
+    source, full = Checkpoint(base), Checkpoint(changed)
+    model = skeleton_of(source) if model_text is None else build_model(model_text)
+    fill(model, source)
+    return model, Changed(source, full) if is_delta else full
 
 
 def _recipe_or_spec(recipe: str | None, spec: str | None) -> Spec | Recipe:

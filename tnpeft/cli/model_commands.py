@@ -27,6 +27,33 @@ from tnpeft.cli.output import Output
 
 __all__ = ["budget", "convert", "count", "fit", "inspect", "search"]
 
+_Spec = Annotated[
+    str | None,
+    typer.Option(
+        "--spec", metavar="SPEC", help="A shipped name or a file, with --match.", autocompletion=complete_spec
+    ),
+]
+_Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="RECIPE",
+        help="Instead of --spec: which spec goes on which layers, and what else is taken over.",
+        autocompletion=complete_what,
+    ),
+]
+_ModelIfAny = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Without it weights tell the layers: those with two axes are Linear, others convolutions.",
+        autocompletion=complete_model,
+    ),
+]
+
 
 @command()
 def count(
@@ -74,33 +101,10 @@ def fit(
     delta: Annotated[
         str | None, typer.Option("--delta", metavar="FILE", help="Instead of TUNED: what it adds to the base.")
     ] = None,
-    spec: Annotated[
-        str | None,
-        typer.Option(
-            "--spec", metavar="SPEC", help="A shipped name or a file, with --match.", autocompletion=complete_spec
-        ),
-    ] = None,
+    spec: _Spec = None,
     match: Match = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            metavar="RECIPE",
-            help="Instead of --spec: which spec goes on which layers, and what else is taken over.",
-            autocompletion=complete_what,
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="MODEL",
-            help="Without it weights tell the layers: those with two axes are Linear, others convolutions.",
-            autocompletion=complete_model,
-        ),
-    ] = None,
+    recipe: _Recipe = None,
+    model: _ModelIfAny = None,
     settings: Settings = None,
     scopes: Scopes = None,
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="The adapter's name in the file.")] = "default",
