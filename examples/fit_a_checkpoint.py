@@ -4,7 +4,7 @@
 
 A few seconds on a CPU. A tiny network is fine-tuned with all its weights, from blurring images to finding edges; then
 `tnpeft.extract` fits adapters to the difference of the two checkpoints, without data and without training. On the
-command line, `tnpeft extract base.safetensors tuned.safetensors ...` does the same.
+command line, `tnpeft fit base.safetensors tuned.safetensors ...` does the same.
 """
 
 from __future__ import annotations

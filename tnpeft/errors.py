@@ -17,11 +17,15 @@ import difflib
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 __all__ = [
+    "INSTALLED_BY",
     "MAX_PROBLEMS",
     "AdapterFileError",
     "AttachError",
@@ -39,6 +43,8 @@ __all__ = [
     "in_one_line",
     "listed",
     "near_miss",
+    "need",
+    "needing",
     "shown_path",
     "ticked",
 ]
@@ -176,6 +182,40 @@ class ExecutionError(TnpeftError, RuntimeError):
 
 class DrawError(TnpeftError, ValueError):
     """A picture that cannot be drawn or written."""
+
+
+# Every package that tnpeft imports and does not depend on, with what pip installs it by.
+INSTALLED_BY: Mapping[str, str] = MappingProxyType(
+    {
+        "hypothesis": "'tnpeft[testing]'",
+        "matplotlib": "'tnpeft[draw]'",
+        "monai": "'tnpeft[demo]'",
+        "optuna": "'tnpeft[search]'",
+        "transformers": "transformers",
+    }
+)
+
+
+def need(package: str, what: str, error: type[TnpeftError] = TnpeftError) -> None:
+    """Raises `error` with the line for pip where a package that `what` takes is not installed."""
+    if find_spec(package) is None:
+        raise _missing(package, what, error)
+
+
+@contextmanager
+def needing(package: str, what: str) -> Iterator[None]:
+    """Imports of a package that `what` takes: raises TnpeftError with the line for pip where it is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        if error.name not in (package, None):  # one that the package itself misses
+            raise
+        raise _missing(package, what, TnpeftError) from error
+
+
+def _missing(package: str, what: str, error: type[TnpeftError]) -> TnpeftError:
+    fix = f"Run `pip install {INSTALLED_BY[package]}`."
+    return error(Problem(what, f"the package {package}", "none installed", fix))
 
 
 class Problems:

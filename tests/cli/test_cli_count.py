@@ -99,7 +99,7 @@ def test_count_without_monai(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "monai.networks.nets.diffusion_model_unet", None)
     (line,) = mistakes("count", "lora_ddpm", "--model", "monai:ddpm-paper")
     assert line.startswith("--model monai:ddpm-paper: MONAI: expected monai 1.6 or newer, found ModuleNotFoundError: ")
-    assert line.endswith(". Install it with `pip install 'tnpeft[demo]'`.")
+    assert line.endswith(". Run `pip install 'tnpeft[demo]'`.")
 
 
 ON_META = "It is called without arguments, on the meta device: what reads values or files cannot stand in it."

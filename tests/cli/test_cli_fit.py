@@ -1,4 +1,4 @@
-"""`tnpeft extract`: checkpoints in, an adapter file out, and all that can be wrong with them."""
+"""`tnpeft fit`: checkpoints in, an adapter file out, and all that can be wrong with them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def same_outputs(file: str, tuned: dict[str, Tensor]) -> None:
 
 def test_an_exact_lora(tuned: dict[str, Tensor]):
     before = [Path(name).read_bytes() for name in ("base.safetensors", "tuned.safetensors")]
-    result = run("extract", "base.safetensors", "tuned.safetensors", *MODEL, *LORA, "-o", "a.safetensors")
+    result = run("fit", "base.safetensors", "tuned.safetensors", *MODEL, *LORA, "-o", "a.safetensors")
     assert result.exit_code == 0, result.output
     printed = [line.split() for line in result.stdout.splitlines()]
     assert printed[0] == ["a.safetensors"]
@@ -67,7 +67,7 @@ def test_an_exact_lora(tuned: dict[str, Tensor]):
 
 
 def test_the_frozen_copy_that_was_chosen(tuned: dict[str, Tensor]):
-    arguments = ("extract", "base.safetensors", "tuned.safetensors", *MODEL, "-o", "a.safetensors", "-q")
+    arguments = ("fit", "base.safetensors", "tuned.safetensors", *MODEL, "-o", "a.safetensors", "-q")
     printed = text(*arguments, "--spec", "pissa", "--match", "wide|head.0", "--set", "r=2")
     assert "frozen copy  zeros in 2 layers, as drawn in 0" in printed
     same_outputs("a.safetensors", tuned)
@@ -79,7 +79,7 @@ def test_a_recipe_and_what_it_does_not_cover(tuned: dict[str, Tensor]):
     save_file(changed, "tuned.safetensors")
     Path("mine.yaml").write_text(RECIPE)
     arguments = ("base.safetensors", "tuned.safetensors", *MODEL, "--recipe", "mine.yaml", "-o", "a.safetensors", "-q")
-    document = data("extract", *arguments, "--name", "adni")
+    document = data("fit", *arguments, "--name", "adni")
     assert (document["base"], document["tuned"], document["file"], document["ok"]) == (
         "base.safetensors",
         "tuned.safetensors",
@@ -98,14 +98,14 @@ def test_a_recipe_and_what_it_does_not_cover(tuned: dict[str, Tensor]):
     assert tnpeft.load(model, "a.safetensors").name == "adni"
     torch.testing.assert_close(model.head[0].weight, changed["head.0.weight"])
     torch.testing.assert_close(model.head[2].bias, changed["head.2.bias"])
-    printed = text("extract", *arguments)
+    printed = text("fit", *arguments)
     assert "in 8 tensors outside the recipe:" in printed
 
 
 def test_a_largest_error(tuned: dict[str, Tensor]):
     noise = torch.rand(tuned["wide.weight"].shape, generator=torch.Generator().manual_seed(8))
     save_file({**tuned, "wide.weight": tuned["wide.weight"] + 0.1 * noise}, "noisy.safetensors")
-    arguments = ("extract", "base.safetensors", "noisy.safetensors", *MODEL, *LORA, "-o", "a.safetensors", "-q")
+    arguments = ("fit", "base.safetensors", "noisy.safetensors", *MODEL, *LORA, "-o", "a.safetensors", "-q")
     result = run(*arguments, "--max-error", "1e-3")
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1].startswith("the largest relative error, ")
@@ -125,11 +125,11 @@ def test_shards(tuned: dict[str, Tensor]):
     places = {key: f"model-{at % 2}.safetensors" for at, key in enumerate(tuned)}
     Path("indexed/model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     for folder in ("indexed", "plain"):
-        data("extract", "base.safetensors", folder, *MODEL, *LORA, "-o", f"{folder}.safetensors", "-q")
+        data("fit", "base.safetensors", folder, *MODEL, *LORA, "-o", f"{folder}.safetensors", "-q")
         same_outputs(f"{folder}.safetensors", tuned)
 
     def refused(folder: str) -> list[str]:
-        return mistakes("extract", "base.safetensors", folder, *MODEL, *LORA, "-o", "x.safetensors", "-q")
+        return mistakes("fit", "base.safetensors", folder, *MODEL, *LORA, "-o", "x.safetensors", "-q")
 
     Path("indexed/model-1.safetensors").unlink()
     assert refused("indexed")[0].startswith("indexed/model-1.safetensors: checkpoint: expected a file that can be read")
@@ -148,11 +148,11 @@ def test_shards(tuned: dict[str, Tensor]):
 @pytest.mark.usefixtures("tuned")
 def test_checkpoints_that_are_none(tuned: dict[str, Tensor]):
     def refused(file: str, base: str = "base.safetensors") -> str:
-        (line,) = mistakes("extract", base, file, *MODEL, *LORA, "-o", "x.safetensors", "-q")
+        (line,) = mistakes("fit", base, file, *MODEL, *LORA, "-o", "x.safetensors", "-q")
         return line
 
     assert refused("none.safetensors").startswith("none.safetensors: checkpoint: expected a file that can be read, ")
-    torch.save(tuned, "tuned.pth")
+    torch.save({"model": tuned}, "tuned.pth")
     assert refused("tuned.pth").startswith("tuned.pth: checkpoint: expected a complete safetensors file, found ")
     whole = Path("tuned.safetensors").read_bytes()
     Path("cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -183,13 +183,13 @@ def test_checkpoints_that_are_none(tuned: dict[str, Tensor]):
 def test_wrong_options():
     def refused(*arguments: str, status: int = 2, output: str = "x.safetensors") -> str:
         files = ("base.safetensors", "tuned.safetensors", *MODEL, "-o", output)
-        (line,) = mistakes("extract", *files, *arguments, status=status)
+        (line,) = mistakes("fit", *files, *arguments, status=status)
         return line
 
     example = r"For example --recipe lora_ddpm, or --spec lora --match 'attn\.to_[qv]$'."
-    assert refused() == f"what to extract: expected --recipe, or --spec with --match, found neither. {example}"
+    assert refused() == f"what to fit: expected --recipe, or --spec with --match, found neither. {example}"
     assert refused("--recipe", "lora_ddpm", "--spec", "lora") == (
-        f"what to extract: expected --recipe, or --spec with --match, found both. {example}"
+        f"what to fit: expected --recipe, or --spec with --match, found both. {example}"
     )
     assert refused("--recipe", "lora") == "--recipe: expected a recipe, found a spec, 'lora'. Write `--spec lora`."
     assert refused("--spec", "lora_ddpm") == (
@@ -219,3 +219,84 @@ def test_wrong_options():
     )
     assert refused("--spec", "lora", "--match", "nowhere", status=1).startswith("spec 'lora', match 'nowhere': ")
     assert sorted(path.name for path in Path().iterdir()) == ["base.safetensors", "tuned.safetensors"]
+
+
+# without a model, and from a change
+
+
+WITHOUT = ("fit", "base.safetensors", "tuned.safetensors", *LORA, "-o", "a.safetensors", "-q")
+
+
+def test_without_a_model_the_weights_tell_the_layers(tuned: dict[str, Tensor]):
+    printed = text(*WITHOUT)
+    assert "Conv3d(" in printed
+    assert printed.splitlines()[-1] == (
+        "layers were taken as their weights' axes say, without groups; the file loads onto no others (see --model)"
+    )
+    same_outputs("a.safetensors", tuned)
+    rows = {row["name"]: row for row in data(*WITHOUT)["layers"]}
+    known = {row["name"]: row for row in data(*WITHOUT, *MODEL)["layers"]}
+    assert {name: row["layer"] for name, row in rows.items()} == {name: row["layer"] for name, row in known.items()}
+    assert all(rows[name]["captured"] == pytest.approx(row["captured"]) for name, row in known.items())
+    assert all(row["captured"] == pytest.approx(1, abs=1e-6) for row in rows.values())
+
+
+@pytest.mark.usefixtures("tuned")
+def test_a_file_that_was_fitted_to_other_layers_is_refused(tmp_path: Path):
+    weight = torch.rand(6, 6, generator=torch.Generator().manual_seed(0))
+    save_file({"a.weight": weight, "a.bias": torch.zeros(6)}, "base.safetensors")
+    save_file({"a.weight": weight + torch.ones(6, 6), "a.bias": torch.zeros(6)}, "tuned.safetensors")
+    data("fit", "base.safetensors", "tuned.safetensors", "--spec", "lora", "--match", "a", "-o", "a.safetensors", "-q")
+    model = torch.nn.Module()
+    model.a = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 6)  # stores (in, out): as square as the other
+    with torch.no_grad():
+        model.a.weight.copy_(weight)
+    with pytest.raises(tnpeft.AdapterFileError) as error:
+        tnpeft.load(model, "a.safetensors")
+    assert str(error.value) == (
+        "a.safetensors: layer 'a': expected a Linear(6, 6), as the adapter was fitted, found Linear(6, 6, turned). "
+        "Fit it again with `tnpeft fit --model`, which knows the layers."
+    )
+    plain = torch.nn.Module()
+    plain.a = torch.nn.Linear(6, 6)
+    plain.load_state_dict({"a.weight": weight, "a.bias": torch.zeros(6)})
+    tnpeft.load(plain, "a.safetensors")
+    total = weight + tnpeft.Adapter.delta_weight(tnpeft.surgery.adapters_of(plain, "default")["a"])
+    torch.testing.assert_close(total, weight + 1, rtol=1e-4, atol=1e-4)
+
+
+def test_a_change_in_place_of_the_fine_tune(tuned: dict[str, Tensor]):
+    before = net().state_dict()
+    change = {name: tuned[name].double() - before[name].double() for name in ("wide.weight", "head.0.weight")}
+    torch.save(change, "change.pt")
+    arguments = ("fit", "base.safetensors", "--delta", "change.pt", *LORA, "-o", "a.safetensors", "-q")
+    document = data(*arguments)
+    assert (document["tuned"], document["delta"]) == (None, "change.pt")
+    assert document["captured"] == pytest.approx(1, abs=1e-6)
+    assert document["unexplained"] == []
+    same_outputs("a.safetensors", tuned)
+    expected = "what to fit to: expected TUNED or --delta, found {}. "
+    fix = "Write `tnpeft fit BASE TUNED ...`, or `tnpeft fit BASE --delta CHANGE ...`."
+    both = ("fit", "base.safetensors", "tuned.safetensors", *arguments[2:])
+    assert mistakes(*both, status=2) == [expected.format("both") + fix]
+    assert mistakes("fit", "base.safetensors", *LORA, "-o", "x", status=2) == [expected.format("neither") + fix]
+    torch.save({"wide.weigth": change["wide.weight"]}, "change.pt")
+    assert mistakes(*arguments) == [
+        "change.pt: change: expected names of the base's tensors, found 'wide.weigth'. Did you mean `wide.weight`?"
+    ]
+    torch.save({"wide.weight": torch.ones(2)}, "change.pt")
+    assert mistakes(*arguments)[0].startswith("change.pt: change of 'wide.weight': expected the shape (")
+
+
+def test_names_that_no_model_has(tuned: dict[str, Tensor]):
+    for names, odd in ((("a", "a.b"), "'a.b'"), (("a.b", "a"), "'a'"), (("training.x",), "'training'")):
+        tensors = {name: torch.ones(2, 2) for name in names}
+        torch.save(tensors, "odd.pt")  # keeps their order
+        (line,) = mistakes("fit", "odd.pt", "odd.pt", *LORA, "-o", "x.safetensors", "-q")
+        assert line == f"checkpoint: expected names as a model's tensors have, found {odd}. Name the model: --model."
+
+
+@pytest.mark.usefixtures("tuned")
+def test_the_command_has_its_earlier_name_too():
+    data("extract", *WITHOUT[1:])
+    assert "extract" not in run("--help").stdout

@@ -93,6 +93,6 @@ def test_what_cannot_be_searched(arguments: list[str], text: str):
 
 
 def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tnpeft.searching.needs.find_spec", lambda name: None)
+    monkeypatch.setattr("tnpeft.errors.find_spec", lambda name: None)
     text = "search: expected the package optuna, found none installed. Run `pip install 'tnpeft[search]'`."
     assert mistakes("search", *FILES, *QUICK) == [text]

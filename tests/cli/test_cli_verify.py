@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from terminal import data, mistakes, run, text
 
 import tnpeft
 from tnpeft.execution import AdaptedLayer
+from tnpeft.verify import verify
 
+ROOT = Path(__file__).parents[2]
 SMALL = ("--examples", "2")
 
 
@@ -165,3 +168,77 @@ def test_without_hypothesis_the_error_says_what_to_install(monkeypatch: pytest.M
     assert mistakes("verify", "lora") == [
         "verify: expected the package hypothesis, found none installed. Run `pip install 'tnpeft[testing]'`."
     ]
+
+
+# Ctrl-C
+
+
+class Interrupted:
+    """Stands for a check that Ctrl-C meets on its third example."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls = at, 0
+
+    def __call__(self, number: int, examples: int) -> None:
+        self.calls += 1
+        if number == self.at:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_tells_what_held_and_what_was_not_run(monkeypatch: pytest.MonkeyPatch):
+    for at in (3, 1):
+        monkeypatch.setattr("tnpeft.cli.verify._Progress", lambda output, at=at: Interrupted(at))
+        result = run("verify", "lora", "-n", "20", "--layer", "Linear:4,6")
+        assert result.exit_code == 130
+        lines = result.stdout.splitlines()
+        assert lines[1].startswith(f"{at} examples of 20 (interrupted) in ")
+        rows = {line.split()[0]: line.split()[1:3] for line in lines[3:] if line}
+        assert rows["start"] == ["ok", f"{at}"]
+        assert rows["not"] == ["run", f"{20 - at}"]
+        assert any("redundancy, the size of the first step and its directions" in line for line in lines)
+    report = json.loads(run("verify", "lora", "-n", "20", "--json").stdout)
+    assert (report["interrupted"], report["ok"], report["planned"], report["examples"]) == (True, False, 20, 1)
+    assert report["gauge"] is None
+
+
+def test_what_failed_before_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch):
+    original = AdaptedLayer.unmerge
+
+    def unmerge(self: AdaptedLayer) -> None:
+        original(self)
+        self.base.weight.data.add_(1.0)
+
+    monkeypatch.setattr(AdaptedLayer, "unmerge", unmerge)
+    monkeypatch.setattr("tnpeft.cli.verify._Progress", lambda output: Interrupted(2))
+    result = run("verify", "lora", "--layer", "Linear:3,2", "-n", "20")
+    assert result.exit_code == 130
+    (row,) = (line.split() for line in result.stdout.splitlines() if line.startswith("merge "))
+    assert row[1] == "FAILS"
+    assert "\nmerge: " in result.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_process(tmp_path: Path):
+    code = "import tnpeft.cli.verify as v; v.PAUSE = 0; from tnpeft.cli import main; main()"
+    command = [sys.executable, "-c", code, "verify", "lora", "-n", "5000", "--seconds", "120"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(command, **streams, env={**os.environ, "PYTHONPATH": path}) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "[1/5000] examples\n"
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert " of 5000 (interrupted) in " in said
+
+
+def test_a_program_that_verifies_keeps_its_ctrl_c():
+    with pytest.raises(KeyboardInterrupt):
+        verify("lora", examples=3, layer=tnpeft.Layer("Linear", 4, 6), advice=False, progress=Interrupted(1))
+
+
+def test_progress_where_it_takes_long(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tnpeft.cli.verify.PAUSE", 0.0)
+    arguments = ("verify", "lora", "-n", "2", "--layer", "Linear:4,6")
+    assert run(*arguments).stderr == "[1/2] examples\n[2/2] examples\n"
+    assert run(*arguments, "--quiet").stderr == ""

@@ -67,7 +67,7 @@ KINDS = {
     "json": (b'{"r": 4}', "a JSON file", DAMAGED),
     "text": (b"r: 4\n", "a text file", DAMAGED),
     "torch": (
-        of(lambda stream: torch.save({"a": torch.ones(2)}, stream)),
+        of(lambda stream: torch.save({"a": torch.ones(2), "epoch": 1}, stream)),
         "a torch pickle",
         "Pass a file written by `tnpeft.save`; `tnpeft.load_foreign` reads those of other libraries.",
     ),
@@ -100,13 +100,13 @@ def test_a_torch_pickle_says_how_to_convert_it_and_that_works(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Linear(3, 2)
     state = {**model.state_dict(), "tied": model.weight, "turned": torch.ones(2, 3).T}
-    torch.save(state, "base.pt")
+    torch.save({"model": state}, "base.pt")
     with pytest.raises(AdapterFileError) as excinfo:
         Checkpoint("base.pt")
     assert str(excinfo.value) == (
         "base.pt: checkpoint: expected a complete safetensors file, found a torch pickle. Write "
         "`safetensors.torch.save_file({k: v.clone().contiguous() for k, v in torch.load('base.pt', weights_only=True)"
-        ".items()}, 'base.safetensors')` once."
+        "['model'].items()}, 'base.safetensors')` once."
     )
     import safetensors.torch
 
@@ -114,9 +114,24 @@ def test_a_torch_pickle_says_how_to_convert_it_and_that_works(tmp_path, monkeypa
     assert set(load_file("base.safetensors")) == set(state)
 
 
+@pytest.mark.parametrize("file", ["base.pt", "base.safetensors"])
+def test_a_state_dict_of_torch_is_read_as_it_is(file, tmp_path):
+    state = {"w": A, "turned": A.T, "tied": A, "half": A.half(), "steps": torch.tensor(3)}
+    torch.save(state, tmp_path / file)
+    read = Checkpoint(tmp_path / file)
+    assert list(read) == list(state)
+    assert all(torch.equal(read[name], state[name]) and read[name].dtype == state[name].dtype for name in state)
+
+
+def test_a_tensor_that_is_not_whole_in_its_file_is_not_read(tmp_path):
+    torch.save({"w": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "small.pt")
+    with pytest.raises(AdapterFileError) as excinfo:
+        Checkpoint(tmp_path / "small.pt")
+    assert "found a torch pickle" in str(excinfo.value)
+
+
 W, A = torch.ones(2, 3), torch.arange(6.0).reshape(2, 3)
 STATES = {
-    "a state dict": ({"w": W, "b": A.T}, "", "", {"w": W, "b": A.T}),
     "numbers beside tensors": ({"w": W, "epoch": 3}, "", " if isinstance(v, torch.Tensor)", {"w": W}),
     "one entry": ({"unet_state_dict": {"w": W, "b": A.T}, "scale_factor": 1.0}, "['unet_state_dict']", "", None),
     "a tensor beside it": ({"state": {"w": W, "b": A.T}, "scale": torch.ones(())}, "['state']", "", None),
@@ -135,7 +150,7 @@ def test_the_advice_on_a_torch_pickle_takes_the_entry_with_the_tensors(kind, fil
     content, place, only, expected = STATES[kind]
     start = "Write" if file == "base.pt" else "Rename it to `base.pt`, then write"
     torch.save(content, file)
-    (line,) = mistakes("extract", file, file, "--spec", "lora", "--match", "all", "-m", "torch.nn:Flatten",
+    (line,) = mistakes("fit", file, file, "--spec", "lora", "--match", "all", "-m", "torch.nn:Flatten",
                        "-o", "x.safetensors")  # fmt: skip
     assert line == (
         f"{file}: checkpoint: expected a complete safetensors file, found a torch pickle. {start} "

@@ -419,9 +419,9 @@ def test_a_bound_network_is_drawn_as_it_is(tmp_path: Path):
 
 def test_where_it_cannot_be_written(tmp_path: Path):
     with pytest.raises(tnpeft.DrawError) as error:
-        draw_network("lora", tmp_path / "lora.pdf")
+        draw_network("lora", tmp_path / "lora.eps")
     assert str(error.value) == (
-        f"{tmp_path / 'lora.pdf'}: picture: expected a name in .svg or .png, found '.pdf'. "
+        f"{tmp_path / 'lora.eps'}: picture: expected a name in .svg, .png or .pdf, found '.eps'. "
         "Name the file like `picture.svg`."
     )
     with pytest.raises(tnpeft.DrawError) as error:
@@ -442,11 +442,11 @@ def test_where_it_cannot_be_written(tmp_path: Path):
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tnpeft.draw.files.find_spec", lambda name: None)
+    monkeypatch.setattr("tnpeft.errors.find_spec", lambda name: None)
     with pytest.raises(tnpeft.DrawError) as error:
         draw_network("lora")
     assert str(error.value) == (
-        "pictures: expected matplotlib, found it is not installed. Run `pip install 'tnpeft[draw]'`."
+        "pictures: expected the package matplotlib, found none installed. Run `pip install 'tnpeft[draw]'`."
     )
 
 
@@ -454,10 +454,60 @@ def test_a_spec_without_a_layer_is_drawn_on_one_that_it_fits():
     odd = tnpeft.Spec.from_yaml(LORA_XS.replace("o: out_features", "o: 13"))
     picture = draw_network(odd)
     assert str(picture.network.layer) == "Linear(7, 13)"
-    assert str(draw_network("lora").network.layer) == "Linear(64, 128)"
+    assert str(draw_network("lora").network.layer) == "Conv1d(64, 128, 3)"
     with pytest.raises(tnpeft.BindError) as error:
         draw_network(odd, r=-1)
     assert "Linear(64, 128)" in str(error.value)
+
+
+def labels_of(picture: Picture) -> set[str]:
+    return {label.text for scene, _, _ in picture.page.panels for label in scene.labels}
+
+
+def test_any_kernel_is_one_leg_until_a_layer_is_named():
+    assert labels_of(draw_network("lora")) == {"i", "k...", "r", "o"}
+    assert labels_of(draw_network("lora", layer=tnpeft.Layer("Conv1d", 4, 8, (3,)))) == {"i=4", "k.0=3", "r=4", "o=8"}
+    assert "k..." not in labels_of(draw_network("quanta"))  # of Linear layers
+    with_kernel = [name for name in tnpeft.list_specs() if "k..." in tnpeft.load_spec(name).text.partition("cores:")[2]]
+    kinds = {draw_network(name).network.layer.kind for name in with_kernel}
+    assert kinds <= {"Conv1d", "Conv2d", "Conv3d"}
+
+
+def test_a_pdf_for_latex(tmp_path: Path):
+    for name in ("a.pdf", "b.pdf"):
+        draw_network("lora", tmp_path / name)
+    data = (tmp_path / "a.pdf").read_bytes()
+    assert data.startswith(b"%PDF-")
+    assert data == (tmp_path / "b.pdf").read_bytes()
+    assert b"CreationDate" not in data
+    assert b"/Type /Font" in data  # text stays text
+    assert is_current(tmp_path / "a.pdf", tnpeft.load_spec("lora"))
+    assert not is_current(tmp_path / "a.pdf", tnpeft.load_spec("loha"))
+
+
+MARKS = {
+    "lora": {"in", "out", "kernel", "line"},
+    "quanta": {"in", "out", "inner", "line"},
+    "vera": {"in", "out", "kernel", "inner", "line", "dot", "frozen", "shared"},
+    "boft": {"in", "out", "kernel", "line", "dot", "weight", "derived"},
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_the_legend_has_what_is_in_the_picture_and_nothing_else(name: str):
+    page = draw_network(name).page
+    nodes = [disc.node for scene, _, _ in page.panels for disc in scene.discs]
+    strokes = [stroke for scene, _, _ in page.panels for stroke in scene.strokes]
+    cores = [node.core for node in nodes if node.core is not None]
+    seen = {stroke.role for stroke in strokes if stroke.role in ("in", "out", "kernel")}
+    seen |= {"inner"} if any(node.core is not None and not node.roles for node in nodes) else set()
+    seen |= {"dot"} if len(cores) < len(nodes) else set()
+    seen |= {"weight"} if any(core.origin == "weight" for core in cores) else set()
+    seen |= {"frozen"} if any(core.frozen and core.origin is None for core in cores) else set()
+    seen |= {"shared"} if any(core.shared for core in cores) else set()
+    seen |= {"derived"} if any(node.derived for node in nodes) else set()
+    seen |= {"line"} if len({min(stroke.size, 64) for stroke in strokes}) > 1 else set()
+    assert {kind for kind, _, _ in page.legend} == seen == MARKS[name]
 
 
 def test_the_same_page_twice_is_the_same_file():
@@ -481,7 +531,7 @@ def test_draw_a_file(tmp_path: Path):
             {
                 "spec": "lora",
                 "file": str(tmp_path / "lora.png"),
-                "layer": "Linear(64, 128)",
+                "layer": "Conv1d(64, 128, 3)",
                 "params": {"r": 4, "alpha": 4},
                 "crossings": 0,
                 "through_cores": 0,
@@ -506,7 +556,7 @@ def test_draw_a_folder(tmp_path: Path):
 
 def test_draw_says_what_is_wrong(tmp_path: Path):
     assert mistakes("draw", "lora", "-o", tmp_path / "lora.gif") == [
-        f"{tmp_path / 'lora.gif'}: picture: expected a name in .svg or .png, found '.gif'. "
+        f"{tmp_path / 'lora.gif'}: picture: expected a name in .svg, .png or .pdf, found '.gif'. "
         "Name the file like `picture.svg`."
     ]
     (empty := tmp_path / "empty").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 import matplotlib.pyplot as plt
 from ddpm_lab.config.reader import read_config
 from ddpm_lab.config.settings import DemoConfig, Model, Population, Sampling, Training, Validation
-from ddpm_lab.data.slices import CONVENTION, draw_slice, middle_slices
+from ddpm_lab.data.slices import CONVENTION, PLANES, draw_slice, middle_slices
 from ddpm_lab.study import plots as study_plots
 from ddpm_lab.study.dry_run import _explain
+from ddpm_lab.study.page import DENSITY
 from ddpm_lab.study.results import Results
 from ddpm_lab.study.settings import StudyConfig
 from ddpm_lab.study.study import _Inner
@@ -121,7 +123,38 @@ def test_a_montage_of_a_report_has_three_planes(monkeypatch: pytest.MonkeyPatch)
     volumes = {(row, "T2-like"): [np.zeros((8, 8, 8))] for row in rows}
     figure = montage(monkeypatch, lambda: study_plots.plot_montage_page(Path("x.png"), rows, columns, volumes))
     assert len(figure.axes) == 6
-    assert {" ".join(text.get_text().split()) for text in figure.texts} == {*rows, *columns}
+    assert {" ".join(text.get_text().split()) for text in figure.texts} == {*rows, *columns, *PLANES}
+    letters = [text for axes in figure.axes for text in axes.texts]
+    assert Counter(letter.get_text() for letter in letters) == Counter("RLAP" * 2 + "RLSI" * 2 + "APSI" * 2)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_labels_of_a_reports_pictures_have_ten_pixels_and_none_is_cut(
+    monkeypatch: pytest.MonkeyPatch, narrow: bool
+) -> None:
+    rows, columns = ["Target (made from MNI152)", "TenVOO-L, zero start, own rate"], ["T2-like", "Lesion"]
+    volumes = {(row, column): [np.zeros((8, 8, 8))] * 3 for row in rows for column in columns}
+    draw = lambda: study_plots.plot_montage_page(Path("x.png"), rows, columns, volumes, narrow=narrow)  # noqa: E731
+    figures = [montage(monkeypatch, draw)]
+    lines = [study_plots.Line(row, [1, 2], [0.1, 0.2], colour=at) for at, row in enumerate(rows)]
+    panels = [study_plots.Panel(column, "rank", lines, marks=True) for column in ("a", "b", "c")]
+    chart = lambda: study_plots.plot_panels(Path("x.png"), panels, narrow=narrow)  # noqa: E731
+    figures.append(montage(monkeypatch, chart))
+    most = 358 if narrow else 1244  # beside the margins of a phone of 390 pixels, and of a screen of 1300
+    for figure in figures:
+        figure.draw_without_rendering()
+        page, texts = figure.bbox, [text for text in figure.findobj(Text) if text.get_text().strip()]
+        assert page.width / figure.dpi * 144 / DENSITY <= most
+        assert min(text.get_fontsize() * 144 / 72 / DENSITY for text in texts) >= 10
+        ticks = [label for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+        for text in (text for text in texts if text not in ticks):
+            box = text.get_window_extent()
+            assert page.x0 <= box.x0, text.get_text()
+            assert box.x1 <= page.x1, text.get_text()
+            assert page.y0 <= box.y0, text.get_text()
+            assert box.y1 <= page.y1, text.get_text()
+    columns_of_axes = {round(axes.get_position().x0, 2) for axes in figures[1].axes if axes.get_visible()}
+    assert len(columns_of_axes) == (1 if narrow else 2)
 
 
 @pytest.mark.parametrize(

@@ -409,7 +409,7 @@ def test_a_checkpoint_is_no_adapter(tmp_path: Path):
             first = "'conv1.bias', 'conv1.weight', 'conv2.bias'"  # in the alphabet's order
         assert message.endswith(
             f", found a model's own weights ({first}). "
-            "`tnpeft extract` makes an adapter of a fine-tuned checkpoint and its base."
+            "`tnpeft fit` makes an adapter of a fine-tuned checkpoint and its base."
         )
 
 

@@ -321,7 +321,7 @@ def test_files_that_are_none(tmp_path: Path, folder: Path, file: Path):
     save_file({"weight": torch.ones(2)}, other)
     assert refused(other) == (
         f"PATH: file: expected an adapter: {METHODS}, found a model's own weights ('weight'). "
-        "`tnpeft extract` makes an adapter of a fine-tuned checkpoint and its base."
+        "`tnpeft fit` makes an adapter of a fine-tuned checkpoint and its base."
     )
     save_file({"secret": torch.ones(2)}, other)
     assert refused(other) == f"PATH: method: expected {METHODS}, found 'secret'. {ELSEWHERE}"

@@ -234,7 +234,7 @@ def test_the_text_about_such_names() -> None:
         ["verify", "X"],
         ["count", "X", "--model", "x:y"],
         ["budget", "X", "--model", "x:y", "--params", "9"],
-        ["extract", "X", "X", "--model", "x:y", "--spec", "lora", "--match", "x", "-o", "X"],
+        ["fit", "X", "X", "--model", "x:y", "--spec", "lora", "--match", "x", "-o", "X"],
         ["convert", "X", "X", "--model", "x:y"],
         ["list", "--markdown", "X"],
     ],

@@ -359,5 +359,5 @@ def test_entries_without_a_recipe_are_said_to_be(model, text, place, found, tmp_
         tnpeft.load_spec("rec.yaml")
     assert str(caught.value) == (
         "rec.yaml:3:1: the file: expected a spec, found a recipe, by its `adapters`. Name a spec here, such as one of "
-        "its entries'; `tnpeft.attach`, `tnpeft count` and `tnpeft extract` take recipes."
+        "its entries'; `tnpeft.attach`, `tnpeft count` and `tnpeft fit` take recipes."
     )

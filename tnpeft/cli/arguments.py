@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from fractions import Fraction
 
 from tnpeft.cli.output import UsageError
-from tnpeft.errors import Problem, near_miss
+from tnpeft.errors import Problem, clip, near_miss
 from tnpeft.network import Layer
 from tnpeft.planning import Call, nominal_call
 from tnpeft.spec.pattern import KINDS
 
-__all__ = ["EXAMPLE", "parse_input", "parse_layer", "parse_scopes", "parse_settings"]
+__all__ = ["EXAMPLE", "parse_input", "parse_layer", "parse_number", "parse_scopes", "parse_settings"]
 
 EXAMPLE = "Conv3d:64,128,3"
 _NUMBERS = re.compile(
     r"(?P<ends>\d{1,9},\d{1,9})(,(?P<kernel>\d{1,9}(x\d{1,9})*))?(,groups=(?P<groups>\d{1,9}))?", re.ASCII
 )
+_COUNT = re.compile(r"(?P<digits>\d[\d_,]{0,18}(\.\d{1,9})?)\s?(?P<unit>[kKMG]?)", re.ASCII)
+
+_UNITS = {"": 1, "k": 1_000, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 
 
 def parse_layer(text: str) -> Layer:
@@ -88,6 +92,17 @@ def parse_settings(settings: Iterable[str]) -> dict[str, int | float]:
             raise UsageError(Problem("a setting", "name=number", f"{text[:40]!r}", "Write it like --set r=8.", where))
         params[name] = _number(value, where)
     return params
+
+
+def parse_number(text: str, option: str) -> int:
+    """`600000`, `5k` or `1.2M`, which must come out whole."""
+    match = _COUNT.fullmatch(text.strip())
+    count = Fraction(re.sub("[_,]", "", match["digits"])) * _UNITS[match["unit"]] if match else None
+    if count is None or count < 1 or count.denominator != 1:
+        found = text if re.fullmatch(r"-?\d{1,20}", text, re.ASCII) else clip(text)
+        fix = f"For example {option} 600000, or 5k, or 1.2M."
+        raise UsageError(Problem(option, "a positive whole number", found, fix))
+    return int(count)
 
 
 def parse_scopes(texts: Iterable[str]) -> dict[str, str]:

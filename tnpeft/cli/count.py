@@ -9,13 +9,14 @@ from tnpeft.cli.arguments import parse_scopes, parse_settings
 from tnpeft.cli.check import kind_of
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, number, table
-from tnpeft.errors import Problem
+from tnpeft.errors import Problem, listed
 from tnpeft.network import Spec, load_spec
+from tnpeft.network.degenerate import factor_notes
 from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import unknown_params
 
 if TYPE_CHECKING:
-    from tnpeft.recipe import LayerReport, Recipe, Report
+    from tnpeft.recipe import Handle, LayerReport, Recipe, Report
 
 __all__ = ["check_match", "check_params", "count_parameters", "load_what"]
 
@@ -37,11 +38,23 @@ def count_parameters(
     check_params(what, params)
     check_match(what, match)
     bound = parse_scopes(scopes) or None
-    report = attach(build_model(model_text), what, match=match, scopes=bound, **params).report()
+    handle = attach(build_model(model_text), what, match=match, scopes=bound, **params)
+    report, notes = handle.report(), _notes(handle)
     if as_json:
-        output.data({"what": name, "model": model_text} | report.as_dict())
+        output.data({"what": name, "model": model_text} | report.as_dict() | {"factors": notes})
     else:
-        _print(output, f"{name} on {model_text}", report)
+        _print(output, f"{name} on {model_text}", report, notes)
+
+
+def _notes(handle: Handle) -> dict[str, list[str]]:
+    """What is said of channel counts that do not factor, with the layers that have them."""
+    from tnpeft.surgery import adapters_of
+
+    notes: dict[str, list[str]] = {}
+    for layer, adapter in adapters_of(handle.model, handle.name).items():
+        for note in factor_notes(adapter.network):
+            notes.setdefault(note, []).append(layer)
+    return notes
 
 
 def load_what(name: str) -> Spec | Recipe:
@@ -70,7 +83,7 @@ def check_match(what: Spec | Recipe, match: str | None) -> None:
         raise UsageError(Problem(f"recipe '{what.name}'", "its own patterns", f"--match {match[:60]!a}", fix))
 
 
-def _print(output: Output, title: str, report: Report) -> None:
+def _print(output: Output, title: str, report: Report, notes: Mapping[str, Sequence[str]]) -> None:
     columns = {"layer": "left", "kind": "left", "spec": "left", "params": "left"}
     columns |= {"weight": "right", "cores": "right", "bias": "right"}
     output.show(table(title, columns, map(_row, report.layers)))
@@ -85,6 +98,8 @@ def _print(output: Output, title: str, report: Report) -> None:
     output.say()
     for note in report.notes:
         output.say(note)
+    for note, layers in notes.items():
+        output.say(f"{listed(layers)}: {note}")
     for name, total in totals.items():
         output.say(f"{name:<9}{total}")
 

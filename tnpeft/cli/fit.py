@@ -1,10 +1,10 @@
-"""`tnpeft extract` and `tnpeft budget`."""
+"""`tnpeft fit`: a full fine-tune as an adapter file."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,21 +17,25 @@ from tnpeft.errors import Problem, shown_path
 from tnpeft.network import Spec
 
 if TYPE_CHECKING:
-    from tnpeft.fitting import Budget, ExtractedLayer, Extraction
+    from torch import Tensor, nn
+
+    from tnpeft.fitting import ExtractedLayer, Extraction
     from tnpeft.fitting.fit import Method
     from tnpeft.recipe import Recipe
 
-__all__ = ["extract_adapter", "find_budget"]
+__all__ = ["fit_adapter_file"]
 
 _SHOWN = 10  # unexplained tensors in the text
+_TAKEN = "layers were taken as their weights' axes say, without groups; the file loads onto no others (see --model)"
 _METHODS = ("auto", "als", "adam")
 
 
-def extract_adapter(
+def fit_adapter_file(
     output: Output,
     base: str,
-    tuned: str,
-    model_text: str,
+    tuned: str | None,
+    delta: str | None,
+    model_text: str | None,
     recipe: str | None,
     spec: str | None,
     match: str | None,
@@ -48,47 +52,64 @@ def extract_adapter(
 ) -> bool:
     """Fit, save and report; false where a layer's relative error is above `largest_error`."""
     from tnpeft.fitting import extract
-    from tnpeft.fitting.checkpoint import Checkpoint, fill
+    from tnpeft.fitting.skeleton import note_layers
     from tnpeft.io import save
 
+    changed = _one_change(tuned, delta)
     what = _recipe_or_spec(recipe, spec)
     params: dict[str, Any] = parse_settings(settings)
     check_params(what, params)
     check_match(what, match)
     _check_method(method, iterations)
-    _check_target(target, base, tuned)
-    source, full = Checkpoint(base), Checkpoint(tuned)
-    model = build_model(model_text)
-    fill(model, source)
-    extraction = extract(
-        model,
-        full,
-        what,
-        match=match,
-        scopes=parse_scopes(scopes) or None,
-        name=name,
-        method=cast("Method", method),
-        iterations=iterations,
-        progress=None if quiet else _progress,
-        **params,
-    )
+    _check_target(target, base, changed)
+    model, full = _base_and_tuned(base, changed, delta is not None, model_text)
+    how: dict[str, Any] = {"match": match, "scopes": parse_scopes(scopes) or None, "name": name}
+    how |= {"method": cast("Method", method), "iterations": iterations}
+    extraction = extract(model, full, what, **how, progress=None if quiet else partial(_progress, output), **params)
+    if model_text is None:
+        note_layers(model, name)
     save(model, target)
     worst = max(row.error for row in extraction.layers)
     good = largest_error is None or worst <= largest_error
     if as_json:
-        output.data({"base": base, "tuned": tuned, "file": target, "ok": good} | extraction.as_dict())
+        sources = {"base": base, "tuned": tuned, "delta": delta}
+        output.data(sources | {"file": target, "ok": good} | extraction.as_dict())
     else:
         _print_extraction(output, target, extraction)
+        if model_text is None:
+            output.say(_TAKEN)
         if not good:
             output.say(f"the largest relative error, {worst:.3e}, is above {largest_error:g}")
     return good
+
+
+def _one_change(tuned: str | None, delta: str | None) -> str:
+    """The file of the fine-tune, or of what it adds. Raises UsageError for both or neither."""
+    if (tuned is None) == (delta is None):
+        fix = "Write `tnpeft fit BASE TUNED ...`, or `tnpeft fit BASE --delta CHANGE ...`."
+        found = "neither" if tuned is None else "both"
+        raise UsageError(Problem("what to fit to", "TUNED or --delta", found, fix))
+    return tuned or delta or ""
+
+
+def _base_and_tuned(
+    base: str, changed: str, is_delta: bool, model_text: str | None
+) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """The model with the base's weights, or what stands in for it, and the fine-tune's tensors."""
+    from tnpeft.fitting.checkpoint import Changed, Checkpoint, fill
+    from tnpeft.fitting.skeleton import skeleton_of
+
+    source, full = Checkpoint(base), Checkpoint(changed)
+    model = skeleton_of(source) if model_text is None else build_model(model_text)
+    fill(model, source)
+    return model, Changed(source, full) if is_delta else full
 
 
 def _recipe_or_spec(recipe: str | None, spec: str | None) -> Spec | Recipe:
     if (recipe is None) == (spec is None):
         found = "neither" if recipe is None else "both"
         fix = r"For example --recipe lora_ddpm, or --spec lora --match 'attn\.to_[qv]$'."
-        raise UsageError(Problem("what to extract", "--recipe, or --spec with --match", found, fix))
+        raise UsageError(Problem("what to fit", "--recipe, or --spec with --match", found, fix))
     text = cast(str, recipe if spec is None else spec)
     what = load_what(text)
     if isinstance(what, Spec) != (spec is not None):
@@ -122,13 +143,9 @@ def _check_target(target: str, *sources: str) -> None:
         raise UsageError(Problem("--output", "a file name in a folder that exists", found, fix))
 
 
-def _progress(row: ExtractedLayer, number: int, layers: int) -> None:
-    """A line on stderr: fitting a large model takes minutes."""
-    sys.stderr.write(
-        f"[{number}/{layers}] {row.name}: {row.spec}, relative error {row.error:.3e}, "
-        f"sweeps {row.sweeps}, {row.seconds:.1f} s\n"
-    )
-    sys.stderr.flush()
+def _progress(output: Output, row: ExtractedLayer, number: int, layers: int) -> None:
+    error = f"relative error {row.error:.3e}, sweeps {row.sweeps}, {row.seconds:.1f} s"
+    output.progress(f"[{number}/{layers}] {row.name}: {row.spec}, {error}")
 
 
 def _print_extraction(output: Output, target: str, extraction: Extraction) -> None:
@@ -165,60 +182,3 @@ def _print_extraction(output: Output, target: str, extraction: Extraction) -> No
         output.say(f"  {left.norm:.3e}  {left.name}")
     if len(extraction.unexplained) > _SHOWN:
         output.say(f"  and {len(extraction.unexplained) - _SHOWN} more")
-
-
-def find_budget(
-    output: Output,
-    name: str,
-    model_text: str,
-    params: int,
-    match: str | None,
-    param: str,
-    fixed: Sequence[str],
-    settings: Sequence[str],
-    scopes: Sequence[str],
-    as_json: bool,
-) -> None:
-    """Solve for the rank and print it with its neighbours."""
-    from tnpeft.fitting import budget
-
-    if params < 1:
-        fix = "For example --params 600000."
-        raise UsageError(Problem("--params", "a positive whole number", f"{params}", fix))
-    what = load_what(name)
-    given: dict[str, Any] = parse_settings(settings)
-    check_params(what, given)
-    if param in given:
-        fix = f"Leave --set {param} out."
-        raise UsageError(Problem(f"--set {param}", f"{param} to be solved for", "a value for it", fix))
-    check_match(what, match)
-    bound = parse_scopes(scopes) or None
-    model = build_model(model_text)
-    found = budget(what, model, params, match=match, param=param, fixed=fixed, scopes=bound, **given)
-    if as_json:
-        output.data({"what": name, "model": model_text} | found.as_dict() | {"settings": found.settings})
-    else:
-        _print_budget(output, f"{name} on {model_text}", found)
-
-
-def _print_budget(output: Output, title: str, found: Budget) -> None:
-    columns = {"": "left", found.param: "right", "cores": "right", "trained": "right", "of the budget": "right"}
-    rows = (
-        (">" * (row.value == found.value), f"{row.value}", f"{row.cores:,}", f"{row.total:,}", f"{row.share:.1%}")
-        for row in found.rows
-    )
-    output.show(table(title, columns, rows))
-    output.say()
-    for spec, value in found.specs.items():
-        kept = " (kept)" if spec in found.fixed else ""
-        output.say(f"{spec:<14}{found.param}={value}{kept}")
-    output.say(f"{'layers':<14}{found.layers}")
-    parts = (("cores", found.cores), ("biases", found.bias), ("norms", found.norm), ("others", found.also))
-    for label, count in parts:
-        output.say(f"{label:<14}{count:,}")
-    output.say(f"{'trained':<14}{found.total:,} of {found.params:,} ({found.total / found.params:.1%})")
-    if found.fixed:
-        free = ", ".join(f"'{spec}'" for spec in found.specs if spec not in found.fixed)
-        output.say(f"{'use':<14}params: {{{found.param}: {found.value}}} at {free} in the recipe")
-    else:
-        output.say(f"{'use':<14}--set {found.param}={found.value}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnpeft.cli.output import UsageError
-from tnpeft.errors import Problem, TnpeftError, near_miss
+from tnpeft.errors import INSTALLED_BY, Problem, TnpeftError, near_miss, needing
 
 if TYPE_CHECKING:
     import torch
@@ -117,9 +117,10 @@ def _mistake(text: str, what: str, expected: str, found: str, fix: str) -> Tnpef
 def _monai(text: str, module: str, name: str) -> Callable[..., Any]:
     """A network class of MONAI."""
     try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        fix = "Install it with `pip install 'tnpeft[demo]'`."
+        with needing("monai", f"--model {text}"):
+            found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        fix = f"Run `pip install {INSTALLED_BY['monai']}`."
         raise _mistake(text, "MONAI", "monai 1.6 or newer", _said(error), fix) from error
     return found
 

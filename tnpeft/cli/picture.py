@@ -11,6 +11,8 @@ __all__ = ["picture"]
 
 ASCII = str.maketrans("●◆─│┼", "ox-|+")
 
+_LEGEND = "● a leg of a core, ◆ of a core that is made of others"
+
 Cores = Sequence[tuple[str, tuple[str, ...]]]  # names, and the legs under which they are named
 
 
@@ -20,12 +22,15 @@ def picture(network: Network, width: int, encoding: str = "utf-8", whole: Networ
     An index with dots in two rows is a bond, one that runs down to the last row is an open leg of
     the weight; LoHa's indices are both. The two lines on top are the names and sizes. What does not
     fit in `width` columns becomes a list, a line for each index; what `encoding` cannot say, ASCII.
-    `whole` is the network whose factors the cores are: they have their cores' names, and derived ones other dots.
+    `whole` is the network whose factors the cores are: they have their cores' names, and derived ones other dots, which
+    a line below explains.
     """
     names = {factor.label: factor.reference.core for factor in whole.factors} if whole is not None else {}
     made = {core.name for core in whole.derived} if whole is not None else set()
     cores = [(names.get(core.name, core.name), core.legs) for core in network.cores if not core.is_index]
     drawn = _draw(network, cores, made)
+    if not made.isdisjoint(name for name, _ in cores):
+        drawn += "\n" + _LEGEND
     if max(map(len, drawn.splitlines())) > width:
         return _write(network, cores)
     try:

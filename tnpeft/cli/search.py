@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tnpeft.cli.arguments import parse_number
 from tnpeft.cli.models import build_model
 from tnpeft.cli.output import Output, UsageError, table
 from tnpeft.errors import Problem
@@ -25,7 +26,7 @@ def search_networks(
     output: Output,
     files: Sequence[str],
     model_text: str,
-    params: int,
+    params_text: str,
     target: str,
     *,
     tests: Sequence[str],
@@ -42,7 +43,7 @@ def search_networks(
     from tnpeft.searching.needs import check_target, need_optuna
     from tnpeft.searching.search import RATES
 
-    held_out = _checked(files, tests)
+    params, held_out = parse_number(params_text, "--params"), _checked(files, tests)
     need_optuna()
     check_target(Path(target))
     if report is not None:
@@ -55,7 +56,7 @@ def search_networks(
         params,
         test_pairs=test_pairs,
         rates=rates or RATES,
-        progress=None if quiet else _progress,
+        progress=None if quiet else partial(_progress, output),
         **how,
     )
     found.save(target)
@@ -84,13 +85,12 @@ def _test_pair(text: str) -> tuple[str, str]:
     return base, tuned
 
 
-def _progress(candidate: Candidate | None, count: int) -> None:
-    """A line on stderr for each network: a search takes minutes to hours."""
+def _progress(output: Output, candidate: Candidate | None, count: int) -> None:
+    """A line for each network: a search takes minutes to hours."""
     if candidate is not None:
         score = "given up" if candidate.score is None else f"captures {candidate.score:.2%}"
         cores = len(candidate.topology.legs)
-        sys.stderr.write(f"[{count}] {candidate.origin}: {cores} cores, {candidate.parameters:,} parameters, {score}\n")
-        sys.stderr.flush()
+        output.progress(f"[{count}] {candidate.origin}: {cores} cores, {candidate.parameters:,} parameters, {score}")
 
 
 def _print_search(output: Output, target: str, found: Search) -> None:

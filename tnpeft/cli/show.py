@@ -12,6 +12,7 @@ from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.cli.picture import picture
 from tnpeft.errors import Problem
 from tnpeft.network import BoundCore, Network, Spec, load_spec
+from tnpeft.network.degenerate import factor_notes
 from tnpeft.network.derived import DerivedCore
 from tnpeft.planning import nominal_call
 from tnpeft.schedule import Plan, plan
@@ -41,7 +42,8 @@ def show_spec(
     contraction, costs = plan(network), Costs.of(network, call)
     if as_json:
         plans = {"plan": _plan_data(contraction), "execution": costs.data()}
-        output.data(_spec_data(spec) | _network_data(network) | plans)
+        notes = {"notes": list(factor_notes(network))}
+        output.data(_spec_data(spec) | _network_data(network) | plans | notes)
         return
     _print_network(output, network, contraction, costs)
     if input_ is not None:
@@ -92,6 +94,8 @@ def _print_network(output: Output, network: Network, contraction: Plan, costs: C
     for line in str(contraction).splitlines()[0 if contraction.terms else 1 :]:
         output.say(line)
     output.say(f"{'auto':<14}{costs}")
+    for note in factor_notes(network):
+        output.say(f"{'note':<14}{note}")
 
 
 def _core_rows(network: Network) -> list[tuple[str, ...]]:

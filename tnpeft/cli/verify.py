@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["verify_spec"]
 
 REFUSALS = 3  # reasons that are printed
+PAUSE = 2.0  # seconds between two lines of progress
 
 
 def verify_spec(
@@ -28,9 +30,10 @@ def verify_spec(
     examples: int,
     seed: int,
     seconds: float,
+    quiet: bool,
     as_json: bool,
-) -> bool:
-    """Verify a spec and print the report; true where every check holds."""
+) -> VerifyReport:
+    """Verify a spec and print the report; after Ctrl-C that of what was tried."""
     spec = load_spec(name)
     params: dict[str, Any] = parse_settings(settings)
     check_params(spec, params)
@@ -42,23 +45,39 @@ def verify_spec(
     from tnpeft.verify.properties import kept_nowhere
 
     with kept_nowhere():
-        report = verify(spec, label=name, examples=examples, seed=seed, layer=signature, seconds=seconds, **params)
+        report = verify(
+            spec, label=name, examples=examples, seed=seed, layer=signature, seconds=seconds,
+            progress=None if quiet else _Progress(output), keep_interrupted=True, **params,
+        )  # fmt: skip
     if as_json:
         output.data(report.as_dict())
     else:
         _print(output, spec, report)
-    return report.ok
+    return report
+
+
+class _Progress:
+    """A line of progress every few seconds, none in a run that is as short."""
+
+    def __init__(self, output: Output) -> None:
+        self.output, self.said = output, time.monotonic()
+
+    def __call__(self, number: int, examples: int) -> None:
+        if time.monotonic() - self.said >= PAUSE:
+            self.said = time.monotonic()
+            self.output.progress(f"[{number}/{examples}] examples")
 
 
 def _print(output: Output, spec: Spec, report: VerifyReport) -> None:
     output.say(f"{spec.name}: {spec.title}" if spec.title else spec.name)
     stopped = " (time ran out)" if report.stopped else ""
+    stopped = f" of {report.planned} (interrupted)" if report.interrupted else stopped
     refused = sum(report.refused.values())
     output.say(
         f"{report.examples} examples{stopped} in {report.seconds:.0f} s, seed {report.seed}; {refused} layers refused\n"
     )
     rows = (
-        (check.name, _verdict(check), str(check.examples), str(check.skipped or ""), check.title)
+        (check.name, _verdict(check, report.interrupted), str(check.examples), str(check.skipped or ""), check.title)
         for check in report.checks
     )
     columns = {"check": "left", "": "left", "examples": "right", "skipped": "right", "what holds": "left"}
@@ -70,13 +89,16 @@ def _print(output: Output, spec: Spec, report: VerifyReport) -> None:
         output.say(f"{'refused':<12}{number}: {reason}")
     for failure in report.failures:
         output.say(f"\n{failure}")
+    if report.interrupted:
+        left = report.planned - report.examples
+        output.say(f"\n{'not run':<12}{left} examples, redundancy, the size of the first step and its directions")
     _print_advice(output, report)
 
 
-def _verdict(check: CheckResult) -> str:
+def _verdict(check: CheckResult, interrupted: bool) -> str:
     if check.failure is not None:
         return "FAILS"
-    return "ok" if check.examples else "-"
+    return "ok" if check.examples else "not run" if interrupted else "-"
 
 
 def _counts(counts: Counter[str]) -> str:

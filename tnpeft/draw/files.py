@@ -6,16 +6,15 @@ import errno
 import hashlib
 import os
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 from tnpeft.documents.files import replace_files
-from tnpeft.errors import DrawError, Problem, clip, shown_path
+from tnpeft.errors import DrawError, Problem, clip, need, shown_path
 from tnpeft.spec import Declaration
 
 __all__ = ["SUFFIXES", "checked_path", "digest_of", "is_current", "need_matplotlib", "write"]
 
-SUFFIXES = (".svg", ".png")
+SUFFIXES = (".svg", ".png", ".pdf")
 _IDENTIFIER = re.compile(r"sha256:([0-9a-f]{64})")
 _HEAD = 8192  # the metadata stand at the start
 
@@ -38,18 +37,20 @@ def is_current(path: str | Path, spec: Declaration) -> bool:
 
 def need_matplotlib() -> None:
     """Raises DrawError where matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        fix = "Run `pip install 'tnpeft[draw]'`."
-        raise DrawError(Problem("pictures", "matplotlib", "it is not installed", fix))
+    need("matplotlib", "pictures", DrawError)
 
 
 def checked_path(path: str | Path) -> Path:
-    """Raises DrawError for a file whose suffix says neither SVG nor PNG."""
+    """Raises DrawError for a file whose suffix says none of SVG, PNG and PDF."""
     checked = Path(path)
     if checked.suffix.lower() not in SUFFIXES:
         found = clip(checked.suffix) if checked.suffix else "no suffix"
         fix = "Name the file like `picture.svg`."
-        raise DrawError(Problem("picture", f"a name in {' or '.join(SUFFIXES)}", found, fix, shown_path(checked)))
+        raise DrawError(
+            Problem(
+                "picture", f"a name in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}", found, fix, shown_path(checked)
+            )
+        )
     return checked
 
 

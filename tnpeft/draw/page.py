@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tnpeft.draw.derivation import MOST_DERIVED, SIGN_POINTS, Arrow, Sign, diagrams_of_derived, sign_of
 from tnpeft.draw.diagram import Diagram, Node, diagram_of
 from tnpeft.draw.labels import Box
 from tnpeft.draw.placing import place
 from tnpeft.draw.scene import scene_of
-from tnpeft.draw.shapes import Quality, Scene
+from tnpeft.draw.shapes import THICKEST, Quality, Scene
 from tnpeft.draw.text import clean, text_size, wrapped
 from tnpeft.network import Network
+from tnpeft.spec.pattern import ELLIPSIS, kernel_indices
 
 __all__ = ["Page", "Text", "page_of"]
 
@@ -62,7 +63,7 @@ class Page:
 
 def page_of(network: Network, with_sizes: bool) -> Page:
     """Lay a network out, term by term, with its derived cores below."""
-    terms, derived = _diagrams(network)
+    terms, derived = _diagrams(network, with_sizes)
     blocks = [
         [[row] for row in _rows([(_scene(diagram, with_sizes), sign) for diagram, sign in terms])],
         _rows_of_groups([[(_scene(diagram, with_sizes), sign) for diagram, sign in group] for group in derived]),
@@ -132,12 +133,29 @@ class _Placed:
 Diagrams = list[tuple[Diagram, Sign]]
 
 
-def _diagrams(network: Network) -> tuple[Diagrams, list[Diagrams]]:
+def _diagrams(network: Network, with_sizes: bool) -> tuple[Diagrams, list[Diagrams]]:
     """Those of the terms, and of each derived core, with what stands before each."""
+    any_kernel = not with_sizes and len(network.layer.kernel_size) == 1
+
+    def named(diagram: Diagram) -> Diagram:
+        return _with_any_kernel(diagram) if any_kernel else diagram
+
     parts = network.plain.parts[:MOST_TERMS]
     signs = (Sign(sign_of(number, term.scale)) for number, term in enumerate(network.terms))
-    terms = [(diagram_of(part, network), sign) for part, sign in zip(parts, signs, strict=False)]
-    return terms, list(diagrams_of_derived(network))
+    terms = [(named(diagram_of(part, network)), sign) for part, sign in zip(parts, signs, strict=False)]
+    derived = [[(named(diagram), sign) for diagram, sign in group] for group in diagrams_of_derived(network)]
+    return terms, derived
+
+
+def _with_any_kernel(diagram: Diagram) -> Diagram:
+    """A diagram in which the index of the one kernel axis has the name of those of any kernel."""
+    (only,) = kernel_indices(1)
+
+    def named(index: str) -> str:
+        return " ".join(ELLIPSIS if leg == only else leg for leg in index.split())
+
+    lines = tuple(replace(line, index=named(line.index)) for line in diagram.lines)
+    return replace(diagram, lines=lines, stubs=tuple(replace(stub, index=named(stub.index)) for stub in diagram.stubs))
 
 
 def _scene(diagram: Diagram, with_sizes: bool) -> Scene:
@@ -244,12 +262,20 @@ def _marks(network: Network, terms: Diagrams, derived: list[Diagrams]) -> list[t
         found.update(_core_marks(node))
     if any(node.core is None for node in nodes):
         found["dot"] = "one index of several cores"
+    if len({size for diagram in diagrams for size in _sizes(diagram)}) > 1:
+        found["line"] = "the thicker, the larger the index"
     if network.derived:
         found["derived"] = "made of other cores"
     if any(sign.arrow and sign.arrow.indices for group in derived for _, sign in group):
         found["index"] = "index core, places in whole numbers"
-    order = (*ROLE_TEXTS, "dot", "frozen", "shared", "weight", "derived", "index")
+    order = (*ROLE_TEXTS, "line", "dot", "frozen", "shared", "weight", "derived", "index")
     return sorted(found.items(), key=lambda item: order.index(item[0]))
+
+
+def _sizes(diagram: Diagram) -> Iterator[int]:
+    """The sizes that its lines have the thickness of."""
+    yield from (min(line.size, THICKEST) for line in diagram.lines)
+    yield from (min(stub.size, THICKEST) for stub in diagram.stubs)
 
 
 def _core_marks(node: Node) -> Iterator[tuple[str, str]]:

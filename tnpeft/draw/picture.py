@@ -14,7 +14,7 @@ from tnpeft.draw.shapes import Quality
 from tnpeft.errors import BindError, DrawError, Problem
 from tnpeft.network import Layer, Network, Spec, load_spec
 from tnpeft.spec.checks import SAMPLES
-from tnpeft.spec.pattern import KINDS
+from tnpeft.spec.pattern import ELLIPSIS, KINDS
 
 __all__ = ["Picture", "draw_network"]
 
@@ -45,12 +45,12 @@ class Picture:
         return self.page.quality
 
     def data(self, suffix: str = "svg") -> bytes:
-        """The picture as `svg` or `png`, the same bytes in every process."""
+        """The picture as `svg`, `png` or `pdf`, the same bytes in every process."""
         spec = self.network.spec
         return rendered(self.page, suffix, spec.name, digest_of(spec))
 
     def save(self, path: str | Path) -> None:
-        """Write it to a `.svg` or `.png`. Raises DrawError."""
+        """Write it to a `.svg`, `.png` or `.pdf`. Raises DrawError."""
         checked = checked_path(path)
         write(checked, self.data(checked.suffix.lower()[1:]))
 
@@ -58,11 +58,11 @@ class Picture:
 def draw_network(
     what: Network | Spec | str | Path, path: str | Path | None = None, layer: Any = None, **params: Any
 ) -> Picture:
-    """Draw a network, or a spec on a layer; with `path`, write it to that `.svg` or `.png`.
+    """Draw a network, or a spec on a layer; with `path`, write it to that `.svg`, `.png` or `.pdf`.
 
     `what` is a bound network, a spec, a shipped name or a spec's file, `layer` anything that `Spec.bind` takes. A
-    spec without a layer is drawn on a typical one of the first kind that it supports, with names
-    and no sizes. Raises DrawError, SpecError or BindError.
+    spec without a layer is drawn on a typical one of a kind that it supports, with names
+    and no sizes, `k...` as the one index of any kernel. Raises DrawError, SpecError or BindError.
     """
     need_matplotlib()
     checked = None if path is None else checked_path(path)
@@ -81,9 +81,13 @@ def draw_network(
 
 
 def _on_typical_layer(spec: Spec, params: dict[str, Any]) -> Network:
-    """The spec on the first of the layers that it was checked with and fits; raises the first BindError."""
+    """The spec on the first of the layers that it was checked with and fits; raises the first BindError.
+
+    One with an index for each kernel axis is drawn on a layer with a single axis, whose index then stands for all.
+    """
     errors = []
-    for kind in spec.layers:
+    kernel = any(ELLIPSIS in axis for core in spec.cores for axis in core.axes)
+    for kind in sorted(spec.layers, key=lambda kind: kernel and (KINDS[kind] or len(KINDS))):
         for inputs, outputs, side, groups in SAMPLES:
             layer = Layer(kind, inputs, outputs, (side,) * KINDS[kind], groups if KINDS[kind] else 1)
             try:

@@ -1,4 +1,4 @@
-"""A page as SVG or PNG, by matplotlib's objects: no pyplot, no global state."""
+"""A page as SVG, PNG or PDF, by matplotlib's objects: no pyplot, no global state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tnpeft.draw.derivation import ABOVE, MAP_POINTS, Arrow
 from tnpeft.draw.labels import Box
 from tnpeft.draw.page import Page
 from tnpeft.draw.scene import LABEL_POINTS
-from tnpeft.draw.shapes import Disc, Scene, Stroke
+from tnpeft.draw.shapes import THICKEST, Disc, Scene, Stroke
 from tnpeft.draw.text import FONT, text_size
 
 __all__ = ["figure_of", "figure_settings", "rendered"]
@@ -25,7 +25,6 @@ _FILLS = {"in": "#b3d9f2", "out": "#f9d9a4", "kernel": "#a8dccb", "inner": "#fff
 _COLOURS = {"in": "#0072b2", "out": "#b85400", "kernel": "#007a58", "inner": "#404040", None: "#404040"}
 _INK, _LINE, _FROZEN, _WEIGHT, _FRAME = "#1a1a1a", "#707070", "#8a8a8a", "#d9d9d9", "#c4c4c4"
 _DPI, _MOST_PIXELS = 200, 6_000
-_THICKEST = 64  # sizes from here on have one thickness
 
 
 def rendered(page: Page, suffix: str, title: str, digest: str) -> bytes:
@@ -58,7 +57,13 @@ def figure_settings() -> Iterator[None]:
     """Our own settings, whatever the user's are; and no words about letters of a title that the font lacks."""
     import matplotlib
 
-    mine = {"svg.hashsalt": "tnpeft", "svg.fonttype": "none", "font.family": [FONT], "hatch.linewidth": 0.6}
+    mine = {
+        "svg.hashsalt": "tnpeft",
+        "svg.fonttype": "none",
+        "pdf.fonttype": 42,
+        "font.family": [FONT],
+        "hatch.linewidth": 0.6,
+    }
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key.split(".")[0] in _USED}
     with matplotlib.rc_context({**defaults, **mine}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
@@ -66,12 +71,20 @@ def figure_settings() -> Iterator[None]:
 
 
 # What a user's own settings could change in a picture.
-_USED = ("font", "text", "svg", "patch", "hatch", "lines", "path", "savefig", "figure", "axes", "mathtext")
+_USED = ("font", "text", "svg", "pdf", "patch", "hatch", "lines", "path", "savefig", "figure", "axes", "mathtext")
 
 
 def _metadata(suffix: str, title: str, digest: str) -> dict[str, str | None]:
     if suffix == "svg":
         return {"Title": title, "Identifier": f"sha256:{digest}", "Creator": "tnpeft", "Date": None}
+    if suffix == "pdf":  # for LaTeX: text stays text, in a font of the file
+        return {
+            "Title": title,
+            "Keywords": f"sha256:{digest}",
+            "Creator": "tnpeft",
+            "Producer": None,
+            "CreationDate": None,
+        }
     return {"Title": title, "Description": f"sha256:{digest}", "Software": "tnpeft"}
 
 
@@ -121,7 +134,7 @@ def _scene(axes: Any, scene: Scene, x: float, y: float) -> None:
 
 
 def _stroke(axes: Any, stroke: Stroke, x: float, y: float) -> None:
-    width = 0.7 + 0.55 * math.log2(min(stroke.size, _THICKEST))
+    width = 0.7 + 0.55 * math.log2(min(stroke.size, THICKEST))
     colour = _LINE if stroke.role in (None, "inner") else _COLOURS[stroke.role]
     path = stroke.path + np.array([x, y])
     axes.plot(*path.T, color=colour, linewidth=width, solid_capstyle="butt", zorder=1 if stroke.role is None else 2)
@@ -242,7 +255,11 @@ def _legend_mark(axes: Any, kind: str, x: float, y: float) -> None:
 
     if kind == "dot":
         axes.plot([x - 0.1, x + 0.1], [y, y], color=_LINE, linewidth=1.2, zorder=1)
-        axes.add_patch(Circle((x, y), 0.04, facecolor=_INK, linewidth=0, zorder=2))
+        axes.add_patch(Circle((x, y), 0.04, facecolor=_COLOURS[None], edgecolor="white", linewidth=0.5, zorder=2))
+        return
+    if kind == "line":
+        for below, height in ((0.04, 0.017), (-0.06, 0.055)):
+            axes.add_patch(Rectangle((x - 0.1, y + below), 0.2, height, facecolor=_LINE, linewidth=0))
         return
     if kind == "index":
         face: dict[str, Any] = {"facecolor": _INDEX["facecolor"], "edgecolor": _INK, "linewidth": 0.7}

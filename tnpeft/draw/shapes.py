@@ -7,7 +7,9 @@ from dataclasses import astuple, dataclass
 from tnpeft.draw.diagram import Node
 from tnpeft.draw.labels import Box, Points
 
-__all__ = ["Disc", "Label", "Quality", "Scene", "Stroke"]
+__all__ = ["THICKEST", "Disc", "Label", "Quality", "Scene", "Stroke"]
+
+THICKEST = 64  # sizes from here on have one thickness of line
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Full checkpoints in safetensors: one file, or a folder of shards; one tensor is read at a time."""
+"""Full checkpoints: a safetensors file, a folder of shards, a state dict of `torch.save`; one tensor read at a time."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from torch import Tensor, nn
 
 from tnpeft.documents.paths import is_folder
 from tnpeft.documents.recognise import recognise
-from tnpeft.fitting.conversion import how_to_convert
+from tnpeft.errors import near_miss
+from tnpeft.fitting.conversion import how_to_convert, state_dict_of
 from tnpeft.fitting.extract import check_tensors
 from tnpeft.io.files import file_path, not_safetensors, refuse
 from tnpeft.surgery import base_tensors, parameter_groups
 from tnpeft.surgery.tree import slots, ties
 
-__all__ = ["Checkpoint", "fill"]
+__all__ = ["Changed", "Checkpoint", "fill"]
 
 _MEND = "Pass a .safetensors file, or a folder that holds one or shards with an index."
+_DIFFERENT = "Pass the change of tensors that the base has, in their shapes."
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, or of a folder with one such file or with shards and their index.
+    """The tensors of a safetensors file, of a folder with one such file or shards and their index, or of a torch file.
 
-    A tensor is read when it is asked for and not kept. Raises AdapterFileError for what cannot be read.
+    A torch file must hold a state dict and nothing else; no code of it is run. A tensor is read when it is asked for
+    and not kept. Raises AdapterFileError for what cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -53,6 +56,36 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shards)
+
+
+class Changed(Mapping[str, Tensor]):
+    """A base with a change added, in float64 where there is one; what the change does not name is as it was.
+
+    Raises AdapterFileError for a change of what the base does not have.
+    """
+
+    def __init__(self, base: Checkpoint, change: Checkpoint) -> None:
+        self.base, self.change = base, change
+        for name in change:
+            if name not in base:
+                fix = near_miss(name, base) or _DIFFERENT
+                raise refuse(change.path, "change", "names of the base's tensors", f"'{name}'", fix)
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.base[name]
+        if name not in self.change:
+            return value
+        change = self.change[name]
+        if change.shape != value.shape:
+            found = f"{tuple(change.shape)}"
+            raise refuse(self.change.path, f"change of '{name}'", f"the shape {tuple(value.shape)}", found, _DIFFERENT)
+        return value.double() + change.double()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
 
 
 def _files(path: Path) -> list[Path]:
@@ -83,11 +116,21 @@ def _listed(index: Path) -> list[Path]:
     return files
 
 
+class _StateDict:
+    """A torch file's state dict, read as safetensors are; its bytes stay on the disk until they are used."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.keys = tensors.keys
+        self.get_tensor = tensors.__getitem__
+
+
 def _opened(file: Path) -> Any:
+    kind = recognise(file)
+    if kind is not None and kind.name == "torch" and (tensors := state_dict_of(file)) is not None:
+        return _StateDict(tensors)
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        kind = recognise(file)
         mend = how_to_convert(file) if kind is not None and kind.name == "torch" else _MEND
         raise not_safetensors(file, "checkpoint", error, mend) from error
     except OSError as error:

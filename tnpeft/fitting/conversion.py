@@ -1,4 +1,4 @@
-"""How a torch file becomes safetensors: the line of Python that does it, made for what the file holds."""
+"""Torch files: the state dict that one holds, or the line of Python that makes safetensors of another."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from tnpeft.io.foreign.archive import LOAD_ERRORS, archive_problem, load_archive
+from tnpeft.io.foreign.source import tensor_problem
 
-__all__ = ["how_to_convert"]
+__all__ = ["how_to_convert", "state_dict_of"]
 
 _ENDING = ".safetensors"
 _DEEPEST = 8  # mappings in mappings
 _LONGEST = 100  # characters of a place
+
+
+def state_dict_of(path: Path) -> Mapping[str, Tensor] | None:
+    """The tensors of a file that holds a state dict and nothing else, each whole in the file; None for any other."""
+    content = _content(path)
+    if not isinstance(content, Mapping) or not content:
+        return None
+    plain = all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    return content if plain and not any(map(tensor_problem, content.values())) else None
 
 
 def how_to_convert(path: Path) -> str:

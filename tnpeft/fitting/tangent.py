@@ -13,15 +13,15 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tnpeft.adapters import Adapter
 from tnpeft.execution import compile
 from tnpeft.fitting.arguments import checked
-from tnpeft.network import Network, Spec
+from tnpeft.network import Layer, Network, Spec
 from tnpeft.spec.maps import registered_map
 
-__all__ = ["TangentSpace", "tangent_space", "tangent_space_of"]
+__all__ = ["TangentSpace", "rank_on", "tangent_space", "tangent_space_of"]
 
 PRECISION = 1e-9  # of singular values, relative to the largest; columns have a norm of one
 NOTHING = 1e-12  # of a gradient's numbers, relative to the largest: rounding
@@ -142,6 +142,18 @@ def tangent_space_of(adapter: Adapter, weight: Tensor) -> TangentSpace:
     counted = all(each.counted for each in blocks)
     layer = str(adapter.network.layer)
     return TangentSpace(layer, jacobian.parameters, jacobian.entries, live, rank, counted, jacobian, blocks)
+
+
+def rank_on(spec: Spec, layer: Layer) -> int:
+    """In how many directions a spec's first steps move the weight of a layer with random values, or at most.
+
+    Raises BindError.
+    """
+    numbers = [layer.in_channels, layer.out_channels, *([layer.kernel_size] if layer.kernel_size else [])]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        base = getattr(nn, layer.kind)(*numbers, **({"groups": layer.groups} if layer.groups > 1 else {}))
+    return tangent_space(spec, base, name="layer").rank
 
 
 class _Jacobian:

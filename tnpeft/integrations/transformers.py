@@ -9,18 +9,20 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from tnpeft.adapters.processes import is_in_parts
-from tnpeft.errors import AdapterFileError, TnpeftWarning
+from tnpeft.errors import AdapterFileError, TnpeftWarning, needing
 from tnpeft.io import save
 from tnpeft.io.files import read, refuse, shown
 from tnpeft.io.same_base import other_base
 from tnpeft.io.saving import chosen
 from tnpeft.io.sharded import one_writer
 from tnpeft.surgery import adapted, plain_keys
+
+with needing("transformers", "tnpeft.integrations.transformers"):
+    from transformers import TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 __all__ = ["AdapterCallback"]
 

@@ -18,11 +18,11 @@ from tnpeft.adapters.distributed import write
 from tnpeft.adapters.offload import hook_of
 from tnpeft.adapters.parked import ParameterLayer
 from tnpeft.adapters.processes import flat_part, holders_of, in_step, summoned
-from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, listed
+from tnpeft.errors import AdapterFileError, AttachError, Problem, TnpeftWarning, clip, listed
 from tnpeft.io.base import fingerprint
 from tnpeft.io.checks import MOST_SHOWN, number_problem
 from tnpeft.io.files import FOREIGN, file_path, in_file, of_file, read, refuse, shown, specs_of
-from tnpeft.io.manifest import LayerEntry, Manifest, digest_of, dtype_name, encode
+from tnpeft.io.manifest import FITTED_AS, LayerEntry, Manifest, digest_of, dtype_name, encode
 from tnpeft.io.renaming import with_plain_names
 from tnpeft.io.same_base import check_base, other_base
 from tnpeft.network import Layer, Network, Spec
@@ -223,6 +223,7 @@ def _adapters(
     specs = specs_of(path, manifest)
     _require_maps(path, specs)
     networks = {layer: _network(path, specs, entry, layer, modules) for layer, entry in manifest.layers.items()}
+    _check_layers(path, manifest, networks)
     modes = {layer: entry.mode for layer, entry in manifest.layers.items()}
     if problems := [*memory_problems(networks, modules, modes)]:
         raise AdapterFileError(*(replace(problem, where=shown(path)) for problem in problems))
@@ -241,6 +242,16 @@ def _adapters(
             raise AdapterFileError(*in_file(path, [problem], f"layer '{layer}'"))
         adapter.load_state_dict(values)
     return adapters
+
+
+def _check_layers(path: Path, manifest: Manifest, networks: Mapping[str, Network]) -> None:
+    """Where no model was there when it was fitted, weights alone told the layers: they must be these."""
+    told = manifest.about.get(FITTED_AS)
+    for name, network in networks.items():
+        layer, fitted = str(replace(network.layer, opaque=False)), told.get(name) if isinstance(told, dict) else None
+        if fitted not in (None, layer):
+            fix = "Fit it again with `tnpeft fit --model`, which knows the layers."
+            raise refuse(path, f"layer '{name}'", f"a {clip(fitted)[1:-1]}, as the adapter was fitted", layer, fix)
 
 
 def _require_maps(path: Path, specs: Sequence[Spec]) -> None:

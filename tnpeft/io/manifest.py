@@ -14,6 +14,7 @@ from torch import Tensor
 from tnpeft.adapters.hashing import add_bytes
 
 __all__ = [
+    "FITTED_AS",
     "FORMAT",
     "KEY",
     "BaseTensor",
@@ -29,6 +30,7 @@ __all__ = [
 # 3 knew no digests of the base, and named layers with what torch.compile puts around them; 2 knew no choices, 1 neither
 # shared cores nor cores that are left out.
 FORMAT = 4
+FITTED_AS = "fitted_as"  # in `about`: the layers of an adapter that was fitted to checkpoints without their model
 KEY = "tnpeft"  # the one entry of the safetensors metadata: two would be written in any order
 
 _Names = Annotated[tuple[str, ...], Field(min_length=1)]

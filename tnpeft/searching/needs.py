@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from tnpeft.documents.files import replace_files
 from tnpeft.documents.paths import is_folder
-from tnpeft.errors import Problem, TnpeftError, clip, shown_path
+from tnpeft.errors import Problem, TnpeftError, clip, need, shown_path
 
 __all__ = ["check_target", "need_optuna", "unwritten", "write"]
 
 
 def need_optuna() -> None:
     """Raises TnpeftError where Optuna is not installed."""
-    if find_spec("optuna") is None:
-        fix = "Run `pip install 'tnpeft[search]'`."
-        raise TnpeftError(Problem("search", "the package optuna", "none installed", fix))
+    need("optuna", "search")
 
 
 def check_target(path: Path) -> None:

@@ -50,7 +50,7 @@ def _recipe_problem(root: Node) -> Problem | None:
     key = next((key for key, _ in root.items() if key.value == "adapters"), None)
     if key is None or root.get("cores") is not None:
         return None
-    takers = "`tnpeft.attach`, `tnpeft count` and `tnpeft extract` take recipes."
+    takers = "`tnpeft.attach`, `tnpeft count` and `tnpeft fit` take recipes."
     fix = f"Name a spec here, such as one of its entries'; {takers}"
     return Problem("the file", "a spec", "a recipe, by its `adapters`", fix, key.position)
 

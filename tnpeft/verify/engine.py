@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,10 +20,10 @@ from tnpeft.network import Layer, Spec, load_spec
 from tnpeft.spec.habits import unknown_params
 from tnpeft.verify.case import DTYPES, Case
 from tnpeft.verify.checks import CHECKS, Check
-from tnpeft.verify.conditioning import conditioning_of, rows_on
+from tnpeft.verify.conditioning import Conditioning, conditioning_of, rows_on
 from tnpeft.verify.dead_cores import reached
-from tnpeft.verify.directions import directions_on
-from tnpeft.verify.gauge import gauge_of
+from tnpeft.verify.directions import Directions, directions_on
+from tnpeft.verify.gauge import Gauge, gauge_of
 from tnpeft.verify.model_under_test import Mismatch, Skip, Subject
 from tnpeft.verify.properties import Flaky, Found, HealthCheck, NoSuchExample, Phase, Unsatisfiable, find, settings, st
 from tnpeft.verify.report import CheckResult, Counterexample, VerifyReport
@@ -47,28 +47,35 @@ def verify(
     seconds: float = 60.0,
     label: str | None = None,
     advice: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    keep_interrupted: bool = False,
     **params: Any,
 ) -> VerifyReport:
     """Try `spec` (or a shipped name, a path) on random layers within its reach, and report what does not hold.
 
     `layer` and `params` fix what is otherwise drawn. No new example starts after `seconds`. `label` is what the spec is
-    called where counter-examples are printed; without `advice` what fails nothing is left out. Raises
-    SpecError for a spec that cannot be read; whatever else goes wrong is in the report.
+    called where counter-examples are printed; without `advice` what fails nothing is left out. `progress` is called
+    after each example, with its number and how many there are. With `keep_interrupted` Ctrl-C ends in a report of what
+    was tried so far. Raises SpecError for a spec that cannot be read; whatever else goes wrong is in the report.
     """
     started = time.monotonic()
     if label is None:
         label = spec.file if isinstance(spec, Spec) else str(spec)
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
     _check_arguments(spec, examples, params)
-    run = _Run(spec, label, examples, started + seconds)
+    run = _Run(spec, label, examples, started + seconds, progress)
     drawn = cases(reachable(spec, layer, params, seed), params_of(spec, params), DTYPES)
+    interrupted, told = False, _Advice()
     with _one_thread():
-        for run.batch in range(1000 * seed, 1000 * seed + math.ceil(examples * DRAWN_FOR_EACH / BATCH)):
-            _search(drawn, run.take, BATCH, run.batch)
-        results = [run.result(check, drawn) for check in CHECKS]
-        gauge = gauge_of(spec, gauge_cases(spec, layer, params, run.accepted)) if advice else None
-        conditioning = conditioning_of(spec, params, layer, seed) if advice else ()
-        directions = rows_on(partial(directions_on, spec), params, layer, seed) if advice else ()
+        try:
+            for run.batch in range(1000 * seed, 1000 * seed + math.ceil(examples * DRAWN_FOR_EACH / BATCH)):
+                _search(drawn, run.take, BATCH, run.batch)
+            results = [run.result(check, drawn) for check in CHECKS]
+            told = _advice(spec, layer, params, run.accepted, seed) if advice else told
+        except KeyboardInterrupt:
+            if not keep_interrupted:
+                raise
+            interrupted, results = True, [run.as_found(check) for check in CHECKS]
     return VerifyReport(
         spec.name,
         spec.file,
@@ -76,14 +83,28 @@ def verify(
         len(run.accepted),
         time.monotonic() - started,
         run.stopped,
-        (run.reach(), *results, run.alive()),
+        (run.reach(), *results, run.alive(whole=not interrupted)),
         run.seen,
         run.refused,
         run.notes(),
-        gauge,
-        conditioning,
-        directions,
+        *told,
+        planned=examples,
+        interrupted=interrupted,
     )
+
+
+class _Advice(NamedTuple):
+    """What fails nothing."""
+
+    gauge: Gauge | None = None
+    conditioning: tuple[Conditioning, ...] = ()
+    directions: tuple[Directions, ...] = ()
+
+
+def _advice(spec: Spec, layer: Layer | None, params: Mapping[str, Any], accepted: Sequence[Case], seed: int) -> _Advice:
+    gauge = gauge_of(spec, gauge_cases(spec, layer, params, accepted))
+    conditioning = conditioning_of(spec, params, layer, seed)
+    return _Advice(gauge, conditioning, rows_on(partial(directions_on, spec), params, layer, seed))
 
 
 def run_check(name: str, spec: Spec | str | Path, case: Case) -> None:
@@ -114,8 +135,11 @@ def failure_of(check: Check, subject: Subject) -> str | None:
 class _Run:
     """What one run of `verify` has seen so far."""
 
-    def __init__(self, spec: Spec, label: str, examples: int, deadline: float) -> None:
+    def __init__(
+        self, spec: Spec, label: str, examples: int, deadline: float, progress: Callable[[int, int], None] | None
+    ) -> None:
         self.spec, self.label, self.examples, self.deadline = spec, label, examples, deadline
+        self.progress = progress
         self.accepted: list[Case] = []
         self.tried: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
@@ -160,6 +184,8 @@ class _Run:
             if message is not None:
                 self._fail(check.name, case, message)
         self._reach(subject)
+        if self.progress is not None:
+            self.progress(len(self.accepted), self.examples)
         self._done = len(self.accepted) >= self.examples
         return self._done
 
@@ -203,6 +229,12 @@ class _Run:
             self.small.append(failure.case)
         return CheckResult(check.name, check.title, self.tried[check.name], self.skipped[check.name], failure)
 
+    def as_found(self, check: Check) -> CheckResult:
+        """The check's result as it stands, with the counter-example that was found first."""
+        return CheckResult(
+            check.name, check.title, self.tried[check.name], self.skipped[check.name], self.failed.get(check.name)
+        )
+
     def _again(self, check: Check) -> Counterexample | None:
         """The check on a simple case that an earlier one fails on: most likely they fail of one cause."""
         for case in self.small:
@@ -245,12 +277,15 @@ class _Run:
             failure = Counterexample("reach", case, text, self.label)
         return CheckResult("reach", title, len(self.accepted), 0, failure)
 
-    def alive(self) -> CheckResult:
-        """A trainable core that no example reached is a mistake: it costs parameters and never trains."""
+    def alive(self, whole: bool) -> CheckResult:
+        """A trainable core that no example reached is a mistake: it costs parameters and never trains.
+
+        Of a run that is not `whole` it cannot be told.
+        """
         title = "every trainable core receives a gradient within 3 steps"
         failure = self.failed.get("alive")
         dead = [name for name, found in self.reached.items() if not any(found)]
-        if failure is None and dead:
+        if failure is None and dead and whole:
             case = min((self.unreached[name] for name in dead), key=lambda one: one.size)
             it = "it" if len(dead) == 1 else "them"
             text = f"no gradient ever reaches {_cores(dead)}: freeze {it}, or mend the inits of the cores around {it}"

@@ -6,17 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
-from tnpeft.errors import Problem, TnpeftError
+from tnpeft.errors import needing
 
-try:
+with needing("hypothesis", "verify"):
     from hypothesis import HealthCheck, Phase, find, settings
     from hypothesis import strategies as st
     from hypothesis.configuration import set_hypothesis_home_dir
     from hypothesis.errors import Flaky, Found, NoSuchExample, Unsatisfiable
-except ImportError as error:
-    raise TnpeftError(
-        Problem("verify", "the package hypothesis", "none installed", "Run `pip install 'tnpeft[testing]'`.")
-    ) from error
 
 __all__ = [
     "Flaky",

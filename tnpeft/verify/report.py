@@ -86,7 +86,8 @@ class VerifyReport:
     """The outcome of `verify`; `ok` where nothing failed.
 
     `seen` counts the examples by kind of layer, groups, dtype and options; `refused` the layers that the spec refuses,
-    by what it says of them. `notes`, `gauge`, `conditioning` and `directions` advise; they fail nothing.
+    by what it says of them. `notes`, `gauge`, `conditioning` and `directions` advise; they fail nothing. `interrupted`
+    says that Ctrl-C ended it before all of `planned` examples were tried: it is then not `ok`, whatever held.
     """
 
     spec: str
@@ -102,10 +103,12 @@ class VerifyReport:
     gauge: Gauge | None = None
     conditioning: tuple[Conditioning, ...] = field(default_factory=tuple)
     directions: tuple[Directions, ...] = ()
+    planned: int = 0
+    interrupted: bool = False
 
     @property
     def ok(self) -> bool:
-        return not self.failures
+        return not self.failures and not self.interrupted
 
     @property
     def failures(self) -> tuple[Counterexample, ...]:
@@ -121,6 +124,8 @@ class VerifyReport:
             "examples": self.examples,
             "seconds": round(self.seconds, 3),
             "stopped": self.stopped,
+            "planned": self.planned,
+            "interrupted": self.interrupted,
             "refused": dict(self.refused),
             "seen": {key: dict(sorted(counts.items())) for key, counts in self.seen.items()},
             "checks": [check.as_dict() for check in self.checks],
@@ -134,6 +139,7 @@ class VerifyReport:
         """A few lines, with every counter-example."""
         broken = ", ".join(check.name for check in self.checks if check.failure is not None)
         verdict = f"fails {broken}" if broken else f"holds on {self.examples} examples"
+        verdict += f", interrupted before all {self.planned} were tried" * self.interrupted
         lines = [f"spec '{self.spec}' {verdict} (seed {self.seed}, {sum(self.refused.values())} layers refused)"]
         lines += [textwrap.indent(str(failure), "  ") for failure in self.failures]
         return "\n".join(lines)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ddpm_lab.evaluation.paired import Difference, Numbers, compare
 from ddpm_lab.study.results import METRICS, Cell, Metric
 
-__all__ = ["NOTHING", "Column", "set_powers"]
+__all__ = ["NOTHING", "Column", "set_intervals", "set_powers"]
 
 NOTHING = "-"
 
@@ -24,6 +24,7 @@ class Column:
     confidence: float = 0.95
     unseen: bool = False  # the encoder does not tell this data set from the source: nothing is compared
     power: int = 0  # numbers are printed in units of ten to this power
+    intervals: bool = True  # printed beside the numbers
 
     @property
     def sizes(self) -> list[float]:
@@ -43,7 +44,7 @@ class Column:
             return NOTHING
         scale, sign = 10.0**self.power, "+" if self.metric.unit == "%" else ""
         text = f"{cell.mean / scale:{sign}.{self.decimals}f}"
-        return text if cell.half is None else f"{text} ± {cell.half / scale:.{self.decimals}f}"
+        return text if cell.half is None or not self.intervals else f"{text} ± {cell.half / scale:.{self.decimals}f}"
 
     def order(self, rows: Sequence[int]) -> list[int]:
         """Those of the rows that have a number, the best first."""
@@ -83,3 +84,11 @@ def set_powers(columns: Sequence[Column]) -> None:
         power = math.floor(math.log10(sizes[len(sizes) // 2]))
         for column in own:
             column.power = power if power < -1 else 0
+
+
+def set_intervals(columns: Sequence[Column]) -> bool:
+    """Whether every number of a table has an interval; where one has none, none is printed."""
+    known = all(cell is None or cell.half is not None for column in columns for cell in column.cells)
+    for column in columns:
+        column.intervals = known
+    return known

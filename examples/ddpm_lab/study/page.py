@@ -14,6 +14,7 @@ from ddpm_lab.support.durable import write_whole
 __all__ = ["Picture", "Section", "write_page"]
 
 DENSITY = 1.5  # pictures have this many pixels for one of the page
+WIDE = 1112  # pixels of a screen from which on plots stand beside each other
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #52606d; --paper: #ffffff; --panel: #f6f8fa;
@@ -36,6 +37,7 @@ nav { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 18px 0 0; font-size
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 .scroll { overflow-x: auto; margin: 14px 0 10px; }
+.hint { display: none; color: var(--soft); font-size: 13px; margin: 10px 0 -8px; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: 5px 6px; text-align: right; }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom; }
@@ -59,17 +61,27 @@ dd { margin: 0; overflow-wrap: anywhere; }
 pre { background: var(--panel); padding: 14px; border-radius: 6px; overflow: auto; font-size: 12.5px;
   max-height: 480px; }
 footer { height: 60px; }
+@media (max-width: 699px) {
+  main, header { padding-left: 16px; padding-right: 16px; }
+  .hint { display: block; }
+  .scroll { border-right: 2px solid var(--accent); }
+  .scroll table tr > :first-child { position: sticky; left: 0; background: var(--paper); z-index: 1;
+    min-width: 96px; max-width: 40vw; white-space: normal; box-shadow: 1px 0 0 var(--line); padding-right: 8px; }
+}
 @media print { nav, details { display: none; } h2 { break-after: avoid; } figure, table { break-inside: avoid; } }
 """
+HINT = '<p class="hint">Scroll a table sideways for its other columns &rarr;</p>'
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file beside the page, the same for dark screens, and what it shows."""
+    """A PNG file beside the page, the same for dark and for narrow screens, and what it shows."""
 
     path: Path
     caption: str
     dark: bytes | None = None
+    narrow: bytes | None = None
+    narrow_dark: bytes | None = None
 
 
 @dataclass
@@ -113,9 +125,9 @@ def write_page(
 
 def _section(section: Section) -> str:
     text = "".join(f"<p>{html.escape(each)}</p>" for each in section.text)
-    tables = "".join(as_html(table) + _notes(table) for table in section.tables)
+    tables = "".join(HINT + as_html(table) + _notes(table) for table in section.tables)
     pictures = "".join(_figure(each) for each in section.pictures)
-    details = "".join(f"<h3>{html.escape(table.title)}</h3>{as_html(table)}" for table in section.details)
+    details = "".join(f"<h3>{html.escape(table.title)}</h3>{HINT}{as_html(table)}" for table in section.details)
     if details:
         details = f"<details><summary>Every metric, one table for each data set</summary>{details}</details>"
     return (
@@ -129,16 +141,22 @@ def _notes(table: Table) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    png = picture.path.read_bytes()
-    light, width = _embedded(png), round(int.from_bytes(png[16:20], "big") / DENSITY)  # the PNG header has the width
-    caption = html.escape(picture.caption)
-    source = ""
-    if picture.dark is not None:
-        source = f'<source media="(prefers-color-scheme: dark)" srcset="{_embedded(picture.dark)}">'
+    narrow, dark = f"(max-width: {WIDE - 1}px)", "(prefers-color-scheme: dark)"
+    others = ((f"{narrow} and {dark}", picture.narrow_dark), (narrow, picture.narrow), (dark, picture.dark))
+    sources = "".join(
+        f'<source media="{media}" srcset="{_embedded(png)}" {_size(png)}>' for media, png in others if png is not None
+    )
+    png, caption = picture.path.read_bytes(), html.escape(picture.caption)
     return (
-        f'<figure><picture>{source}<img src="{light}" width="{width}" alt="{caption}"></picture>'
+        f'<figure><picture>{sources}<img src="{_embedded(png)}" {_size(png)} alt="{caption}"></picture>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _size(png: bytes) -> str:
+    """Width and height on the page, from the header of the file."""
+    width, height = (round(int.from_bytes(png[at : at + 4], "big") / DENSITY) for at in (16, 20))
+    return f'width="{width}" height="{height}"'
 
 
 def _embedded(png: bytes) -> str:

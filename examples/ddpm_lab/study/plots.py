@@ -44,6 +44,8 @@ DARK_THEME = Theme(
     grid="#2d343d",
     lines=("#56b4e9", "#ff8a3d", "#2fc79b", "#e39ac8", "#f0c419", "#9ad1f5", "#a9b4bf", "#d0a077"),
 )
+LEAST = 7.6  # points of the smallest letters: more than ten pixels
+NARROW = 3.65  # inches that a phone shows without making them smaller
 STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 
 
@@ -75,14 +77,21 @@ class Panel:
     format: str = "{x:g}"
 
 
-def plot_panels(path: Path, panels: Sequence[Panel], theme: Theme = LIGHT_THEME, share: bool = False) -> None:
-    """Panels side by side; `share` gives all of them one vertical axis."""
+def plot_panels(
+    path: Path, panels: Sequence[Panel], theme: Theme = LIGHT_THEME, share: bool = False, narrow: bool = False
+) -> None:
+    """Panels two in a row, for a narrow screen one; `share` gives all of them one vertical axis."""
+    across = 1 if narrow else min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    size = (NARROW, 3.2 * down) if narrow else (4.9 * across + 1.2, 4.3 * down)
     with matplotlib.rc_context(_style(theme)):
-        figure = Figure(figsize=(4.9 * len(panels) + 1.2, 4.3), dpi=144, layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=share)[0]
-        for each, panel in zip(axes, panels, strict=True):
+        figure = Figure(figsize=size, dpi=144, layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False, sharey=share).flatten()
+        for each in axes[len(panels) :]:
+            each.set_visible(False)
+        for each, panel in zip(axes, panels, strict=False):
             _draw(each, panel, theme)
-        for each, panel in zip(axes, panels, strict=True):
+        for each, panel in zip(axes, panels, strict=False):
             if panel.labels:
                 _label_ends(each, panel, theme)  # once all axes have their final range
         figure.savefig(path)
@@ -200,30 +209,45 @@ def smoothed(name: str, losses: Sequence[float], colour: int) -> Line:
 
 
 def plot_montage_page(
-    path: Path, rows: Sequence[str], columns: Sequence[str], volumes: Mapping[tuple[str, str], Sequence[np.ndarray]]
+    path: Path,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    volumes: Mapping[tuple[str, str], Sequence[np.ndarray]],
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    narrow: bool = False,
 ) -> None:
     """As the paper's Figure 3: a row for each method, some samples of each data set; `CONVENTION` says how.
 
-    `volumes` maps (row, column) to volumes in [0, 1], axes R, A, S; what is missing stays dark.
+    `volumes` maps (row, column) to volumes in [0, 1], axes R, A, S; what is missing stays dark. On a narrow screen data
+    sets stand below each other, and a row's name above it.
     """
     each = max((len(found) for found in volumes.values()), default=1)
-    cell, gap, group, label, head = 0.95, 0.12, 0.28, 1.55, 0.55  # inches
-    width = label + len(columns) * each * cell + (len(columns) - 1) * group + 0.15
-    height = head + len(rows) * (len(PLANES) * cell + gap) + 0.1
+    label, gap, group, head = (0.35, 0.36, 0.0, 0.5) if narrow else (1.75, 0.12, 0.28, 0.55)  # inches
+    cell = (NARROW - label - 0.1) / each if narrow else 0.95
+    across = 1 if narrow else len(columns)
+    block = head + len(rows) * (len(PLANES) * cell + gap)
+    width = label + across * each * cell + (across - 1) * group + 0.15
+    height = block * math.ceil(len(columns) / across) + 0.1
     with matplotlib.rc_context({"font.size": 10, "text.color": LIGHT}):
         figure = Figure(figsize=(width, height), dpi=144, facecolor=DARK)
         for place, column in enumerate(columns):
-            left = label + place * (each * cell + group)
+            left = label + place % across * (each * cell + group)
+            start = height - place // across * block
             name = wrapped(column, each * cell, 11)
-            figure.text(left / width, 1 - 0.5 * head / height, name, fontsize=11, weight="bold", va="center")
+            figure.text(left / width, (start - 0.5 * head) / height, name, fontsize=11, weight="bold", va="center")
             for number, row in enumerate(rows):
-                top = height - head - number * (len(PLANES) * cell + gap)
-                if place == 0:
+                top = start - head - number * (len(PLANES) * cell + gap) - gap * narrow
+                if narrow:
+                    figure.text(left / width, (top + 0.1) / height, row, va="center")
+                elif place == 0:
                     middle = (top - len(PLANES) * cell / 2) / height
-                    figure.text(0.12 / width, middle, wrapped(row, label - 0.2, 10), va="center", linespacing=1.35)
+                    figure.text(0.12 / width, middle, wrapped(row, label - 0.5, 10), va="center", linespacing=1.35)
+                for line, plane in enumerate(PLANES if place % across == 0 else ()):
+                    spot = ((left - 0.14) / width, (top - (line + 0.5) * cell) / height)
+                    figure.text(*spot, plane, fontsize=LEAST, rotation=90, ha="center", va="center")
                 for index, volume in enumerate(volumes.get((row, column), ())):
-                    for line, piece in enumerate(middle_slices(volume)):
+                    for line, piece in enumerate(middle_slices(volume, spacing)):
                         corner = ((left + index * cell) / width, (top - (line + 1) * cell) / height)
                         axes = figure.add_axes((*corner, 0.97 * cell / width, 0.97 * cell / height))
-                        draw_slice(axes, piece, 0, 1, size=5.5)
+                        draw_slice(axes, piece, 0, 1, size=LEAST)
         figure.savefig(path, facecolor=DARK)

@@ -13,7 +13,9 @@ import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 
+from ddpm_lab.data.grid import grid_of
 from ddpm_lab.data.slices import CONVENTION
+from ddpm_lab.model.unet import divisor
 from ddpm_lab.study.page import Picture, Section, write_page
 from ddpm_lab.study.plots import DARK_THEME, LIGHT_THEME, Line, Panel, Theme, plot_montage_page, plot_panels, smoothed
 from ddpm_lab.study.results import BASE, METRICS, Cell, Results, Value, read_results
@@ -127,13 +129,13 @@ def _starts(results: Results, folder: Path) -> list[Picture]:
 
 
 def _chart(path: Path, caption: str, panels: Sequence[Panel], share: bool = False) -> Picture:
-    """A chart for light screens as a file, and for dark ones as bytes."""
+    """A chart for light screens as a file, and for dark and narrow ones as bytes."""
 
-    def drawn(theme: Theme) -> bytes:
-        return _png(lambda place: plot_panels(place, panels, theme, share))
+    def drawn(theme: Theme, narrow: bool = False) -> bytes:
+        return _png(lambda place: plot_panels(place, panels, theme, share, narrow))
 
     write_whole(path, drawn(LIGHT_THEME))
-    return Picture(path, caption, drawn(DARK_THEME))
+    return Picture(path, caption, drawn(DARK_THEME), drawn(LIGHT_THEME, True), drawn(DARK_THEME, True))
 
 
 def _png(draw: Callable[[Path], None]) -> bytes:
@@ -229,9 +231,15 @@ def _montage(results: Results, study: str, methods: Sequence[str], folder: Path)
     if len(rows) < 2:
         return []
     path = folder / f"{study}-montage.png"
-    write_whole(path, _png(lambda place: plot_montage_page(place, [row for row, _ in rows], columns, volumes)))
+    names = [row for row, _ in rows]
+    spacing = grid_of(results.config.data, divisor(results.config.model)).spacing
+
+    def drawn(narrow: bool) -> bytes:
+        return _png(lambda place: plot_montage_page(place, names, columns, volumes, spacing, narrow))
+
+    write_whole(path, drawn(False))
     caption = f"{CONVENTION} Samples in one column start from the same noise, with whatever method."
-    return [Picture(path, caption)]
+    return [Picture(path, caption, narrow=drawn(True))]
 
 
 def _files(results: Results, dataset: str, method: str | None) -> list[Path]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ddpm_lab.evaluation.permutation import LEVEL
-from ddpm_lab.study.columns import NOTHING, Column, set_powers
+from ddpm_lab.study.columns import NOTHING, Column, set_intervals, set_powers
 from ddpm_lab.study.results import BASE, METRICS, Metric, Results
 
 __all__ = [
@@ -163,6 +163,7 @@ def _table(
             column.cells.append(result.cell(metric, confidence, real=method is None))
             column.numbers.append(result.numbers(metric) if method is not None else {})
     set_powers(columns)
+    without = () if set_intervals(columns) else ("No ± in this table: some of its numbers have no interval.",)
     best = [column.best(range(2, len(rows)), base=1) for column in columns]
     made = [
         Row(
@@ -175,7 +176,7 @@ def _table(
     ]
     mark = str(results.features.get("encoder_mark", ""))
     headings = ["#P", "of base", *(_heading(column, mark) for column in columns)]
-    return Table(name, title, tuple(groups), tuple(headings), tuple(made), tuple(_notes(results, methods)))
+    return Table(name, title, tuple(groups), tuple(headings), tuple(made), (*without, *_notes(results, methods)))
 
 
 def _title(results: Results, table: str, method: str) -> str:
@@ -335,7 +336,7 @@ def as_html(table: Table) -> str:
     body = "".join(_html_row(row, starts) for row in table.rows)
     head = f"<tr><td></td>{top}</tr>" if any(title for title, _ in table.groups) else ""
     return (
-        f'<div class="scroll"><table><thead>{head}<tr><th scope="col">Method</th>{headings}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table><thead>{head}<tr><th scope="col">Method</th>{headings}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -114,7 +114,7 @@ def unknown(path: Path, keys: Collection[str]) -> AdapterFileError:
     """The error for a file with these keys, of which none says a format."""
     if keys and all(key.rpartition(".")[2] in _OF_MODULES for key in keys):
         found = f"a model's own weights ({_first(keys)})"
-        fix = "`tnpeft extract` makes an adapter of a fine-tuned checkpoint and its base."
+        fix = "`tnpeft fit` makes an adapter of a fine-tuned checkpoint and its base."
         return refuse(path, "file", f"an adapter: {SUPPORTED}", found, fix)
     return unsupported(path, keys)
 

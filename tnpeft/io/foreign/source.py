@@ -30,6 +30,7 @@ __all__ = [
     "Source",
     "format_of",
     "open_source",
+    "tensor_problem",
     "tensors_of",
     "weights_of",
 ]
@@ -162,7 +163,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         fix = "Save the model's state dict alone."
         raise refuse(path, "adapter file", "a mapping of names to tensors", found, fix)
     for key, tensor in content.items():
-        if problem := _tensor_problem(tensor):
+        if problem := tensor_problem(tensor):
             fix = "Save the state dict of an ordinary model on the CPU."
             raise refuse(path, f"tensor '{clip_key(key)}'", "its values, one by one", problem, fix)
     return {key: value.detach() for key, value in content.items()}
@@ -201,7 +202,7 @@ def _some(texts: Iterable[str]) -> str:
     return ", ".join(first[:_SHOWN]) + " and more" * (len(first) > _SHOWN)
 
 
-def _tensor_problem(tensor: Tensor) -> str | None:
+def tensor_problem(tensor: Tensor) -> str | None:
     """Why a tensor of a pickle is not what its shape says; a few bytes may stand for gigabytes."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         return f"a {str(tensor.layout).removeprefix('torch.').replace('strided', 'quantised')} one"

@@ -1,0 +1,90 @@
+"""A stand-in for a model of which only the checkpoint is known: layers by the names and shapes of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from tnpeft.errors import AttachError, Problem, clip
+from tnpeft.io.manifest import FITTED_AS
+from tnpeft.surgery import adapted, adapters_of
+
+__all__ = ["note_layers", "skeleton_of"]
+
+_CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the axes of their weights
+_DEEPEST = 64  # modules in modules
+
+
+def skeleton_of(checkpoint: Mapping[str, Tensor]) -> nn.Module:
+    """Modules on the meta device with the checkpoint's tensors, under their names.
+
+    `x.weight` with two axes makes a Linear of `x`, one with three to five a convolution without groups, if nothing but
+    `x.bias` stands beside it. Running statistics make a BatchNorm. All else is parameters, and buffers where it is not
+    floating.
+    Raises AttachError for names that no model has.
+    """
+    tree: dict[str, Any] = {}
+    for name in checkpoint:
+        *owners, key = name.split(".")
+        place = tree
+        for owner in owners:
+            place = place.setdefault(owner, {})
+            if not isinstance(place, dict) or len(owners) > _DEEPEST:
+                raise _odd(name)
+        if key in place:
+            raise _odd(name)
+        place[key] = checkpoint[name].to("meta")
+    return _module(tree, "")
+
+
+def note_layers(model: nn.Module, name: str) -> None:
+    """Let the adapter's file say as what each layer was fitted: `load` refuses a model that has another one there."""
+    _, state = adapted(model)
+    record = state.adapters[name]
+    layers = {layer: str(adapter.network.layer) for layer, adapter in adapters_of(model, name).items()}
+    state.adapters[name] = replace(record, about={**record.about, FITTED_AS: layers})
+
+
+def _module(tree: Mapping[str, Any], where: str) -> nn.Module:
+    layer = _layer(tree) if where else None
+    if layer is not None:
+        return layer
+    module = nn.Module()
+    for key, value in tree.items():
+        name = f"{where}.{key}" if where else key
+        try:
+            if not isinstance(value, Tensor):
+                module.add_module(key, _module(value, name))
+            elif value.is_floating_point():
+                module.register_parameter(key, nn.Parameter(value))
+            else:
+                module.register_buffer(key, value)
+        except KeyError as error:  # a name that modules have for something else
+            raise _odd(name) from error
+    return module
+
+
+def _layer(tree: Mapping[str, Any]) -> nn.Module | None:
+    """The Linear, convolution or BatchNorm that has these tensors; None where there is none."""
+    weight, bias = tree.get("weight"), tree.get("bias")
+    if tree.keys() - {"num_batches_tracked", "weight", "bias"} == {"running_mean", "running_var"}:
+        mean = tree["running_mean"]
+        return nn.BatchNorm1d(len(mean), affine=weight is not None, device="meta", dtype=mean.dtype)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or not tree.keys() <= {"weight", "bias"}:
+        return None
+    if bias is not None and not (isinstance(bias, Tensor) and bias.shape == weight.shape[:1]):
+        return None
+    how: dict[str, Any] = {"bias": bias is not None, "device": "meta", "dtype": weight.dtype}
+    if weight.dim() == 2 and weight.numel():
+        return nn.Linear(weight.shape[1], weight.shape[0], **how)
+    if weight.dim() in _CONVOLUTIONS and weight.numel():
+        convolution: nn.Module = _CONVOLUTIONS[weight.dim()](weight.shape[1], weight.shape[0], weight.shape[2:], **how)
+        return convolution
+    return None
+
+
+def _odd(name: str) -> AttachError:
+    return AttachError(Problem("checkpoint", "names as a model's tensors have", clip(name), "Name the model: --model."))
