@@ -119,8 +119,12 @@ def _contains(boxes: Points, points: Points) -> NDArray[np.bool_]:
 
 def _close(tails: Points, points: Points) -> NDArray[np.bool_]:
     """Which open legs, given as points, come too near to a line or another leg."""
-    away = tails[:, :, None] - points
-    return np.asarray(((away**2).sum(-1) < _TAIL_GAP**2).any((1, 2)))
+    low, high = points.min(0) - _TAIL_GAP, points.max(0) + _TAIL_GAP
+    near = ((tails.max(1) >= low) & (tails.min(1) <= high)).all(1)  # the others are not compared point by point
+    away_x, away_y = (tails[near, :, None, side] - points[:, side] for side in (0, 1))
+    close = np.zeros(len(tails), dtype=bool)
+    close[near] = (away_x**2 + away_y**2 < _TAIL_GAP**2).any((1, 2))
+    return close
 
 
 def _pair_prices(choices: Sequence[Choice]) -> Points:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tnpeft.draw.derivation import MOST_DERIVED, SIGN_POINTS, Arrow, Sign, diagrams_of_derived, sign_of
 from tnpeft.draw.diagram import Diagram, Node, diagram_of
 from tnpeft.draw.labels import Box
-from tnpeft.draw.placing import place
+from tnpeft.draw.placing import Places, place
 from tnpeft.draw.scene import scene_of
 from tnpeft.draw.shapes import Quality, Scene
 from tnpeft.draw.text import clean, text_size, wrapped
@@ -60,13 +60,14 @@ class Page:
     frames: tuple[Box, ...] = ()
 
 
-def page_of(network: Network, with_sizes: bool) -> Page:
-    """Lay a network out, term by term, with its derived cores below."""
+def page_of(network: Network, with_sizes: bool, placer: Callable[[Diagram], Places] = place) -> Page:
+    """Lay a network out, term by term, with its derived cores below; `placer` says where the nodes of each go."""
+
+    def scenes(diagrams: Diagrams) -> Group:
+        return [(scene_of(diagram, placer(diagram), with_sizes), sign) for diagram, sign in diagrams]
+
     terms, derived = _diagrams(network)
-    blocks = [
-        [[row] for row in _rows([(_scene(diagram, with_sizes), sign) for diagram, sign in terms])],
-        _rows_of_groups([[(_scene(diagram, with_sizes), sign) for diagram, sign in group] for group in derived]),
-    ]
+    blocks = [[[row] for row in _rows(scenes(terms))], _rows_of_groups([scenes(group) for group in derived])]
     rows = [row for block in blocks for row in block]
     inner = max(map(_row_width, rows))
     width = max(inner, _NARROWEST) + 2 * _MARGIN
@@ -138,10 +139,6 @@ def _diagrams(network: Network) -> tuple[Diagrams, list[Diagrams]]:
     signs = (Sign(sign_of(number, term.scale)) for number, term in enumerate(network.terms))
     terms = [(diagram_of(part, network), sign) for part, sign in zip(parts, signs, strict=False)]
     return terms, list(diagrams_of_derived(network))
-
-
-def _scene(diagram: Diagram, with_sizes: bool) -> Scene:
-    return scene_of(diagram, place(diagram), with_sizes)
 
 
 def _rows(items: Sequence[Item]) -> list[Group]:

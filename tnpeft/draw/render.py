@@ -72,6 +72,8 @@ _USED = ("font", "text", "svg", "patch", "hatch", "lines", "path", "savefig", "f
 def _metadata(suffix: str, title: str, digest: str) -> dict[str, str | None]:
     if suffix == "svg":
         return {"Title": title, "Identifier": f"sha256:{digest}", "Creator": "tnpeft", "Date": None}
+    if suffix == "pdf":
+        return {"Title": title, "Subject": f"sha256:{digest}", "Creator": "tnpeft", "Producer": None, "CreationDate": None}
     return {"Title": title, "Description": f"sha256:{digest}", "Software": "tnpeft"}
 
 
