@@ -121,6 +121,22 @@ def draw(
 
 
 @_command()
+def edit(
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILE]", help="A YAML file, made when it is saved, or a shipped name to try."),
+    ] = None,
+    start: Annotated[str | None, typer.Option("--from", metavar="SPEC", help="What a new file begins as.")] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the page; 0 finds a free one.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Edit a spec in a page on this machine: mistakes, picture, sizes and costs follow each keystroke."""
+    from tnpeft.cli.edit import edit_spec
+
+    edit_spec(Output(), file, start, port, browser)
+
+
+@_command()
 def count(
     what: What,
     model: Model,

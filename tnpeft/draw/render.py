@@ -73,7 +73,13 @@ def _metadata(suffix: str, title: str, digest: str) -> dict[str, str | None]:
     if suffix == "svg":
         return {"Title": title, "Identifier": f"sha256:{digest}", "Creator": "tnpeft", "Date": None}
     if suffix == "pdf":
-        return {"Title": title, "Subject": f"sha256:{digest}", "Creator": "tnpeft", "Producer": None, "CreationDate": None}
+        return {
+            "Title": title,
+            "Subject": f"sha256:{digest}",
+            "Creator": "tnpeft",
+            "Producer": None,
+            "CreationDate": None,
+        }
     return {"Title": title, "Description": f"sha256:{digest}", "Software": "tnpeft"}
 
 
