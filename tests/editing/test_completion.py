@@ -113,7 +113,10 @@ def network() -> Network:
         (NEW.replace("up:   ", "|up:   "), "core up: 6 x 4, legs o r, zeros"),
         (NEW.replace("r i k...", "r i |k..."), "the kernel's axes: 3 x 3, on Conv2d(8, 6, 3x3)"),
         (NEW.replace("{r: 4}", "{|r: 4}"), "param r = 4\nindex r = 4 on Conv2d(8, 6, 3x3): down, up"),
-        (NEW.replace("start: ", "|start: "), "`zero`: one core is zeros. `frozen_copy`: the update is T(now) - T(start)."),
+        (
+            NEW.replace("start: ", "|start: "),
+            "`zero`: one core is zeros. `frozen_copy`: the update is T(now) - T(start).",
+        ),
     ],
 )
 def test_hover_says_sizes_shapes_and_sentences(marked: str, said: str):

@@ -89,7 +89,8 @@ def test_a_shipped_name_is_a_copy_without_a_file():
     with pytest.raises(TnpeftError) as error:
         document.save(document.text)
     assert str(error.value) == (
-        "save: expected a file, found a text without one. Start again with `tnpeft edit FILE.yaml`, or download the text."
+        "save: expected a file, found a text without one. "
+        "Start again with `tnpeft edit FILE.yaml`, or download the text."
     )
 
 

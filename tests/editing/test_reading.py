@@ -61,7 +61,11 @@ def test_shipped_specs_have_no_mistakes(name: str):
     assert mistakes_of(shipped_text(name), "<spec>") == ()
 
 
-@given(st.integers(0, len(NEW)), st.text(st.sampled_from("{}[]:,#'\"\n k.oir&*!|>%@\t\\é😀"), max_size=4), st.integers(0, 8))
+@given(
+    st.integers(0, len(NEW)),
+    st.text(st.sampled_from("{}[]:,#'\"\n k.oir&*!|>%@\t\\é😀"), max_size=4),
+    st.integers(0, 8),
+)
 def test_places_lie_in_the_text_whatever_it_is(at: int, put: str, cut: int):
     text = NEW[:at] + put + NEW[at + cut :]
     lines = text.split("\n")

@@ -24,8 +24,8 @@ from tnpeft.editing.tables import cores_html, costs_html, directions_html, mista
 from tnpeft.editing.trial import Trial, params_of, typical_trial
 from tnpeft.errors import BindError
 from tnpeft.network import Layer, Spec, load_spec
-from tnpeft.verify.directions import directions_on
 from tnpeft.verify.case import Case
+from tnpeft.verify.directions import directions_on
 
 
 class Here:
@@ -131,9 +131,9 @@ def test_params_of_the_trial_are_tried_and_the_text_stays():
     assert attach_line("a b.yaml", last.network, last.trial) == (
         'handle = tnpeft.attach(model, "a b.yaml", match="all", r=7)'
     )
-    assert [(param.name, param.value, param.is_set, param.default) for param in params_of(last.network, last.trial)] == [
-        ("r", 7, True, "4")
-    ]
+    assert [
+        (param.name, param.value, param.is_set, param.default) for param in params_of(last.network, last.trial)
+    ] == [("r", 7, True, "4")]
 
 
 def test_another_spec_gets_a_layer_that_it_takes():
@@ -284,6 +284,6 @@ def test_the_second_process_answers_refuses_and_is_replaced():
         assert str(refusal.value).startswith("the kind of layer: expected one of Linear")
         background.stop()
         assert await background.ask("costs", NEW, trial) == answer
-        background.stop()
+        await background.close()
 
     asyncio.run(run())

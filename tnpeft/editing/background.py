@@ -27,11 +27,11 @@ class Refused(Exception):  # noqa: N818 - an answer too, shown in the place of n
 
 
 class Background:
-    """The process, started when it is first asked something, ended with `stop`."""
+    """The process, started when it is first asked something, ended with `close`."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._readers: set[asyncio.Task[None]] = set()
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count()
         self._busy: dict[int, float] = {}  # questions without an answer, and when they were sent
@@ -78,7 +78,9 @@ class Background:
                 limit=_LARGEST_LINE,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},  # the page has the other cores
             )
-            self._reader = asyncio.create_task(self._read(self._process))
+            reader = asyncio.create_task(self._read(self._process))
+            self._readers.add(reader)
+            reader.add_done_callback(self._readers.discard)
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question).encode() + b"\n")
         with contextlib.suppress(ConnectionError):
@@ -93,6 +95,9 @@ class Background:
                 answer.set_result(found)
         if process is self._process:
             self._give_up("The process that computes it ended.")
+        if process.stdin is not None:
+            process.stdin.close()
+        await process.wait()
 
     def _give_up(self, reason: str) -> None:
         self._busy.clear()
@@ -107,3 +112,8 @@ class Background:
                 self._process.kill()
         self._process = None
         self._give_up("It was ended.")
+
+    async def close(self) -> None:
+        """End the process, and wait until it has."""
+        self.stop()
+        await asyncio.gather(*self._readers)

@@ -41,6 +41,7 @@ def serve(source: TextIO, target: TextIO) -> None:
     for line in source:
         question = json.loads(line)
         trial = Trial.from_data(question["trial"])
+        answer: dict[str, Any]
         try:
             answer = {"answer": computed(question["stage"], question["text"], trial, picture)}
         except TnpeftError as error:

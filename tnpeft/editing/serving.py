@@ -45,18 +45,19 @@ def build(open_document: Callable[[], Document], token: str, port: int) -> Guard
     url = f"/{token}"
     site.mount(f"{url}/assets", StaticFiles(directory=ASSETS))
 
-    @site.post(f"{url}/complete")
     async def completions(request: Request) -> Response:
         text, line, column = await _question(request)
         found, cursor = complete(text, line, column, opened.last.session.view.spec if opened.last else None)
         items = [{"label": c.label, "apply": c.text, "kind": c.kind, "info": c.detail} for c in found]
         return _answer({"start": cursor.start, "items": items})
 
-    @site.post(f"{url}/hover")
     async def hover(request: Request) -> Response:
         text, line, column = await _question(request)
         found = hover_at(text, line, column, opened.last.session.view.network if opened.last else None)
         return _answer(None if found is None else {"text": found.text, "start": found.start, "end": found.end})
+
+    site.add_api_route(f"{url}/complete", completions, methods=["POST"])
+    site.add_api_route(f"{url}/hover", hover, methods=["POST"])
 
     def page() -> None:
         document = open_document()
@@ -69,7 +70,7 @@ def build(open_document: Callable[[], Document], token: str, port: int) -> Guard
         opened.pages[client.id], opened.last = new, new
         client.on_delete(lambda: _closed(opened, client.id))
 
-    pages.on_shutdown(background.stop)
+    pages.on_shutdown(background.close)
     ui.run_with(
         site,
         root=page,

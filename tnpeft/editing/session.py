@@ -10,7 +10,7 @@ from typing import Any
 
 from tnpeft.editing.background import STAGES, Background, Refused
 from tnpeft.editing.facts import Facts, facts_of
-from tnpeft.editing.live_picture import LivePicture
+from tnpeft.editing.live_picture import Drawing, LivePicture
 from tnpeft.editing.reading import Mistake, bound, located, read_spec
 from tnpeft.editing.trial import Trial, typical_trial
 from tnpeft.errors import TnpeftError
@@ -90,7 +90,8 @@ class Session:
         """The last good picture as `tnpeft draw` has it."""
         network = self.view.network
         assert network is not None
-        return await self._in_thread(lambda: self.picture.finish(network, suffix))
+        data: bytes = await self._in_thread(lambda: self.picture.finish(network, suffix))
+        return data
 
     async def _update(self, version: int) -> None:
         await asyncio.sleep(_DEBOUNCE)
@@ -115,7 +116,7 @@ class Session:
         if not read.is_current or network is None:
             return None
         try:
-            drawing = await self._in_thread(lambda: self.picture.draw(network, check))
+            drawing: Drawing = await self._in_thread(lambda: self.picture.draw(network, check))
         except TnpeftError as error:
             self._tell(replace(self.view, mistakes=located(error.problems, read.text, self.file)))
             return None

@@ -111,18 +111,15 @@ class TrialFields:
         self._change(replace(self._trial, kind=event.value, kernel=(kernel or "3") if axes else "", input=""))
 
     def _number(self, name: str) -> Callable[[Any], None]:
-        def changed(event: Any) -> None:
-            if not self._filling and event.value is not None:
-                self._change(replace(self._trial, **{name: int(event.value)}))
-
-        return changed
+        return lambda event: None if event.value is None else self._put(name, int(event.value))
 
     def _text(self, name: str) -> Callable[[Any], None]:
-        def changed(event: Any) -> None:
-            if not self._filling:
-                self._change(replace(self._trial, **{name: event.value or ""}))
+        return lambda event: self._put(name, event.value or "")
 
-        return changed
+    def _put(self, name: str, value: Any) -> None:
+        if not self._filling:
+            changes: dict[str, Any] = {name: value}
+            self._change(replace(self._trial, **changes))
 
     def _change(self, trial: Trial) -> None:
         if trial != self._trial:
