@@ -36,6 +36,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="NAME=NUMBER", help="A param of the spec, e.g. r=8. Repeatable."),
 ]
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Run again for each file that changes, until Ctrl-C.")]
 Scopes = Annotated[
     list[str] | None,
     typer.Option("--scope", metavar="NAME=REGEX", help="A scope of shared cores, on layers' names. Repeatable."),
@@ -73,11 +74,17 @@ def list_(
 @_command()
 def check(
     files: Annotated[list[str], typer.Argument(metavar="SPEC_OR_RECIPE...", help="Files, folders or shipped names.")],
+    watch: Watch = False,
     as_json: Json = False,
 ) -> None:
     """Check specs and recipes; print every mistake of every file. Exit status 1 if there is any."""
     from tnpeft.cli.check import check_files
 
+    if watch:
+        from tnpeft.cli.watch import watch as run_again
+
+        run_again(Output(), files, lambda changed: check_files(Output(), changed, as_json))
+        return
     if not check_files(Output(), files, as_json):
         raise typer.Exit(1)
 
@@ -112,11 +119,18 @@ def draw(
         str | None, typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="Draw it on this layer, with sizes.")
     ] = None,
     settings: Settings = None,
+    watch: Watch = False,
     as_json: Json = False,
 ) -> None:
     """Draw the network of a spec as papers do: cores as circles, bonds as lines, open legs by their side."""
-    from tnpeft.cli.draw import draw_specs
+    from tnpeft.cli.draw import draw_again, draw_specs
 
+    if watch:
+        from tnpeft.cli.watch import watch as run_again
+
+        again = draw_again(Output(), specs, output, layer, settings or [], as_json)
+        run_again(Output(), specs, again)
+        return
     draw_specs(Output(), specs, output, layer, settings or [], as_json)
 
 
