@@ -151,6 +151,18 @@ def edit(
 
 
 @_command()
+def lsp(
+    layer: Annotated[
+        str | None, typer.Option("--layer", "-l", metavar="KIND:IN,OUT,K", help="Whose sizes are shown over a word.")
+    ] = None,
+) -> None:
+    """Serve an editor that speaks the Language Server Protocol, on stdin and stdout: mistakes, hover, completion."""
+    from tnpeft.cli.lsp import serve_editors
+
+    serve_editors(layer)
+
+
+@_command()
 def count(
     what: What,
     model: Model,

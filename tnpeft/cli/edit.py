@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from tnpeft.cli.output import Output
+from tnpeft.documents.paths import is_there
 from tnpeft.draw.files import need_matplotlib
 from tnpeft.editing.document import Document
 from tnpeft.errors import Problem, TnpeftError
@@ -21,4 +22,7 @@ def edit_spec(output: Output, file: str | None, start: str | None, port: int, op
     Document.open(file, start)
     from tnpeft.editing.serving import serve_page
 
-    serve_page(lambda: Document.open(file, start), port, opens_browser, output.say)
+    def document() -> Document:  # opened anew with each page: what `--from` began may be saved by then
+        return Document.open(file, None if file is not None and is_there(file) else start)
+
+    serve_page(document, port, opens_browser, output.say)

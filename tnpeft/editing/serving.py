@@ -115,6 +115,7 @@ def serve_page(
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(("127.0.0.1", port))
+        listening.listen(128)  # before the address is said
     except (OSError, OverflowError) as error:
         fix = "Choose another with `--port`, or leave it out."
         raise TnpeftError(Problem(f"port {port}", "a free port", str(error), fix)) from error

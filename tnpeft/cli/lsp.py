@@ -1,0 +1,21 @@
+"""`tnpeft lsp`: the language server, on stdin and stdout."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from tnpeft.cli.arguments import parse_layer
+from tnpeft.errors import Problem, TnpeftError
+
+__all__ = ["serve_editors"]
+
+
+def serve_editors(layer: str | None) -> None:
+    """Serve until the editor ends it."""
+    if find_spec("pygls") is None:
+        fix = "Run `pip install 'tnpeft[lsp]'`."
+        raise TnpeftError(Problem("lsp", "the package pygls", "none installed", fix))
+    chosen = None if layer is None else parse_layer(layer)
+    from tnpeft.editing.language_server import language_server
+
+    language_server(chosen).start_io()
