@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tnpeft.editing.document import NEW, shipped_text
+from tnpeft.editing.document import NEW
 
 pytest.importorskip("pygls")
 
@@ -86,7 +86,8 @@ class Client:
     def end(self) -> int:
         self.ask("shutdown", None)
         self.send({"method": "exit"})
-        return self.process.wait(timeout=60)
+        self.process.communicate(timeout=60)
+        return self.process.returncode
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +174,14 @@ def test_completion(client: Client, tmp_path: Path):
     assert "start" not in keys
 
 
-def test_a_layer_that_does_not_fit_is_told_on_the_first_line(tmp_path: Path):
-    client = Client("--layer", "Conv3d:64,127,3")
-    (found,) = client.open((tmp_path / "f.yaml").as_uri(), shipped_text("tenvoo_l"))
-    assert found["range"] == span(0, 0, 1) or "127" in found["message"]
-    assert client.end() == 0
+def test_what_does_not_fit_the_layer_is_told_too(tmp_path: Path):
+    text = NEW.replace("params: {r: 4}\n", "").replace("i: in_channels}", "i: in_channels, r: in_channels // 100}")
+    client = Client("--layer", "Linear:64,128")
+    try:
+        (found,) = client.open((tmp_path / "f.yaml").as_uri(), text)
+    finally:
+        assert client.end() == 0
+    assert found["message"] == (
+        "core 'down', index 'r', on Linear(64, 128): expected a size from 1 to 16777216, found 0. Change its size."
+    )
+    assert found["range"] == span(3, 44, 55)

@@ -132,6 +132,8 @@ def _diagnostic(mistake: Mistake, document: Any) -> types.Diagnostic:
 
 def _place(document: Any, position: types.Position) -> tuple[int, int]:
     """Line and column from 1, in characters, of a place that the editor counts in its own units."""
+    if position.line >= len(document.lines):  # the empty line after the last one
+        return position.line + 1, 1
     found = document.position_codec.position_from_client_units(document.lines, position)
     return found.line + 1, found.character + 1
 
