@@ -180,11 +180,11 @@ def test_pictures_are_exported(page: Browser, folder: Path, suffix: str):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_it_fits_in_any_width_dark_and_light(page: Browser, width: int, dark: bool):
     page.resize(width, 900)
+    until(lambda: page.run("return innerWidth") == width)
     is_dark = "return document.body.classList.contains('body--dark')"
     if page.run(is_dark) != dark:
         page.click(".tn-dark")
     until(lambda: page.run(is_dark) == dark)
-    until(lambda: page.run("return innerWidth") == width)
     page.wait_for_picture()
     assert page.run("return document.documentElement.scrollWidth") <= width
     beside = page.run(

@@ -18,7 +18,7 @@ from tnpeft.network import Network, Spec
 
 __all__ = ["Session", "Slow", "View"]
 
-_DEBOUNCE = 0.03  # seconds in which another keystroke replaces this one
+_DEBOUNCE = 0.02  # seconds in which another keystroke replaces this one
 
 
 class Superseded(Exception):  # noqa: N818 - no error: a newer text is there
