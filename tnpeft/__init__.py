@@ -8,7 +8,7 @@ The rooms import only to the left:
 
     errors <- documents <- spec <- network <- planning <- schedule <- program <- adapters
            <- execution <- surgery <- recipe <- io <- integrations <- fitting <- verify <- draw
-           <- searching <- cli
+           <- searching <- editing <- cli
 
 `tnpeft.integrations` has what other libraries call; its modules are imported by name.
 """

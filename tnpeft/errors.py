@@ -190,7 +190,9 @@ INSTALLED_BY: Mapping[str, str] = MappingProxyType(
         "hypothesis": "'tnpeft[testing]'",
         "matplotlib": "'tnpeft[draw]'",
         "monai": "'tnpeft[demo]'",
+        "nicegui": "'tnpeft[edit]'",
         "optuna": "'tnpeft[search]'",
+        "pygls": "'tnpeft[lsp]'",
         "transformers": "transformers",
     }
 )

@@ -18,9 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "tnpeft").rglob("*.py"))
 CORE = {"cotengra", "networkx", "numpy", "opt_einsum", "pydantic", "yaml"}
 CORE |= {"rich", "safetensors", "torch", "typer", "tnpeft"}
-
-
-WITH_OPTUNA = {"sqlalchemy"}  # which brings it
+BROUGHT = {"fastapi", "starlette", "uvicorn"} | {"lsprotocol"} | {"sqlalchemy"}  # by NiceGUI, pygls and Optuna
 
 
 def optional_imports(path: Path) -> set[str]:
@@ -31,7 +29,7 @@ def optional_imports(path: Path) -> set[str]:
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module.partition(".")[0])
-    return found - CORE - WITH_OPTUNA - sys.stdlib_module_names
+    return found - CORE - BROUGHT - sys.stdlib_module_names
 
 
 def test_every_optional_import_has_its_line_for_pip():
@@ -74,6 +72,8 @@ from tnpeft.cli import app
 
 for command in (
     "draw lora -o x.svg",
+    "edit lora",
+    "lsp",
     "search a b -m torch.nn:Flatten --match all -p 5k -o x.yaml",
     "verify lora",
     "count lora_ddpm -m monai:maisi",
@@ -92,6 +92,8 @@ def test_without_any_of_them_each_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines() == [
         "1 error pictures: expected the package matplotlib, found none installed. Run `pip install 'tnpeft[draw]'`.",
+        "1 error edit: expected the package nicegui, found none installed. Run `pip install 'tnpeft[edit]'`.",
+        "1 error lsp: expected the package pygls, found none installed. Run `pip install 'tnpeft[lsp]'`.",
         "1 error search: expected the package optuna, found none installed. Run `pip install 'tnpeft[search]'`.",
         "1 error verify: expected the package hypothesis, found none installed. Run `pip install 'tnpeft[testing]'`.",
         "1 error --model monai:maisi: expected the package monai, found none installed. "

@@ -42,6 +42,7 @@ ROOMS = (
     "testing",
     "draw",
     "searching",
+    "editing",
     "cli",
 )
 WITHOUT_TORCH = ("version", "earlier", "errors", "documents", "spec", "network", "planning", "schedule")

@@ -16,6 +16,7 @@ from tnpeft.cli.options import (
     Quiet,
     Seed,
     Settings,
+    Watch,
     complete_kind,
     complete_spec,
     complete_what,
@@ -131,11 +132,17 @@ def check(
             metavar="SPEC_OR_RECIPE...", help="Files, folders or shipped names.", autocompletion=complete_what
         ),
     ],
+    watch: Watch = False,
     as_json: Json = False,
 ) -> None:
     """Check specs and recipes; print every mistake of every file. Exit status 1 if there is any."""
     from tnpeft.cli.check import check_files
 
+    if watch:
+        from tnpeft.cli.watch import watch as run_again
+
+        run_again(Output(), files, lambda changed: check_files(Output(), changed, as_json))
+        return
     if not check_files(Output(), files, as_json):
         raise typer.Exit(1)
 
@@ -170,12 +177,61 @@ def draw(
     ],
     layer: LayerText = None,
     settings: Settings = None,
+    watch: Watch = False,
     as_json: Json = False,
 ) -> None:
     """Draw the network of a spec as papers do: cores as circles, bonds as lines, open legs by their side."""
-    from tnpeft.cli.draw import draw_specs
+    from tnpeft.cli.draw import draw_again, draw_specs
 
+    if watch:
+        from tnpeft.cli.watch import watch as run_again
+
+        again = draw_again(Output(), specs, output, layer, settings or [], as_json)
+        run_again(Output(), specs, again)
+        return
     draw_specs(Output(), specs, output, layer, settings or [], as_json)
+
+
+@command()
+def edit(
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="A YAML file, made when it is saved, or a shipped name to try.",
+            autocompletion=complete_spec,
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="SPEC", help="What a new file begins as.", autocompletion=complete_spec),
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the page; 0 finds a free one.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Edit a spec in a page on this machine: mistakes, picture, sizes and costs follow each keystroke."""
+    from tnpeft.cli.edit import edit_spec
+
+    edit_spec(Output(), file, start, port, browser)
+
+
+@command()
+def lsp(
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            "--layer",
+            "-l",
+            metavar="KIND:IN,OUT,K",
+            help="Whose sizes are shown over a word.",
+            autocompletion=complete_kind,
+        ),
+    ] = None,
+) -> None:
+    """Serve an editor that speaks the Language Server Protocol, on stdin and stdout: mistakes, hover, completion."""
+    from tnpeft.cli.lsp import serve_editors
+
+    serve_editors(layer)
 
 
 @command()

@@ -11,6 +11,7 @@ from typing import Any
 from tnpeft.cli.output import Output, problem_data
 from tnpeft.documents.nodes import read_file
 from tnpeft.documents.paths import is_file, is_folder
+from tnpeft.editing.reading import kind_of_node
 from tnpeft.errors import Problem, Problems, SpecError
 from tnpeft.network import load_spec
 from tnpeft.spec import find_shipped, list_specs
@@ -20,7 +21,6 @@ from tnpeft.spec.tables import parse_table
 __all__ = ["SUFFIXES", "check_files", "expand", "kind_of"]
 
 SUFFIXES = (".yaml", ".yml")
-MARKS = {"tnpeft", "cores"}  # one of them makes a YAML file in a folder a spec, if only a wrong one
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,7 @@ def kind_of(name: str) -> str:
         return "spec" if name in list_specs() or name not in _recipes() else "recipe"
     if path.suffix not in SUFFIXES and (problem := not_yaml(path, "spec or recipe")):
         raise SpecError(problem)
-    node = read_file(find_shipped(path, "recipe or spec", "recipes", ""))
-    keys = [key.value for key, _ in node.items()]
-    if "adapters" in keys and "cores" not in keys:
-        return "recipe"
-    if keys and all(isinstance(key, int) for key in keys):
-        return "factors"
-    return "spec" if not MARKS.isdisjoint(keys) else "other"
+    return kind_of_node(read_file(find_shipped(path, "recipe or spec", "recipes", "")))
 
 
 def _recipes() -> tuple[str, ...]:

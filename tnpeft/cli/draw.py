@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tnpeft.draw.files import SUFFIXES
 from tnpeft.errors import Problem, shown_path
 from tnpeft.network import load_spec
 
-__all__ = ["draw_specs"]
+__all__ = ["draw_again", "draw_specs"]
 
 
 def draw_specs(
@@ -39,6 +39,19 @@ def draw_specs(
             output.say(f"drew {path}")
     if as_json:
         output.data({"pictures": drawn})
+
+
+def draw_again(
+    output: Output, names: Sequence[str], target: str, layer: str | None, settings: Sequence[str], as_json: bool
+) -> Callable[[Sequence[str]], None]:
+    """Draws those of the specs that changed; what else a folder holds is passed over."""
+
+    def draw(changed: Sequence[str]) -> None:
+        specs = [name for name in changed if name in names or kind_of(name) == "spec"]
+        if specs:
+            draw_specs(output, specs, target, layer, settings, as_json)
+
+    return draw
 
 
 def _specs(names: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ __all__ = [
     "Scopes",
     "Seed",
     "Settings",
+    "Watch",
     "What",
     "complete_kind",
     "complete_model",
@@ -86,6 +87,7 @@ def _files(incomplete: str) -> list[str]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Run again for each file that changes, until Ctrl-C.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="NUMBER", help="Of everything that is drawn.")]
 Number = Annotated[

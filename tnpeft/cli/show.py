@@ -7,17 +7,17 @@ from dataclasses import asdict
 from typing import Any
 
 from tnpeft.cli.arguments import EXAMPLE, parse_input, parse_layer, parse_settings
-from tnpeft.cli.costs import Costs, bytes_text
+from tnpeft.cli.costs import Costs, bytes_text, print_costs
 from tnpeft.cli.output import Output, UsageError, number, table
 from tnpeft.cli.picture import picture
 from tnpeft.errors import Problem
 from tnpeft.network import BoundCore, Network, Spec, load_spec
 from tnpeft.network.degenerate import factor_notes
 from tnpeft.network.derived import DerivedCore
+from tnpeft.network.wording import axes_text, core_rows, declared_text
 from tnpeft.planning import nominal_call
 from tnpeft.schedule import Plan, plan
 from tnpeft.spec import Core, Declaration
-from tnpeft.spec.pattern import Axes, expand_axes
 
 __all__ = ["show_spec"]
 
@@ -47,7 +47,7 @@ def show_spec(
         return
     _print_network(output, network, contraction, costs)
     if input_ is not None:
-        costs.print(output)
+        print_costs(output, costs)
 
 
 def _print_head(output: Output, spec: Declaration) -> None:
@@ -59,7 +59,7 @@ def _print_head(output: Output, spec: Declaration) -> None:
 def _print_spec(output: Output, spec: Spec) -> None:
     _print_head(output, spec)
     output.say(f"layers: {', '.join(spec.layers)}; start: {spec.start}\n")
-    rows = ((core.name, _axes_text(core.axes), _declared(core)) for core in spec.cores)
+    rows = ((core.name, axes_text(core.axes), declared_text(core)) for core in spec.cores)
     output.show(table("", {"core": "left", "legs": "left", "": "left"}, rows))
     output.say(f"\nAdd --layer for shapes, parameters and costs, e.g. --layer {EXAMPLE}")
 
@@ -69,7 +69,7 @@ def _print_network(output: Output, network: Network, contraction: Plan, costs: C
     params = ", ".join(f"{name} = {number(value)}" for name, value in network.params.items())
     output.say(f"on {network.layer}{', ' + params if params else ''}\n")
     columns = {"core": "left", "legs": "left", "shape": "left", "init": "left", "elements": "right"}
-    output.show(table("", columns, _core_rows(network)))
+    output.show(table("", columns, core_rows(network)))
     for term, part in zip(network.terms, network.plain.parts, strict=True):
         label = f"term of scale {number(term.scale)}\n" if len(network.terms) > 1 else ""
         output.say("\n" + label + picture(part, output.width, output.encoding, network))
@@ -98,63 +98,8 @@ def _print_network(output: Output, network: Network, contraction: Plan, costs: C
         output.say(f"{'note':<14}{note}")
 
 
-def _core_rows(network: Network) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for core in network.cores:
-        shape = " x ".join(map(str, core.shape)) or "scalar"
-        init = ", ".join(text for text in (_init_text(core), _marks(core.frozen, core.shared, core.origin)) if text)
-        rows.append((core.name, _legs_text(network, core), shape, init, f"{core.numel:,}"))
-    for made in network.derived:
-        shape = " x ".join(map(str, made.shape)) or "scalar"
-        rows.append((made.name, " ".join(made.legs), shape, str(made).partition(" = ")[2], "derived"))
-    return rows
-
-
-def _legs_text(network: Network, core: BoundCore) -> str:
-    """Its legs in storage order, several of one axis in parentheses."""
-    if core.split is None:
-        return " ".join(core.legs)
-    axes = next(declared.axes for declared in network.spec.cores if declared.name == core.name)
-    return _axes_text(expand_axes(axes, len(network.layer.kernel_size)))
-
-
-def _axes_text(axes: Axes) -> str:
-    """`(i k...) r`, as a file writes it."""
-    return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" if axis else "1" for axis in axes)
-
-
-def _declared(core: Core) -> str:
-    """What sets a core apart where no layer is known: marks, or what it is made of."""
-    if core.derivation is None:
-        init = core.init.text if core.is_index else ""
-        return ", ".join(text for text in (init, _marks(core.frozen, core.shared, core.origin)) if text)
-    parts = [" * ".join(reference.label for reference in summand.references) for summand in core.derivation.summands]
-    maps = "".join(f"{call}, " for call in core.derivation.maps)[:-2]
-    return f"{maps} of {' + '.join(parts)}" if maps else " + ".join(parts)
-
-
-def _marks(frozen: bool, shared: str | None, origin: str | None) -> str:
-    """What sets a core apart, in words."""
-    if origin is not None:
-        return "the base weight" if origin == "weight" else f"{origin} of the base weight"
-    scope = {None: None, "model": "shared by all layers"}.get(shared, f"shared within {shared}")
-    return ", ".join(mark for mark in ("frozen" if frozen else None, scope) if mark)
-
-
 def _path_text(contraction: Plan) -> str:
     return " ".join(f"({', '.join(map(str, pair))})" for pair in contraction.path)
-
-
-def _init_text(core: BoundCore) -> str:
-    init = core.init
-    if core.origin is not None:
-        return ""
-    arguments = [f"{name}={value:.4g}" for name, value in sorted(init.arguments.items())]
-    legs = " ".join(init.legs)
-    arguments += [f"same=[{', '.join(init.legs)}]" if arguments and legs else legs] if legs else []
-    arguments += [init.core] if init.core is not None else []
-    arguments += [init.entry.text] if init.entry is not None else []
-    return f"{init.name}({', '.join(arguments)})" if arguments else init.name
 
 
 def _spec_data(spec: Spec) -> dict[str, Any]:

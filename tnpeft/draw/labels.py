@@ -18,6 +18,7 @@ _HARD, _TAIL_ON_DISC, _LABEL_ON_LINE, _TAIL_ON_LINE, _TAIL_ON_LABEL = 100.0, 60.
 _MARGIN = 0.012  # between a label and what is beside it
 _TAIL_GAP = 0.085  # between an open leg and a line or another leg
 _ROUNDS, _SWEEPS = 6, 12
+_AT_ONCE = 4096  # pairs of open legs that are compared at once
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,24 @@ def _sifted(items: Sequence[Sequence[Choice]], obstacles: Obstacles) -> tuple[li
     choices: list[Choice] = []
     prices: list[float] = []
     first = [0]
-    for item in items:
-        own = _own_prices(item, obstacles)
+    for item, own in zip(items, _own_prices_of(items, obstacles), strict=True):
         kept = np.flatnonzero(own < own.min() + _HARD / 2).tolist()
         choices += [item[number] for number in kept]
         prices += own[kept].tolist()
         first.append(len(choices))
     return choices, np.array(prices), first
+
+
+def _own_prices_of(items: Sequence[Sequence[Choice]], obstacles: Obstacles) -> list[Points]:
+    """What each item's choices cost; those with open legs, and those without, are looked at together."""
+    found: dict[int, Points] = {}
+    for has_tail in (False, True):
+        alike = [number for number, item in enumerate(items) if (item[0].tail is not None) == has_tail]
+        if alike:
+            together = _own_prices([choice for number in alike for choice in items[number]], obstacles)
+            ends = np.cumsum([len(items[number]) for number in alike])[:-1]
+            found.update(zip(alike, np.split(together, ends), strict=True))
+    return [found[number] for number in range(len(items))]
 
 
 def _boxes(choices: Sequence[Choice], margin: float) -> Points:
@@ -119,8 +131,12 @@ def _contains(boxes: Points, points: Points) -> NDArray[np.bool_]:
 
 def _close(tails: Points, points: Points) -> NDArray[np.bool_]:
     """Which open legs, given as points, come too near to a line or another leg."""
-    away = tails[:, :, None] - points
-    return np.asarray(((away**2).sum(-1) < _TAIL_GAP**2).any((1, 2)))
+    low, high = points.min(0) - _TAIL_GAP, points.max(0) + _TAIL_GAP
+    near = ((tails.max(1) >= low) & (tails.min(1) <= high)).all(1)  # the others are not compared point by point
+    away_x, away_y = (tails[near, :, None, side] - points[:, side] for side in (0, 1))
+    close = np.zeros(len(tails), dtype=bool)
+    close[near] = (away_x**2 + away_y**2 < _TAIL_GAP**2).any((1, 2))
+    return close
 
 
 def _pair_prices(choices: Sequence[Choice]) -> Points:
@@ -134,9 +150,26 @@ def _pair_prices(choices: Sequence[Choice]) -> Points:
     if not numbers:
         return price
     tails = np.array([choices[number].tail for number in numbers])  # (t, samples, 2)
-    on_label = _contains(boxes, tails.reshape(-1, 2)).reshape(len(boxes), *tails.shape[:2]).any(2)
-    price[:, numbers] += _TAIL_ON_LABEL * on_label
-    price[numbers, :] += _TAIL_ON_LABEL * on_label.T
-    for number, tail in zip(numbers, tails, strict=True):
-        price[number, numbers] += _TAIL_ON_LINE * _close(tails, tail)
+    low, high = tails.min(1), tails.max(1)
+    over = ((boxes[:, None, :2] < high) & (low < boxes[:, None, 2:])).all(-1)  # only these are compared point by point
+    at, tail = np.nonzero(over)
+    x, y = np.moveaxis(tails[tail], -1, 0)
+    left, bottom, right, top = boxes[at].T[..., None]
+    over[at, tail] = ((left < x) & (x < right) & (bottom < y) & (y < top)).any(1)
+    price[:, numbers] += _TAIL_ON_LABEL * over
+    price[numbers, :] += _TAIL_ON_LABEL * over.T
+    price[np.ix_(numbers, numbers)] += _TAIL_ON_LINE * _close_pairs(tails)
     return price
+
+
+def _close_pairs(tails: Points) -> NDArray[np.bool_]:
+    """Which two open legs come too near to each other; each does to itself."""
+    low, high = tails.min(1), tails.max(1)
+    near = ((high[:, None] >= low - _TAIL_GAP) & (low[:, None] <= high + _TAIL_GAP)).all(-1)
+    one, other = np.nonzero(np.triu(near))
+    close = np.zeros(near.shape, dtype=bool)
+    for begin in range(0, len(one), _AT_ONCE):
+        these = slice(begin, begin + _AT_ONCE)
+        away_x, away_y = (tails[one[these], :, None, side] - tails[other[these], None, :, side] for side in (0, 1))
+        close[one[these], other[these]] = (away_x**2 + away_y**2 < _TAIL_GAP**2).any((1, 2))
+    return close | close.T

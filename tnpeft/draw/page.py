@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tnpeft.draw.derivation import MOST_DERIVED, SIGN_POINTS, Arrow, Sign, diagrams_of_derived, sign_of
 from tnpeft.draw.diagram import Diagram, Node, diagram_of
 from tnpeft.draw.labels import Box
-from tnpeft.draw.placing import place
+from tnpeft.draw.placing import Places, place
 from tnpeft.draw.scene import scene_of
 from tnpeft.draw.shapes import THICKEST, Quality, Scene
 from tnpeft.draw.text import clean, text_size, wrapped
@@ -61,13 +61,14 @@ class Page:
     frames: tuple[Box, ...] = ()
 
 
-def page_of(network: Network, with_sizes: bool) -> Page:
-    """Lay a network out, term by term, with its derived cores below."""
+def page_of(network: Network, with_sizes: bool, placer: Callable[[Diagram], Places] = place) -> Page:
+    """Lay a network out, term by term, with its derived cores below; `placer` says where the nodes of each go."""
+
+    def scenes(diagrams: Diagrams) -> Group:
+        return [(scene_of(diagram, placer(diagram), with_sizes), sign) for diagram, sign in diagrams]
+
     terms, derived = _diagrams(network, with_sizes)
-    blocks = [
-        [[row] for row in _rows([(_scene(diagram, with_sizes), sign) for diagram, sign in terms])],
-        _rows_of_groups([[(_scene(diagram, with_sizes), sign) for diagram, sign in group] for group in derived]),
-    ]
+    blocks = [[[row] for row in _rows(scenes(terms))], _rows_of_groups([scenes(group) for group in derived])]
     rows = [row for block in blocks for row in block]
     inner = max(map(_row_width, rows))
     width = max(inner, _NARROWEST) + 2 * _MARGIN
@@ -156,10 +157,6 @@ def _with_any_kernel(diagram: Diagram) -> Diagram:
 
     lines = tuple(replace(line, index=named(line.index)) for line in diagram.lines)
     return replace(diagram, lines=lines, stubs=tuple(replace(stub, index=named(stub.index)) for stub in diagram.stubs))
-
-
-def _scene(diagram: Diagram, with_sizes: bool) -> Scene:
-    return scene_of(diagram, place(diagram), with_sizes)
 
 
 def _rows(items: Sequence[Item]) -> list[Group]:

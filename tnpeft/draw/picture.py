@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from tnpeft.network import Layer, Network, Spec, load_spec
 from tnpeft.spec.checks import SAMPLES
 from tnpeft.spec.pattern import ELLIPSIS, KINDS
 
-__all__ = ["Picture", "draw_network"]
+__all__ = ["Picture", "draw_network", "on_typical_layer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +74,14 @@ def draw_network(
         picture = Picture(what, True)
     else:
         spec = what if isinstance(what, Spec) else load_spec(what)
-        network = _on_typical_layer(spec, params) if layer is None else spec.bind(layer, **params)
+        network = on_typical_layer(spec, params) if layer is None else spec.bind(layer, **params)
         picture = Picture(network, layer is not None)
     if checked is not None:
         picture.save(checked)
     return picture
 
 
-def _on_typical_layer(spec: Spec, params: dict[str, Any]) -> Network:
+def on_typical_layer(spec: Spec, params: Mapping[str, Any]) -> Network:
     """The spec on the first of the layers that it was checked with and fits; raises the first BindError.
 
     One with an index for each kernel axis is drawn on a layer with a single axis, whose index then stands for all.

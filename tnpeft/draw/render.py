@@ -134,10 +134,13 @@ def _scene(axes: Any, scene: Scene, x: float, y: float) -> None:
 
 
 def _stroke(axes: Any, stroke: Stroke, x: float, y: float) -> None:
+    from matplotlib.lines import Line2D
+
     width = 0.7 + 0.55 * math.log2(min(stroke.size, THICKEST))
     colour = _LINE if stroke.role in (None, "inner") else _COLOURS[stroke.role]
     path = stroke.path + np.array([x, y])
-    axes.plot(*path.T, color=colour, linewidth=width, solid_capstyle="butt", zorder=1 if stroke.role is None else 2)
+    zorder = 1 if stroke.role is None else 2
+    axes.add_artist(Line2D(*path.T, color=colour, linewidth=width, solid_capstyle="butt", zorder=zorder))
 
 
 def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
@@ -147,7 +150,7 @@ def _disc(axes: Any, disc: Disc, x: float, y: float) -> None:
     core = disc.node.core
     if core is None:
         colour = _COLOURS[disc.node.roles[0] if disc.node.roles else None]
-        axes.add_patch(Circle(place, disc.radius, facecolor=colour, edgecolor="white", linewidth=0.5, zorder=4))
+        axes.add_artist(Circle(place, disc.radius, facecolor=colour, edgecolor="white", linewidth=0.5, zorder=4))
         return
     square = core.origin == "weight"
     frozen = core.frozen and not square
@@ -186,26 +189,26 @@ def _core(
     x, y = place
     outline: dict[str, Any] = {"edgecolor": _INK, "linewidth": 1.0, "zorder": 4}
     if square:
-        axes.add_patch(Rectangle((x - radius, y - radius), 2 * radius, 2 * radius, facecolor=_WEIGHT, **outline))
+        axes.add_artist(Rectangle((x - radius, y - radius), 2 * radius, 2 * radius, facecolor=_WEIGHT, **outline))
         return
     shape = _shape(place, radius, derived, facecolor="none", linewidth=0, zorder=3)
-    axes.add_patch(shape)
+    axes.add_artist(shape)
     for number, fill in enumerate(fills):
         first = 90 + 360 * number / len(fills)  # the input's sector lies on the left
         reach = radius / _FLAT if derived else radius
         sector = Wedge(place, reach, first, first + 360 / len(fills), facecolor=fill, linewidth=0, zorder=3)
-        axes.add_patch(sector)
+        axes.add_artist(sector)
         if derived:
             sector.set_clip_path(shape)
     if frozen:
-        axes.add_patch(
+        axes.add_artist(
             _shape(place, radius, derived, facecolor="none", edgecolor=_FROZEN, hatch="////", linewidth=0, zorder=3.5)
         )
     style = (0, (3, 2)) if frozen else "solid"
-    axes.add_patch(_shape(place, radius, derived, facecolor="none", linestyle=style, **outline))
+    axes.add_artist(_shape(place, radius, derived, facecolor="none", linestyle=style, **outline))
     if shared:
         inner = {**outline, "linewidth": 0.7}
-        axes.add_patch(_shape(place, radius * 0.88, derived, facecolor="none", linestyle=style, **inner))
+        axes.add_artist(_shape(place, radius * 0.88, derived, facecolor="none", linestyle=style, **inner))
 
 
 _FLAT = math.cos(math.pi / 6)  # of a hexagon: from the middle to a side, against to a corner
@@ -225,7 +228,7 @@ def _frame(axes: Any, frame: Box) -> None:
     from matplotlib.patches import Rectangle
 
     left, bottom, right, top = frame
-    axes.add_patch(
+    axes.add_artist(
         Rectangle(
             (left, bottom), right - left, top - bottom, facecolor="none", edgecolor=_FRAME, linewidth=0.7, zorder=0
         )
@@ -255,7 +258,7 @@ def _legend_mark(axes: Any, kind: str, x: float, y: float) -> None:
 
     if kind == "dot":
         axes.plot([x - 0.1, x + 0.1], [y, y], color=_LINE, linewidth=1.2, zorder=1)
-        axes.add_patch(Circle((x, y), 0.04, facecolor=_COLOURS[None], edgecolor="white", linewidth=0.5, zorder=2))
+        axes.add_artist(Circle((x, y), 0.04, facecolor=_COLOURS[None], edgecolor="white", linewidth=0.5, zorder=2))
         return
     if kind == "line":
         for below, height in ((0.04, 0.017), (-0.06, 0.055)):
@@ -263,7 +266,7 @@ def _legend_mark(axes: Any, kind: str, x: float, y: float) -> None:
         return
     if kind == "index":
         face: dict[str, Any] = {"facecolor": _INDEX["facecolor"], "edgecolor": _INK, "linewidth": 0.7}
-        axes.add_patch(Rectangle((x - 0.08, y - 0.05), 0.16, 0.1, **face))
+        axes.add_artist(Rectangle((x - 0.08, y - 0.05), 0.16, 0.1, **face))
         return
     fill = _FILLS.get(kind, "#ffffff")
     derived = kind == "derived"
