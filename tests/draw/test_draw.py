@@ -487,7 +487,7 @@ def test_a_pdf_for_latex(tmp_path: Path):
 
 MARKS = {
     "lora": {"in", "out", "kernel", "line"},
-    "quanta": {"in", "out", "inner", "line"},
+    "quanta": {"in", "out", "line"},
     "vera": {"in", "out", "kernel", "inner", "line", "dot", "frozen", "shared"},
     "boft": {"in", "out", "kernel", "line", "dot", "weight", "derived"},
 }

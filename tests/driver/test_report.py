@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ import pytest
 
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
-from ddpm_lab.study.columns import Column
+from ddpm_lab.study.columns import Column, set_intervals
 from ddpm_lab.study.plots import spread
 from ddpm_lab.study.report import report
 from ddpm_lab.study.results import METRICS, Cell, Metric, Value, read_results
@@ -230,6 +231,29 @@ def test_bold_needs_an_interval_without_zero_and_a_base_that_is_worse() -> None:
     assert column(seeds(1, 1, 1), next_one, clear, less=False).best([1, 2], 0) == {1}
     assert column(base, {}, clear).best([1, 2], 0) == set(), "nothing to compare with"
     assert column(base, seeds(2), seeds(1)).best([1, 2], 0) == set(), "one seed"
+
+
+def test_intervals_stand_beside_all_numbers_of_a_table_or_none() -> None:
+    whole = Cell((Value(0, 1.0, 0.9, 1.1),))
+    bare = Cell((Value(0, 2.0, None, None),))
+    for cells, known in (([whole, None, whole], True), ([whole, bare], False), ([bare, None], False)):
+        columns = [Column(METRICS[0], cells=[whole]), Column(METRICS[1], cells=list(cells))]
+        assert set_intervals(columns) is known
+        texts = [column.text(row) for column in columns for row in range(len(column.cells))]
+        assert {" ± " in text for text in texts if text != "-"} == {known}
+
+
+def test_the_page_on_a_phone(out: Path) -> None:
+    text = (out / "report" / "index.html").read_text(encoding="utf-8")
+    assert text.count('class="scroll" tabindex="0"') == text.count('<p class="hint">') == text.count("<table>")
+    assert ".scroll table tr > :first-child { position: sticky; left: 0;" in text
+    pictures = text.count("<picture>")
+    assert text.count('media="(max-width: 1111px)"') == pictures
+    charts = text.count('media="(max-width: 1111px) and (prefers-color-scheme: dark)"')
+    assert 0 < charts < pictures  # montages are dark on every screen
+    widths = re.findall(r'<source media="\(max-width: 1111px\)[^>]*width="(\d+)"', text)
+    assert len(widths) == pictures + charts
+    assert all(int(width) <= 358 for width in widths)
 
 
 def test_the_change_of_the_error_is_compared_volume_by_volume() -> None:

@@ -16,7 +16,7 @@ __all__ = ["SUFFIXES", "checked_path", "digest_of", "is_current", "need_matplotl
 
 SUFFIXES = (".svg", ".png", ".pdf")
 _IDENTIFIER = re.compile(r"sha256:([0-9a-f]{64})")
-_HEAD = 8192  # the metadata stand at the start
+_HEAD = 8192  # the metadata stand at the start, or in a PDF at the end
 
 
 def digest_of(spec: Declaration) -> str:
@@ -28,10 +28,12 @@ def is_current(path: str | Path, spec: Declaration) -> bool:
     """Whether the picture at `path` was drawn from this very spec; false where there is none."""
     try:
         with Path(path).open("rb") as file:
-            head = file.read(_HEAD).decode("utf-8", errors="replace")
+            head = file.read(_HEAD)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _HEAD))
+            text = (head + b"\n" + file.read(_HEAD)).decode("utf-8", errors="replace")
     except (OSError, ValueError):
         return False
-    found = _IDENTIFIER.search(head)
+    found = _IDENTIFIER.search(text)
     return found is not None and found[1] == digest_of(spec)
 
 
