@@ -91,14 +91,28 @@ class Derivations:
         cores = dict(copies)
         inputs: dict[str, tuple[Tensor, ...]] = {}  # an annotation, for Dynamo calls no `dict[...]()`
         with torch.no_grad():
-            self._evaluate(derived, cores, inputs)
+            self._evaluate(derived, cores, inputs, self.copies)
         return StartValues(cores, inputs)
 
     def values(self, stored: Mapping[str, Tensor], derived: Sequence[DerivedCore]) -> list[Tensor]:
         """Derived cores, those among them that they are made of first, from cores by name."""
         cores = dict(stored)
-        self._evaluate(derived, cores, {})
+        self._evaluate(derived, cores, {}, self.copies)
         return [cores[core.name] for core in derived]
+
+    def differentiated(
+        self, now: Mapping[str, Tensor], start: StartValues, derived: Sequence[DerivedCore]
+    ) -> list[Tensor]:
+        """What has the gradients of `changes`, which need no differences: the values, in the dtype of the cores."""
+        changing = self._derived - self._constant
+        cores = {name: start.cores[name] + core if name in changing else core for name, core in now.items()}
+        cores |= {core.name: start.cores[core.name] for core in derived if core.name in self._constant}
+        self._evaluate([core for core in derived if core.name not in self._constant], cores, {}, False)
+        return [cores[core.name] for core in derived]
+
+    def train_alone(self, cores: Mapping[str, Tensor]) -> bool:
+        """Whether gradients reach none of the cores that never change, of which a change has others than a value."""
+        return not any(core.requires_grad for name, core in cores.items() if name in self._frozen | self._constant)
 
     def changes(self, now: Mapping[str, Tensor], start: StartValues, derived: Sequence[DerivedCore]) -> list[Tensor]:
         """How derived cores changed, the value of those that cannot; `now` has the same of those that are known."""
@@ -137,9 +151,13 @@ class Derivations:
         return [_under(cores[factor.reference.core], factor.reference) for factor in self.network.factors]
 
     def _evaluate(
-        self, derived: Sequence[DerivedCore], cores: dict[str, Tensor], inputs: dict[str, tuple[Tensor, ...]]
+        self,
+        derived: Sequence[DerivedCore],
+        cores: dict[str, Tensor],
+        inputs: dict[str, tuple[Tensor, ...]],
+        wide: bool,
     ) -> None:
-        """Add derived cores to `cores`, and what their maps act on to `inputs`."""
+        """Add derived cores to `cores`, and what their maps act on to `inputs`; `wide` computes maps in float64."""
         if not derived:
             return
         with without_autocast(next(iter(cores.values()))):
@@ -149,8 +167,8 @@ class Derivations:
                 for each in core.maps:
                     before.append(value)
                     at = None if each.at is None else cores[each.at]
-                    wide = value.double() if self.copies and not each.linear else value
-                    mapped, legs = _mapped(each, [wide], legs, at, map_function(each.name))
+                    taken = value.double() if wide and not each.linear else value
+                    mapped, legs = _mapped(each, [taken], legs, at, map_function(each.name))
                     value = mapped.to(value.dtype)
                 cores[core.name] = _ordered(value, legs, core.legs)
                 inputs[core.name] = tuple(before)
