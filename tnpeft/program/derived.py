@@ -278,8 +278,7 @@ def _mapped_change(
     if each.linear:
         return _mapped(each, [change], legs, at, function)
     if change_of is not None:
-        turned, made = _mapped(each, [first.double(), change.double()], legs, at, change_of)
-        return turned.to(change.dtype), made
+        return _mapped(each, [first, change], legs, at, change_of)
     order = (*(leg for leg in legs if leg not in each.takes), *each.takes)
     wide = _ordered(first, legs, order).double().contiguous()
     moved = (wide + _ordered(change, legs, order).double()).contiguous()
