@@ -45,8 +45,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.parametrize(
     ("spec", "params", "name", "times"),
     [
-        ("oft", {"b": 4}, "neumann", 2),  # of the cores, and of their copies
-        ("hra", {"rank": 2}, "unit", 1),  # its change has a formula
+        ("oft", {"b": 4}, "neumann", 3),  # of the cores, of their copies, and once more for the gradients
+        ("hra", {"rank": 2}, "unit", 2),  # its change has a formula
     ],
 )
 def test_a_map_is_called_once_a_pass(

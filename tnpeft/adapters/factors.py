@@ -126,8 +126,6 @@ class Factors:
         def by(function: _Evaluate) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
             return lambda tensors: function(dict(zip(names, tensors, strict=True)), rest)
 
-        if differentiated is not None and not derivations.train_alone(now):
-            differentiated = None
         inputs = [now[name] for name in names]
         found = repeatable(by(evaluate), inputs, differentiated and by(differentiated)) if rest else []
         return now | {core.name: tensor for core, tensor in zip(rest, found, strict=True)}

@@ -7,6 +7,8 @@ With a frozen copy a derived core is carried as its change d since the start, ne
                 give zero, and torch rounds a number by its place (in a vector of the processor, or after them);
                 or a formula of their own
 
+Gradients need no differences: the change is walked back as the value, in the dtype of the cores.
+
 Every tensor here has an axis of layers first, so that layers alike are one computation. Derived cores that are made of
 base weights are `heavy`: those of several layers are never copied together.
 """
@@ -109,10 +111,6 @@ class Derivations:
         cores |= {core.name: start.cores[core.name] for core in derived if core.name in self._constant}
         self._evaluate([core for core in derived if core.name not in self._constant], cores, {}, False)
         return [cores[core.name] for core in derived]
-
-    def train_alone(self, cores: Mapping[str, Tensor]) -> bool:
-        """Whether gradients reach none of the cores that never change, of which a change has others than a value."""
-        return not any(core.requires_grad for name, core in cores.items() if name in self._frozen | self._constant)
 
     def changes(self, now: Mapping[str, Tensor], start: StartValues, derived: Sequence[DerivedCore]) -> list[Tensor]:
         """How derived cores changed, the value of those that cannot; `now` has the same of those that are known."""
