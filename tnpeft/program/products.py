@@ -128,17 +128,18 @@ def _multiplied(smaller: Factor, larger: Factor, legs: Sequence[str]) -> Tensor:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """(batch, rows, summed) times (batch, summed, columns)."""
-    if torch.is_grad_enabled() or left.shape[1] > FEW or right.device.type != "cpu" or needs_plain_ops(left, right):
+    few = left.shape[1] <= FEW and right.device.type == "cpu" and right.dtype in (torch.float32, torch.float64)
+    if not few or torch.is_grad_enabled() or needs_plain_ops(left, right):
         return torch.bmm(left, right)
     _, summed, columns = right.shape
     by_sum = right.stride(2) == 1
     if right.numel() < LARGE or (summed > columns) == by_sum:
         return torch.bmm(left, right)
     if by_sum:
-        blocks = zip(left.split(BLOCK, 2), right.split(BLOCK, 1), strict=True)
+        blocks = zip(torch.split(left, BLOCK, 2), torch.split(right, BLOCK, 1), strict=True)
         total = torch.bmm(*next(blocks))
-        for few, many in blocks:
-            total.baddbmm_(few, many)
+        for rows, block in blocks:
+            total.baddbmm_(rows, block)
         return total
     turned = left.mT.contiguous()
-    return torch.cat([torch.bmm(block, turned) for block in right.mT.split(BLOCK, 1)], 1).mT
+    return torch.cat([torch.bmm(block, turned) for block in torch.split(right.mT, BLOCK, 1)], 1).mT
