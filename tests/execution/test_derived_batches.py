@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.program import derived
+from tnpeft.program import counting, derived
 from tnpeft.program.maps import map_change, map_function
 
 
@@ -45,8 +45,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.parametrize(
     ("spec", "params", "name", "times"),
     [
-        ("oft", {"b": 4}, "neumann", 2),  # of the cores, and of their copies
-        ("hra", {"rank": 2}, "unit", 1),  # its change has a formula
+        ("oft", {"b": 4}, "neumann", 3),  # of the cores, of their copies, and once more for the gradients
+        ("hra", {"rank": 2}, "unit", 2),  # its change has a formula
     ],
 )
 def test_a_map_is_called_once_a_pass(
@@ -156,3 +156,27 @@ def test_what_a_pass_knows_without_gradients_is_not_what_it_knows_with_them():
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == 4
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in trained)
+
+
+def test_delta_weights_are_contracted_together_where_derived_cores_have_the_weight() -> None:
+    """Not where a term names the weight itself: those are as large as it."""
+    x = torch.randn(3, 16)
+    for spec, together in (("hra", [4]), ("hira", [1] * 4)):
+        model = tower()
+        tnpeft.attach(model, spec, match="all", mode="dense")
+        expected = x
+        with torch.no_grad():
+            for layer in model:
+                for core in layer.adapter("default").trained.values():
+                    core.add_(0.1 * torch.randn_like(core))
+                weight = layer.base.weight + layer.adapter("default").delta_weight()
+                expected = nn.functional.linear(expected, weight, layer.base.bias)
+        model(x)
+        with counting() as found:
+            output = model(x)
+        assert found["deltas"] == together
+        torch.testing.assert_close(output, expected)
+        first = model[0].base.weight
+        with torch.no_grad():  # between two passes
+            first.mul_(2)
+        assert not torch.allclose(model(x), expected)

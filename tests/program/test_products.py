@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnpeft
+from tnpeft.program import products as module
 from tnpeft.program.products import LAYERS, contract, contract_with_start
 
 LEGS = "abcdef"
@@ -55,6 +56,30 @@ def test_value_and_gradients(product, seed):
         np.testing.assert_allclose(gradient.numpy(), wanted, rtol=1e-12, atol=1e-12)
 
 
+@given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    turned=st.booleans(),
+    last=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_blocks_of_a_large_factors_rows_are_summed_or_joined(sizes, turned, last, seed):
+    """Without gradients, however the larger factor lies, and where its rows are no whole number of blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, rows, summed, columns = sizes
+    left = torch.randn(layers, rows, summed, dtype=torch.float64, generator=generator)
+    lying = (layers, columns, summed) if turned else (layers, summed, columns)
+    right = torch.randn(lying, dtype=torch.float64, generator=generator)
+    right, legs = right.mT if turned else right, (LAYERS, *("rc" if last else "cr"))
+    before = module.LARGE, module.BLOCK
+    module.LARGE, module.BLOCK = 0, 2
+    try:
+        found = contract([(left, (LAYERS, *"rs")), (right, (LAYERS, *"sc"))], legs)
+    finally:
+        module.LARGE, module.BLOCK = before
+    wanted = np.einsum(f"lrs,lsc->l{'rc' if last else 'cr'}", left.numpy(), right.numpy())
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12, atol=1e-12)
+
+
 class _Largest(TorchDispatchMode):
     """The elements of the largest tensor that an operation made, views of what there was aside."""
 
@@ -71,11 +96,19 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 def test_a_factor_as_large_as_the_weight_is_never_copied(layout):
-    weight = torch.randn(96, 64, 3, 3, 3).to(memory_format=layout)[None]
+    weight = torch.randn(160, 64, 3, 3, 3).to(memory_format=layout)[None]
+    assert weight.numel() >= module.LARGE
     columns = torch.randn(1, 64, 3, 3, 3, 2).requires_grad_()
     with _Largest(weight) as largest:
         contract([(weight, (LAYERS, *"oiabc")), (columns, (LAYERS, *"iabcr"))], (LAYERS, "o", "r")).sum().backward()
     assert largest.elements == columns.numel()
+    first = columns.detach()
+    with _Largest(weight) as largest:
+        pair = contract_with_start(
+            (weight, (LAYERS, *"oiabc")), first, (columns, (LAYERS, *"iabcr")), (LAYERS, "o", "r")
+        )
+        pair[1].sum().backward()
+    assert largest.elements == 2 * columns.numel()
 
 
 def test_a_start_and_its_change_are_made_together_and_walked_back_again():

@@ -48,3 +48,33 @@ def test_without_gradients_and_where_saved_tensors_are_watched_they_are_plain():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor):
         repeatable(made, inputs)
     assert len(seen) > len(inputs)  # what autograd keeps of each operation, not the inputs alone
+
+
+def test_another_function_gives_the_gradients():
+    inputs = leaves()
+    asked = []
+
+    def differences(tensors: list[Tensor]) -> list[Tensor]:
+        return [result - 1.0 for result in made(tensors)]
+
+    def values(tensors: list[Tensor]) -> list[Tensor]:
+        asked.append(len(tensors))
+        return made(tensors)
+
+    results, expected = repeatable(differences, inputs, values), differences(inputs)
+    assert asked == [2]
+    for found, right in zip(results, expected, strict=True):
+        assert torch.equal(found, right)
+        assert found.requires_grad == right.requires_grad
+    found, right = (torch.autograd.grad(each[0].sum() + each[2].sum(), inputs) for each in (results, expected))
+    for grad, other in zip(found, right, strict=True):
+        torch.testing.assert_close(grad, other)
+
+    def value(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(each for each in repeatable(differences, [*tensors], values) if each.requires_grad)
+
+    assert torch.autograd.gradgradcheck(value, inputs)
+    asked.clear()
+    with torch.no_grad():
+        repeatable(differences, inputs, values)
+    assert not asked

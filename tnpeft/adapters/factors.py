@@ -79,17 +79,14 @@ class Factors:
             return self._split(derivations.factors(self._changes_with_start(stored, copies, light)))
         start = self._start_values(copies, first=True)
         every = [*derivations.light, *derivations.heavy]
-        changed = self._evaluated(stored, light, every, lambda cores, rest: derivations.changes(cores, start, rest))
-        return self._split(derivations.factors(changed))
+        return self._split(derivations.factors(self._changed(stored, light, every, start)))
 
     def _changes_with_start(
         self, stored: Sequence[Tensor], copies: Sequence[Tensor], light: Light
     ) -> dict[str, Tensor]:
         """The changes of all cores by name; the start of those that base weights are part of is made with theirs."""
         derivations, start = self.derivations, self._light_start(copies)
-        now = self._evaluated(
-            stored, light, derivations.light, lambda cores, rest: derivations.changes(cores, start, rest)
-        )
+        now = self._changed(stored, light, derivations.light, start)
         values, changes = derivations.with_start(now, start)
         self._once = (self._made_of(copies), values)
         return now | {core.name: change for core, change in zip(derivations.heavy, changes, strict=True)}
@@ -98,8 +95,25 @@ class Factors:
         """The factors of the frozen copies."""
         return self._split(self.derivations.factors(self._start_values(copies).cores))
 
+    def _changed(
+        self, stored: Sequence[Tensor], light: Light, derived: Sequence[DerivedCore], start: StartValues
+    ) -> dict[str, Tensor]:
+        """Every core by name, of `derived` ones their change."""
+        return self._evaluated(
+            stored,
+            light,
+            derived,
+            lambda cores, rest: self.derivations.changes(cores, start, rest),
+            lambda cores, rest: self.derivations.differentiated(cores, start, rest),
+        )
+
     def _evaluated(
-        self, stored: Sequence[Tensor], light: Light, derived: Sequence[DerivedCore], evaluate: _Evaluate
+        self,
+        stored: Sequence[Tensor],
+        light: Light,
+        derived: Sequence[DerivedCore],
+        evaluate: _Evaluate,
+        differentiated: _Evaluate | None = None,
     ) -> dict[str, Tensor]:
         """Every core by name: stored ones, `light` ones where these are known, what `evaluate` makes of `derived`."""
         derivations, now = self.derivations, self._layers(stored)
@@ -109,10 +123,11 @@ class Factors:
         names = [name for core in rest for name in derivations.reads[core.name] if name in now]
         names = [*dict.fromkeys(names)]
 
-        def made(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-            return evaluate(dict(zip(names, tensors, strict=True)), rest)
+        def by(function: _Evaluate) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+            return lambda tensors: function(dict(zip(names, tensors, strict=True)), rest)
 
-        found = repeatable(made, [now[name] for name in names]) if rest else []
+        inputs = [now[name] for name in names]
+        found = repeatable(by(evaluate), inputs, differentiated and by(differentiated)) if rest else []
         return now | {core.name: tensor for core, tensor in zip(rest, found, strict=True)}
 
     def _light_start(self, copies: Sequence[Tensor]) -> StartValues:

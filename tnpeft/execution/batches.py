@@ -52,7 +52,7 @@ class Member(NamedTuple):
         """Of a layer that runs dense; None if it is to contract its own."""
         weight, network = base.weight, adapter.network
         small = SMALL if weight.device.type == "cpu" else SMALL_ELSEWHERE
-        if network.layer.numel > small or network.reads_weight:
+        if network.layer.numel > small or network.plain.reads_weight:
             return None
         return cls(base, adapter, adapter.program_for(weight).weight)
 

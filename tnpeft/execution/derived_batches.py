@@ -45,13 +45,14 @@ class DerivedBatch:
         def made(flat: Sequence[Tensor]) -> list[Tensor]:
             together = _by_name(names, flat, count)
             if start is None:
-                found = derivations.values(together, derivations.light)
-            else:
-                found = derivations.changes(together, start, derivations.light)
-            pieces = [tensor.split_with_sizes([1] * count) for tensor in found]
-            return [core for of_layer in zip(*pieces, strict=True) for core in of_layer]
+                return _split(derivations.values(together, derivations.light), count)
+            return _split(derivations.changes(together, start, derivations.light), count)
 
-        flat = repeatable(made, inputs)
+        def differentiated(flat: Sequence[Tensor]) -> list[Tensor]:
+            assert start is not None
+            return _split(derivations.differentiated(_by_name(names, flat, count), start, derivations.light), count)
+
+        flat = repeatable(made, inputs, None if start is None else differentiated)
         each = len(derivations.light)
         return {
             adapter: DerivedResults(flat[place * each : (place + 1) * each], sources_of(adapter.stored))
@@ -68,6 +69,12 @@ class DerivedBatch:
 def _by_name(names: Sequence[str], flat: Sequence[Tensor], count: int) -> dict[str, Tensor]:
     """The cores of all layers, from the first core of every layer, then the second of every layer."""
     return {name: _stacked(flat[place * count : (place + 1) * count]) for place, name in enumerate(names)}
+
+
+def _split(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+    """All derived cores of the first layer, then those of the second."""
+    pieces = [tensor.split_with_sizes([1] * count) for tensor in tensors]
+    return [core for of_layer in zip(*pieces, strict=True) for core in of_layer]
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,8 @@ With a frozen copy a derived core is carried as its change d since the start, ne
                 give zero, and torch rounds a number by its place (in a vector of the processor, or after them);
                 or a formula of their own
 
+Gradients need no differences: the change is walked back as the value, in the dtype of the cores.
+
 Every tensor here has an axis of layers first, so that layers alike are one computation. Derived cores that are made of
 base weights are `heavy`: those of several layers are never copied together.
 """
@@ -91,13 +93,23 @@ class Derivations:
         cores = dict(copies)
         inputs: dict[str, tuple[Tensor, ...]] = {}  # an annotation, for Dynamo calls no `dict[...]()`
         with torch.no_grad():
-            self._evaluate(derived, cores, inputs)
+            self._evaluate(derived, cores, inputs, self.copies)
         return StartValues(cores, inputs)
 
     def values(self, stored: Mapping[str, Tensor], derived: Sequence[DerivedCore]) -> list[Tensor]:
         """Derived cores, those among them that they are made of first, from cores by name."""
         cores = dict(stored)
-        self._evaluate(derived, cores, {})
+        self._evaluate(derived, cores, {}, self.copies)
+        return [cores[core.name] for core in derived]
+
+    def differentiated(
+        self, now: Mapping[str, Tensor], start: StartValues, derived: Sequence[DerivedCore]
+    ) -> list[Tensor]:
+        """What has the gradients of `changes`, which need no differences: the values, in the dtype of the cores."""
+        changing = self._derived - self._constant
+        cores = {name: start.cores[name] + core if name in changing else core for name, core in now.items()}
+        cores |= {core.name: start.cores[core.name] for core in derived if core.name in self._constant}
+        self._evaluate([core for core in derived if core.name not in self._constant], cores, {}, False)
         return [cores[core.name] for core in derived]
 
     def changes(self, now: Mapping[str, Tensor], start: StartValues, derived: Sequence[DerivedCore]) -> list[Tensor]:
@@ -137,9 +149,13 @@ class Derivations:
         return [_under(cores[factor.reference.core], factor.reference) for factor in self.network.factors]
 
     def _evaluate(
-        self, derived: Sequence[DerivedCore], cores: dict[str, Tensor], inputs: dict[str, tuple[Tensor, ...]]
+        self,
+        derived: Sequence[DerivedCore],
+        cores: dict[str, Tensor],
+        inputs: dict[str, tuple[Tensor, ...]],
+        wide: bool,
     ) -> None:
-        """Add derived cores to `cores`, and what their maps act on to `inputs`."""
+        """Add derived cores to `cores`, and what their maps act on to `inputs`; `wide` computes maps in float64."""
         if not derived:
             return
         with without_autocast(next(iter(cores.values()))):
@@ -149,8 +165,8 @@ class Derivations:
                 for each in core.maps:
                     before.append(value)
                     at = None if each.at is None else cores[each.at]
-                    wide = value.double() if self.copies and not each.linear else value
-                    mapped, legs = _mapped(each, [wide], legs, at, map_function(each.name))
+                    taken = value.double() if wide and not each.linear else value
+                    mapped, legs = _mapped(each, [taken], legs, at, map_function(each.name))
                     value = mapped.to(value.dtype)
                 cores[core.name] = _ordered(value, legs, core.legs)
                 inputs[core.name] = tuple(before)
@@ -260,8 +276,7 @@ def _mapped_change(
     if each.linear:
         return _mapped(each, [change], legs, at, function)
     if change_of is not None:
-        turned, made = _mapped(each, [first.double(), change.double()], legs, at, change_of)
-        return turned.to(change.dtype), made
+        return _mapped(each, [first, change], legs, at, change_of)
     order = (*(leg for leg in legs if leg not in each.takes), *each.takes)
     wide = _ordered(first, legs, order).double().contiguous()
     moved = (wide + _ordered(change, legs, order).double()).contiguous()

@@ -104,9 +104,8 @@ def unit_change(first: Tensor, change: Tensor, shape: Shape, floor: float | None
     gone = after == 0  # it has no direction left, and no slope
     shorter = torch.where(gone | (before <= after), start, now)
     turned = torch.where(gone, 1.0, grown * _inverse(after)) * _inverse(before)
-    return (step * torch.where(gone, 0.0, _inverse(torch.maximum(before, after))) - shorter * turned).reshape(
-        first.shape
-    )
+    slope = torch.where(gone, 0.0, _inverse(torch.maximum(before, after)))
+    return torch.addcmul(step * slope, shorter, -turned).reshape(first.shape)
 
 
 def _floored(length: Tensor, floor: float | None) -> Tensor:

@@ -17,11 +17,17 @@ from torch import Tensor
 
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.program.kernels import versions
+from tnpeft.program.observers import needs_plain_ops
 
 __all__ = ["LAYERS", "Factor", "contract", "contract_with_start"]
 
 # Legs that no file can name: the axis of layers, and that of a start and a change.
 LAYERS, PAIR = "layers.", "pair."
+
+# Without gradients, a factor of so many rows at most and one of so many elements at least are multiplied in blocks of
+# the larger one's rows as they lie, where these are long: the processor's library copies what has more rows into an
+# order of its own first. 8 to 16 rows with a 256 x 6912 weight take 0.7 ms for 1.1, on one thread of an Intel Xeon.
+FEW, LARGE, BLOCK = 32, 1 << 18, 16
 
 Factor: TypeAlias = "tuple[Tensor, tuple[str, ...]]"
 """A tensor and its legs."""
@@ -64,7 +70,10 @@ class _WithStart(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         stored = _as_stored((change, change_legs))
         order = [change_legs.index(leg) for leg in stored]
-        pair = torch.stack((first.permute(order), change.permute(order))), (PAIR, *stored)
+        # After the legs that are summed, or before all where one of these lies last: a matrix as it lies.
+        place = max((number + 1 for number, leg in enumerate(stored) if leg not in legs), default=0) % len(stored)
+        both = torch.stack((first.permute(order), change.permute(order)), place)
+        pair = both, (*stored[:place], PAIR, *stored[place:])
         start, changed = contract([(constant, constant_legs), pair], (PAIR, *legs)).unbind(0)
         ctx.constant, ctx.writes, ctx.legs = constant, versions([constant]), (constant_legs, change_legs, legs)
         ctx.mark_non_differentiable(start)
@@ -112,6 +121,25 @@ def _multiplied(smaller: Factor, larger: Factor, legs: Sequence[str]) -> Tensor:
         moved = tensor.permute([of.index(leg) for group in groups for leg in group])
         return moved.reshape([math.prod([sizes[leg] for leg in group]) for group in groups])
 
-    product = torch.bmm(matrices(smaller, batch, rows, summed), matrices(larger, batch, summed, columns))
+    product = _product(matrices(smaller, batch, rows, summed), matrices(larger, batch, summed, columns))
     order = [*batch, *rows, *columns]
     return product.reshape([sizes[leg] for leg in order]).permute([order.index(leg) for leg in legs])
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """(batch, rows, summed) times (batch, summed, columns)."""
+    few = left.shape[1] <= FEW and right.device.type == "cpu" and right.dtype in (torch.float32, torch.float64)
+    if not few or torch.is_grad_enabled() or needs_plain_ops(left, right):
+        return torch.bmm(left, right)
+    _, summed, columns = right.shape
+    by_sum = right.stride(2) == 1
+    if right.numel() < LARGE or (summed > columns) == by_sum:
+        return torch.bmm(left, right)
+    if by_sum:
+        blocks = zip(torch.split(left, BLOCK, 2), torch.split(right, BLOCK, 1), strict=True)
+        total = torch.bmm(*next(blocks))
+        for rows, block in blocks:
+            total.baddbmm_(rows, block)
+        return total
+    turned = left.mT.contiguous()
+    return torch.cat([torch.bmm(block, turned) for block in torch.split(right.mT, BLOCK, 1)], 1).mT
