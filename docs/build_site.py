@@ -1,0 +1,28 @@
+"""Build the site into build/site/html: `make docs`, or
+
+    python docs/build_site.py
+
+It needs `pip install -e '.[docs]'` and no network. A link that leads nowhere, or any other warning, fails the build.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+
+def main() -> int:
+    from site_pages.assemble import assemble
+
+    folder = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "build" / "site"
+    assemble(folder)
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(folder / "mkdocs.yml")]
+    return subprocess.run(command, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
