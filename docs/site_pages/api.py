@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from site_pages.links import Links
-
 import tnpeft
+from site_pages.links import Links
 
 __all__ = ["PAGES", "write_api"]
 

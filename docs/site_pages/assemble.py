@@ -1,4 +1,4 @@
-"""Every page of the site, in a folder: texts as they stand in the repository, and what is made from specs and docstrings."""
+"""Every page of the site, in a folder: the repository's texts, and what is made from specs and docstrings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def assemble(folder: Path) -> None:
     """Write `folder/mkdocs.yml` and `folder/pages`; what was there before goes."""
     shutil.rmtree(folder, ignore_errors=True)
     links = Links(folder / "pages")
-    texts = _TEXTS | {f"docs/{path.name}": path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md"}
+    texts = _TEXTS | {
+        f"docs/{path.name}": path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md"
+    }
     notebooks = {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
     links.pages |= texts | notebooks | {"docs": "pages.md", "examples": "examples.md", "benchmarks": "benchmarks.md"}
     note_language(links)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from site_pages.links import Links
-
 from tnpeft.cli.catalogue import COLUMNS, cells
 from tnpeft.cli.peers import FACTS, Peer, peer_rows
 from tnpeft.network import Spec, load_spec
@@ -20,8 +19,8 @@ _SOURCE = "specs/README.md"
 _INDEX = """\
 # Gallery
 
-All {count} specs that ship, as `tnpeft draw` draws them. A disc is a core, a line an index that joins cores; open legs make
-the weight. Each has a page: formula, trained parameters, source, the file, and what agrees with other people's code.
+All {count} specs that ship, as `tnpeft draw` draws them. A disc is a core, a line an index that joins cores; open legs
+make the weight. Each has a page: formula, trained parameters, source, the file, and what agrees with other code.
 [How a network is drawn](../docs/start.md#how-a-network-is-drawn) shows one as a table of cores and indices.
 
 ## All specs
@@ -40,14 +39,15 @@ _BESIDE = """\
 |-|-|-|-|-|-|
 {rows}
 
-Value: the same stored tensors give the same update to 1e-5. Count: as many numbers train. First values are the same; of drawn
-ones, the distribution is. [All rows](README.md#beside-other-code) are held by tests.
+Value: the same stored tensors give the same update to 1e-5. Count: as many numbers train. First values are the same; of
+drawn ones, the distribution is. [All rows](README.md#beside-other-code) are held by tests.
 """
 _RECIPES = """\
 # Recipes that ship
 
-A recipe says which spec goes on which layers, and what else trains. `tnpeft.attach(model, "lora_llama")` takes one by its name.
-To change one, copy the file: `tnpeft.attach(model, "mine.yaml")`. [The language](README.md#recipes) has all keys.
+A recipe says which spec goes on which layers, and what else trains. `tnpeft.attach(model, "lora_llama")` takes one by
+its name. To change one, copy the file: `tnpeft.attach(model, "mine.yaml")`. [The language](README.md#recipes) has
+all keys.
 """
 
 

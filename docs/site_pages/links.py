@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -17,10 +18,10 @@ _OUTSIDE = re.compile(r"[a-z]+:")
 _LINKED_TEXT = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
-def outside_code(text: str, change: re.Pattern[str], put: object) -> str:
-    """`change` replaced outside fenced code by what `put` is or returns."""
+def outside_code(text: str, change: re.Pattern[str], put: Callable[[re.Match[str]], str]) -> str:
+    """`change` replaced outside fenced code by what `put` returns."""
     parts = _FENCE.split(text)
-    parts[::2] = [change.sub(put, part) for part in parts[::2]]  # type: ignore[arg-type]
+    parts[::2] = [change.sub(put, part) for part in parts[::2]]
     return "".join(parts)
 
 
@@ -28,8 +29,9 @@ def outside_code(text: str, change: re.Pattern[str], put: object) -> str:
 class Links:
     """Where each source stands in the site.
 
-    `pages` maps a file or folder of the repository to its page, `anchors` a heading of a text that becomes several pages to
-    the page that has it. A file that is no page is copied to `files/`; a folder that is none is named, without a link.
+    `pages` maps a file or folder of the repository to its page. `anchors` maps a heading of a text that becomes several
+    pages to the page that has it. A file that is no page is copied to `files/`. A folder that is none is named, without
+    a link.
     """
 
     target: Path
@@ -74,7 +76,9 @@ class Links:
         if not path.is_file():
             raise ValueError(f"{source}: a link leads to {wanted}, which is no file")
         if path.suffix == ".md":
-            raise ValueError(f"{source}: a link leads to {wanted}, which `_TEXTS` in site_pages/assemble.py does not name")
+            raise ValueError(
+                f"{source}: a link leads to {wanted}, which `_TEXTS` in site_pages/assemble.py does not name"
+            )
         place = f"files/{wanted}"
         (self.target / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, self.target / place)
@@ -85,4 +89,5 @@ def _relative(place: str, page: str) -> str:
     if _OUTSIDE.match(place):
         return place
     path, mark, anchor = place.partition("#")
-    return (os.path.relpath(path, PurePosixPath(page).parent) if path != page else "") + mark + anchor or path
+    here = path == page and mark
+    return ("" if here else os.path.relpath(path, PurePosixPath(page).parent)) + mark + anchor

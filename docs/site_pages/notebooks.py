@@ -13,10 +13,8 @@ __all__ = ["page_of"]
 def page_of(notebook: Path, folder: Path) -> str:
     """The page's text; pictures are written to `folder`."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    head = f"[The notebook itself]({notebook.name}), to run.\n"
     parts = [_cell(cell, f"{notebook.stem}-{number}", folder) for number, cell in enumerate(cells)]
-    title, _, rest = parts[0].partition("\n")
-    return "\n".join([title, "", rest.strip(), "", *parts[1:]])
+    return "\n".join(parts)
 
 
 def _cell(cell: dict[str, Any], name: str, folder: Path) -> str:
