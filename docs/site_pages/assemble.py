@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -47,7 +48,8 @@ def assemble(folder: Path) -> None:
     write_gallery(links)
     write_api(links)
     _check_navigation(links.target)
-    shutil.copyfile(CONFIG, folder / CONFIG.name)
+    code = os.path.relpath(ROOT, folder)  # whose docstrings are read
+    (folder / CONFIG.name).write_text(CONFIG.read_text(encoding="utf-8").replace("../..", code), encoding="utf-8")
     shutil.copyfile(HERE / "style.css", links.target / "style.css")
 
 
