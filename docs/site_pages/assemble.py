@@ -11,7 +11,7 @@ from site_pages.api import write_api
 from site_pages.gallery import note_gallery, write_gallery
 from site_pages.language import note_language, write_language
 from site_pages.links import ROOT, Links
-from site_pages.notebooks import page_of
+from site_pages.notebooks import write_notebook
 
 __all__ = ["CONFIG", "assemble"]
 
@@ -42,8 +42,8 @@ def assemble(folder: Path) -> None:
     note_gallery(links)
     for source, page in texts.items():
         links.write(page, (ROOT / source).read_text(encoding="utf-8"), source)
-    for source, page in notebooks.items():
-        links.write(page, page_of(ROOT / source, (links.target / page).parent), source)
+    for source in notebooks:
+        write_notebook(links, source)
     write_language(links)
     write_gallery(links)
     write_api(links)
