@@ -7,6 +7,7 @@ It needs `pip install -e '.[docs]'` and no network. A link that leads nowhere, o
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 def main() -> int:
     from site_pages.assemble import assemble
 
+    if importlib.util.find_spec("zensical") is None:
+        sys.stderr.write("The site needs Python 3.11 or newer, and `pip install -e '.[docs]'`.\n")
+        return 1
     folder = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "build" / "site"
     assemble(folder)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(folder / "mkdocs.yml")]
