@@ -23,7 +23,7 @@ ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-wide lowest pythons check lint types specs catalogue unit bench format install clean
+.PHONY: help demo test test-wide lowest pythons check lint types specs catalogue unit bench docs format install clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -68,6 +68,9 @@ pythons: $(VENV)/.test ## the wheel on Python 3.10, 3.12 and 3.13 without torch,
 bench: $(VENV)/.bench ## step time against full fine-tuning and the other libraries; BENCH=numerics is another script
 	@$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
+docs: $(VENV)/.docs ## the site, in build/site/html: texts, gallery, language, API
+	@$(RUN) docs/build_site.py
+
 format: $(VENV)/.test ## ruff, mending what it can
 	@$(RUN) -m ruff check --quiet --fix .
 	@$(RUN) -m ruff format --quiet .
@@ -97,11 +100,15 @@ $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	@$(PIP) -c constraints.txt -e ".[demo,peers]"
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	@$(PIP) -c constraints.txt -e ".[docs]"
+	@touch $@
+
 $(WIDE)/.wide: constraints.txt pyproject.toml requirements-nodeps.txt
 	@echo "Setting up $(WIDE) (once, a few minutes) ..."
 	@$(PYTHON) -m venv $(WIDE)
 	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt torch
-	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt -e ".[demo,anatomies,encoder,test,wide]"
+	@$(WIDE)/bin/python $(INSTALL) -c constraints.txt -e ".[demo,anatomies,encoder,test,wide,docs]"
 	@$(WIDE)/bin/python $(INSTALL) --no-deps -r requirements-nodeps.txt
 	@touch $@
 

@@ -97,7 +97,7 @@ def test_checkpointed_parts_give_the_same_gradients(kind, spec, mode, way):
 
 
 def test_a_reentrant_checkpoint_of_an_input_without_gradients_trains_nothing():
-    """As torch itself warns; README says which one to take."""
+    """As torch itself warns; docs/own_loop.md says which one to take."""
     model, x = twins("Linear", "lora", "auto")
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         output = checkpoint(model, x, use_reentrant=True)

@@ -17,7 +17,7 @@ import tnpeft
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tnpeft"
 FILES = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = sorted((*ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/**/*.py")))
+SCRIPTS = sorted(path for room in ("tests", "examples", "benchmarks", "docs") for path in ROOT.glob(f"{room}/**/*.py"))
 
 # Each room imports only what stands to its left; the last ones stand side by side.
 ROOMS = (

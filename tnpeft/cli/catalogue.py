@@ -17,7 +17,7 @@ from tnpeft.spec import list_specs
 from tnpeft.spec.legs import cores_by_name, legs_of
 from tnpeft.spec.library import shipped_folder
 
-__all__ = ["BEGIN", "END", "catalogue", "update_catalogue"]
+__all__ = ["BEGIN", "COLUMNS", "END", "catalogue", "cells", "update_catalogue"]
 
 BEGIN, END = "<!-- specs: begin -->", "<!-- specs: end -->"
 _COUNT = re.compile(r"^# Count: (\S+) has ([\d,]+) parameters", re.MULTILINE)
@@ -27,7 +27,7 @@ _PEERS = """\
 What each tuner of PEFT and each module of LyCORIS is here, from [peers](peers): the same stored tensors give the same
 update to 1e-5 (value), as many numbers train (count), and first values are the same, of drawn ones the distribution.
 Tests hold the rows."""
-_COLUMNS = ("spec", "layers", "formula", "parameters", "for example", "start", "marks", "compared with", "source")
+COLUMNS = ("spec", "layers", "formula", "parameters", "for example", "start", "marks", "compared with", "source")
 
 
 def catalogue() -> str:
@@ -36,10 +36,10 @@ def catalogue() -> str:
     lines = [
         f"{len(specs)} specs; the table is made by `make catalogue`.",
         "",
-        _row(_COLUMNS),
-        _row("-" * len(_COLUMNS)),
+        _row(COLUMNS),
+        _row("-" * len(COLUMNS)),
     ]
-    lines += [_row(_cells(spec, peers)) for spec in specs]
+    lines += [_row(cells(spec, peers)) for spec in specs]
     pictures = [spec.name for spec in specs if (shipped_folder() / "pictures" / f"{spec.name}.svg").is_file()]
     if pictures:
         lines += ["", *(_picture(name) for name in pictures)]
@@ -78,7 +78,8 @@ def _picture(name: str) -> str:
     return f'<a href="pictures/{name}.svg" title="{name}"><img src="pictures/{name}.svg" alt="{name}" width="240"></a>'
 
 
-def _cells(spec: Spec, peers: tuple[Peer, ...]) -> tuple[str, ...]:
+def cells(spec: Spec, peers: tuple[Peer, ...]) -> tuple[str, ...]:
+    """A spec's row, as `COLUMNS` has it; text in Markdown."""
     counted = _COUNT.search(spec.text)
     layer, number = counted.groups() if counted else ("", "")
     formula = spec.bind(parse_layer(layer)).formula if layer else ""

@@ -145,7 +145,9 @@ class Report:
 def printed(content: object, width: int = 140, markup: bool = True) -> str:
     """What rich prints, as plain text."""
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None, force_terminal=False, markup=markup).print(content)
+    Console(
+        file=stream, width=width, color_system=None, force_terminal=False, force_jupyter=False, markup=markup
+    ).print(content)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
