@@ -273,6 +273,7 @@ def test_a_stage_that_is_refused_says_why_and_the_rest_goes_on():
     assert views[-1].slow["directions"].answer
 
 
+@pytest.mark.slow
 def test_the_second_process_answers_refuses_and_is_replaced():
     async def run() -> None:
         background = Background()

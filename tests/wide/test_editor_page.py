@@ -192,6 +192,11 @@ def test_it_fits_in_any_width_dark_and_light(page: Browser, width: int, dark: bo
         "return box('.tn-picture').left >= box('.tn-editor').right"
     )
     assert beside == (width > 900)
+    page.go_after("tnpeft: 1")
+    page.keys(" ")  # what comes from the server changes neither
+    until(lambda: "not saved" in page.text(".tn-file"))
+    page.wait_for_picture()
+    assert page.run(is_dark) == dark
     contrast = page.run(CONTRAST)
     assert min(contrast.values()) >= 4.5, contrast
     page.shot(f"page_{width}_{'dark' if dark else 'light'}")
