@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from tnpeft.editing.live_picture import LivePicture
 from tnpeft.editing.trial import Trial
-from tnpeft.errors import TnpeftError, in_one_line
+from tnpeft.errors import BindError, Problem, TnpeftError, in_one_line
 from tnpeft.network import Network, Spec
 from tnpeft.planning import Call
 from tnpeft.schedule import plan
@@ -18,6 +18,8 @@ from tnpeft.verify.conditioning import conditioning_of
 from tnpeft.verify.directions import directions_on
 
 __all__ = ["computed", "serve"]
+
+_LARGEST = 2**24  # entries of a weight that is made, with its update, to see how it starts
 
 
 def computed(stage: str, text: str, trial: Trial, picture: LivePicture) -> dict[str, Any]:
@@ -29,6 +31,9 @@ def computed(stage: str, text: str, trial: Trial, picture: LivePicture) -> dict[
         return {key: list(map(list, places)) for key, places in picture.search(network).items()}
     if stage == "costs":
         return costs_of(network, trial.call(layer))
+    if layer.numel > _LARGEST:
+        found = f"{layer.numel:,}"
+        raise BindError(Problem("this weight", f"at most {_LARGEST:,} entries here", found, "Try a smaller layer."))
     if stage == "spread":
         return spread_of(spec, network, trial)
     return directions_of(spec, network, trial)
