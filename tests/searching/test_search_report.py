@@ -13,7 +13,7 @@ from torch import nn
 
 import tnpeft
 from tnpeft.searching import search_report
-from tnpeft.searching.report import compared
+from tnpeft.searching.compared import compared
 
 
 def test_the_report_compares_at_equal_parameters(tmp_path: Path):
@@ -42,7 +42,7 @@ def test_the_report_compares_at_equal_parameters(tmp_path: Path):
 
 
 def test_tenvoo_is_compared_from_zero(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tnpeft.searching.report.PEERS", ("tenvoo_l",))
+    monkeypatch.setattr("tnpeft.searching.compared.PEERS", ("tenvoo_l",))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(4, 4, 2))
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
