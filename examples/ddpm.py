@@ -8,7 +8,7 @@
     python examples/ddpm.py study table1 --config examples/configs/study_cpu.yaml --out runs/study
     python examples/ddpm.py report --out runs/study
     python examples/ddpm.py search   --config examples/configs/search_cpu.yaml --study runs/study --out runs/search
-    python examples/ddpm.py claim    --config examples/configs/claim.yaml --out runs/study
+    python examples/ddpm.py claim    --config examples/configs/claim.yaml --study runs/study --out runs/claim
 
 Every setting is in `ddpm_lab/config/settings.py`; `--set key=value` overrides one.
 """
@@ -145,9 +145,15 @@ def score(
 
 
 @app.command("claim")
-def claim(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
+def claim(
+    config: Settings,
+    study: Study,
+    out: Folder,
+    overrides: Override = [],  # noqa: B006
+    minutes: Annotated[float | None, typer.Option(help="Start no run that would not end within so many.")] = None,
+) -> None:
     """Run what a claim needs as a study, and say whether it holds; resumable."""
-    _run("searching.claim:claim", "searching.settings:ClaimConfig", config, overrides, out)
+    _run("searching.claim:claim", "searching.settings:ClaimConfig", config, overrides, out, study, minutes)
 
 
 def _train(command: str, config: Path, overrides: list[str], out: Path, processes: int) -> None:

@@ -53,24 +53,17 @@ def search_study(
     checkpoints = Checkpoints(study, study_out, out, screen)
     base = checkpoints.base()
     unet = _unet(study, base)
-    pairs, tests = checkpoints.pairs(config.selected), checkpoints.pairs(config.tested)
     params = _params(config, unet)
     screen.line(f"{params:,} parameters: {config.budget.spec} on the searched layers")
+    how = _how(config, out, jobs)
+    pairs = checkpoints.pairs(config.selected)
+    how["progress"] = lambda candidate, count: _say(candidate, count, screen)
+    found = tnpeft.search(unet, pairs, params, **how, minutes=_left(minutes, started))
     command, by_test = _commands(config, config_path, study_out)
-    found = tnpeft.search(
-        unet,
-        pairs,
-        params,
-        match=config.match,
-        test_pairs=tests,
-        test_match=config.test_match,
-        **_how(config, out, jobs),
-        command=command,
-        rates=config.rates,
-        finalists=config.finalists,
-        minutes=_left(minutes, started),
-        progress=lambda candidate, count: _say(candidate, count, screen),
-    )
+    if not found.interrupted:  # nothing is evaluated again
+        how |= {"command": command, "rates": config.rates, "finalists": config.finalists}
+        how["test_pairs"] = checkpoints.pairs(config.tested)
+        found = tnpeft.search(unet, pairs, params, **how, minutes=_left(minutes, started))
     found.save(out / FOUND)
     if not found.interrupted:
         left, example = _left(minutes, started), _example(study)
@@ -88,7 +81,7 @@ def _left(minutes: float | None, started: float) -> float | None:
 
 
 def _how(config: SearchConfig, out: Path, jobs: int) -> dict[str, Any]:
-    names = ("evaluations", "sampler", "seed", "iterations", "cores")
+    names = ("match", "test_match", "evaluations", "sampler", "seed", "iterations", "cores")
     return {name: getattr(config, name) for name in names} | {"jobs": jobs, "storage": out / JOURNAL}
 
 

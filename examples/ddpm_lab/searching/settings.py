@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -96,17 +96,18 @@ class ClaimConfig(OfStudy):
     seeds: Annotated[tuple[int, ...], Field(min_length=2)]
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     methods: dict[str, StudyMethod] = Field(default_factory=dict)
-    most_parameters: str = "tenvoo_l"  # no method may train more than this one, but for those of `larger`
-    larger: tuple[str, ...] = ()
-    minutes: Annotated[float, Field(gt=0)] | None = None  # no run starts that would not end within so many
+    budget_of: str  # a rival: `found` may train no more parameters than it does
 
     @property
     def members(self) -> tuple[str, ...]:
         return self.found, *self.rivals, *self.controls
 
-    def as_study(self, **changed: Any) -> StudyConfig:
-        """The study of this claim: its data sets, seeds and methods as `table1`."""
+    def as_study(self, minutes: float | None) -> StudyConfig:
+        """The study of this claim: its data sets, seeds and methods as `table1`. Raises LabError."""
         study = self.read_study()
+        if self.budget_of not in self.rivals:
+            fix = "Name one of them."
+            raise fault("budget_of", "a rival", f"one of {', '.join(self.rivals)}", f"`{self.budget_of}`", fix)
         names = {each.dataset for each in self.held_out}
         unknown = sorted(names - {*study.datasets})
         if unknown:
@@ -117,7 +118,6 @@ class ClaimConfig(OfStudy):
             "methods": {**study.methods, **self.methods},
             "seeds": self.seeds,
             "table1": self.members,
-            "minutes": self.minutes,
-            **changed,
+            "minutes": minutes,
         }
         return study.model_copy(update=change)
