@@ -36,6 +36,21 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="NAME=NUMBER", help="A param of the spec, e.g. r=8. Repeatable."),
 ]
+Rates = Annotated[
+    list[float] | None,
+    typer.Option("--rate", help="With --command: a rate that each is fine-tuned at. Repeatable."),
+]
+Minutes = Annotated[
+    float | None, typer.Option("--minutes", help="Begin nothing after so many; with --storage it goes on later.")
+]
+Tests = Annotated[
+    list[str] | None,
+    typer.Option("--test-command", metavar="NAME=COMMAND", help="With --report: tests each at its rate. Repeatable."),
+]
+Example = Annotated[
+    str | None,
+    typer.Option("--example", metavar="MODULE:FUNCTION", help="With --report: a call's arguments; steps are measured."),
+]
 Scopes = Annotated[
     list[str] | None,
     typer.Option("--scope", metavar="NAME=REGEX", help="A scope of shared cores, on layers' names. Repeatable."),
@@ -308,28 +323,11 @@ def search(
         str | None,
         typer.Option("--command", help='Fine-tunes {spec} at {rate}; its last line is JSON: {"score": NUMBER}.'),
     ] = None,
-    rates: Annotated[
-        list[float] | None,
-        typer.Option("--rate", help="With --command: a rate that each is fine-tuned at. Repeatable."),
-    ] = None,
+    rates: Rates = None,
     finalists: Annotated[int, typer.Option("--finalists", help="With --command: how many are fine-tuned.")] = 3,
-    minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Begin nothing after so many; with --storage it goes on later.")
-    ] = None,
-    test_commands: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--test-command", metavar="NAME=COMMAND", help="With --report: tests each at its best rate. Repeatable."
-        ),
-    ] = None,
-    example: Annotated[
-        str | None,
-        typer.Option(
-            "--example",
-            metavar="MODULE:FUNCTION",
-            help="With --report: returns a call's arguments; steps are measured.",
-        ),
-    ] = None,
+    minutes: Minutes = None,
+    test_commands: Tests = None,
+    example: Example = None,
     report: Annotated[
         str | None,
         typer.Option("--report", metavar="FOLDER", help="Compare with random search and shipped specs; write it here."),

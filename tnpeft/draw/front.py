@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -182,8 +181,8 @@ def _outside(box: tuple[float, float, float, float], frame: Any) -> bool:
 def front_of(points: Sequence[Point], cost: Cost = lambda point: point.parameters) -> list[Point]:
     """The points that none as cheap betters, by what they cost; points of unknown cost are left out."""
     front: list[Point] = []
-    known = [point for point in points if cost(point) is not None]
-    for point in sorted(known, key=lambda point: (cost(point) or math.inf, point.error)):
-        if not front or point.error < front[-1].error:
+    known = [(value, point.error, point) for point in points if (value := cost(point)) is not None]
+    for _, error, point in sorted(known, key=lambda each: each[:2]):
+        if not front or error < front[-1].error:
             front.append(point)
     return front

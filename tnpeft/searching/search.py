@@ -63,24 +63,21 @@ def search(
     the higher the better; lines `{"step": ..., "score": ...}` before let runs that are behind be stopped.
 
     `storage` is a journal's path, a `.db` file or a database's URL: several processes and machines may share it, and a
-    search that ended goes on from there. `jobs` processes work here. With one of them, equal arguments give equal
-    results. `progress` is called after each trial, with its candidate, if it was evaluated, and how many were.
-    After an interrupt by Ctrl-C, or after `minutes`, the search ends with what it has.
+    search that ended, by Ctrl-C or after `minutes` too, goes on from there. `jobs` processes work here. With one of
+    them, equal arguments give equal results. After each trial `progress` is told its candidate, if any, and how many.
 
     Raises TnpeftError, among them one where Optuna is not installed.
     """
     need_optuna()
     _check(jobs, command, rates, finalists, minutes)
-    until = time_after(minutes)
+    until, place = time_after(minutes), None if storage is None else str(storage)
     pairs = named(pairs)
-    test_pairs = named(test_pairs, len(pairs))
-    layers, beside = _layers(model, match, test_match)
-    kinds = tuple(sorted({layer.kind for layer in (*layers.values(), *beside.values())}))
+    test_pairs = named(test_pairs, first=len(pairs))
+    layers, beside, kinds = _layers(model, match, test_match)
     updates = tuple(updates_of(layers, pairs))
     task = Task(layers, kinds, updates, params, evaluations, iterations, cores, sampler, seed, from_known)
     task.check()
     tests = [*updates_of(beside, pairs), *updates_of({**layers, **beside}, test_pairs, len(pairs))]
-    place = None if storage is None else str(storage)
     found = searched(task, place, jobs, progress, until=until)
     if command is not None and not found.interrupted:
         found = _finetuned(found, Tuning(command, tuple(rates)), finalists, place, until)
@@ -94,15 +91,15 @@ def time_after(minutes: float | None) -> float | None:
 
 def _layers(
     model: nn.Module, match: str | Sequence[str], test_match: str | Sequence[str] | None
-) -> tuple[dict[str, Layer], dict[str, Layer]]:
-    """The layers that are searched, and those that are tested on alone. Raises AttachError."""
+) -> tuple[dict[str, Layer], dict[str, Layer], tuple[str, ...]]:
+    """The layers that are searched, those that are tested on alone, and the kinds of both. Raises AttachError."""
     beside = {} if test_match is None else layers_matching(model, test_match)
     layers = {name: layer for name, layer in layers_matching(model, match).items() if name not in beside}
     check_kinds([*layers.values(), *beside.values()])
     if not layers:
         fix = "Let `test_match` match fewer layers."
         raise AttachError(Problem("search", "layers that `match` has and `test_match` has not", "none", fix))
-    return layers, beside
+    return layers, beside, tuple(sorted({layer.kind for layer in (*layers.values(), *beside.values())}))
 
 
 def _check(jobs: object, command: str | None, rates: Sequence[float], finalists: object, minutes: float | None) -> None:
@@ -152,7 +149,7 @@ def searched(
     if not candidates or candidates[0].score is None:
         if interrupted:
             raise KeyboardInterrupt
-        found = f"none in {len(trials)} trials"
+        found = f"none in {sum(trial.state.is_finished() for trial in trials)} trials"
         fix = "Allow more parameters (`params`), or match fewer layers."
         if late:
             fix = "Allow more `minutes`, or match fewer layers."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from tnpeft.network import Layer, Spec, load_spec
 from tnpeft.planning import nominal_call
 from tnpeft.recipe import attach
 from tnpeft.schedule import best_plan, feasible_plans, predict
-from tnpeft.surgery import activate, detach
+from tnpeft.surgery import activate
 
 __all__ = ["ROUNDS", "measured_steps", "predicted_steps"]
 
@@ -37,26 +36,24 @@ def measured_steps(
     stays as it is. Raises TnpeftError where it cannot be called.
     """
     full, adapted = copy.deepcopy(model), copy.deepcopy(model)
-    match = [f"^{re.escape(name)}$" for name in names]
-    for key, spec in specs.items():
-        attach(adapted, spec, match=match, name=key)
+    for number, spec in enumerate(specs.values()):
+        attach(adapted, spec, match=[*names], name=f"{number}")
     full.requires_grad_(True)
     step_full = _step(full, [*full.parameters()], example)
-    steps = {}
-    for key in specs:
-        activate(adapted, key)
-        steps[key] = _step(adapted, [each for each in adapted.parameters() if each.requires_grad], example)
-    ratios: dict[str, list[float]] = {key: [] for key in specs}
-    for number in range(rounds + 1):
+    steps = []
+    for number in range(len(specs)):
+        activate(adapted, f"{number}")
+        steps.append(_step(adapted, [each for each in adapted.parameters() if each.requires_grad], example))
+    ratios: list[list[float]] = [[] for _ in steps]
+    for turn in range(rounds + 1):
         reference = _seconds(step_full)
-        for key, step in steps.items():
-            activate(adapted, key)
-            if number:  # the first steps plan
-                ratios[key].append(_seconds(step) / reference)
+        for number, step in enumerate(steps):
+            activate(adapted, f"{number}")
+            if turn:
+                ratios[number].append(_seconds(step) / reference)
             else:
-                step()
-    detach(adapted)
-    return {key: statistics.median(each) for key, each in ratios.items()}
+                step()  # which plans
+    return dict(zip(specs, map(statistics.median, ratios), strict=True))
 
 
 def _step(model: nn.Module, parameters: Sequence[Tensor], example: Sequence[Any]) -> Callable[[], None]:
