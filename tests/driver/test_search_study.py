@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ddpm_lab.config.reader import read_config
+from ddpm_lab.model.method import apply_method
+from ddpm_lab.model.unet import build_unet
 from ddpm_lab.searching import search
 from ddpm_lab.searching.claim import claim
 from ddpm_lab.searching.score import score
@@ -69,6 +72,7 @@ def test_a_search_and_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert report["steps"] == "measured"
     assert report["comparison"][0]["finetune_tests"] == {"lesion, seed 6": 1}
     assert found.best.parameters <= found.task.params
+    assert json.loads((out / "history.json").read_text())["evaluations"] == 2
     assert (out / "full" / "lesion" / "seed-6" / "model.safetensors").is_file()
     assert len(json.loads((out / "parts.json").read_text())["parts"]) == 1
     assert tnpeft.load_spec(out / "found.yaml").start == "zero"
@@ -80,7 +84,12 @@ def test_a_search_and_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert said["score"] == number == pytest.approx(sum(said["datasets"].values()) / 2)
     assert score(config, study_out, QUIET, **how, seed=6) != number
 
-    verdict = claim(study_out, None, read_config(tmp_path / "claim.yaml", [], ClaimConfig), tmp_path / "claim", QUIET)
+    about = read_config(tmp_path / "claim.yaml", [], ClaimConfig)
+    verdict = claim(study_out, None, about, tmp_path / "claim", QUIET)
     assert verdict.decided
-    assert verdict.parameters == 1234
+    study = config.read_study()
+    with torch.device("meta"):
+        methods = [study.methods[name].method for name in ("lora", "tenvoo_l")]
+        counts = [apply_method(build_unet(study.model), method).parameters for method in methods]
+    assert [verdict.parameters, verdict.most] == counts
     assert (tmp_path / "claim" / "claim.md").read_text().splitlines()[-1] == str(verdict)

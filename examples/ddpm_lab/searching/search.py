@@ -28,7 +28,7 @@ from tnpeft.searching.updates import layers_matching
 __all__ = ["search_study"]
 
 DRIVER = Path(__file__).resolve().parents[2] / "ddpm.py"
-FOUND, JOURNAL, REPORT, PARTS = "found.yaml", "search.journal", "report", "parts.json"
+FOUND, JOURNAL, REPORT, PARTS, HISTORY = "found.yaml", "search.journal", "report", "parts.json", "history.json"
 
 
 @alone_in_out("search")
@@ -43,7 +43,8 @@ def search_study(
 ) -> Search:
     """Go on with a search, for so many minutes: OUT/search.journal has what was done before.
 
-    When all networks are evaluated and fine-tuned, the winner is OUT/found.yaml, and OUT/report compares it.
+    The best so far is OUT/found.yaml, with all networks in OUT/history.json. When all is evaluated and fine-tuned,
+    OUT/report compares it.
     """
     started = time.time()
     study = config.read_study()
@@ -65,6 +66,7 @@ def search_study(
         how["test_pairs"] = checkpoints.pairs(config.tested)
         found = tnpeft.search(unet, pairs, params, **how, minutes=_left(minutes, started))
     found.save(out / FOUND)
+    write_json(out / HISTORY, found.as_dict())
     if not found.interrupted:
         left, example = _left(minutes, started), _example(study)
         tnpeft.search_report(
