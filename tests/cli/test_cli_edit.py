@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 from terminal import mistakes
 
-from tnpeft.cli import edit, lsp
+from tnpeft import errors
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_without_the_extra_the_line_for_pip_is_said(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(edit, "find_spec", lambda name: None)
-    monkeypatch.setattr(lsp, "find_spec", lambda name: None)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
     assert mistakes("edit", "lora") == [
         "edit: expected the package nicegui, found none installed. Run `pip install 'tnpeft[edit]'`."
     ]
@@ -26,7 +25,7 @@ def test_without_the_extra_the_line_for_pip_is_said(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_cannot_be_edited_is_said_before_anything_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(edit, "find_spec", lambda name: object())
+    monkeypatch.setattr(errors, "find_spec", lambda name: object())
     assert mistakes("edit", tmp_path / "no" / "a.yaml") == [
         f"{tmp_path / 'no'}: edit: expected a folder that exists, found none. Make the folder first, or name another."
     ]
@@ -36,7 +35,7 @@ def test_what_cannot_be_edited_is_said_before_anything_is_served(monkeypatch: py
 
 
 def test_a_layer_for_the_language_server_is_read_first(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lsp, "find_spec", lambda name: object())
+    monkeypatch.setattr(errors, "find_spec", lambda name: object())
     assert mistakes("lsp", "--layer", "Conv3d", status=2) == [
         "--layer Conv3d: the layer's numbers: expected in,out,k or in,out,kxkxk[,groups=g], found ''. "
         "Write it like Conv3d:64,128,3."
