@@ -65,7 +65,7 @@ def dry_run(name: str, config: StudyConfig, out: Path, screen: Screen) -> dict[s
 
 
 def _dry_screen(name: str, config: StudyConfig, out: Path, screen: Screen) -> dict[str, Any]:
-    """What a screen would run; its specs were counted on the model when its members were found, and none takes a step."""
+    """What a screen would run: its specs were counted when its members were found, and none takes a step."""
     members = {each: config.methods[each].screened for each in config.members(name)}
     budgets: dict[str, int] = {}
     for about in members.values():

@@ -85,16 +85,16 @@ class Plan:
         """In `screen`: a run for each method that measures a training step beside one of full fine-tuning."""
         if self.name != "screen":
             return []
-        cost = self.config.cost
+        cost, rounds = self.config.cost, self.config.screen.rounds
         shape = next(iter(cost.shapes.values()))
-        about = {"cost.shape": list(shape), "cost.batch_size": cost.batch_size, "cost.rounds": cost.rounds}
+        about = {"cost.shape": list(shape), "cost.batch_size": cost.batch_size, "cost.rounds": rounds}
         kept = ("method.", "model.", "diffusion.", "training.precision")
         runs: list[Run] = []
         for run in finals:
             parts = {name: value for name, value in run.made_of.items() if name.startswith(kept)}
             folder = costs_of(self.out, run.method)
             own = (run.method, run.dataset, run.seed, run.config, folder, run.cache, {**parts, **about})
-            runs.append(CostRun(*own, shape=shape, batch=cost.batch_size, rounds=cost.rounds))
+            runs.append(CostRun(*own, shape=shape, batch=cost.batch_size, rounds=rounds))
         return runs
 
     def _all_shares(self, finals: Sequence[Run]) -> list[ShareRun]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -59,22 +59,22 @@ class LinearPlan(Plan):
     ) -> Run:
         about, screened = self.config.screen_linear, self.config.methods[method].screened
         assert screened is not None
-        parts = {name: value for name, value in made_of(own, {}, "").items() if name.startswith(("method.", "training."))}
+        parts = {
+            name: value for name, value in made_of(own, {}, "").items() if name.startswith(("method.", "training."))
+        }
         shared = about.model_dump(mode="json", include={"width", "layers", "text", "pretraining", "scopes"})
         settings = {**parts, **dict(flat({"linear": shared})), "method.peft": screened.peft}
-        rounds = self.config.cost.rounds
         common = (method, dataset, seed, own, folder, self.out / "cache" / dataset, settings, rate, search)
-        return LinearRun(*common, about=about, base=self.out / "linear", peft=screened.peft, rounds=rounds)
+        return LinearRun(*common, about=about, base=self.out / "linear", peft=screened.peft)
 
 
 @dataclass(frozen=True)
 class LinearRun(Run):
     """One method on the transformer; its errors are the cross-entropies of groups of held-out sequences."""
 
-    about: LinearScreen = LinearScreen()
+    about: LinearScreen = field(default_factory=LinearScreen)
     base: Path = Path()  # the folder with the pretrained transformer
     peft: bool = False
-    rounds: int = 3
 
     def _stages(self, screen: Screen) -> None:
         make_accelerator(self.config.training)  # sets the number of threads
@@ -97,7 +97,9 @@ class LinearRun(Run):
             "by_volume": {part: {"before": before[part], "after": after[part]} for part in parts},
             **({} if self.search else self._costs(base, text["train"])),
         }
-        write_json(self.folder / "split.json", {part: [f"{part}-{n:02d}" for n in range(len(before[part]))] for part in parts})
+        write_json(
+            self.folder / "split.json", {part: [f"{part}-{n:02d}" for n in range(len(before[part]))] for part in parts}
+        )
         rate = {"training": {"learning_rate": self.config.training.learning_rate}}
         write_json(self.folder / "summary.json", {"run": run, "history": {"validation": points}, "config": rate})
 
@@ -111,7 +113,7 @@ class LinearRun(Run):
             optimizer = _optimizer(model, self.config.training)
             return lambda: _step(model, optimizer, batch, self.config.training)
 
-        return costs(lambda: step(True), lambda: step(False), self.rounds, make_accelerator(self.config.training))
+        return costs(lambda: step(True), lambda: step(False), self.about.rounds, make_accelerator(self.config.training))
 
 
 def pretrained(about: LinearScreen, folder: Path) -> nn.Module:
@@ -141,7 +143,7 @@ def attached(model: nn.Module, method: Method, about: LinearScreen, peft: bool) 
 def trained(
     model: nn.Module, text: Tensor, training: Training, held_out: Tensor | None = None
 ) -> list[tuple[int, float, list[float]]]:
-    """Train what requires a gradient; the held-out errors on the way. Raises DivergenceError for a loss that is none."""
+    """Train what requires a gradient; the held-out errors on the way. Raises DivergenceError."""
     assert training.steps is not None
     generator = torch.Generator().manual_seed(training.seed)
     optimizer = _optimizer(model, training)
@@ -151,7 +153,7 @@ def trained(
         if training.schedule == "one_cycle"
         else torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     )
-    points = []
+    points: list[tuple[int, float, list[float]]] = []
     model.train()
     for number in range(1, training.steps + 1):
         batch = text[torch.randint(len(text), (training.batch_size,), generator=generator)]
@@ -185,7 +187,7 @@ def errors_of(model: nn.Module, text: Tensor) -> list[float]:
     logits = model(text[:, :-1])
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), text[:, 1:], reduction="none").mean(1)
     model.train()
-    return [float(group.mean()) for group in losses.split(GROUP)]
+    return [float(losses[first : first + GROUP].mean()) for first in range(0, len(losses), GROUP)]
 
 
 def trainable(model: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ddpm_lab.study.columns import NOTHING
 from ddpm_lab.study.plots import Line, Panel
@@ -95,8 +95,7 @@ def screen_tables(results: Results, study: str) -> list[Table]:
         groups = (("", len(COLUMNS)),)
         tables.append(Table(f"{study}-{budget or 'more'}", title, groups, COLUMNS, rows, tuple(missing)))
     if tables:
-        first = tables[0]
-        tables[0] = Table(first.name, first.title, first.groups, first.columns, first.rows, (*_notes(results, study), *first.notes))
+        tables[0] = replace(tables[0], notes=(*_notes(results, study), *tables[0].notes))
     return tables
 
 
@@ -121,8 +120,8 @@ def _notes(results: Results, study: str) -> list[str]:
     tried = max((len(family.rates) for family in screen.families.values()), default=0)
     unit = "denoising error on test volumes" if study == "screen" else "cross-entropy on test sequences"
     notes = [
-        f"A screen, no comparison: one seed ({config.seeds[0]}), {screen.training.steps} steps, no intervals, nothing bold. "
-        "Methods a point or two apart may change places with another seed.",
+        f"A screen, no comparison: one seed ({config.seeds[0]}), {screen.training.steps} steps, no intervals, nothing "
+        "bold. Methods a point or two apart may change places with another seed.",
         f"Error change: of the {unit}, from the first step to the last. A method stands under the least budget that "
         "holds it, at the largest params that `tnpeft budget` finds within it; where a larger budget allows the same "
         "params it is not repeated.",
@@ -170,8 +169,8 @@ def _panel(points: Sequence[Point], label: str, cost: Callable[[Point], float | 
         name = f"{budget:,}" if budget is not None else "more"
         lines.append(Line(name, [x for x, _ in known], [y for _, y in known], colour=colour + 1, dots=True))
     best = front(points, cost)
-    x, y = [cost(point) or 0.0 for point in best], [point.change or 0.0 for point in best]
-    lines.append(Line("front", x, y, colour=0, names=[point.title for point in best]))
+    costs, changes = [cost(point) or 0.0 for point in best], [point.change or 0.0 for point in best]
+    lines.append(Line("front", costs, changes, colour=0, names=[point.title for point in best]))
     return Panel("Error change (%)", label, lines, marks=True, labels=False, log_x=True)
 
 

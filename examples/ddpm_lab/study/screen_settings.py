@@ -1,4 +1,4 @@
-"""What the screens are, as data: families of shipped specs, budgets of trained parameters, and the small transformer."""
+"""What the screens are, as data: families of specs, budgets of trained parameters, and the small transformer."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ class Screen(Section):
     scopes: dict[str, str] = Field(default_factory=dict)
     families: dict[str, Family] = Field(default_factory=dict)  # or a file that has them
     training: Training = Training()  # replaces these settings of the study's
+    rounds: Positive = 5  # in which a step is timed, in turns with full fine-tuning
     left_out: dict[str, str] = Field(default_factory=dict)  # filled in: specs that are in no row, and why
 
     @field_validator("families", mode="before")
@@ -77,7 +78,8 @@ class Text(Section):
     length: Annotated[int, Field(ge=4)] = 32
     choices: Positive = 4  # words that may follow a pair
     shifted: Annotated[float, Field(gt=0, le=1)] = 0.5
-    sequences: Annotated[int, Field(ge=8)] = 512  # to train on; a quarter as many validate, and as many test
+    sequences: Positive = 4096  # to train on
+    held_out: Positive = 128  # to validate, and as many to test on
     seed: int = 0
 
 

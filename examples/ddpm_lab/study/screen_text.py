@@ -62,10 +62,9 @@ def made_text(about: Text, target: bool) -> Mapping[str, Tensor]:
     moved = torch.rand(contexts, generator=generator) < about.shifted
     table = torch.where(moved[:, None] & target, others, follow)
     generator.manual_seed(2 * about.seed + 1 + int(target))
-    held_out = about.sequences // 4
-    text = _drawn(table, about, about.sequences + 2 * held_out, generator)
-    parts = text.split([about.sequences, held_out, held_out])
-    return dict(zip(("train", "validation", "test"), parts, strict=True))
+    text = _drawn(table, about, about.sequences + 2 * about.held_out, generator)
+    first, last = about.sequences, about.sequences + about.held_out
+    return {"train": text[:first], "validation": text[first:last], "test": text[last:]}
 
 
 def _drawn(table: Tensor, about: Text, number: int, generator: torch.Generator) -> Tensor:

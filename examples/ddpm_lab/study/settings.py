@@ -234,39 +234,39 @@ class StudyConfig(Section):
                 change: dict[str, Any] = {"sampling": self.start.sampling}
                 change |= {"rates": start.rates} if start.rates else {}
                 methods.setdefault(variant, made.model_copy(update=change))
-        change = {}
+        screens = {}
         for study in (each for each in SCREENS if each in studies):
-            made, left_out = self._screened(study)
-            methods |= made
-            change[study] = getattr(self, study).model_copy(update={"left_out": left_out})
-        return self.model_copy(update={"methods": methods, **change})
+            added, left_out = self._screened(study)
+            methods |= added
+            screens[study] = getattr(self, study).model_copy(update={"left_out": left_out})
+        return self.model_copy(update={"methods": methods, **screens})
 
     def _screened(self, study: str) -> tuple[dict[str, StudyMethod], dict[str, str]]:
         """The methods of a screen, of which one of each family searches for the rate; and what is in none."""
-        if study == "screen":
-            screen, prefix, train = self.screen, "screen", "bias_norm"
-            found = derived_unet(self.model, self.base, self.screen)
-        else:
-            screen, prefix, train = self.screen_linear, "linear", "cores"
-            found = derived_linear(self.screen_linear)
+        linear = study == "screen_linear"
+        screen: Screen = self.screen_linear if linear else self.screen
+        found = derived_linear(self.screen_linear) if linear else derived_unet(self.model, self.base, screen)
+        prefix, anchors = ("linear", self.screen_linear.anchors) if linear else ("screen", ())
         methods = {}
         for member in found.members:
-            about = {"study": study, "spec": member.spec, "family": member.family, "budget": member.budget}
-            lead = f"{prefix}-{found.lead(member.family, screen.middle).name}"
-            name = f"{prefix}-{member.name}"
+            lead, name = f"{prefix}-{found.lead(member.family, screen.middle).name}", f"{prefix}-{member.name}"
             own: dict[str, Any] = {"rates": screen.families[member.family].rates} if name == lead else {"rate_of": lead}
-            params = ", ".join(f"{param} {value:g}" for param, value in member.params.items())
+            params = "".join(f", {param} {value:g}" for param, value in member.params.items())
+            train: dict[str, Any] = {"train": "cores" if linear else "bias_norm"}
+            about: dict[str, Any] = {"study": study, "spec": member.spec, "family": member.family}
+            screened = Screened(**about, budget=member.budget)
             methods[name] = StudyMethod(
-                title=f"{member.spec}, {params}" if params else member.spec,
-                method=Method(spec=member.spec, match=member.match, train=train, params=dict(member.params)),
+                title=f"{member.spec}{params}",
+                method=Method(spec=member.spec, match=member.match, params=dict(member.params), **train),
                 training=screen.training,
                 sampling=Sampling(count=0),
-                screened=Screened(**about),
+                screened=screened,
                 **own,
             )
-            if isinstance(screen, LinearScreen) and member.spec in screen.anchors:
-                peft = {"title": f"{methods[name].title}, PEFT", "screened": Screened(**about, peft=True)}
-                methods[f"{name}-peft"] = methods[name].model_copy(update={**peft, "rates": (), "rate_of": lead})
+            if member.spec in anchors:
+                peft = screened.model_copy(update={"peft": True})
+                change = {"title": f"{member.spec}{params}, PEFT", "screened": peft, "rates": (), "rate_of": lead}
+                methods[f"{name}-peft"] = methods[name].model_copy(update=change)
         return methods, found.left_out
 
     def _variant(self, name: str, change: Mapping[str, Any], what: str) -> StudyMethod:

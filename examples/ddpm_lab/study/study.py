@@ -40,6 +40,8 @@ from tnpeft.errors import near_miss
 
 __all__ = ["study"]
 
+SAID = 8  # runs that a line names
+
 
 @alone_in_out("study", shared=True)
 def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
@@ -189,7 +191,7 @@ class _Work:
                 f"{len(self.late)} are left for another part: they would not end within {self.minutes:g} minutes"
             )
         if waiting:
-            screen.line(f"{len(waiting)} wait for a rate that is not chosen yet: {'; '.join(waiting)}")
+            screen.line(f"{len(waiting)} wait for a rate that is not chosen yet: {_some(waiting)}")
         for run, reason in self.failed:
             screen.line(f"failed: {run}: {reason}")
         if self.failed:
@@ -206,6 +208,12 @@ def _say_rates(chosen: Mapping[tuple[str, str], Choice], screen: Screen) -> None
             screen.line(f"{what}: rate {choice.best:g}{beyond}")
         elif len(choice.changes) == len(choice.rates):
             screen.line(f"{what}: training diverged at every rate: try smaller ones")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few, and how many more there are: a screen has hundreds."""
+    more = f" and {len(names) - SAID} more" if len(names) > SAID else ""
+    return "; ".join(names[:SAID]) + more
 
 
 def _progress(number: int, total: int, run: Run, outcome: Outcome, times: Sequence[float]) -> str:
