@@ -300,13 +300,13 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     training = config.training
     length = f"{training.steps} steps" if training.steps is not None else f"{training.epochs} epochs"
     volumes = [
+        ("Training", f"{length} of {training.batch_size} x {training.accumulation} volumes, {training.loss}"),
         ("Prediction", config.diffusion.prediction),
         ("Sampling", f"{config.sampling.count} volumes, {config.sampling.scheduler}, {config.sampling.steps} steps"),
     ]
     facts = [
         ("Machine", f"{machine.get('device', 'unknown')}, {machine.get('processor', 'unknown')}"),
         ("Threads", str(training.threads or machine.get("threads", "unknown"))),
-        ("Training", f"{length} of {training.batch_size} x {training.accumulation} volumes, {training.loss}"),
         *(volumes if config.datasets else []),
         ("Seeds", ", ".join(map(str, config.seeds))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),

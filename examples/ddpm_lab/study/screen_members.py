@@ -89,7 +89,7 @@ def _derived_linear(text: str) -> Derived:
 
 def _derived(model: nn.Module, screen: Screen, train: Mapping[str, Any]) -> Derived:
     if not screen.budgets or not screen.match:
-        fix = "For example `budgets: [30_000, 60_000]` and `match: [conv]`."
+        fix = "For example `budgets: [30000, 60000]` and `match: [conv]`."
         raise fault("screen", "budgets and layers", "at least one of each", "none", fix)
     found = Derived()
     for family, about in screen.families.items():

@@ -19,7 +19,7 @@ def _lora(params: Params) -> dict[str, Any]:
     return {"r": params["r"], "lora_alpha": params["r"]}
 
 
-# The name of PEFT's configuration, and its settings from the spec's params.
+# The name of PEFT's configuration, and its settings from the spec's params. Not BOFT, which compiles a CUDA extension.
 ANCHORS: Mapping[str, tuple[str, Callable[[Params], dict[str, Any]]]] = {
     "lora": ("LoraConfig", _lora),
     "rslora": ("LoraConfig", lambda params: {"r": params["r"], "lora_alpha": 16, "use_rslora": True}),
@@ -27,7 +27,6 @@ ANCHORS: Mapping[str, tuple[str, Callable[[Params], dict[str, Any]]]] = {
     "vera": ("VeraConfig", lambda params: {"r": params["r"]}),
     "ia3": ("IA3Config", lambda params: {"feedforward_modules": []}),
     "oft": ("OFTConfig", lambda params: {"r": 0, "oft_block_size": params["b"]}),
-    "boft": ("BOFTConfig", lambda params: {"boft_block_size": params["b"]}),
     "hra": ("HRAConfig", lambda params: {"r": params["rank"]}),
     "hira": ("HiraConfig", lambda params: {"r": params["r"]}),
 }
