@@ -79,7 +79,7 @@ def evaluate(config: Settings, out: Folder, overrides: Override = []) -> None:  
 
 @app.command("study")
 def study(
-    name: Annotated[str, typer.Argument(help="table1, table2, table3, table4, figure4 or start.")],
+    name: Annotated[str, typer.Argument(help="table1 to table4, figure4, start, screen or screen_linear.")],
     config: Settings,
     out: Folder,
     overrides: Override = [],  # noqa: B006
