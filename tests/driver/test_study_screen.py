@@ -133,13 +133,17 @@ def test_a_screen_of_a_transformer_runs_is_reported_and_not_run_again(tmp_path: 
     assert f"{len(members)} runs, {len(members)} of them done before, {len(members)} of those by the rows" in again.text
     assert len(rows.read_text(encoding="utf-8").splitlines()) == count
     results = report(tmp_path / "other", told.screen)
+    check_filled(results)
     tables = screen_tables(results, "screen_linear")
     assert [table.title for table in tables] == ["At most 400 parameters", "At most 1,000 parameters"]
     for table in tables:
         changes = [float(row.cells[3]) for row in table.rows]
         assert changes == sorted(changes)
     assert "Not here: cp: expected one of Conv3d, ConvTranspose3d, found Linear." in tables[0].notes
-    assert [panel.xlabel for panel in screen_panels(results, "screen_linear")] == ["parameters that train", "ms a step"]
+    assert [panel.xlabel for panel in screen_panels(results, "screen_linear")] == [
+        "parameters that train",
+        "seconds a step, % of full fine-tuning",
+    ]
     assert len(screen_csv(results, "screen_linear").splitlines()) == 1 + len(members)
     assert (tmp_path / "other" / "report" / "screen_linear-front.png").is_file()
 

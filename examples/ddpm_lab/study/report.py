@@ -19,7 +19,7 @@ from ddpm_lab.model.unet import divisor
 from ddpm_lab.study.page import Picture, Section, write_page
 from ddpm_lab.study.plots import DARK_THEME, LIGHT_THEME, Line, Panel, Theme, plot_montage_page, plot_panels, smoothed
 from ddpm_lab.study.results import BASE, METRICS, Cell, Results, Value, read_results
-from ddpm_lab.study.screen_page import screen_csv, screen_panels, screen_tables
+from ddpm_lab.study.screen_page import points_of, screen_csv, screen_panels, screen_tables
 from ddpm_lab.study.screen_settings import SCREENS
 from ddpm_lab.study.starts import start_panels, start_table
 from ddpm_lab.study.tables import as_csv, as_markdown, change_table, cost_table, detail_table, method_table, millions
@@ -69,7 +69,9 @@ def report(out: Path, screen: Screen) -> Results:
 
 def check_filled(results: Results) -> None:
     """Raise LabError for a report in which nothing stands yet."""
-    if results.empty:
+    screens = [study for study in results.studies if study in SCREENS]
+    screened = any(point.change is not None for study in screens for point in points_of(results, study))
+    if results.empty and not screened:
         fix = f"Run `study {results.studies[0] if results.studies else 'table1'}` to its end, with the same `--out`."
         raise fault(results.out, "the results of a study", "at least one run that is done", "none", fix)
 
@@ -298,7 +300,8 @@ def _lead(results: Results) -> str:
     model = f"A model of {millions(known[0][1])} parameters; " if known else ""
     seeds = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
     methods = {name for study in results.studies for name in config.members(study)}
-    return f"{model}{len(methods)} methods, {len(config.datasets)} data sets, {seeds}."
+    datasets = f"{len(config.datasets)} data sets, " if config.datasets else ""
+    return f"{model}{len(methods)} methods, {datasets}{seeds}."
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:

@@ -118,9 +118,10 @@ def _cells(screen: Screen, point: Point) -> tuple[str, ...]:
 def _notes(results: Results, study: str) -> list[str]:
     config, (screen, _) = results.config, screen_of(results, study)
     tried = max((len(family.rates) for family in screen.families.values()), default=0)
+    steps = config.methods[config.members(study)[0]].training.steps
     unit = "denoising error on test volumes" if study == "screen" else "cross-entropy on test sequences"
     notes = [
-        f"A screen, no comparison: one seed ({config.seeds[0]}), {screen.training.steps} steps, no intervals, nothing "
+        f"A screen, no comparison: one seed ({config.seeds[0]}), {steps} steps, no intervals, nothing "
         "bold. Methods a point or two apart may change places with another seed.",
         f"Error change: of the {unit}, from the first step to the last. A method stands under the least budget that "
         "holds it, at the largest params that `tnpeft budget` finds within it; where a larger budget allows the same "
@@ -151,11 +152,11 @@ def front(points: Sequence[Point], cost: Callable[[Point], float | None]) -> lis
 
 
 def screen_panels(results: Results, study: str) -> list[Panel]:
-    """Error against parameters and against seconds a step, a colour for each budget, and the front with its names."""
+    """Error against parameters and seconds a step, a colour for each budget, and the front with its names."""
     points = points_of(results, study)
     costs: tuple[tuple[str, Callable[[Point], float | None]], ...] = (
         ("parameters that train", lambda point: point.parameters),
-        ("ms a step", lambda point: None if point.seconds is None else point.seconds * MS),
+        ("seconds a step, % of full fine-tuning", lambda point: point.of_full and point.of_full * PERCENT),
     )
     return [_panel(points, label, cost) for label, cost in costs if front(points, cost)]
 
