@@ -22,7 +22,7 @@ from tnpeft.editing.reading import read_spec
 from tnpeft.editing.session import Session, Slow, View
 from tnpeft.editing.tables import cores_html, costs_html, directions_html, mistakes_html, spread_html, summary_html
 from tnpeft.editing.trial import Trial, params_of, typical_trial
-from tnpeft.errors import BindError
+from tnpeft.errors import BindError, TnpeftError
 from tnpeft.network import Layer, Spec, load_spec
 from tnpeft.verify.case import Case
 from tnpeft.verify.directions import directions_on
@@ -287,3 +287,14 @@ def test_the_second_process_answers_refuses_and_is_replaced():
         await background.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("stage", ["spread", "directions"])
+def test_a_layer_larger_than_the_memory_is_refused_before_it_is_made(stage: str):
+    trial = Trial("Linear", 2**20, 4096)
+    with pytest.raises(TnpeftError) as refusal:
+        computed(stage, NEW, trial, LivePicture())
+    assert str(refusal.value) == (
+        "the layer: expected at most 67,108,864 weights to compute this, found 4,294,967,296 in "
+        "Linear(1048576, 4096). Try a smaller layer."
+    )

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from tnpeft.editing.live_picture import LivePicture
 from tnpeft.editing.trial import Trial
-from tnpeft.errors import TnpeftError, in_one_line
+from tnpeft.errors import BindError, Problem, TnpeftError, in_one_line
 from tnpeft.network import Network, Spec
 from tnpeft.planning import Call
 from tnpeft.schedule import plan
@@ -17,7 +17,9 @@ from tnpeft.verify.case import Case
 from tnpeft.verify.conditioning import conditioning_of
 from tnpeft.verify.directions import directions_on
 
-__all__ = ["computed", "serve"]
+__all__ = ["LARGEST", "computed", "serve"]
+
+LARGEST = 2**26  # weights of a layer of which numbers are drawn: several copies of it are alive together
 
 
 def computed(stage: str, text: str, trial: Trial, picture: LivePicture) -> dict[str, Any]:
@@ -29,6 +31,9 @@ def computed(stage: str, text: str, trial: Trial, picture: LivePicture) -> dict[
         return {key: list(map(list, places)) for key, places in picture.search(network).items()}
     if stage == "costs":
         return costs_of(network, trial.call(layer))
+    if layer.numel > LARGEST:
+        found, fix = f"{layer.numel:,} in {layer}", "Try a smaller layer."
+        raise BindError(Problem("the layer", f"at most {LARGEST:,} weights to compute this", found, fix))
     if stage == "spread":
         return spread_of(spec, network, trial)
     return directions_of(spec, network, trial)
