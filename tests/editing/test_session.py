@@ -290,11 +290,17 @@ def test_the_second_process_answers_refuses_and_is_replaced():
 
 
 @pytest.mark.parametrize("stage", ["spread", "directions"])
-def test_a_layer_larger_than_the_memory_is_refused_before_it_is_made(stage: str):
-    trial = Trial("Linear", 2**20, 4096)
+@pytest.mark.parametrize(
+    ("trial", "found"),
+    [
+        (Trial("Linear", 2**20, 4096), "4,299,177,984 on Linear(1048576, 4096)"),  # 4 * 1,052,672 in the cores
+        (Trial("Linear", 64, 128, params={"r": 10**7}), "1,920,008,192 on Linear(64, 128)"),
+    ],
+)
+def test_what_is_larger_than_the_memory_is_refused_before_it_is_made(stage: str, trial: Trial, found: str):
     with pytest.raises(TnpeftError) as refusal:
         computed(stage, NEW, trial, LivePicture())
     assert str(refusal.value) == (
-        "the layer: expected at most 67,108,864 weights to compute this, found 4,294,967,296 in "
-        "Linear(1048576, 4096). Try a smaller layer."
+        f"weight and cores: expected at most 67,108,864 numbers to compute this, found {found}. "
+        "Try a smaller layer, or smaller sizes."
     )

@@ -19,7 +19,7 @@ from tnpeft.verify.directions import directions_on
 
 __all__ = ["LARGEST", "computed", "serve"]
 
-LARGEST = 2**26  # weights of a layer of which numbers are drawn: several copies of it are alive together
+LARGEST = 2**26  # numbers of a weight and its cores that are drawn: several copies of them are alive together
 
 
 def computed(stage: str, text: str, trial: Trial, picture: LivePicture) -> dict[str, Any]:
@@ -31,9 +31,10 @@ def computed(stage: str, text: str, trial: Trial, picture: LivePicture) -> dict[
         return {key: list(map(list, places)) for key, places in picture.search(network).items()}
     if stage == "costs":
         return costs_of(network, trial.call(layer))
-    if layer.numel > LARGEST:
-        found, fix = f"{layer.numel:,} in {layer}", "Try a smaller layer."
-        raise BindError(Problem("the layer", f"at most {LARGEST:,} weights to compute this", found, fix))
+    numbers = layer.numel + sum(core.numel for core in network.cores if core.origin is None)
+    if numbers > LARGEST:
+        found, fix = f"{numbers:,} on {layer}", "Try a smaller layer, or smaller sizes."
+        raise BindError(Problem("weight and cores", f"at most {LARGEST:,} numbers to compute this", found, fix))
     if stage == "spread":
         return spread_of(spec, network, trial)
     return directions_of(spec, network, trial)
