@@ -296,6 +296,28 @@ def test_names_that_no_model_has(tuned: dict[str, Tensor]):
         assert line == f"checkpoint: expected names as a model's tensors have, found {odd}. Name the model: --model."
 
 
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        {"running_mean": torch.zeros(4), "running_var": torch.ones(4)},  # as before torch 0.4.1
+        {"running_mean": torch.tensor(0.0), "running_var": torch.tensor(1.0), "num_batches_tracked": torch.tensor(1)},
+        {"running_mean": torch.zeros(4), "running_var": torch.ones(5), "num_batches_tracked": torch.tensor(1)},
+    ],
+)
+def test_statistics_that_no_batch_norm_has_are_tensors_as_any(
+    statistics: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    base = {f"norm.{name}": value for name, value in statistics.items()} | {"wide.weight": torch.randn(6, 4)}
+    save_file(base, "base.safetensors")
+    save_file(base | {"wide.weight": base["wide.weight"] + 1}, "tuned.safetensors")
+    fitted = data(
+        "fit", "base.safetensors", "tuned.safetensors", "--spec", "lora", "--match", "all", "-o", "a.safetensors"
+    )
+    assert [(row["name"], row["error"] < 1e-5) for row in fitted["layers"]] == [("wide", True)]
+    assert not fitted["unexplained"]
+
+
 @pytest.mark.usefixtures("tuned")
 def test_the_command_has_its_earlier_name_too():
     data("extract", *WITHOUT[1:])

@@ -52,6 +52,22 @@ def test_a_recipe_and_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert data("new", "b.yaml", "--from", "a.yaml") == made
 
 
+@pytest.mark.parametrize("name", ["123", "1e5", "true", "null", "-", "0x1f", "wide"])
+def test_a_name_is_a_word_whatever_the_file_is_called(name: str, tmp_path: Path):
+    file = tmp_path / f"{name}.yaml"
+    text("new", file)
+    assert tnpeft.load_spec(file).name == name
+
+
+def test_what_is_neither_spec_nor_recipe_is_not_begun_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("other.yaml").write_text("a: 1")
+    assert mistakes("new", "x.yaml", "--from", "other.yaml", status=2) == [
+        "other.yaml: --from: expected a spec or recipe, found neither. `tnpeft list` prints the names."
+    ]
+    assert not Path("x.yaml").exists()
+
+
 def test_nothing_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("precious")

@@ -102,6 +102,12 @@ def test_any_cursor_in_any_text_gets_an_answer(where: int, put: str):
     hover_at(text, line, column, network())
 
 
+@pytest.mark.parametrize("line", [-100, 0, 100])
+def test_a_line_that_is_not_there_gets_an_answer(line: int):
+    assert complete(NEW, line, 1, SPEC)[1].path == ()
+    assert hover_at(NEW, line, 1, network()) is None
+
+
 def network() -> Network:
     return SPEC.bind("Conv2d", in_channels=8, out_channels=6, kernel_size=3)
 

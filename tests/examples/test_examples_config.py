@@ -10,6 +10,8 @@ pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 from ddpm_lab.config.reader import read_config
 from ddpm_lab.config.settings import Config, DemoConfig, Distributed
+from ddpm_lab.searching.settings import ClaimConfig, SearchConfig
+from ddpm_lab.study.screen_settings import Families
 from ddpm_lab.study.settings import StudyConfig
 from ddpm_lab.support.faults import LabError
 
@@ -25,9 +27,19 @@ def message(tmp_path: Path, text: str, *overrides: str) -> str:
     return str(excinfo.value).replace(str(path), "c.yaml")
 
 
+KINDS = {
+    "demo": DemoConfig,
+    "study": StudyConfig,
+    "screen": StudyConfig,
+    "families": Families,
+    "search": SearchConfig,
+    "claim": ClaimConfig,
+}
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path) -> None:
-    kind = DemoConfig if path.stem == "demo" else StudyConfig if path.stem.startswith("study_") else Config
+    kind = KINDS.get(path.stem.partition("_")[0], Config)
     assert isinstance(read_config(path, [], kind), kind)
     head = path.read_text(encoding="utf-8").splitlines()[:4]
     assert any("examples/ddpm.py" in line for line in head), "each file is headed by its launch command"

@@ -167,7 +167,7 @@ def test_labels_of_a_reports_pictures_have_ten_pixels_and_none_is_cut(
 )
 def test_made_volumes_are_not_called_real(tmp_path: Path, overrides: list[str], expected: str) -> None:
     config = tiny_study(tmp_path, *overrides)
-    assert Results(tmp_path, config, (), {}, {}, None, {}).source == expected
+    assert Results(tmp_path, config, (), {}, {}, None, {}, {}, {}).source == expected
 
 
 class Clock:

@@ -18,7 +18,8 @@ from tnpeft.program import counting
 
 PAIRS = pairs()
 # Gradients through eight reflections on each side, drawn in pairs that cancel, have a digit less in float32.
-DIGITS = {"hoft": 5e-6}
+# So have those through a QR of all columns, and that of one gate, a sum whose terms cancel.
+DIGITS = {"hoft": 5e-6, "para": 5e-6, "svft_banded": 5e-6}
 KINDS = {spec: [kind for kind, name in PAIRS if name == spec] for _, spec in PAIRS}
 
 

@@ -145,7 +145,7 @@ class Factors:
         if not derivations.heavy:
             return known
         made_of, (given, values) = self._made_of(copies), self._once
-        if values is None or given is None or given != made_of:
+        if first or values is None or given is None or given != made_of:
             heavy = derivations.start(known.cores, derivations.heavy)
             values = StartValues(heavy.cores, {**known.inputs, **heavy.inputs})
         self._once = (made_of, values) if first else (None, None)

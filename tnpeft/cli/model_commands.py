@@ -54,6 +54,27 @@ _ModelIfAny = Annotated[
     ),
 ]
 
+# What `search` does after its search.
+_Rates = Annotated[
+    list[float] | None,
+    typer.Option("--rate", help="With --command: a rate that each is fine-tuned at. Repeatable."),
+]
+_Minutes = Annotated[
+    float | None, typer.Option("--minutes", help="Begin nothing after so many; with --storage it goes on later.")
+]
+_Tests = Annotated[
+    list[str] | None,
+    typer.Option("--test-command", metavar="NAME=COMMAND", help="With --report: tests each at its rate. Repeatable."),
+]
+_Example = Annotated[
+    str | None,
+    typer.Option("--example", metavar="MODULE:FUNCTION", help="With --report: a call's arguments; steps are measured."),
+]
+_TuneCommand = Annotated[
+    str | None,
+    typer.Option("--command", help='Fine-tunes {spec} at {rate}; its last line is JSON: {"score": NUMBER}.'),
+]
+
 
 @command()
 def count(
@@ -157,30 +178,12 @@ def search(
         str | None,
         typer.Option("--storage", help="A journal, a .db file or a URL: resumes, and is shared by processes."),
     ] = None,
-    command: Annotated[
-        str | None,
-        typer.Option("--command", help='Fine-tunes {spec} at {rate}; its last line is JSON: {"score": NUMBER}.'),
-    ] = None,
-    rates: Annotated[
-        list[float] | None,
-        typer.Option("--rate", help="With --command: a rate that each is fine-tuned at. Repeatable."),
-    ] = None,
+    command: _TuneCommand = None,
+    rates: _Rates = None,
     finalists: Annotated[int, typer.Option("--finalists", help="With --command: how many are fine-tuned.")] = 3,
-    minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Begin nothing after so many; with --storage it goes on later.")
-    ] = None,
-    test_commands: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--test-command", metavar="NAME=COMMAND", help="With --report: tests each at its rate. Repeatable."
-        ),
-    ] = None,
-    example: Annotated[
-        str | None,
-        typer.Option(
-            "--example", metavar="MODULE:FUNCTION", help="With --report: a call's arguments; steps are measured."
-        ),
-    ] = None,
+    minutes: _Minutes = None,
+    test_commands: _Tests = None,
+    example: _Example = None,
     report: Annotated[
         str | None,
         typer.Option("--report", metavar="FOLDER", help="Compare with random search and shipped specs; write it here."),

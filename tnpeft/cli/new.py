@@ -26,7 +26,9 @@ def new_file(output: Output, target: str, source: str, as_json: bool) -> None:
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)
     file = find_shipped(source, "recipe or spec", "recipes", "")
     kind = kind_of(source)
-    text = _NAME_LINE.sub(f"name: {name}", _SCHEMA_LINE.sub("", file.read_text(encoding="utf-8")), count=1)
+    if kind not in ("spec", "recipe"):
+        raise UsageError(Problem("--from", "a spec or recipe", "neither", "`tnpeft list` prints the names.", source))
+    text = _NAME_LINE.sub(f"name: {_word(name)}", _SCHEMA_LINE.sub("", file.read_text(encoding="utf-8")), count=1)
     _write(path, text)
     if as_json:
         output.data({"file": target, "from": source, "kind": kind, "name": name})
@@ -36,6 +38,12 @@ def new_file(output: Output, target: str, source: str, as_json: bool) -> None:
         output.say(f"Edit it, then `tnpeft check {target}` and `tnpeft show {target}`.")
     else:
         output.say(f"Edit it, then `tnpeft check {target}` and `tnpeft count {target} --model ...`.")
+
+
+def _word(name: str) -> str:
+    """A name as YAML reads it as a word: not as a number, a truth value or nothing."""
+    plain = name[:1].isalpha() and name.lower() not in ("true", "false", "null")
+    return name if plain else f'"{name}"'
 
 
 def _write(path: Path, text: str) -> None:

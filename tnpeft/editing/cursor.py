@@ -30,7 +30,7 @@ class Cursor:
 
 def cursor_at(text: str, line: int, column: int) -> Cursor:
     """The cursor before the character `column` of `line`, both from 1."""
-    lines = text.split("\n")
+    lines, line = text.split("\n"), max(line, 1)
     above, head = lines[: line - 1], (lines[line - 1] if line <= len(lines) else "")[: max(column - 1, 0)]
     flow = _Flow(_Block(above, head))
     word = _WORD.search(head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 from pathlib import Path
 
 from tnpeft.documents.files import replace_files
@@ -69,6 +70,13 @@ class Document:
     def label(self) -> str:
         """What messages call it."""
         return "<spec>" if self.path is None else str(self.path)
+
+    def unsaved(self, text: str) -> Document | None:
+        """The document of a page that is loaded anew to go on with `text`; None where that is saved.
+
+        It knows what was read and written here: what came to the disk since then, nobody has seen.
+        """
+        return None if text == self.text else copy(self)
 
     def changed_on_disk(self) -> bool:
         """Whether the file is another one than was last read or written here."""

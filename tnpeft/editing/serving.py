@@ -60,13 +60,12 @@ def build(open_document: Callable[[], Document], token: str, port: int) -> Guard
     site.add_api_route(f"{url}/hover", hover, methods=["POST"])
 
     def page() -> None:
-        document = open_document()
-        if opened.last is not None:  # a page that is loaded anew has the text that was being written
-            unsaved = opened.last.session.view.text
-        else:
-            unsaved = document.text
+        last = opened.last
+        unsaved = last.document.unsaved(last.session.view.text) if last else None
+        document = unsaved or open_document()
+        text = last.session.view.text if last and unsaved else document.text
         client = ui.context.client
-        new = Page(document, background, url, unsaved)
+        new = Page(document, background, url, text)
         opened.pages[client.id], opened.last = new, new
         client.on_delete(lambda: _closed(opened, client.id))
 
@@ -99,7 +98,7 @@ async def _question(request: Request) -> tuple[str, int, int]:
     try:
         asked = json.loads(bytes(body))
         return str(asked["text"]), int(asked["line"]), int(asked["column"])
-    except (ValueError, KeyError, TypeError):
+    except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError):
         return "", 1, 1
 
 

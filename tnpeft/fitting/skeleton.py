@@ -15,6 +15,7 @@ from tnpeft.surgery import adapted, adapters_of
 __all__ = ["note_layers", "skeleton_of"]
 
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the axes of their weights
+_STATISTICS = ("running_mean", "running_var")
 _DEEPEST = 64  # modules in modules
 
 
@@ -70,7 +71,7 @@ def _module(tree: Mapping[str, Any], where: str) -> nn.Module:
 def _layer(tree: Mapping[str, Any]) -> nn.Module | None:
     """The Linear, convolution or BatchNorm that has these tensors; None where there is none."""
     weight, bias = tree.get("weight"), tree.get("bias")
-    if tree.keys() - {"num_batches_tracked", "weight", "bias"} == {"running_mean", "running_var"}:
+    if _is_batch_norm(tree):
         mean = tree["running_mean"]
         return nn.BatchNorm1d(len(mean), affine=weight is not None, device="meta", dtype=mean.dtype)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or not tree.keys() <= {"weight", "bias"}:
@@ -84,6 +85,18 @@ def _layer(tree: Mapping[str, Any]) -> nn.Module | None:
         convolution: nn.Module = _CONVOLUTIONS[weight.dim()](weight.shape[1], weight.shape[0], weight.shape[2:], **how)
         return convolution
     return None
+
+
+def _is_batch_norm(tree: Mapping[str, Any]) -> bool:
+    """Whether nothing is missing that a BatchNorm has, in its shapes."""
+    numbers = {name: value for name, value in tree.items() if name != "num_batches_tracked"}
+    if numbers.keys() not in ({*_STATISTICS}, {*_STATISTICS, "weight", "bias"}) or len(numbers) == len(tree):
+        return False
+    if not all(isinstance(value, Tensor) for value in tree.values()) or tree["num_batches_tracked"].dim():
+        return False
+    mean = numbers["running_mean"]
+    alike = all(value.shape == mean.shape and value.is_floating_point() for value in numbers.values())
+    return alike and mean.dim() == 1 and mean.numel() > 0
 
 
 def _odd(name: str) -> AttachError:

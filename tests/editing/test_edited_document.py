@@ -125,3 +125,19 @@ def test_what_cannot_be_edited(tmp_path: Path, name: str, start: str | None, sai
     with pytest.raises(TnpeftError) as error:
         Document.open(name.format(folder), start)
     assert str(error.value) == said.format(folder)
+
+
+def test_a_page_loaded_anew_keeps_what_it_had_seen(tmp_path: Path):
+    """What another program wrote before the page was loaded again is still a change that nobody has seen."""
+    path = tmp_path / "a.yaml"
+    path.write_text("one")
+    first = Document.open(str(path))
+    assert first.unsaved("one") is None
+    path.write_text("by another program")
+    again = first.unsaved("mine")
+    assert again is not None
+    assert not again.save("mine")
+    assert path.read_text() == "by another program"
+    assert again.save("mine", over_changes=True)
+    assert not first.save("of the other page")
+    assert path.read_text() == "mine"
