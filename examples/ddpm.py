@@ -7,6 +7,8 @@
     python examples/ddpm.py evaluate --config C.yaml --out runs/adni
     python examples/ddpm.py study table1 --config examples/configs/study_cpu.yaml --out runs/study
     python examples/ddpm.py report --out runs/study
+    python examples/ddpm.py search   --config examples/configs/search_cpu.yaml --study runs/study --out runs/search
+    python examples/ddpm.py claim    --config examples/configs/claim.yaml --study runs/study --out runs/claim
 
 Every setting is in `ddpm_lab/config/settings.py`; `--set key=value` overrides one.
 """
@@ -77,7 +79,7 @@ def evaluate(config: Settings, out: Folder, overrides: Override = []) -> None:  
 
 @app.command("study")
 def study(
-    name: Annotated[str, typer.Argument(help="table1, table2, table3, table4, figure4 or start.")],
+    name: Annotated[str, typer.Argument(help="table1 to table4, figure4, start, screen or screen_linear.")],
     config: Settings,
     out: Folder,
     overrides: Override = [],  # noqa: B006
@@ -98,6 +100,60 @@ def report(out: Folder) -> None:
         check_filled(report(out, _screen()))
 
     _guarded(run)
+
+
+Study = Annotated[Path, typer.Option("--study", help="The folder of the study: its base and full fine-tunes.")]
+
+
+@app.command("search")
+def search(
+    config: Settings,
+    study: Study,
+    out: Folder,
+    overrides: Override = [],  # noqa: B006
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin nothing after so many; the same command goes on.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that evaluate networks.")] = 1,
+) -> None:
+    """Search for a network on a study's model, fine-tune the best ones, and compare; resumable."""
+    kind = "searching.settings:SearchConfig"
+    _run("searching.search:search_study", kind, config, overrides, out, config, study, minutes, jobs)
+
+
+@app.command("score")
+def score(
+    config: Settings,
+    study: Study,
+    spec: Annotated[Path, typer.Option("--spec", help="The network, a YAML file.")],
+    rate: Annotated[float, typer.Option("--rate", help="The learning rate.")],
+    datasets: Annotated[list[str], typer.Option("--dataset", help="A data set of the study. Repeatable.")],
+    overrides: Override = [],  # noqa: B006
+    seed: Annotated[int | None, typer.Option(help="Measure on volumes to test on, trained with this seed.")] = None,
+) -> None:
+    """A short fine-tune of a network, and by how many percent the error falls, as JSON: what `search` runs."""
+
+    def run() -> None:
+        from ddpm_lab.config.reader import read_config
+        from ddpm_lab.support.console import Screen
+
+        settings = read_config(config, overrides, _of_lab("searching.settings:SearchConfig"))
+        found = _of_lab("searching.score:score")
+        found(settings, study, Screen(quiet=True), spec=spec, rate=rate, datasets=datasets, seed=seed)
+
+    _guarded(run)
+
+
+@app.command("claim")
+def claim(
+    config: Settings,
+    study: Study,
+    out: Folder,
+    overrides: Override = [],  # noqa: B006
+    minutes: Annotated[float | None, typer.Option(help="Start no run that would not end within so many.")] = None,
+) -> None:
+    """Run what a claim needs as a study, and say whether it holds; resumable."""
+    _run("searching.claim:claim", "searching.settings:ClaimConfig", config, overrides, out, study, minutes)
 
 
 def _train(command: str, config: Path, overrides: list[str], out: Path, processes: int) -> None:

@@ -2,5 +2,5 @@
 
 Each wing imports only what stands to its left:
 
-    support <- config <- data <- model <- sampling <- evaluation <- training <- study
+    support <- config <- data <- model <- sampling <- evaluation <- training <- study <- searching
 """

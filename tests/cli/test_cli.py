@@ -212,7 +212,9 @@ def test_show_as_json():
     assert list(shown) == [
         *("spec", "title", "source", "layers", "start", "compose", "cores", "layer", "params", "sizes", "weight"),
         *("terms", "weight_shape", "derived", "scale", "einsum", "parameters", "formula", "share", "plan", "execution"),
+        "notes",
     ]
+    assert shown["notes"] == []
     assert shown["parameters"] == network.num_parameters == 21504
     assert shown["formula"] == network.formula
     assert shown["einsum"] == network.einsum

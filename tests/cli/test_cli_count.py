@@ -84,6 +84,7 @@ def test_count_a_recipe_of_ones_own(models: str, tmp_path: Path):
         "trained": 32,
         "base": 138,
         "share": 32 / 138,
+        "factors": {},
     }
 
 

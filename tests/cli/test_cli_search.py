@@ -43,7 +43,7 @@ def test_a_search_writes_its_winner():
     assert again["evaluations"] == 3
     assert again["file"] == "found.yaml"
     assert again["selection_score_optimistic"] == pytest.approx(again["test_score"])
-    assert again["test_scores"].keys() == {"head.0, pair 1", "head.2, pair 1"}
+    assert again["test_scores"].keys() == {"head.0, tuned.safetensors", "head.2, tuned.safetensors"}
     assert again["versions"]["tnpeft"] == tnpeft.__version__
 
 

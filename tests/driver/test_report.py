@@ -98,7 +98,7 @@ def test_the_page_asks_for_nothing_outside_itself(out: Path) -> None:
         if each.startswith("data:image/png;base64,"):
             assert base64.b64decode(each.partition(",")[2]).startswith(PNG)
     anchors = {each[1:] for each in inside if each.startswith("#")}
-    assert anchors == {"table1", "table2", "table3", "table4", "figure4", "start", "setup"}
+    assert anchors == {"table1", "table2", "table3", "table4", "figure4", "start", "screen", "screen_linear", "setup"}
     assert all(f'id="{anchor}"' in text for anchor in anchors)
 
 
@@ -348,4 +348,6 @@ def test_the_page_in_a_browser(out: Path, tmp_path: Path, scheme: str) -> None:
     dom = subprocess.run([CHROMIUM, *flags, "--dump-dom", page], check=True, timeout=120, capture_output=True)
     shown = Page(dom.stdout.decode())
     assert shown.tables[0][4][0] == "Full fine-tuning"
-    assert len(shown.tables) == 5 + 4 + 4 * 2  # one for each study; changes, and details on two data sets, of four
+    assert (
+        len(shown.tables) == 6 + 4 + 4 * 2
+    )  # one for each study but the screens; changes, and details on two data sets, of four

@@ -289,13 +289,13 @@ def test_other_layers_are_another_measurement(tmp_path: Path, asked: Asked) -> N
     def keys(*overrides: str) -> list[str]:
         config = tiny_study(tmp_path, *SHORT, *overrides).with_variants()
         plan = study_plan.Plan.of("start", config, tmp_path / "out", Screen(quiet=True))
-        return [run.key for run in plan.shares(plan.finals({})[0])]
+        return [run.key for run in plan.measures(plan.finals({})[0])]
 
     assert keys() == keys()
     assert len({*keys(), *keys("start.layers=5"), *keys("start.sweeps=7"), *keys("seeds=[1]")}) == 8
     config = tiny_study(tmp_path, *SHORT).with_variants()
     other = study_plan.Plan.of("table1", config, tmp_path / "out", Screen(quiet=True))
-    assert other.shares(other.finals({})[0]) == []
+    assert other.measures(other.finals({})[0]) == []
 
 
 def test_the_report_has_the_starts(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from tnpeft.editing.document import NEW
 from tnpeft.editing.watching import changes
 
@@ -78,6 +80,7 @@ def test_a_file_that_is_replaced_is_a_change(tmp_path: Path):
     assert told([path], [replace]) == [{"a.yaml"}, {"a.yaml"}]
 
 
+@pytest.mark.slow
 def test_check_and_draw_go_on_until_ctrl_c(tmp_path: Path):
     """One process each; mistakes are printed, and the watch goes on."""
     path, picture = tmp_path / "a.yaml", tmp_path / "a.svg"

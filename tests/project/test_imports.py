@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # Folders, and where the names of their modules begin.
 TREES = {"tnpeft": ROOT, "examples": ROOT / "examples", "benchmarks": ROOT / "benchmarks"}
 # The driver: each file imports its own wing and those to the left. The package itself imports none.
-WINGS = ("support", "config", "data", "model", "sampling", "evaluation", "training", "study")
+WINGS = ("support", "config", "data", "model", "sampling", "evaluation", "training", "study", "searching")
 
 
 def import_graph(folder: Path, root: Path) -> networkx.DiGraph[str]:

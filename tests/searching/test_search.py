@@ -15,6 +15,7 @@ import tnpeft
 from tnpeft.errors import TnpeftError
 from tnpeft.searching import Search
 
+MODULE = sys.modules["tnpeft.searching.search"]  # whose name is that of the function
 QUICK = {"match": "^[01]$", "evaluations": 8, "iterations": 1, "cores": 5}
 
 
@@ -262,3 +263,25 @@ def test_nothing_to_capture_and_nothing_that_fits():
     assert str(caught.value) == (
         "tuned checkpoint of pair 0: expected a tensor '0.weight', found None. Pass checkpoints of this model."
     )
+
+
+def test_a_search_ends_by_the_clock_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = searched(seed=2)
+    monkeypatch.setattr(MODULE, "time_after", lambda minutes: None if minutes is None else 0.0)
+    with pytest.raises(TnpeftError) as caught:
+        searched(seed=2, minutes=1)
+    assert str(caught.value) == (
+        "search: expected a network that meets the budget, found none in 0 trials. "
+        "Allow more `minutes`, or match fewer layers."
+    )
+    monkeypatch.undo()
+    path = tmp_path / "s.journal"
+    part = searched(seed=2, storage=path, evaluations=3)
+    assert not part.interrupted
+    monkeypatch.setattr(MODULE, "time_after", lambda minutes: None if minutes is None else 0.0)
+    part = searched(seed=2, storage=path, minutes=1)
+    assert part.interrupted
+    assert len(part.candidates) == 3
+    monkeypatch.undo()
+    assert drawn(searched(seed=2, storage=path, minutes=60)) == drawn(whole)
+    assert error_of(minutes=0) == "search, `minutes`: expected a positive number, found 0. For example `minutes=60`."

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -52,9 +53,10 @@ def edited(folder: Path, *arguments: str) -> Iterator[str]:
         assert match, line + process.stdout.read()
         yield match.group()
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=SECONDS)
         assert "Traceback" not in rest, rest
+        assert process.returncode == 0
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import http.client
 import statistics
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -192,6 +194,11 @@ def test_it_fits_in_any_width_dark_and_light(page: Browser, width: int, dark: bo
         "return box('.tn-picture').left >= box('.tn-editor').right"
     )
     assert beside == (width > 900)
+    page.go_after("tnpeft: 1")
+    page.keys(" ")  # what comes from the server changes neither
+    until(lambda: "not saved" in page.text(".tn-file"))
+    page.wait_for_picture()
+    assert page.run(is_dark) == dark
     contrast = page.run(CONTRAST)
     assert min(contrast.values()) >= 4.5, contrast
     page.shot(f"page_{width}_{'dark' if dark else 'light'}")
@@ -258,6 +265,18 @@ def test_it_begins_with_a_shipped_spec(folder: Path):
         browser.click(".q-menu .q-item", "loha")
         until(lambda: browser.yaml() == shipped_text("loha"))
         until(lambda: "w1" in browser.text(".tn-cores") or "elements" in browser.text(".tn-cores"))
+
+
+def test_ctrl_c_ends_it_while_a_page_is_open(folder: Path):
+    client = pytest.importorskip("websockets.sync.client")
+    with ExitStack() as open_pages:
+        with edited(folder, "lora") as address:  # ended by Ctrl-C, exit status 0
+            url = address.replace("http:", "ws:") + "_nicegui_ws/socket.io/?EIO=4&transport=websocket"
+            origin = address.rpartition("/")[0].rpartition("/")[0]
+            connection = open_pages.enter_context(client.connect(url, origin=origin))
+            assert connection.recv().startswith("0{")
+            began = time.monotonic()
+        assert time.monotonic() - began < 30
 
 
 def test_without_the_token_or_from_elsewhere_nothing_is_served(folder: Path):

@@ -166,6 +166,21 @@ def search(
         typer.Option("--rate", help="With --command: a rate that each is fine-tuned at. Repeatable."),
     ] = None,
     finalists: Annotated[int, typer.Option("--finalists", help="With --command: how many are fine-tuned.")] = 3,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="Begin nothing after so many; with --storage it goes on later.")
+    ] = None,
+    test_commands: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--test-command", metavar="NAME=COMMAND", help="With --report: tests each at its rate. Repeatable."
+        ),
+    ] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            "--example", metavar="MODULE:FUNCTION", help="With --report: a call's arguments; steps are measured."
+        ),
+    ] = None,
     report: Annotated[
         str | None,
         typer.Option("--report", metavar="FOLDER", help="Compare with random search and shipped specs; write it here."),
@@ -179,7 +194,8 @@ def search(
     search_networks(
         Output(), files, model, params, target, tests=tests or [], rates=rates, report=report, quiet=quiet,
         as_json=as_json, match=match, test_match=test_match, evaluations=evaluations, sampler=sampler, seed=seed,
-        jobs=jobs, storage=storage, command=command, finalists=finalists,
+        jobs=jobs, storage=storage, command=command, finalists=finalists, minutes=minutes,
+        test_commands=test_commands or [], example=example,
     )  # fmt: skip
 
 

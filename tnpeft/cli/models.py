@@ -14,7 +14,7 @@ from tnpeft.errors import INSTALLED_BY, Problem, TnpeftError, near_miss, needing
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["build_model"]
+__all__ = ["build_example", "build_model"]
 
 # What other people's modules and factories may raise; an interrupt or a crash of the interpreter is not theirs.
 _THEIR_ERRORS = (
@@ -51,12 +51,24 @@ def build_model(text: str, device: str = "meta") -> torch.nn.Module:
     return model
 
 
-def _factory(text: str) -> Callable[[], Any]:
+def build_example(text: str) -> tuple[Any, ...]:
+    """The arguments of a call that the function named by `text` returns; one that is no tuple is the only one."""
+    try:
+        example = _factory(text, "--example")()
+    except _THEIR_ERRORS as error:
+        fix = "It is called without arguments."
+        raise TnpeftError(
+            Problem("calling the function", "arguments of a call", _said(error), fix, "--example")
+        ) from error
+    return example if isinstance(example, tuple) else (example,)
+
+
+def _factory(text: str, option: str = "--model") -> Callable[[], Any]:
     module_name, colon, name = text.partition(":")
     written = _as_module(text)
     if written or not colon or not module_name or not name:
         fix = written or f"Write it like `my_package.models:build_unet`, or one of {', '.join(KNOWN)}."
-        raise UsageError(Problem("the model", "package.module:factory", f"{text[:60]!r}", fix, "--model"))
+        raise UsageError(Problem("the model", "package.module:factory", f"{text[:60]!r}", fix, option))
     if text in KNOWN:
         return KNOWN[text]
     if module_name == "monai":

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnpeft.cli.arguments import parse_number
-from tnpeft.cli.models import build_model
+from tnpeft.cli.models import build_example, build_model
 from tnpeft.cli.output import Output, UsageError, table
-from tnpeft.errors import Problem
+from tnpeft.errors import Problem, shown_path
 
 if TYPE_CHECKING:
     from tnpeft.searching import Candidate, Search
-    from tnpeft.searching.report import Row
+    from tnpeft.searching.compared import Row
+    from tnpeft.searching.updates import Pair, Pairs
 
 __all__ = ["search_networks"]
 
@@ -32,6 +33,8 @@ def search_networks(
     tests: Sequence[str],
     rates: Sequence[float] | None,
     report: str | None,
+    test_commands: Sequence[str],
+    example: str | None,
     quiet: bool,
     as_json: bool,
     **how: Any,
@@ -41,15 +44,18 @@ def search_networks(
     from tnpeft.fitting.checkpoint import Checkpoint
     from tnpeft.searching import search, search_report
     from tnpeft.searching.needs import check_target, need_optuna
-    from tnpeft.searching.search import RATES
+    from tnpeft.searching.search import RATES, time_after
 
     params, held_out = parse_number(params_text, "--params"), _checked(files, tests)
+    named_tests = dict(map(_test_command, test_commands))
     need_optuna()
     check_target(Path(target))
     if report is not None:
         need_matplotlib()
     named = [*zip(files[::2], files[1::2], strict=True)]
-    pairs, test_pairs = ([(Checkpoint(base), Checkpoint(tuned)) for base, tuned in each] for each in (named, held_out))
+    pairs, test_pairs = (_by_name([(Checkpoint(base), Checkpoint(tuned)) for base, tuned in each], each)
+                         for each in (named, held_out))  # fmt: skip
+    until = time_after(how["minutes"])
     found = search(
         build_model(model_text),
         pairs,
@@ -60,9 +66,16 @@ def search_networks(
         **how,
     )
     found.save(target)
-    rows = [] if report is None or found.interrupted else search_report(found, report, how["storage"], how["jobs"])
+    rows = []
+    if report is not None and not found.interrupted:
+        left = None if until is None else max(until - time.time(), 1.0) / 60
+        more: dict[str, Any] = {}
+        if example is not None:
+            more = {"model": build_model(model_text, "cpu"), "example": build_example(example)}
+        more |= {"minutes": left, "test_commands": named_tests}
+        rows = search_report(found, report, how["storage"], how["jobs"], **more)
     if as_json:
-        output.data({"file": target} | found.as_dict() | {"comparison": [asdict(row) for row in rows]})
+        output.data({"file": target} | found.as_dict() | {"comparison": [row.as_dict() for row in rows]})
     else:
         _print_search(output, target, found)
         if rows:
@@ -75,6 +88,20 @@ def _checked(files: Sequence[str], tests: Sequence[str]) -> list[tuple[str, str]
         fix = "For example base.safetensors tuned.safetensors."
         raise UsageError(Problem("checkpoints", "pairs: a base and its fine-tune each", f"{len(files)} files", fix))
     return [_test_pair(text) for text in tests]
+
+
+def _by_name(pairs: Sequence[Pair], files: Sequence[tuple[str, str]]) -> Pairs:
+    """Pairs by the file of the fine-tune, where that tells them apart."""
+    names = [shown_path(tuned) for _, tuned in files]
+    return dict(zip(names, pairs, strict=True)) if len({*names}) == len(names) else pairs
+
+
+def _test_command(text: str) -> tuple[str, str]:
+    name, equals, command = text.partition("=")
+    if not equals or not name.strip() or not command.strip():
+        fix = "For example --test-command 'seed 1=python test.py --spec {spec} --rate {rate} --seed 1'."
+        raise UsageError(Problem("--test-command", "NAME=COMMAND", f"{text[:80]!a}", fix))
+    return name.strip(), command
 
 
 def _test_pair(text: str) -> tuple[str, str]:
@@ -116,17 +143,19 @@ def _print_search(output: Output, target: str, found: Search) -> None:
         output.say(f"chosen       network {best.number} at rate {best.rate:g}, {score}")
     output.say(f"wrote        {target}")
     if found.interrupted:
-        output.say("interrupted  with --storage the same command goes on from here")
+        output.say("cut short    with --storage the same command goes on from here")
 
 
 def _print_comparison(output: Output, title: str, rows: Sequence[Row]) -> None:
-    columns = {"": "left", "parameters": "right", "selection score": "right", "test score": "right", "why not": "left"}
+    columns = {"": "left", "parameters": "right", "selection score": "right", "test score": "right", "step": "right"}
+    columns |= {"why not": "left"}
     lines = (
         (
             row.name,
             "" if row.parameters is None else f"{row.parameters:,}",
             "" if row.selection_score is None else f"{row.selection_score:.2%}",
             "" if row.test_score is None else f"{row.test_score:.2%}",
+            "" if row.step is None else f"{row.step:.2f}",
             row.missing,
         )
         for row in rows

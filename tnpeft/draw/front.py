@@ -1,85 +1,188 @@
-"""A picture of many networks: what each costs, what it misses, and the best of each size drawn beside its point."""
+"""A picture of many networks: what each misses, by what it costs, and the best of them drawn above their points."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tnpeft.draw.files import need_matplotlib
-from tnpeft.draw.picture import Picture
-from tnpeft.draw.render import figure_settings
+from tnpeft.draw.page import Page
+from tnpeft.draw.render import draw_page, figure_settings
+from tnpeft.draw.strip import strip_of
 from tnpeft.network import Network
 
-__all__ = ["Point", "draw_front"]
+__all__ = ["Point", "draw_front", "front_of"]
 
-_WIDTH, _HEIGHT, _DPI = 10.0, 6.5, 110
-_STRIP, _MOST_DRAWN = 0.34, 5  # of the height, for the networks
+_WIDTH, _PLOT, _DPI = 10.0, 4.4, 110  # inches, of the height
+_LEFT, _RIGHT, _BOTTOM, _TOP, _BETWEEN = 0.8, 0.2, 0.55, 0.1, 0.3
+_MOST_DRAWN = 6
+_POINTS, _FRONT, _OTHERS = "#56b4e9", "#0072b2", "#b85400"
+_LETTERS = "ABCDEF"
+_LEAST = 1e-4  # errors below it stand at the foot of the plot
+
+Cost = Callable[["Point"], float | None]
 
 
 class Point(NamedTuple):
-    """A network by its parameters and its error; a `label` is written beside its point, and a `network` drawn."""
+    """A network by its parameters and its error, and by the time of a step where that is known.
+
+    A `network` is drawn above, with the `label` as its caption.
+    """
 
     parameters: int
     error: float
     label: str = ""
     network: Network | None = None
+    step: float | None = None
 
 
-def draw_front(points: Sequence[Point], others: Sequence[Point] = ()) -> bytes:
-    """An SVG: the points, a line along those that no smaller network betters, and `others` as labelled crosses.
+def draw_front(points: Sequence[Point], others: Sequence[Point] = (), step_title: str = "") -> bytes:
+    """An SVG: errors by parameters and, where points have one, by the time of a step, which `step_title` describes.
 
-    The networks of points that have one, the smallest first, are drawn above. Raises DrawError.
+    In each panel a line goes along the points that no cheaper one betters; `others` are crosses with their labels.
+    Of the points with a network those with the smallest errors are drawn above, under letters that the panels repeat.
+    Raises DrawError.
     """
     need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = sorted((point for point in points if point.network is not None), key=lambda point: point[:3])[:_MOST_DRAWN]
+    best = sorted((point for point in points if point.network is not None), key=lambda point: point.error)
+    drawn = sorted(best[:_MOST_DRAWN], key=lambda point: point[:2])
+    letters = dict(zip(_LETTERS, drawn, strict=False))
+    panels: list[tuple[str, Cost]] = [("parameters", lambda point: point.parameters)]
+    if any(point.step is not None for point in points):
+        panels.append((step_title, lambda point: point.step))
     with figure_settings():
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), facecolor="white")
+        strip = _strip(letters)
+        above = strip.height if strip is not None else 0.0
+        figure = Figure(figsize=(_WIDTH, _PLOT + above), facecolor="white")
         FigureCanvasAgg(figure)
-        top = 0.98 - _STRIP if drawn else 0.96
-        axes = figure.add_axes((0.09, 0.1, 0.88, top - 0.1))
-        _plot(axes, points, "evaluated", color="#56b4e9", linestyle="", markersize=3.5)
-        _plot(axes, front_of(points), "front", color="#0072b2", drawstyle="steps-post", linewidth=1.2, markersize=6)
-        for other in others:
-            axes.plot(other.parameters, other.error, "x", color="#b85400")
-            axes.annotate(other.label, (other.parameters, other.error), (5, 4), textcoords="offset points", fontsize=8)
-        axes.set_xlabel("parameters")
-        axes.set_ylabel("share of the energy that is not captured")
-        axes.legend(fontsize=8, frameon=False)
-        for place, point in enumerate(drawn):
-            left = 0.02 + place * 0.96 / len(drawn)
-            inset = figure.add_axes((left, top + 0.05, 0.96 / len(drawn) - 0.01, _STRIP - 0.09))
-            inset.imshow(_image(point))
-            inset.axis("off")
-            inset.set_title(point.label, fontsize=8)
-            axes.annotate(point.label.partition(":")[0], (point.parameters, point.error), (-4, 6),
-                          textcoords="offset points", fontsize=8, color="#0072b2")  # fmt: skip
+        if strip is not None:
+            axes = figure.add_axes((0, _PLOT / (_PLOT + above), 1, above / (_PLOT + above)))
+            axes.set(xlim=(0, strip.width), ylim=(0, strip.height))
+            axes.axis("off")
+            draw_page(axes, strip)
+        width = (_WIDTH - _LEFT - _RIGHT - _BETWEEN * (len(panels) - 1)) / len(panels)
+        limits = _limits([*points, *others])
+        for number, (title, cost) in enumerate(panels):
+            left, height = _LEFT + number * (width + _BETWEEN), _PLOT + above
+            place = (left / _WIDTH, _BOTTOM / height, width / _WIDTH, (_PLOT - _BOTTOM - _TOP) / height)
+            axes = figure.add_axes(place, ylim=limits)
+            _panel(axes, cost, points, others, letters)
+            axes.set_xlabel(title, fontsize=9)
+            if number == 0:
+                axes.set_ylabel("share of the energy that is not captured", fontsize=9)
+                axes.legend(fontsize=8, frameon=False, loc="best")
+            else:
+                axes.tick_params(labelleft=False, which="both")
         file = io.BytesIO()
-        metadata = {"Title": "Networks by their parameters", "Creator": "tnpeft", "Date": None}
+        title = " and by the time of a step" if len(panels) > 1 else ""
+        metadata = {"Title": f"Networks by their parameters{title}", "Creator": "tnpeft", "Date": None}
         figure.savefig(file, format="svg", dpi=_DPI, metadata=metadata)
     return file.getvalue()
 
 
-def _plot(axes: Any, points: Sequence[Point], label: str, **style: Any) -> None:
-    sizes, errors = ([point[place] for point in points] for place in (0, 1))
-    axes.plot(sizes, errors, marker="o", label=label, **style)
+def _strip(letters: dict[str, Point]) -> Page | None:
+    named = [(f"{letter}  {point.label}", point.network) for letter, point in letters.items()]
+    return strip_of([(label, each) for label, each in named if each is not None], _WIDTH) if named else None
 
 
-def front_of(points: Sequence[Point]) -> list[Point]:
-    """The points that no network with as few parameters betters, by their parameters."""
+def _panel(axes: Any, cost: Cost, points: Sequence[Point], others: Sequence[Point], letters: dict[str, Point]) -> None:
+    """One panel: errors on a logarithmic axis, for the best lie close to zero."""
+    known = [point for point in points if cost(point) is not None]
+    _scale(axes)
+    axes.grid(visible=True, which="major", color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    _plot(axes, known, cost, "evaluated", marker="o", color=_POINTS, linestyle="", markersize=3.5)
+    front = front_of(known, cost)
+    _plot(axes, front, cost, "not bettered by a cheaper one", color=_FRONT, drawstyle="steps-post", linewidth=1.2)
+    _plot(axes, front, cost, None, marker="o", color=_FRONT, linestyle="", markersize=5)
+    placed = [other for other in others if cost(other) is not None]
+    _plot(axes, placed, cost, "beside it", marker="x", color=_OTHERS, linestyle="", markersize=6)
+    labels = [(other.label, other, _OTHERS) for other in placed]
+    labels += [(letter, point, _FRONT) for letter, point in letters.items() if cost(point) is not None]
+    axes.margins(x=0.08)
+    axes.set_xlim(axes.get_xlim())
+    _annotate(axes, cost, labels)
+
+
+def _limits(points: Sequence[Point]) -> tuple[float, float]:
+    """From a little below the smallest error to a little above the largest."""
+    errors = [_shown(point) for point in points]
+    return min(errors) / 1.3, max(errors) * 1.3
+
+
+def _scale(axes: Any) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    limits = axes.get_ylim()
+    axes.set_yscale("log")
+    axes.set_ylim(limits)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.tick_params(labelsize=8)
+
+
+def _plot(axes: Any, points: Sequence[Point], cost: Cost, label: str | None, **style: Any) -> None:
+    axes.plot([cost(point) for point in points], [_shown(point) for point in points], label=label, **style)
+
+
+def _shown(point: Point) -> float:
+    return max(point.error, _LEAST)
+
+
+def _annotate(axes: Any, cost: Cost, labels: Sequence[tuple[str, Point, str]]) -> None:
+    """Each label on that side of its point where it lies over the fewest points and labels."""
+    figure = axes.figure
+    scale = figure.dpi / 72
+    taken: list[tuple[float, float, float, float]] = []
+    for lines in axes.lines:
+        for x, y in axes.transData.transform(lines.get_xydata()):
+            taken.append((x - 3 * scale, y - 3 * scale, x + 3 * scale, y + 3 * scale))
+    frame = axes.get_window_extent()
+    for text, point, colour in labels:
+        place = cost(point)
+        assert place is not None
+        x, y = axes.transData.transform((place, _shown(point)))
+        bold = colour == _FRONT
+        width, height = (5.4 if not bold else 7.5) * len(text) * scale, 9 * scale
+        boxes = {}
+        for side, dx, dy in _SIDES:
+            left = x + dx * 6 * scale - (width if dx < 0 else width / 2 if dx == 0 else 0)
+            bottom = y + dy * 6 * scale - (height if dy < 0 else height / 2 if dy == 0 else 0)
+            boxes[side] = (left, bottom, left + width, bottom + height)
+        side = min(boxes, key=lambda each: (_outside(boxes[each], frame), sum(_overlap(boxes[each], o) for o in taken)))
+        taken.append(boxes[side])
+        left, bottom, right, top = boxes[side]
+        middle = axes.transData.inverted().transform(((left + right) / 2, (bottom + top) / 2))
+        weight = "bold" if bold else "normal"
+        axes.text(*middle, text, fontsize=8, color=colour, fontweight=weight, ha="center", va="center",
+                  parse_math=False)  # fmt: skip
+
+
+_SIDES = (("left", -1, 0), ("below", 0, -1), ("right", 1, 0), ("above", 0, 1), ("below left", -1, -1),
+          ("above right", 1, 1), ("above left", -1, 1), ("below right", 1, -1))  # fmt: skip
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _outside(box: tuple[float, float, float, float], frame: Any) -> bool:
+    return bool(box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1)
+
+
+def front_of(points: Sequence[Point], cost: Cost = lambda point: point.parameters) -> list[Point]:
+    """The points that none as cheap betters, by what they cost; points of unknown cost are left out."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.parameters, point.error)):
-        if not front or point.error < front[-1].error:
+    known = [(value, point.error, point) for point in points if (value := cost(point)) is not None]
+    for _, error, point in sorted(known, key=lambda each: each[:2]):
+        if not front or error < front[-1].error:
             front.append(point)
     return front
-
-
-def _image(point: Point) -> Any:
-    """A network as pixels."""
-    from matplotlib.image import imread
-
-    assert point.network is not None
-    return imread(io.BytesIO(Picture(point.network, False).data("png")), format="png")

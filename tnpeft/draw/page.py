@@ -17,15 +17,18 @@ from tnpeft.draw.text import clean, text_size, wrapped
 from tnpeft.network import Network
 from tnpeft.spec.pattern import ELLIPSIS, kernel_indices
 
-__all__ = ["Page", "Text", "page_of"]
+__all__ = [
+    *("GAP", "LEGEND", "MARGIN", "MARK", "ROW", "Group", "Page", "Placed", "Text"),
+    *("diagrams_in", "flowed", "group_width", "marks_in", "page_of", "reach_of", "scene_in"),
+]
 
 MOST_TERMS = 24  # a sum of more is drawn as far as that
-_MARGIN, _GAP = 0.15, 0.3
-_TITLE, _SUBTITLE, _LEGEND = 11.0, 8.0, 7.0  # points
+MARGIN, GAP = 0.15, 0.3
+_TITLE, _SUBTITLE, LEGEND = 11.0, 8.0, 7.0  # points
 _NARROWEST, _WIDEST = 3.4, 9.0  # without the margins
-_ROW = 0.2  # a line of the legend
+ROW = 0.2  # a line of the legend
 _FRAME = 0.1  # from a derived core's panels to the line about them
-_MARK = 0.2  # the width of a legend's mark
+MARK = 0.2  # the width of a legend's mark
 
 Item = tuple[Scene, Sign]  # a panel and what stands before it
 Group = list[Item]  # the terms of a row, or a derived core
@@ -65,44 +68,44 @@ def page_of(network: Network, with_sizes: bool, placer: Callable[[Diagram], Plac
     """Lay a network out, term by term, with its derived cores below; `placer` says where the nodes of each go."""
 
     def scenes(diagrams: Diagrams) -> Group:
-        return [(scene_of(diagram, placer(diagram), with_sizes), sign) for diagram, sign in diagrams]
+        return [(scene_in(diagram, with_sizes, placer), sign) for diagram, sign in diagrams]
 
-    terms, derived = _diagrams(network, with_sizes)
+    terms, derived = diagrams_in(network, with_sizes)
     blocks = [[[row] for row in _rows(scenes(terms))], _rows_of_groups([scenes(group) for group in derived])]
     rows = [row for block in blocks for row in block]
     inner = max(map(_row_width, rows))
-    width = max(inner, _NARROWEST) + 2 * _MARGIN
-    head = list(_head(network, with_sizes, width - 2 * _MARGIN))
-    marks = _flow(_marks(network, terms, derived), width - 2 * _MARGIN)
-    body = sum(sum(_row_reach(row)) for row in rows) + _GAP * (len(rows) - 1)
-    foot = _ROW * (1 + max((row for _, _, row in marks), default=-1))
+    width = max(inner, _NARROWEST) + 2 * MARGIN
+    head = list(_head(network, with_sizes, width - 2 * MARGIN))
+    marks = flowed(marks_in(network, terms, derived), width - 2 * MARGIN)
+    body = sum(sum(_row_reach(row)) for row in rows) + GAP * (len(rows) - 1)
+    foot = ROW * (1 + max((row for _, _, row in marks), default=-1))
     head_height = sum(text_size(line, points)[1] for line, points, _ in head) + 0.04
-    height = 2 * _MARGIN + head_height + body + foot + 0.3
+    height = 2 * MARGIN + head_height + body + foot + 0.3
 
-    texts, y = [], height - _MARGIN
+    texts, y = [], height - MARGIN
     for line, points, strong in head:
         step = text_size(line, points)[1]
-        texts.append(Text(line, _MARGIN, y - step / 2, points, strong))
+        texts.append(Text(line, MARGIN, y - step / 2, points, strong))
         y -= step
-    placed, top = _Placed(), _MARGIN + foot + 0.15 + body
+    placed, top = Placed(), MARGIN + foot + 0.15 + body
     for block in blocks:
         left = (width - max(map(_row_width, block), default=0.0)) / 2
         for row in block:
             below, above = _row_reach(row)
             placed.add(row, left, top - above)
-            top -= above + below + _GAP
+            top -= above + below + GAP
     legend = []
     for (kind, text), at, line_number in marks:
-        line_y = _MARGIN + foot - _ROW * (line_number + 0.5)
-        legend.append((kind, _MARGIN + at, line_y))
-        texts.append(Text(text, _MARGIN + at + _MARK + 0.05, line_y, _LEGEND))
+        line_y = MARGIN + foot - ROW * (line_number + 0.5)
+        legend.append((kind, MARGIN + at, line_y))
+        texts.append(Text(text, MARGIN + at + MARK + 0.05, line_y, LEGEND))
     quality = sum((scene.quality for scene, _, _ in placed.panels), Quality(0, 0, 0, 0))
     texts += placed.signs
     panels, arrows, frames = tuple(placed.panels), tuple(placed.arrows), tuple(placed.frames)
     return Page(width, height, tuple(texts), panels, tuple(legend), quality, arrows, frames)
 
 
-class _Placed:
+class Placed:
     """Rows as they go onto the page."""
 
     def __init__(self) -> None:
@@ -114,27 +117,27 @@ class _Placed:
     def add(self, row: Sequence[Group], x: float, middle: float) -> None:
         """The groups of a row from `x` on, with what they are anchored by at the height `middle`."""
         for group in row:
-            first, (below, above) = x, _reach(group)
+            first, (below, above) = x, reach_of(group)
             x += _frame_of(group)
             for scene, sign in group:
                 if sign.text:
                     self.signs.append(Text(sign.text, x, middle, SIGN_POINTS, True))
                 if sign.arrow is not None:
                     self.arrows.append((sign.arrow, x, middle))
-                x += sign.width + _GAP if sign.width else 0.0
+                x += sign.width + GAP if sign.width else 0.0
                 left, _, right, _ = scene.bounds
                 self.panels.append((scene, x - left, middle - _anchor(scene, bool(_frame_of(group)))))
-                x += right - left + _GAP
-            x += _frame_of(group) - _GAP
+                x += right - left + GAP
+            x += _frame_of(group) - GAP
             if _frame_of(group):
                 self.frames.append((first, middle - below, x, middle + above))
-            x += _GAP
+            x += GAP
 
 
 Diagrams = list[tuple[Diagram, Sign]]
 
 
-def _diagrams(network: Network, with_sizes: bool) -> tuple[Diagrams, list[Diagrams]]:
+def diagrams_in(network: Network, with_sizes: bool) -> tuple[Diagrams, list[Diagrams]]:
     """Those of the terms, and of each derived core, with what stands before each."""
     any_kernel = not with_sizes and len(network.layer.kernel_size) == 1
 
@@ -159,11 +162,15 @@ def _with_any_kernel(diagram: Diagram) -> Diagram:
     return replace(diagram, lines=lines, stubs=tuple(replace(stub, index=named(stub.index)) for stub in diagram.stubs))
 
 
+def scene_in(diagram: Diagram, with_sizes: bool, placer: Callable[[Diagram], Places] = place) -> Scene:
+    return scene_of(diagram, placer(diagram), with_sizes)
+
+
 def _rows(items: Sequence[Item]) -> list[Group]:
     """The terms, each with its sign, in as many rows as keep the page narrow enough to read."""
     rows: list[Group] = [[]]
     for item in items:
-        if rows[-1] and _group_width([*rows[-1], item]) > _WIDEST:
+        if rows[-1] and group_width([*rows[-1], item]) > _WIDEST:
             rows.append([])
         rows[-1].append(item)
     return rows
@@ -185,14 +192,14 @@ def _frame_of(group: Group) -> float:
     return _FRAME if group[-1][1].arrow is not None else 0.0
 
 
-def _group_width(group: Group) -> float:
-    signs = sum(sign.width + _GAP for _, sign in group if sign.width)
+def group_width(group: Group) -> float:
+    signs = sum(sign.width + GAP for _, sign in group if sign.width)
     scenes = sum(scene.bounds[2] - scene.bounds[0] for scene, _ in group)
-    return scenes + signs + _GAP * (len(group) - 1) + 2 * _frame_of(group)
+    return scenes + signs + GAP * (len(group) - 1) + 2 * _frame_of(group)
 
 
 def _row_width(row: Sequence[Group]) -> float:
-    return sum(map(_group_width, row)) + _GAP * (len(row) - 1)
+    return sum(map(group_width, row)) + GAP * (len(row) - 1)
 
 
 def _anchor(scene: Scene, derived: bool) -> float:
@@ -203,7 +210,7 @@ def _anchor(scene: Scene, derived: bool) -> float:
     return (min(cores) + max(cores)) / 2
 
 
-def _reach(group: Group) -> tuple[float, float]:
+def reach_of(group: Group) -> tuple[float, float]:
     """How far panels and signs reach below and above the middle of their row."""
     frame = _frame_of(group)
     below = max(max(_anchor(scene, bool(frame)) - scene.bounds[1], sign.reach[0]) for scene, sign in group)
@@ -212,7 +219,7 @@ def _reach(group: Group) -> tuple[float, float]:
 
 
 def _row_reach(row: Sequence[Group]) -> tuple[float, float]:
-    below, above = zip(*map(_reach, row), strict=True)
+    below, above = zip(*map(reach_of, row), strict=True)
     return max(below), max(above)
 
 
@@ -246,7 +253,7 @@ def _head(network: Network, with_sizes: bool, width: float) -> Iterator[tuple[st
             yield line, _SUBTITLE, False
 
 
-def _marks(network: Network, terms: Diagrams, derived: list[Diagrams]) -> list[tuple[str, str]]:
+def marks_in(network: Network, terms: Diagrams, derived: list[Diagrams]) -> list[tuple[str, str]]:
     """The kinds of marks in the picture, each with what it means."""
     found: dict[str, str] = {}
     diagrams = [diagram for diagram, _ in itertools.chain(terms, *derived)]
@@ -287,11 +294,11 @@ def _core_marks(node: Node) -> Iterator[tuple[str, str]]:
         yield "shared", "shared between layers"
 
 
-def _flow(marks: Sequence[tuple[str, str]], width: float) -> list[tuple[tuple[str, str], float, int]]:
+def flowed(marks: Sequence[tuple[str, str]], width: float) -> list[tuple[tuple[str, str], float, int]]:
     """Each mark of the legend with its place: x and row."""
     placed, x, row = [], 0.0, 0
     for mark in marks:
-        needed = _MARK + 0.05 + text_size(mark[1], _LEGEND)[0]
+        needed = MARK + 0.05 + text_size(mark[1], LEGEND)[0]
         if x and x + needed > width:
             x, row = 0.0, row + 1
         placed.append((mark, x, row))

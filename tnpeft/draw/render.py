@@ -18,7 +18,7 @@ from tnpeft.draw.scene import LABEL_POINTS
 from tnpeft.draw.shapes import THICKEST, Disc, Scene, Stroke
 from tnpeft.draw.text import FONT, text_size
 
-__all__ = ["figure_of", "figure_settings", "rendered"]
+__all__ = ["draw_page", "figure_of", "figure_settings", "rendered"]
 
 # Tints of Okabe and Ito's colours, which stay apart for every kind of colour vision; lines have the full colour.
 _FILLS = {"in": "#b3d9f2", "out": "#f9d9a4", "kernel": "#a8dccb", "inner": "#ffffff"}
@@ -48,7 +48,7 @@ def figure_of(page: Page) -> Any:
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, page.width), ylim=(0, page.height))
     axes.axis("off")
-    _draw(axes, page)
+    draw_page(axes, page)
     return figure
 
 
@@ -88,7 +88,8 @@ def _metadata(suffix: str, title: str, digest: str) -> dict[str, str | None]:
     return {"Title": title, "Description": f"sha256:{digest}", "Software": "tnpeft"}
 
 
-def _draw(axes: Any, page: Page) -> None:
+def draw_page(axes: Any, page: Page) -> None:
+    """A page on axes with a unit for each inch."""
     for scene, x, y in page.panels:
         _scene(axes, scene, x, y)
     for text in page.texts:

@@ -51,7 +51,6 @@ class Page:
     def _build(self) -> None:
         ui.add_head_html(f'<link rel="stylesheet" href="{self._url}/assets/page.css">')
         ui.query("body").classes("tn-body")
-        self.dark = ui.dark_mode(None)
         with ui.element("header").classes("tn-bar"):
             self._build_bar()
         with ui.element("main").classes("tn-main"):

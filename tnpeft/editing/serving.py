@@ -122,7 +122,15 @@ def serve_page(
     port = listening.getsockname()[1]
     address = f"http://127.0.0.1:{port}/{token}/"
     app = build(open_document, token, port)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws_max_size=2**20)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws_max_size=2**20,
+        ws_per_message_deflate=False,
+        timeout_graceful_shutdown=1,  # Ctrl-C ends it though a page is open
+    )
     server = uvicorn.Server(config)
     say(f"editing at {address}  (Ctrl-C ends it)")
 

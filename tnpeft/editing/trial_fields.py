@@ -15,7 +15,7 @@ from tnpeft.spec.pattern import KINDS
 __all__ = ["TrialFields"]
 
 _NUMBERS = {"inputs": "in", "outputs": "out", "groups": "groups"}
-_TEXTS = {"kernel": "kernel", "input": "input (batch x sizes)"}
+_TEXTS = {"kernel": "kernel", "input": "batch x sizes"}
 
 
 class TrialFields:

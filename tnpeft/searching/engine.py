@@ -1,10 +1,11 @@
-"""The search as an Optuna study: opened, resumed, shared by processes, and run."""
+"""The search as an Optuna study: opened, resumed, shared by processes, and run until a time."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,10 @@ from tnpeft.searching.known import known_topologies
 from tnpeft.searching.samplers import SearchSampler
 from tnpeft.searching.task import Task, mean
 
-__all__ = ["Progress", "evaluated", "open_study", "quiet", "run", "shared_storage", "storage_of"]
+__all__ = [
+    *("Progress", "evaluated", "fail_the_dead", "is_late", "name_process"),
+    *("open_study", "quiet", "run", "shared_storage", "storage_of"),
+]
 
 Progress = Callable[[FrozenTrial, int], None]  # a trial that ended, and how many networks were evaluated so far
 
@@ -70,35 +74,45 @@ def storage_of(text: str) -> BaseStorage:
     return JournalStorage(JournalFileBackend(str(path)))
 
 
-def run(task: Task, study: Study, storage: str | None, jobs: int = 1, progress: Progress | None = None) -> None:
-    """Evaluate networks until the task's number is reached, all processes together. Raises KeyboardInterrupt."""
-    _fail_the_dead(study)
+def run(
+    task: Task,
+    study: Study,
+    storage: str | None,
+    jobs: int = 1,
+    progress: Progress | None = None,
+    until: float | None = None,
+) -> None:
+    """Evaluate networks until the task's number is reached, all processes together, or the time is `until`.
+
+    Raises KeyboardInterrupt.
+    """
+    fail_the_dead(study)
     if jobs == 1:
-        _optimize(task, study, progress)
+        _optimize(task, study, progress, until)
         return
     assert storage is not None
     context = multiprocessing.get_context("spawn")
     before = torch.get_num_threads()
     threads = max(1, before // jobs)
     workers = [
-        context.Process(target=_worker, args=(task, storage, study.study_name, threads)) for _ in range(jobs - 1)
+        context.Process(target=_worker, args=(task, storage, study.study_name, threads, until)) for _ in range(jobs - 1)
     ]
     for worker in workers:
         worker.start()
     torch.set_num_threads(threads)
     try:
-        _optimize(task, study, progress)
+        _optimize(task, study, progress, until)
     finally:
         torch.set_num_threads(before)
         for worker in workers:
             worker.join()
 
 
-def _worker(task: Task, storage: str, name: str, threads: int) -> None:
+def _worker(task: Task, storage: str, name: str, threads: int, until: float | None) -> None:
     torch.set_num_threads(threads)
     try:
         with quiet():
-            _optimize(task, open_study(task, storage, name), None)
+            _optimize(task, open_study(task, storage, name), None, until)
     except KeyboardInterrupt:
         pass  # the first process tells
 
@@ -130,7 +144,12 @@ def evaluated(study: Study) -> list[FrozenTrial]:
     return [trial for trial in trials if trial.user_attrs.get("evaluated") and trial.state != TrialState.FAIL]
 
 
-def _optimize(task: Task, study: Study, progress: Progress | None) -> None:
+def is_late(until: float | None) -> bool:
+    """Whether a time is over, in seconds as `time.time` has them."""
+    return until is not None and time.time() >= until
+
+
+def _optimize(task: Task, study: Study, progress: Progress | None, until: float | None) -> None:
     def tell(study: Study, trial: FrozenTrial) -> None:
         count = sum(each.state.is_finished() for each in evaluated(study))
         if progress is not None:
@@ -138,14 +157,16 @@ def _optimize(task: Task, study: Study, progress: Progress | None) -> None:
         if count >= task.evaluations:
             study.stop()
 
+    left = None if until is None else max(0.0, until - time.time())
     if len(evaluated(study)) < task.evaluations:
-        study.optimize(lambda trial: _objective(task, trial), n_trials=TRIALS * task.evaluations, callbacks=[tell])
+        most = TRIALS * task.evaluations
+        study.optimize(lambda trial: _objective(task, trial), n_trials=most, timeout=left, callbacks=[tell])
 
 
 def _objective(task: Task, trial: Trial) -> float:
     study, sampler = trial.study, trial.study.sampler
     assert isinstance(sampler, SearchSampler)
-    trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
+    name_process(trial)
     if "origin" not in trial.user_attrs:
         trial.set_user_attr("origin", sampler.current)
     topology = task.space.topology(task.space.drawn(lambda name, options: trial.suggest_categorical(name, options)))
@@ -186,7 +207,12 @@ def _is_known(trial: FrozenTrial, digest: str) -> bool:
     return trial.user_attrs.get("digest") == digest and trial.state != TrialState.FAIL
 
 
-def _fail_the_dead(study: Study) -> None:
+def name_process(trial: Trial) -> None:
+    """Say who works on a trial, for `fail_the_dead`."""
+    trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
+
+
+def fail_the_dead(study: Study) -> None:
     """Trials of killed processes of this machine have failed; those that were asked for are asked for again."""
     host = socket.gethostname()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):

@@ -1,4 +1,4 @@
-"""Short fine-tunes of the best networks by a command of the user's, each at every rate."""
+"""Short fine-tunes by a command of the user's: each network at each of its rates, once, however often it is begun."""
 
 from __future__ import annotations
 
@@ -7,79 +7,111 @@ import json
 import math
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
 from optuna import Study, Trial, TrialPruned
-from optuna.trial import TrialState
+from optuna.pruners import BasePruner, MedianPruner, NopPruner
+from optuna.trial import FrozenTrial, TrialState
 
 from tnpeft.errors import Problem, TnpeftError, in_one_line
 from tnpeft.network import Spec
-from tnpeft.searching.engine import storage_of
-from tnpeft.searching.results import Finetune
+from tnpeft.searching.engine import fail_the_dead, is_late, name_process, quiet, storage_of
 from tnpeft.searching.task import Task
 
-__all__ = ["run_finetunes"]
+__all__ = ["Case", "Outcomes", "run_cases"]
 
 UNSTOPPED = 4  # runs before any is stopped
 
 
-def run_finetunes(
-    task: Task, networks: Mapping[int, Spec], command: str, rates: Sequence[float], storage: str | None
-) -> tuple[list[Finetune], bool]:
-    """Run the command for every network, by its number, at every rate; those clearly behind are stopped.
+@dataclass(frozen=True)
+class Case:
+    """A run of a `command`: the `network` by its name, its spec, and a rate."""
 
-    Returns the runs, and whether Ctrl-C ended them early.
+    network: str
+    spec: Spec
+    rate: float
+    command: str
 
-    Raises TnpeftError where no run gave a score.
+    @property
+    def made_of(self) -> tuple[str, ...]:
+        """What makes it another run."""
+        return self.network, self.spec.to_yaml(), repr(self.rate), self.command
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The score of each case that is done, by its place: None where it was stopped, or failed for a `reason`.
+
+    `unfinished` is true where Ctrl-C or the time ended the runs, or another process has some of them.
     """
-    grid: dict[str, list[float]] = {"network": [*networks], "rate": [*rates]}
-    settings = hashlib.sha256(f"{task.digest} {command} {json.dumps(grid)}".encode()).hexdigest()
-    study = optuna.create_study(
-        storage=None if storage is None else storage_of(storage),
-        sampler=optuna.samplers.GridSampler(grid, seed=task.seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=UNSTOPPED),
-        study_name=f"fine-tunes {settings}",
-        direction="maximize",
-        load_if_exists=True,
-    )
-    interrupted = False
-    with TemporaryDirectory() as folder:
 
-        def objective(trial: Trial) -> float:
-            number = int(trial.suggest_categorical("network", grid["network"]))
-            rate = trial.suggest_categorical("rate", grid["rate"])
-            path = Path(folder) / f"network_{number}.yaml"
-            path.write_text(networks[number].to_yaml(), encoding="utf-8")
-            return _score(trial, command, path, rate)
-
-        if sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)) < len(networks) * len(rates):
-            interrupted = _optimized(study, objective)
-    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-    scored = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    if not scored and not interrupted:
-        found = next((str(trial.user_attrs["failed"]) for trial in trials if "failed" in trial.user_attrs), "none")
-        fix = 'Let its last line be {"score": NUMBER}, the higher the better.'
-        raise TnpeftError(Problem("--command", "a score from at least one run", found, fix))
-    runs = [
-        Finetune(trial.params["network"], trial.params["rate"], trial.value if trial in scored else None)
-        for trial in trials
-        if trial.state != TrialState.FAIL
-    ]
-    return runs, interrupted
+    scores: Mapping[int, float | None]
+    reasons: Mapping[int, str]
+    unfinished: bool
 
 
-def _optimized(study: Study, objective: Callable[[Trial], float]) -> bool:
-    """Run all trials; true where Ctrl-C ended them."""
+def run_cases(
+    task: Task, cases: Sequence[Case], storage: str | None, until: float | None = None, stop_behind: bool = False
+) -> Outcomes:
+    """Run what is not done yet; with `stop_behind` those that are behind the median of the earlier ones are stopped."""
+    settings = hashlib.sha256(repr((task.digest, [case.made_of for case in cases])).encode()).hexdigest()
+    pruner: BasePruner = MedianPruner(n_startup_trials=UNSTOPPED) if stop_behind else NopPruner()
+    with quiet(), TemporaryDirectory() as folder:
+        study = optuna.create_study(
+            storage=None if storage is None else storage_of(storage),
+            sampler=optuna.samplers.RandomSampler(task.seed),
+            pruner=pruner,
+            study_name=f"fine-tunes {settings}",
+            direction="maximize",
+            load_if_exists=True,
+        )
+        fail_the_dead(study)
+        for place in sorted(set(range(len(cases))) - {_place(trial) for trial in _valid(study)}):
+            study.enqueue_trial({"case": place})
+        interrupted = _run(study, cases, Path(folder), until)
+        done = {_place(trial): trial for trial in _valid(study) if trial.state.is_finished()}
+    scores = {place: trial.value if trial.state == TrialState.COMPLETE else None for place, trial in done.items()}
+    reasons = {place: str(trial.user_attrs.get("failed", "")) for place, trial in done.items()}
+    return Outcomes(scores, reasons, interrupted or len(done) < len(cases))
+
+
+def _run(study: Study, cases: Sequence[Case], folder: Path, until: float | None) -> bool:
+    """Run what waits; true where Ctrl-C ended it."""
+
+    def objective(trial: Trial) -> float:
+        name_process(trial)
+        place = int(trial.suggest_categorical("case", range(len(cases))))
+        if any(_place(each) == place and each.number < trial.number for each in _valid(study)):
+            trial.set_user_attr("again", True)  # another process was quicker, and this was drawn
+            raise TrialPruned
+        path = folder / f"network_{place}.yaml"
+        path.write_text(cases[place].spec.to_yaml(), encoding="utf-8")
+        return _score(trial, cases[place].command, path, cases[place].rate)
+
     try:
-        study.optimize(objective)
+        while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) and not is_late(until):
+            study.optimize(objective, n_trials=1)
     except KeyboardInterrupt:
         return True
     return False
+
+
+def _valid(study: Study) -> list[FrozenTrial]:
+    """The trials that stand for their case."""
+    trials = study.get_trials(deepcopy=False)
+    return [trial for trial in trials if trial.state != TrialState.FAIL and "again" not in trial.user_attrs]
+
+
+def _place(trial: FrozenTrial) -> int:
+    """The case of a trial, begun or waiting."""
+    place: int = {**trial.system_attrs.get("fixed_params", {}), **trial.params}.get("case", -1)
+    return place
 
 
 def _score(trial: Trial, command: str, spec: Path, rate: float) -> float:

@@ -18,7 +18,7 @@ from tnpeft.searching.task import Task, mean
 from tnpeft.searching.updates import Update
 from tnpeft.version import __version__
 
-__all__ = ["EQUAL", "Candidate", "Finetune", "Search"]
+__all__ = ["EQUAL", "Candidate", "Finetune", "Search", "Tuning"]
 
 EQUAL = 6  # digits of scores
 
@@ -57,13 +57,21 @@ class Finetune(NamedTuple):
     score: float | None
 
 
+class Tuning(NamedTuple):
+    """How networks are fine-tuned: by a command, each at every rate."""
+
+    command: str
+    rates: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Search:
     """What a search found: the `candidates` that were evaluated, the best first.
 
     `best.score` is the best of many on the updates that chose it, so that it flatters. `test_score` is the mean over
     `test_scores`, by update, of what the search never saw; None where there is none. `shared` counts drawn networks
-    that had been evaluated before, `refused` those that do not meet the budget at rank 1.
+    that had been evaluated before, `refused` those that do not meet the budget at rank 1. `interrupted` says that it
+    was ended early, by Ctrl-C or by the time.
     """
 
     task: Task
@@ -74,6 +82,7 @@ class Search:
     interrupted: bool
     tests: tuple[Update, ...] = ()
     finetunes: tuple[Finetune, ...] = ()
+    tuning: Tuning | None = None
 
     @property
     def best(self) -> Candidate:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,24 @@ from torch import nn
 from tnpeft.errors import AttachError, Problem, TnpeftError, clip
 from tnpeft.network import Layer
 from tnpeft.searching.needs import need_optuna
-from tnpeft.searching.results import EQUAL, Candidate, Search
+from tnpeft.searching.results import EQUAL, Candidate, Finetune, Search, Tuning
 from tnpeft.searching.task import Task
-from tnpeft.searching.updates import Pair, Update, check_kinds, layers_matching, updates_of
+from tnpeft.searching.updates import Pairs, Update, check_kinds, layers_matching, named, updates_of
 
-__all__ = ["search", "searched"]
+__all__ = ["search", "searched", "time_after"]
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of fine-tunes
 
 
 def search(
     model: nn.Module,
-    pairs: Iterable[Pair],
+    pairs: Pairs,
     params: int,
     /,
     *,
     match: str | Sequence[str],
     evaluations: int = 100,
-    test_pairs: Iterable[Pair] = (),
+    test_pairs: Pairs = (),
     test_match: str | Sequence[str] | None = None,
     sampler: str = "mixed",
     seed: int = 0,
@@ -41,14 +42,15 @@ def search(
     command: str | None = None,
     rates: Sequence[float] = RATES,
     finalists: int = 3,
+    minutes: float | None = None,
     progress: Callable[[Candidate | None, int], None] | None = None,
 ) -> Search:
     """Search for the network of at most `params` parameters that captures most of full fine-tunes.
 
     `model` says which layers there are (it may be on the meta device), `match` which of them are searched; each of
-    `pairs` has the state dicts of a base and of its full fine-tune. A network is worth the mean share of the energy
-    of the updates that `fit` captures from a free start, in at most `iterations` sweeps, with the largest ranks at
-    which the adapters of all searched layers train at most `params` parameters (`budget`).
+    `pairs`, which may have names, has the state dicts of a base and of its full fine-tune. A network is worth the mean
+    share of the energy of the updates that `fit` captures from a free start, in at most `iterations` sweeps, with the
+    largest ranks at which the adapters of all searched layers train at most `params` parameters (`budget`).
 
     Drawn are networks of up to `cores` cores by `sampler`: `random`, `tpe`, `evolution`, `local` (one choice away from
     the best) or `mixed`, the last three in turn. It begins with known networks (LoRA, CP, Tucker, a train), but for
@@ -61,42 +63,46 @@ def search(
     the higher the better; lines `{"step": ..., "score": ...}` before let runs that are behind be stopped.
 
     `storage` is a journal's path, a `.db` file or a database's URL: several processes and machines may share it, and a
-    search that ended goes on from there. `jobs` processes work here. With one of them, equal arguments give equal
-    results. `progress` is called after each trial, with its candidate, if it was evaluated, and how many were.
-    After an interrupt by Ctrl-C the search ends with what it has.
+    search that ended, by Ctrl-C or after `minutes` too, goes on from there. `jobs` processes work here. With one of
+    them, equal arguments give equal results. After each trial `progress` is told its candidate, if any, and how many.
 
     Raises TnpeftError, among them one where Optuna is not installed.
     """
     need_optuna()
-    pairs, test_pairs = list(pairs), list(test_pairs)
-    layers, beside = _layers(model, match, test_match)
-    kinds = tuple(sorted({layer.kind for layer in (*layers.values(), *beside.values())}))
+    _check(jobs, command, rates, finalists, minutes)
+    until, place = time_after(minutes), None if storage is None else str(storage)
+    pairs = named(pairs)
+    test_pairs = named(test_pairs, first=len(pairs))
+    layers, beside, kinds = _layers(model, match, test_match)
     updates = tuple(updates_of(layers, pairs))
     task = Task(layers, kinds, updates, params, evaluations, iterations, cores, sampler, seed, from_known)
     task.check()
-    _check(jobs, command, rates, finalists)
     tests = [*updates_of(beside, pairs), *updates_of({**layers, **beside}, test_pairs, len(pairs))]
-    place = None if storage is None else str(storage)
-    found = searched(task, place, jobs, progress)
+    found = searched(task, place, jobs, progress, until=until)
     if command is not None and not found.interrupted:
-        found = _finetuned(found, command, rates, finalists, place)
+        found = _finetuned(found, Tuning(command, tuple(rates)), finalists, place, until)
     return _tested(found, tests)
+
+
+def time_after(minutes: float | None) -> float | None:
+    """The time at which so many minutes are over."""
+    return None if minutes is None else time.time() + 60 * minutes
 
 
 def _layers(
     model: nn.Module, match: str | Sequence[str], test_match: str | Sequence[str] | None
-) -> tuple[dict[str, Layer], dict[str, Layer]]:
-    """The layers that are searched, and those that are tested on alone. Raises AttachError."""
+) -> tuple[dict[str, Layer], dict[str, Layer], tuple[str, ...]]:
+    """The layers that are searched, those that are tested on alone, and the kinds of both. Raises AttachError."""
     beside = {} if test_match is None else layers_matching(model, test_match)
     layers = {name: layer for name, layer in layers_matching(model, match).items() if name not in beside}
     check_kinds([*layers.values(), *beside.values()])
     if not layers:
         fix = "Let `test_match` match fewer layers."
         raise AttachError(Problem("search", "layers that `match` has and `test_match` has not", "none", fix))
-    return layers, beside
+    return layers, beside, tuple(sorted({layer.kind for layer in (*layers.values(), *beside.values())}))
 
 
-def _check(jobs: object, command: str | None, rates: Sequence[float], finalists: object) -> None:
+def _check(jobs: object, command: str | None, rates: Sequence[float], finalists: object, minutes: float | None) -> None:
     problems = []
     for name, value in (("jobs", jobs), ("finalists", finalists)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -108,6 +114,8 @@ def _check(jobs: object, command: str | None, rates: Sequence[float], finalists:
     if not rates or len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
         fix = "For example `rates=(1e-4, 1e-3)`."
         problems.append(Problem("search, `rates`", "different positive numbers", clip([*rates]), fix))
+    if minutes is not None and not minutes > 0:
+        problems.append(Problem("search, `minutes`", "a positive number", clip(minutes), "For example `minutes=60`."))
     if problems:
         raise TnpeftError(*problems)
 
@@ -118,9 +126,10 @@ def searched(
     jobs: int,
     progress: Callable[[Candidate | None, int], None] | None = None,
     name: str = "search",
+    until: float | None = None,
 ) -> Search:
     """Run a task; nothing is tested yet."""
-    from tnpeft.searching.engine import evaluated, open_study, quiet, run, shared_storage
+    from tnpeft.searching.engine import evaluated, is_late, open_study, quiet, run, shared_storage
 
     def tell(trial: Any, count: int) -> None:
         if progress is not None:
@@ -130,17 +139,20 @@ def searched(
     with quiet(), shared_storage(storage, jobs) as place:
         study = open_study(task, place, name)
         try:
-            run(task, study, place, jobs, tell)
+            run(task, study, place, jobs, tell, until)
         except KeyboardInterrupt:
             interrupted = True
         trials = study.get_trials(deepcopy=False)
         candidates = [_candidate(task, trial) for trial in evaluated(study) if trial.state.is_finished()]
     candidates.sort(key=_worth, reverse=True)
+    late = is_late(until) and len(candidates) < task.evaluations
     if not candidates or candidates[0].score is None:
         if interrupted:
             raise KeyboardInterrupt
-        found = f"none in {len(trials)} trials"
+        found = f"none in {sum(trial.state.is_finished() for trial in trials)} trials"
         fix = "Allow more parameters (`params`), or match fewer layers."
+        if late:
+            fix = "Allow more `minutes`, or match fewer layers."
         raise TnpeftError(Problem("search", "a network that meets the budget", found, fix))
     return Search(
         task,
@@ -148,19 +160,28 @@ def searched(
         {},
         sum("same_as" in trial.user_attrs for trial in trials),
         sum("refused" in trial.user_attrs for trial in trials),
-        interrupted,
+        interrupted or late,
     )
 
 
-def _finetuned(found: Search, command: str, rates: Sequence[float], finalists: int, storage: str | None) -> Search:
-    from tnpeft.searching.engine import quiet
-    from tnpeft.searching.finetunes import run_finetunes
+def _finetuned(found: Search, tuning: Tuning, finalists: int, storage: str | None, until: float | None) -> Search:
+    """With fine-tunes of the best networks. Raises TnpeftError where all are done and none gave a score."""
+    from tnpeft.searching.finetunes import Case, run_cases
 
     best = [candidate for candidate in found.candidates if candidate.score is not None][:finalists]
-    networks = {candidate.number: candidate.spec() for candidate in best}
-    with quiet():
-        runs, interrupted = run_finetunes(found.task, networks, command, rates, storage)
-    return replace(found, finetunes=tuple(runs), interrupted=interrupted)
+    cases = [
+        Case(f"network {candidate.number}", candidate.spec(), rate, tuning.command)
+        for candidate in best
+        for rate in tuning.rates
+    ]
+    numbers = [candidate.number for candidate in best for _ in tuning.rates]
+    outcomes = run_cases(found.task, cases, storage, until, stop_behind=True)
+    if not outcomes.unfinished and all(score is None for score in outcomes.scores.values()):
+        said = next(filter(None, outcomes.reasons.values()), "none")
+        fix = 'Let its last line be {"score": NUMBER}, the higher the better.'
+        raise TnpeftError(Problem("--command", "a score from at least one run", said, fix))
+    runs = [Finetune(numbers[place], cases[place].rate, score) for place, score in sorted(outcomes.scores.items())]
+    return replace(found, tuning=tuning, finetunes=tuple(runs), interrupted=outcomes.unfinished)
 
 
 def _tested(found: Search, tests: Sequence[Update]) -> Search:

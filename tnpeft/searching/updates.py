@@ -16,22 +16,34 @@ from tnpeft.recipe.targets import targets
 from tnpeft.spec.pattern import KINDS
 from tnpeft.surgery import plain_modules
 
-__all__ = ["Pair", "Update", "check_kinds", "layers_matching", "updates_of"]
+__all__ = ["Pair", "Pairs", "Update", "check_kinds", "layers_matching", "named", "updates_of"]
 
 Pair = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+Pairs = Iterable[Pair] | Mapping[str, Pair]
 
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one layer in one pair of checkpoints: the tuned weight minus the base weight."""
+    """The update of one layer in one pair of checkpoints: the tuned weight minus the base weight.
+
+    `pair` counts the pairs, and `source` is what this one is called.
+    """
 
     name: str
     layer: Layer
     delta: Tensor
     pair: int
+    source: str
 
     def __str__(self) -> str:
-        return f"{self.name}, pair {self.pair}"
+        return f"{self.name}, {self.source}"
+
+
+def named(pairs: Pairs, first: int = 0) -> dict[str, Pair]:
+    """Pairs by their names; those without are numbered from `first` on."""
+    if isinstance(pairs, Mapping):
+        return dict(pairs)
+    return {f"pair {number}": pair for number, pair in enumerate(pairs, first)}
 
 
 def layers_matching(model: nn.Module, match: str | Sequence[str]) -> dict[str, Layer]:
@@ -55,25 +67,25 @@ def check_kinds(layers: Sequence[Layer]) -> None:
         raise AttachError(Problem("search", "layers with equally many kernel axes", found, fix))
 
 
-def updates_of(layers: Mapping[str, Layer], pairs: Iterable[Pair], first: int = 0) -> list[Update]:
+def updates_of(layers: Mapping[str, Layer], pairs: Mapping[str, Pair], first: int = 0) -> list[Update]:
     """The updates of layers in pairs of a base's and a tuned state dict, in that order. Raises AttachError.
 
     A layer that no pair changes has nothing to capture and is passed over.
     """
     updates = []
-    for number, (base, tuned) in enumerate(pairs, first):
+    for number, (source, (base, tuned)) in enumerate(pairs.items(), first):
         for name, layer in layers.items():
-            update = _update(name, layer, base, tuned, number)
+            update = Update(name, layer, _delta(name, layer, base, tuned, source), number, source)
             if bool(update.delta.any()):
                 updates.append(update)
     return updates
 
 
-def _update(name: str, layer: Layer, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], pair: int) -> Update:
+def _delta(name: str, layer: Layer, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], source: str) -> Tensor:
     weights = []
     for what, state in (("base", base), ("tuned", tuned)):
         weight = state.get(f"{name}.weight")
-        where = f"{what} checkpoint of pair {pair}"
+        where = f"{what} checkpoint of {source}"
         fix = "Pass checkpoints of this model."
         if not isinstance(weight, Tensor):
             raise AttachError(Problem(where, f"a tensor '{name}.weight'", clip(weight), fix))
@@ -82,9 +94,9 @@ def _update(name: str, layer: Layer, base: Mapping[str, Tensor], tuned: Mapping[
             raise AttachError(Problem(where, expected, f"{tuple(weight.shape)}", fix))
         weights.append(weight.detach().to("cpu", torch.float64))
     try:
-        return Update(name, layer, checked(weights[1] - weights[0], layer.stored_shape), pair)
+        return checked(weights[1] - weights[0], layer.stored_shape)
     except TnpeftError as error:
         problem = error.problems[0]
         raise AttachError(
-            Problem(f"pair {pair}, '{name}.weight'", problem.expected, problem.found, problem.fix)
+            Problem(f"{source}, '{name}.weight'", problem.expected, problem.found, problem.fix)
         ) from error

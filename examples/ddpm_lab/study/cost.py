@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tnpeft
-from ddpm_lab.config.settings import Method, Training
+from ddpm_lab.config.settings import Config, Method, Training
 from ddpm_lab.model.accelerator import make_accelerator
 from ddpm_lab.model.diffusion import noise_schedule, predict
 from ddpm_lab.model.method import Trained, apply_method
@@ -34,7 +34,7 @@ from ddpm_lab.support.console import Screen
 from ddpm_lab.support.durable import write_json
 from ddpm_lab.support.record import machine, revision, versions
 
-__all__ = ["FULL", "Allocations", "Subject", "measure_costs", "subject"]
+__all__ = ["FULL", "Allocations", "Counted", "Subject", "measure_costs", "subject"]
 
 FULL = "full fine-tuning"  # what everything is a percentage of
 
@@ -75,7 +75,7 @@ class Subject:
             self.unet(volumes, timesteps=timesteps)
 
 
-def subject(config: StudyConfig, method: Method, training: Training, accelerator: Accelerator) -> Subject:
+def subject(config: Config | StudyConfig, method: Method, training: Training, accelerator: Accelerator) -> Subject:
     """A fresh model of the study with one method, on the accelerator's device."""
     unet: nn.Module = build_unet(config.model, config.base, training.seed)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -130,7 +130,7 @@ def _memory(
     with screen.bar(f"memory, {title}", len(methods)) as bar:
         for number, (name, method) in enumerate(methods.items(), 1):
             gc.collect()
-            counted = _Counted(accelerator.device)
+            counted = Counted(accelerator.device)
             with counted.context:
                 each = subject(config, method, config.training, accelerator)
                 for _ in range(3):  # the first plans, the second groups layers
@@ -205,7 +205,7 @@ def _wait(accelerator: Accelerator) -> None:
         torch.cuda.synchronize()
 
 
-class _Counted:
+class Counted:
     """The most bytes that were alive since `restart`."""
 
     def __init__(self, device: torch.device) -> None:

@@ -18,6 +18,8 @@ from ddpm_lab.model.unet import divisor
 from ddpm_lab.study.cost import Subject, subject
 from ddpm_lab.study.plan import Plan
 from ddpm_lab.study.rows import Rows, alike
+from ddpm_lab.study.screen_linear import LinearPlan
+from ddpm_lab.study.screen_settings import SCREENS
 from ddpm_lab.study.search import Choice, change_of
 from ddpm_lab.study.settings import StudyConfig
 from ddpm_lab.support.console import Screen, clock
@@ -33,6 +35,8 @@ QUERY_OR_KEY = re.compile(r"\.attn\.to_[qk]\.")
 
 def dry_run(name: str, config: StudyConfig, out: Path, screen: Screen) -> dict[str, Any]:
     """Check a study as far as that goes without training, and write `dry-run-NAME.json`."""
+    if name in SCREENS:
+        return _dry_screen(name, config, out, screen)
     side = divisor(config.model)  # the smallest volume that the model can take
     shape = (side, side, side)
     accelerator = make_accelerator(config.training)
@@ -60,9 +64,33 @@ def dry_run(name: str, config: StudyConfig, out: Path, screen: Screen) -> dict[s
     return found
 
 
+def _dry_screen(name: str, config: StudyConfig, out: Path, screen: Screen) -> dict[str, Any]:
+    """What a screen would run: its specs were counted when its members were found, and none takes a step."""
+    members = {each: config.methods[each].screened for each in config.members(name)}
+    budgets: dict[str, int] = {}
+    for about in members.values():
+        assert about is not None
+        label = "more" if about.budget is None else f"{about.budget:,}"
+        budgets[label] = budgets.get(label, 0) + 1
+    left_out = dict(getattr(config, name).left_out)
+    found = {"study": name, "methods": budgets, "left_out": left_out, **_left(name, config, out)}
+    write_json(out / f"dry-run-{name}.json", found)
+    rows = ", ".join(f"{number} at {label}" for label, number in budgets.items())
+    screen.line(f"Dry run of {name}: {found['runs']} runs for {len(members)} rows ({rows})")
+    screen.line(f"{found['left']} of {found['runs']} runs are left: {_how_long(found['seconds_left'])}")
+    for each, why in left_out.items():
+        screen.line(f"not here: {each}: {why}")
+    return found
+
+
+def _how_long(seconds: float | None) -> str:
+    return "no row says how long" if seconds is None else f"about {clock(seconds)} in one process, by the rows"
+
+
 def _left(name: str, config: StudyConfig, out: Path) -> dict[str, Any]:
     """How many runs the study has, how many no row has yet, and how long those take by the seconds of the rows."""
-    rows, plan = Rows(config.rows), Plan.sketch(name, config, out)
+    kind = LinearPlan if name == "screen_linear" else Plan
+    rows, plan = Rows(config.rows), kind.sketch(name, config, out)
     if name == "table4":
         return {"runs": 0, "left": 0, "seconds_left": 0.0}
     searches = plan.searches()
@@ -78,7 +106,7 @@ def _left(name: str, config: StudyConfig, out: Path) -> dict[str, Any]:
                 changes[each.rate] = change
         chosen[run.method, run.dataset] = Choice(tuple(each.rate or 0.0 for each in same), changes)
     finals, _ = plan.finals({key: choice if choice.best else _any(choice) for key, choice in chosen.items()})
-    finals = [*finals, *plan.shares(finals)]
+    finals = [*finals, *plan.measures(finals)]
     done = [any(alike(row, run) for row in rows.known.values()) for run in finals]
     left = [run for run in searches if id(run) not in found]
     left += [run for run, there in zip(finals, done, strict=True) if not there]
@@ -123,10 +151,8 @@ def _files(data: Data) -> dict[str, Any]:
 
 def _show(found: dict[str, Any], screen: Screen) -> None:
     table = Table(title=f"Dry run of {found['study']}: {found['runs']} runs", title_justify="left", title_style="bold")
-    seconds = found["seconds_left"]
-    how_long = "no row says how long" if seconds is None else f"about {clock(seconds)} in one process, by the rows"
     if found["left"]:
-        screen.line(f"{found['left']} of {found['runs']} runs are left: {how_long}")
+        screen.line(f"{found['left']} of {found['runs']} runs are left: {_how_long(found['seconds_left'])}")
     table.add_column("method", no_wrap=True)
     for name in ("trains", "of base", "loss of a step", "moved in 2 steps"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from ddpm_lab.config.settings import Base, Config
 from ddpm_lab.study.data import base_of, described, identity, settled
 from ddpm_lab.study.run import BASE, Run, made_of
+from ddpm_lab.study.screen_cost import CostRun, costs_of
+from ddpm_lab.study.screen_settings import SCREENS
 from ddpm_lab.study.search import Choice, folder_of
 from ddpm_lab.study.settings import DataSet, StudyConfig
 from ddpm_lab.study.shares import ShareRun
@@ -31,13 +33,14 @@ class Plan:
     @classmethod
     def sketch(cls, name: str, config: StudyConfig, out: Path) -> Plan:
         """The plan of a study whose base and data are not there: `alike` finds its rows."""
-        return cls(name, config, out, Base(), "", config.datasets)
+        return cls(name, config, out, Base(), "", config.datasets_of(name))
 
     @classmethod
     def of(cls, name: str, config: StudyConfig, out: Path, screen: Screen) -> Plan:
         """Make what all runs share, unless an earlier command did."""
         base, base_key = base_of(config, out, screen)
-        datasets = {each: settled(each, config, about, out, screen) for each, about in config.datasets.items()}
+        own = config.datasets_of(name)
+        datasets = {each: settled(each, config, about, out, screen) for each, about in own.items()}
         return cls(name, config, out, base, base_key, datasets)
 
     def searches(self) -> list[Run]:
@@ -58,21 +61,43 @@ class Plan:
         Beside them those that wait for a rate, in words.
         """
         runs, waiting = [], []
-        for seed in self.config.seeds:
+        config = self.config
+        base = () if self.name in SCREENS else (BASE,)  # whose samples nothing is compared with there
+        for seed in config.seeds_of(self.name):
             for dataset, about in self.datasets.items():
-                for method in (BASE, *self.config.members(self.name)):
-                    rates = self.config.methods[method].rates if method != BASE else ()
-                    choice = chosen.get((method, dataset))
+                for method in (*base, *config.members(self.name)):
+                    rates = config.methods[config.searcher(method)].rates if method != BASE else ()
+                    choice = chosen.get((config.searcher(method), dataset))
                     rate = choice.best if choice is not None else rates[0] if rates else None
                     if rates and rate is None:
                         waiting.append(f"{method} on {dataset}, seed {seed}")
                         continue
-                    own = self.config.run(None if method == BASE else method, about, seed, self.base, rate)
+                    own = config.run(None if method == BASE else method, about, seed, self.base, rate)
                     folder = self.out / "runs" / method / dataset / f"seed-{seed}"
                     runs.append(self._run(method, dataset, seed, own, folder, rate))
         return runs, waiting
 
-    def shares(self, finals: Sequence[Run]) -> list[ShareRun]:
+    def measures(self, finals: Sequence[Run]) -> list[Run]:
+        """What is measured beside the runs: the shares of `start`, the costs of `screen`."""
+        return [*self._all_shares(finals), *self._costs(finals)]
+
+    def _costs(self, finals: Sequence[Run]) -> list[Run]:
+        """In `screen`: a run for each method that measures a training step beside one of full fine-tuning."""
+        if self.name != "screen":
+            return []
+        cost, rounds = self.config.cost, self.config.screen.rounds
+        shape = next(iter(cost.shapes.values()))
+        about = {"cost.shape": list(shape), "cost.batch_size": cost.batch_size, "cost.rounds": rounds}
+        kept = ("method.", "model.", "diffusion.", "training.precision")
+        runs: list[Run] = []
+        for run in finals:
+            parts = {name: value for name, value in run.made_of.items() if name.startswith(kept)}
+            folder = costs_of(self.out, run.method)
+            own = (run.method, run.dataset, run.seed, run.config, folder, run.cache, {**parts, **about})
+            runs.append(CostRun(*own, shape=shape, batch=cost.batch_size, rounds=rounds))
+        return runs
+
+    def _all_shares(self, finals: Sequence[Run]) -> list[ShareRun]:
         """In `start`: a run for each method and data set that measures the shares of its update, where that has run."""
         config = self.config
         names = (

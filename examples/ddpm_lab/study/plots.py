@@ -59,6 +59,8 @@ class Line:
     half: Sequence[float] | None = None
     faint: Sequence[float] | None = None  # drawn thin behind it: what `y` smooths
     colour: int = 0  # the same for a method in all panels
+    dots: bool = False  # points that no line joins
+    names: Sequence[str] = ()  # of the points, written beside them
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Panel:
     labels: bool = True
     sizes: bool = False  # `x` are sizes over several powers of ten, and zero
     format: str = "{x:g}"
+    log_x: bool = False
 
 
 def plot_panels(
@@ -142,8 +145,14 @@ def _draw(axes: Any, panel: Panel, theme: Theme) -> None:
             low, high = np.subtract(line.y, line.half), np.add(line.y, line.half)
             axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
         mark = "o" if panel.marks else None
-        axes.plot(line.x, line.y, color=colour, linewidth=2, linestyle=style, marker=mark, markersize=5)
-    if panel.sizes:
+        width, size = (0, 3.5) if line.dots else (2, 5)
+        axes.plot(line.x, line.y, color=colour, linewidth=width, linestyle=style, marker=mark, markersize=size)
+        for x, y, name in zip(line.x, line.y, line.names, strict=False):
+            axes.annotate(name, (x, y), (4, -9), textcoords="offset points", color=colour, fontsize=7)
+    if panel.log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    elif panel.sizes:
         axes.set_xscale("symlog", linthresh=0.1, linscale=0.5)
         axes.xaxis.set_major_formatter("{x:g}")
     elif panel.ticks is not None:

@@ -19,6 +19,8 @@ from ddpm_lab.model.unet import divisor
 from ddpm_lab.study.page import Picture, Section, write_page
 from ddpm_lab.study.plots import DARK_THEME, LIGHT_THEME, Line, Panel, Theme, plot_montage_page, plot_panels, smoothed
 from ddpm_lab.study.results import BASE, METRICS, Cell, Results, Value, read_results
+from ddpm_lab.study.screen_page import points_of, screen_csv, screen_panels, screen_tables
+from ddpm_lab.study.screen_settings import SCREENS
 from ddpm_lab.study.starts import start_panels, start_table
 from ddpm_lab.study.tables import as_csv, as_markdown, change_table, cost_table, detail_table, method_table, millions
 from ddpm_lab.support.console import Screen
@@ -36,6 +38,8 @@ TITLES = {
     "table4": "Table 4. Cost",
     "figure4": "Figure 4. Rank",
     "start": "The start",
+    "screen": "Every shipped spec: a screen",
+    "screen_linear": "Every shipped spec on a Linear model: a screen",
 }
 TEXTS = {
     "table1": "Each method fine-tunes one base on each data set. Samples are compared with the data set's volumes.",
@@ -44,6 +48,8 @@ TEXTS = {
     "table4": "Time and memory of each method as percentages of full fine-tuning, measured on this machine.",
     "figure4": "The number of parameters and MS-SSIM as the rank grows.",
     "start": "Methods from starts of several sizes, and what each start holds of the update of full fine-tuning.",
+    "screen": "Every shipped spec that fits convolutions at three budgets: error, parameters, time and memory.",
+    "screen_linear": "Every shipped spec that fits Linear layers on a small transformer, beside PEFT's own code.",
 }
 COLUMNS = 3  # samples of each data set in a montage
 SSIM = next(metric for metric in METRICS if metric.key == "ms_ssim")
@@ -63,7 +69,9 @@ def report(out: Path, screen: Screen) -> Results:
 
 def check_filled(results: Results) -> None:
     """Raise LabError for a report in which nothing stands yet."""
-    if results.empty:
+    screens = [study for study in results.studies if study in SCREENS]
+    screened = any(point.change is not None for study in screens for point in points_of(results, study))
+    if results.empty and not screened:
         fix = f"Run `study {results.studies[0] if results.studies else 'table1'}` to its end, with the same `--out`."
         raise fault(results.out, "the results of a study", "at least one run that is done", "none", fix)
 
@@ -91,6 +99,11 @@ def _section(results: Results, study: str, folder: Path) -> Section:
         table = cost_table(results)
         section.tables.append(table)
         write_whole(folder / "table4.csv", _cost_csv(results).encode())
+        return section
+    if study in SCREENS:
+        section.tables += screen_tables(results, study)
+        write_whole(folder / f"{study}.csv", screen_csv(results, study).encode())
+        section.pictures += _fronts(results, study, folder)
         return section
     methods = results.config.members(study)
     if study == "start":
@@ -126,6 +139,17 @@ def _starts(results: Results, folder: Path) -> list[Picture]:
         return []
     caption = "Change of the error on test volumes by the size of the start; bands are intervals over seeds."
     return [_chart(folder / "start-sizes.png", caption, panels)]
+
+
+def _fronts(results: Results, study: str, folder: Path) -> list[Picture]:
+    panels = screen_panels(results, study)
+    if not panels:
+        return []
+    caption = (
+        "Change of the error by parameters and by time, one seed: a dot for each spec and budget, a colour for each "
+        "budget, and on the line what no other beats in both."
+    )
+    return [_chart(folder / f"{study}-front.png", caption, panels)]
 
 
 def _chart(path: Path, caption: str, panels: Sequence[Panel], share: bool = False) -> Picture:
@@ -276,7 +300,8 @@ def _lead(results: Results) -> str:
     model = f"A model of {millions(known[0][1])} parameters; " if known else ""
     seeds = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
     methods = {name for study in results.studies for name in config.members(study)}
-    return f"{model}{len(methods)} methods, {len(config.datasets)} data sets, {seeds}."
+    datasets = f"{len(config.datasets)} data sets, " if config.datasets else ""
+    return f"{model}{len(methods)} methods, {datasets}{seeds}."
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -285,12 +310,15 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     versions: dict[str, str] = record.get("versions", {})
     training = config.training
     length = f"{training.steps} steps" if training.steps is not None else f"{training.epochs} epochs"
-    facts = [
-        ("Machine", f"{machine.get('device', 'unknown')}, {machine.get('processor', 'unknown')}"),
-        ("Threads", str(training.threads or machine.get("threads", "unknown"))),
+    volumes = [
         ("Training", f"{length} of {training.batch_size} x {training.accumulation} volumes, {training.loss}"),
         ("Prediction", config.diffusion.prediction),
         ("Sampling", f"{config.sampling.count} volumes, {config.sampling.scheduler}, {config.sampling.steps} steps"),
+    ]
+    facts = [
+        ("Machine", f"{machine.get('device', 'unknown')}, {machine.get('processor', 'unknown')}"),
+        ("Threads", str(training.threads or machine.get("threads", "unknown"))),
+        *(volumes if config.datasets else []),
         ("Seeds", ", ".join(map(str, config.seeds))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Source revision", str(record.get("revision") or "unknown")),

@@ -198,7 +198,8 @@ class Results:
         return None
 
     def choice(self, method: str, dataset: str) -> Choice | None:
-        """The rates that were tried, of a method that has several."""
+        """The rates that were tried, of a method that has several, or of the one that searches for it."""
+        method = self.config.searcher(method)
         rates = self.config.methods[method].rates if method in self.config.methods else ()
         return read_choice(self.out, method, dataset, rates) if len(rates) > 1 else None
 

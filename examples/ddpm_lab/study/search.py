@@ -43,7 +43,7 @@ class Choice:
 
 def check_rates(study: str, config: StudyConfig) -> None:
     """Raise LabError unless every method of a study has as many rates, each once, and no other rate beside them."""
-    members = {name: config.methods[name] for name in config.members(study)}
+    members = {name: config.methods[name] for name in config.members(study) if config.searcher(name) == name}
     for name, method in members.items():
         where = f"methods.{name}.rates"
         if len(set(method.rates)) < len(method.rates):

@@ -28,6 +28,8 @@ from ddpm_lab.config.settings import (
     Training,
     Validation,
 )
+from ddpm_lab.study.screen_members import derived_linear, derived_unet
+from ddpm_lab.study.screen_settings import SCREENS, LinearScreen, Screen, Screened
 from ddpm_lab.support.faults import fault
 
 __all__ = [
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 STRATA = r"^sub-\d+_(.+)_"  # the anatomy in the name of a made subject's file
-STUDIES = ("table1", "table2", "table3", "table4", "figure4", "start")
+STUDIES = ("table1", "table2", "table3", "table4", "figure4", "start", *SCREENS)
 
 # Names become folders, on any file system.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
@@ -107,6 +109,8 @@ class StudyMethod(Section):
     training: Training = Training()  # replaces these settings of the study's `training`
     sampling: Sampling = Sampling()  # and of the study's `sampling`
     rates: tuple[Annotated[float, Field(gt=0)], ...] = ()  # tried on each data set; the best trains the study's seeds
+    rate_of: Name | None = None  # in place of `rates`: the method whose search finds the rate
+    screened: Screened | None = None  # of a screen: where it comes from
 
 
 class Ranks(Section):
@@ -167,6 +171,8 @@ class StudyConfig(Section):
     table4: tuple[Name, ...] = ()  # time and memory
     figure4: Ranks = Ranks()
     start: Starts = Starts()
+    screen: Screen = Screen()  # every shipped spec on convolutions
+    screen_linear: LinearScreen = LinearScreen()  # and on a small transformer
     cost: Cost = Cost()
     templates: Path | None = None  # a folder with templates of made subjects, looked at before the packages' own
     rows: Path | None = None  # finished runs, one a line: those are not run again, and others are added
@@ -186,7 +192,21 @@ class StudyConfig(Section):
         if study == "start":
             own = [each for name in self.start.methods for each in self.started(name)]
             return (self.start.update, *own) if own else ()
+        if study in SCREENS:
+            return tuple(name for name, each in self.methods.items() if each.screened and each.screened.study == study)
         return tuple(getattr(self, study))
+
+    def datasets_of(self, study: str) -> dict[str, DataSet]:
+        """The data sets that a study trains on."""
+        return {self.screen.dataset: self.datasets[self.screen.dataset]} if study == "screen" else dict(self.datasets)
+
+    def seeds_of(self, study: str) -> tuple[int, ...]:
+        """The seeds that a study trains with: a screen has one."""
+        return self.seeds[:1] if study in SCREENS else self.seeds
+
+    def searcher(self, method: str) -> str:
+        """The method whose search finds the rate of this one."""
+        return self.methods[method].rate_of or method if method in self.methods else method
 
     def ranked(self, name: str, rank: int) -> str:
         """The name of a method at a rank: its own name at its own rank, so that tables share the run."""
@@ -197,8 +217,11 @@ class StudyConfig(Section):
         sizes = {f"{name}-std{each.std:g}".replace(".", "_"): each.std for each in self.start.methods[name]}
         return {name: None, **sizes}
 
-    def with_variants(self) -> StudyConfig:
-        """The same study, with a method of its own for each rank of Figure 4 and each start of `start`."""
+    def with_variants(self, *studies: str) -> StudyConfig:
+        """The same study, with a method of its own for each rank of Figure 4 and each start of `start`.
+
+        Where `studies` has a screen, also for each spec at each budget: half a minute's work, so only where asked for.
+        """
         methods = dict(self.methods)
         for name in self.figure4.methods:
             for rank in self.figure4.ranks:
@@ -211,7 +234,40 @@ class StudyConfig(Section):
                 change: dict[str, Any] = {"sampling": self.start.sampling}
                 change |= {"rates": start.rates} if start.rates else {}
                 methods.setdefault(variant, made.model_copy(update=change))
-        return self.model_copy(update={"methods": methods})
+        screens = {}
+        for study in (each for each in SCREENS if each in studies):
+            added, left_out = self._screened(study)
+            methods |= added
+            screens[study] = getattr(self, study).model_copy(update={"left_out": left_out})
+        return self.model_copy(update={"methods": methods, **screens})
+
+    def _screened(self, study: str) -> tuple[dict[str, StudyMethod], dict[str, str]]:
+        """The methods of a screen, of which one of each family searches for the rate; and what is in none."""
+        linear = study == "screen_linear"
+        screen: Screen = self.screen_linear if linear else self.screen
+        found = derived_linear(self.screen_linear) if linear else derived_unet(self.model, self.base, screen)
+        prefix, anchors = ("linear", self.screen_linear.anchors) if linear else ("screen", ())
+        methods = {}
+        for member in found.members:
+            lead, name = f"{prefix}-{found.lead(member.family, screen.middle).name}", f"{prefix}-{member.name}"
+            own: dict[str, Any] = {"rates": screen.families[member.family].rates} if name == lead else {"rate_of": lead}
+            params = "".join(f", {param} {value:g}" for param, value in member.params.items())
+            train: dict[str, Any] = {"train": "cores" if linear else "bias_norm"}
+            about: dict[str, Any] = {"study": study, "spec": member.spec, "family": member.family}
+            screened = Screened(**about, budget=member.budget)
+            methods[name] = StudyMethod(
+                title=f"{member.spec}{params}",
+                method=Method(spec=member.spec, match=member.match, params=dict(member.params), **train),
+                training=screen.training,
+                sampling=Sampling(count=0),
+                screened=screened,
+                **own,
+            )
+            if member.spec in anchors:
+                peft = screened.model_copy(update={"peft": True})
+                change = {"title": f"{member.spec}{params}, PEFT", "screened": peft, "rates": (), "rate_of": lead}
+                methods[f"{name}-peft"] = methods[name].model_copy(update=change)
+        return methods, found.left_out
 
     def _variant(self, name: str, change: Mapping[str, Any], what: str) -> StudyMethod:
         own = self.methods[name]
@@ -236,8 +292,9 @@ class StudyConfig(Section):
         """The common training with what the method replaces, the seed, and a rate where it has several."""
         own = self.methods[method]
         found = overlaid(self.training, own.training)
-        if own.rates:
-            rate = rate or sorted(own.rates)[len(own.rates) // 2]  # of a dry run, or a check
+        rates = self.methods[self.searcher(method)].rates
+        if rates:
+            rate = rate or sorted(rates)[len(rates) // 2]  # of a dry run, or a check
             found = found.model_copy(update={"learning_rate": rate})
         return found.model_copy(update={"seed": seed})
 
@@ -297,6 +354,9 @@ class StudyConfig(Section):
     def check_names(self) -> None:
         """Raise LabError where a table names a method that is not there, or a seed stands twice."""
         self._check_unseen()
+        if self.screen.families and self.screen.dataset not in self.datasets:
+            expected, found = f"one of {', '.join(self.datasets)}", f"`{self.screen.dataset}`"
+            raise fault("screen.dataset", "a data set", expected, found, "Correct the name.")
         for study in STUDIES:
             for name in self._named(study):
                 if name not in self.methods:
@@ -317,7 +377,7 @@ class StudyConfig(Section):
             return self.figure4.methods
         if study == "start":
             return (self.start.update, *self.start.methods) if self.start.methods else ()
-        return tuple(getattr(self, study))
+        return () if study in SCREENS else tuple(getattr(self, study))
 
 
 def overlaid(common: S, own: S) -> S:

@@ -24,6 +24,9 @@ from ddpm_lab.study.dry_run import dry_run
 from ddpm_lab.study.plan import Plan
 from ddpm_lab.study.rows import Rows
 from ddpm_lab.study.run import BASE, Outcome, Run
+from ddpm_lab.study.screen_linear import LinearPlan
+from ddpm_lab.study.screen_peft import check_anchors
+from ddpm_lab.study.screen_settings import SCREENS
 from ddpm_lab.study.search import Choice, check_rates, choices
 from ddpm_lab.study.settings import STUDIES, StudyConfig
 from ddpm_lab.support.console import Bar, Screen, clock
@@ -37,13 +40,15 @@ from tnpeft.errors import near_miss
 
 __all__ = ["study"]
 
+SAID = 8  # runs that a line names
+
 
 @alone_in_out("study", shared=True)
 def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
     """Run what `name` needs and is not there yet; raises LabError at the end where a run failed."""
     check_study(name, config)
-    config = config.with_variants()
-    if not config.dry_run:  # which needs no data and no base
+    config = config.with_variants(name)
+    if not config.dry_run and name != "screen_linear":  # which need no data and no base
         check_inputs(name, config, out)
     make_folder(out)
     if config.dry_run:
@@ -51,14 +56,15 @@ def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
         return
     with writing(out, "the settings of the study"):
         write_record(out, f"study-{name}", config)
-        encoder = load_encoder(config.metrics) if name != "table4" else None
+        encoder = load_encoder(config.metrics) if name not in ("table4", *SCREENS) else None  # no samples there
         _remember(name, config, out, encoder)
-    if encoder is None:
+    if name == "table4":
         measure_costs(config, out, screen)
         return
     work = _Work(out, screen, Rows(config.rows), config.minutes)
-    plan = Plan.of(name, config, out, screen)
-    tell_domains(plan, encoder, screen)
+    plan = LinearPlan.sketch(name, config, out) if name == "screen_linear" else Plan.of(name, config, out, screen)
+    if encoder is not None:
+        tell_domains(plan, encoder, screen)
     searches = plan.searches()
     for run in searches:
         run.check()
@@ -67,13 +73,13 @@ def study(name: str, config: StudyConfig, out: Path, screen: Screen) -> None:
     chosen = choices(searches)
     _say_rates(chosen, screen)
     runs, waiting = plan.finals(chosen)
-    shares = plan.shares(runs)
-    for run in (*runs, *shares):
+    measures = plan.measures(runs)
+    for run in (*runs, *measures):
         run.check()
     work.do(runs, "runs")
-    if shares:
-        work.do(shares, "shares of an update")
-    work.sum_up([*runs, *shares], waiting)
+    if measures:
+        work.do(measures, "costs" if name == "screen" else "shares of an update")
+    work.sum_up([*runs, *measures], waiting)
 
 
 def check_study(name: str, config: StudyConfig) -> None:
@@ -85,7 +91,7 @@ def check_study(name: str, config: StudyConfig) -> None:
         fix = "Start `study` without torchrun, once for each device: the commands share the runs."
         raise fault("study", "its processes", "one", os.environ["WORLD_SIZE"], fix)
     config.check_names()
-    config = config.with_variants()
+    config = config.with_variants(name)
     members = config.members(name)
     if not members:
         fix = f"List methods under `{name}`."
@@ -99,6 +105,12 @@ def check_study(name: str, config: StudyConfig) -> None:
                 "cost.shapes", "the volumes", "at least one size", "none", "Write `shapes: {small: [16, 16, 16]}`."
             )
         return
+    if name == "screen_linear":
+        check_anchors(config.screen_linear.anchors)
+        return
+    if name == "screen" and not config.cost.shapes:
+        fix = "Write `shapes: {small: [16, 16, 16]}`."
+        raise fault("cost.shapes", "the volume of the steps that are timed", "one size", "none", fix)
     check_sampling(config.diffusion, config.sampling)
     if not config.datasets:
         raise fault("datasets", "the data sets", "at least one", "none", "Describe one under `datasets`.")
@@ -115,7 +127,8 @@ def _remember(name: str, config: StudyConfig, out: Path, encoder: Encoder | None
     """The settings, which studies ran and whose features their distances compare, for `report`."""
     known = read_json(out / "study.json") or {}
     studies = [each for each in STUDIES if each == name or each in known.get("studies", ())]
-    content = {"version": 1, "studies": studies, "config": config.settled().model_dump(mode="json")}
+    settled = config.with_variants(*studies).settled()
+    content = {"version": 1, "studies": studies, "config": settled.model_dump(mode="json")}
     features = known.get("features")
     if encoder is not None:
         features = {"encoder": encoder.note, "encoder_mark": encoder.mark, "encoder_digest": encoder.digest}
@@ -178,7 +191,7 @@ class _Work:
                 f"{len(self.late)} are left for another part: they would not end within {self.minutes:g} minutes"
             )
         if waiting:
-            screen.line(f"{len(waiting)} wait for a rate that is not chosen yet: {'; '.join(waiting)}")
+            screen.line(f"{len(waiting)} wait for a rate that is not chosen yet: {_some(waiting)}")
         for run, reason in self.failed:
             screen.line(f"failed: {run}: {reason}")
         if self.failed:
@@ -195,6 +208,12 @@ def _say_rates(chosen: Mapping[tuple[str, str], Choice], screen: Screen) -> None
             screen.line(f"{what}: rate {choice.best:g}{beyond}")
         elif len(choice.changes) == len(choice.rates):
             screen.line(f"{what}: training diverged at every rate: try smaller ones")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few, and how many more there are: a screen has hundreds."""
+    more = f" and {len(names) - SAID} more" if len(names) > SAID else ""
+    return "; ".join(names[:SAID]) + more
 
 
 def _progress(number: int, total: int, run: Run, outcome: Outcome, times: Sequence[float]) -> str:

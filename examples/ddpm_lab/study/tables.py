@@ -13,6 +13,7 @@ from ddpm_lab.study.columns import NOTHING, Column, set_intervals, set_powers
 from ddpm_lab.study.results import BASE, METRICS, Metric, Results
 
 __all__ = [
+    "EDGE",
     "Row",
     "Table",
     "as_csv",
@@ -22,6 +23,7 @@ __all__ = [
     "cost_table",
     "detail_table",
     "method_table",
+    "millions",
     "rate_notes",
     "rate_of",
     "sizes_of",
