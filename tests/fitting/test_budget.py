@@ -235,7 +235,7 @@ def test_on_the_command_line():
 def test_mistakes_on_the_command_line():
     where = ("-m", "small:net", "-p", "1000")
     assert mistakes("budget", "lora", "-m", "small:net", "-p", "0", "--match", "wide", status=2) == [
-        "--params: expected a positive whole number, found 0. For example --params 600000, 5k, or 1.2M."
+        "--params: expected a positive whole number, found 0. For example --params 600000, or 5k, or 1.2M."
     ]
     assert mistakes("budget", "lora", *where, "--match", "wide", "--set", "r=2", status=2) == [
         "--set r: expected r to be solved for, found a value for it. Leave --set r out."

@@ -17,9 +17,9 @@ from tnpeft.verify.case import Case
 from tnpeft.verify.conditioning import conditioning_of
 from tnpeft.verify.directions import directions_on
 
-__all__ = ["LARGEST", "computed", "serve"]
+__all__ = ["computed", "serve"]
 
-LARGEST = 2**26  # numbers of a weight and its cores that are drawn: several copies of them are alive together
+_LARGEST = 2**24  # entries of a weight, or of cores, that are made, with the update, to see how it starts
 
 
 def computed(stage: str, text: str, trial: Trial, picture: LivePicture) -> dict[str, Any]:
@@ -31,10 +31,11 @@ def computed(stage: str, text: str, trial: Trial, picture: LivePicture) -> dict[
         return {key: list(map(list, places)) for key, places in picture.search(network).items()}
     if stage == "costs":
         return costs_of(network, trial.call(layer))
-    numbers = layer.numel + sum(core.numel for core in network.cores if core.origin is None)
-    if numbers > LARGEST:
-        found, fix = f"{numbers:,} on {layer}", "Try a smaller layer, or smaller sizes."
-        raise BindError(Problem("weight and cores", f"at most {LARGEST:,} numbers to compute this", found, fix))
+    cores = sum(core.numel for core in network.cores if core.origin is None)
+    for what, entries, smaller in (("this weight", layer.numel, "layer"), ("these cores", cores, "size of the cores")):
+        if entries > _LARGEST:
+            found, fix = f"{entries:,}", f"Try a smaller {smaller}."
+            raise BindError(Problem(what, f"at most {_LARGEST:,} entries here", found, fix))
     if stage == "spread":
         return spread_of(spec, network, trial)
     return directions_of(spec, network, trial)
