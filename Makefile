@@ -23,7 +23,7 @@ ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-wide lowest pythons check lint types specs catalogue unit bench docs format install clean
+.PHONY: help demo test test-wide lowest pythons wheel check lint types specs catalogue unit bench docs format install clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -64,6 +64,9 @@ lowest: $(LOWEST)/.lowest ## the test suite with the lowest versions that pyproj
 
 pythons: $(VENV)/.test ## the wheel on Python 3.10, 3.12 and 3.13 without torch, where they are installed
 	@$(RUN) tests/pythons.py 3.10 3.12 3.13
+
+wheel: $(VENV)/.torch ## the wheel, in dist
+	@$(RUN) -m pip --disable-pip-version-check wheel -q --no-deps -w dist .
 
 bench: $(VENV)/.bench ## step time against full fine-tuning and the other libraries; BENCH=numerics is another script
 	@$(RUN) benchmarks/$(BENCH).py $(ARGS)
