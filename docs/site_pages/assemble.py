@@ -25,6 +25,7 @@ _TEXTS = {
     "examples/results/README.md": "results.md",
     "examples/bundle/docs/README.md": "bundle.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
 }
 

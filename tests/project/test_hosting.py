@@ -55,7 +55,7 @@ def read(path: Path) -> Any:
 def made_up(text: str) -> set[str]:
     """Addresses that are neither the project's own nor of known third parties."""
     found = {address.rstrip(".,;:") for address in ADDRESS.findall(text)}
-    return {address for address in found - set(KNOWN) if not URL or not address.startswith(URL)}
+    return {address for address in found - set(KNOWN) if not (URL and f"{address}/".startswith(f"{URL}/"))}
 
 
 def keys(node: Any) -> Iterator[str]:
