@@ -123,8 +123,8 @@ def test_ranks_of_figure_4_share_the_run_of_their_own_rank(tmp_path: Path) -> No
         (
             "tabel1",
             [],
-            "study: a study: expected one of table1, table2, table3, table4, figure4, start, found `tabel1`. "
-            "Did you mean `table1`?",
+            "study: a study: expected one of table1, table2, table3, table4, figure4, start, screen, screen_linear, "
+            "found `tabel1`. Did you mean `table1`?",
         ),
         (
             "table1",

@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("monai", reason="the example driver needs the `demo` extra")
 
 from ddpm_lab.config.settings import Metrics
-from ddpm_lab.data.population import Domain, paint_subject, template_tissues
+from ddpm_lab.data.anatomies import tissues_of
+from ddpm_lab.data.population import Domain, paint_subject
 from ddpm_lab.evaluation.deepbet import has_deepbet
 from ddpm_lab.evaluation.encoder import Encoder, load_encoder
 from ddpm_lab.evaluation.permutation import LEVEL, p_value
@@ -47,7 +48,7 @@ def test_features_are_the_same_whatever_the_batch(encoder: Encoder) -> None:
 
 
 def test_a_contrast_and_a_wide_ventricle_are_seen_and_healthy_subjects_are_not(encoder: Encoder) -> None:
-    tissues = template_tissues(32)
+    tissues = tissues_of("mni152", 32)
 
     def features(domain: Domain, count: int, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
