@@ -62,7 +62,7 @@ def test_the_table_names_shipped_specs():
 
 
 def test_as_many_specs_ship_as_it_says():
-    counts = re.findall(r"(\d+) adapters of the literature|Some of the (\d+)", README + START)
+    counts = re.findall(r"(\d+) adapters from the literature|Some of the (\d+)", README + START)
     assert [int(one or other) for one, other in counts] == [len(tnpeft.list_specs())] * 2
 
 
