@@ -24,9 +24,9 @@ _COUNT = re.compile(r"^# Count: (\S+) has ([\d,]+) parameters", re.MULTILINE)
 _PEERS = """\
 ## Beside other code
 
-What each tuner of PEFT and each module of LyCORIS is here, from [peers](peers): the same stored tensors give the same
-update to 1e-5 (value), as many numbers train (count), and first values are the same, of drawn ones the distribution.
-Tests hold the rows."""
+The tables compare every tuner of PEFT, every module of LyCORIS and authors' code with specs; [peers](peers) has the
+same as YAML. Value: the same stored tensors give the same update to 1e-5. Count: as many numbers train. First values:
+they are equal; random ones have the same distribution. Tests check every row."""
 COLUMNS = ("spec", "layers", "formula", "parameters", "for example", "start", "marks", "compared with", "source")
 
 

@@ -60,7 +60,7 @@ def peers_table(rows: tuple[Peer, ...]) -> Iterator[str]:
     """A table in Markdown for each library: a row for each of its tuners, and for each spec that one is."""
     for library in dict.fromkeys(row.library for row in rows):
         yield f"### {library[0].upper()}{library[1:]}\n"
-        yield "| there | spec | value | count | first values | what differs, or why it is no function of the weight |"
+        yield "| name there | spec | value | count | first values | what differs, or why no spec can express it |"
         yield "|-|-|-|-|-|-|"
         for row in rows:
             if row.library == library:
