@@ -19,9 +19,9 @@ _SOURCE = "specs/README.md"
 _INDEX = """\
 # Gallery
 
-All {count} specs that ship, as `tnpeft draw` draws them. A disc is a core; a line is an index that joins cores; open legs
-make the weight. Each spec has a page with its formula, trained parameters, source and file, and with what agrees with
-other code. [How a network is drawn](../docs/start.md#how-a-network-is-drawn) shows one as a table of cores and indices.
+All {count} specs that ship, as `tnpeft draw` draws them. A disc is a core; a line is an index that joins cores; open
+legs make the weight. Each spec has a page with its formula, trained parameters, source and file, and with what agrees
+with other code. [How a network is drawn](../docs/start.md#how-a-network-is-drawn) shows one as a table of cores and indices.
 
 ## All specs
 
@@ -45,9 +45,9 @@ random ones have the same distribution. Tests check [all rows](README.md#beside-
 _RECIPES = """\
 # Shipped recipes
 
-A recipe says which spec goes on which layers, and what else trains. `tnpeft.attach(model, "lora_llama")` attaches one by
-its name. To change one, copy its file and attach that: `tnpeft.attach(model, "mine.yaml")`. [The language](README.md#recipes) has
-all keys.
+A recipe says which spec goes on which layers, and what else trains. `tnpeft.attach(model, "lora_llama")` attaches one
+by its name. To change one, copy its file and attach that: `tnpeft.attach(model, "mine.yaml")`. [The
+language](README.md#recipes) has all keys.
 """
 
 
