@@ -21,7 +21,8 @@ _INDEX = """\
 
 All {count} specs that ship, as `tnpeft draw` draws them. A disc is a core; a line is an index that joins cores; open
 legs make the weight. Each spec has a page with its formula, trained parameters, source and file, and with what agrees
-with other code. [How a network is drawn](../docs/start.md#how-a-network-is-drawn) shows one as a table of cores and indices.
+with other code. [How a network is drawn](../docs/start.md#how-a-network-is-drawn) shows one as a table of cores and
+indices.
 
 ## All specs
 
