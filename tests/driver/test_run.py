@@ -42,6 +42,7 @@ metrics: {{encoder: random, pairs: 2}}
 DEMO = f"""\
 population: {{source: 12, target: 8, side: 16}}
 pretraining: {QUICK}
+published: {{method: {{recipe: tenvoo_q_ddpm, params: {{r: 2}}}}, training: {QUICK}}}
 bias_norm: {QUICK}
 """
 
@@ -73,7 +74,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
 def test_the_demonstration_leaves_everything_it_promises(demo: tuple[Path, Path, str]) -> None:
     _, out, printed = demo
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    names = ["tenvoo_l_ddpm", "biases and norms alone", "control: tuned on source"]
+    names = ["tenvoo_l_ddpm", "tenvoo_q_ddpm, as published", "biases and norms alone", "control: tuned on source"]
     assert list(summary["comparison"]) == names
     assert list(summary["samples"]["sets"]) == ["base samples", "fine-tuned samples", "real, held out"]
     assert summary["samples"]["encoder"] == "* random features, not comparable"
@@ -187,6 +188,11 @@ def said(*arguments: object) -> str:
             ("population.target=4", "bias_norm.batch_size=4"),
             ["population.target: files to train on: expected at least 4, one batch, found 3 of 4 after holding 1 out. "
              "Lower `bias_norm.batch_size` or raise `population.target`."],
+        ),
+        (
+            ("population.target=4", "published.training.batch_size=4"),
+            ["population.target: files to train on: expected at least 4, one batch, found 3 of 4 after holding 1 out. "
+             "Lower `published.training.batch_size` or raise `population.target`."],
         ),
         (
             ("population.source=12", "training.batch_size=11", "pretraining.batch_size=12"),

@@ -232,7 +232,7 @@ def test_the_demonstration_says_how_long_it_takes_and_changes_no_random_state() 
     line = expected_time(config, populated=False, pretrained=False)
     assert torch.equal(before, torch.get_rng_state())
     assert line.startswith("About ")
-    for part in ("population", "pretraining", "three fine-tuning runs", "samples and metrics"):
+    for part in ("population", "pretraining", "fine-tuning runs", "samples and metrics"):
         assert part in line
     line = expected_time(config, populated=True, pretrained=True)
     assert "population" not in line
@@ -246,8 +246,8 @@ def test_the_estimate_counts_what_the_demonstration_does(monkeypatch: pytest.Mon
     monkeypatch.setattr("ddpm_lab.training.estimate._timed", lambda *_: 0.05)
     config = read_config(CONFIGS / "demo.yaml", [], DemoConfig)
     line = expected_time(config, populated=False, pretrained=False)
-    # 180 subjects; 1100 steps; three times 120 steps and five errors of 6 x 10 x 4 samples in batches of 8.
-    assert "population 9 s, pretraining 1 min 50 s, three fine-tuning runs 55 s, samples and metrics " in line
+    # 180 subjects; 1100 steps; four times 120 steps and five errors of 6 x 10 x 4 samples in batches of 8.
+    assert "population 9 s, pretraining 1 min 50 s, fine-tuning runs 1 min 13 s, samples and metrics " in line
 
 
 def test_a_dry_run_says_why_tensors_stay_where_they_are() -> None:

@@ -289,12 +289,21 @@ class Population(Section):
     seed: int = 0
 
 
+class Published(Section):
+    """An adapter as its paper has it, and how it is trained."""
+
+    method: Method = Method()
+    training: Training = Training()
+
+
 class DemoConfig(Config):
     """The demonstration: a population, a base pretrained on its source, and the run on its target.
 
-    `bias_norm` trains biases and norms alone: the baseline that an adapter has to beat.
+    `published` trains a paper's adapter on the same target, to compare with. `bias_norm` trains biases and norms alone:
+    the baseline that an adapter has to beat.
     """
 
     population: Population = Population()
     pretraining: Training = Training()
+    published: Published | None = None
     bias_norm: Training = Training()

@@ -1,4 +1,4 @@
-"""`demo`: from a template brain to a fine-tuned model, with the two runs that put its gain in proportion."""
+"""`demo`: from a template brain to a fine-tuned model, with the runs that put its gain in proportion."""
 
 from __future__ import annotations
 
@@ -56,10 +56,12 @@ def demo(config: DemoConfig, out: Path, screen: Screen) -> dict[str, Any]:
     target = _tuned(config, out, "target", config.method, config.training)
     setup = prepare(target, out, screen)
     run = run_training(setup, screen, "fine-tune on the target")
+    published = _published(config, out, screen)
     baseline = _baseline(config, out, screen)
     control = _control(config, out, screen, setup)
     summary = finish(setup, run, screen, TARGET)
-    runs = {run.trained.title: run, "biases and norms alone": baseline, "control: tuned on source": control}
+    runs = {run.trained.title: run, **published}
+    runs |= {"biases and norms alone": baseline, "control: tuned on source": control}
     with screen.phase("pictures"):
         curves = [Curve(name, each.history, each.before, each.after) for name, each in runs.items()]
         plot_curves(out / "loss_curves.png", curves, pretraining, "MNI152 population: T1-like source, T2-like target")
@@ -86,9 +88,13 @@ def _checks(run: Run, baseline: Run, control: Run) -> dict[str, bool]:
 def _check_population(config: DemoConfig) -> None:
     """Enough subjects for a batch of each run: the last of them begins after minutes."""
     people = config.population
+    published = []
+    if config.published is not None:
+        published = [("target", people.target, "published.training", config.published.training)]
     runs = (
         ("source", people.source, "pretraining", config.pretraining),
         ("target", people.target, "training", config.training),
+        *published,
         ("target", people.target, "bias_norm", config.bias_norm),
         ("source", people.source, "training", config.training),  # the control
     )
@@ -195,6 +201,16 @@ def _tuned(config: DemoConfig, out: Path, domain: str, method: Method, training:
         sampling=config.sampling,
         metrics=config.metrics,
     )
+
+
+def _published(config: DemoConfig, out: Path, screen: Screen) -> dict[str, Run]:
+    """The adapter as its paper has it, on the target, by its title; empty where the settings name none."""
+    if config.published is None:
+        return {}
+    method, training = config.published.method, config.published.training
+    setup = prepare(_tuned(config, out, "target", method, training), out / "published", Screen(quiet=True))
+    run = run_training(setup, screen, "as published")
+    return {f"{run.trained.title}, as published": run}
 
 
 def _baseline(config: DemoConfig, out: Path, screen: Screen) -> Run:

@@ -35,7 +35,7 @@ def expected_time(config: DemoConfig, populated: bool, pretrained: bool) -> str:
     parts = {
         "population": subject * (people.source + people.target),
         "pretraining": 0.0 if pretrained else step * steps_of(config.pretraining, people.source),
-        "three fine-tuning runs": _tuning(config, step, forward),
+        "fine-tuning runs": _tuning(config, step, forward),
         "samples and metrics": forward * (2 * config.sampling.steps * _batches(config.sampling.count, config) + REST),
     }
     shown = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items() if seconds)
@@ -43,11 +43,12 @@ def expected_time(config: DemoConfig, populated: bool, pretrained: bool) -> str:
 
 
 def _tuning(config: DemoConfig, step: float, forward: float) -> float:
-    """The run, the baseline and the control, with their errors on held-out volumes."""
+    """The run, the published adapter's, the baseline and the control, with their errors on held-out volumes."""
     held_out = sum(held_out_counts(config.population.target, config.data))
     evaluation = _batches(held_out * config.validation.buckets * config.validation.draws, config) * forward
     total = 0.0
-    for training in (config.training, config.bias_norm, config.training):
+    published = [] if config.published is None else [config.published.training]
+    for training in (config.training, *published, config.bias_norm, config.training):
         steps = steps_of(training, config.population.target - held_out)
         evaluations = 2 + (steps // config.validation.every if config.validation.every is not None else 0)
         total += ADAPTED * step * steps + evaluations * evaluation
