@@ -48,11 +48,11 @@ _limit: ContextVar[_Limit | None] = ContextVar("memory_limit", default=None)
 
 @contextmanager
 def memory_limit(most: int | None) -> Iterator[None]:
-    """Within it adapters may need `most` bytes of each device, whatever memory there is; any number for None.
+    """Inside, adapters may need `most` bytes of each device, whatever memory there is; with None, any number of bytes.
 
-    Holds for `attach`, `compile`, `load`, `load_foreign` and all that calls them. Without it the bound is the memory of
-    the layers' device, and for the CPU what the container and the process's limits leave of that; the environment
-    variable TNPEFT_MEMORY_LIMIT (bytes) replaces it. Raises BindError for what is no number of bytes.
+    It holds for `attach`, `compile`, `load`, `load_foreign` and all that calls them. Outside, the bound is the memory
+    of the layers' device; on the CPU, what the container's and the process's limits leave of it. The environment
+    variable TNPEFT_MEMORY_LIMIT (bytes) replaces this bound. Raises BindError for what is no number of bytes.
     """
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         fix = "For example `tnpeft.memory_limit(64 << 30)`, or None for no bound."

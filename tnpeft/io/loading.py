@@ -57,16 +57,17 @@ __all__ = ["hot_swap", "load", "put_on", "unlike", "without_values"]
 def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Handle:
     """Put the adapter of a file written by `save` on `model`, a fresh copy of the base it was saved from.
 
-    The adapter gets the name it was saved under, or `name`, and is the only active one, at the
-    scale it had; the model then computes what the saved one did, to the bit. Layers keep their execution
-    mode, and the choices that `autotune` made for them. Onto a name that is attached already, with the same specs,
-    params and layers, the values alone are loaded, in place: optimisers and compiled graphs stay as they are. Of a
-    model that is sharded every process must call it, with the same file. FSDP1 takes no new names.
+    The adapter gets the name it was saved under, or `name`. It is then the only active one, at the scale it had, and
+    the model computes what the saved one did, to the bit. Layers keep their execution mode, and the choices that
+    `autotune` made for them. If an adapter of this name is attached already, with the same specs, params and layers,
+    only the values are loaded, in place: optimisers and compiled graphs stay as they are. If the model is sharded,
+    every process must call `load`, with the same file. A model under FSDP1 takes no new adapters, only values for those
+    it has.
 
-    Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made
-    for a base of other shapes, and AttachError where surgery refuses (the name is that of an adapter of another kind,
-    the model is merged). The model is then as it was. Warns (TnpeftWarning) of a base of the same shapes that has other
-    values in the layers that are adapted or trained, and of NaN and infinity in the file.
+    Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made for a base of other
+    shapes. Raises AttachError where the adapter cannot be attached: the name is that of an adapter of another kind, or
+    the model is merged. The model is then as it was. Warns (TnpeftWarning) of NaN and infinity in the file, and where
+    adapted or trained layers of the base have other values than those it was saved from.
     """
     path, given, holders = file_path(path), model, holders_of(model)
     flat = flat_part(model) is not None
@@ -81,12 +82,13 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 def hot_swap(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Handle:
     """Give an attached adapter the values of a file that `save` wrote, in place; nothing is compiled or planned anew.
 
-    `name` says which, and may be left out where one adapter is attached; what the file calls its own does not matter.
-    Specs, params (ranks) and layers must be the same. What acts stays, but for the scale of an adapter that acts:
-    that is the file's, and a compiled graph is made anew where it differs. Of a sharded model every process must call,
-    with the same file; each takes its own parts.
+    `name` says which adapter, and may be left out where one is attached; the name in the file does not matter. Specs,
+    params (ranks) and layers must be the same. The same adapters act as before. If this one acts, it gets the file's
+    scale, and a compiled graph is made anew where the scale differs. If the model is sharded, every process must call
+    `hot_swap`, with the same file; each takes its own parts.
 
-    Raises AdapterFileError and AttachError as `load` does; the model is then as it was.
+    Raises AdapterFileError and AttachError as `load` does, and AttachError for other specs, params or layers; the model
+    is then as it was.
     """
     path, given, holders = file_path(path), model, holders_of(model)
     model, state = adapted(model)  # in what torch.compile and others put around it

@@ -34,7 +34,7 @@ _FUSED = re.compile(r"ReLU|GELU|SiLU|GLU|BN|Act|Norm")
 def layer_of(module: nn.Module) -> Layer:
     """The signature of a layer, plain or opaque.
 
-    Raises BindError for every other module, and for a lazy one that has not seen an input.
+    Raises BindError for a module that cannot be adapted, and for a lazy one that has not seen an input.
     """
     kind = torch_kind(type(module)) or kind_of(module)
     if kind is None:

@@ -68,28 +68,31 @@ def attach(
     expression (searched in full module names), a list of names, or `"all"`: every layer of the spec's kinds that can
     carry an adapter. `exclude` leaves some out, by a regular expression or names (of layers or of what holds them),
     `kinds` says which kinds are meant ("Linear"), `layers` which numbered blocks ("0-5", {"decoder.layers": "0-5, 8"}).
-    `params` override the specs' own numbers, `ranks` those of some layers ({"q_proj$": {"r": 8}}). `parameters` are
-    adapted beside layers, or alone: regular expressions or names, or a mapping of these to the axes as they are stored
-    ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}: outputs, inputs, slices of a stack of layers).
+    `params` override the specs' own numbers, `ranks` those of some layers ({"q_proj$": {"r": 8}}). `parameters` names
+    weights that are adapted beside layers, or alone. It has regular expressions or names, or maps expressions to the
+    axes in stored order ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}: `o` outputs, `i` inputs, `e` slices of a
+    stack).
 
     `train` says what trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}); all else is frozen.
-    `dropout` says what layers leave out at random while they train ({"input": 0.05, "bond": 0.1, "module": 0.1}: of
-    what the update reads, of indices that join cores, all of it). `scopes` binds the scopes of shared cores to regular
-    expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` tells several adapters apart.
+    `dropout` has the probabilities of dropout in training ({"input": 0.05, "bond": 0.1, "module": 0.1}): of entries of
+    the update's input, of entries of a bond, of a layer's whole update. `scopes` binds the scopes of shared cores to
+    regular expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` tells several adapters
+    apart.
 
-    `init` has first values of stored cores, index cores too, in place of what inits draw: `{"layer.core": tensor}`,
-    or a function (layer, core, network) -> tensor or None, of names and a `Network`. An object that needs all layers
-    also has `prepare(layers)`, called first. Files hold such values. `tnpeft.starts` has published ones.
+    `init` gives first values of stored cores, index cores too, in place of what inits draw: `{"layer.core": tensor}`,
+    or a function (layer, core, network) -> tensor or None, of two names and a `Network`. A callable object may also
+    have `prepare(layers)`, which is called first, with all layers. `save` writes such values into the file, those of
+    frozen cores too. `tnpeft.starts` has published starts.
 
     `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
     `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'
     gradients from the factored chain. All agree but for rounding. What cannot be factored (groups, DoRA, cores that are
-    the base weight, several active adapters, other scales than 1) runs dense. `auto` takes the one of least predicted
-    time; with `autotune` it times them, and remembers. Second derivatives need `dense`.
+    the base weight, several active adapters, other scales than 1) runs dense. `auto` takes the mode with the least
+    predicted time; with `autotune` it times the modes once for each new kind of call. Second derivatives need `dense`.
 
-    Layers that would take more than the device's memory are refused (`tnpeft.memory_limit`). Of a model that FSDP2 has
-    sharded every process must call it; each then holds all of the new cores.
-    Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
+    An adapter that would need more than the device's memory is refused (`tnpeft.memory_limit`). If FSDP2 has sharded
+    the model, every process must call `attach`; each then holds all of the new cores. Raises SpecError, BindError or
+    AttachError with every mistake found; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise AttachError(Problem("model", "a torch.nn.Module", clip(model), "Pass the model itself."))

@@ -207,10 +207,9 @@ class Entry:
 class Train:
     """What trains beside the cores.
 
-    `bias`: `none`, `adapted` (of the adapted layers) or `all`. `norm`: the affine parameters of
-    normalisation layers; `True` takes those the model calls norm, as the paper's code does (or every
-    one, where it calls none so), `"all"` takes every one. `also`: regular expressions on parameter
-    names, for joint training.
+    `bias`: `none`, `adapted` (of the adapted layers) or `all`. `norm`: the affine parameters of normalisation layers.
+    `True` takes layers with "norm" in their names, as the TenVOO paper's code does, or all if there are none; `"all"`
+    takes all. `also`: regular expressions on the names of other parameters to train.
     """
 
     bias: Bias = "none"
@@ -222,8 +221,8 @@ class Train:
 class Recipe:
     """Which spec goes on which layers of a model, and what else trains.
 
-    `scopes` binds the scopes of shared cores to regular expressions: layers in whose names one captures
-    the same have one tensor for all.
+    `scopes` binds the scopes of shared cores to regular expressions. Layers share one tensor if the expression captures
+    the same text in their names.
     """
 
     name: str
@@ -251,8 +250,8 @@ def list_recipes() -> tuple[str, ...]:
 def load_recipe(name: str | Path) -> Recipe:
     """A shipped recipe by name (`tenvoo_l_ddpm`) or a recipe file by path.
 
-    A spec in it is a shipped name, or a path from the recipe's folder. Raises SpecError with every
-    mistake in the file and in its specs, each with file, line and column.
+    Its specs are shipped names, or paths relative to the recipe's folder. Raises SpecError with every mistake in the
+    file and in its specs, each with file, line and column.
     """
     path = find_shipped(name, "recipe", "recipes")
     file = label_of(path)

@@ -27,8 +27,8 @@ _ONLY_IF_ANY = ("skipped", "passed", "fused", "dropout")
 class LayerReport:
     """One adapted layer; all counts are elements.
 
-    `weight` is the base layer's weight, `cores` what trains of its update, cores that an earlier layer holds left out.
-    `mode` is the execution mode that was asked for, `chosen` the one in which the layer ran where that is another.
+    `weight` counts the base layer's weight, `cores` what trains of its update, without cores that an earlier layer
+    holds. `mode` is the execution mode that was asked for, `chosen` the mode in which the layer ran, if it is another.
     """
 
     name: str
@@ -69,10 +69,9 @@ class SharedReport:
 class Report:
     """The trainable parameters of one adapter; counts are elements, `share` is of the base model's.
 
-    `skipped` are the layers of the spec's kinds that `match="all"` left out, with what each of them is,
-    `passed` the other kinds of modules that have weights, with their numbers. `fused` are the modules of which the
-    output projection alone is adapted, for their q, k and v weights are none of a layer. `dropout` says what training
-    drops at random, and of how many layers.
+    `skipped` are the layers of the spec's kinds that `match="all"` left out, each with the reason. `passed` counts the
+    modules of other kinds that have weights, by kind. `fused` are attention modules of which only the output projection
+    is adapted: their q, k and v weights belong to no layer. `dropout` says what training drops, and in how many layers.
     """
 
     name: str
@@ -95,7 +94,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """A line for what is dropped, each tensor that layers share, layers skipped for one reason, and so on."""
+        """Lines on dropout, on each tensor that layers share, on the layers skipped for each reason, and so on."""
         reasons: dict[str, list[str]] = {}
         for layer, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(layer)

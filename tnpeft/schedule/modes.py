@@ -30,16 +30,17 @@ def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inf
     """The plan of `network` in the execution mode `mode`, for calls like `call`; paths are cached per signature.
 
     `dense` contracts the cores to the delta weight. `factored` contracts them with the layer's input, `hybrid` uses the
-    delta weight forward and the factored chain for the cores' gradients; where a network cannot be factored the plan
-    is the dense one, and its `reason` says why. `auto` is the one of the three with the least predicted time of a
-    forward and a backward pass; with `inference`, of a forward pass, to which hybrid does not add anything. Without a
-    `call` one of moderate size is assumed.
+    delta weight forward and the factored chain for the cores' gradients; where a network cannot be factored the plan is
+    the dense one, and its `reason` says why. `auto` is the one of the three with the least predicted time of a forward
+    and a backward pass; with `inference`, of a forward pass alone, where hybrid does what dense does. Without a `call`
+    one of moderate size is assumed.
 
-    An opaque layer is called as it is, and its update is added to the output: that of the chain, in `auto` and
-    `factored`, or one product with the delta weight where a network cannot be factored, in `dense` and `hybrid`.
+    An opaque layer is called as it is, and the update is added to its output. In `auto` and `factored` the chain
+    computes it. In `dense` and `hybrid`, and where a network cannot be factored, one product with the delta weight
+    does.
 
     Raises:
-        TnpeftError: `mode` is unknown, or `network` is none.
+        TnpeftError: `mode` is unknown, or `network` is no `Network`.
         BindError: the cores' sizes contradict each other, or an index dangles.
     """
     check_mode(mode)

@@ -48,7 +48,7 @@ class Core:
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the update: `scale` times the network of some cores (in file order, as they are named there)."""
+    """One term of the update: `scale` times the network of some cores, in the order of the file."""
 
     references: tuple[Reference, ...]
     weight: Axes
@@ -100,7 +100,7 @@ class Declaration:
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        """The scopes that its shared cores name, but for `model`; `attach` binds each to a regular expression."""
+        """The scopes that its shared cores name, other than `model`; `attach` binds each to a regular expression."""
         return tuple(dict.fromkeys(core.shared for core in self.cores if core.shared not in (None, "model")))
 
     @cached_property
@@ -110,7 +110,7 @@ class Declaration:
 
     @property
     def sized(self) -> set[str]:
-        """The names that have a size of their own, in `sizes` or as params; `k...` has the kernel's."""
+        """The names that have a size of their own, in `sizes` or as params; `k...` has the kernel's sizes."""
         return {*self.params, ELLIPSIS, *(name for rule in self.sizes for name in rule.names)}
 
     def place(self, key: str) -> Position:
@@ -125,7 +125,7 @@ class Declaration:
 
     @cached_property
     def content(self) -> tuple[object, ...]:
-        """What a file says, whatever its layout and comments: keys in any order, all else in the file's."""
+        """What a file says, without layout and comments. Keys compare in any order, all else in that of the file."""
         said = {str(key.value): value.plain() for key, value in self.root.items()}
         return (*(f"{key}: {said[key]!r}" for key in sorted(said) if key != "factors"), repr(self.factors))
 

@@ -132,9 +132,9 @@ DEFAULT_INIT = Init(
 def register_init(name: str, function: InitFunction) -> None:
     """Make `name` an init of the language: `function(shape, generator, **arguments) -> Tensor`.
 
-    `shape` is the core's shape as a tuple, `generator` a CPU `torch.Generator` of the core's own.
-    Arguments that a spec may pass are the function's further parameters. Raises SpecError for a
-    name that is built in or no ASCII word, and for what cannot be called so.
+    `shape` is the core's shape as a tuple, `generator` a CPU `torch.Generator` of the core's own. The function's
+    further parameters are arguments that a spec may pass. Raises SpecError for a name that is built in or no ASCII
+    word, and for a function that cannot be called with these.
     """
     if not isinstance(name, str) or not is_name(name) or name in _BUILT_IN:
         fix = "Choose another name."

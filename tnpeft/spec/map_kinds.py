@@ -124,11 +124,12 @@ def register_map(
 ) -> None:
     """Make `name` a map of the language: `function(x, **arguments) -> Tensor`.
 
-    `x` has leading axes of any kind, then the legs that the map takes: (..., *taken) -> (..., *made). `shape` says
-    what is made: `shape(sizes taken, **arguments) -> sizes made`. Arguments that a spec may pass are the function's
-    further parameters: numbers, and words where a parameter is annotated `str`. `linear` promises f(a + b) = f(a) +
-    f(b), `zero` that f(0) = 0 with a slope there, so that zeros before it start an update of zero.
-    Raises SpecError for a name that is built in or no ASCII word, and for what cannot be called so.
+    `x` has leading axes of any kind, then the legs that the map takes: (..., *taken) -> (..., *made). `shape` gives the
+    sizes of what is made: `shape(sizes taken, **arguments) -> sizes made`. The function's further parameters are
+    arguments that a spec may pass: numbers, and words where a parameter is annotated `str`. `linear` promises f(a + b)
+    = f(a) + f(b). `zero` promises f(0) = 0 with a slope other than 0 there, so that a core of zeros before the map
+    starts an update of zero that trains. Raises SpecError for a name that is built in or no ASCII word, and for
+    functions that cannot be called so.
     """
     if not isinstance(name, str) or not is_name(name) or name in _BUILT_IN:
         raise SpecError(Problem("register_map", "a new ASCII word", clip(name), "Choose another name."))

@@ -30,12 +30,12 @@ __all__ = [
 
 
 def names_of(model: nn.Module) -> tuple[str, ...]:
-    """The names of the attached adapters, oldest first. Raises AttachError where there is none."""
+    """The names of the attached adapters, oldest first. Raises AttachError where nothing is attached."""
     return tuple(adapted(model)[1].adapters)
 
 
 def scales_of(model: nn.Module) -> dict[str, float]:
-    """The adapters that act, with their scales: what `activate` takes. Raises AttachError where nothing is attached."""
+    """The acting adapters with their scales, as `activate` takes them. Raises AttachError where nothing is attached."""
     return dict(adapted(model)[1].active)
 
 
@@ -83,7 +83,7 @@ def parameter_groups(root: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict of the plain model: its names alone, without what adapters keep beside them.
+    """The state dict of the plain model: under the names of the model before `attach`, without adapters' tensors.
 
     The values are the base's own or, of a merged model, the effective ones. Raises AttachError where two parts of
     `model` are adapted on their own.

@@ -22,19 +22,19 @@ __all__ = ["rows", "unhook"]
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Inside, each row of a batch gets the update of an adapter of its own; None: it gets the base alone.
+    """Inside, each row of a batch gets the update of the adapter named for it; None: the base alone.
 
         with tnpeft.rows(model, ["a", "b", None]):
             y = model(x)  # x has three rows
 
-    The base computes all rows at once. An adapter acts at the scale at which it is active, or 1. Rows are those of the
-    first axis of what layers read; a layer that sees k rows for each (all tokens, one sequence after the other) gives
-    k in a row the same adapter. Gradients reach adapters that are active, each from its own rows; backward passes of
-    checkpointed models run inside, too. It is for the thread that opens it: others go on with what acts, or with
-    rows of their own. Contexts nest; the inner one counts.
+    The base computes all rows at once. An adapter acts at the scale at which it is active, or 1. Rows are counted along
+    the first axis of a layer's input. Where a layer sees k times as many (all tokens, one sequence after the other),
+    each k consecutive ones get the same adapter. Gradients reach adapters that are active, each from its own rows.
+    Backward passes of checkpointed models must run inside, too. The context is for the thread that opens it: others go
+    on with what acts, or with rows of their own. Contexts nest; the inner one counts.
 
     Raises AttachError for unknown names, merged models, and adapters with biases, norms or statistics of their own,
-    which all rows would share; and ExecutionError, inside, for inputs of another number of rows.
+    which all rows would share; and ExecutionError, inside, for inputs with another number of rows.
     """
     root, state = adapted(model)
     refuse_merged(state)
