@@ -36,7 +36,7 @@ SHOWN = 3  # neighbours of the answer on each side
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """One rank: the elements of all cores, and all that trains; `share` is of the budget."""
+    """One rank: the elements of all cores, and of all that trains; `share` is relative to the budget."""
 
     value: int
     cores: int
@@ -48,9 +48,10 @@ class BudgetRow:
 class Budget:
     """The largest adapter within a budget of trainable parameters.
 
-    `value` of the param `param` is the answer, for every spec but the `fixed` ones; `cores`, `bias`, `norm` and `also`
-    add up to `total`. `specs` has the value of `param` in each spec that has it, `rows` the neighbouring ranks. Of
-    several params `values` has each by name; `param` is the first of them, `value` the rank that all have at least.
+    The answer is `value`, for the param `param` of every spec but the `fixed` ones. `cores`, `bias`, `norm` and `also`
+    add up to `total`, in elements. `specs` has the value of `param` in each spec that has it, `rows` the counts at
+    nearby ranks. If several params were solved for, `values` has each by name, `param` is the first name, and `value`
+    is the rank that all have at least.
     """
 
     what: str
@@ -70,7 +71,7 @@ class Budget:
 
     @property
     def settings(self) -> dict[str, int]:
-        """What to pass to `attach`; with fixed specs, what to write at the others in the recipe."""
+        """The params to pass to `attach`; with fixed specs, those to write for the other specs in the recipe."""
         return dict(self.values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -108,16 +109,16 @@ def budget(
 ) -> Budget:
     """The largest value of a spec's param (its rank `r`) with which at most `params` parameters train.
 
-    `what`, `match`, `exclude`, `kinds`, `layers`, `ranks`, `train`, `scopes` and `settings` are those of `attach`. All
-    specs of a recipe get the same value, but for the ones named in `fixed`, which keep the recipe's, and for layers to
-    which `ranks` gives one. Biases, norms and whatever else the recipe trains count
-    too; a core that layers share counts once.
+    `what`, `match`, `exclude`, `kinds`, `layers`, `ranks`, `parameters`, `train` and `scopes` are those of `attach`,
+    and `settings` its params. All specs of a recipe get the same value. The specs named in `fixed` keep the recipe's,
+    and layers keep what `ranks` gives them. Biases, norms and whatever else the recipe trains count too; a core that
+    layers share counts once.
 
-    Several params, the ranks of a network's bonds, say, are solved for together: all get the largest equal value, and
-    then, one after another in the order that they are named in, one more each while that fits.
-    Only sizes are worked out: the model may be on the meta device.
+    Several params, such as the ranks of a network's bonds, are solved for together: all get the largest equal value.
+    Then each in turn, in the order of their names in `param`, gets one more while that fits. Only sizes are worked out:
+    the model may be on the meta device.
 
-    Raises SpecError, BindError or AttachError, among them one for a budget that not even rank 1 meets.
+    Raises SpecError, BindError or AttachError, also for a budget that not even rank 1 meets.
     """
     if isinstance(params, bool) or not isinstance(params, int) or params < 1:
         fix = "For example `params=600_000`."

@@ -49,7 +49,7 @@ _SHOWN = 3  # tensors named in an error
 
 @dataclass(frozen=True)
 class ExtractedLayer:
-    """One layer: the norm of its full update, and what its adapter makes of it, counted from which frozen copy.
+    """One layer: the norm of its full update, and how well its adapter fits it.
 
     See `Fit`.
     """
@@ -77,10 +77,11 @@ class Unexplained:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What became of a full fine-tune.
+    """The adapter that was made of a full fine-tune, and what it leaves out.
 
-    `layers` are the adapted ones, `copied` the biases, norms and statistics that the adapter carries as they are tuned,
-    and `unexplained` what changed beside them, the largest first. `norm` is that of the whole change.
+    `layers` are the adapted ones. `copied` names the biases, norms and statistics whose tuned values the adapter
+    carries. `unexplained` has all other tensors that changed, the largest change first. `norm` is that of the whole
+    change.
     """
 
     handle: Handle
@@ -99,7 +100,7 @@ class Extraction:
 
     @property
     def missing(self) -> float:
-        """The norm of all that is unexplained."""
+        """The norm of all changes in `unexplained`."""
         return math.sqrt(sum(row.norm**2 for row in self.unexplained))
 
     def as_dict(self) -> dict[str, Any]:
@@ -148,10 +149,11 @@ def extract(
 ) -> Extraction:
     """Turn a full fine-tune of `model` into an adapter on it; `save` then writes its file.
 
-    `model` holds the base weights and `tuned` the state dict of the fine-tune, of which one tensor is read at a time.
-    The other arguments are those of `attach`, `method` and `iterations` those of `fit`. Every layer that the recipe
-    names is fitted to the change of its weight; the biases and norms that the recipe trains, and the norms' running
-    statistics, are taken as they are. `progress` is called after each layer, with its number and how many there are.
+    `model` holds the base weights, and `tuned` is the fine-tune's state dict, which is read one tensor at a time.
+    `method` and `iterations` are those of `fit`, the other arguments those of `attach`. For every layer that the recipe
+    names, an adapter is fitted to the change of its weight. The biases and norms that the recipe trains, and the norms'
+    running statistics, are copied. `progress` is called after each layer, with its result, its number and how many
+    there are.
 
     Raises SpecError, BindError or AttachError; the model is then as it was.
     """

@@ -45,9 +45,9 @@ GOOD = 1e-6  # a relative error that needs no polishing
 class Fit:
     """An adapter fitted to a full update, `delta`.
 
-    `error` is |dW - delta| / |delta| in Frobenius norms, of the cores as the adapter holds them; `method` says what
-    found them, `sweeps` how often each core was solved for (with Adam: the steps), and `history` has the relative
-    error before the first of them and after each.
+    `error` is |dW - delta| / |delta| in Frobenius norms, with the cores as the adapter holds them. `method` says what
+    found them. `sweeps` says how often each core was solved for (with Adam: the number of steps). `history` has the
+    relative error before the first sweep and after each.
     """
 
     adapter: Adapter
@@ -58,17 +58,17 @@ class Fit:
 
     @property
     def relative_error(self) -> float:
-        """`error` by its full name."""
+        """`error` under its full name."""
         return self.error
 
     @property
     def captured(self) -> float:
-        """The share of delta's energy (its squared norm) that the adapter makes."""
+        """The share of delta's energy (its squared norm) that the adapter's update captures: 1 - error²."""
         return max(0.0, 1.0 - self.error**2)
 
     @property
     def frozen_copy(self) -> FrozenCopy | None:
-        """With `start: frozen_copy`: whether the copy that the update is counted from is zeros, or as it was drawn."""
+        """With `start: frozen_copy`: whether the frozen copy is `zeros`, or `drawn` as an init draws it; else None."""
         if self.adapter.network.start == "zero":
             return None
         return "drawn" if any(bool(core.any()) for core in self.adapter.start.values()) else "zeros"
@@ -96,17 +96,17 @@ def fit(
 ) -> Fit:
     """Fit a spec to a full update of a layer's weight, for example of a fine-tuned checkpoint minus its base.
 
-    `delta` has the shape of the layer's weight. `layer` is a `torch.nn` layer, a `Layer`, or a kind by name with its
-    numbers among `params`, as in `Spec.bind`. The work is done in float64 on delta's device: `als` alternates least
-    squares, one core at a time; `adam` takes gradient steps; `auto` polishes by L-BFGS what alternating least squares
-    leave in a flat valley. Cores behind maps that are not linear, and those that stand twice in a term, are found by
-    L-BFGS, or stay with `als`: such a fit is not convex, and `error` says how much is left. A network that is a tree
-    starts from singular vectors, so that one of two cores (LoRA) gets the best fit there is; other networks end in a
-    local minimum, the best that a few starts lead to.
+    `delta` has the shape of the layer's weight. `layer` is a `torch.nn` layer, a `Layer`, or the name of a kind of
+    layer with its sizes among `params`, as in `Spec.bind`. The work is done in float64 on delta's device. `als` is
+    alternating least squares, one core at a time. `adam` takes gradient steps. `auto` starts with alternating least
+    squares; where they slow down in a flat valley, L-BFGS goes on. Cores behind nonlinear maps, and cores that occur
+    twice in a term, are found by L-BFGS; `als` leaves them as they are. Their fit is not convex, and `error` says what
+    is left. A network that is a tree starts from singular vectors, so that one of two cores (LoRA) gets the best fit
+    there is. Other networks end in a local minimum, the best that a few starts lead to.
 
-    With `start: frozen_copy` the copy that the update is counted from is chosen as well: zeros, with which the network
-    is as free as with `start: zero`, or the copy as it was drawn, where that comes nearer. `frozen_copy="drawn"` (or
-    `"zeros"`) settles it: what of the update the adapter could make from the start that its training has.
+    With `start: frozen_copy` the frozen copy is chosen as well: zeros, with which the network is as free as with
+    `start: zero`, or the copy that inits draw, where that comes nearer. `frozen_copy="zeros"` or `"drawn"` fixes the
+    choice. With `"drawn"` the fit says how much of the update training could reach from its usual start.
 
     `iterations` bounds the sweeps (100) or Adam's steps (2000). Equal arguments give equal bits; `seed` and `name` are
     those of `compile`.

@@ -49,8 +49,8 @@ class Blocks(NamedTuple):
 class TangentSpace:
     """The image of J = d(dW)/d(parameters) at the values that an adapter has, on one layer.
 
-    Of the trained `parameters`, `live` ones move the delta weight at all. The weight has `entries` entries, and `rank`
-    is J's; where `counted` is false, J is too large to tell, and the rank is at most this.
+    `parameters` train; `live` of them move the delta weight at all. The weight has `entries` entries. `rank` is the
+    rank of J; where `counted` is false, J is too large to count it, and `rank` is an upper bound.
     """
 
     layer: str
@@ -64,13 +64,13 @@ class TangentSpace:
 
     @property
     def share(self) -> float:
-        """The share of the directions, rank / entries: so much it holds of the energy of white noise."""
+        """The share of all directions, rank / entries: the expected share of white noise's energy that it captures."""
         return self.rank / self.entries
 
     def captured(self, delta: Tensor) -> float:
-        """The share of the energy of `delta` (its squared norm) that it holds; `delta` is shaped as the weight.
+        """The share of the energy of `delta` (its squared norm) in the space; `delta` has the weight's shape.
 
-        Where the rank is not counted, conjugate gradients may end early: it holds this much, or more.
+        Where the rank is not counted, conjugate gradients may end early: the share is then a lower bound.
         """
         delta = checked(delta, self._jacobian.shape).detach().double().to(self._jacobian.value.device).flatten()
         norm = float(delta.norm())
@@ -145,7 +145,7 @@ def tangent_space_of(adapter: Adapter, weight: Tensor) -> TangentSpace:
 
 
 def rank_on(spec: Spec, layer: Layer) -> int:
-    """In how many directions a spec's first steps move the weight of a layer with random values, or at most.
+    """In how many directions a spec's first steps can move the weight of a layer with random values, or an upper bound.
 
     Raises BindError.
     """

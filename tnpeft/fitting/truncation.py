@@ -35,9 +35,9 @@ _NESTED = ("zeros", "ones", "eye", "constant", "largest", "smallest")
 
 @dataclass(frozen=True)
 class Truncation:
-    """What became of an adapter: its layers that shrank, with what each keeps of its update.
+    """The result of `truncate`: the layers that shrank, and how much of its update each keeps.
 
-    `before` and `after` count all that trains.
+    `before` and `after` count all elements that train.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Truncation:
 
     @property
     def captured(self) -> float:
-        """The share of the updates' energy (their squared norms) that is kept, of the layers that shrank."""
+        """The share of the energy of the updates (their squared norms) that is kept, over the layers that shrank."""
         whole = sum(row.norm**2 for row in self.layers)
         return max(0.0, 1.0 - sum((row.error * row.norm) ** 2 for row in self.layers) / whole) if whole else 1.0
 
@@ -78,19 +78,20 @@ def truncate(
     iterations: int | None = None,
     **params: float,
 ) -> Truncation:
-    """Shrink the ranks of an attached adapter and keep, in each layer, the nearest update that the smaller ones make.
+    """Shrink the ranks of an attached adapter; each layer keeps the update of smaller rank that is nearest to its own.
 
-    `params` are the new ones (`r=4`), `ranks` those of some layers, as `attach` takes them. Or `budget` says how many
-    parameters may train: the largest value of `param` is taken with which no more do; biases, norms and whatever else
-    trains count too. A layer that would grow stays as it is, and so do params that were given to `attach`; defaults
-    follow. `name` may be left out where one adapter is attached; `method` and `iterations` are those of `fit`.
+    `params` are the new values (`r=4`), `ranks` those of some layers, as `attach` takes them. Or `budget` says how many
+    parameters may train, and the largest value of `param` that meets it is taken; biases, norms and whatever else
+    trains count too. A layer that would grow stays as it is. Other params that were given to `attach` keep their
+    values, and defaults are worked out anew. `name` may be left out where one adapter is attached; `method` and
+    `iterations` are those of `fit`.
 
-    For LoRA the update that is kept is that of the truncated singular value decomposition; of other networks `fit` says
-    what it is. With `start: frozen_copy` the copy is chosen anew, as in `fit`. Cores are other parameters afterwards:
-    give them to an optimiser, and the model to DistributedDataParallel, anew.
+    For LoRA the truncated singular value decomposition gives the update that is kept; for other networks `fit` finds
+    it. With `start: frozen_copy` the copy is chosen anew, as in `fit`. The cores are new parameters: make a new
+    optimiser, and wrap the model in DistributedDataParallel anew.
 
-    Raises AttachError, among others for trained cores that layers share and frozen random ones that would have another
-    size, and BindError; the model is then as it was.
+    Raises BindError and AttachError, the latter also for trained cores that layers share and for frozen random cores
+    whose size would change; the model is then as it was.
     """
     check_method(method, iterations)
     if problems := [*model_problems(model)]:

@@ -77,7 +77,7 @@ class Contraction:
 
     @property
     def copies(self) -> bool:
-        """Whether there is a frozen copy of the cores."""
+        """Whether the cores have a frozen copy."""
         return self.network.start == "frozen_copy"
 
     def numbers_of(self, link: Link) -> tuple[int, ...]:

@@ -69,20 +69,17 @@ def attach(
     carry an adapter. `exclude` leaves some out, by a regular expression or names (of layers or of what holds them),
     `kinds` says which kinds are meant ("Linear"), `layers` which numbered blocks ("0-5", {"decoder.layers": "0-5, 8"}).
     `params` override the specs' own numbers, `ranks` those of some layers ({"q_proj$": {"r": 8}}). `parameters` names
-    weights that are adapted beside layers, or alone. It has regular expressions or names, or maps expressions to the
-    axes in stored order ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}: `o` outputs, `i` inputs, `e` slices of a
-    stack).
+    weights that are adapted beside layers, or alone. It has expressions or names, or maps expressions to the stored
+    axes ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}: outputs, inputs, slices of a stack).
 
     `train` says what trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}); all else is frozen.
     `dropout` has the probabilities of dropout in training ({"input": 0.05, "bond": 0.1, "module": 0.1}): of entries of
     the update's input, of entries of a bond, of a layer's whole update. `scopes` binds the scopes of shared cores to
-    regular expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` tells several adapters
-    apart.
+    regular expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` is the adapter's.
 
     `init` gives first values of stored cores, index cores too, in place of what inits draw: `{"layer.core": tensor}`,
-    or a function (layer, core, network) -> tensor or None, of two names and a `Network`. A callable object may also
-    have `prepare(layers)`, which is called first, with all layers. `save` writes such values into the file, those of
-    frozen cores too. `tnpeft.starts` has published starts.
+    or a function (layer, core, network) -> tensor or None, of two names and a `Network`. An object may also have
+    `prepare(layers)`, which is called first. `save` writes such values, of frozen cores too. See `tnpeft.starts`.
 
     `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
     `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'

@@ -40,13 +40,14 @@ def search_report(
     model: nn.Module | None = None,
     example: Sequence[Any] | None = None,
 ) -> list[Row]:
-    """Compare, and write `report.json`, `report.md` and `front.svg` into a folder. Raises TnpeftError.
+    """Compare the winner with random search and shipped specs; write `report.json`, `report.md` and `front.svg`.
 
-    After a search with a command what it is compared with is fine-tuned by it too, at as many rates. Then each of the
-    `test_commands`, by its name, is run for each row at the best of its rates, with `{spec}` and `{rate}` in it.
+    After a search with a command, the command also fine-tunes what the winner is compared with, at the same rates. Then
+    each of the `test_commands`, which have names, is run for each row at the best of its rates, with `{spec}` and
+    `{rate}` filled in.
 
-    Steps are measured on a `model` that is called as `model(*example)`; without both they are predicted. After
-    `minutes` the report has what is done, and goes on from there with a `storage`.
+    The time of a training step is measured on `model(*example)`; without both it is predicted. After `minutes` the
+    report holds what is done by then; with a `storage`, the next call goes on from there. Raises TnpeftError.
     """
     tests = dict(test_commands or {})
     _check(found, tests, model, example)

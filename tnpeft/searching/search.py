@@ -45,28 +45,28 @@ def search(
     minutes: float | None = None,
     progress: Callable[[Candidate | None, int], None] | None = None,
 ) -> Search:
-    """Search for the network of at most `params` parameters that captures most of full fine-tunes.
+    """Search for the network of at most `params` parameters that captures most of some full fine-tunes.
 
-    `model` says which layers there are (it may be on the meta device), `match` which of them are searched; each of
-    `pairs`, which may have names, has the state dicts of a base and of its full fine-tune. A network is worth the mean
-    share of the energy of the updates that `fit` captures from a free start, in at most `iterations` sweeps, with the
-    largest ranks at which the adapters of all searched layers train at most `params` parameters (`budget`).
+    `model` says which layers there are (it may be on the meta device), `match` which of them are searched. Each of
+    `pairs`, which may have names, holds the state dicts of a base and of its full fine-tune. A network gets the largest
+    ranks at which the adapters of all searched layers train at most `params` parameters (`budget`). Its score is the
+    mean share of the updates' energy that `fit` captures in at most `iterations` sweeps.
 
-    Drawn are networks of up to `cores` cores by `sampler`: `random`, `tpe`, `evolution`, `local` (one choice away from
-    the best) or `mixed`, the last three in turn. It begins with known networks (LoRA, CP, Tucker, a train), but for
-    `from_known=False`. Equal networks are evaluated once, and what is clearly behind is given up before the last
-    update. Layers that match `test_match`, whether `match` has them or not, and all layers of `test_pairs` are never
-    searched: the winner's test score is theirs.
+    `sampler` draws networks of up to `cores` cores: `random`, `tpe`, `evolution`, `local` (one choice away from the
+    best) or `mixed`, the last three in turn. The search begins with known networks (LoRA, CP, Tucker, a tensor train),
+    unless `from_known=False`. Equal networks are evaluated once, and what is clearly behind is given up before the last
+    update. Layers that match `test_match`, whether `match` finds them or not, and all layers of `test_pairs` take no
+    part in the search: the winner's test score is measured on them.
 
-    With a `command` the best `finalists` are fine-tuned at each of `rates`, and the one that ends best has won. In it
-    `{spec}` stands for the network's file and `{rate}` for the rate. Its last line on stdout is JSON, `{"score": ...}`,
-    the higher the better; lines `{"step": ..., "score": ...}` before let runs that are behind be stopped.
+    With a `command` the best `finalists` are fine-tuned at each of the learning `rates`, and the one that ends best
+    wins. In it `{spec}` stands for the network's file, `{rate}` for the rate. Its last line on stdout is JSON,
+    `{"score": ...}`, the higher the better. Lines `{"step": ..., "score": ...}` before let runs that are behind be stopped.
 
-    `storage` is a journal's path, a `.db` file or a database's URL: several processes and machines may share it, and a
-    search that ended, by Ctrl-C or after `minutes` too, goes on from there. `jobs` processes work here. With one of
-    them, equal arguments give equal results. After each trial `progress` is told its candidate, if any, and how many.
+    `storage` is a journal's path, a `.db` file or a database's URL. Several processes and machines may share it, and a
+    search that ended, also by Ctrl-C or after `minutes`, goes on from it. `jobs` processes run here; with one, equal
+    arguments give equal results. After each trial `progress` is called with its candidate, if any, and their number.
 
-    Raises TnpeftError, among them one where Optuna is not installed.
+    Raises TnpeftError, also where Optuna is not installed.
     """
     need_optuna()
     _check(jobs, command, rates, finalists, minutes)

@@ -83,7 +83,7 @@ class Task:
         return budget(spec, self._stand_ins, self.params, match="all", param=param)
 
     def captured(self, spec: Spec, ranks: Mapping[str, float], updates: Iterable[Update]) -> Iterator[float]:
-        """The share of each update's energy that the network captures from a free start."""
+        """The share of each update's energy that the network captures, with a frozen copy of zeros if it has one."""
         how: dict[str, Any] = {"method": "als", "iterations": self.iterations, "frozen_copy": "zeros", **ranks}
         for update in updates:
             found = fit(spec, update.delta, update.layer, **how)
