@@ -11,7 +11,7 @@ from typing import Any
 from tnpeft.documents.writing import as_yaml
 from tnpeft.editing.cursor import ITEM, Cursor, cursor_at
 from tnpeft.network import Spec
-from tnpeft.recipe.model import recipe_schema
+from tnpeft.recipe.json_schema import recipe_schema
 from tnpeft.spec.expression import FUNCTIONS
 from tnpeft.spec.json_schema import spec_schema
 from tnpeft.spec.pattern import ELLIPSIS, LAYER_NAMES

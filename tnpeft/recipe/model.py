@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tnpeft.documents.json_schema import NAME, WORD, Keywords, schema_document
 from tnpeft.documents.nodes import Node, read_bytes, read_document
 from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_problem, with_text_keys
 from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
@@ -17,14 +16,22 @@ from tnpeft.network import Spec, load_spec
 from tnpeft.network.dropout import Dropout
 from tnpeft.recipe.dropout import dropout_advice, dropout_of
 from tnpeft.recipe.parameters import Parameters, parameters_from
-from tnpeft.recipe.selection import ALL, SPANS, Selection, compiled, selection_of
-from tnpeft.spec import find_shipped, list_specs
+from tnpeft.recipe.selection import Selection, compiled, selection_of
+from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import advice_on, is_word, unknown_params, value_of_param
 from tnpeft.spec.library import label_of, shipped_folder
-from tnpeft.spec.pattern import KINDS
-from tnpeft.spec.reader import SHORT_KINDS
 
-__all__ = ["SELECTION", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "recipe_schema", "train_from"]
+__all__ = [
+    "RECIPE",
+    "SELECTION",
+    "DropoutFile",
+    "Entry",
+    "Recipe",
+    "Train",
+    "list_recipes",
+    "load_recipe",
+    "train_from",
+]
 
 SELECTION = ("exclude", "kinds", "layers", "ranks")
 """The keys of an entry that narrow `match`, and give single layers params of their own."""
@@ -138,44 +145,6 @@ RECIPE = Schema(
     is_word=is_word,
     instead={"match": "parameters"},
 )
-
-
-def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema of recipes."""
-    shipped = list(list_specs())
-    entry = {"spec": "${1:lora}", "match": "${2:to_[qv]\\$}", "params": {"r": 4}}
-    kind = {"enum": [*KINDS, *SHORT_KINDS]}
-    number = {"type": "integer", "minimum": 0}
-    numbers = [number, {"type": "string", "pattern": SPANS}, {"type": "array", "items": number, "minItems": 1}]
-    keywords: dict[str, Keywords] = {
-        "name": {"pattern": NAME},
-        "adapters": {"minItems": 1, "defaultSnippets": [{"label": "a spec on some layers", "body": [entry]}]},
-        "adapters.*": {
-            "required": ["spec"],
-            "if": {"not": {"required": ["match"]}},
-            "then": {"required": ["parameters"]},
-        },
-        "adapters.*.spec": {"anyOf": [{"enum": shipped}, {"type": "string", "pattern": r"\.ya?ml$"}]},
-        "adapters.*.match": {"examples": [r"conv[12]\.conv$", ALL]},
-        "adapters.*.parameters": {"examples": [{r"experts\.(gate_up|down)_proj$": "e o i"}, r"\.in_proj_weight$"]},
-        "adapters.*.params": {"propertyNames": {"pattern": rf"^{WORD}$"}, "examples": [{"r": 4}]},
-        "adapters.*.exclude": {"examples": ["lm_head$", ["vision_tower", "lm_head"]]},
-        "adapters.*.kinds": {"anyOf": [kind, {"type": "array", "items": kind, "minItems": 1}]},
-        "adapters.*.layers": {
-            "anyOf": [*numbers, {"type": "object", "additionalProperties": {"anyOf": numbers}, "minProperties": 1}],
-            "examples": ["0-5, 8", "16-", {"decoder.layers": "0-5"}],
-        },
-        "adapters.*.ranks": {"examples": [{"q_proj$": {"r": 8}}]},
-        "adapters.*.dropout": {"examples": [{"input": 0.05}, {"bond": 0.1, "module": 0.1}]},
-        **{f"adapters.*.dropout.{each}": {"minimum": 0, "exclusiveMaximum": 1} for each in DropoutFile.model_fields},
-        "scopes": {
-            "propertyNames": {"pattern": rf"^{WORD}$"},
-            "examples": [{"layer": r"layers\.(\d+)\.", "matrix": r"\.([qkvo])_proj$"}],
-        },
-        "train.norm": {"examples": [True, "all"]},
-        "train.also": {"examples": [[r"^out\."]]},
-    }
-    return schema_document(RECIPE, "tnpeft recipe: which spec goes on which layers", keywords)
 
 
 _WHOLE = Selection()

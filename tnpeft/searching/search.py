@@ -60,7 +60,7 @@ def search(
 
     With a `command` the best `finalists` are fine-tuned at each of the learning `rates`, and the one that ends best
     wins. In it `{spec}` stands for the network's file, `{rate}` for the rate. Its last line on stdout is JSON,
-    `{"score": ...}`, the higher the better. Lines `{"step": ..., "score": ...}` before let runs that are behind be stopped.
+    `{"score": ...}`, the higher the better. Earlier lines `{"step": ..., "score": ...}` let those behind be stopped.
 
     `storage` is a journal's path, a `.db` file or a database's URL. Several processes and machines may share it, and a
     search that ended, also by Ctrl-C or after `minutes`, goes on from it. `jobs` processes run here; with one, equal
