@@ -118,7 +118,7 @@ def _unlike(what: str, fix: str) -> AttachError:
 
 
 class _Claims(NamedTuple):
-    """What a recipe makes of a model: whom it adapts, on what and by which networks, and what trains beside."""
+    """What a recipe does to a model: the layers it adapts, the networks on them, and what trains beside the cores."""
 
     layers: Mapping[str, Entry]
     also: Trained
@@ -134,7 +134,7 @@ class _Claims(NamedTuple):
 
 
 def _claims(model: nn.Module, recipe: Recipe, mode: str) -> _Claims:
-    """Raises AttachError for a model that nothing can be attached to, or not by this recipe."""
+    """Raises AttachError for a model to which nothing, or not this recipe, can be attached."""
     flat = flat_problem(model)
     if problems := [*model_problems(model)] if flat is None else [flat]:
         raise AttachError(*problems)
@@ -146,7 +146,7 @@ def _claims(model: nn.Module, recipe: Recipe, mode: str) -> _Claims:
 
 
 def _with(recipe: Recipe, train: Any, scopes: Mapping[str, str] | None, given: object) -> Recipe:
-    """The recipe with what `attach` says of what trains, of scopes and of dropout. Raises AttachError."""
+    """The recipe with `attach`'s arguments for what trains, for scopes and for dropout. Raises AttachError."""
     recipe = recipe if train is None else replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
     if given is None:
@@ -158,7 +158,7 @@ def _with(recipe: Recipe, train: Any, scopes: Mapping[str, str] | None, given: o
 
 
 def _about(model: nn.Module, recipe: Recipe, claimed: Mapping[str, Entry], also: Trained) -> dict[str, Any]:
-    """What the adapter's record and files say of how it was attached; JSON-like, as files give it back."""
+    """What the adapter's record and files hold on how it was attached, as JSON-like data."""
     trained_names = {reason: list(names) for reason, names in asdict(also).items()}
     about: dict[str, Any] = {"recipe": recipe.name, "trained": trained_names}
     if left_out := skipped(model, recipe):
@@ -169,7 +169,7 @@ def _about(model: nn.Module, recipe: Recipe, claimed: Mapping[str, Entry], also:
 
 
 def recipe_of(what: object, match: Match | None, params: Mapping[str, Any], **selection: Any) -> Recipe:
-    """What `attach` takes as a recipe: a spec becomes one of a single entry. Raises SpecError and AttachError."""
+    """What `attach` takes, as a recipe: a spec becomes a recipe of one entry. Raises SpecError and AttachError."""
     recipe = _recipe_of(what, match, params, {key: value for key, value in selection.items() if value is not None})
     if problems := [each for entry in recipe.entries for each in param_problems(entry.spec, entry.params, ATTACH)]:
         raise AttachError(*problems)

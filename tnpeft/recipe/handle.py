@@ -115,5 +115,5 @@ class Handle:
 
 
 def _room_above(room: str) -> Any:
-    """A room that imports this one, looked up when a method of its is called: files and fits know handles."""
+    """A room that imports this one. It is looked up when it is needed, because files and fits import handles."""
     return importlib.import_module(f"tnpeft.{room}")

@@ -79,7 +79,7 @@ class RecipeFile(FilePart):
 
 
 def _advice(path: tuple[str | int, ...], key: str, value: object) -> str:
-    """What to write for a key that no recipe has, or that belongs elsewhere in it."""
+    """What to write for a key that no recipe has, or that belongs elsewhere in a recipe."""
     if path == ("train",):
         return advice_on(key, ())
     if path[-1:] == ("dropout",):
@@ -154,9 +154,8 @@ _WHOLE = Selection()
 class Entry:
     """One spec of a recipe with its layers: `match` is a regular expression, exact names, or `all`.
 
-    `all` stands for every layer of the spec's kinds that can carry an adapter; nothing is matched if `match` is empty.
-    `parameters` are adapted beside layers. `selection` narrows both. `dropout` is what training leaves
-    out at random.
+    `all` stands for every layer of the spec's kinds that can carry an adapter; an empty `match` matches nothing.
+    `parameters` are weights adapted beside layers. `selection` narrows both. `dropout` acts in training.
     """
 
     spec: Spec
@@ -228,7 +227,7 @@ def load_recipe(name: str | Path) -> Recipe:
 
 
 def train_from(value: Train | Mapping[str, Any] | None) -> Train:
-    """`attach`'s `train` argument: what a recipe's `train` holds, as a mapping. Raises SpecError."""
+    """The `train` argument of `attach`, a mapping such as a recipe's `train`, checked. Raises SpecError."""
     if value is None or isinstance(value, Train):
         return value or Train()
     problems = Problems()

@@ -1,4 +1,4 @@
-"""The frozen copy anew: today's cores become the start."""
+"""`anchor`: the current cores become the frozen copy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def anchor(model: nn.Module, name: str = "default") -> None:
 
 
 def _anchor(adapter: Adapter) -> None:
-    """What it trains itself: a core that it shares is its holder's."""
+    """Anchor the cores that this adapter itself trains: a shared core belongs to its holder."""
     with torch.no_grad():
         for name, trained in adapter.trained.items():
             write(adapter.get_buffer(START + name), whole(trained))

@@ -102,7 +102,7 @@ def _restore(root: nn.Module, state: AdaptedModel, kept: dict[str, float], dequa
 
 
 def _flag_of(name: str, flags: Mapping[str, bool]) -> bool:
-    """Whether a parameter was trained before; of a weight that a plain layer has now, whether what made it was."""
+    """Whether a parameter trained before; for a new plain weight, whether the parameters that made it did."""
     if name in flags:
         return flags[name]
     place = f"{name.rpartition('.')[0]}."
@@ -135,7 +135,7 @@ def _keep(
 
 
 def _unwrap(root: nn.Module, layers: list[AdaptedLayer]) -> set[int]:
-    """Put what is left of adapted layers in their places; the `id`s of plain layers that stand for their bases."""
+    """Put plain layers back in the places of adapted ones; returns the `id`s of those that replace the bases."""
     gone = {id(layer): layer for layer in layers}
     replaced = set()
     for place in places(root):

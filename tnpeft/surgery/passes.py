@@ -1,7 +1,7 @@
-"""What layers make of their cores, shared within a forward pass of the model, and kept from pass to pass.
+"""What layers compute from their cores: shared within a forward pass of the model, and kept from pass to pass.
 
 The root module has a hook before its forward pass, which opens a pass for the thread that runs it, and one after it,
-which closes it. While one is open, layers contract together what is alike of their cores. The record has the results.
+which closes it. While one is open, layers contract equal networks together. The record has the results.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def _close(root: nn.Module, _inputs: Any, _output: Any) -> None:
 
 
 def _acting_alone(root: nn.Module, record: AdaptedModel) -> list[tuple[nn.Module, Acting]]:
-    """The base layers on which one adapter acts, at scale 1, with it; disabled ones may be enabled again."""
+    """The base layers on which a single adapter acts, at scale 1, each with it; also while it is disabled."""
     pairs = [(layer.base, layer.alone) for layer in _with_results(root, record)]
     return [(base, alone) for base, alone in pairs if alone is not None]
 
 
 def _with_results(root: nn.Module, record: AdaptedModel) -> list[AdaptedLayer]:
-    """All adapted layers, made to use the model's results: those of earlier pickles have results of their own."""
+    """Make all adapted layers use the model's results: layers from earlier pickles have results of their own."""
     layers = adapted_layers(root)
     for layer in layers:
         if layer.results is not record.results:

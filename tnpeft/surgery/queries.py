@@ -78,7 +78,7 @@ def base_tensors(root: nn.Module) -> dict[str, Tensor]:
 
 
 def parameter_groups(root: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """The names of every parameter of the plain model; tied ones stand together."""
+    """The names of every parameter of the plain model; the names of a tied one are together."""
     return tuple(ties(slots(root)).values())
 
 
@@ -94,7 +94,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_keys(root: nn.Module, state: Iterable[str]) -> dict[str, str]:
-    """The keys of a state dict of `root` that are the plain model's → the names they have there."""
+    """Those keys of a state dict of `root` that belong to the plain model, each with its plain name."""
     hung = places(root)
     names = {"": ""} | {place.path: place.name for place in hung}
     layers = [(place.name, place.module) for place in hung if isinstance(place.module, AdaptedLayer)]

@@ -64,14 +64,14 @@ def _count(root: nn.Module, state: AdaptedModel, step: int) -> None:
 
 
 def unhook(root: nn.Module) -> None:
-    """Check no more batches; a copy that was made inside `rows` has the hook, too."""
+    """Remove the hook that checks batches; a copy that was made inside `rows` has it, too."""
     for number in [number for number, hook in root._forward_pre_hooks.items() if hook is _check_batch]:
         del root._forward_pre_hooks[number]
         root._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def _checked(root: nn.Module, state: AdaptedModel, names: object) -> tuple[str | None, ...]:
-    """The names, all of them known. Raises AttachError for what rows cannot have."""
+    """The names, all of them known. Raises AttachError for adapters that rows cannot have."""
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, Hashable) for name in names):
         fix = 'One name for each row: `["a", "b", None]`, None for the base alone.'
         raise AttachError(Problem("rows", "a list of adapters' names", clip(names), fix))
@@ -88,7 +88,7 @@ def _checked(root: nn.Module, state: AdaptedModel, names: object) -> tuple[str |
 
 
 def _problems(root: nn.Module, state: AdaptedModel, used: Sequence[str]) -> Iterator[Problem]:
-    """What of adapters, named or active, all rows would share; and layers that nobody calls."""
+    """What all rows would share of named or active adapters; and adapted weights whose layers are not called."""
     fix = "Run its rows by themselves, with `tnpeft.activate`."
     for name in used:
         if trained := state.adapters[name].trained:
@@ -110,7 +110,7 @@ def _problems(root: nn.Module, state: AdaptedModel, used: Sequence[str]) -> Iter
 
 
 def _check_batch(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Before a forward pass of the model: its inputs have a row for each name. Raises ExecutionError."""
+    """Check, before a forward pass of the model, that its inputs have a row for each name. Raises ExecutionError."""
     record = record_on(root)
     rows = None if record is None else record.results.rows
     if rows is None:
@@ -124,7 +124,7 @@ def _check_batch(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors in arguments, and in the lists and mappings that these are."""
+    """The tensors in arguments, and in lists and mappings among them."""
     if isinstance(value, torch.Tensor):
         yield value
     elif depth and isinstance(value, Mapping | list | tuple):

@@ -146,9 +146,9 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_layers(layers: Iterable[AdaptedLayer], dequantise: bool = False) -> None:
-    """Merge all of them or, where one cannot be merged for want of memory or values, none.
+    """Merge all layers, or none if one cannot be merged for lack of memory or values.
 
-    Raises AttachError where one is split over processes, or opaque and not to be dequantised.
+    Raises AttachError if one is split over processes, or is opaque and `dequantise` is not set.
     """
     layers, done = list(layers), []
     if problems := [*_opaque_problems(layers, dequantise)]:
@@ -170,7 +170,7 @@ def merge_layers(layers: Iterable[AdaptedLayer], dequantise: bool = False) -> No
 
 
 def _opaque_problems(layers: Iterable[AdaptedLayer], dequantise: bool) -> Iterator[Problem]:
-    """Opaque layers on which something acts that has no weight to be added to."""
+    """Problems of opaque layers on which an adapter acts: they have no weight to add to."""
     for layer in layers:
         if not isinstance(layer, AdaptedOpaque) or not layer.scales:
             continue
@@ -184,7 +184,7 @@ def _opaque_problems(layers: Iterable[AdaptedLayer], dequantise: bool) -> Iterat
 
 @contextmanager
 def acting(root: nn.Module, state: AdaptedModel, scales: dict[str, float]) -> Iterator[None]:
-    """Let other adapters act from here on; those that did act again where what is done inside fails."""
+    """Let other adapters act from here on. If the code inside fails, those that acted before act again."""
     before, state.active = state.active, scales
     try:
         apply_state(root, state)
@@ -211,12 +211,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def base_shown(model: nn.Module) -> AbstractContextManager[None]:
-    """`disabled`, for models that nothing may be attached to yet."""
+    """As `disabled`, also for models to which nothing is attached."""
     return nullcontext() if find(model) is None else disabled(model)
 
 
 def apply_state(root: nn.Module, state: AdaptedModel) -> None:
-    """Bring layers and trained tensors to what the state says. Nothing in here can be refused."""
+    """Bring layers and trained tensors to what the state says. Nothing here can fail."""
     reshard(root)
     (remove_pass if state.merged else register_pass)(root)  # TorchScript would compile the hooks of a merged model too
     state.forget()
@@ -228,7 +228,7 @@ def apply_state(root: nn.Module, state: AdaptedModel) -> None:
 
 
 def refuse_rows(state: AdaptedModel) -> None:
-    """Raises AttachError inside a `rows` context, whose rows would have other adapters than they ask for."""
+    """Raises AttachError inside a `rows` context: its rows would get other adapters than those named."""
     if state.results.rows_opened:
         fix = "Leave the `rows` context first, in every thread."
         raise AttachError(Problem("model", "adapters of all rows", "some for single rows, by `tnpeft.rows`", fix))
