@@ -38,7 +38,7 @@ P = ParamSpec("P")
 
 
 def command(name: str | None = None, hidden: bool = False) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """A command of that name, or its function's, whose mistakes are told as messages."""
+    """A command of that name, or of its function's; mistakes become messages."""
     return lambda function: app.command(name, hidden=hidden)(reported(function))
 
 

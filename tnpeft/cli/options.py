@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, with what a shell completes in them."""
+"""Arguments and options that several commands have, with their completion in shells."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _beginning(words: Iterable[str], incomplete: str) -> list[str]:
 
 
 def _files(incomplete: str) -> list[str]:
-    """What in a folder goes on from here: YAML files, and folders with the sign that they are."""
+    """What may complete a path: YAML files, and folders with a slash."""
     folder, sign, name = incomplete.rpartition("/")
     try:
         there = sorted(Path(folder + sign or ".").iterdir())

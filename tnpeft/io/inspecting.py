@@ -66,8 +66,9 @@ _SHOWN = 6  # names in one line
 class InspectedLayer:
     """One adapted layer of a file.
 
-    `spec` is the spec's name, in other libraries' files the method's. `weight` is the shape of the base weight, which
-    those do not tell. `trained` and `frozen` are elements in the file; `drawn` are cores that the seed gives again.
+    `spec` is the spec's name; for other libraries' files, the method's. `weight` is the shape of the base weight, which
+    those files do not have. `trained` and `frozen` count elements in the file. `drawn` are cores that the seed gives
+    again.
     """
 
     name: str
@@ -303,7 +304,7 @@ def _of_source(
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes that the header of a safetensors file tells; no tensor is read."""
+    """The shapes in the header of a safetensors file; no tensor is read."""
     with safetensors_of(path, damaged=COPY_AGAIN) as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
 

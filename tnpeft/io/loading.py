@@ -109,9 +109,9 @@ def hot_swap(model: nn.Module, path: str | os.PathLike[str], name: str | None = 
 def _content(
     model: nn.Module, path: Path, name: str | None, holders: Sequence[Any], flat: bool = False
 ) -> tuple[Manifest, tuple[dict[str, Adapter], dict[str, Tensor], dict[str, Tensor]]]:
-    """What a file says, its adapters compiled for the model, and what trained beside them, statistics by themselves.
+    """A file's manifest, its adapters compiled for the model, the parameters that trained beside them, and statistics.
 
-    Where an adapter of that name is attached, they are for it to take; a `flat` model (FSDP1) has no place for others.
+    If an adapter of that name is attached, it can take these values; a `flat` model (FSDP1) accepts no other adapters.
     """
     with in_step(holders, lambda: unlike(path)) as said:
         manifest, tensors = read(path)
@@ -148,7 +148,7 @@ def _content(
 
 
 def unlike(path: Path) -> AdapterFileError:
-    """What is said of a file that is another one in other processes."""
+    """The error for a file that differs between processes."""
     fix = "Give each process the same file: copy it to every machine, or to a folder that they share."
     return refuse(path, "adapter file", "the same in every process", "others in some", fix)
 
@@ -165,7 +165,7 @@ def put_on(
 ) -> None:
     """Attach a file's adapters, with the values of parameters and running statistics that trained beside them.
 
-    An adapter of that name takes the values in place. It alone acts then, at `scale`.
+    If an adapter of that name is attached, it takes the values in place. It is then the only active one, at `scale`.
     """
     with _of_file_too(path):
         if _attached(model, name) is not None:
@@ -181,13 +181,13 @@ def put_on(
 
 
 def _attached(model: nn.Module, name: str) -> dict[str, Adapter] | None:
-    """The adapters of that name by layer, None where there are none."""
+    """The adapters of that name by layer; None if there are none."""
     return adapters_of(model, name) if find(model) is not None and name in names_of(model) else None
 
 
 @contextmanager
 def _of_file_too(path: Path) -> Iterator[None]:
-    """What surgery refuses inside, it refuses of a file."""
+    """Inside, an AttachError also names the file."""
     try:
         yield
     except AttachError as error:
@@ -195,13 +195,13 @@ def _of_file_too(path: Path) -> Iterator[None]:
 
 
 def without_values(path: Path, layer: str) -> AdapterFileError:
-    """What is said of a base layer on the meta device."""
+    """The error for a base layer on the meta device."""
     fix = "Give the model its weights before loading an adapter."
     return refuse(path, "base model", "values", f"none in layer '{layer}' (it is on the meta device)", fix)
 
 
 def _check_names(path: Path, manifest: Manifest, model: nn.Module) -> None:
-    """What the file says was trained must be what training it here would change."""
+    """Check that the parameters which trained, by the file, are those that would train here."""
     groups = {names[0]: names for names in parameter_groups(model)}
     hidden = [names[0] for names in manifest.trained if names[0] not in groups]
     if hidden:  # quantised layers may keep their bias as a buffer, or nowhere to be seen
@@ -247,7 +247,7 @@ def _adapters(
 
 
 def _check_layers(path: Path, manifest: Manifest, networks: Mapping[str, Network]) -> None:
-    """Where no model was there when it was fitted, weights alone told the layers: they must be these."""
+    """Check the layers of a file that was fitted without a model: they were guessed from weights."""
     told = manifest.about.get(FITTED_AS)
     for name, network in networks.items():
         layer, fitted = str(replace(network.layer, opaque=False)), told.get(name) if isinstance(told, dict) else None
@@ -257,7 +257,7 @@ def _check_layers(path: Path, manifest: Manifest, networks: Mapping[str, Network
 
 
 def _require_maps(path: Path, specs: Sequence[Spec]) -> None:
-    """A map is needed at every step, unlike an init: whose it is must have registered it before the file is loaded."""
+    """Check that all maps are registered: unlike an init, a map is needed at every step."""
     names = (call.name for spec in specs for each in spec.derivations.values() for call in each.maps)
     missing = [name for name in dict.fromkeys(names) if map_kind(name) is None]
     if missing:
@@ -265,7 +265,7 @@ def _require_maps(path: Path, specs: Sequence[Spec]) -> None:
 
 
 def _bases(model: nn.Module, manifest: Manifest) -> dict[str, nn.Module | ParameterLayer]:
-    """What the adapters of a file stand on: layers, and parameters in the orientation that it says."""
+    """The bases of a file's adapters: layers, and parameters in the orientation that it says."""
     parameters = slots(model) if any(entry.orientation for entry in manifest.layers.values()) else {}
     signatures: dict[str, Layer | None] = dict.fromkeys(manifest.layers)
     for name, entry in manifest.layers.items():

@@ -56,7 +56,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 def chosen(model: nn.Module, path: Path, name: str | None) -> tuple[nn.Module, AdaptedModel, str, dict[str, Adapter]]:
     """The adapted root in `model`, its state, and the adapter to write: its name and its compiled layers.
 
-    Raises AdapterFileError where there is none, or it cannot be written as it stands.
+    Raises AdapterFileError if there is none, or if it cannot be written as it is.
     """
     try:
         root, state = adapted(model)
@@ -88,7 +88,7 @@ def _which(path: Path, state: AdaptedModel, name: object) -> str:
 
 
 def _drawn(adapter: Adapter) -> dict[str, str]:
-    """The frozen cores that still are what the seed gives, with their digests; none whose value was given."""
+    """The frozen cores that are still what the seed gives, with their digests; none whose value was given."""
     found: dict[str, str] = {}
     for core in adapter.network.cores:
         if core.frozen and is_drawn(core) and core.name not in (*adapter.shared, *adapter.given):

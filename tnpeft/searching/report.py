@@ -1,4 +1,4 @@
-"""The report of a search, beside what it is compared with: data, a text and a picture."""
+"""The report of a search and of what it is compared with: data, a text and a picture."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _check(found: Search, tests: Mapping[str, str], model: object, example: obje
 def _steps(
     found: Search, rows: Sequence[Row], model: nn.Module | None, example: Sequence[Any] | None
 ) -> dict[str, float]:
-    """The ratios of candidates, `network 3`, and of rows, `row 0`: all predicted, or of the best measured."""
+    """The step ratios of candidates (`network 3`) and rows (`row 0`): all predicted, or the best ones measured."""
     specs: dict[str, Spec] = {f"row {number}": row.spec for number, row in enumerate(rows) if row.spec is not None}
     scored = [candidate for candidate in found.candidates if candidate.score is not None]
     if model is None or example is None:
@@ -102,7 +102,7 @@ def _steps(
 
 
 def _chosen(found: Search, steps: Mapping[str, float] | None = None) -> set[int]:
-    """The networks that none as small betters, nor any as quick where steps are known, and the best one."""
+    """The Pareto-optimal networks by parameters, and by step time where it is known, and the best one."""
     points = {
         Point(each.parameters, 1 - each.score, step=(steps or {}).get(f"network {each.number}")): each.number
         for each in reversed(found.candidates)

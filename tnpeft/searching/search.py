@@ -85,14 +85,14 @@ def search(
 
 
 def time_after(minutes: float | None) -> float | None:
-    """The time at which so many minutes are over."""
+    """The time in that many minutes."""
     return None if minutes is None else time.time() + 60 * minutes
 
 
 def _layers(
     model: nn.Module, match: str | Sequence[str], test_match: str | Sequence[str] | None
 ) -> tuple[dict[str, Layer], dict[str, Layer], tuple[str, ...]]:
-    """The layers that are searched, those that are tested on alone, and the kinds of both. Raises AttachError."""
+    """The searched layers, the held-out layers, and the kinds of both. Raises AttachError."""
     beside = {} if test_match is None else layers_matching(model, test_match)
     layers = {name: layer for name, layer in layers_matching(model, match).items() if name not in beside}
     check_kinds([*layers.values(), *beside.values()])
@@ -128,7 +128,7 @@ def searched(
     name: str = "search",
     until: float | None = None,
 ) -> Search:
-    """Run a task; nothing is tested yet."""
+    """Run a task, without testing the winner."""
     from tnpeft.searching.engine import evaluated, is_late, open_study, quiet, run, shared_storage
 
     def tell(trial: Any, count: int) -> None:
@@ -165,7 +165,7 @@ def searched(
 
 
 def _finetuned(found: Search, tuning: Tuning, finalists: int, storage: str | None, until: float | None) -> Search:
-    """With fine-tunes of the best networks. Raises TnpeftError where all are done and none gave a score."""
+    """The search with fine-tunes of its best networks. Raises TnpeftError if all are done and none gave a score."""
     from tnpeft.searching.finetunes import Case, run_cases
 
     best = [candidate for candidate in found.candidates if candidate.score is not None][:finalists]
@@ -185,7 +185,7 @@ def _finetuned(found: Search, tuning: Tuning, finalists: int, storage: str | Non
 
 
 def _tested(found: Search, tests: Sequence[Update]) -> Search:
-    """With the test scores of the best network."""
+    """The search with the test scores of its best network."""
     shares = found.task.captured(found.spec, {}, tests)
     scores = {str(update): share for update, share in zip(tests, shares, strict=True)}
     return replace(found, test_scores=scores, tests=tuple(tests))
