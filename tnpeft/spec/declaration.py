@@ -24,9 +24,9 @@ class Core:
 
     With sizes {o: 64, a: 8}, legs=("o", "a") stores shape (64, 8); `axes` has the legs of each stored axis.
 
-    `shared` is `model`, or the scope whose layers have one tensor for all. `origin` is what is taken from the base
-    weight: `weight` itself, with the `axes` of its pattern, or `svd_u`, `svd_s`, `svd_v`; such a core is frozen. A core
-    with a `derivation` is made of others and never stored.
+    `shared` is `model`, or the scope whose layers share the tensor. `origin` says what is taken from the base weight:
+    `weight` itself, with the `axes` of its pattern, or `svd_u`, `svd_s`, `svd_v`. Such a core is frozen. A core with a
+    `derivation` is made of other cores and never stored.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Core:
 
     @property
     def is_index(self) -> bool:
-        """Whether it holds whole numbers, places for a map's `at=`."""
+        """Whether it is an index core: it holds whole numbers, the places for a map's `at=`."""
         return self.init.name in INDEX_INITS
 
 
