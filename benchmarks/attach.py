@@ -4,7 +4,7 @@
 
 `first` is the first attach in a fresh process (after the imports), `again` a later one, for which plans and programs
 exist. Memory is that of tensors: cores, frozen copies, copies of what else trains, and what the first calls keep for
-later ones, mostly T(start).
+later ones, mostly what they fold from the frozen copies.
 """
 
 from __future__ import annotations

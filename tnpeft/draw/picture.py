@@ -22,7 +22,7 @@ __all__ = ["Picture", "draw_network", "on_typical_layer"]
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A network laid out. `with_sizes` says whether its labels hold sizes beside names."""
+    """A network laid out. `with_sizes` says whether labels have sizes as well as names."""
 
     network: Network
     with_sizes: bool
@@ -84,7 +84,7 @@ def draw_network(
 def on_typical_layer(spec: Spec, params: Mapping[str, Any]) -> Network:
     """The spec on the first of some typical layers that it fits; if it fits none, raises the first BindError.
 
-    One with an index for each kernel axis is drawn on a layer with a single axis, whose index then stands for all.
+    A spec with `k...` is drawn on a layer with a single kernel axis, whose index then stands for all.
     """
     errors = []
     kernel = any(ELLIPSIS in axis for core in spec.cores for axis in core.axes)

@@ -1,4 +1,4 @@
-"""`budget`: the largest rank whose adapter trains no more than so many parameters."""
+"""`budget`: the largest rank whose adapter trains at most a given number of parameters."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _check_names(recipe: Recipe, param: str, fixed: Sequence[str]) -> None:
 
 
 class _Place(NamedTuple):
-    """An adapted layer: what decides on the size and the sharing of its cores."""
+    """An adapted layer: all that determines the size and the sharing of its cores."""
 
     entry: Entry
     layer: Layer
@@ -176,7 +176,7 @@ class _Place(NamedTuple):
 
 
 class _Counts:
-    """What the recipe trains on the model at each value of the param; a spec meets each kind of layer once."""
+    """What the recipe trains on the model at each value of the param; a spec is bound once to each kind of layer."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, params: tuple[str, ...], fixed: tuple[str, ...]) -> None:
         self.recipe, self.params, self.param, self.fixed = recipe, params, params[0], fixed
@@ -236,7 +236,7 @@ class _Counts:
         raise error
 
     def _largest(self, smallest: int, params: int) -> int | None:
-        """Doubling, then halving; then what lies around is looked at, in case counts fall again."""
+        """Doubling, then halving; then nearby values are tried, in case counts fall again."""
         low, high = smallest, smallest + 1
         while self._total(high) <= params:
             low, high = high, high * 2
@@ -252,7 +252,7 @@ class _Counts:
         return best
 
     def _most(self) -> int | None:
-        """Where every value fits, the smallest of those that train the most; None where all train as much."""
+        """If every value fits, the smallest of those that train the most; None if all train equally many."""
         tried = dict.fromkeys(value for value, _ in self.known)
         totals = {value: self._total(value) for value in tried if self._total(value) != float("inf")}
         most = max(totals.values())

@@ -1,7 +1,7 @@
 """The tangent space of an adapter: the directions in which a small change of its parameters moves the delta weight.
 
-J = d(dW)/d(parameters) is never built. What is needed of it comes from products with its transpose (gradients) and with
-itself (gradients of gradients), in float64.
+J = d(dW)/d(parameters) is never built. Products with its transpose (gradients) and with J itself (gradients of
+gradients) are used instead, in float64.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ def tangent_space(
 def tangent_space_of(adapter: Adapter, weight: Tensor) -> TangentSpace:
     """The tangent space of an adapter at the values that its cores have; `weight` is its layer's base weight.
 
-    Cores that layers share count as if they were this layer's alone. The rank is counted from random combinations of
-    J's rows, a few more than it has columns: with probability one theirs is J's. Where parameters meet only some
-    slices of the weight (LoRA's second core: a row each), J is counted block by block.
+    Cores that layers share count as if they were this layer's alone. The rank is that of random combinations of J's
+    rows, a few more than J has columns: with probability one it equals J's. If parameters move only some slices of the
+    weight (in LoRA's second core, a row each), the rank is counted block by block.
     """
     with torch.inference_mode(False), torch.enable_grad():
         jacobian = _Jacobian(adapter, weight)

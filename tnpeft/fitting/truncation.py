@@ -1,4 +1,4 @@
-"""`truncate`: an attached adapter with smaller ranks, whose update is the nearest to the one it made."""
+"""`truncate`: an attached adapter gets smaller ranks, and an update that is nearest to its old one."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def truncate(
 
 
 def _name(model: nn.Module, name: str | None) -> str:
-    """The adapter that is meant: the only one, or that of the name."""
+    """The adapter's name: the given one, or that of the only adapter."""
     known = names_of(model)
     if name is None and len(known) > 1:
         expected = f"one of {', '.join(map(repr, known))}"
@@ -130,7 +130,7 @@ def _size(handle: Handle) -> int:
 
 
 def _checked(handle: Handle) -> dict[str, Adapter]:
-    """The adapters of the layers, if they can be fitted one by one as the model stands. Raises AttachError."""
+    """The adapters of the layers, if each can be fitted by itself in the model's present state. Raises AttachError."""
     _, state = adapted(handle.model)
     refuse_disabled(state)
     refuse_merged(state)
@@ -149,7 +149,7 @@ def _checked(handle: Handle) -> dict[str, Adapter]:
 
 
 def _refuse_drawn(adapters: Mapping[str, Adapter], wanted: Mapping[str, Network]) -> None:
-    """Raises AttachError for frozen random cores of another size: training has made what it did for those that go."""
+    """Raises AttachError if frozen random cores would change their size: other cores were trained for the old ones."""
     problems = []
     for layer, network in wanted.items():
         shapes = {core.name: core.shape for core in adapters[layer].network.cores}
@@ -195,7 +195,7 @@ def _wanted(
 def _selection(
     handle: Handle, budget: object, param: str, ranks: Mapping[str, Mapping[str, float]], params: Mapping[str, Any]
 ) -> Selection:
-    """What `ranks` says, when all that is asked for makes sense. Raises AttachError."""
+    """The selection of `ranks`, once all arguments are checked. Raises AttachError."""
     if budget is None and not params and not ranks:
         fix = "For example `r=4`, or a number of parameters."
         raise AttachError(Problem("truncate", "a budget or smaller params", "neither", fix))
@@ -225,7 +225,7 @@ def _selection(
 
 
 def _smaller_ones(networks: Mapping[str, Network], wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Network]:
-    """The networks with other params, of the layers that shrink with them. Layers alike have one for all."""
+    """The networks with other params, for the layers that shrink with them. Equal layers share one."""
     known: dict[tuple[Any, ...], Network | None] = {}
     found: dict[str, Network] = {}
     for layer, network in networks.items():
@@ -249,7 +249,7 @@ def _smaller(network: Network, params: Mapping[str, Any]) -> Network | None:
 
 
 def _compiled(handle: Handle, wanted: Mapping[str, Network]) -> dict[str, Adapter]:
-    """Adapters of the smaller networks; where frozen cores are shared, one for every layer, for they hang together."""
+    """Adapters of the smaller networks; if frozen cores are shared, for every layer, because they are linked."""
     together = any(core.shared for adapter in handle.adapters.values() for core in adapter.network.cores)
     modules = layers_of(handle.model, handle.name)
     sharing = Sharing()
