@@ -51,7 +51,7 @@ def compile(
 
 
 def _bound(network: Network, layer: nn.Module | None, params: Mapping[str, float]) -> tuple[Network, nn.Module]:
-    """A network with its layer, or one of its sizes that has no values. Raises BindError where they do not fit."""
+    """A network with its layer, or one of its sizes without values. Raises BindError if they do not fit."""
     what = f"network of spec '{network.spec.name}'"
     if params:
         fix = "Give params to `spec.bind`, where sizes are worked out."

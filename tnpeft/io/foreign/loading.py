@@ -118,7 +118,7 @@ def _read(
 
 
 def _check_places(path: Path, model: nn.Module, foreign: Foreign) -> None:
-    """Refuse a layer with two places in the model, of which PEFT adapts the first alone."""
+    """Refuse a layer with two places in the model, of which PEFT adapts only the first."""
     others = reached_twice(model)
     for name in foreign.parts:
         if name in others:
@@ -183,7 +183,7 @@ def _adapters(path: Path, foreign: Foreign, model: nn.Module, modules: Mapping[s
 
 
 def _warn(path: Path, notes: Iterable[Problem], adapters: Mapping[str, Adapter], trained: Mapping[str, Tensor]) -> None:
-    """Of what the file says and has no effect here, and of numbers that are none."""
+    """Warn of what the file says that has no effect here, and of NaN and infinity."""
     cores = {
         f"layers.{layer}.{key}": core for layer, each in adapters.items() for key, core in each.state_dict().items()
     }
