@@ -180,7 +180,7 @@ class Page:
 
     async def _ask(self) -> str | None:
         with ui.dialog() as dialog, ui.card():
-            ui.label("The file on the disk has changed since this page read it.")
+            ui.label("The file has changed on the disk since this page read it.")
             with ui.row():
                 ui.button("Write over it", on_click=lambda: dialog.submit("over")).props("no-caps color=negative")
                 ui.button("Read it again", on_click=lambda: dialog.submit("reload")).props("no-caps")

@@ -115,8 +115,7 @@ class Batch:
         self._constants: StartConstants[Any] = StartConstants()
 
     def results(self, cores_of: TensorsOf, starts_of: TensorsOf) -> Any:
-        """Of all members, from the cores and the frozen copies of each; None where the cores do not lie together, or
-        somebody looks on."""
+        """The results of all members, from their cores and frozen copies; None on the plain path."""
         cores = {adapter: cores_of(adapter) for adapter in self._each}
         return self._contracted([cores[adapter][core] for adapter, core in self._cores], starts_of)
 

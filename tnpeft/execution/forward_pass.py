@@ -110,7 +110,7 @@ class ForwardPass:
         return total if current else None
 
     def results(self, batch: Batch) -> Any:
-        """The results of all members of a batch, computed when the first asks; None if their devices or dtypes differ.
+        """The results of all members of a batch, computed when the first asks; None on the plain path.
 
         With offloaded weights a layer's tensors are on its device only while it is called.
         """

@@ -50,7 +50,7 @@ _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 
 
 def with_updates(site: Site, layer: Layer, called: BaseCall, output: Tensor) -> Tensor:
-    """The output with the updates of all that acts, rounded once for each; a plain layer's `output` is overwritten."""
+    """The output plus all acting updates, rounded once for each; a plain layer's `output` may be overwritten."""
     plain = needs_plain_ops(called.x)
     with nullcontext() if plain else without_inference_gradients():
         return _with_updates(site, layer, called, output, plain)
