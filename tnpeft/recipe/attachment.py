@@ -83,9 +83,10 @@ def attach(
 
     `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
     `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'
-    gradients from the factored chain. All agree but for rounding. What cannot be factored (groups, DoRA, cores that are
-    the base weight, several active adapters, other scales than 1) runs dense. `auto` takes the mode with the least
-    predicted time; with `autotune` it times the modes once for each new kind of call. Second derivatives need `dense`.
+    gradients from the factored chain. All agree but for rounding. What cannot be factored (groups, DoRA, several active
+    adapters, scales other than 1, most networks with the base weight as a core) runs dense. `auto` takes the mode with
+    the least predicted time; with `autotune` it times the modes once for each new kind of call. Second derivatives need
+    `dense`.
 
     An adapter that would need more than the device's memory is refused (`tnpeft.memory_limit`). If FSDP2 has sharded
     the model, every process must call `attach`; each then holds all of the new cores. Raises SpecError, BindError or
