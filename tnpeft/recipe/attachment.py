@@ -66,7 +66,7 @@ def attach(
 
     `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers: a regular
     expression (searched in full module names), a list of names, or `"all"`: every layer of the spec's kinds that can
-    carry an adapter. `exclude` leaves some out, by a regular expression or names (of layers or of what holds them),
+    carry an adapter. `exclude` leaves some out, by a regular expression or names (of layers or of modules around them),
     `kinds` says which kinds are meant ("Linear"), `layers` which numbered blocks ("0-5", {"decoder.layers": "0-5, 8"}).
     `params` override the specs' own numbers, `ranks` those of some layers ({"q_proj$": {"r": 8}}). `parameters` names
     weights that are adapted beside layers, or alone. It has expressions or names, or maps expressions to the stored
@@ -78,15 +78,14 @@ def attach(
     regular expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` is the adapter's.
 
     `init` gives first values of stored cores, index cores too, in place of what inits draw: `{"layer.core": tensor}`,
-    or a function (layer, core, network) -> tensor or None, of two names and a `Network`. An object may also have
+    or a function (layer, core, network) -> tensor or None, of two names and a `Network`. A callable may also have
     `prepare(layers)`, which is called first. `save` writes such values, of frozen cores too. See `tnpeft.starts`.
 
     `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
     `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'
     gradients from the factored chain. All agree but for rounding. What cannot be factored (groups, DoRA, several active
-    adapters, scales other than 1, most networks with the base weight as a core) runs dense. `auto` takes the mode with
-    the least predicted time; with `autotune` it times the modes once for each new kind of call. Second derivatives need
-    `dense`.
+    adapters, other scales than 1, most cores that are the base weight) runs dense. `auto` takes the mode with the least
+    predicted time; with `autotune` it times the modes once for each new kind of call. Second derivatives need `dense`.
 
     An adapter that would need more than the device's memory is refused (`tnpeft.memory_limit`). If FSDP2 has sharded
     the model, every process must call `attach`; each then holds all of the new cores. Raises SpecError, BindError or
