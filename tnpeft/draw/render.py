@@ -89,7 +89,7 @@ def _metadata(suffix: str, title: str, digest: str) -> dict[str, str | None]:
 
 
 def draw_page(axes: Any, page: Page) -> None:
-    """Draw a page on axes with inches as units."""
+    """A page on axes with a unit for each inch."""
     for scene, x, y in page.panels:
         _scene(axes, scene, x, y)
     for text in page.texts:

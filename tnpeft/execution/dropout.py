@@ -57,7 +57,7 @@ def execute_dropping(site: Site, x: Tensor, *rest: Any) -> Tensor:
 
 
 def updates_dropping(site: Site, layer: Layer, called: BaseCall, output: Tensor) -> Tensor:
-    """As `with_updates`, for an opaque layer with adapters of which some have dropout in training."""
+    """`with_updates` for an opaque layer, with adapters some of which drop something while they train."""
     if not _drops(site):
         return with_updates(site, layer, called, output)
     for acting, read in [drawn(acting, called.x) for acting in site.acting]:

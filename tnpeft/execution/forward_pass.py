@@ -174,7 +174,7 @@ class _Anew:
 
 
 class ModelResults(_Anew):
-    """The results of one model's layers: in the open pass of each thread, and while `accumulating` for all threads.
+    """What the layers of one model have made: in the open pass of each thread, and while `accumulating` in all.
 
     All layers of a model have the same object.
     """

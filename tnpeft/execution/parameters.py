@@ -103,7 +103,7 @@ class AdaptedParameter(AdaptedLayer):
         return sums.once(self, adapters, weight, lambda: summed_weight(site, weight, False))
 
     def reading(self) -> AbstractContextManager[None]:
-        """A context for a call of the owner."""
+        """Around a call of the owner."""
         return nullcontext() if needs_plain_ops() else self.site.results.reading()
 
     def looked_up(self, rows: Tensor) -> Tensor | None:

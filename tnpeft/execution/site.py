@@ -15,7 +15,7 @@ __all__ = ["Site", "Ways"]
 
 
 class Ways(NamedTuple):
-    """The functions for calls of a kind of layer: the usual one, with dropout, with adapters for single rows."""
+    """What computes the calls of a kind of layer: as a rule, with something dropped, with adapters of single rows."""
 
     usual: Callable[..., Tensor]
     dropping: Callable[..., Tensor]

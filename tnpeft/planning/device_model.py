@@ -1,4 +1,4 @@
-"""The costs of operations on each kind of device: the one table for the search of chains and the choice of modes."""
+"""What things take on a kind of device: the one table from which chains are searched and modes are chosen."""
 
 from __future__ import annotations
 

@@ -92,9 +92,8 @@ class Plan(Contraction):
     def saved_bytes(self) -> int:
         """Bytes at fp32 that a call saves for its backward pass, without the layer's input.
 
-        Dense: W + ΔW, and the results of steps that are small beside it. Hybrid: W + ΔW, the clusters and the results
-        that lead to them. Factored: the same without W + ΔW; with a frozen copy also the clusters' dual forms, which
-        carry a value and a difference.
+        Dense: W + ΔW, and the results of steps that are small beside it. Hybrid: W + ΔW, the clusters and what they are
+        made by. Factored: the clusters, the forms that carry differences too, and what they are made by.
         """
         return self.memory.saved
 
