@@ -2,9 +2,9 @@
 
     python benchmarks/attach.py
 
-`first` is the first attach in a fresh process (after the imports), `again` one with plans and
-programs at hand. Memory is that of tensors: cores, frozen copies, own copies of what trains, and
-what the first calls leave for later ones, folded from the frozen copies above all.
+`first` is the first attach in a fresh process (after the imports), `again` a later one, for which plans and programs
+exist. Memory is that of tensors: cores, frozen copies, copies of what else trains, and what the first calls keep for
+later ones, mostly what they fold from the frozen copies.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measure(recipe: str, name: str, side: int) -> dict[str, Any]:
 
 def main() -> None:
     options = parser(__doc__, "attach.json")
-    options.add_argument("--recipe", help="measure this one, here")
+    options.add_argument("--recipe", help="measure this recipe only, in this process")
     options.add_argument("--recipes", nargs="+", default=RECIPES)
     options.add_argument("--model", choices=("tiny", "small", "paper"), default="paper")
     options.add_argument("--size", type=int, default=32, help="voxels of a volume along each axis")

@@ -1,10 +1,10 @@
-"""What a redesign costs: this tree against an earlier commit, alternating, as ratios (above 1: slower, or more memory).
+"""This working tree against an earlier commit, alternating, as ratios (above 1: slower, or more memory).
 
     python benchmarks/before_after.py 7a8f007 --out benchmarks/results/before_after.json
 
-Each tree has a process of its own that stays; both do the same work in turn, with the scripts of this tree. Measured
-are training steps of a U-Net, warm passes of a stack of small layers, attaching, the first attach of a new process,
-plans that nothing has cached, and the peak of memory in a step.
+Each tree has one process throughout. Both do the same work in turn, with this tree's scripts. They measure training
+steps of a U-Net, warm passes of a stack of small layers, attaching, the first attach of a new process, plans that are
+not cached, and the peak memory of a step.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def seconds_in_new_process(code: str, environments: dict[str, dict[str, str]], s
 
 def main() -> None:
     options = parser(__doc__, "before_after.json")
-    options.add_argument("commit", help="the earlier one")
+    options.add_argument("commit", help="the earlier commit")
     options.add_argument("--rounds", type=int, default=ROUNDS)
     found = options.parse_args()
     rows = {}

@@ -1,9 +1,9 @@
-"""How much of a full update does `fit` capture with a spec, and how much with the same graph from zero?
+"""How much of a full update does `fit` capture with a spec, and how much with the same network from zero?
 
-The convolutions' updates are real: a small denoiser is trained on T1-like volumes and fully fine-tuned on T2-like
-ones, made from the MNI152 template. Those of linear layers are drawn: of rank 2, and of full rank. "From zero" is the
-same spec text with `start: zero` and one core of zeros, fitted by the same `fit`; `margin` is how far the spec is above
-it, in points. `copy` is the frozen copy that the fit chose.
+The updates of convolutions are real: a small denoiser is trained on T1-like volumes and fully fine-tuned on T2-like
+ones, both made from the MNI152 template. The updates of linear layers are random: of rank 2, and of full rank. "From
+zero" is the same spec text with `start: zero` and one core of zeros, fitted in the same way. `margin` is how many
+percentage points the spec is above it. `copy` is the frozen copy that the fit chose.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Denoiser(nn.Module):
 
 def main() -> None:
     options = common.parser(__doc__, "capture.json")
-    options.add_argument("--steps", nargs=2, type=int, default=(200, 200), help="of training and of fine-tuning")
+    options.add_argument("--steps", nargs=2, type=int, default=(200, 200), help="steps of training and of fine-tuning")
     options.add_argument("--r", type=int, default=4, help="rank of all specs")
-    options.add_argument("--only", nargs="+", help="specs (all)")
+    options.add_argument("--only", nargs="+", help="specs to fit (default: all)")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []

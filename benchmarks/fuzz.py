@@ -1,10 +1,10 @@
-"""Does anything but a TnpeftError come out, does anything hang, does anything take the machine's memory?
+"""Does any input raise something other than a TnpeftError, hang, or exhaust the memory?
 
     python benchmarks/fuzz.py --count 200000 --processes 2 --out benchmarks/results/fuzz.json
 
-Input number n is the same in every run. The state stands beside the results and a run goes on where it was stopped.
-Processes work at blocks of inputs under a limit of memory; one that makes no step for ten minutes is ended, and its
-input reported. Whatever is found is written down with its number: `--only N` runs that input alone, in this process.
+Input number n is the same in every run. The state is kept beside the results, and a stopped run goes on from it.
+Processes work on blocks of inputs under a memory limit. One that makes no step for ten minutes is ended, and its input
+is reported. Every finding has its input's number: `--only N` runs that input alone, in this process.
 """
 
 from __future__ import annotations
@@ -213,8 +213,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=200_000)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--share", type=int, default=0, help="which of the processes this one is, if others run too")
-    parser.add_argument("--only", type=int, help="run this input alone, and show it")
+    parser.add_argument("--share", type=int, default=0, help="the number of this process, if others run too")
+    parser.add_argument("--only", type=int, help="run only this input, and show it")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/fuzz.json"))
     arguments = parser.parse_args()
     if arguments.only is not None:

@@ -1,11 +1,11 @@
-"""Peak memory of a training step (forward, backward, Adam) of every method, and of every mode of tnpeft's.
+"""Peak memory of a training step (forward, backward, Adam) of every method, for tnpeft's methods in every mode.
 
     python benchmarks/memory.py --size 16
     python benchmarks/memory.py --model paper --shape 160,224,160 --device cuda --autocast bf16
 
-On a CPU every operation's allocations are counted, from the model's making on; workspace within a kernel is unseen.
-On a GPU it is what torch's allocator has given out. `held` is there between steps: the model, the adapter and Adam's
-state. `saved` is what the forward pass leaves for the backward pass, activations above all. Nothing here is a timing.
+On a CPU the allocations of every operation are counted, from the making of the model on; workspace inside a kernel is
+not seen. On a GPU it is what torch's allocator has given out. `held` is there between steps: the model, the adapter and
+Adam's state. `saved` is what the forward pass saves for the backward pass, mostly activations. No times are measured.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main() -> None:
     add_options(options)
     options.add_argument("--modes", nargs="+", default=list(MODES), help="execution modes of tnpeft's methods")
     options.add_argument("--no-peers", action="store_true", help="leave the other libraries out")
-    options.add_argument("--only", nargs="*", help="these methods (and full) alone, by the beginning of their names")
+    options.add_argument("--only", nargs="*", help="only methods (and full) whose names begin so")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     setting = setting_of(arguments)

@@ -1,7 +1,7 @@
 """The methods that are compared: recipes, shipped specs, and the other libraries' adapters on the same layers.
 
-A spec stands on those of the recipes' layers that it supports, at its recipe's rank or its own default; biases and
-norms train as with the recipes, those of layers that it leaves out too.
+A spec adapts the recipes' layers that it supports, at its recipe's rank or its own default. Biases and norms train as
+with the recipes, also those of layers that it does not adapt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which mode is the quickest on a layer, what did the cost model predict, and what does its choice lose?
+"""Which mode is the fastest on a layer, what did the cost model predict, and how much does its choice lose?
 
     python benchmarks/modes.py --rounds 9
     python benchmarks/modes.py --layers-of paper --shape 160,224,160 --device cuda --autocast bf16
@@ -98,9 +98,11 @@ def options() -> argparse.ArgumentParser:
     add_options(found)
     found.add_argument("--rounds", type=int, default=9)
     found.add_argument("--specs", nargs="+", default=list(SPECS))
-    found.add_argument("--alike", type=int, default=3, help="layers of one signature, called in a row")
-    found.add_argument("--pool", nargs="+", type=Path, help="files of earlier runs to put together")
-    found.add_argument("--layers-of", choices=("tiny", "small", "paper"), help="a model's layers at `--size` instead")
+    found.add_argument("--alike", type=int, default=3, help="number of equal layers that are called in a row")
+    found.add_argument("--pool", nargs="+", type=Path, help="merge the files of earlier runs")
+    found.add_argument(
+        "--layers-of", choices=("tiny", "small", "paper"), help="measure this model's layers at `--size` instead"
+    )
     return found
 
 

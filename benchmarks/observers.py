@@ -1,9 +1,9 @@
-"""Does whoever looks on at an adapted layer see what the eager layer computes, in every spec, mode and layer kind?
+"""Does an observer of an adapted layer (a tracer, compiler or transform) see what the eager layer computes?
 
-Each row is one observer of one adapted layer, of the smallest shape that its spec takes, a tenth of the way to random
-cores: the largest difference of outputs and gradients from the eager layer in the same mode, relative to the largest
-value (to 1, where all are smaller). Or it is the sentence with which the observer is refused. Rows that the output file
-has are not made again.
+Each row is one observer of one adapted layer of the smallest shape that its spec takes; cores are a tenth of the way to
+random ones. A row has the largest difference of outputs and gradients from the eager layer in the same mode, relative
+to the largest value (to 1, if all are smaller), or the sentence with which the observer is refused. There are rows for
+every spec, mode and kind of layer. Rows that the output file has are not measured again.
 
 * trace, onnx: `torch.jit.trace`, and the exporter that rests on it, run by onnxruntime; a second batch size too;
 * per-sample: `vmap(grad(functional_call))`, summed, against `backward`; jvp; jacrev;
@@ -234,9 +234,9 @@ def measure(spec: str, kind: str, mode: str, observer: str) -> float | str:
 
 def main() -> None:
     options = common.parser(__doc__, "observers.json")
-    options.add_argument("--specs", nargs="+", default=list(tnpeft.list_specs()), help="shipped specs (all)")
+    options.add_argument("--specs", nargs="+", default=list(tnpeft.list_specs()), help="shipped specs (default: all)")
     options.add_argument("--observers", nargs="+", default=list(OBSERVERS), choices=list(OBSERVERS))
-    options.add_argument("--again", action="store_true", help="make rows anew that failed or are off")
+    options.add_argument("--again", action="store_true", help="measure rows again that failed or are too far off")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")  # torch says of each of its own exporters that another one is better

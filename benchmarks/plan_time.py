@@ -1,4 +1,4 @@
-"""How long does planning take, how long attaching and the first step, and how do they grow?
+"""How long do planning, attaching and the first step take, and how do these times grow?
 
     python benchmarks/plan_time.py --rounds 3
 
@@ -9,7 +9,7 @@
 * With the layers: stacks of 60 to 600 small layers of four signatures, each in a fresh process.
 * With the rank: one layer, ranks 2 to 16.
 
-`first` is the first training step without the optimiser, which plans the calls; `later` is a step once all is planned.
+`first` is the first training step, without the optimiser, which plans the calls; `later` is a step after that.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def main() -> None:
     options.add_argument("--layers", nargs="*", type=int, default=[60, 120, 300, 600])
     options.add_argument("--ranks", nargs="*", type=int, default=[2, 4, 8, 16])
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--stack", nargs=3, metavar=("SPEC", "KIND", "LAYERS"), help="measure this one, here")
+    options.add_argument(
+        "--stack", nargs=3, metavar=("SPEC", "KIND", "LAYERS"), help="measure this stack only, in this process"
+    )
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.stack:

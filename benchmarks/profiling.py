@@ -1,7 +1,7 @@
-"""Where the time of a method's training step over the floor goes.
+"""Where a method's training step spends its time over the floor.
 
-The functions that do tnpeft's work are wrapped in clocks. What they do not take of the difference to the floor is the
-optimiser's share and the rest: the weight gradients of dense layers, the Python around the work, hooks.
+The functions that do tnpeft's work are timed. What they do not account for of the difference to the floor is the
+optimiser's share and the rest: weight gradients of dense layers, Python around the work, hooks.
 """
 
 from __future__ import annotations

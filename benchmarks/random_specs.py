@@ -2,9 +2,9 @@
 
     python benchmarks/random_specs.py --count 600
 
-Seed n draws the same specs in every run. Each is attached to one random layer that it takes, and goes through all
-checks of `tnpeft verify`, and through those below: the plain path, a state dict, two adapters in one pass, slopes by
-differences, bf16. What fails is written down with its spec and case; `--only N` runs the specs of one seed.
+Seed n draws the same specs in every run. Each is attached to one random layer that it supports. It goes through all
+checks of `tnpeft verify` and through those below: the plain path, a state dict, two adapters in one pass, finite
+differences, bf16. Failures are written down with spec and case; `--only N` runs the specs of one seed.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def main() -> None:
     options = common.parser(__doc__, "random_specs.json")
     options.add_argument("--count", type=int, default=600, help="specs with derived cores")
     options.add_argument("--first", type=int, default=0, help="the first seed")
-    options.add_argument("--only", type=int, help="run the specs of this seed alone, and show them")
+    options.add_argument("--only", type=int, help="run only the specs of this seed, and show them")
     arguments = options.parse_args()
     torch.set_num_threads(1)
     started, tried, seen = time.process_time(), Counter[str](), Counter[str]()

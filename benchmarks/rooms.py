@@ -3,9 +3,9 @@
     python benchmarks/rooms.py            draw it anew
     python benchmarks/rooms.py --check    say whether the picture is current
 
-Rooms stand in the order in which they may import: each row is a room, each dot a room that it imports, as large as the
-number of files that do. All dots left of the diagonal is what "only downwards" looks like. Imports for types alone and
-within functions count.
+Rooms are in the order in which they may import. Each row is a room, and each dot a room that it imports; the dot's size
+is the number of files that do. If all dots are left of the diagonal, rooms import only downwards. Imports for types and
+inside functions count too.
 """
 
 from __future__ import annotations

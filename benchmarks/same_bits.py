@@ -1,4 +1,4 @@
-"""Is everything computed as it was at another commit, bit for bit where it must be?
+"""Does this tree compute what another commit computes, bit for bit where it must?
 
     python benchmarks/same_bits.py 7a8f007            compare that commit with this working tree
     python benchmarks/same_bits.py --write tests/data/values.json
@@ -274,9 +274,9 @@ def write_values(path: Path) -> None:
 
 def main() -> None:
     options = common.parser(__doc__, "same_bits.json")
-    options.add_argument("commit", nargs="?", help="what this working tree is compared with")
+    options.add_argument("commit", nargs="?", help="the commit to compare this working tree with")
     options.add_argument("--record", type=Path, help=argparse.SUPPRESS)
-    options.add_argument("--write", type=Path, help="write the committed values there")
+    options.add_argument("--write", type=Path, help="write reference values, which are committed, to this file")
     arguments = options.parse_args()
     if arguments.record is not None:
         record_all(arguments.record)

@@ -1,6 +1,6 @@
 """The smallest adapted layers: one of each kind, with the fewest channels that a spec takes.
 
-Only tnpeft's public names are used, so that commits of any age can be compared by them.
+They use only tnpeft's public names, so that commits of any age can be compared.
 """
 
 from __future__ import annotations

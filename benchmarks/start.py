@@ -1,10 +1,10 @@
-"""What of a real update can an adapter reach from its start, by the size of that start?
+"""How much of a real update can an adapter reach from its start, depending on the size of that start?
 
 The update is that of `capture.py`'s middle convolution, 32 -> 32, fully fine-tuned from T1-like to T2-like volumes.
-TenVOO-L's init is scaled by a gain for each core. `directions` is the share of the weight's entries in which the first
-steps move (the rank of the Jacobian at the start), `tangent` the share of the update's energy that these directions
-hold, `from here` what the whole network reaches by `fit` with the frozen copy as it was drawn, and `noise` what the
-directions hold of white noise. Gain zero is the same graph from zero.
+TenVOO-L's init is scaled by a gain for each core. `directions` is the rank of the Jacobian at the start as a share of
+the weight's entries: in so many directions the first steps move. `tangent` is the share of the update's energy in these
+directions, `noise` the same for white noise. `from here` is the share that `fit` reaches with the frozen copy as it was
+drawn. Gain zero is the same graph from zero.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ COLUMNS = ("gain", "std T / std W", "directions", "tangent", "from here", "noise
 def main() -> None:
     options = common.parser(__doc__, "start.json")
     options.add_argument("--spec", default="tenvoo_l", help="a spec whose inits have `gain=relu`")
-    options.add_argument("--r", type=int, default=4, help="its rank")
-    options.add_argument("--gains", type=float, nargs="+", default=GAINS, help="0 is the start from zero")
-    options.add_argument("--steps", nargs=2, type=int, default=(200, 200), help="of training and of fine-tuning")
+    options.add_argument("--r", type=int, default=4, help="rank of the spec")
+    options.add_argument(
+        "--gains", type=float, nargs="+", default=GAINS, help="gains of the init; 0 is the start from zero"
+    )
+    options.add_argument("--steps", nargs=2, type=int, default=(200, 200), help="steps of training and of fine-tuning")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     _, (name, layer, update), _ = convolutions(*arguments.steps)

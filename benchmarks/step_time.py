@@ -6,10 +6,11 @@
     python benchmarks/step_time.py --profile tenvoo_l_ddpm
     python benchmarks/step_time.py --inference
 
-Methods take turns in one process, some at a time, each time with a model that trains everything (`full`) and one that
-trains only biases and norms (`floor`), with torch's own layers. Ratios are medians over rounds of what was
-timed in the same round. `over the floor` is the time beyond it, in units of a full step; `other libraries` are the
-ratios to their versions of the method. Methods in brackets need the gradient of the whole weight: reported, no more.
+Methods take turns in one process, a few at a time, always with a model that trains everything (`full`) and one that
+trains only biases and norms (`floor`), both with torch's own layers. A ratio compares times of the same round, and
+medians are over rounds. `over the floor` is the time beyond the floor, in units of a full step. `other libraries` has
+the ratios to their versions of the method. Methods in brackets need the gradient of the whole weight; they are only
+reported.
 """
 
 from __future__ import annotations
@@ -63,10 +64,15 @@ def options() -> argparse.ArgumentParser:
     found = parser(__doc__, "step_time.json")
     add_options(found)
     found.add_argument("--rounds", type=int, default=9)
-    found.add_argument("--specs", nargs="+", default=[], help="shipped specs beside the recipes; `all`; `peers`")
-    found.add_argument("--only", nargs="+", help="of the recipes, `--specs` and other libraries' methods, these alone")
+    found.add_argument(
+        "--specs",
+        nargs="+",
+        default=[],
+        help="shipped specs besides the recipes; `all` of them, or those that other libraries have (`peers`)",
+    )
+    found.add_argument("--only", nargs="+", help="only these of the recipes, `--specs` and other libraries' methods")
     found.add_argument("--no-peers", action="store_true", help="leave the other libraries out")
-    found.add_argument("--together", type=int, default=6, help="methods in memory at a time, beside full and floor")
+    found.add_argument("--together", type=int, default=6, help="methods in memory at a time, besides full and floor")
     found.add_argument("--resume", action="store_true", help="keep what the output file has, measure the rest")
     found.add_argument("--profile", metavar="METHOD", help="where the time over the floor goes, for one method")
     found.add_argument("--inference", action="store_true", help="merged models against the plain one instead")

@@ -2,10 +2,10 @@
 
     python benchmarks/switch.py
 
-Two adapters of one recipe stand on the paper's model, biases and norms included. A switch is `tnpeft.activate`: to
-either of them, to a sum of both at other scales than 1, and to the base. `first` passes are the first ones after a
-switch, `later` those that follow with the same adapter: what they have more is what a switch makes anew.
-`switch_mib` is what the tensors that a switch makes take at most, while it runs or after it. All are medians.
+Two adapters of one recipe are on the paper's model, with biases and norms. A switch is `tnpeft.activate`: to either of
+them, to a sum of both at scales other than 1, and to the base. `first` passes are the first ones after a switch,
+`later` ones follow with the same adapter; the difference is what a switch makes anew. `switch_mib` is the largest size
+of the tensors that a switch makes, while it runs or after it. All are medians.
 """
 
 from __future__ import annotations

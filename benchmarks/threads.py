@@ -1,7 +1,7 @@
-"""Threads that call one adapted model: exceptions, and how far outputs and gradients are from those of one thread.
+"""Threads that call one adapted model: exceptions, and the differences of outputs and gradients from one thread's.
 
-For each mode, with gradients and without (half of the threads under `no_grad`, half under `inference_mode`), and with
-`tnpeft.accumulating` in none or in one of the threads. Threads take turns more often than they usually do.
+There is a run for each mode, with gradients and without (half of the threads under `no_grad`, half under
+`inference_mode`), and with `tnpeft.accumulating` in none or one of the threads. Threads switch more often than usual.
 """
 
 from __future__ import annotations

@@ -104,15 +104,17 @@ def add_options(options: argparse.ArgumentParser) -> None:
     """The options of a setting."""
     options.add_argument("--model", choices=("tiny", "small", "paper"), default="small")
     options.add_argument("--size", type=int, default=16, help="side of the volume, voxels")
-    options.add_argument("--shape", type=_shape, help="the volume instead, such as 160,224,160")
+    options.add_argument("--shape", type=_shape, help="the volume's shape in place of `--size`, such as 160,224,160")
     options.add_argument("--batch", type=int, default=1)
-    options.add_argument("--device", default="cpu", help="such as cuda")
+    options.add_argument("--device", default="cpu", help="the device, such as cuda")
     options.add_argument("--autocast", choices=tuple(AUTOCAST))
     options.add_argument("--channels-last", action="store_true", help="model and volume in channels_last_3d")
-    options.add_argument("--optimiser", choices=tuple(OPTIMISERS), default="adam", help="the form of Adam, for all")
+    options.add_argument(
+        "--optimiser", choices=tuple(OPTIMISERS), default="adam", help="the implementation of Adam, for all methods"
+    )
     options.add_argument("--mode", default="auto", help="execution mode of tnpeft's methods")
     options.add_argument(
-        "--torch-convolutions", action="store_true", help="leave every convolution's gradients to torch's own kernels"
+        "--torch-convolutions", action="store_true", help="compute all convolutions' gradients by torch's own kernels"
     )
 
 

@@ -37,7 +37,9 @@ Override = Annotated[
 
 Dry = Annotated[
     int,
-    typer.Option("--dry-run", min=0, metavar="N", help="Say what each of N processes would hold; nothing is trained."),
+    typer.Option(
+        "--dry-run", min=0, metavar="N", help="Print what each of N processes would hold; nothing is trained."
+    ),
 ]
 
 
@@ -49,19 +51,19 @@ def demo(config: Settings = CONFIGS / "demo.yaml", out: Folder = Path("runs/demo
 
 @app.command("prepare")
 def prepare(config: Settings, out: Folder, overrides: Override = []) -> None:  # noqa: B006
-    """Index a data set: find its volumes, read each, split them; writes manifest.json and what was rejected."""
+    """Index a data set: find, read and split its volumes; writes manifest.json and a list of rejected files."""
     _run("data.prepare:prepare_data", "config.settings:Config", config, overrides, out)
 
 
 @app.command("pretrain")
 def pretrain(config: Settings, out: Folder, overrides: Override = [], processes: Dry = 0) -> None:  # noqa: B006
-    """Train every weight of a model from nothing; model.safetensors is the base of later runs."""
+    """Train every weight of a model from scratch; model.safetensors is the base of later runs."""
     _train("pretrain", config, overrides, out, processes)
 
 
 @app.command("finetune")
 def finetune(config: Settings, out: Folder, overrides: Override = [], processes: Dry = 0) -> None:  # noqa: B006
-    """Fine-tune a base checkpoint; the same command goes on where a run was cut short."""
+    """Fine-tune a base checkpoint; the same command resumes an interrupted run."""
     _train("finetune", config, overrides, out, processes)
 
 
@@ -83,16 +85,18 @@ def study(
     config: Settings,
     out: Folder,
     overrides: Override = [],  # noqa: B006
-    minutes: Annotated[float, typer.Option(min=0, help="Start no run that would not end within so many; 0: all.")] = 0,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Start no run that would not end within this time; 0 runs all.")
+    ] = 0,
 ) -> None:
-    """Run methods x data sets x seeds as one of the paper's tables or figures has them; resumable."""
+    """Run the methods, data sets and seeds of one of the paper's tables or figures; resumable."""
     limit = [f"minutes={minutes:g}"] if minutes else []
     _run("study.study:study", "study.settings:StudyConfig", config, [*overrides, *limit], out, name)
 
 
 @app.command("report")
 def report(out: Folder) -> None:
-    """Tables, pictures and one HTML page of everything that `study` left in OUT."""
+    """Make tables, pictures and one HTML page of all results of `study` in OUT."""
 
     def run() -> None:
         from ddpm_lab.study.report import check_filled, report
@@ -112,9 +116,9 @@ def search(
     out: Folder,
     overrides: Override = [],  # noqa: B006
     minutes: Annotated[
-        float | None, typer.Option(help="Begin nothing after so many; the same command goes on.")
+        float | None, typer.Option(help="Begin nothing new after this time; the same command goes on.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that evaluate networks.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="How many processes evaluate networks.")] = 1,
 ) -> None:
     """Search for a network on a study's model, fine-tune the best ones, and compare; resumable."""
     kind = "searching.settings:SearchConfig"
@@ -129,9 +133,9 @@ def score(
     rate: Annotated[float, typer.Option("--rate", help="The learning rate.")],
     datasets: Annotated[list[str], typer.Option("--dataset", help="A data set of the study. Repeatable.")],
     overrides: Override = [],  # noqa: B006
-    seed: Annotated[int | None, typer.Option(help="Measure on volumes to test on, trained with this seed.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Train with this seed, and measure on the test volumes.")] = None,
 ) -> None:
-    """A short fine-tune of a network, and by how many percent the error falls, as JSON: what `search` runs."""
+    """Fine-tune a network briefly and print by how many percent the error falls, as JSON: `search` runs this."""
 
     def run() -> None:
         from ddpm_lab.config.reader import read_config
@@ -150,9 +154,9 @@ def claim(
     study: Study,
     out: Folder,
     overrides: Override = [],  # noqa: B006
-    minutes: Annotated[float | None, typer.Option(help="Start no run that would not end within so many.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Start no run that would not end within this time.")] = None,
 ) -> None:
-    """Run what a claim needs as a study, and say whether it holds; resumable."""
+    """Run the study that a claim needs, and print whether the claim holds; resumable."""
     _run("searching.claim:claim", "searching.settings:ClaimConfig", config, overrides, out, study, minutes)
 
 

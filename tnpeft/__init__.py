@@ -10,7 +10,7 @@ The rooms import only to the left:
            <- execution <- surgery <- recipe <- io <- integrations <- fitting <- verify <- draw
            <- searching <- editing <- cli
 
-`tnpeft.integrations` has what other libraries call; its modules are imported by name.
+`tnpeft.integrations` has what other libraries call; import its modules by name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where pickles of whole models that earlier versions wrote look for classes.
+"""For pickles of whole models that earlier versions wrote: where they look for classes.
 
-A pickle names a class by its module. Rooms have moved since; each module that pickles know is here under its earlier
-name, and looks up what it is asked for.
+A pickle names a class by its module. Rooms have moved since. Each module that such pickles name is registered here
+under its earlier name, and looks up what it is asked for.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
   * ExecutionError   an adapted model that cannot run as asked
   * DrawError        a picture that cannot be drawn or written
 
-Callers read `error.problems`; the text is for people. What is allowed and probably a mistake is a TnpeftWarning.
+Code reads `error.problems`; the text is for people. What is allowed but probably a mistake is a TnpeftWarning.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class Position:
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: where it is, what was expected, what was found and how to mend it.
+    """One mistake: where it is, what was expected, what was found and how to fix it.
 
-    `what` names the thing that is wrong, `fix` is a full sentence. `where` is a position in a
-    file, or the name of a file or parameter when there is no position. `layers` are the names of all layers that
-    have this mistake, `on` the kind and sizes of the layer that it was found on.
+    `what` names the thing that is wrong, `fix` is a full sentence. `where` is a position in a file, or the name of a
+    file or parameter when there is no position. `layers` are the names of all layers that have this mistake, `on` is
+    the kind and sizes of these layers.
     """
 
     what: str
@@ -113,19 +113,19 @@ def shown_path(path: str | Path) -> str:
 
 
 def in_one_line(text: str, limit: int = 120) -> str:
-    """A library's message as one short ASCII line."""
+    """The message of another library as one short ASCII line."""
     line = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def listed(names: Sequence[str], shown: int = _SHOWN) -> str:
-    """The first names in quotes, and how many more there are."""
+    """The first names, in quotes, and how many more there are."""
     first = ", ".join(f"'{name}'" for name in names[:shown])
     return f"{first} and {len(names) - shown:,} more" if len(names) > shown else first
 
 
 def _folded(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """Problems that are equal but for the layers that have them, each once with all of its layers."""
+    """Each problem once, with all layers that have it."""
     layers: dict[Problem, dict[str, None]] = {}
     signatures: dict[Problem, set[str | None]] = {}
     for problem in problems:
@@ -139,7 +139,7 @@ def _folded(problems: Iterable[Problem]) -> tuple[Problem, ...]:
 
 
 class TnpeftError(Exception):
-    """A mistake that the user can mend; `problems` holds one `Problem` for each, equal ones of many layers folded."""
+    """Mistakes that the user can fix; `problems` has a `Problem` for each, with equal ones of several layers as one."""
 
     def __init__(self, *problems: Problem) -> None:
         self.problems: tuple[Problem, ...] = _folded(problems)
@@ -150,7 +150,7 @@ class TnpeftError(Exception):
 
 
 class TnpeftWarning(UserWarning):
-    """What is done all the same, and probably is a mistake; `problems` holds one `Problem` for each."""
+    """What is done as asked but is probably a mistake; `problems` has a `Problem` for each such thing."""
 
     def __init__(self, *problems: Problem) -> None:
         super().__init__(*problems)
@@ -169,7 +169,7 @@ class BindError(TnpeftError, ValueError):
 
 
 class AttachError(TnpeftError, ValueError):
-    """Surgery on a model that is refused; the model is as it was."""
+    """A change to a model that is refused: attaching, switching, merging, detaching; the model is as it was."""
 
 
 class AdapterFileError(TnpeftError, ValueError):
@@ -199,14 +199,14 @@ INSTALLED_BY: Mapping[str, str] = MappingProxyType(
 
 
 def need(package: str, what: str, error: type[TnpeftError] = TnpeftError) -> None:
-    """Raises `error` with the line for pip where a package that `what` takes is not installed."""
+    """Raises `error`, with the pip command, if a package that `what` needs is not installed."""
     if find_spec(package) is None:
         raise _missing(package, what, error)
 
 
 @contextmanager
 def needing(package: str, what: str) -> Iterator[None]:
-    """Imports of a package that `what` takes: raises TnpeftError with the line for pip where it is not installed."""
+    """For imports of a package that `what` needs: raises TnpeftError, with the pip command, if it is not installed."""
     try:
         yield
     except ImportError as error:
@@ -240,7 +240,7 @@ class Problems:
         self.put(Problem(what, expected, found, fix, where, core, index))
 
     def put(self, problem: Problem) -> None:
-        """Keep a mistake, unless it is known; when there are enough, look for no more: raises SpecError."""
+        """Keep a mistake, unless it is known already. Raises SpecError once there are enough of them."""
         if problem not in self.found:
             self.found.append(problem)
         if len(self.found) >= MAX_PROBLEMS:
@@ -274,7 +274,7 @@ def near_miss(word: str, known: Iterable[str]) -> str:
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like `word`, small and capital letters alike; None if none is near."""
+    """The known word that is most like `word`, whatever their case; None if none is near."""
     word = word[:_LETTERS].casefold()
     pairs = _pairs(word)
     shortest, longest = len(word) * _CLOSE / (2 - _CLOSE), len(word) * (2 - _CLOSE) / _CLOSE
@@ -291,5 +291,5 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 def _pairs(word: str) -> Counter[tuple[str, str]]:
-    """How often every two letters stand side by side; the ends count as letters."""
+    """How often each pair of letters occurs side by side; both ends of the word count as letters."""
     return Counter(itertools.pairwise(f" {word} "))

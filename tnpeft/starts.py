@@ -3,8 +3,8 @@
     start = tnpeft.starts.Eva(model, batches)
     handle = tnpeft.attach(model, "lora", match="q_proj$", r=16, init=start)
 
-Those that take a layer's weight alone are a dozen lines each, in docs/starts.md. `batches` are what the model is called
-with: tensors, tuples of arguments, or mappings of them.
+Starts that need only a layer's own weight are functions of a dozen lines, in docs/starts.md. Each batch is what the
+model is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ class _Start:
         self.values: dict[tuple[str, str], Tensor] = {}
 
     def prepare(self, layers: Mapping[str, Network]) -> None:
-        """See all layers that are to be adapted; `attach` calls it."""
+        """Prepare for all layers that will be adapted; `attach` calls this first."""
         raise NotImplementedError
 
     def __call__(self, layer: str, core: str, network: Network) -> Tensor | None:
-        """The value of one core, None for those that keep their init."""
+        """The first value of one core; None if it keeps its init."""
         return self.values.get((layer, core))
 
 
 class Eva(_Start):
     """EVA: `down` spans the principal directions of a layer's inputs.
 
-    down[r,i] = the r-th right singular vector of the inputs less their mean, batch by batch (incremental PCA), with its
-    entry of largest size positive. Ranks are those of the spec: `rho = 1`, no rank moves between layers.
+    down[r,i] is the r-th right singular vector of the inputs minus their mean, found batch by batch (incremental PCA),
+    with the sign that makes its largest entry positive. Ranks are those of the spec (`rho = 1`): no rank moves between
+    layers.
     Source: Paischer et al., NeurIPS 2025, arXiv:2410.07170, Sec. 3; Ross et al., IJCV 2008, for the increments.
     """
 
@@ -81,7 +82,7 @@ class Eva(_Start):
 
 
 class _Principal:
-    """Principal directions of rows that come in batches: those so far, the mean and the count are kept."""
+    """Principal directions of rows that come in batches; it keeps the directions, the mean and the count so far."""
 
     def __init__(self, rank: int) -> None:
         self.rank, self.count = rank, 0
@@ -121,11 +122,12 @@ class _Principal:
 class LoraGa(_Start):
     """LoRA-GA: the first step of LoRA follows the gradient of the full weight. For specs with `start: frozen_copy`.
 
-    G = U S V^T the gradient of `loss(model, batch)`, a mean over the batches, unfolded as out x rest, and r the rank:
+    Let G = U S V^T be the mean gradient of `loss(model, batch)` over the batches, unfolded as out x rest, and r the
+    rank:
 
         up = f U[:, r:2r],  down = f V[:, :r]^T,  f = out^(1/4) / gamma^(1/2)
 
-    With `peft` as PEFT 0.21.2 has it, where `up` is f U[:, r:2r] S[r:2r] and `down` is V[:, :r]^T.
+    With `peft=True` it is as in PEFT 0.21.2, where `up` is f U[:, r:2r] S[r:2r] and `down` is V[:, :r]^T.
     Source: Wang et al., NeurIPS 2024, arXiv:2407.05000, Alg. 1, and its authors' code (`ArB2r`, `stable`).
     """
 
@@ -198,9 +200,10 @@ class LoraGa(_Start):
 class Frod(_Start):
     """FRoD: V joins all layers of a role, W = U diag(l) V^T in each of them. For the spec `frod`.
 
-    W_j stacked = Q R, V = R^T X, X the eigenvectors of mean_j (Q_j^T Q_j + a I)^-1; fewer rows than columns: the right
-    singular vectors. U diag(l) = W V^-T with unit columns U. Places are drawn off the diagonal. `role` is the regular
-    expression that `attach(scopes={"matrix": role})` gets; layers with equal captures have one V.
+    The stacked W_j = Q R, and V = R^T X with X the eigenvectors of mean_j (Q_j^T Q_j + a I)^-1. With fewer rows than
+    columns V has the right singular vectors. U diag(l) = W V^-T, where U has unit columns. Places are drawn off the
+    diagonal. `role` is the regular expression that `attach(scopes={"matrix": role})` gets; layers with equal captures
+    have one V.
     Source: Wan et al., AAAI 2026, arXiv:2512.23485; PEFT 0.21.2, FRoD.
     """
 
@@ -241,7 +244,7 @@ class Frod(_Start):
         return basis
 
     def _places(self, count: int, side: int) -> Tensor:
-        """Flat places in (in, in), none on the diagonal."""
+        """Flat places in (in, in), off the diagonal."""
         off = side * (side - 1)
         if count > off:
             fix = "Lower `share`."
@@ -252,10 +255,10 @@ class Frod(_Start):
 
 
 class UniLora(_Start):
-    """Uni-LoRA: every entry of the model's A and B is one of d numbers, all of them used equally often. For `unilora`.
+    """Uni-LoRA: every entry of the model's A and B is one of d numbers, used equally often. For the spec `unilora`.
 
-    The numbers 0 to d - 1, floor or ceil of entries / d times each, are shuffled over the layers' A and B in turn, and
-    norm[j] = 1 / sqrt(uses of j), so that the map from theta to all entries keeps lengths.
+    The indices 0 to d - 1, each floor or ceil of entries / d times, are shuffled over the A and B of one layer after
+    the other. norm[j] = 1 / sqrt(uses of j), so that the map from theta to all entries keeps lengths.
     Source: Li et al., 2025, arXiv:2506.00799, Sec. 3; the balance and its generator as in PEFT 0.21.2.
     """
 
@@ -281,10 +284,11 @@ class UniLora(_Start):
 
 
 class AdaMss(_Start):
-    """AdaMSS: outputs in clusters by their rows of U; each trains within its cluster's directions. For `adamss`.
+    """AdaMSS: outputs are clustered by their rows of U and train in their cluster's directions. For the spec `adamss`.
 
-    W = U S V^T cut to the spec's rank: `V` its right vectors, `cluster` k-means of U's rows, A[j] the right singular
-    vectors of U's rows in cluster j. `cluster(rows, count)` gives other labels, of 0 to count - 1.
+    With W = U S V^T cut to the spec's rank, `V` has its right vectors, `cluster` the k-means labels of U's rows, and
+    A[j] the right singular vectors of U's rows in cluster j. The argument `cluster(rows, count)` gives labels of your
+    own, from 0 to count - 1.
     Source: Zheng et al., NeurIPS 2025; PEFT 0.21.2, AdaMSS, for layers without bias.
     """
 
@@ -334,7 +338,7 @@ def _core(network: Network, name: str) -> BoundCore:
 
 
 def _matrices(model: nn.Module, layers: Mapping[str, Network]) -> dict[str, Tensor]:
-    """The base weights as out x rest, in float64. Raises AttachError for those that nobody can read."""
+    """The base weights as (out, rest), in float64. Raises AttachError for weights that cannot be read."""
     bases = bases_of(model, {name: network.layer for name, network in layers.items()})
     matrices: dict[str, Tensor] = {}
     for name, network in layers.items():
@@ -365,7 +369,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation, and then as it was."""
+    """Inside, every module is in evaluation mode; then each is as it was."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:

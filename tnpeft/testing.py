@@ -1,12 +1,12 @@
-"""For tests of one's own adapters: `assert_adapter_ok(spec)`, and Hypothesis strategies of layers, specs and networks.
+"""For tests of your own adapters: `assert_adapter_ok(spec)`, and Hypothesis strategies of layers, specs and networks.
 
     from tnpeft.testing import assert_adapter_ok
 
     def test_my_adapter():
         assert_adapter_ok("my_adapter.yaml")
 
-Under `@given(specs())` of one's own, Hypothesis wants `suppress_health_check=[HealthCheck.nested_given]`: the assertion
-draws examples too. Needs `pip install 'tnpeft[testing]'`.
+Inside a `@given(specs())` of your own, Hypothesis needs `suppress_health_check=[HealthCheck.nested_given]`: the
+assertion draws examples too. Needs `pip install 'tnpeft[testing]'`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def assert_adapter_ok(
     seconds: float = 60.0,
     **params: Any,
 ) -> VerifyReport:
-    """Raise AssertionError, with the simplest counter-example of every check that fails, unless an adapter is sound.
+    """Raise AssertionError, with the simplest counter-example of each check, if any check of an adapter fails.
 
-    `spec` is a spec, a shipped name, a path, or YAML text. `layer` and `params` fix what is otherwise drawn. `verify`
-    reports more than what can fail. Raises SpecError for a spec that cannot be read.
+    `spec` is a spec, a shipped name, a path, or YAML text. `layer` and `params` fix what is otherwise drawn. `seconds`
+    is the time after which no new example starts. `tnpeft verify` reports more. Raises SpecError for a spec that cannot
+    be read.
     """
     if isinstance(spec, str) and "\n" in spec:
         spec = Spec.from_yaml(spec)

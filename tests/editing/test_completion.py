@@ -121,7 +121,8 @@ def network() -> Network:
         (NEW.replace("{r: 4}", "{|r: 4}"), "param r = 4\nindex r = 4 on Conv2d(8, 6, 3x3): down, up"),
         (
             NEW.replace("start: ", "|start: "),
-            "`zero`: one core is zeros. `frozen_copy`: the update is T(now) - T(start).",
+            "`zero`: one core starts as zeros, and so does the update. `frozen_copy`: the update is "
+            "T(now) - T(start), where T is the contracted network.",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from torch import nn
 import tnpeft
 from tests.beside_layers import PARAMETERS, Model, model
 from tnpeft.errors import AttachError, SpecError
-from tnpeft.recipe.model import recipe_schema
+from tnpeft.recipe.json_schema import recipe_schema
 
 HEAD = "tnpeft: 1\nname: mine\nadapters:\n"
 

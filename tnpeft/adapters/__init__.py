@@ -1,4 +1,4 @@
-"""What is trained and saved: the cores of a network as a module, and tensors that stand beside a layer's own."""
+"""What is trained and saved: the cores of a network as a module, and tensors that are kept beside a layer's own."""
 
 from tnpeft.adapters.adapter import Adapter
 from tnpeft.adapters.inits import is_drawn

@@ -38,20 +38,19 @@ _EARLIER = frozenset({"_kept", "_calling", "_writes"})  # attributes in pickles 
 class Adapter(Resident, Twinned, nn.Module):
     """The cores of one network on one layer.
 
-    Trainable cores are parameters `core_<name>`, frozen ones persistent buffers of that name, and
-    with `start: frozen_copy` every trainable core has its copy in the persistent buffer
-    `start_<name>`. `compose: dora` adds the parameter `dora_magnitude` and its first value. They are
-    contiguous, on the weight's device, fp32 or (on fp64 layers) fp64 whatever the model is cast to,
-    and hold no value until `reset_parameters` if made on meta.
+    Trainable cores are parameters `core_<name>`, frozen ones persistent buffers of that name, and with
+    `start: frozen_copy` every trainable core has its copy in the persistent buffer `start_<name>`. `compose: dora` adds
+    the parameter `dora_magnitude` and its first value. All are contiguous and on the weight's device. They are fp32, or
+    fp64 on fp64 layers, whatever the model is cast to. Those made on meta hold no values until `reset_parameters`.
 
-    A core shared with other layers is a parameter (buffer) of the adapter of the first of them, its
-    holder, and of no other, so that it is moved, saved and counted once. A core that is the base weight
-    is none of them: it is read from the layer whenever it is needed.
+    A core shared with other layers is a parameter or buffer of one adapter alone, its holder: that of the first of
+    these layers. So it is moved, saved and counted once. A core that is the base weight is neither: it is read from the
+    layer whenever it is needed.
 
-    `mode` is the execution mode that was asked for. With `auto` and `autotune` the modes are timed once for
-    each new call, which `choices` remembers: the call in words, and the mode. Choices are used without
-    `autotune` too. Calls of a layer that trains leave out what `dropout` says. `given` are first values of cores in
-    place of those that inits draw: checked ones, kept (by name, then None) until they are written.
+    `mode` is the execution mode that was asked for. With `auto` and `autotune` the modes are timed once for each new
+    kind of call. `choices` remembers the fastest: the call in words, and its mode. Choices are used without `autotune`
+    too. `dropout` acts in calls of a layer that trains. `given` has first values of cores, checked already, in place of
+    those that inits draw. Once a value is written, None stands under its name.
     """
 
     dropout: Dropout | None = None
@@ -140,7 +139,7 @@ class Adapter(Resident, Twinned, nn.Module):
 
     @property
     def cores(self) -> dict[str, Tensor]:
-        """Every core by name, in file order, frozen and shared ones included; not those that are the base weight."""
+        """Every stored core by name, in file order, frozen and shared ones too; none that is the base weight."""
         return {core.name: self._tensor(CORE + core.name) for core in self.network.cores if core.origin != "weight"}
 
     @property
@@ -169,13 +168,13 @@ class Adapter(Resident, Twinned, nn.Module):
 
     @property
     def has_values(self) -> bool:
-        """False while the cores are on meta, or come from there and were neither drawn nor loaded."""
+        """False while the cores are on meta, or came from there and were neither drawn nor loaded since."""
         return self._initialised and all(holder._initialised for holder in self._holders.values())
 
     def network_weight(self, weight: Tensor | None = None) -> Tensor:
         """T(θ) in the shape of the layer's weight: the contracted cores, without scale and frozen copy.
 
-        Of several terms it is their sum, each with its own scale. `weight` stands in for the layer's base weight.
+        Several terms are summed, each with its own scale. `weight` is used in place of the layer's base weight.
         """
         self._require_values()
         cores = self._tensors(self._core_keys, weight)
@@ -184,23 +183,23 @@ class Adapter(Resident, Twinned, nn.Module):
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
         """What is added to the layer's weight, in its memory order: scale * (T(θ) - T(θ₀)), or scale * T(θ).
 
-        With `compose: dora`, what leads from the weight to its update at the trained magnitudes.
+        With `compose: dora` it is W' - W: from the base weight to the updated one at the trained magnitudes.
         """
         program, inputs = self._program if weight is None else self.program_for(weight), self.delta_inputs(weight)
         (delta,) = program.deltas(inputs[: len(self.plan.network.cores)], program.start(self.start_tensors(weight)))
         return self.with_magnitude(delta, self._base(None) if weight is None and self._layer else weight, inputs)
 
     def delta_inputs(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
-        """What the delta weight is made of, and gradients reach: the network's cores, and a magnitude."""
+        """The tensors that make the delta weight and that gradients reach: the network's cores, and a magnitude."""
         cores = self.core_tensors(weight, light)
         magnitude = self._parameters.get(DORA + MAGNITUDE)
         return cores if magnitude is None else [*cores, *gathered([magnitude])]
 
     def core_tensors(self, weight: Tensor | None = None, light: Light = None) -> list[Tensor]:
-        """What is contracted: the network's cores in its order, the base `weight` among them where one is it.
+        """The tensors to contract: the network's cores in its order; for a core that is the base weight, `weight`.
 
-        Its factors, where it has some, made of `light` derived cores if a pass knows these. Raises ExecutionError
-        without values.
+        A network with factors gives these, made of the derived cores in `light`, if a pass has them. Raises
+        ExecutionError for cores without values.
         """
         if not self._initialised or self._holders:
             self._require_values()
@@ -212,7 +211,7 @@ class Adapter(Resident, Twinned, nn.Module):
         return self.factors.changes(cores, self._tensors(self._start_keys, weight), light)
 
     def start_tensors(self, weight: Tensor | None = None) -> list[Tensor]:
-        """Their frozen copies, none with `start: zero`; a core that is frozen is its own."""
+        """The frozen copies of these tensors, none with `start: zero`; a frozen core is its own copy."""
         if self.network.start == "zero":
             return []
         copies = self._tensors(self._start_keys, weight)
@@ -237,19 +236,19 @@ class Adapter(Resident, Twinned, nn.Module):
 
     @property
     def stored(self) -> list[Tensor]:
-        """Its cores with their frozen copies and its magnitude, as they are stored here or elsewhere."""
+        """Its cores, their frozen copies and its magnitude, whether they are stored here or in another adapter."""
         return [tensor for tensor in self._found(self._stored_keys) if tensor is not None]
 
     @property
     def writes(self) -> tuple[int, ...]:
-        """Counts that change when a core or copy that it uses is drawn, loaded or moved; training changes none."""
+        """Counts that change when a core or copy in use here is drawn, loaded or moved; training changes none."""
         return (self.changes, *(holder.changes for holder in self._holders.values()))
 
     def reset_parameters(self, weight: Tensor | None = None) -> None:
-        """Draw the initial cores and copy them to the frozen copy; on meta, do nothing.
+        """Draw the initial cores and copy them to the frozen copies; on meta, do nothing.
 
-        `weight` is the layer's weight, which inits and cores that are taken from it need, and where cores on meta get
-        their memory. A core that is held elsewhere is drawn there.
+        `weight` is the layer's weight. Inits and cores that are taken from it need it, and cores that are on meta get
+        their memory on its device. A core that another adapter holds is drawn there.
         """
         if self._on_meta():
             if weight is None or weight.is_meta:
@@ -280,7 +279,7 @@ class Adapter(Resident, Twinned, nn.Module):
             scale_start(self.network, self.network_weight(weight), weight, self.trained, self.start)
 
     def take(self, other: Adapter) -> None:
-        """Hold the values of another adapter of the same network, and its seed; tensors stay the same objects."""
+        """Take the values and the seed of another adapter of the same network; tensors stay the same objects."""
         with torch.no_grad():
             for key in self.resident_keys():
                 write(self._tensor(key), other._tensor(key))
@@ -323,7 +322,7 @@ class Adapter(Resident, Twinned, nn.Module):
         return tensors
 
     def at(self, places: Iterable[int], start: bool = False) -> list[Tensor]:
-        """Stored cores by their number in the network, or with `start` their frozen copies."""
+        """The stored cores with these numbers in the network, or with `start` their frozen copies."""
         keys = self._start_keys if start else self._core_keys
         return [self._tensor(key) for place in places if (key := keys[place]) is not None]
 

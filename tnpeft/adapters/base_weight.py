@@ -1,7 +1,7 @@
-"""The base layer's weight, as adapters ask for it: its own, dequantised, or only where and how wide it is.
+"""The base layer's weight, as adapters need it: its own, dequantised, or only its device, shape and dtype.
 
-Cores lie where the base weight does. Some networks are made of its values too: those of an opaque layer are known only
-where the library that made it gives them back.
+Cores are on the base weight's device. Some networks also need its values. Those of an opaque layer are known only if
+the library that made it gives them back.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _FOUR_BITS = "bitsandbytes.nn.modules.Params4bit"
 
 
 def base_weight(layer: Any, network: Network) -> Tensor:
-    """The weight that a network of `layer` stands on: of an opaque layer, its values only if the network needs them.
+    """The base weight for a network of `layer`; for an opaque layer, with values only if the network needs them.
 
-    Otherwise it is a tensor of the weight's shape, on its device and as wide, that holds none.
-    Raises BindError where values are needed that nobody can give.
+    Otherwise it is a tensor without values, of the weight's shape, device and width. Raises BindError if values are
+    needed that cannot be read.
     """
     if not network.layer.opaque:
         return own_weight(layer)
@@ -58,21 +58,21 @@ def base_weight(layer: Any, network: Network) -> Tensor:
 
 
 def needs_weight(spec: Any) -> bool:
-    """Whether adapters of a spec are made of the base weight's values, at the start or throughout."""
+    """Whether adapters of a spec need the base weight's values, at the start or in every call."""
     cores = (core.origin is not None or core.init.name in OF_WEIGHT for core in spec.cores)
     return spec.compose is not None or spec.start_std is not None or any(cores)
 
 
 def unreadable(spec: Any, layer: nn.Module) -> Problem:
-    """What to say of an opaque layer of which a spec needs the weight, where nobody can give it."""
+    """The problem of an opaque layer whose weight a spec needs and cannot get."""
     fix = "Use a spec that does not read the weight, such as `lora`, or match other layers."
     return Problem(f"spec '{spec.name}'", "a base weight that can be read", described(layer), fix)
 
 
 def never_called(layer: nn.Module | ParameterLayer) -> str | None:
-    """What a layer is whose calls nobody sees, in words; None of all others.
+    """In words, what a layer is that is never called itself; None for all others.
 
-    `nn.MultiheadAttention` takes the weight of its output projection, and adapted parameters are read by their owners.
+    `nn.MultiheadAttention` reads the weight of its output projection, and the owner of an adapted parameter reads it.
     """
     if isinstance(layer, ParameterLayer):
         return "an embedding" if layer.is_whole else "a parameter that its owner reads"
@@ -93,7 +93,7 @@ def described(layer: nn.Module) -> str:
 
 
 def dequantised(layer: nn.Module, signature: Layer | None = None) -> Tensor | None:
-    """The weight of an opaque layer as a plain tensor of its own, where its library gives it; else None."""
+    """The weight of an opaque layer as a new plain tensor, if its library gives it; else None."""
     give = dequantiser(layer)
     if give is None:
         return None
@@ -106,7 +106,7 @@ def dequantised(layer: nn.Module, signature: Layer | None = None) -> Tensor | No
 
 
 def dequantiser(layer: Any) -> Callable[[], object] | None:
-    """What gives an opaque layer's weight; None where nothing does."""
+    """The function that gives an opaque layer's weight, or None."""
     weight = layer._parameters.get("weight")
     if weight is not None and type(weight) is not nn.Parameter:
         return _of_tensor(layer, weight)
@@ -142,13 +142,13 @@ def _from_four_bits(functional: Any, codes: Tensor, state: Any) -> object:
 
 
 def is_packed_for_inference(layer: Any) -> bool:
-    """Whether nothing of a call can be differentiated, as once bitsandbytes has packed 4 bits for some CPUs."""
+    """Whether calls cannot be differentiated, as after bitsandbytes has packed 4-bit weights for some CPUs."""
     weight = layer._parameters.get("weight")
     return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) is True
 
 
 def is_computed(layer: nn.Module) -> bool:
-    """Whether a weight or bias is made of other parameters whenever it is asked for, or a weight before each call."""
+    """Whether a weight or bias is computed from other parameters, when it is read or before each call."""
     return parametrize.is_parametrized(layer) or any(True for _ in _hooks(layer))
 
 
@@ -162,14 +162,14 @@ def _computed(layer: nn.Module) -> object:
 
 
 def _hooks(layer: nn.Module) -> Iterator[Any]:
-    """The hooks of torch that set the weight before each call: weight and spectral norm of old, and pruning."""
+    """The hooks of torch that set the weight before each call: the old weight and spectral norm, and pruning."""
     for hook in layer._forward_pre_hooks.values():
         if "weight" in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
             yield hook
 
 
 def stand_in(layer: nn.Module, signature: Layer) -> Tensor:
-    """A tensor without values for the weight of an opaque layer: its shape, its device, and as wide as its cores."""
+    """A tensor without values for the weight of an opaque layer, with its shape and device and the cores' width."""
     tensors = [*layer._parameters.values(), *layer._buffers.values(), *layer.parameters()]
     known = [tensor for tensor in tensors if tensor is not None]
     floats = [tensor.dtype for tensor in known if tensor.dtype in _FLOATS]
@@ -179,7 +179,7 @@ def stand_in(layer: nn.Module, signature: Layer) -> Tensor:
 
 
 def beside(network: Network, tensors: Sequence[Tensor | None], base: Tensor, layer_name: str) -> list[Tensor]:
-    """Cores where the `base` weight is, which stands for None: those that layers share may live elsewhere, or be wider.
+    """Cores on the device of the `base` weight, which replaces None; shared cores may be elsewhere, or wider.
 
     Raises ExecutionError for cores without values.
     """

@@ -15,7 +15,7 @@ Keys = tuple[str | None, ...]
 
 
 class CoreKeys(NamedTuple):
-    """Keys of cores and of frozen copies in the network's order, None for the base weight; and of all that is kept."""
+    """Keys of cores and frozen copies in the network's order, None for the base weight; and of all stored tensors."""
 
     cores: Keys
     start: Keys
@@ -24,7 +24,7 @@ class CoreKeys(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def keys_of(network: Network) -> CoreKeys:
-    """The keys of a network, cached: models have many layers alike. A core that is frozen is its own copy."""
+    """The keys of a network, cached because models have many equal layers. A frozen core is its own copy."""
     cores = tuple([None if core.origin == "weight" else CORE + core.name for core in network.cores])
     start = tuple([key if core.frozen else START + core.name for key, core in zip(cores, network.cores, strict=True)])
     copies = start if network.start == "frozen_copy" else ()

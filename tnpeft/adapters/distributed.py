@@ -1,8 +1,8 @@
 """Tensors of which each process holds a part: DTensors, as FSDP2 (`fully_shard`) and tensor parallelism make them.
 
-FSDP2 gathers the tensors of a unit while the unit runs, so that an adapted layer finds whole ones. What is still in
-parts then is gathered here: cores that the layer shares with one of another unit. Tensor parallelism never gathers,
-and is refused. Each process may also hold all of the model, as with DistributedDataParallel.
+FSDP2 gathers the tensors of a unit while the unit runs, so that an adapted layer finds whole ones. Cores that a layer
+shares with one of another unit are still in parts then, and are gathered here. Tensor parallelism never gathers, and is
+refused. Each process may also hold all of the model, as with DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def is_split(*modules: Any) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, as a constant; every process that holds a part must ask."""
+    """All of a tensor, as a constant; every process that holds a part must call this."""
     return _all_of(tensor) if is_distributed(tensor) else tensor
 
 
@@ -80,7 +80,7 @@ def _all_of(parts: Any) -> Tensor:
 
 
 def outline(tensor: Any) -> Tensor:
-    """Where and how wide a tensor is, and its shape: of one in parts, one that holds no values; nothing is gathered."""
+    """A tensor with the same device, dtype and shape; for one in parts, without values. Nothing is gathered."""
     if not is_distributed(tensor):
         return tensor  # type: ignore[no-any-return]
     local = tensor.to_local()
@@ -89,9 +89,9 @@ def outline(tensor: Any) -> Tensor:
 
 
 def write(target: Any, values: Tensor) -> None:
-    """Copy values into a tensor of this shape: all of them, or those of the part that this process holds.
+    """Copy values into a tensor of the same shape: all of them, or those of the part that this process holds.
 
-    Every process has the values: nothing is exchanged.
+    Every process must have the values: nothing is exchanged.
     """
     if DISTRIBUTED not in sys.modules or not is_distributed(target):
         target.copy_(values)
@@ -104,7 +104,7 @@ def write(target: Any, values: Tensor) -> None:
 
 
 def unit_class() -> Any:
-    """The class of the modules that FSDP2 gathers as units; None where nobody has imported it."""
+    """The class of the modules that FSDP2 gathers as units; None if it is not imported."""
     return getattr(sys.modules.get(UNITS), "FSDPModule", None)
 
 
@@ -115,7 +115,7 @@ def is_unit(module: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what FSDP2 has gathered: where a unit keeps it after a forward pass, the parts may be newer."""
+    """Free what FSDP2 has gathered: if a unit keeps it after a forward pass, the parts may be newer."""
     for module in model.modules() if UNITS in sys.modules else ():
         if is_unit(module):
             module.reshard()  # type: ignore[operator]
@@ -156,7 +156,7 @@ class _Gathered(torch.autograd.Function):
 def keep_wide(parts: Any) -> None:
     """Let FSDP2 gather a parameter in its own dtype, whatever the unit's MixedPrecisionPolicy is.
 
-    Its hooks on how a part is gathered (`fsdp_pre_all_gather`) may be put on the part itself.
+    FSDP2's hook on gathering (`fsdp_pre_all_gather`) is put on the part itself.
     """
     part = parts._local_tensor
     part.fsdp_pre_all_gather = lambda mesh: ((_padded(part, parts.shape, mesh.size()),), None)
@@ -175,7 +175,7 @@ def _as_gathered(outputs: Sequence[Tensor], _about: None, _dtype: torch.dtype, *
 
 
 def split_problem(modules: Iterable[tuple[str, nn.Module]], fix: str) -> Problem | None:
-    """What is wrong with the first of some named modules that has a DTensor, or that FSDP2 has taken over, if any."""
+    """The problem of the first named module that has a DTensor or that FSDP2 has taken over, if there is one."""
     if DISTRIBUTED not in sys.modules:
         return None
     for name, module in modules:
@@ -187,7 +187,7 @@ def split_problem(modules: Iterable[tuple[str, nn.Module]], fix: str) -> Problem
 
 
 def zero_problem(modules: Iterable[nn.Module]) -> Problem | None:
-    """What is wrong where DeepSpeed's ZeRO-3 has taken a module's tensors apart, which gathers those of calls alone."""
+    """The problem if DeepSpeed's ZeRO-3 has split a module's tensors: it gathers only those of called modules."""
     if not any(hasattr(tensor, "ds_id") for module in modules for tensor in module._parameters.values()):
         return None
     fix = "Shard the model with `torch.distributed.fsdp.fully_shard`, or use ZeRO stage 2, which splits no parameters."
@@ -195,7 +195,7 @@ def zero_problem(modules: Iterable[nn.Module]) -> Problem | None:
 
 
 def refuse_flattened(name: str, cores: Sequence[Tensor | None], shapes: Iterable[Sequence[int]]) -> None:
-    """Raises ExecutionError for cores as FSDP1 leaves them: in pieces while their unit does not run, or cast."""
+    """Raises ExecutionError for cores that FSDP1 has cut into pieces (while their unit does not run) or cast."""
     if UNITS not in sys.modules or torch._C._get_tracing_state() is not None:
         return
     where = f"layer '{name}'" if name else None

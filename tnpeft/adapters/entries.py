@@ -16,9 +16,9 @@ __all__ = ["entries"]
 
 
 def entries(expression: Expression, legs: Sequence[str], sizes: Sequence[int], numbers: Mapping[str, Value]) -> Tensor:
-    """(*sizes), float64: the expression with each leg as its position, other names as `numbers` has them.
+    """(*sizes), float64: the expression, with each leg standing for its position and other names for `numbers`.
 
-    Raises ExpressionError for what is no number at some position.
+    Raises ExpressionError if it is no number at some position.
     """
     positions = {
         leg: torch.arange(size, dtype=torch.float64, device="cpu").reshape(-1, *[1] * (len(legs) - place - 1))
@@ -37,7 +37,7 @@ Operand = Tensor | Value
 
 
 class _Entries:
-    """Visits an expression with tensors in place of the legs' names; what has none is worked out as elsewhere."""
+    """Visits an expression with tensors in place of the legs' names; parts without legs are evaluated as elsewhere."""
 
     def __init__(self, positions: Mapping[str, Tensor], numbers: Mapping[str, Value]) -> None:
         self.positions, self.numbers = positions, numbers

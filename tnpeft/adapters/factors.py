@@ -1,4 +1,4 @@
-"""What execution modes contract in place of an adapter's stored cores: its factors, derived cores among them."""
+"""The tensors that execution modes contract in place of an adapter's stored cores: its factors, with derived cores."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class _Start(NamedTuple):
 
 
 class KeptStart:
-    """What derived cores need of frozen copies, kept as long as these are as they were."""
+    """What derived cores need from frozen copies, kept while the copies do not change."""
 
     def __init__(self) -> None:
         self._known: _Start | None = None
 
     def get(self, sources: Sequence[Tensor], make: Callable[[], StartValues]) -> StartValues:
-        """`make()`, once as long as it is made of the same `sources`."""
+        """The result of `make()`, called once as long as the `sources` are the same."""
         if needs_plain_ops(*sources):
             return make()
         made_of = [*map(id, sources)], versions(sources)
@@ -48,7 +48,7 @@ class KeptStart:
 
 
 class Factors:
-    """The factors of one adapter; those of its derived cores that other layers have too may come from a pass."""
+    """The factors of one adapter; derived cores that other layers have too may come from a forward pass."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -61,7 +61,7 @@ class Factors:
         return type(self), (self._network,)  # copies and pickles make anew what is kept
 
     def values(self, stored: Sequence[Tensor], light: Light = None) -> list[Tensor]:
-        """The factors of stored cores, with `start: zero` and for T(theta)."""
+        """The factors made of stored cores: for `start: zero`, and for T(theta)."""
         return self._split(self.derivations.factors(self._values(stored, light)))
 
     def derived(self, stored: Sequence[Tensor], name: str) -> Tensor:
@@ -73,7 +73,7 @@ class Factors:
         return self._evaluated(stored, light, every, self.derivations.values)
 
     def changes(self, stored: Sequence[Tensor], copies: Sequence[Tensor], light: Light = None) -> list[Tensor]:
-        """The factors with a frozen copy: of derived cores that train, their change."""
+        """The factors with a frozen copy: derived cores that train are given by their change."""
         derivations = self.derivations
         if derivations.pairs and not needs_plain_ops(*stored) and not saved_tensors_are_hooked():
             return self._split(derivations.factors(self._changes_with_start(stored, copies, light)))

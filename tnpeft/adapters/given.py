@@ -1,4 +1,4 @@
-"""Values that a caller gives for cores, in place of those that inits draw: what is wrong with them, if anything."""
+"""What is wrong with values that a caller gives for cores, in place of those that inits draw."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def misfit(core: BoundCore, value: object) -> tuple[str, str] | None:
-    """What a core needs and what a value is instead, None where it can be the core's; its numbers are looked at."""
+    """What a core needs and what a value is instead; None if it can be the core's. Its numbers are checked, too."""
     if not isinstance(value, Tensor):
         return "a tensor", type(value).__name__
     if is_distributed(value):
@@ -40,7 +40,7 @@ def misfit(core: BoundCore, value: object) -> tuple[str, str] | None:
 
 
 def given_misfit(network: Network, core: BoundCore, value: object) -> tuple[str, str, str] | None:
-    """The same of a value that is given for one core of a network, with a fix: places, zeros, factors too."""
+    """The same for a value given for one core of a network, with a fix; also checks places, zeros and factors."""
     if found := misfit(core, value):
         return *found, "Give it a tensor like the core."
     assert isinstance(value, Tensor)
@@ -75,7 +75,7 @@ def _places_misfit(network: Network, core: BoundCore, value: Tensor) -> tuple[st
 
 
 def unwritten(given: Mapping[str, Tensor | None], name: str) -> Tensor:
-    """The first value that was given for a core. Raises BindError once it is written: it is then not kept."""
+    """The first value given for a core. Raises BindError once it is written, for then it is not kept."""
     value = given[name]
     if value is None:
         fix = "Write it to `adapter.cores`, or attach the adapter anew."

@@ -14,7 +14,7 @@ _PIECE = 1 << 20  # bytes hashed at once
 
 
 def add_bytes(total: hashlib._Hash, tensor: Tensor) -> None:
-    """Let a digest go on with a tensor's bytes."""
+    """Add a tensor's bytes to a digest."""
     # By copies of pieces: `numpy` makes storage that it shares unresizable, which FSDP then trips over.
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     for start in range(0, len(flat), _PIECE):
@@ -22,7 +22,7 @@ def add_bytes(total: hashlib._Hash, tensor: Tensor) -> None:
 
 
 def digest_of_modules(modules: Mapping[str, nn.Module]) -> str:
-    """That of all tensors in some modules, with their names; tensors without values have none."""
+    """The digest of all tensors in some modules, with their names; tensors without values add none."""
     total = hashlib.sha256()
     for name, module in modules.items():
         for key, tensor in module.state_dict().items():

@@ -99,7 +99,7 @@ def _initial_core(
 def is_drawn(core: BoundCore) -> bool:
     """Whether the seed alone gives the core's first value, to the bit on any machine.
 
-    Not where the base weight or a function of the user's has a part in it, nor LAPACK.
+    It does not if the base weight, a function of the user's or LAPACK takes part.
     """
     drawn = {*_DRAWS, *_WAVES, *_PLACES} - {"orthogonal"}
     return core.origin is None and (core.init.name in drawn or core.init.entry is not None)
@@ -125,7 +125,7 @@ def _given(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, 
 
 
 def _eye(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, float]) -> Tensor:
-    """One where all positions agree: the identity of two legs, the copy tensor of more."""
+    """Ones where all positions agree: the identity for two legs, the copy tensor for more."""
     tensor = torch.zeros(core.shape, dtype=torch.float32, device="cpu")
     places = torch.arange(min(core.shape, default=1))
     tensor[(places,) * max(tensor.ndim, 0)] = 1.0
@@ -153,7 +153,7 @@ def _kaiming(core: BoundCore, generator: torch.Generator, arguments: Mapping[str
 
 
 def _orthogonal(core: BoundCore, generator: torch.Generator, arguments: Mapping[str, float]) -> Tensor:
-    """Orthonormal columns, or rows where there are fewer, of the core unfolded as first leg x rest."""
+    """Orthonormal columns, or rows if there are fewer rows, of the core unfolded as (first leg, rest)."""
     if len(core.shape) < 2:
         raise BindError(_misfit(core, "two legs or more", str(len(core.shape)), _OTHER))
     rows, columns = core.shape[0], math.prod(core.shape[1:])
@@ -177,7 +177,7 @@ _DRAWS: dict[str, _Draw] = {
 
 
 def _same(core: BoundCore, generator: torch.Generator, draw: _Draw) -> Tensor:
-    """A draw that is equal along some legs: of one entry there, which all get."""
+    """A draw that is equal along some legs: one entry is drawn there, and all get it."""
     legs = core.init.legs
     sizes = {leg: 1 if leg in legs else size for leg, size in zip(core.legs, core.unfolded, strict=True)}
     one = draw(replace(core, shape=tuple(sizes.values())), generator, core.init.arguments)
@@ -227,7 +227,7 @@ _PLACES: dict[str, Callable[[BoundCore, torch.Generator, Sequence[int]], Tensor]
 
 
 def _by_position(network: Network, core: BoundCore, entry: Expression) -> Tensor:
-    """What an expression makes of each position; as places they must be some that maps can use."""
+    """The expression's value at each position; places must be such that maps can use them."""
     try:
         table = entries(entry, core.legs, core.unfolded, core.init.numbers).reshape(core.shape)
     except ExpressionError as error:
@@ -312,8 +312,8 @@ def _svd(network: Network, core: BoundCore, weight: Tensor | None, layer: str, k
 def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, S and V of out x rest, singular vectors as columns.
 
-    All of them in float64, however few a core takes: 2048 x 2048 is 5 s of one CPU core, and time grows with the
-    third power of the sides. A layer's cores share one.
+    All of them are computed, in float64, however few a core takes: 2048 x 2048 takes 5 s on one CPU core, and the time
+    grows with the third power of the sides. A layer's cores share one decomposition.
     """
     u, s, vh = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
     # The sign of a singular pair is LAPACK's whim: the largest entry of each left vector is made positive.
@@ -338,7 +338,7 @@ def _misfit(core: BoundCore, expected: str, found: str, fix: str) -> Problem:
 
 
 def whole_seed(seed: object) -> int:
-    """A seed, integers of other libraries too. Raises BindError for what is no whole number, or a huge one."""
+    """A seed as an int; integers of other libraries are accepted. Raises BindError for other values, or huge ones."""
     try:
         number = None if isinstance(seed, (bool, Tensor)) else operator.index(seed)  # type: ignore[arg-type]
     except TypeError:

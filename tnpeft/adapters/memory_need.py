@@ -1,7 +1,7 @@
-"""What adapters need of a device's memory, before any of it is allocated, and the bound on that.
+"""The memory that adapters need on a device, before any of it is allocated, and the bound on it.
 
-Needed is, at least, what a forward pass has alive at once: the cores of all layers with their frozen copies, and beside
-them what contracting those of one layer takes. Activations and gradients come on top; they are the model's.
+The least that is needed is what a forward pass has alive at once: the cores of all layers with their frozen copies, and
+what contracting the cores of one layer takes. Activations and gradients come on top; they are the model's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FIX = (
 
 @dataclass(frozen=True)
 class _Limit:
-    """So many bytes, or any number for None; `whose` says who set that."""
+    """The most bytes, or None for any number; `whose` says who set it."""
 
     most: int | None
     whose: str
@@ -48,11 +48,11 @@ _limit: ContextVar[_Limit | None] = ContextVar("memory_limit", default=None)
 
 @contextmanager
 def memory_limit(most: int | None) -> Iterator[None]:
-    """Within it adapters may need `most` bytes of each device, whatever memory there is; any number for None.
+    """Inside, adapters may need `most` bytes of each device, whatever memory there is; with None, any number of bytes.
 
-    Holds for `attach`, `compile`, `load`, `load_foreign` and all that calls them. Without it the bound is the memory of
-    the layers' device, and for the CPU what the container and the process's limits leave of that; the environment
-    variable TNPEFT_MEMORY_LIMIT (bytes) replaces it. Raises BindError for what is no number of bytes.
+    It holds for `attach`, `compile`, `load`, `load_foreign` and all that calls them. Outside, the bound is the memory
+    of the layers' device; on the CPU, what the container's and the process's limits leave of it. The environment
+    variable TNPEFT_MEMORY_LIMIT (bytes) replaces this bound. Raises BindError for what is no number of bytes.
     """
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         fix = "For example `tnpeft.memory_limit(64 << 30)`, or None for no bound."
@@ -66,7 +66,7 @@ def memory_limit(most: int | None) -> Iterator[None]:
 
 @dataclass
 class _Demand:
-    """Bytes that layers need of one device; `passing` is the most that one of them takes beside all cores."""
+    """Bytes that layers need on one device; `passing` is the most that one of them needs in addition to all cores."""
 
     held: int = 0
     passing: int = 0
@@ -77,7 +77,7 @@ class _Demand:
 def memory_problems(
     networks: Mapping[str, Network], modules: Mapping[str, nn.Module | ParameterLayer], mode: str | Mapping[str, str]
 ) -> Iterator[Problem]:
-    """Layers, by name, whose network takes more than there is, alone or together; on meta nothing is taken."""
+    """Problems of layers whose networks need more memory than there is, alone or together; on meta none is needed."""
     demands: dict[torch.device, _Demand] = {}
     peaks: dict[Hashable, int] = {}
     refused = False  # one at least is too large by itself
@@ -175,7 +175,7 @@ def _bytes_from(text: str) -> int:
 
 @lru_cache(maxsize=64)
 def _memory_of(kind: str, index: int | None) -> _Limit:
-    """What a device has; None where that is not known."""
+    """The memory of a device, in bytes; None if it is not known."""
     if kind == "cuda":
         place = torch.device(kind, torch.cuda.current_device() if index is None else index)
         return _Limit(torch.cuda.get_device_properties(place).total_memory, f"the memory of {place}")

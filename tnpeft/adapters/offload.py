@@ -1,9 +1,9 @@
 """Modules whose tensors accelerate moves: hooks around their forward pass bring the tensors and take them away.
 
-accelerate replaces `forward` of each module that has tensors of its own and, between two calls, each tensor by one on
-the meta device. What an adapter adds is small and trains: it stays where it is, the same object for the optimiser.
-A module of `preload_module_classes` has one hook for all tensors below it, which a module below is told by `mark`.
-Nothing here imports accelerate: its hooks are known by what they leave on a module (`_hf_hook`, `_old_forward`).
+accelerate replaces `forward` of each module that has tensors of its own. Between two calls it replaces each tensor by
+one on the meta device. What an adapter adds is small and trains, so it stays where it is, the same object for the
+optimiser. A module of `preload_module_classes` has one hook for all tensors below it; `mark` tells this to the modules
+below. Nothing here imports accelerate: its hooks are known by what they leave on a module (`_hf_hook`, `_old_forward`).
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ _CALLS = ("pre_forward", "post_forward", "detach_hook")
 
 
 class Resident:
-    """A mixin: a module of which some tensors are none of accelerate's."""
+    """A mixin for a module with tensors that accelerate must not move."""
 
     def resident_keys(self) -> list[str]:
-        """The keys of tensors that stay where they are: copies that adapters train beside the module's own."""
+        """The keys of tensors that stay where they are: what adapters train beside the module's own tensors."""
         return _copies(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -78,16 +78,16 @@ class Resident:
         super().__setattr__(name, value)
 
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
-        """Those below and itself, but for a hook that offloads: it is shown what is its own."""
+        """As for any module; to a hook that offloads it shows only what the hook may move."""
         modules: Iterator[Any] = super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
         return _as_offloaded(self, modules) if _is_for_offloading() else modules
 
 
 def is_bare(module: Any) -> bool:
-    """Whether accelerate, FSDP or `get_parameter` is at work on the module, which then shows its own tensors.
+    """Whether accelerate, FSDP or `get_parameter` is reading the module, which then shows its own tensors.
 
-    For the attributes of a module: it is the caller of the caller that counts. These libraries read a tensor as an
-    attribute and write it to the module's table, also where the module has no hook of theirs.
+    It is for a module's attributes: the caller of the caller counts. These libraries read a tensor as an attribute and
+    write it to the module's table, even if the module has no hook of theirs.
     """
     if _AWAY in module.__dict__:
         return True
@@ -98,7 +98,7 @@ def is_bare(module: Any) -> bool:
 
 
 def mark(root: nn.Module) -> None:
-    """Tell each module that is below one with a hook for all that is below it; to be called after hooks were added."""
+    """Tell each module if one above it has a hook for all tensors below; call it after hooks were added."""
     for above in [*root.modules()]:
         hook = above.__dict__.get(_HOOK)
         if hook is not None and _is_wide(hook):  # few have one, and every act on the model asks
@@ -122,7 +122,7 @@ def wrapper_of(base: nn.Module) -> nn.Module:
 
 
 def hook_of(module: nn.Module) -> Any:
-    """accelerate's hook that brings a module's tensors; None where there is none."""
+    """accelerate's hook that brings a module's tensors, or None."""
     around, _ = _hooked_at(module)
     return around.__dict__.get(_HOOK)
 
@@ -184,7 +184,7 @@ def _as_offloaded(module: Resident, modules: Iterator[Any]) -> Iterator[Any]:
 
 
 def move_hook(source: nn.Module, target: nn.Module) -> None:
-    """Let accelerate's hook of one module stand around another one that has the same tensors."""
+    """Move accelerate's hook from one module to another one with the same tensors."""
     hook = source.__dict__.pop(_HOOK, None)
     if source.__dict__.pop(_FORWARD, None) is not None or hook is not None:
         source.__dict__.pop("forward", None)
@@ -208,7 +208,7 @@ def _hooked(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def present(module: nn.Module) -> Iterator[None]:
-    """Inside, the tensors of a module are where it computes, as during its forward pass."""
+    """Inside, the tensors of a module are on the device where it computes, as during its forward pass."""
     around, _ = _hooked_at(module)
     hook = around.__dict__.get(_HOOK)
     if hook is None or not any(tensor.is_meta for tensor in module._parameters.values() if tensor is not None):
@@ -222,9 +222,9 @@ def present(module: nn.Module) -> Iterator[None]:
 
 
 def store(module: nn.Module, table: str, key: str, tensor: Tensor | None, of: str | None = None) -> None:
-    """Put a tensor into a module's table (None: forget it), and among those that accelerate brings where it must.
+    """Put a tensor into a module's table (None removes it) and, if it is one that accelerate moves, into the hook's.
 
-    `of` is the key under which it stood until now.
+    `of` is the key that it had until now.
     """
     tensors: dict[str, Tensor | None] = module.__dict__[table]
     around, prefix = _hooked_at(module)

@@ -1,9 +1,9 @@
-"""Tensors that stand beside a module's own, in the same table: copies that adapters train, and what merging parks.
+"""Tensors kept beside a module's own, in the same table: copies that adapters train, and those that merging parks.
 
-A module's own tensor keeps its own name, so that a state dict of an adapted model holds the base under the base's
-names and all that adapters add under names of their own. Where a copy acts instead, the table `SHOWN` of the module
-says so and, as long as it does, the module's class is a subclass whose attributes read that table (`showing`). While a
-model is merged, the effective tensors stand under the plain names, whose own ones are parked as `ORIGINAL`.
+A module's own tensor keeps its own name. So a state dict of an adapted model holds the base under the base's names, and
+all that adapters add under other names. If a copy acts instead, the module's table `SHOWN` says so. While it does, the
+module's class is a subclass whose attributes read that table (`showing`). While a model is merged, the effective
+tensors have the plain names, and the module's own tensors are parked as `ORIGINAL`.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class ParameterLayer:
-    """A parameter of `owner` as the weight of a Linear layer, or of a stack of them; `signature` says which way round.
+    """A parameter of `owner` as the weight of a Linear layer, or of a stack of them; `signature` has its orientation.
 
-    It is no module: the parameter stays in its owner's table, under its own name.
+    This is not a module: the parameter stays in its owner's table, under its own name.
     """
 
     def __init__(self, owner: nn.Module, key: str, signature: Layer) -> None:
@@ -90,7 +90,7 @@ class ParameterLayer:
 
     @property
     def weight(self) -> Tensor:
-        """What acts as the parameter: its own values, or the copy of an adapter that trains it as a whole."""
+        """The tensor that acts as the parameter: its own, or the copy of an adapter that trains it as a whole."""
         return acting(self.owner, "_parameters", self.key)
 
     @property
@@ -103,7 +103,7 @@ class ParameterLayer:
 
     @property
     def is_whole(self) -> bool:
-        """Whether its owner is known as the layer: an embedding, which has no other parameter."""
+        """Whether its owner is itself the layer: an embedding, which has no other parameter."""
         return self.key == "weight" and isinstance(self.owner, LOOKUPS)
 
     def extra_repr(self) -> str:
@@ -128,7 +128,7 @@ def acting(module: nn.Module, table: str, key: str) -> Tensor:
 
 
 def show(module: nn.Module, table: str, key: str, stored: str | None) -> None:
-    """Let what is stored as `stored` act as `key`; None: what stands at `key` itself."""
+    """Let the tensor stored as `stored` act as `key`; with None, the one at `key` itself."""
     shown = {name: other for name, other in module.__dict__.get(SHOWN, {}).items() if name != key}
     if stored is not None:
         shown[key] = stored
@@ -136,7 +136,7 @@ def show(module: nn.Module, table: str, key: str, stored: str | None) -> None:
 
 
 def read_through(module: nn.Module, key: str, maker: str | None) -> None:
-    """Let a parameter read as what the submodule `maker` makes of it, by `effective`; None: as it is."""
+    """Let reading a parameter give what the submodule `maker` makes of it, by `effective`; with None, the parameter."""
     read = {name: other for name, other in module.__dict__.get(READ, {}).items() if name != key}
     if maker is not None:
         read[key] = maker
@@ -144,7 +144,7 @@ def read_through(module: nn.Module, key: str, maker: str | None) -> None:
 
 
 def reads_through(module: nn.Module) -> bool:
-    """Whether some parameter of a module reads as its sum with updates."""
+    """Whether reading some parameter of a module gives its sum with updates."""
     return READ in module.__dict__
 
 
@@ -162,7 +162,7 @@ def _take_class(module: nn.Module, where: str, names: dict[str, str]) -> None:
 
 
 def acting_scales(module: nn.Module, key: str) -> dict[str, float]:
-    """The adapters whose copies make what acts as `key`, with their scales; none where it is the module's own."""
+    """The adapters whose copies make the tensor that acts as `key`, with their scales; none for the module's own."""
     if key in module.__dict__.get(MADE, {}):
         return dict(module.__dict__[MADE][key])
     stored = module.__dict__.get(SHOWN, {}).get(key, "")
@@ -171,9 +171,9 @@ def acting_scales(module: nn.Module, key: str) -> dict[str, float]:
 
 
 def park(module: nn.Module, table: str, key: str, scales: Mapping[str, float], tensor: Tensor) -> None:
-    """Put an effective `tensor` where the module's own stands, which is parked.
+    """Put an effective `tensor` in place of the module's own, which is parked.
 
-    `scales` say of which copies it is made, so that it can be made anew.
+    `scales` say which copies it is made of, so that it can be made anew.
     """
     tensors = module.__dict__[table]
     show(module, table, key, None)
@@ -187,12 +187,12 @@ def park(module: nn.Module, table: str, key: str, scales: Mapping[str, float], t
 
 
 def is_parked(module: nn.Module, table: str, key: str) -> bool:
-    """Whether an effective tensor stands in place of the module's own."""
+    """Whether an effective tensor is in place of the module's own."""
     return parked_key(ORIGINAL, key) in module.__dict__[table]
 
 
 def is_parked_unmade(module: nn.Module, keys: Collection[str]) -> bool:
-    """Whether a copy acts under the plain name of one of some tensors, as in pickles of the first version."""
+    """Whether a copy acts under the plain name of one of these tensors, as in pickles of the first version."""
     made = module.__dict__.get(MADE, {})
     wrapped = "_base" in module.__dict__ or "_tnpeft_wrapper" in module.__dict__
     return any(
@@ -217,7 +217,7 @@ def take_back(module: nn.Module, table: str, key: str) -> None:
 
 
 def keep(module: nn.Module, table: str, key: str, tensor: Tensor) -> None:
-    """Make `tensor` the module's own for good; the one that was is forgotten."""
+    """Make `tensor` the module's own for good; the old one is forgotten."""
     show(module, table, key, None)
     if tensor is own(module, table, key):
         take_back(module, table, key)
@@ -254,7 +254,7 @@ def drop_sum(module: nn.Module, key: str) -> None:
 
 
 def remake(module: nn.Module) -> None:
-    """Make sums and merged tensors anew, after their parts got other values."""
+    """Compute sums and merged tensors anew, after their parts got new values."""
     for key, scales in module.__dict__.get(MADE, {}).items():
         if module.__dict__.get(SHOWN, {}).get(key) == ON_READING:
             continue
@@ -271,7 +271,7 @@ def table_of(module: nn.Module, key: str) -> str:
 
 
 def _list_anew(module: nn.Module) -> None:
-    """Recurrent layers keep a list of their parameters beside the table."""
+    """Renew the list of parameters that recurrent layers keep beside the table."""
     if isinstance(module, nn.RNNBase) and type(module) is plain_class(module):
         module.__dict__["_flat_weights"] = flat_weights(module)
 

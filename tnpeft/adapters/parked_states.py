@@ -1,6 +1,6 @@
-"""What state dicts do with tensors that stand beside a module's own: which values they get, and in which names.
+"""State dicts and tensors that are kept beside a module's own: which values they get, and under which names.
 
-`parked` says what stands where. Hooks of the module translate what is loaded, and copy what would share memory.
+`parked` says where tensors are kept. Hooks of the module translate what is loaded, and copy what would share memory.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _TIED = "_tnpeft_tied"
 
 
 def translate(module: nn.Module, state: MutableMapping[str, Any], prefix: str) -> None:
-    """A state dict that is about to be loaded, in the names that the module has now.
+    """Rename the keys of a state dict that is about to be loaded to those that the module has now.
 
-    A base's checkpoint, one of an adapted model, of a merged one, and those that were written when acting copies had
-    the plain names: each gives the base's values to the base's own tensors.
+    It may be a checkpoint of the base, of an adapted or of a merged model, or one from when acting copies had the plain
+    names. Each gives the base's values to the base's own tensors.
     """
     _give_values(module, state, prefix)
     for table in TABLES:
@@ -59,7 +59,7 @@ def _give_values(module: nn.Module, state: MutableMapping[str, Any], prefix: str
 
 
 def note_values(module: nn.Module, table: str, stored: str) -> None:
-    """Remember whether a copy that is new has no values, for it was made on meta."""
+    """Remember whether a new copy has no values because it was made on meta."""
     unset = module.__dict__.get(UNSET, frozenset()) - {stored}
     copy = module.__dict__[table].get(stored)
     _remember_unset(module, unset | {stored} if copy is not None and copy.is_meta else unset)
@@ -85,7 +85,7 @@ def set_to_base(module: nn.Module) -> None:
 
 
 def make_again(module: nn.Module, listening: bool) -> None:
-    """Let loading a state dict give each tensor of a module its own values, as long as copies stand beside some."""
+    """While a module has copies, let loading a state dict give each of its tensors its own values."""
     tables = *TABLES, "_modules"  # adapted parameters have a module of their own below their owner
     copies = any(key.startswith(MANGLED) for table in tables for key in module.__dict__[table])
     hooks = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
@@ -101,10 +101,10 @@ def make_again(module: nn.Module, listening: bool) -> None:
 
 
 def note_tie(module: nn.Module, key: str | None) -> None:
-    """Remember that a module's own tensor stands elsewhere too; None: that none does.
+    """Remember that a module's own tensor is also elsewhere (tied); with None, that none is.
 
-    What stands beside such a tensor is copied into state dicts: libraries that save them know which plain names share
-    memory, and refuse others that do.
+    What is kept beside such a tensor is copied into state dicts: libraries that save them know which plain names share
+    memory, and refuse other names that do.
     """
     if key is None:
         module.__dict__.pop(_TIED, None)

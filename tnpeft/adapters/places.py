@@ -1,4 +1,4 @@
-"""What index cores may hold: whole numbers in range, each once where a map writes to places."""
+"""What index cores may hold: whole numbers in range, and each only once if a map writes to the places."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _misfit(rows: Tensor, count: int, repeats: bool) -> str | None:
 def with_good_places(
     adapter: Any, state_dict: Mapping[str, Any], prefix: str, errors: MutableSequence[str]
 ) -> Mapping[str, Any]:
-    """A state dict for an adapter; index cores that no map can use are an error, and stay as they are."""
+    """A state dict for an adapter. Index cores in it that a map cannot use are errors, and are not loaded."""
     given: dict[str, Tensor] = {}
     for core in adapter.network.cores if adapter.network.derived else ():
         tensor = state_dict.get(f"{prefix}core_{core.name}") if core.is_index else None

@@ -1,4 +1,4 @@
-"""The processes that hold parts of one model: who they are, and how they go in step."""
+"""The processes that hold parts of one model: which they are, and how they stay in step."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _Said = list[Callable[[], object]]
 
 
 def in_step(groups: Sequence[Any], unlike: Callable[[], TnpeftError]) -> AbstractContextManager[_Said]:
-    """Inside, each process checks or reads something; an error of one is raised in all, the `holders_of` a model.
+    """Inside, each of the `holders_of` a model checks or reads something; an error in one process is raised in all.
 
-    Yields a list for what says what was found, which must be the same for all: else `unlike` is raised. Nothing may be
-    exchanged inside. Without groups nothing is exchanged, nor said.
+    Yields a list for functions that return what was found. If that differs between processes, `unlike` is raised.
+    Processes must not exchange anything inside. Without groups nothing is exchanged or compared.
     """
     return _in_step(groups, unlike) if groups else nullcontext([])
 
@@ -62,7 +62,7 @@ def is_in_parts(model: Any) -> bool:
 
 
 def holders_of(model: Any) -> list[Any]:
-    """The processes that hold a model's parts, along each axis of their mesh; none of a model that is whole."""
+    """The groups of processes that hold a model's parts, along each axis of their mesh; none for a whole model."""
     if (UNITS not in sys.modules and DISTRIBUTED not in sys.modules) or not is_in_parts(model):
         return []
     parts: Any = next(filter(is_distributed, model.parameters()), None)
@@ -73,7 +73,7 @@ def holders_of(model: Any) -> list[Any]:
 
 
 def flat_part(model: Any) -> Any:
-    """The first FullyShardedDataParallel (FSDP1) in a model; None where there is none."""
+    """The first FullyShardedDataParallel (FSDP1) in a model, or None."""
     kind = getattr(sys.modules.get(UNITS), "FullyShardedDataParallel", None)
     if kind is None or not isinstance(model, nn.Module):  # which is told later
         return None
@@ -81,14 +81,14 @@ def flat_part(model: Any) -> Any:
 
 
 def is_flat_sharded(module: Any) -> bool:
-    """Whether it is a FullyShardedDataParallel that holds its own piece of the parameters just now."""
+    """Whether it is a FullyShardedDataParallel that currently holds only its own piece of the parameters."""
     handle = module.__dict__.get("_handle")
     flat = getattr(handle, "flat_param", None)
     return handle is not None and flat is not None and bool(handle.uses_sharded_strategy and handle.is_sharded(flat))
 
 
 def summoned(model: Any, writes: bool) -> AbstractContextManager[Any]:
-    """Inside, what FullyShardedDataParallel has in pieces is whole; with `writes` the pieces get its values."""
+    """Inside, what FullyShardedDataParallel has in pieces is whole; with `writes` changes reach the pieces."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     flat: Any = next(filter(is_flat_sharded, modules), None)
     return nullcontext() if flat is None else type(flat).summon_full_params(model, writeback=writes)

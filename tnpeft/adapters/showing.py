@@ -1,7 +1,7 @@
-"""Modules that show other tensors under their names than those that stand there: subclasses that are made on the fly.
+"""Modules that show other tensors under some names than those in their tables: subclasses made on the fly.
 
-Where something else acts than a module's own tensor, the tables `SHOWN` and `READ` of the module say so and, as long as
-they do, its class is a subclass in which those names are properties (torch's parametrizations do the same).
+If something other than a module's own tensor acts, the module's tables `SHOWN` and `READ` say so. While they do, its
+class is a subclass in which those names are properties (torch's parametrizations do the same).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def key_of(stored: str) -> str:
 
 
 def require_values(module: nn.Module, stored: str, copy: Tensor | None) -> None:
-    """Raises ExecutionError for a copy that was made on meta, has memory now, and no values."""
+    """Raises ExecutionError for a copy that was made on meta and now has memory, but no values."""
     if copy is None or copy.is_meta or stored not in module.__dict__.get(UNSET, ()):
         return
     found = "memory without values (it was made on the meta device)"
@@ -78,7 +78,7 @@ def stored_at(module: nn.Module, table: str, stored: str) -> Tensor | None:
 
 
 def parked_key(who: str, key: str) -> str:
-    """The key of what stands beside `key`. No adapter's name has a colon, so that no two tensors share a place."""
+    """The key of the tensor that `who` keeps beside `key`. No adapter's name has a colon, so keys never clash."""
     return f"{MANGLED}{who}:{key}"
 
 
@@ -100,7 +100,7 @@ def own(module: nn.Module, table: str, key: str) -> Tensor:
 
 
 def combined(module: nn.Module, table: str, key: str, scales: Mapping[str, float]) -> Tensor:
-    """b0 + sum of s (b - b0) over the copies of some adapters, rounded once; an integer stays what it is."""
+    """b0 + sum of s (b - b0) over the copies of some adapters, rounded once; integers stay as they are."""
     original = own(module, table, key).detach()
     for stored in (parked_key(copies_of(name), key) for name in scales):
         require_values(module, stored, stored_at(module, table, stored))
@@ -206,7 +206,7 @@ def _made_again(tables: tuple[tuple[str, str], ...], make: Any, arguments: Any) 
 
 
 def dress(module: nn.Module, tables: tuple[tuple[str, str], ...]) -> None:
-    """Give a module the class in which these names read otherwise; its plain one where there are none.
+    """Give a module the class in which these names read other tensors; without names, its plain class.
 
     A class of torch's parametrizations stays above it, for torch takes off its own.
     """
@@ -229,7 +229,7 @@ def _is_of_parametrizations(kind: type) -> bool:
 
 @lru_cache(maxsize=1024)
 def showing(plain: type[nn.Module], tables: tuple[tuple[str, str], ...]) -> type[nn.Module]:
-    """The subclass of `plain` in which some names read `SHOWN`; each comes with the table that its tensor is in."""
+    """The subclass of `plain` in which some names read `SHOWN`; each name comes with the table of its tensor."""
 
     def reading(name: str, table: str) -> Callable[[Any], Tensor | None]:
         def read(module: Any) -> Tensor | None:
@@ -268,7 +268,7 @@ def _look_up(module: Any, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
 
 
 def bare(module: nn.Module, name: str) -> Tensor | None:
-    """What stands under a parameter's name. Raises AttributeError where nothing does, as while FSDP exchanges it."""
+    """The tensor under a parameter's name. Raises AttributeError if there is none, as while FSDP exchanges it."""
     if name not in module._parameters and name not in module.__dict__:
         raise AttributeError(name)
     return stored_at(module, "_parameters", name)
@@ -288,7 +288,7 @@ def flat_weights(module: Any) -> list[Tensor | None]:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, without those that show other tensors or compute some; a unit of FSDP2 stays one."""
+    """The class of a module, without subclasses that show or compute tensors; a unit of FSDP2 stays one."""
     kind: Any = type(module)
     unit = None
     while True:

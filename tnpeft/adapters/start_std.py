@@ -1,4 +1,4 @@
-"""`start_std`: trained cores scaled so that T has a given size beside the layer's weight.
+"""`start_std`: trained cores scaled so that T has a given size relative to the layer's weight.
 
 Singular vectors and orthogonal cores have no closed form for the size of T: it is measured, once.
 """
@@ -23,7 +23,7 @@ def scale_start(
 ) -> None:
     """Scale trained `cores` and their frozen `copies` by (x std(W) / std(T))^(1 / K), for T = `value`; x = `start_std`.
 
-    Each slice of a stack has a factor of its own. Raises BindError where T has no size, or the weight's is not known.
+    Each slice of a stack has its own factor. Raises BindError if T is zero, or the weight's size is not known.
     """
     fix = "Remove `start_std`, or match other layers."
     if weight is None or weight.device.type == "meta":

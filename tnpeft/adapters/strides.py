@@ -22,7 +22,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """`fn(tensor)`, but never narrower than `tensor` and never restrided."""
+    """`fn(tensor)`, but never narrower than `tensor`, and with its strides."""
     # As a vector, for a model's memory format is none of cores: torch refuses `channels_last_3d` for four axes.
     flat = tensor.flatten() if tensor.ndim in (4, 5) else tensor
     after = fn(flat)

@@ -1,4 +1,4 @@
-"""Adapters with the same state but for their parameters: what wraps parameters asks for one."""
+"""Adapters with the same state but other parameters, for code that wraps parameters."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _Adapter = TypeVar("_Adapter", bound="Twinned")
 
 
 class Twinned:
-    """What has parameters of its own, and perhaps uses those of holders."""
+    """A mixin for what has its own parameters, and may use those of holders."""
 
     _holders: dict[str, Any]
     _parameters: dict[str, Any]
 
     def twin(self: _Adapter, alias: Callable[[Tensor], Tensor]) -> _Adapter:
-        """One with the same state, but with `alias(parameter)` in place of each parameter, and of its holders'."""
+        """An adapter with the same state, but `alias(parameter)` in place of each parameter, also its holders'."""
         holders = {id(holder): holder for holder in self._holders.values()}
         twins = {key: holder.twin(alias) for key, holder in holders.items()}
         twin = self.__class__.__new__(self.__class__)

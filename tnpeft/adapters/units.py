@@ -1,9 +1,9 @@
-"""What joins a model after FSDP2 has sharded it: adapters whose cores every process holds alike.
+"""Adapters that join a model after FSDP2 has sharded it: every process holds all of their cores.
 
-FSDP2 takes the parameters of a unit when it is made, and none later. Cores that come later are DTensors that all
-processes hold whole (`Replicate`): nothing is gathered for them, the mean of their gradients goes to all, as FSDP2
-takes it, and optimisers, clipping and checkpoints see them beside the parts of others. What trains beside the cores is
-in parts as its original is, and gathered when it is read.
+FSDP2 takes the parameters of a unit when the unit is made, and none later. Cores that come later are DTensors that all
+processes hold whole (`Replicate`). Nothing is gathered for them, all get the mean of their gradients, as with FSDP2,
+and optimisers, clipping and checkpoints see them along with the parts of other tensors. What trains beside the cores is
+in parts, as its original is, and is gathered when it is read.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _FLAGS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
 
 def is_gathered(module: nn.Module, tensor: Any) -> bool:
-    """Whether a DTensor of a module is whole while the module runs: one that FSDP2 alone has taken apart.
+    """Whether a DTensor of a module is whole while the module runs: it is if only FSDP2 has split it.
 
-    Its last axis of the mesh has the parts, the others copies; tensor parallelism has parts on another axis.
+    FSDP2 has parts on the last axis of the mesh and copies on the others; tensor parallelism has parts on another axis.
     """
     return is_sharded(wrapper_of(module)) and all(each.is_replicate() for each in tensor.placements[:-1])
 
@@ -50,7 +50,7 @@ def hold_alike(adapter: nn.Module, mesh: Any, device: torch.device) -> None:
 
 
 def stand_for(module: Any, other: Any) -> None:
-    """Let another module, which hangs in a module's place, be what FSDP2 knows: its unit, or a part of a larger one."""
+    """Let FSDP2 know another module in the place of `module`: as its unit, or as a part of a larger one."""
     if UNITS not in sys.modules:
         return
     other.__dict__.update({flag: module.__dict__[flag] for flag in _FLAGS if flag in module.__dict__})

@@ -38,7 +38,7 @@ P = ParamSpec("P")
 
 
 def command(name: str | None = None, hidden: bool = False) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """A command of that name, or its function's, whose mistakes are told as messages."""
+    """A command of that name, or of its function's; mistakes become messages."""
     return lambda function: app.command(name, hidden=hidden)(reported(function))
 
 
@@ -73,27 +73,32 @@ def list_(
             "--layer",
             "-l",
             metavar="KIND[:IN,OUT,K]",
-            help="Specs for a kind of layer, or for one layer, with what they train there.",
+            help="Only specs for this kind of layer, or for one layer, with the parameters they train on it.",
             autocompletion=complete_kind,
         ),
     ] = None,
     params: Annotated[
         str | None,
-        typer.Option("--params", "-p", metavar="NUMBER", help="Those that train no more there: 5000 or 5k."),
+        typer.Option(
+            "--params", "-p", metavar="NUMBER", help="Only specs that train at most this many on the layer: 5000 or 5k."
+        ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
-            "--rank", metavar="NUMBER", help="Those whose first steps move in as many directions of its weight."
+            "--rank",
+            metavar="NUMBER",
+            help="Only specs whose first steps move the layer's weight in at least this many directions.",
         ),
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--source", metavar="TEXT", help="Those with this in their source or title.")
+        str | None, typer.Option("--source", metavar="TEXT", help="Only specs with this text in their source or title.")
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
     markdown: Annotated[
-        str | None, typer.Option("--markdown", metavar="FILE", help="Put the specs in its table.", hidden=True)
+        str | None,
+        typer.Option("--markdown", metavar="FILE", help="Write the table of specs into this file.", hidden=True),
     ] = None,
 ) -> None:
     """List the shipped specs and recipes, or the specs that pass a filter."""
@@ -113,7 +118,10 @@ def new(
     source: Annotated[
         str,
         typer.Option(
-            "--from", metavar="RECIPE_OR_SPEC", help="A shipped name or a file.", autocompletion=complete_what
+            "--from",
+            metavar="RECIPE_OR_SPEC",
+            help="What to copy: a shipped name or a file.",
+            autocompletion=complete_what,
         ),
     ] = "lora",
     as_json: Json = False,
@@ -153,12 +161,17 @@ def show(
     layer: LayerText = None,
     input_: Annotated[
         str | None,
-        typer.Option("--input", "-i", metavar="SIZES", help="What each execution mode takes for it: 1,64,24,24,24"),
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="SIZES",
+            help="The sizes of an input, e.g. 1,64,24,24,24: what each execution mode takes for it.",
+        ),
     ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Show a spec; with --layer its cores, network and contraction there, with --input also what the modes take."""
+    """Show a spec; with --layer also its cores and contraction on it, with --input each mode's time and memory."""
     from tnpeft.cli.show import show_spec
 
     show_spec(Output(), spec, layer, input_, settings or [], as_json)
@@ -180,7 +193,7 @@ def draw(
     watch: Watch = False,
     as_json: Json = False,
 ) -> None:
-    """Draw the network of a spec as papers do: cores as circles, bonds as lines, open legs by their side."""
+    """Draw the network of a spec as papers do: cores as circles, bonds as lines, open legs on their side."""
     from tnpeft.cli.draw import draw_again, draw_specs
 
     if watch:
@@ -198,18 +211,22 @@ def edit(
         str | None,
         typer.Argument(
             metavar="[FILE]",
-            help="A YAML file, made when it is saved, or a shipped name to try.",
+            help="A YAML file, new or not, or a shipped name to try. A new file is written when you save.",
             autocompletion=complete_spec,
         ),
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", metavar="SPEC", help="What a new file begins as.", autocompletion=complete_spec),
+        typer.Option(
+            "--from", metavar="SPEC", help="The spec that a new file begins as.", autocompletion=complete_spec
+        ),
     ] = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the page; 0 finds a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="The port of the page; 0 finds a free one.")
+    ] = 0,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
 ) -> None:
-    """Edit a spec in a page on this machine: mistakes, picture, sizes and costs follow each keystroke."""
+    """Edit a spec in the browser, on this machine: mistakes, picture, sizes and costs follow each keystroke."""
     from tnpeft.cli.edit import edit_spec
 
     edit_spec(Output(), file, start, port, browser)
@@ -223,12 +240,12 @@ def lsp(
             "--layer",
             "-l",
             metavar="KIND:IN,OUT,K",
-            help="Whose sizes are shown over a word.",
+            help="The layer on which hover shows sizes.",
             autocompletion=complete_kind,
         ),
     ] = None,
 ) -> None:
-    """Serve an editor that speaks the Language Server Protocol, on stdin and stdout: mistakes, hover, completion."""
+    """Serve an editor over the Language Server Protocol, on stdin and stdout: mistakes, hover, completion."""
     from tnpeft.cli.lsp import serve_editors
 
     serve_editors(layer)
@@ -238,7 +255,7 @@ def lsp(
 def schema(
     what: Annotated[str, typer.Argument(metavar="[spec|recipe]", help="Which files the schema is for.")] = "spec",
 ) -> None:
-    """Print a JSON Schema, with which editors complete and check specs or recipes."""
+    """Print a JSON Schema for editors, which then complete and check specs or recipes."""
     from tnpeft.cli.schema import print_schema
 
     print_schema(Output(), what)
@@ -259,9 +276,10 @@ def verify(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Verify an adapter on random layers, or on the one of --layer: values, gradients, start, merge, files.
+    """Verify an adapter on random layers, or on that of --layer: values, gradients, start, merge, files.
 
-    Exit status 1 if a check fails. Ctrl-C ends it with what was found so far, and exit status 130.
+    Exit status 1 if a check fails. Ctrl-C ends the checks: what was found so far is printed, and the exit status is
+    130.
     """
     from tnpeft.cli.verify import verify_spec
 

@@ -31,7 +31,7 @@ COLUMNS = ("spec", "layers", "formula", "parameters", "for example", "start", "m
 
 
 def catalogue() -> str:
-    """A row for each shipped spec, then the pictures that there are, all from the files themselves."""
+    """The table in Markdown: a row for each shipped spec, then the pictures, all from the files themselves."""
     specs, peers = [load_spec(name) for name in list_specs()], peer_rows()
     lines = [
         f"{len(specs)} specs; the table is made by `make catalogue`.",
@@ -48,7 +48,7 @@ def catalogue() -> str:
 
 
 def update_catalogue(output: Output, name: str) -> None:
-    """Put the table between the marks of a text file, and say whether that changed it."""
+    """Put the table between the marks in a text file, and print whether that changed the file."""
     path = Path(name)
     try:
         text = path.read_text(encoding="utf-8") if is_file(path) else ""
@@ -79,7 +79,7 @@ def _picture(name: str) -> str:
 
 
 def cells(spec: Spec, peers: tuple[Peer, ...]) -> tuple[str, ...]:
-    """A spec's row, as `COLUMNS` has it; text in Markdown."""
+    """A spec's row, with the columns of `COLUMNS`, in Markdown."""
     counted = _COUNT.search(spec.text)
     layer, number = counted.groups() if counted else ("", "")
     formula = spec.bind(parse_layer(layer)).formula if layer else ""
@@ -97,7 +97,7 @@ def cells(spec: Spec, peers: tuple[Peer, ...]) -> tuple[str, ...]:
 
 
 def _formula(spec: Spec) -> str:
-    """The file's own formula: the first comment that has one, with the lines it goes on over."""
+    """The formula in the file: the first comment that has one, with the lines on which it continues."""
     comments = [line[2:].strip() for line in spec.text.splitlines() if line.startswith("# ")]
     comments = [line for line in comments if not line.startswith("yaml-language-server")]
     formula: list[str] = []
@@ -109,7 +109,7 @@ def _formula(spec: Spec) -> str:
 
 
 def _continues(above: str, line: str) -> bool:
-    """Whether a formula goes on: its next line starts with a core and its legs."""
+    """Whether a formula continues: its next line starts with a core and its legs."""
     return bool(re.match(r"[a-z]\w*\[", line)) and not above.endswith(".")
 
 
@@ -137,7 +137,7 @@ def _marks(spec: Spec) -> list[str]:
 
 
 def _has_hyperedge(spec: Spec) -> bool:
-    """Whether, in a term, an index stands in more than two places."""
+    """Whether an index occurs in more than two places of a term."""
     for term in spec.terms:
         known = cores_by_name(spec)
         places = [leg for reference in term.references for leg in legs_of(reference, known)]

@@ -37,7 +37,7 @@ class _Result:
 def check_files(output: Output, names: Sequence[str], as_json: bool) -> bool:
     """Check files, folders (all YAML files below them) and shipped names; true where nothing is wrong.
 
-    What is neither spec nor recipe nor factor table is a mistake where it was named, and passed over in a folder.
+    A file that is neither spec, recipe nor factor table is a mistake if it was named; in a folder it is passed over.
     """
     results = [_check(name, found) for name, found in expand(names).items()]
     mistakes = sum(len(result.problems) for result in results)
@@ -66,7 +66,7 @@ def _plural(number: int, noun: str) -> str:
 
 
 def expand(names: Iterable[str]) -> dict[str, bool]:
-    """Name → whether it was found in a folder. Folders become the YAML files below them, but for hidden ones."""
+    """Each name with whether it was found in a folder. Folders become the YAML files below them, not hidden ones."""
     expanded: dict[str, bool] = {}
     for name in names:
         path = Path(name)

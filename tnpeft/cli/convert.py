@@ -33,7 +33,7 @@ def convert_file(
     prefix: str | None,
     as_json: bool,
 ) -> None:
-    """Put the adapter of `source` on the model, which is built for real, and write it to `target`."""
+    """Put the adapter of `source` on the model, which is built with its weights, and write it to `target`."""
     from tnpeft.io.files import file_path
     from tnpeft.io.foreign.source import format_of
 

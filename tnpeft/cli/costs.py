@@ -1,4 +1,4 @@
-"""The execution modes of a layer as `tnpeft show` lists them: what each should take, and the factored chain."""
+"""The execution modes of a layer as `tnpeft show` lists them: predicted time and memory, and the factored chain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tnpeft count`: what a recipe or spec trains on a model, without the model's data."""
+"""`tnpeft count`: what a recipe or spec trains on a model, without the model's values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def count_parameters(
 
 
 def _notes(handle: Handle) -> dict[str, list[str]]:
-    """What is said of channel counts that do not factor, with the layers that have them."""
+    """Notes on channel counts that do not factor, with the layers that have them."""
     from tnpeft.surgery import adapters_of
 
     notes: dict[str, list[str]] = {}
@@ -58,7 +58,7 @@ def _notes(handle: Handle) -> dict[str, list[str]]:
 
 
 def load_what(name: str) -> Spec | Recipe:
-    """The recipe or spec of a shipped name or a file. Raises TnpeftError."""
+    """The recipe or spec of this shipped name or in this file. Raises TnpeftError."""
     from tnpeft.recipe import load_recipe
 
     path = find_shipped(name, "recipe or spec", "recipes", "")

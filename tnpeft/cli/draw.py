@@ -44,7 +44,7 @@ def draw_specs(
 def draw_again(
     output: Output, names: Sequence[str], target: str, layer: str | None, settings: Sequence[str], as_json: bool
 ) -> Callable[[Sequence[str]], None]:
-    """Draws those of the specs that changed; what else a folder holds is passed over."""
+    """Draw the specs that changed; other files of a folder are passed over."""
 
     def draw(changed: Sequence[str]) -> None:
         specs = [name for name in changed if name in names or kind_of(name) == "spec"]
@@ -55,7 +55,7 @@ def draw_again(
 
 
 def _specs(names: Sequence[str]) -> list[str]:
-    """The specs among the files named and found; what else a folder holds is passed over."""
+    """The specs among files that were named or found; other files of a folder are passed over."""
     found = [name for name, in_folder in expand(names).items() if not in_folder or kind_of(name) == "spec"]
     for name in found:
         if name and is_folder(name):
@@ -64,7 +64,7 @@ def _specs(names: Sequence[str]) -> list[str]:
 
 
 def _make_folder(folder: Path) -> None:
-    """Raises UsageError where there is none and none can be made."""
+    """Make the folder, if there is none. Raises UsageError if it cannot be made."""
     fix = "Name a folder for several pictures, with -o pictures/."
     if folder.suffix.lower() in SUFFIXES and not is_folder(folder):
         raise UsageError(Problem("-o", "a folder", "the name of one picture", fix, str(folder)))

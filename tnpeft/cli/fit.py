@@ -84,7 +84,7 @@ def fit_adapter_file(
 
 
 def _one_change(tuned: str | None, delta: str | None) -> str:
-    """The file of the fine-tune, or of what it adds. Raises UsageError for both or neither."""
+    """The file of the fine-tune, or of the differences, tuned minus base. Raises UsageError for both or neither."""
     if (tuned is None) == (delta is None):
         fix = "Write `tnpeft fit BASE TUNED ...`, or `tnpeft fit BASE --delta CHANGE ...`."
         found = "neither" if tuned is None else "both"
@@ -95,7 +95,7 @@ def _one_change(tuned: str | None, delta: str | None) -> str:
 def _base_and_tuned(
     base: str, changed: str, is_delta: bool, model_text: str | None
 ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-    """The model with the base's weights, or what stands in for it, and the fine-tune's tensors."""
+    """The model with the base's weights, or a stand-in for it, and the fine-tune's tensors."""
     from tnpeft.fitting.checkpoint import Changed, Checkpoint, fill
     from tnpeft.fitting.skeleton import skeleton_of
 
@@ -129,7 +129,7 @@ def _check_method(method: str, iterations: int | None) -> None:
 
 
 def _check_target(target: str, *sources: str) -> None:
-    """Fitting takes minutes: what can be known to fail at its end fails before; no checkpoint is written over."""
+    """Check the target first, because fitting takes minutes. No checkpoint is overwritten."""
     from tnpeft.io.files import file_path
 
     path = file_path(target)

@@ -27,10 +27,10 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Filter:
-    """Which specs are listed: for a kind of layer or one layer, by what they train there, where they start, and whose.
+    """Which specs are listed: by kind of layer, by parameters and directions on one layer, and by source.
 
-    `params` is the most that may train on `layer`; `rank` the least number of directions of its weight in which the
-    first steps move.
+    `params` is the largest number that may train on `layer`, `rank` the smallest number of directions in which the
+    first steps move its weight.
     """
 
     kind: str | None = None
@@ -85,7 +85,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Row:
-    """A spec, and what it trains and in how many directions it moves on the layer that was asked for."""
+    """A spec; on a given layer also its trained parameters, and in how many directions it moves the weight."""
 
     spec: Spec
     parameters: int | None = None

@@ -30,7 +30,7 @@ __all__ = ["budget", "convert", "count", "fit", "inspect", "search"]
 _Spec = Annotated[
     str | None,
     typer.Option(
-        "--spec", metavar="SPEC", help="A shipped name or a file, with --match.", autocompletion=complete_spec
+        "--spec", metavar="SPEC", help="A shipped name or a file; needs --match.", autocompletion=complete_spec
     ),
 ]
 _Recipe = Annotated[
@@ -39,7 +39,7 @@ _Recipe = Annotated[
         "--recipe",
         "-r",
         metavar="RECIPE",
-        help="Instead of --spec: which spec goes on which layers, and what else is taken over.",
+        help="Instead of --spec: which spec goes on which layers, and what else is copied from the fine-tune.",
         autocompletion=complete_what,
     ),
 ]
@@ -49,7 +49,7 @@ _ModelIfAny = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="Without it weights tell the layers: those with two axes are Linear, others convolutions.",
+        help="Without it layers are guessed from weights: with two axes Linear, with more a convolution.",
         autocompletion=complete_model,
     ),
 ]
@@ -57,22 +57,29 @@ _ModelIfAny = Annotated[
 # What `search` does after its search.
 _Rates = Annotated[
     list[float] | None,
-    typer.Option("--rate", help="With --command: a rate that each is fine-tuned at. Repeatable."),
+    typer.Option("--rate", help="With --command: a learning rate to fine-tune at. Repeatable."),
 ]
 _Minutes = Annotated[
-    float | None, typer.Option("--minutes", help="Begin nothing after so many; with --storage it goes on later.")
+    float | None,
+    typer.Option("--minutes", help="Begin nothing new after this time; with --storage a later call goes on."),
 ]
 _Tests = Annotated[
     list[str] | None,
-    typer.Option("--test-command", metavar="NAME=COMMAND", help="With --report: tests each at its rate. Repeatable."),
+    typer.Option(
+        "--test-command", metavar="NAME=COMMAND", help="With --report: tests each row at its best rate. Repeatable."
+    ),
 ]
 _Example = Annotated[
     str | None,
-    typer.Option("--example", metavar="MODULE:FUNCTION", help="With --report: a call's arguments; steps are measured."),
+    typer.Option(
+        "--example",
+        metavar="MODULE:FUNCTION",
+        help="With --report: returns the arguments of a call, for measuring steps.",
+    ),
 ]
 _TuneCommand = Annotated[
     str | None,
-    typer.Option("--command", help='Fine-tunes {spec} at {rate}; its last line is JSON: {"score": NUMBER}.'),
+    typer.Option("--command", help='Fine-tunes {spec} at {rate} and prints {"score": NUMBER} as its last line.'),
 ]
 
 
@@ -99,13 +106,14 @@ def budget(
     match: Match = None,
     param: Annotated[str, typer.Option("--param", metavar="NAME", help="The param to solve for.")] = "r",
     fixed: Annotated[
-        list[str] | None, typer.Option("--fixed", metavar="SPEC", help="A spec that keeps the recipe's. Repeatable.")
+        list[str] | None,
+        typer.Option("--fixed", metavar="SPEC", help="A spec that keeps the recipe's value. Repeatable."),
     ] = None,
     settings: Settings = None,
     scopes: Scopes = None,
     as_json: Json = False,
 ) -> None:
-    """Find the largest rank that trains no more than so many parameters. Nothing is computed or allocated."""
+    """Find the largest rank that trains at most this many parameters. Nothing is computed or allocated."""
     from tnpeft.cli.budget import find_budget
 
     find_budget(Output(), what, model, params, match, param, fixed or [], settings or [], scopes or [], as_json)
@@ -118,9 +126,9 @@ def fit(
         str, typer.Argument(metavar="BASE", help="The base model's weights: safetensors, a folder, or a state dict.")
     ],
     target: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The adapter file to write.")],
-    tuned: Annotated[str | None, typer.Argument(metavar="TUNED", help="Those of the full fine-tune.")] = None,
+    tuned: Annotated[str | None, typer.Argument(metavar="TUNED", help="The full fine-tune's weights.")] = None,
     delta: Annotated[
-        str | None, typer.Option("--delta", metavar="FILE", help="Instead of TUNED: what it adds to the base.")
+        str | None, typer.Option("--delta", metavar="FILE", help="Instead of TUNED: the differences, tuned minus base.")
     ] = None,
     spec: _Spec = None,
     match: Match = None,
@@ -157,7 +165,10 @@ def fit(
 @command()
 def search(
     files: Annotated[
-        list[str], typer.Argument(metavar="BASE TUNED...", help="Pairs of a base's weights and a full fine-tune's.")
+        list[str],
+        typer.Argument(
+            metavar="BASE TUNED...", help="Pairs of files: a base's weights, and those of its full fine-tune."
+        ),
     ],
     model: Model,
     match: Annotated[str, typer.Option("--match", help="The layers: a regular expression on their names, or all.")],
@@ -166,32 +177,38 @@ def search(
     evaluations: Annotated[int, typer.Option("--evaluations", "-n", help="How many networks are tried.")] = 100,
     tests: Annotated[
         list[str] | None,
-        typer.Option("--test", metavar="BASE=TUNED", help="A pair that the winner alone is tested on. Repeatable."),
+        typer.Option("--test", metavar="BASE=TUNED", help="A pair that only the winner is tested on. Repeatable."),
     ] = None,
     test_match: Annotated[
-        str | None, typer.Option("--test-match", help="Layers, of all pairs, that the winner alone is tested on.")
+        str | None, typer.Option("--test-match", help="Layers of all pairs that only the winner is tested on.")
     ] = None,
     sampler: Annotated[str, typer.Option("--sampler", help="mixed, random, tpe, evolution or local.")] = "mixed",
     seed: Seed = 0,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="How many processes work.")] = 1,
     storage: Annotated[
         str | None,
-        typer.Option("--storage", help="A journal, a .db file or a URL: resumes, and is shared by processes."),
+        typer.Option(
+            "--storage", help="A journal, a .db file or a database URL, to resume from and to share between processes."
+        ),
     ] = None,
     command: _TuneCommand = None,
     rates: _Rates = None,
-    finalists: Annotated[int, typer.Option("--finalists", help="With --command: how many are fine-tuned.")] = 3,
+    finalists: Annotated[
+        int, typer.Option("--finalists", help="With --command: how many of the best are fine-tuned.")
+    ] = 3,
     minutes: _Minutes = None,
     test_commands: _Tests = None,
     example: _Example = None,
     report: Annotated[
         str | None,
-        typer.Option("--report", metavar="FOLDER", help="Compare with random search and shipped specs; write it here."),
+        typer.Option(
+            "--report", metavar="FOLDER", help="Compare with random search and shipped specs; write a report here."
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Search for the network that captures most of full fine-tunes within a number of parameters."""
+    """Search for the network that captures most of some full fine-tunes within a number of parameters."""
     from tnpeft.cli.search import search_networks
 
     search_networks(
@@ -204,10 +221,12 @@ def search(
 
 @command()
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="An adapter file of tnpeft, PEFT, LyCORIS or the paper.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="An adapter file of tnpeft, PEFT, LyCORIS or the TenVOO paper.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Show what an adapter file holds, and which model it would need to load."""
+    """Show what an adapter file holds, and what model it needs to load."""
     from tnpeft.cli.inspect_file import inspect_file
 
     inspect_file(Output(), file, as_json)
@@ -219,7 +238,7 @@ def convert(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="PEFT's folder, a file of diffusers, LyCORIS, kohya or ComfyUI, a .pth of the TenVOO paper, or ours.",
+            help="PEFT's folder, a file of diffusers, LyCORIS, kohya, ComfyUI or tnpeft, or the TenVOO paper's .pth.",
         ),
     ],
     target: Annotated[
@@ -231,7 +250,7 @@ def convert(
         typer.Option(
             "--from",
             metavar="FORMAT",
-            help="peft, diffusers, lycoris, kohya, comfyui, tenvoo or tnpeft; its keys say which.",
+            help="peft, diffusers, lycoris, kohya, comfyui, tenvoo or tnpeft; if left out, the keys in it tell.",
             autocompletion=complete_source,
         ),
     ] = None,
@@ -246,14 +265,15 @@ def convert(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The adapter's name in a file of tnpeft.")] = None,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", help="For LoCon, LoHa and LoKr of the paper, whose files do not hold it.")
+        float | None,
+        typer.Option("--alpha", help="Alpha of the paper's LoCon, LoHa and LoKr, whose files do not hold it."),
     ] = None,
     prefix: Annotated[
         str | None, typer.Option("--prefix", help="What the layers' names begin with, other than the format's own.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert an adapter file between libraries. The model says the layers' names and sizes (for DoRA also weights)."""
+    """Convert an adapter file between libraries. The model gives layers' names and sizes (for DoRA also weights)."""
     from tnpeft.cli.convert import convert_file
 
     convert_file(

@@ -1,4 +1,4 @@
-"""`monai:maisi`, its kin or `package.module:factory` → a model, without data unless it is asked for."""
+"""From `monai:maisi`, a similar name or `package.module:factory` to a model, by default on the meta device."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build_model(text: str, device: str = "meta") -> torch.nn.Module:
 
 
 def build_example(text: str) -> tuple[Any, ...]:
-    """The arguments of a call that the function named by `text` returns; one that is no tuple is the only one."""
+    """The arguments that the function named by `text` returns: a tuple, or else the only argument."""
     try:
         example = _factory(text, "--example")()
     except _THEIR_ERRORS as error:
@@ -86,7 +86,7 @@ def _factory(text: str, option: str = "--model") -> Callable[[], Any]:
 
 
 def _as_module(text: str) -> str:
-    """How the path of a Python file, or a call, is written as module and factory; empty for what is neither."""
+    """The path of a Python file, or a call, as `module:factory`; empty for other texts."""
     place, _, name = text.partition(":")
     name = name.strip(":").removesuffix("()")
     called, bracket, _ = name.partition("(")

@@ -1,4 +1,4 @@
-"""`tnpeft new`: a shipped spec or recipe as a file of one's own."""
+"""`tnpeft new`: a shipped spec or recipe as a file of your own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCHEMA_LINE = re.compile(r"^# yaml-language-server:.*\n", re.MULTILINE)  # its 
 
 
 def new_file(output: Output, target: str, source: str, as_json: bool) -> None:
-    """Copy a spec or recipe to a new file, named like it; nothing is ever written over."""
+    """Copy a spec or recipe to a new file, and name it like the file. No file is ever overwritten."""
     path = Path(target)
     if path.suffix not in SUFFIXES:
         found = clip(path.suffix) if path.suffix else "no suffix"
@@ -41,13 +41,13 @@ def new_file(output: Output, target: str, source: str, as_json: bool) -> None:
 
 
 def _word(name: str) -> str:
-    """A name as YAML reads it as a word: not as a number, a truth value or nothing."""
+    """A name, quoted if YAML would read it as a number, a truth value or null."""
     plain = name[:1].isalpha() and name.lower() not in ("true", "false", "null")
     return name if plain else f'"{name}"'
 
 
 def _write(path: Path, text: str) -> None:
-    """Raises UsageError where there is something already, or nothing can be."""
+    """Write a new file. Raises UsageError if there is one already, or none can be written."""
     if not is_folder(path.parent):
         found, fix = f"no folder '{shown_path(path.parent)}'", "Make the folder first, or choose another."
         raise UsageError(Problem("FILE", "a name in a folder that exists", found, fix, shown_path(path)))

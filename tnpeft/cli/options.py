@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, with what a shell completes in them."""
+"""Arguments and options that several commands have, with their completion in shells."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _beginning(words: Iterable[str], incomplete: str) -> list[str]:
 
 
 def _files(incomplete: str) -> list[str]:
-    """What in a folder goes on from here: YAML files, and folders with the sign that they are."""
+    """What may complete a path: YAML files, and folders with a slash."""
     folder, sign, name = incomplete.rpartition("/")
     try:
         there = sorted(Path(folder + sign or ".").iterdir())
@@ -88,8 +88,8 @@ def _files(incomplete: str) -> list[str]:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Run again for each file that changes, until Ctrl-C.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="NUMBER", help="Of everything that is drawn.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="NUMBER", help="The seed of all that is drawn at random.")]
 Number = Annotated[
     str, typer.Option("--params", "-p", metavar="NUMBER", help="How many parameters may train: 600000, 5k or 1.2M.")
 ]
@@ -103,7 +103,7 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="monai:ddpm-paper, or package.module:factory.",
+        help="A model: monai:ddpm-paper, or package.module:factory.",
         autocompletion=complete_model,
     ),
 ]
@@ -116,7 +116,7 @@ LayerText = Annotated[
         "--layer",
         "-l",
         metavar="KIND:IN,OUT,K",
-        help="e.g. Conv3d:64,128,3 or Conv2d:8,8,1x3,groups=2",
+        help="A layer, e.g. Conv3d:64,128,3 or Conv2d:8,8,1x3,groups=2",
         autocompletion=complete_kind,
     ),
 ]
@@ -126,5 +126,9 @@ Settings = Annotated[
 ]
 Scopes = Annotated[
     list[str] | None,
-    typer.Option("--scope", metavar="NAME=REGEX", help="A scope of shared cores, on layers' names. Repeatable."),
+    typer.Option(
+        "--scope",
+        metavar="NAME=REGEX",
+        help="A scope of shared cores: layers whose names give equal captures share. Repeatable.",
+    ),
 ]

@@ -48,7 +48,7 @@ class Rows:
     rows: tuple[tuple[str, ...], ...]
 
     def as_table(self) -> Table:
-        """It as a grid without lines."""
+        """The table as a grid without lines."""
         looks: dict[str, Any] = {"title": self.title or None, "title_justify": "left", "title_style": "bold"}
         result = Table(**looks, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for heading, side in self.columns.items():
@@ -59,7 +59,7 @@ class Rows:
         return result
 
     def as_list(self, width: int) -> list[str]:
-        """It as a list: each row's first cell, and below it a line for each other one that is not empty."""
+        """The table as a list: each row's first cell, and below it a line for each other cell that is not empty."""
         first, *headings = self.columns
         margin = max(map(len, headings), default=0) + 4
         lines = [*_wrapped(self.title, width)] if self.title else []
@@ -74,7 +74,7 @@ class Rows:
 class Output:
     """Results to stdout, mistakes to stderr; texts of users' files are never read as markup.
 
-    On a terminal lines end between words, and tables that do not fit become lists. Elsewhere lines stay whole.
+    On a terminal, lines break between words and tables that do not fit become lists. Elsewhere lines stay whole.
     """
 
     def __init__(self) -> None:
@@ -87,12 +87,12 @@ class Output:
 
     @property
     def width(self) -> int:
-        """Columns that fit on a line."""
+        """How many characters fit on a line."""
         return self._results.width
 
     @property
     def encoding(self) -> str:
-        """What the results are written in."""
+        """The encoding of the results."""
         return sys.stdout.encoding or "utf-8"
 
     def say(self, text: str = "") -> None:
@@ -116,7 +116,7 @@ class Output:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
     def progress(self, text: str) -> None:
-        """A line on stderr, at once: what takes minutes says how far it is."""
+        """Print a line on stderr at once, so that commands which take minutes show their progress."""
         sys.stderr.write(_fitted(text, self._columns_of_mistakes) + "\n")
         sys.stderr.flush()
 
@@ -133,7 +133,7 @@ class Output:
 
 
 def columns_of(stream: TextIO) -> int | None:
-    """How wide the terminal is that a stream is written to; None where it is none."""
+    """The width of the terminal that a stream is written to; None if it is no terminal."""
     return max(LEAST_WIDTH, shutil.get_terminal_size().columns) if stream.isatty() else None
 
 
@@ -145,7 +145,7 @@ def _fitted(text: str, width: int | None) -> str:
 
 
 def _wrapped(line: str, width: int) -> list[str]:
-    """A line broken between words; what follows stands below the line's text, as in a list of facts."""
+    """A line broken between words; further lines are indented to the text of the first, as in a list of facts."""
     if len(line) <= width:
         return [line.rstrip()]
     label = _LABEL.match(line)
@@ -157,7 +157,7 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 def _pieces(word: str, width: int) -> list[str]:
-    """A word, or its parts where it is longer than a line: after signs, as paths and formulas break."""
+    """A word, or its parts if it is longer than a line: it breaks after signs, as paths and formulas do."""
     if len(word) <= width:
         return [word]
     parts = [""]
@@ -169,7 +169,7 @@ def _pieces(word: str, width: int) -> list[str]:
 
 
 def _least_width(rows: Rows) -> int:
-    """How wide the grid must be for no word of it to be broken."""
+    """The least width of the grid at which no word is broken."""
     columns = zip(rows.columns, *rows.rows, strict=True)
     return sum(max((len(word) for cell in column for word in cell.split()), default=0) + 2 for column in columns) - 2
 
@@ -198,7 +198,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 @contextmanager
 def _warnings_told() -> Iterator[None]:
-    """Inside, the library's warnings are printed as its errors are; others are shown as ever."""
+    """Inside, the library's warnings are printed as its errors are; others are shown as usual."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", TnpeftWarning)
         show = warnings.showwarning

@@ -1,4 +1,4 @@
-"""The table of truth: what each spec is in other libraries and in its authors' code, and what agrees."""
+"""The table of peers: what each spec is in other libraries and in its authors' code, and what agrees."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FILES = ("peft", "lycoris", "authors")
 
 @dataclass(frozen=True)
 class Peer:
-    """A tuner of a library and one spec that it is, or why it is none (`spec` is then empty).
+    """A tuner of a library and a spec that is the same, or why there is none (`spec` is then empty).
 
     `agrees` names what is the same: `value`, `count`, `init`; `test` is the pytest function that shows the value.
     """
@@ -52,12 +52,12 @@ def _rows(table: dict[str, Any]) -> Iterator[Peer]:
 
 
 def peers_of(spec: str, rows: tuple[Peer, ...]) -> str:
-    """Which code a spec was compared with, and what agrees."""
+    """The code that a spec was compared with, and what agrees."""
     return "; ".join(f"{row.library}, {row.tuner}: {row.facts}" for row in rows if row.spec == spec)
 
 
 def peers_table(rows: tuple[Peer, ...]) -> Iterator[str]:
-    """A table in Markdown for each library: a row for each of its tuners, and for each spec that one is."""
+    """A table in Markdown for each library, with a row for each of its tuners and each spec that is the same."""
     for library in dict.fromkeys(row.library for row in rows):
         yield f"### {library[0].upper()}{library[1:]}\n"
         yield "| name there | spec | value | count | first values | what differs, or why no spec can express it |"

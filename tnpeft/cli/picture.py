@@ -19,11 +19,10 @@ Cores = Sequence[tuple[str, tuple[str, ...]]]  # names, and the legs under which
 def picture(network: Network, width: int, encoding: str = "utf-8", whole: Network | None = None) -> str:
     """Draw the cores as horizontal wires and the indices as vertical ones; a dot is a leg.
 
-    An index with dots in two rows is a bond, one that runs down to the last row is an open leg of
-    the weight; LoHa's indices are both. The two lines on top are the names and sizes. What does not
-    fit in `width` columns becomes a list, a line for each index; what `encoding` cannot say, ASCII.
-    `whole` is the network whose factors the cores are: they have their cores' names, and derived ones other dots, which
-    a line below explains.
+    An index with dots in two rows is a bond, one that runs down to the last row is an open leg of the weight; LoHa's
+    indices are both. The two lines on top are the names and sizes. A picture that does not fit in `width` columns
+    becomes a list, with a line for each index. Signs that `encoding` lacks become ASCII. `whole` is the network whose
+    factors the cores are: they have their cores' names. Derived cores have other dots, which a line below explains.
     """
     names = {factor.label: factor.reference.core for factor in whole.factors} if whole is not None else {}
     made = {core.name for core in whole.derived} if whole is not None else set()

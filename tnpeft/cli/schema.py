@@ -16,7 +16,7 @@ def print_schema(output: Output, what: str) -> None:
         fix = near_miss(what, KINDS) or "Write `tnpeft schema spec`."
         raise UsageError(Problem("the schema", f"one of {', '.join(KINDS)}", f"{what[:40]!a}", fix))
     if what == "recipe":
-        from tnpeft.recipe.model import recipe_schema
+        from tnpeft.recipe.json_schema import recipe_schema
 
         output.data(recipe_schema())
     else:

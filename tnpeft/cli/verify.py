@@ -1,4 +1,4 @@
-"""`tnpeft verify`: is an adapter what its spec says, on every layer within its reach?"""
+"""`tnpeft verify`: is an adapter what its spec says, on every layer that it supports?"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def verify_spec(
     quiet: bool,
     as_json: bool,
 ) -> VerifyReport:
-    """Verify a spec and print the report; after Ctrl-C that of what was tried."""
+    """Verify a spec and print the report; after Ctrl-C, a report on what was tried."""
     spec = load_spec(name)
     params: dict[str, Any] = parse_settings(settings)
     check_params(spec, params)
@@ -57,7 +57,7 @@ def verify_spec(
 
 
 class _Progress:
-    """A line of progress every few seconds, none in a run that is as short."""
+    """A line of progress every few seconds; none in a shorter run."""
 
     def __init__(self, output: Output) -> None:
         self.output, self.said = output, time.monotonic()

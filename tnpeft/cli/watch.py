@@ -1,4 +1,4 @@
-"""`--watch`: a command that runs again for what changed, until Ctrl-C."""
+"""`--watch`: a command that runs again for files that changed, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["watch"]
 
 
 def watch(output: Output, names: Sequence[str], action: Callable[[Sequence[str]], object]) -> None:
-    """`action` on all names, then on the files that changed; its mistakes are printed, and the watch goes on."""
+    """Run `action` on all names, then on each file that changes. Its mistakes are printed, and the watch goes on."""
     shipped = {str(shipped_folder() / f"{name}.yaml"): name for name in names if name in list_specs()}
     with contextlib.suppress(KeyboardInterrupt):
         for number, changed in enumerate(changes([*names, *shipped])):

@@ -1,1 +1,1 @@
-"""Text files: YAML read as nodes with places, checked against a schema, described for editors; files written whole."""
+"""Text files: YAML read as nodes with places, checked against a schema, and described for editors; atomic writing."""

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, with the rights that they had."""
+"""Files written whole or not at all, with the permissions that they had."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def replace_files(contents: Mapping[Path, bytes], failed: Callable[[Path, str], 
 
 
 def _opened(temporary: Path, target: Path) -> BinaryIO:
-    """A new file with the rights of the one that it will replace, from its first byte on."""
+    """A new file with the permissions of the file that it will replace, from its first byte on."""
     try:
         before = target.stat()
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def _give(file: BinaryIO, before: os.stat_result) -> None:
-    """Owner, group and permissions of another file. Where its group cannot be given, ours gets what everybody has."""
+    """Give a file another's owner, group and permissions. If the group cannot be set, it gets what others have."""
     mode = stat.S_IMODE(before.st_mode)
     if hasattr(os, "fchown"):
         own = os.fstat(file.fileno())
@@ -83,7 +83,7 @@ def _try_to_own(file: BinaryIO, user: int, group: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where folders can be synced."""
+    """Wait until the names in a folder are on the disk, on systems where folders can be synced."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -35,7 +35,7 @@ def schema_document(
 
 
 def _tidied(node: Any) -> Any:
-    """Without the titles that pydantic makes of names, and without null, which no file writes."""
+    """The node without titles that pydantic makes from names, and without null, which no file writes."""
     if isinstance(node, list):
         return [_tidied(item) for item in node]
     if not isinstance(node, dict):
@@ -53,7 +53,7 @@ def _tidied(node: Any) -> Any:
 
 
 def _inlined(node: Any, models: Mapping[str, Any]) -> Any:
-    """With every model in its place: editors show the sentence beside the key."""
+    """The node with every model in its place, so that editors show the sentence with the key."""
     if isinstance(node, list):
         return [_inlined(item, models) for item in node]
     if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""YAML text → a tree of nodes that remember where they stood.
+"""From YAML text to a tree of nodes that remember their places.
 
 Only the pure-Python loader's event stream is used: the C loader crashes at 30,000 nested brackets, and
 events can be bounded before anything is built. Scalars follow the YAML 1.2 core schema, so that
@@ -45,7 +45,7 @@ class Node:
     style: str | None = field(default=None, repr=False)
 
     def at(self, offset: int) -> Position:
-        """The position of a character inside a scalar; of the scalar itself where that cannot be known."""
+        """The position of a character inside a scalar, or that of the scalar if it cannot be known."""
         if self.style in ("|", ">") or "\n" in self.text:
             return self.position
         quote = 1 if self.style in ("'", '"') else 0
@@ -68,11 +68,11 @@ class Node:
         return next((value for name, value in self.items() if name.value == key), None)
 
     def key(self, key: object) -> Node | None:
-        """A key of a mapping as it stands there."""
+        """The node of a mapping's key."""
         return next((name for name, _ in self.items() if name.value == key), None)
 
     def along(self, path: Iterable[str | int]) -> tuple[Node, ...]:
-        """The nodes that a path leads through, this one first, as far as there are any."""
+        """The nodes along a path, this one first, as far as they exist."""
         nodes = [self]
         for step in path:
             below = nodes[-1].get(step)
@@ -90,7 +90,7 @@ class Node:
         return self.value
 
     def describe(self) -> str:
-        """What stands here, for "found ..."."""
+        """The node in words, for "found ..."."""
         if self.kind == "mapping":
             return "a mapping"
         if self.kind == "list":
@@ -99,7 +99,7 @@ class Node:
 
 
 def read_bytes(path: Path, what: str = "spec") -> bytes:
-    """The first `MAX_BYTES` bytes of a file and one more, where there are more; raises SpecError."""
+    """The first `MAX_BYTES` bytes of a file, and one more if there are more; raises SpecError."""
     try:
         with path.open("rb") as stream:
             return stream.read(MAX_BYTES + 1)
@@ -166,7 +166,7 @@ def _syntax(where: Position, found: str) -> SpecError:
 
 
 class _Reader:
-    """Events → nodes, with every bound checked before a node is kept."""
+    """From events to nodes; every bound is checked before a node is kept."""
 
     def __init__(self, file: str) -> None:
         self.file = file

@@ -1,7 +1,7 @@
-"""Where a user's text becomes a path: whatever the text is, there is a file of that name or there is none.
+"""Texts of users as paths: whatever the text, there is a file of that name or there is none.
 
-`Path.is_file` and its kin raise for names that no file can have: too long ones, those with NUL, half a surrogate pair.
-`Path.resolve` does for links in a circle.
+`Path.is_file` and similar methods raise for names that no file can have: too long, with NUL, or with half a surrogate
+pair. `Path.resolve` raises for circular links.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_there(path: str | Path) -> bool:
 
 
 def resolved(path: str | Path) -> Path:
-    """The absolute path behind links, as far as they lead anywhere."""
+    """The absolute path with links followed, as far as they lead somewhere."""
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError):
@@ -37,7 +37,7 @@ def resolved(path: str | Path) -> Path:
 
 
 def _mode(path: str | Path) -> int:
-    """The mode of what is there; 0 where nothing is, or nothing can be."""
+    """The file mode of a path; 0 if nothing is there, or nothing can be."""
     try:
         return os.stat(path).st_mode  # noqa: PTH116 - `Path(path)` refuses NUL in its own way
     except (OSError, ValueError):

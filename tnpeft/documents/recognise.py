@@ -1,4 +1,4 @@
-"""What a file is that is not what was asked for, by its first bytes: nothing is parsed, run or unpacked."""
+"""What a file is, by its first bytes, when it is not what was asked for: nothing is parsed, run or unpacked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MAGIC = (
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is: `name` for programs, `text` with its article for messages, `fix` a sentence or nothing."""
+    """A kind of file: `name` is for programs, `text`, with its article, for messages, `fix` a sentence or empty."""
 
     name: str
     text: str
@@ -42,7 +42,7 @@ class FileKind:
 
 
 def recognise(path: Path) -> FileKind | None:
-    """What is at `path`, of the files that are mistaken for others; None for anything else and what cannot be read."""
+    """The kind of the file at `path`, of those often mistaken; None for all others, and if it cannot be read."""
     try:
         if is_folder(path):
             return _folder(path)
@@ -86,7 +86,7 @@ def _of_bytes(path: Path, head: bytes, tail: bytes, size: int) -> FileKind | Non
 
 
 def _safetensors(path: Path, length: int, size: int) -> FileKind:
-    """One with its header complete, ours or not; what else is wrong with it the library says."""
+    """A safetensors file with a complete header, tnpeft's or not; the safetensors library reports other faults."""
     if 8 + length > size:
         return FileKind("cut", "a safetensors file that ends within its header")
     try:

@@ -1,4 +1,4 @@
-"""The shape of a YAML file: which keys stand where with which types, checked by pydantic.
+"""The shape of a YAML file: its keys and their types, checked by pydantic.
 
 pydantic says *where* a value is wrong; the sentence about it comes from the schema's tables.
 """
@@ -22,7 +22,7 @@ Path = tuple[str | int, ...]
 
 
 class FilePart(BaseModel):
-    """A mapping of a file: known keys only, no type is converted into another."""
+    """A mapping in a file: only known keys are allowed, and no type is converted into another."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -31,10 +31,10 @@ class FilePart(BaseModel):
 class Schema:
     """What a file should look like, in types and in words.
 
-    `expected` gives, for each key, what should stand there and how to mend it; `parts` the same for
-    the entries below a key (`cores` → its cores); `instead` a key that may be missing → what stands in for it.
-    `advice` says, of an unknown key that is near to no known one, what to write: from the keys above it, the key
-    and its value. Of a key that `is_word` knows from elsewhere it says so even where a known one is near.
+    `expected` gives, for each key, what is expected there and how to fix it; `parts` gives the same for the entries
+    below a key (under `cores` for each core). `instead` maps a key that may be missing to the key that replaces it.
+    `advice` says what to write for an unknown key that resembles no known one, from the keys above it, the key and its
+    value. For a key that `is_word` knows from elsewhere, `advice` comes first even if a known key is near.
     """
 
     what: str
@@ -47,12 +47,12 @@ class Schema:
     is_word: Callable[[str], bool] = lambda key: False
 
     def words_for(self, path: Path, key: str) -> tuple[str, str] | None:
-        """What should stand under `key`; `terms.cores` is another thing than `cores`."""
+        """What is expected under `key`; `terms.cores` differs from `cores`."""
         return self.expected.get(f"{path[0]}.{key}" if len(path) > 1 else key, self.expected.get(key))
 
 
 def with_text_keys(node: Node, problems: Problems, numbers_under: str = "factors") -> Node:
-    """The tree without the keys that are no texts, which are reported; those below `numbers_under` may be numbers."""
+    """The tree without keys that are no texts, which are reported; keys below `numbers_under` may be numbers."""
     if node.kind == "list":
         return replace(node, value=tuple(with_text_keys(item, problems, numbers_under) for item in node.value))
     if node.kind != "mapping":
@@ -96,7 +96,7 @@ def check_shape(root: Node, problems: Problems, schema: Schema) -> set[Path]:
 
 
 def _is_replaced(root: Node, path: Path, schema: Schema) -> bool:
-    """Whether a key is missing where another one stands in for it."""
+    """Whether a missing key is replaced by another one."""
     parent = root.along(path[:-1])[-1] if path else root
     other = schema.instead.get(str(path[-1])) if path else None
     return other is not None and parent.get(path[-1]) is None and parent.get(other) is not None
@@ -108,7 +108,7 @@ def is_remnant(key: Node, value: Node) -> bool:
 
 
 def entries_problem(root: Node, expected: str) -> Problem | None:
-    """What is said of the entries of a recipe that stand by themselves, one or a list; None for anything else."""
+    """The problem of a file that has only entries of a recipe, one or a list; None for anything else."""
     entry = next((item for item in root.value if item.get("spec")), root) if root.kind == "list" else root
     known = ("spec", "match", "parameters", "params", "exclude", "kinds", "layers", "ranks", "dropout")
     keys = [key for key, _ in entry.items() if key.value in known]
@@ -175,7 +175,7 @@ def _report(root: Node, path: Path, kind: str, schema: Schema, problems: Problem
 
 
 def _owner(root: Node, path: Path, schema: Schema) -> tuple[str, str | None]:
-    """What to call the mapping that a path lies in, and the core if it is one."""
+    """A name for the mapping that holds a path's end, and the core if it is one."""
     if len(path) > 1 and path[0] == "cores":
         return f"core '{clip(path[1])[1:-1]}'", str(path[1])
     top = root.get(path[0]) if path else None
@@ -195,13 +195,13 @@ def keys_at(model: type[BaseModel], path: Iterable[str | int]) -> list[str]:
 
 
 def _fields(annotation: Any) -> dict[str, Any]:
-    """What may stand under each key of a mapping; nothing for an annotation that is no model's."""
+    """The types under each key of a mapping; none for an annotation without a model."""
     models = [part for part in _options(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
     return {info.alias or name: info.annotation for part in models for name, info in part.model_fields.items()}
 
 
 def _inner(annotation: Any, step: str | int) -> Any:
-    """What may stand under a key, or at any place of a list or of a mapping of names."""
+    """The type under a key, or of the items of a list or of a mapping by names."""
     if fields := _fields(annotation):
         return fields.get(str(step))
     entries = (get_args(option)[-2:] for option in _options(annotation))
@@ -213,5 +213,5 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 
 
 def _name(parent: Node, key: str) -> Position:
-    """Where a key of a mapping stands."""
+    """The position of a mapping's key."""
     return (parent.key(key) or parent).position

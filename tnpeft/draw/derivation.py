@@ -34,7 +34,7 @@ class Arrow:
 
     @property
     def reach(self) -> tuple[float, float]:
-        """Below and above its line."""
+        """How far it reaches below and above its line, in inches."""
         line = text_size("x", MAP_POINTS)[1]
         return 2 * ABOVE + (line + ABOVE) * len(self.indices), ABOVE + line * len(self.maps)
 

@@ -1,4 +1,4 @@
-"""What there is to draw of one network: discs, dots, lines and open legs, without any place yet."""
+"""What to draw for one network: discs, dots, lines and open legs, without positions."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _MAPS_TRIED, _MAPS_KEPT = 400, 2
 class Node:
     """A core, or the dot of a hyperedge (`core` is None).
 
-    `roles` are those of all its legs that are open, in the order of ROLES, and `own` those of the stubs that leave it.
-    `text` is what stands in it: a core that is named with other legs is the same core again.
+    `roles` are the roles of all its open legs, in the order of ROLES, and `own` those of the stubs that leave it.
+    `text` is the text in it: a core that is named with other legs has the same text.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Line:
-    """An index between two nodes: a bond, or a hyperedge's way from its dot to one of its cores."""
+    """An index between two nodes: a bond, or a hyperedge's line from its dot to one of its cores."""
 
     ends: tuple[int, int]
     index: str
@@ -76,7 +76,7 @@ class Diagram:
 
     @property
     def graph(self) -> networkx.Graph[int]:
-        """Node numbers; parallel bonds are one edge that counts them in `bonds`."""
+        """The graph of node numbers; parallel bonds are one edge that counts them in `bonds`."""
         graph: networkx.Graph[int] = networkx.Graph()
         graph.add_nodes_from(range(len(self.nodes)))
         for line in self.lines:
@@ -101,7 +101,7 @@ def diagram_of(part: Network, whole: Network | None = None) -> Diagram:
 
 
 def diagram_of_product(network: Network, references: Sequence[BoundReference], legs: Sequence[str]) -> Diagram:
-    """The diagram of a product of cores of which `legs` stay open."""
+    """The diagram of a product of cores, of which `legs` stay open."""
     known = roles_of(network)
     factors = [Factor(f"{reference.core}({' '.join(reference.legs)})", reference) for reference in references]
     return _diagram(
@@ -156,7 +156,7 @@ def _diagram(cores: Sequence[Node], role_of: Mapping[str, str], sizes: Mapping[s
 
 
 def _bundles(holders: Mapping[str, list[int]], role_of: Mapping[str, str]) -> dict[str, list[int]]:
-    """Where each index stands; hyperedges of the same cores and the same role are one, under all their names."""
+    """The nodes of each index; hyperedges with the same cores and the same role are one, with all their names."""
     together: dict[tuple[tuple[int, ...], str | None], list[str]] = {}
     for leg, at in holders.items():
         role = role_of.get(leg)
@@ -177,7 +177,8 @@ def _ordered(roles: Iterable[str | None], order: Sequence[str] = ROLES) -> tuple
 def sides(diagram: Diagram) -> list[int | None]:
     """Where each node belongs: -1 left, 1 right, 0 in the middle, None for nodes without open legs of their own.
 
-    The left is the input's. A core of kernel legs alone stands on the side that is fewer bonds away, a dot anywhere.
+    The left is the input's side. A core with only kernel legs is on the side that is fewer bonds away; a dot may be
+    anywhere.
     """
     graph = diagram.graph
     to_in, to_out = (_distances(graph, diagram, role) for role in ("in", "out"))
@@ -203,8 +204,8 @@ def _distances(graph: networkx.Graph[int], diagram: Diagram, role: str) -> dict[
 def mirrors(diagram: Diagram) -> list[tuple[int, ...]]:
     """The graph's reflections that swap input and output: for each, every node's partner.
 
-    A few are kept: first those that hold fewest nodes on the axis and turn the order of the kernel's legs round.
-    Counting stops early, for a picture needs no complete list and graphs of many equal cores have millions.
+    Only a few are kept: those with the fewest nodes on the axis that reverse the order of the kernel's legs come first.
+    The search stops early, because a picture needs no complete list, and graphs of many equal cores have millions.
     """
     graph = diagram.graph
     if not _FEWEST_TO_MIRROR <= len(graph) <= _MOST_TO_MIRROR:

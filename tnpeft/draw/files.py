@@ -1,4 +1,4 @@
-"""Pictures on disk: whole or not there, and current or not."""
+"""Pictures on disk: written atomically, and whether they are current."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def digest_of(spec: Declaration) -> str:
 
 
 def is_current(path: str | Path, spec: Declaration) -> bool:
-    """Whether the picture at `path` was drawn from this very spec; false where there is none."""
+    """Whether the picture at `path` was drawn from this very spec; false if there is none."""
     try:
         with Path(path).open("rb") as file:
             head = file.read(_HEAD)
@@ -43,7 +43,7 @@ def need_matplotlib() -> None:
 
 
 def checked_path(path: str | Path) -> Path:
-    """Raises DrawError for a file whose suffix says none of SVG, PNG and PDF."""
+    """The path. Raises DrawError if its suffix is none of .svg, .png and .pdf."""
     checked = Path(path)
     if checked.suffix.lower() not in SUFFIXES:
         found = clip(checked.suffix) if checked.suffix else "no suffix"

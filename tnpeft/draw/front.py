@@ -1,4 +1,4 @@
-"""A picture of many networks: what each misses, by what it costs, and the best of them drawn above their points."""
+"""A picture of many networks: error by cost, with the best networks drawn above."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Cost = Callable[["Point"], float | None]
 class Point(NamedTuple):
     """A network by its parameters and its error, and by the time of a step where that is known.
 
-    A `network` is drawn above, with the `label` as its caption.
+    A `network` is drawn above the panels, with the `label` as its caption.
     """
 
     parameters: int
@@ -40,9 +40,9 @@ class Point(NamedTuple):
 def draw_front(points: Sequence[Point], others: Sequence[Point] = (), step_title: str = "") -> bytes:
     """An SVG: errors by parameters and, where points have one, by the time of a step, which `step_title` describes.
 
-    In each panel a line goes along the points that no cheaper one betters; `others` are crosses with their labels.
-    Of the points with a network those with the smallest errors are drawn above, under letters that the panels repeat.
-    Raises DrawError.
+    In each panel a line joins the points that no cheaper point betters; `others` are crosses with their labels. Of the
+    points with a network, those with the smallest errors are drawn above, under letters that the panels repeat. Raises
+    DrawError.
     """
     need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -90,7 +90,7 @@ def _strip(letters: dict[str, Point]) -> Page | None:
 
 
 def _panel(axes: Any, cost: Cost, points: Sequence[Point], others: Sequence[Point], letters: dict[str, Point]) -> None:
-    """One panel: errors on a logarithmic axis, for the best lie close to zero."""
+    """One panel, with errors on a logarithmic axis, because the best are close to zero."""
     known = [point for point in points if cost(point) is not None]
     _scale(axes)
     axes.grid(visible=True, which="major", color="#e6e6e6", linewidth=0.6)
@@ -179,7 +179,7 @@ def _outside(box: tuple[float, float, float, float], frame: Any) -> bool:
 
 
 def front_of(points: Sequence[Point], cost: Cost = lambda point: point.parameters) -> list[Point]:
-    """The points that none as cheap betters, by what they cost; points of unknown cost are left out."""
+    """The Pareto front: points that no point of the same or less cost betters, by cost. Unknown costs are left out."""
     front: list[Point] = []
     known = [(value, point.error, point) for point in points if (value := cost(point)) is not None]
     for _, error, point in sorted(known, key=lambda each: each[:2]):

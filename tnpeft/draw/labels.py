@@ -1,4 +1,4 @@
-"""Where labels and open legs go, so that nothing covers anything."""
+"""Where labels and open legs go, so that nothing overlaps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AT_ONCE = 4096  # pairs of open legs that are compared at once
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to place a label: its box, the open leg that leads to it, and how little it is liked."""
+    """One way to place a label: its box, the open leg that leads to it, and its penalty."""
 
     box: Box
     tail: Points | None
@@ -32,7 +32,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Obstacles:
-    """What is placed already: discs as (x, y, radius) and lines as points along them."""
+    """What is already placed: discs as (x, y, radius), and lines as points along them."""
 
     discs: Sequence[tuple[float, float, float]]
     lines: Sequence[Points]

@@ -1,4 +1,4 @@
-"""What makes a placement of nodes on a grid hard to read, and its price."""
+"""The price of a placement of nodes on a grid: how hard it is to read."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _grid(columns: int, rows: int) -> Grid:
 
 
 def grid_for(nodes: int, stacked: int) -> Grid:
-    """Odd numbers of columns, so that there is a middle, which has room for `stacked` nodes."""
+    """A grid with an odd number of columns, so that it has a middle column, with room for `stacked` nodes."""
     for columns, rows, most in ((5, 3, 4), (7, 5, 12), (9, 6, 20)):
         if nodes <= most:
             return _grid(columns, max(rows, stacked))
@@ -195,5 +195,5 @@ def _in_order(diagram: Diagram, role: str) -> list[tuple[int, int]]:
 
 
 def bulge(number: int, count: int) -> float:
-    """How far the middle of one of `count` parallel bonds is from the straight line, in rows."""
+    """How far the middle of bond `number` of `count` parallel bonds is from the straight line, in rows."""
     return (number - (count - 1) / 2) * min(0.3, 1.2 / count)

@@ -1,4 +1,4 @@
-"""The page: title, a panel for each term with the signs between, and a legend of what occurs."""
+"""The page: title, a panel for each term with signs between them, and a legend of the marks that occur."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything in inches from the lower left corner; `panels` are scenes with where their origin goes.
+    """Everything in inches from the lower left corner; `panels` are scenes, each with its origin.
 
-    Those of the terms come first, then those of derived cores: each in a frame (left, bottom, right, top), with an
-    arrow, whose left end is given.
+    Panels of terms come first, then those of derived cores, each in a frame (left, bottom, right, top) with an arrow,
+    whose left end is given.
     """
 
     width: float
@@ -65,7 +65,7 @@ class Page:
 
 
 def page_of(network: Network, with_sizes: bool, placer: Callable[[Diagram], Places] = place) -> Page:
-    """Lay a network out, term by term, with its derived cores below; `placer` says where the nodes of each go."""
+    """Lay out a network, term by term, with its derived cores below; `placer` places the nodes of each diagram."""
 
     def scenes(diagrams: Diagrams) -> Group:
         return [(scene_in(diagram, with_sizes, placer), sign) for diagram, sign in diagrams]
@@ -211,7 +211,7 @@ def _anchor(scene: Scene, derived: bool) -> float:
 
 
 def reach_of(group: Group) -> tuple[float, float]:
-    """How far panels and signs reach below and above the middle of their row."""
+    """How far panels and signs reach below and above the middle of their row, in inches."""
     frame = _frame_of(group)
     below = max(max(_anchor(scene, bool(frame)) - scene.bounds[1], sign.reach[0]) for scene, sign in group)
     above = max(max(scene.bounds[3] - _anchor(scene, bool(frame)), sign.reach[1]) for scene, sign in group)
@@ -254,7 +254,7 @@ def _head(network: Network, with_sizes: bool, width: float) -> Iterator[tuple[st
 
 
 def marks_in(network: Network, terms: Diagrams, derived: list[Diagrams]) -> list[tuple[str, str]]:
-    """The kinds of marks in the picture, each with what it means."""
+    """The kinds of marks in the picture, each with its meaning."""
     found: dict[str, str] = {}
     diagrams = [diagram for diagram, _ in itertools.chain(terms, *derived)]
     nodes = [node for diagram in diagrams for node in diagram.nodes]

@@ -22,7 +22,7 @@ __all__ = ["Picture", "draw_network", "on_typical_layer"]
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A network laid out. `with_sizes` says whether its labels hold sizes beside names."""
+    """A network laid out. `with_sizes` says whether labels have sizes as well as names."""
 
     network: Network
     with_sizes: bool
@@ -34,7 +34,7 @@ class Picture:
 
     @property
     def places(self) -> tuple[dict[str, tuple[float, float]], ...]:
-        """For each term, where its cores' centres are, in inches to the right and up."""
+        """For each term, the centres of its cores as (x, y) in inches, to the right and up."""
         return tuple(
             {disc.node.name: (disc.x, disc.y) for disc in scene.discs if disc.node.core is not None}
             for scene, _, _ in self.page.panels[: len(self.network.terms)]
@@ -61,9 +61,9 @@ def draw_network(
 ) -> Picture:
     """Draw a network, or a spec on a layer; with `path`, write it to that `.svg`, `.png` or `.pdf`.
 
-    `what` is a bound network, a spec, a shipped name or a spec's file, `layer` anything that `Spec.bind` takes. A
-    spec without a layer is drawn on a typical one of a kind that it supports, with names
-    and no sizes, `k...` as the one index of any kernel. Raises DrawError, SpecError or BindError.
+    `what` is a bound network, a spec, a shipped name or a spec's file, `layer` anything that `Spec.bind` takes. Without
+    a layer a spec is drawn on a typical one of a kind that it supports: indices then have names but no sizes, and
+    `k...` is one index. Raises DrawError, SpecError or BindError.
     """
     need_matplotlib()
     checked = None if path is None else checked_path(path)
@@ -82,9 +82,9 @@ def draw_network(
 
 
 def on_typical_layer(spec: Spec, params: Mapping[str, Any]) -> Network:
-    """The spec on the first of the layers that it was checked with and fits; raises the first BindError.
+    """The spec on the first of some typical layers that it fits; if it fits none, raises the first BindError.
 
-    One with an index for each kernel axis is drawn on a layer with a single axis, whose index then stands for all.
+    A spec with `k...` is drawn on a layer with a single kernel axis, whose index then stands for all.
     """
     errors = []
     kernel = any(ELLIPSIS in axis for core in spec.cores for axis in core.axes)

@@ -25,9 +25,9 @@ _WORK = 200_000_000  # comparisons of lines and nodes in one search, about a sec
 def place(diagram: Diagram) -> Places:
     """Each node's column and row, counted from the middle of the picture.
 
-    A local search with restarts and a fixed seed. It looks for few crossings, no line through a node, short and
-    straight lines, input on the left, output on the right, the kernel low, and the two sides each
-    other's mirror image where the graph allows it. Where some line still passes through a node, all go on a circle.
+    This is a local search with restarts and a fixed seed. It looks for few crossings, no line through a node, short and
+    straight lines, the input on the left, the output on the right, the kernel low, and mirror symmetry of the two sides
+    if the graph allows it. If some line still passes through a node, all nodes go on a circle.
     """
     if _takes_long(diagram):
         x, y = _by_springs(diagram)
@@ -45,9 +45,9 @@ def place(diagram: Diagram) -> Places:
 
 
 def place_near(diagram: Diagram, known: Mapping[str, tuple[float, float]]) -> Places:
-    """As `place`, in a few milliseconds: from where nodes of these names were, to the next placement that is good.
+    """As `place`, in a few milliseconds: from known positions, by node name, to the nearest good placement.
 
-    The best one may be missed: this is for a picture that follows its text while it is written.
+    It may miss the best one: it is for a picture that follows its text while it is written.
     """
     if _takes_long(diagram):
         return place(diagram)
@@ -111,7 +111,7 @@ def _in_turn(graph: networkx.Graph[int]) -> Floats:
 
 
 def passed_by(places: Floats, ends: Sequence[tuple[int, int]], clearance: float) -> int:
-    """How often a straight line comes nearer to a node that is not its own: `places[n]` is node n's."""
+    """How often a straight line comes nearer than `clearance` to a node that is not its end, at `places[n]`."""
     first, last = (np.array([pair[side] for pair in ends], dtype=np.int64) for side in (0, 1))
     start, way = places[first], places[last] - places[first]
     length = np.maximum((way**2).sum(1), 1e-12)

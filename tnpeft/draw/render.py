@@ -40,7 +40,7 @@ def rendered(page: Page, suffix: str, title: str, digest: str) -> bytes:
 
 
 def figure_of(page: Page) -> Any:
-    """The page as a matplotlib figure, a unit for each inch."""
+    """The page as a matplotlib figure, with inches as units."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,7 +54,7 @@ def figure_of(page: Page) -> Any:
 
 @contextmanager
 def figure_settings() -> Iterator[None]:
-    """Our own settings, whatever the user's are; and no words about letters of a title that the font lacks."""
+    """Inside, matplotlib has tnpeft's settings, not the user's, and does not warn of letters that a font lacks."""
     import matplotlib
 
     mine = {

@@ -1,4 +1,4 @@
-"""Several networks beside each other, all at one scale, with a caption above each and one legend below."""
+"""Several networks side by side, all at one scale, with a caption above each and one legend below."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ABOVE = 0.22  # of a caption
 
 
 def strip_of(networks: Sequence[tuple[str, Network]], width: float) -> Page:
-    """Networks with their captions in as many rows as a width in inches asks for."""
+    """Networks with their captions, in as many rows as this width in inches needs."""
     drawn: list[tuple[str, Group]] = []
     marks: dict[tuple[str, str], None] = {}
     for caption, network in networks:

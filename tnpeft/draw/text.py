@@ -1,4 +1,4 @@
-"""How much room a text takes, and how a name goes into a disc."""
+"""How much room a text takes, and how a name fits into a disc."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def text_size(text: str, points: float, strong: bool = False) -> tuple[float, fl
 
 
 def clean(text: str, most: int) -> str:
-    """At most so many characters, the middle left out, all of them printable."""
+    """The text with at most `most` characters, all printable; if it is longer, its middle is left out."""
     short = text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-(most // 3 - 1) :]}"
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in short)
 
 
 def wrapped(text: str, points: float, width: float, strong: bool = False) -> list[str]:
-    """`text` in lines of at most `width` inches; a longer word stands alone on its line."""
+    """`text` in lines of at most `width` inches; a longer word has a line of its own."""
     lines: list[str] = []
     for word in text.split():
         if lines and text_size(f"{lines[-1]} {word}", points, strong)[0] <= width:
@@ -46,9 +46,9 @@ def wrapped(text: str, points: float, width: float, strong: bool = False) -> lis
 
 
 def fitted(name: str, marks: Sequence[str], radius: float) -> tuple[list[str], float]:
-    """A core's name in lines, its marks below, and the largest size at which they stand inside a disc.
+    """A core's name in lines, its marks below, and the largest font size at which they fit inside a disc.
 
-    A name breaks after underscores, and anywhere where that does not do; one that is longer still is cut.
+    A name breaks after underscores, or anywhere if that is not enough; a name that is still too long is cut.
     """
     points = _LARGEST
     while points >= _SMALLEST:

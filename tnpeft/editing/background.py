@@ -27,7 +27,7 @@ class Refused(Exception):  # noqa: N818 - an answer too, shown in the place of n
 
 
 class Background:
-    """The process, started when it is first asked something, ended with `close`."""
+    """The process, which starts with the first question and ends with `close`."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
@@ -38,7 +38,7 @@ class Background:
         self._turn = asyncio.Lock()
 
     async def ask(self, stage: str, text: str, trial: Trial) -> dict[str, Any]:
-        """The answer of a stage. Raises Refused, also where it takes too long."""
+        """The answer of a stage. Raises Refused, also if the stage takes too long."""
         async with self._turn:
             await self._wait_or_end()
             number = next(self._numbers)
@@ -58,7 +58,7 @@ class Background:
             return dict(found["answer"])
 
     async def _wait_or_end(self) -> None:
-        """Let a stage that was given up come to its end, if that is near; else end the process."""
+        """Let a stage that was given up finish if it does so soon; else end the process."""
         while self._busy:
             if time.monotonic() - min(self._busy.values()) > _PATIENCE:
                 self.stop()

@@ -1,4 +1,4 @@
-"""What may be written at a cursor: keys and values of the schema, and the names that the text itself has."""
+"""What may be written at a cursor: keys and values of the schema, and names from the text itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tnpeft.documents.writing import as_yaml
 from tnpeft.editing.cursor import ITEM, Cursor, cursor_at
 from tnpeft.network import Spec
-from tnpeft.recipe.model import recipe_schema
+from tnpeft.recipe.json_schema import recipe_schema
 from tnpeft.spec.expression import FUNCTIONS
 from tnpeft.spec.json_schema import spec_schema
 from tnpeft.spec.pattern import ELLIPSIS, LAYER_NAMES
@@ -38,7 +38,7 @@ class Completion:
 
 
 def complete(text: str, line: int, column: int, spec: Spec | None = None) -> tuple[tuple[Completion, ...], Cursor]:
-    """What may stand before the character `column` of `line`, both from 1; `spec` is the last good one of this text."""
+    """What may be written before character `column` of `line`, both from 1; `spec` is this text's last valid one."""
     cursor = cursor_at(text, line, column)
     if cursor.place == "comment":
         return (), cursor
@@ -56,7 +56,7 @@ def complete(text: str, line: int, column: int, spec: Spec | None = None) -> tup
 
 
 def described(text: str, path: Sequence[str]) -> str:
-    """What the schema says of the key at the end of a path; nothing where it knows none."""
+    """The schema's description of the key at the end of a path, or an empty text."""
     schema = _schema("recipe" if re.search(r"^adapters\s*:", text, re.MULTILINE) else "spec")
     return next((node["description"] for node in _nodes_at(schema, path) if node.get("description")), "")
 
@@ -99,7 +99,7 @@ def _keys(nodes: Sequence[Mapping[str, Any]], present: set[str]) -> Iterator[Com
 
 
 def _plain(value: Any) -> Any:
-    """A snippet's body with the texts that stand in its placeholders."""
+    """A snippet's body with the default texts of its placeholders."""
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -119,7 +119,7 @@ def _values(nodes: Sequence[Mapping[str, Any]]) -> Iterator[Completion]:
 
 
 def _names(path: tuple[str, ...], spec: Spec | None) -> Iterator[Completion]:
-    """The text's own names: indices where legs stand, cores where cores are named, params in expressions."""
+    """Names from the text itself: indices in legs, cores where cores are named, params in expressions."""
     patterns = {path, *((path[0], "*", *path[2:]) for _ in (0,) if len(path) > 1)}
     if patterns & _LEGS:
         yield Completion(ELLIPSIS, ELLIPSIS, "name", "one index for each kernel axis")
@@ -138,5 +138,5 @@ def _names(path: tuple[str, ...], spec: Spec | None) -> Iterator[Completion]:
 
 
 def _later_keys(text: str, cursor: Cursor) -> set[str]:
-    """Keys of the whole file, for those that stand below the cursor."""
+    """The keys of the whole file, to know those below the cursor."""
     return set() if cursor.path else set(re.findall(r"^([A-Za-z_]\w*)[ ]*:", text, re.MULTILINE))

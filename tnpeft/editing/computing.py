@@ -66,7 +66,7 @@ def costs_of(network: Network, call: Call) -> dict[str, Any]:
 
 
 def spread_of(spec: Spec, network: Network, trial: Trial) -> dict[str, Any]:
-    """Standard deviations of T and of the first step beside the weight's; empty where the layer is refused."""
+    """Standard deviations of T and of the first step, relative to the weight's; empty if the layer is refused."""
     rows = conditioning_of(spec, dict(trial.params), network.layer)
     return rows[0].as_dict() if rows else {}
 

@@ -16,9 +16,9 @@ ITEM = "-"  # a step into a list
 
 @dataclass(frozen=True)
 class Cursor:
-    """`path` are the keys that lead to the mapping (of a key) or to the value, `word` what stands before the cursor.
+    """`path` has the keys that lead to the mapping (for a key) or to the value, `word` the text before the cursor.
 
-    `keys` are those that the mapping has already, above the cursor.
+    `keys` are those that the mapping already has above the cursor.
     """
 
     place: str  # "key", "value" or "comment"

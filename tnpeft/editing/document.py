@@ -1,4 +1,4 @@
-"""The one file that a page edits: read, written whole, and never over a change that nobody has seen."""
+"""The one file that a page edits: written whole, and never over a change that the page has not seen."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SCHEMA_LINE = "# yaml-language-server:"
 
 
 class Document:
-    """A file, or a text without one, which cannot be saved. `path` never changes: no page can name another."""
+    """A file, or a text without a file, which cannot be saved. `path` never changes: no page can name another."""
 
     def __init__(self, path: Path | None, text: str, on_disk: bytes | None) -> None:
         self.path = path
@@ -41,7 +41,7 @@ class Document:
 
     @classmethod
     def open(cls, name: str | None, start: str | None = None) -> Document:
-        """The file of a path, also one that is not there yet; a shipped name opens a copy without a file.
+        """The document of a path, which may not exist yet; a shipped name opens a copy without a file.
 
         `start` is the shipped spec that a new file begins as. Raises SpecError.
         """
@@ -68,24 +68,24 @@ class Document:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The document's name in messages."""
         return "<spec>" if self.path is None else str(self.path)
 
     def unsaved(self, text: str) -> Document | None:
-        """The document of a page that is loaded anew to go on with `text`; None where that is saved.
+        """The document of a reloaded page that goes on with `text`; None if that text is saved.
 
-        It knows what was read and written here: what came to the disk since then, nobody has seen.
+        It remembers what was read and written here: a later change on the disk has not been seen.
         """
         return None if text == self.text else copy(self)
 
     def changed_on_disk(self) -> bool:
-        """Whether the file is another one than was last read or written here."""
+        """Whether the file differs from what was last read or written here."""
         return self.path is not None and _digest(self._on_disk()) != self._seen
 
     def save(self, text: str, over_changes: bool = False) -> bool:
-        """Write the file, whole or not at all; false, and nothing written, where it changed on the disk meanwhile.
+        """Write the file, whole or not at all; returns false, without writing, if it changed on the disk meanwhile.
 
-        Raises TnpeftError where it cannot be written, or is longer than a spec may be.
+        Raises TnpeftError if it cannot be written, or if the text is longer than a spec may be.
         """
         if self.path is None:
             fix = "Start again with `tnpeft edit FILE.yaml`, or download the text."
@@ -112,7 +112,7 @@ class Document:
 
 
 def shipped_text(name: str) -> str:
-    """The text of a shipped spec, to edit: without the line that names a schema beside it. Raises SpecError."""
+    """The text of a shipped spec, to edit: without the line that names its schema. Raises SpecError."""
     if name not in list_specs():
         find_shipped(name, "spec", "")  # raises, with near misses
     data = read_bytes(find_shipped(name, "spec", ""))

@@ -1,4 +1,4 @@
-"""What is said of a network beside its picture at once: what its sizes tell."""
+"""What the page says of a network at once, with its picture: all that follows from its sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Facts", "attach_line", "facts_of"]
 
 @dataclass(frozen=True)
 class Facts:
-    """A network in numbers and words, none of which takes a plan."""
+    """A network in numbers and words, none of which needs a plan."""
 
     layer: str
     weight: str

@@ -1,4 +1,4 @@
-"""Who may speak to the page: whoever has its address with the token in it, from this machine, from this page."""
+"""Who may talk to the page: a client on this machine that has the address with the token, and no other page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def new_token() -> str:
 class Guard:
     """ASGI middleware: every page, asset and websocket has the token as the first part of its path.
 
-    A `Host` other than this machine's is refused, for a name elsewhere may lead here; so is another page's `Origin`.
+    A `Host` other than this machine's is refused, because a foreign name may point here. So is another page's `Origin`.
     """
 
     def __init__(self, app: App, token: str, port: int) -> None:
@@ -63,7 +63,7 @@ class Guard:
         await self._app(scope, receive, with_headers)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """Status and sentence for what is refused."""
+        """Status and sentence for a request that is refused, or None."""
         hosts = [value for name, value in scope["headers"] if name.lower() == b"host"]
         if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
             return 421, "This page answers on 127.0.0.1 alone."

@@ -24,7 +24,7 @@ class Hover:
 
 
 def hover_at(text: str, line: int, column: int, network: Network | None = None) -> Hover | None:
-    """What stands at the character `column` of `line`; sizes and shapes are those of `network`, the last good one."""
+    """About the word at character `column` of `line`; sizes and shapes are those of `network`, the last valid one."""
     found = word_at(text, line, column)
     if found is None:
         return None

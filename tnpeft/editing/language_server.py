@@ -29,7 +29,7 @@ _KINDS = {
 
 
 class _LastGood:
-    """The last spec of each document without a mistake, and its network on a layer."""
+    """For each document the last spec without a mistake, and its network on a layer."""
 
     def __init__(self, layer: Layer | None) -> None:
         self._layer = layer
@@ -37,7 +37,7 @@ class _LastGood:
         self.networks: dict[str, Network] = {}
 
     def keep(self, uri: str, spec: Spec) -> tuple[Mistake, ...]:
-        """Remember a spec; returns what keeps it from the layer that was asked for."""
+        """Remember a spec; returns the mistakes that keep it off the layer that was asked for."""
         self.specs[uri] = spec
         layer = self._layer
         if layer is None or layer.kind not in spec.layers:
@@ -131,7 +131,7 @@ def _diagnostic(mistake: Mistake, document: Any) -> types.Diagnostic:
 
 
 def _place(document: Any, position: types.Position) -> tuple[int, int]:
-    """Line and column from 1, in characters, of a place that the editor counts in its own units."""
+    """Line and column, in characters from 1, of a position in the editor's own units."""
     if position.line >= len(document.lines):  # the empty line after the last one
         return position.line + 1, 1
     found = document.position_codec.position_from_client_units(document.lines, position)
@@ -139,7 +139,7 @@ def _place(document: Any, position: types.Position) -> tuple[int, int]:
 
 
 def _span(document: Any, line: int, start: int, end: int) -> types.Range:
-    """Characters of a line as the editor counts them."""
+    """A span of characters in a line, in the editor's own units."""
     span = types.Range(types.Position(line - 1, start - 1), types.Position(line - 1, end - 1))
     converted: types.Range = document.position_codec.range_to_client_units(document.lines, span)
     return converted

@@ -1,4 +1,4 @@
-"""The picture that follows a text: at once from where its nodes were, then as `tnpeft draw` has it."""
+"""The picture that follows a text: at once with nodes near their last places, then as `tnpeft draw` draws it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Drawing:
 class LivePicture:
     """Draws one network after another.
 
-    Placements depend on how nodes are joined, not on names or sizes: each is searched for once, and kept.
+    Placements depend on how nodes are joined, not on names or sizes. Each is searched for once, and kept.
     """
 
     def __init__(self) -> None:
@@ -58,11 +58,11 @@ class LivePicture:
         return Drawing(self.render(network, page, "svg"), final)
 
     def finish(self, network: Network, suffix: str) -> bytes:
-        """The picture as `tnpeft draw` has it, as `svg`, `png` or `pdf`."""
+        """The picture that `tnpeft draw` makes, as `svg`, `png` or `pdf`."""
         return self.render(network, page_of(network, True, self._searched), suffix)
 
     def keep(self, placements: dict[str, Places]) -> None:
-        """Remember placements that were searched for elsewhere."""
+        """Remember placements that another process found."""
         self._known.update({key: [(x, y) for x, y in places] for key, places in placements.items()})
         for key in list(self._known)[:-_KEPT]:
             del self._known[key]
@@ -91,7 +91,7 @@ class LivePicture:
 
 
 def structure_of(diagram: Diagram) -> str:
-    """All of a diagram that `place` looks at, as a text."""
+    """All that `place` reads of a diagram, as a text."""
     nodes = [(node.core is None, node.own) for node in diagram.nodes]
     return repr((nodes, [line.ends for line in diagram.lines], [(stub.node, stub.role) for stub in diagram.stubs]))
 

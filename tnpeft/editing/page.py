@@ -1,4 +1,4 @@
-"""The page: YAML on the left, the picture on the right, what is known of the network below. Needs NiceGUI."""
+"""The page: YAML on the left, the picture on the right, facts on the network below. Needs NiceGUI."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Page:
     # What the session says.
 
     def show(self, view: View) -> None:
-        """Bring the page to a view; what did not change is left as it is."""
+        """Show a view; what did not change is left as it is."""
         if view.mistakes != self._shown_mistakes:
             self._shown_mistakes = view.mistakes
             self.problems.set_content(mistakes_html(view.mistakes))
@@ -135,13 +135,13 @@ class Page:
     def _show_file(self) -> None:
         document = self.document
         if document.path is None:
-            self.file.set_text("no file: download to keep")
+            self.file.set_text("no file: download the text to keep it")
             return
         unsaved = self.session.view.text != document.text
         self.file.set_text(f"{document.path.name}{' (not saved)' if unsaved else ''}")
 
     def _name(self, view: View) -> str:
-        """What `attach` is given: the file, or a shipped name where the text is that spec's."""
+        """The name for the `attach` line: the file, or the shipped name if the text is that spec's."""
         if self.document.path is not None:
             return str(self.document.path)
         assert view.network is not None
@@ -180,7 +180,7 @@ class Page:
 
     async def _ask(self) -> str | None:
         with ui.dialog() as dialog, ui.card():
-            ui.label("The file changed on the disk since it was read here.")
+            ui.label("The file has changed on the disk since this page read it.")
             with ui.row():
                 ui.button("Write over it", on_click=lambda: dialog.submit("over")).props("no-caps color=negative")
                 ui.button("Read it again", on_click=lambda: dialog.submit("reload")).props("no-caps")
@@ -208,14 +208,14 @@ class Page:
             ui.notify("There is no network yet.", type="warning")
             return
         ui.clipboard.write(attach_line(self._name(view), view.network, view.trial))
-        ui.notify("copied", type="positive")
+        ui.notify("attach line copied", type="positive")
 
     def _toggle(self) -> None:
         ui.run_javascript("tnDark()")
 
 
 def _underlined(text: str, mistakes: tuple[Mistake, ...]) -> list[dict[str, Any]]:
-    """The marks under mistakes, as offsets into the text."""
+    """The marks under mistakes, with their offsets in the text."""
     starts = [0]
     for line in text.split("\n"):
         starts.append(starts[-1] + len(line) + 1)

@@ -1,4 +1,4 @@
-"""A text as it stands: what it declares, and every mistake with the characters to underline."""
+"""What a text declares, and every mistake in it with the characters to underline."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _WORD = re.compile(r"""(["']).*?\1|["']|[^\s,\[\]{}()"':]+|:""")
 
 @dataclass(frozen=True)
 class Mistake:
-    """One mistake: its sentence without the place, and where it is; lines and columns count from 1, `end` is after it.
+    """One mistake: its sentence and its place. Lines and columns count from 1; `end` is the column after it.
 
-    A mistake without a place in this text has `line` 0: it is about the layer, or about another file.
+    A mistake that is not in this text has `line` 0: it is about the layer, or in another file.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Reading:
-    """A text and what it declares; `spec` is None where there are mistakes."""
+    """A text and its spec; `spec` is None if there are mistakes."""
 
     text: str
     spec: Spec | None
@@ -62,7 +62,7 @@ def bound(
 
 
 def mistakes_of(text: str, file: str) -> tuple[Mistake, ...]:
-    """The mistakes of a spec, a recipe or a factor table; `file` is its path, for what stands beside it."""
+    """The mistakes of a spec, a recipe or a factor table; `file` is its path, for files that it names."""
     try:
         root = read_document(text, file)
         kind = kind_of_node(root)
@@ -90,7 +90,7 @@ def kind_of_node(root: Node) -> str:
 
 
 def located(problems: Iterable[Problem], text: str, file: str) -> tuple[Mistake, ...]:
-    """Problems as mistakes of a text; those of other files say so in their sentence."""
+    """Problems as mistakes of a text; the sentence of a problem in another file names that file."""
     lines = text.split("\n")
     return tuple(_located(problem, lines, file) for problem in problems)
 

@@ -30,7 +30,7 @@ _LARGEST_QUESTION = 4 * MAX_BYTES  # bytes of a body: a text with its escapes
 
 
 class _Open:
-    """The pages that are open, by NiceGUI's number of their client."""
+    """The open pages, by NiceGUI's client number."""
 
     def __init__(self) -> None:
         self.pages: dict[str, Page] = {}

@@ -1,4 +1,4 @@
-"""One page's text on its way: read after each keystroke, drawn, and what takes longer computed behind it."""
+"""One page's text: read and drawn after each keystroke, while slower stages are computed in the background."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _DEBOUNCE = 0.02  # seconds in which another keystroke replaces this one
 
 
 class Superseded(Exception):  # noqa: N818 - no error: a newer text is there
-    """A newer text is there."""
+    """There is a newer text."""
 
 
 @dataclass(frozen=True)
 class Slow:
-    """The answer of one stage; `current` is false while one for the text as it is now is computed."""
+    """The answer of one stage; `current` is false while the answer for the current text is computed."""
 
     answer: dict[str, Any] | None = None
     refused: str = ""
@@ -36,7 +36,7 @@ class Slow:
 
 @dataclass(frozen=True)
 class View:
-    """What a page shows. After a mistake, `facts`, `svg` and the rest are those of the last text without one."""
+    """What a page shows. While there is a mistake, `facts`, `svg` and the rest are those of the last valid text."""
 
     text: str
     trial: Trial
@@ -50,7 +50,7 @@ class View:
 
 
 class Session:
-    """`edit` says what changed, `show` is called with every new view, in the event loop's thread."""
+    """Call `edit` with each change; `show` is called with every new view, in the event loop's thread."""
 
     def __init__(self, text: str, file: str, background: Background, show: Callable[[View], None]) -> None:
         self.file = file
@@ -64,7 +64,7 @@ class Session:
         self._chosen = False  # whether a layer was chosen for this text
 
     def edit(self, text: str | None = None, trial: Trial | None = None, new: bool = False) -> None:
-        """Another text or trial; with `new` another spec, which is put on a layer that it takes."""
+        """Take a new text or trial; with `new` another spec, which is put on a layer that it takes."""
         self._version += 1
         self._chosen = self._chosen and not new
         if trial is not None:
@@ -87,7 +87,7 @@ class Session:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def export(self, suffix: str) -> bytes:
-        """The last good picture as `tnpeft draw` has it."""
+        """The picture of the last valid text, as `tnpeft draw` makes it."""
         network = self.view.network
         assert network is not None
         data: bytes = await self._in_thread(lambda: self.picture.finish(network, suffix))
@@ -108,7 +108,7 @@ class Session:
             return
 
     async def _at_once(self, check: Callable[[], None]) -> bool | None:
-        """Mistakes, facts and picture; returns whether the picture is final, or None where there is a mistake."""
+        """Mistakes, facts and picture; returns whether the picture is final, or None if there is a mistake."""
         read = await self._in_thread(lambda: self._read(self.view))
         check()
         self._tell(read)
@@ -154,7 +154,7 @@ class Session:
         )
 
     async def _later(self, final: bool) -> None:
-        """The stages in turn; each is told as soon as it is there."""
+        """The stages in turn; each is shown as soon as it is done."""
         view = self.view
         network = view.network
         assert network is not None
@@ -184,6 +184,6 @@ class Session:
 
 
 def _told(task: asyncio.Task[None]) -> None:
-    """What no code expected goes to the terminal at once, not when the task is collected."""
+    """Report an unexpected error on the terminal at once, not when the task is collected."""
     if not task.cancelled() and (error := task.exception()) is not None:
         task.get_loop().call_exception_handler({"message": "the page was not brought up to date", "exception": error})

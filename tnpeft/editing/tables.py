@@ -17,7 +17,7 @@ _MOST_SHOWN = 12  # mistakes
 
 
 def summary_html(facts: Facts) -> str:
-    """Count and formula, and what the network is, in a few lines."""
+    """The parameter count with its formula, scale, start and einsum."""
     formula = f" = {facts.formula}" if facts.formula else ""
     rows = [
         ("parameters", f"<strong>{facts.parameters:,}</strong>{escape(formula)}"),
@@ -43,7 +43,7 @@ def costs_html(slow: Slow) -> str:
 
 
 def spread_html(slow: Slow) -> str:
-    """Standard deviations of T and of the first step, beside the weight's."""
+    """Standard deviations of T and of the first step, relative to the weight's."""
     if slow.answer is None:
         return _waiting(slow)
     if not slow.answer:
@@ -56,7 +56,7 @@ def spread_html(slow: Slow) -> str:
     columns = ("std W", "std T / std W", "first step / std W", "by core")
     table = _table(columns, [(f"{row['weight']:.3g}", ratio, f"{row['step_ratio']:.2g}", shares)], right=(0, 1, 2))
     advice = f"<p>{escape(row['advice'])}</p>" if row["advice"] else ""
-    note = f"The first step is Adam's at rate {row['rate']:g}, along a random gradient."
+    note = f"The first step is Adam's, at learning rate {row['rate']:g}, for a random gradient."
     return f"{table}<p class='tn-note'>{note}</p>{advice}"
 
 

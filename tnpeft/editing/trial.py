@@ -1,4 +1,4 @@
-"""What a spec is tried on: a layer, the input of a call, and params, as the fields of a form hold them."""
+"""What a spec is tried on: a layer, the input of a call, and params, as the page's fields hold them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Trial:
         return {**own, "params": dict(self.params)}
 
     def layer(self) -> Layer:
-        """Raises BindError for numbers that no layer has."""
+        """The layer of these numbers. Raises BindError if no layer has them."""
         axes = KINDS.get(self.kind)
         if axes is None:
             fix = near_miss(self.kind, KINDS) or "Choose one of them."
@@ -94,7 +94,7 @@ def _sizes(text: str, what: str, example: str) -> tuple[int, ...]:
 
 
 def typical_trial(spec: Spec, before: Trial | None = None) -> Trial:
-    """A layer that a spec takes: the one before where it is of a kind of the spec's."""
+    """A trial on a layer that a spec takes: the layer of `before`, if the spec takes its kind."""
     if before is not None and before.kind in spec.layers:
         return Trial.from_data({**before.data(), "params": {}})
     try:
@@ -105,7 +105,7 @@ def typical_trial(spec: Spec, before: Trial | None = None) -> Trial:
 
 @dataclass(frozen=True)
 class Param:
-    """One param on a layer: its value, whether the trial sets it, and what the file says."""
+    """One param on a layer: its value, whether the trial sets it, and the file's default."""
 
     name: str
     value: float

@@ -1,4 +1,4 @@
-"""The fields of a page for what a spec is tried on: layer, input, and a slider for each param. Needs NiceGUI."""
+"""The page's fields for what a spec is tried on: layer, input, and a slider for each param. Needs NiceGUI."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrialFields:
         self._params: dict[str, tuple[Any, Any, Any]] = {}
 
     def show(self, view: View) -> None:
-        """Bring the fields to a view."""
+        """Show a view's values in the fields."""
         self._filling = True
         self._trial = view.trial
         trial, spec = view.trial, view.spec
@@ -90,7 +90,7 @@ class TrialFields:
             )
             number.props("dense outlined").classes("tn-param-value")
             reset = ui.button("file", on_click=lambda: self._reset(param.name)).props("dense flat no-caps")
-            reset.tooltip(f"back to what the file says: {param.default}")
+            reset.tooltip(f"back to the file's value: {param.default}")
         self._params[param.name] = slider, number, reset
 
     def _param_moved(self, name: str, value: Any, whole: bool) -> None:

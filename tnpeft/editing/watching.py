@@ -1,4 +1,4 @@
-"""Files that are looked at until they change."""
+"""Watching files for changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How adapted layers compute: which mode a call runs in, what is kept meanwhile, and the layers themselves."""
+"""How adapted layers compute: the mode of each call, the results that are kept, and the layers themselves."""
 
 from tnpeft.execution.batch_rows import Rows
 from tnpeft.execution.build import compile

@@ -1,7 +1,7 @@
-"""Timing the modes of a layer on a call that it gets, to choose the quickest.
+"""Timing the modes of a layer on a real call, to choose the fastest.
 
-What is timed is a twin of the layer's site, whose adapter holds aliases of the true one's tensors: no gradient is left
-on these or on the input, and the results of a pass, autocast's cache and the random state stay as they are.
+A twin of the layer's site is timed, whose adapter holds aliases of the real one's tensors. No gradient is left on these
+or on the input, and the results of a pass, autocast's cache and the random state stay as they are.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ HOPELESS = 1.5
 
 
 def can_be_timed(x: Tensor) -> bool:
-    """Whether running a layer on `x` a few times tells something, and nobody records what runs or counts it."""
+    """Whether timing a layer on `x` is meaningful, and nothing records or counts the operations."""
     captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
     return not (needs_plain_ops(x) or torch._C._len_torch_dispatch_stack() or captured)
 
 
 def quickest(site: Site, options: Sequence[Running], x: Tensor, rest: Sequence[Any], training: bool) -> str:
-    """The mode of the options that takes the least time on a call, with its backward pass if `training`.
+    """The mode, of the options, that takes the least time on a call, with its backward pass if `training`.
 
-    Modes take turns and their medians are compared, so that what else the machine does meanwhile hits all of them.
+    Modes take turns and their medians are compared, so that other work on the machine slows all of them.
     """
     trial = _Trial(site, x, rest, training)
     # First runs also make what later ones find.

@@ -1,7 +1,7 @@
-"""A call of a base layer: what its own `forward` gives, and what its weight meets meanwhile; for opaque ones, watched.
+"""A call of a base layer: its output, and the input of its weight, for which opaque layers are watched.
 
-The update of a convolution reads what the layer's convolution reads, which a `forward` of its own may have padded. It
-is watched for that, call by call. A Linear is taken to read its input.
+The update of a convolution reads the input of the layer's convolution, which the layer's own `forward` may have padded.
+So each call is watched. A Linear is assumed to read its input.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NODES = 10_000
 
 
 class BaseCall(NamedTuple):
-    """What a layer gave, what its weight read, and for a convolution how: its stride and the like."""
+    """A layer's output, its weight's input, and for a convolution how it was called: stride and so on."""
 
     output: Tensor
     x: Tensor
@@ -42,9 +42,9 @@ class BaseCall(NamedTuple):
 def call_opaque(
     base: Any, layer: Layer, watched: bool, where: str | None, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> BaseCall:
-    """The base layer's own output; convolutions in it are `watched` where they may have another input than it has.
+    """The base layer's own output; its convolutions are `watched` if their input may not be the layer's.
 
-    Raises ExecutionError where it is none that an update can be added to.
+    Raises ExecutionError if no update can be added to this output.
     """
     x = args[0] if args else _first_of(base, kwargs)
     if args and isinstance(x, Tensor) and is_packed_for_inference(base):
@@ -82,7 +82,7 @@ def plain_call(base: Any, layer: Layer, output: Tensor, x: Tensor) -> BaseCall:
 
 
 def pads_itself(base: nn.Module, layer: Layer) -> bool:
-    """Whether a convolution may pad or change its input in a `forward` that is not torch's."""
+    """Whether a convolution may pad or change its input, because its `forward` is not torch's."""
     if not layer.kernel_size:
         return False
     kind: type = type(base)
@@ -112,7 +112,7 @@ def _repeated(value: Any, axes: int) -> tuple[int, ...]:
 
 
 def geometry_of(how: tuple[Any, ...] | None, layer: Layer) -> Any:
-    """An object with the attributes of a convolution that is called so; None for a Linear."""
+    """An object with the attributes of a convolution that is called in this way; None for a Linear."""
     if how is None:
         return None
     return _Geometry(how, layer)
@@ -142,10 +142,10 @@ class _Watch(TorchFunctionMode):
 
 
 def passing_gradients(base: nn.Module, layer: Layer, where: str | None, x: Tensor, output: Tensor) -> Tensor:
-    """The output, through which gradients reach the input.
+    """The output, with gradients that reach the input.
 
-    Kernels for integers alone pass none on. Where the weight can be dequantised they are those of that, as a Linear
-    has them; else ExecutionError is raised, for what lies before would be trained on a part of its gradient.
+    Integer kernels pass no gradients on. If the weight can be dequantised, the gradients are those of a Linear with
+    that weight. Else ExecutionError is raised, because earlier layers would be trained on a part of their gradient.
     """
     reached, severed = _reaches(output, x)
     if reached:

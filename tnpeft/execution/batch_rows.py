@@ -1,4 +1,4 @@
-"""Which adapter each row of a batch has, and how a layer's rows are parted by that and put together again."""
+"""Which adapter each row of a batch has; how a layer's rows are split by adapter and joined again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Part", "Rows", "Split"]
 
 
 class Part(NamedTuple):
-    """The rows of one adapter (None: of the base alone) among those that a layer sees."""
+    """The rows of one adapter (None: of the base alone) among those of a layer's input."""
 
     name: str | None
     start: int
@@ -21,20 +21,20 @@ class Part(NamedTuple):
     numbers: Tensor | None  # None: `length` rows from `start` on
 
     def of(self, tensor: Tensor) -> Tensor:
-        """They of a tensor; a view where they follow each other."""
+        """These rows of a tensor; a view if they are consecutive."""
         if self.numbers is None:
             return tensor if self.length == tensor.shape[0] else tensor.narrow(0, self.start, self.length)
         return tensor.index_select(0, self.numbers)
 
 
 class Split(NamedTuple):
-    """All rows that a layer sees, in parts; `back` puts them in their order again (None: they are)."""
+    """All rows of a layer's input, in parts; `back` restores their order (None if it is unchanged)."""
 
     parts: tuple[Part, ...]
     back: Tensor | None
 
     def together(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What was made of each part as one."""
+        """The results of the parts as one tensor."""
         if len(tensors) == 1:
             return tensors[0]
         joined = torch.cat([*tensors])
@@ -49,7 +49,7 @@ class Rows:
         self._splits: dict[tuple[tuple[str | None, ...], int, torch.device], Split] = {}
 
     def split(self, known: Collection[str], each: int, device: torch.device) -> Split:
-        """The rows of a layer with the adapters `known`, which sees `each` rows in a row for one of the batch."""
+        """Split the rows of a layer with the adapters `known`: `each` consecutive ones belong to a row of the batch."""
         names = tuple([name if name in known else None for name in self.names])
         if torch.compiler.is_compiling():  # a graph makes its own
             return _split(names, each, device)

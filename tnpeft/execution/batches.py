@@ -1,8 +1,8 @@
-"""What the layers of a model contract together: the clusters and delta weights that are alike, as one for all of them.
+"""What the layers of a model contract together: equal clusters and equal delta weights, in one computation.
 
-With many layers of small cores, the number of operations to start is what contracting them costs. A batch has the
-equal clusters of factored and hybrid layers, be it one alone, or the delta weights of two dense layers or more, as far
-as these are small. Batches say what belongs together, for all threads; results are a pass's.
+With many layers of small cores, the cost of contracting them is that of launching operations. A batch has the equal
+clusters of factored and hybrid layers, of one layer or more, or small delta weights of two or more dense layers.
+Batches say what belongs together, for all threads; results belong to a pass.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def sources_of(tensors: Sequence[Tensor]) -> Sources:
 
 
 class Member(NamedTuple):
-    """A base layer with one adapter, and what its cores are contracted to: clusters or a delta weight."""
+    """A base layer with one adapter, and what its cores are contracted to: clusters, or a delta weight."""
 
     base: Any
     adapter: Adapter
@@ -43,7 +43,7 @@ class Member(NamedTuple):
 
     @property
     def kind(self) -> Hashable:
-        """What members that are contracted together have in common beside the program."""
+        """What members of one batch have in common besides the program."""
         weight = self.base.weight
         return weight.device, weight.dtype == torch.float64
 
@@ -68,7 +68,7 @@ class _Places(NamedTuple):
 
 
 class Batches:
-    """The batches of some layers of a model. Once made they change no more, but for what is kept of frozen copies."""
+    """The batches of some layers of a model. They never change, except for what is kept of frozen copies."""
 
     def __init__(self, members: Sequence[Member], cache: ResultCache) -> None:
         places: dict[Adapter, dict[int, tuple[Batch, int]]] = {member.adapter: {} for member in members}
@@ -98,7 +98,7 @@ class Batches:
 
 
 class Batch:
-    """Adapters that contract something together, by the `code` of all of them."""
+    """Adapters that contract something together, with one `code` for all."""
 
     def __init__(
         self, code: Any, adapters: Sequence[Adapter], cores: Sequence[Sequence[int]], cache: ResultCache
@@ -115,8 +115,7 @@ class Batch:
         self._constants: StartConstants[Any] = StartConstants()
 
     def results(self, cores_of: TensorsOf, starts_of: TensorsOf) -> Any:
-        """Of all members, from the cores and the frozen copies of each; None where the cores do not lie together, or
-        somebody looks on."""
+        """The results of all members, from their cores and frozen copies; None on the plain path."""
         cores = {adapter: cores_of(adapter) for adapter in self._each}
         return self._contracted([cores[adapter][core] for adapter, core in self._cores], starts_of)
 

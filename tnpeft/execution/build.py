@@ -31,11 +31,10 @@ def compile(
 ) -> Adapter:
     """The adapter of `spec` (or of a shipped spec's name, or a path) for `layer`, which is only read.
 
-    A `Network`, a spec that is bound already, needs no layer unless it reads the weight: its cores are then made on the
-    default device. `name` is the layer's name in its model: with `seed` (the spec's own where None) it decides the
-    initial values. A shared core is this layer's alone: layers share what is attached to them together.
-    `mode` says how calls of the layer run, and `autotune` that `mode="auto"` times them, as for `attach`.
-    Raises SpecError and BindError.
+    A `Network` (a bound spec) needs a layer only if it reads the weight; without one its cores are made on the default
+    device. `name` is the layer's name in its model. It and `seed` (if None, the spec's own) decide the initial values.
+    A shared core is this layer's alone: only layers that are attached together share. `mode` and `autotune` are those
+    of `attach`. Raises SpecError and BindError.
     """
     if isinstance(layer, AdaptedLayer):
         layer = layer.base
@@ -52,7 +51,7 @@ def compile(
 
 
 def _bound(network: Network, layer: nn.Module | None, params: Mapping[str, float]) -> tuple[Network, nn.Module]:
-    """A network with its layer, or one of its sizes that has no values. Raises BindError where they do not fit."""
+    """A network with its layer, or one of its sizes without values. Raises BindError if they do not fit."""
     what = f"network of spec '{network.spec.name}'"
     if params:
         fix = "Give params to `spec.bind`, where sizes are worked out."

@@ -1,4 +1,4 @@
-"""How the calls of a layer with one adapter run: planned once for each size."""
+"""How the calls of a layer with one adapter run: each size is planned once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Running(NamedTuple):
 
 
 class Calls:
-    """How calls of one layer with one adapter run, by their sizes, and what is made of the adapter's frozen copy.
+    """How calls of one layer with one adapter run, by their sizes, and what is computed from the frozen copy.
 
     It belongs to the layer and is neither copied nor pickled.
     """
@@ -46,7 +46,7 @@ class Calls:
         self._planning = threading.Lock()
 
     def get(self, key: Any, make: Callable[[], Running]) -> Running:
-        """The run of a call of this size, made once for all threads: modes that are timed twice may not agree."""
+        """How a call of this size runs, decided once for all threads: timing twice might give two modes."""
         with self._planning:
             running = self.known.pop(key, None) or make()
             self.known[key] = running
@@ -57,7 +57,7 @@ class Calls:
 
     @property
     def last(self) -> Running | None:
-        """How the last call ran, with gradients or without as is the case now; failing that, the other."""
+        """How the last call ran, with or without gradients as they are enabled now; failing that, the other."""
         differentiable = torch.is_grad_enabled()
         return self._last.get(differentiable) or self._last.get(not differentiable)
 
@@ -68,9 +68,9 @@ class Calls:
         return None if last is None else last.mode
 
     def keep_plain(self, chain: ChainProgram, clusters: ClusterProgram) -> str:
-        """Keep the programs of a call whose operations somebody looks on at; the name of the attribute that has them.
+        """Keep the programs of a call on the plain path; returns the name of the attribute that has them.
 
-        A compiler guards single attributes by themselves, but tables as a whole.
+        A compiler guards each attribute separately, but a table as a whole.
         """
         key = f"_plain_{id(chain)}_{id(clusters)}"
         if key not in self.__dict__:

@@ -1,4 +1,4 @@
-"""Derived cores of layers alike as one computation: applied once a forward pass, however many layers there are."""
+"""Derived cores of equal layers as one computation, once per forward pass, however many layers there are."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DerivedResults(NamedTuple):
 
 
 class DerivedBatch:
-    """Adapters whose derived cores are made alike."""
+    """Adapters whose derived cores are computed in the same way."""
 
     def __init__(self, derivations: Derivations, adapters: Sequence[Adapter]) -> None:
         self.derivations, self.adapters = derivations, tuple(adapters)

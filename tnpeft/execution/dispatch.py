@@ -1,8 +1,8 @@
 """Which mode a call of an adapted layer runs in, and by which path.
 
-The plain path is taken where somebody looks on: a tracer, a compiler, `torch.func`, or tensors that are not torch's
-own. Layers run dense whatever their mode if they are merged or disabled, or if several adapters act on them or one at
-another scale than 1.
+The plain path is taken under observation: by a tracer, a compiler or `torch.func`, or with tensors that are not torch's
+own. Layers run dense whatever their mode if they are merged or disabled, if several adapters act on them, or if one
+acts at a scale other than 1.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def execute(site: Site, x: Tensor, *rest: Any) -> Tensor:
 
 
 def is_looked_on(site: Site, x: Tensor) -> bool:
-    """Whether a call takes the plain path. Raises ExecutionError where the weight was taken away."""
+    """Whether a call takes the plain path. Raises ExecutionError if the weight was taken away."""
     if "weight" not in site.base._parameters:
         raise taken_away(site.name, "weight")
     return needs_plain_ops(x, site.base._parameters["weight"])
 
 
 def execute_drawn(site: Site, drawn: Site, plain: bool, x: Tensor, *rest: Any) -> Tensor:
-    """`execute` with what acts on a site with masks, in the mode that the site without them has for this call."""
+    """As `execute`, for a site whose adapters have masks, in the mode that the site without masks has for this call."""
     if plain:
         return _plain(site, drawn, x, *rest)
     acting, masked = site.alone, drawn.alone
@@ -131,7 +131,7 @@ _plain_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def running_of(site: Site, acting: Acting, x: Tensor, rest: Sequence[Any]) -> Running:
-    """How a call with this input runs; decided once, for activation checkpointing must find the same again."""
+    """How a call with this input runs; decided once, because activation checkpointing must get the same again."""
     adapter = acting.adapter
     training = adapter.mode != "auto" or (torch.is_grad_enabled() and _takes_gradients(adapter))
     size = tuple(rest[0]) if rest and rest[0] is not None else None

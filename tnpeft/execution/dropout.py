@@ -1,10 +1,10 @@
-"""Calls that leave out a part of the update at random, while the layer trains.
+"""Calls with dropout: in training, a part of the update is left out at random.
 
     y = base(x) + update(cores with masks, dropout(x))
 
-Masks are drawn from the device's generator before anything else is decided: every mode leaves out the same, and
-activation checkpointing, which sets the generator back, draws them again. The frozen copies get the masks of their
-cores, so that an update that is zero stays zero to the bit. What is made of cores with masks is this call's alone.
+Masks are drawn from the device's generator before anything else is decided. So every mode drops the same, and
+activation checkpointing, which resets the generator, draws the same again. Frozen copies get the masks of their cores,
+so that an update that is zero stays zero to the bit. What is computed from masked cores is for this call only.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ _NOWHERE = ModelResults()
 
 
 def execute_dropping(site: Site, x: Tensor, *rest: Any) -> Tensor:
-    """`execute` with adapters some of which drop something while they train.
+    """As `execute`, with adapters of which some have dropout in training.
 
-    An update that reads the layer's own input joins its weight, as ever; one that reads another is a product beside.
+    An update that reads the layer's own input is added to the weight, as usual; one with another input is a separate
+    product.
     """
     if isinstance(x, torch.fx.Proxy) or not _drops(site):
         return execute(site, x, *rest)
@@ -70,9 +71,9 @@ def _drops(site: Site) -> bool:
 
 
 def drawn(acting: Acting, x: Tensor) -> tuple[Acting, Tensor]:
-    """An adapter as this call has it, with masks on its cores, and what of the input its update reads.
+    """An adapter for this call, with masks on its cores, and the input that its update reads.
 
-    Both are what is given where nothing is dropped.
+    Both are unchanged if nothing is dropped.
     """
     adapter = acting.adapter
     dropout = adapter.dropout
@@ -84,7 +85,7 @@ def drawn(acting: Acting, x: Tensor) -> tuple[Acting, Tensor]:
 
 
 def on_its_own(site: Site, *acting: Acting) -> Site:
-    """The site where these act; nothing is kept of cores with masks."""
+    """The site on which these adapters act; no results of masked cores are kept."""
     masked = any(isinstance(each.adapter, _Masked) for each in acting)
     alone = acting[0] if len(acting) == 1 and acting[0].scale == 1.0 else None
     return site._replace(acting=acting, alone=alone, results=_NOWHERE if masked else site.results)

@@ -1,8 +1,8 @@
-"""What the layers of a model make of their cores, and how long it lives: for one forward pass, or while accumulating.
+"""What the layers of a model compute from their cores, and its lifetime: one forward pass, or while accumulating.
 
-A pass belongs to the thread that opens it, and what it made dies with it. A layer that is called outside of a pass of
-its thread, or within activation checkpointing, which must see the same operations when it calls a layer again,
-contracts its own.
+A pass belongs to the thread that opens it, and its results end with it. A layer that is called outside a pass of its
+thread contracts its own cores. So does a layer within activation checkpointing, which must see the same operations when
+it calls the layer again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Sum(NamedTuple):
 
 
 class Sums:
-    """The sums that adapted parameters read as, during a forward pass of the model or a call of their owner."""
+    """The sums that reading adapted parameters gives, during a forward pass of the model or a call of their owner."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[Any, bool, bool], _Sum] = {}
@@ -53,11 +53,11 @@ class Sums:
 
     @property
     def is_open(self) -> bool:
-        """Whether saved tensors go where they went when it was made: what checkpointing calls again makes its own."""
+        """Whether hooks on saved tensors are as at its start: what checkpointing calls again makes its own sums."""
         return self._hooks == saved_tensor_hooks()
 
     def once(self, key: Any, adapters: Sequence[Adapter], weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """A sum of `weight` and updates of `adapters`, made once as long as they, and it, are as they were."""
+        """The sum of `weight` and updates of `adapters`, computed once as long as none of them changes."""
         asked = key, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         stored = [weight, *(tensor for adapter in adapters for tensor in adapter.stored)]
         known = self._sums.get(asked)
@@ -110,9 +110,9 @@ class ForwardPass:
         return total if current else None
 
     def results(self, batch: Batch) -> Any:
-        """Of all members of a batch, made when the first of them asks; None where their tensors do not lie together.
+        """The results of all members of a batch, computed when the first asks; None on the plain path.
 
-        Those of a layer may be on its device only while it is called, as when weights are offloaded.
+        With offloaded weights a layer's tensors are on its device only while it is called.
         """
         key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         known = self._results.get(key)
@@ -140,7 +140,7 @@ class ForwardPass:
         return self._starts[key]
 
     def light(self, adapter: Adapter) -> Light:
-        """The derived cores that it has in common with layers alike, made for all of them when the first one asks."""
+        """The derived cores that it shares with equal layers, computed for all of them when the first asks."""
         batch = self._derived.get(adapter)
         if batch is None:
             return None
@@ -176,7 +176,7 @@ class _Anew:
 class ModelResults(_Anew):
     """What the layers of one model have made: in the open pass of each thread, and while `accumulating` in all.
 
-    Layers of one model have the same one.
+    All layers of a model have the same object.
     """
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ class ModelResults(_Anew):
         self._thread = _Thread()
 
     def forget(self) -> None:
-        """After a change of the layers, of their adapters or scales."""
+        """Drop all results, after a change of the layers, their adapters or scales."""
         self.cache.forget()
         self._thread.current = None
 
@@ -208,7 +208,7 @@ class ModelResults(_Anew):
 
     @property
     def sums(self) -> Sums | None:
-        """Where sums are kept just now: by the pass of this thread or, within checkpointing, by the owner's call."""
+        """Where sums are kept now: in the pass of this thread or, within checkpointing, in the owner's call."""
         current = self.current
         sums = self._thread.sums if current is None else current.sums
         return sums if sums is not None and sums.is_open else None
@@ -221,7 +221,7 @@ class ModelResults(_Anew):
 
     @property
     def rows(self) -> Rows | None:
-        """The adapters of the rows of this thread's batches; None where all rows have what acts."""
+        """The adapters of the rows of this thread's batches; None if all rows have what acts."""
         return self._thread.rows
 
     @rows.setter
@@ -240,10 +240,10 @@ class Batching(_Anew):
         self._reads = False
 
     def new_pass(self, layers: Callable[[], Sequence[tuple[Any, Acting]]], results: ModelResults) -> ForwardPass | None:
-        """A pass in which layers run in the mode that they were given, or as they did when they were called last.
+        """A pass in which layers run in the mode that they were given, or in that of their last call.
 
-        `layers` finds the base layers on which one adapter acts at scale 1, with it. None where no batch has any, and
-        no parameter is read.
+        `layers` finds the base layers on which one adapter acts at scale 1, each with it. None if no batch has any of
+        them, and no adapted parameter is read.
         """
         if self._layers is None:
             self._layers = layers()

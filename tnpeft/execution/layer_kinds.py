@@ -1,4 +1,4 @@
-"""The adapted layers that there are, one class for each call convention of torch's layers."""
+"""The classes of adapted layers: one for each call convention of torch's layers."""
 
 from __future__ import annotations
 

@@ -70,11 +70,11 @@ _LOADING = "_tnpeft_loading"
 class AdaptedLayer(Resident, nn.Module):
     """A frozen layer whose weight carries the updates of named adapters.
 
-    The base layer's tensors are registered here, under its own names, and so a state dict has the plain model's
-    names. `weight` and `bias` are the effective ones, other attributes (`stride`, `in_channels`, ...) are the base
+    The base layer's tensors are registered here under their own names, so that a state dict has the plain model's
+    names. `weight` and `bias` are the effective ones; other attributes (`stride`, `in_channels`, ...) are the base
     layer's. `scales` holds the active adapters. Nothing here writes into a base tensor.
 
-    TorchScript takes the tensors in the tables for `weight` and `bias`, those of a merged layer.
+    TorchScript takes `weight` and `bias` from the tables: those of a merged layer.
     """
 
     _ways: ClassVar[Ways] = Ways(execute, execute_dropping, execute_rows)
@@ -119,7 +119,7 @@ class AdaptedLayer(Resident, nn.Module):
 
     @property
     def place(self) -> tuple[nn.Module, str, str]:
-        """Where the weight stands: the module, its table, and the key."""
+        """Where the weight is: the module, its table, and the key."""
         return self.base, "_parameters", "weight"
 
     @property
@@ -144,12 +144,12 @@ class AdaptedLayer(Resident, nn.Module):
         return self._calls.setdefault(name, Calls())  # a copy begins without
 
     def chosen(self, name: str) -> str | None:
-        """The mode in which the layer runs, as far as it was called, if that is another than was asked for."""
+        """The mode in which the layer last ran, if it is another than the one asked for; else None."""
         mode = self.calls(name).mode
         return None if mode == self.adapter(name).mode else mode
 
     def act(self, scales: Mapping[str, float], results: ModelResults | None = None) -> None:
-        """Let these adapters act; `results` is where the model's layers keep what they make."""
+        """Let these adapters act; `results` is where the model's layers keep their results."""
         self.__dict__["scales"] = dict(scales)
         if results is not None:
             self.__dict__["results"] = results
@@ -175,12 +175,12 @@ class AdaptedLayer(Resident, nn.Module):
 
     @property
     def alone(self) -> Acting | None:
-        """The only adapter that acts, if it does so at scale 1, on a layer that is not merged; disabled or not."""
+        """The only adapter that acts, if its scale is 1 and the layer is not merged; also while it is disabled."""
         return None if self.merged else self._site_of(self.scales).alone
 
     @property
     def replaced_parts(self) -> tuple[str, ...]:
-        """Submodules of the base in whose place another layer computes, and which that does not have."""
+        """Submodules of the base that a layer which computes in its place does not have."""
         return ()
 
     @property
@@ -195,7 +195,7 @@ class AdaptedLayer(Resident, nn.Module):
         return adapter
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Carry one more adapter, or another in one's place, which does not act before `act` says so."""
+        """Carry one more adapter, or replace one; it does not act before `act` says so."""
         self.adapters[_key(name)] = adapter.train(self.training)
         self._calls.pop(name, None)
 
@@ -205,7 +205,7 @@ class AdaptedLayer(Resident, nn.Module):
         self.act({known: scale for known, scale in self.scales.items() if known != name})
 
     def merge(self) -> None:
-        """Compute the effective weight and put it where the base weight stands, which is parked."""
+        """Compute the effective weight and put it in place of the base weight, which is parked."""
         owner, table, key = self.place
         with present(owner), torch.inference_mode(False), torch.no_grad():
             scales, base_weight = acting_scales(owner, key), own(owner, table, key)
@@ -224,14 +224,14 @@ class AdaptedLayer(Resident, nn.Module):
         self._settle()
 
     def disable(self, disabled: bool) -> None:
-        """Compute what the base layer computes, merged or not, or no more."""
+        """With `disabled`, compute what the base layer computes, merged or not; else stop doing so."""
         self.disabled = disabled
         if is_parked(*self.place):
             show(*self.place, parked_key(ORIGINAL, self.place[2]) if disabled else None)
         self._settle()
 
     def keep_merged(self) -> None:
-        """Leave the merged weight to the base layer as its own; the old one is not written."""
+        """Give the merged weight to the base layer as its own; the old weight is not written to."""
         self.disable(False)
         keep(*self.place, acting(*self.place))
         self.merged = False
@@ -310,7 +310,7 @@ class AdaptedLayer(Resident, nn.Module):
 
     @property
     def where(self) -> str | None:
-        """The layer for a message."""
+        """The layer's name for a message."""
         return f"layer '{self.layer_name}'" if self.layer_name else None
 
     def __getattr__(self, name: str) -> Any:
@@ -362,7 +362,7 @@ class AdaptedLayer(Resident, nn.Module):
             self._adopt_earlier()
 
     def _adopt_earlier(self) -> None:
-        """A pickle of the time when the base layer was a module below this one, and merged weights were buffers."""
+        """Adopt an old pickle, in which the base layer is a module below this one and merged weights are buffers."""
         merged = self._buffers.pop("_merged", None)
         self._take(self._modules.pop("base"))  # type: ignore[arg-type]
         self.merged = merged is not None
@@ -376,7 +376,7 @@ def _key(name: str) -> str:
 
 
 def make_layer_again(layer: nn.Module, _incompatible: object) -> None:
-    """After `load_state_dict` the cores are others, and so is what was made of them."""
+    """Drop what was computed from the cores: after `load_state_dict` they have other values."""
     if isinstance(layer, AdaptedLayer):
         remake(layer.place[0])
         if layer.merged:

@@ -1,8 +1,8 @@
 """The modes of an adapted layer, functions of its site and an input.
 
-`dense` calls the layer once with the summed weight. `factored` adds the update of the base layer's output, made by the
-factored chain. `hybrid` computes as dense does, and takes the cores' gradients from the chain. Each has a plain path,
-differentiable operations of torch alone, which defines it; that of hybrid is dense's. `dispatch` says which is taken.
+`dense` calls the layer once with the summed weight. `factored` adds the factored chain's output to the base layer's.
+`hybrid` computes as dense does, and takes the cores' gradients from the chain. Each mode is defined by its plain path,
+which has only differentiable operations of torch; that of hybrid is dense's. `dispatch` chooses the path.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ __all__ = ["clusters_of", "dense", "plain_factored", "require_memory", "run", "s
 
 
 def run(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
-    """The output of a layer with one adapter, as it was decided."""
+    """The output of a layer with one adapter, in the mode that was decided."""
     return _MODES[running.mode](site, acting, running, x, *rest)
 
 
 def dense(site: Site, plain: bool, x: Tensor, *rest: Any) -> Tensor:
-    """One call of the layer's own function with W + ΔW; of the base layer itself where nothing acts on it.
+    """One call of the layer's own function with W + ΔW, or of the base layer itself if nothing acts on it.
 
-    The quicker gradients that adapted layers have differ from torch's in the last bits: training one adapter
-    must not depend on which layers another, idle one stands.
+    The faster gradients of adapted layers differ from torch's in the last bits. Training one adapter must not depend on
+    which layers another, idle adapter is on.
     """
     if site.idle:
         output: Tensor = site.base.forward(x, *rest)
@@ -143,7 +143,7 @@ def require_memory(adapter: Adapter, clusters: LayerClusters, x: Tensor) -> None
 def summed_weight(site: Site, weight: Tensor, plain: bool) -> Tensor:
     """W + Σ s ΔW in exactly W's strides and dtype, summed in fp32 (fp64) and rounded once.
 
-    Gradients reach the cores alone. Updates are made of the base's own weight: another than `weight` where an adapter
+    Gradients reach only the cores. Updates are computed from the base's own weight, which is not `weight` if an adapter
     trains the layer as a whole.
     """
     if not site.acting:
@@ -176,7 +176,7 @@ def summed_weight(site: Site, weight: Tensor, plain: bool) -> Tensor:
 
 
 def light_of(site: Site, adapter: Adapter) -> Light:
-    """The derived cores that a pass has made for layers alike; None outside of one."""
+    """The derived cores that a pass has computed for equal layers; None outside a pass."""
     current = site.results.current
     return None if current is None else current.light(adapter)
 

@@ -1,7 +1,7 @@
 """Opaque layers, adapted: the base layer computes as it is, and the update is added to its output.
 
-Its weight is quantised, made of other parameters, or used in a `forward` of its own: nobody reads it, or puts another
-in its place. Where its library can dequantise it, the sum may be put into a plain layer instead (`merge`).
+Its weight is quantised, computed from other parameters, or used in a `forward` of its own: it can be neither read nor
+replaced. If its library can dequantise it, a plain layer may take the sum instead (`merge`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MERGED_HOOKS = tuple(name for name in HOOKS if "state_dict" not in name)
 class AdaptedOpaque(AdaptedLayer):
     """An adapted layer whose weight cannot be read or replaced.
 
-    `weight` and `bias` are the base's own, whatever they are. State dicts are the base's, with the adapters' beside.
+    `weight` and `bias` are the base's own, whatever they are. State dicts are the base's, with the adapters' added.
     While it is merged, a plain layer with the dequantised weight and the update computes in its place.
     """
 
@@ -69,7 +69,7 @@ class AdaptedOpaque(AdaptedLayer):
 
     @property
     def alone(self) -> None:
-        """None: a forward pass contracts nothing of it together with other layers."""
+        """None, because a forward pass contracts nothing of it together with other layers."""
         return
 
     @property
@@ -80,7 +80,7 @@ class AdaptedOpaque(AdaptedLayer):
 
     @property
     def weight(self) -> Any:
-        """The effective weight where the base's is computed; else the base's own, or what its library has for it."""
+        """The effective weight if the base's is computed; else the base's own, or what its library shows as such."""
         base, site = self.base, self.site
         plain = self.__dict__.get(_PLAIN)
         if plain is not None and not self.disabled:
@@ -96,7 +96,7 @@ class AdaptedOpaque(AdaptedLayer):
         return self.base.bias
 
     def merge(self) -> None:
-        """Make the plain layer that computes with the dequantised weight and the update."""
+        """Make the plain layer whose weight is the dequantised weight plus the update."""
         if self.scales:
             base, layer = self.base, self.__dict__["layer"]
             with present(base), torch.inference_mode(False), torch.no_grad():
@@ -114,7 +114,7 @@ class AdaptedOpaque(AdaptedLayer):
         super().unmerge()
 
     def keep_merged(self) -> None:
-        """Let the plain layer be the base, which `unwrap` gives."""
+        """Make the plain layer the base, which `unwrap` then returns."""
         self.disable(False)
         self.merged = False
         self._settle()

@@ -1,7 +1,7 @@
-"""Adapted parameters: what their owner reads under their names is W + ΔW.
+"""Adapted parameters: their owner reads W + ΔW under their names.
 
 torch's parametrizations do the same, but rename the parameter in state dicts and cannot be pickled. Here the parameter
-stays where it is, and the owner's class is a subclass in which the name reads otherwise (`adapters.parked`). The
+stays where it is, and the owner's class becomes a subclass in which the name reads the sum (`adapters.parked`). The
 adapters are a module below the owner.
 """
 
@@ -33,9 +33,9 @@ __all__ = ["AdaptedParameter"]
 
 
 class AdaptedParameter(AdaptedLayer):
-    """A parameter with named adapters. It has no forward pass: the parameter's owner asks it for the sum.
+    """A parameter with named adapters. It has no forward pass: the parameter's owner reads the sum from it.
 
-    Within a forward pass of the model, or a call of the owner, the sum is made once, however often it is read.
+    Within a forward pass of the model, or a call of the owner, the sum is computed once, however often it is read.
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = [*AdaptedLayer.__jit_unused_properties__, "key"]
@@ -51,7 +51,7 @@ class AdaptedParameter(AdaptedLayer):
 
     @property
     def key(self) -> str:
-        """The name under which it hangs below the parameter's owner."""
+        """Its name among the submodules of the parameter's owner."""
         return f"{MANGLED}on_{self.base.key}"
 
     @property
@@ -60,7 +60,7 @@ class AdaptedParameter(AdaptedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """What the owner reads."""
+        """The tensor that the owner reads."""
         weight: Tensor = getattr(self.base.owner, self.base.key)
         return weight
 
@@ -107,9 +107,9 @@ class AdaptedParameter(AdaptedLayer):
         return nullcontext() if needs_plain_ops() else self.site.results.reading()
 
     def looked_up(self, rows: Tensor) -> Tensor | None:
-        """What an embedding looks up, W and ΔW each at its rows; None where the whole sum is to be read.
+        """What an embedding looks up: the rows of W and of ΔW; None if the whole sum is to be read.
 
-        In `auto`, that is for more rows than the weight has.
+        In `auto`, the whole sum is read for more rows than the weight has.
         """
         site, base = self.site, self.base
         embedding: Any = base.owner

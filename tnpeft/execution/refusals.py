@@ -17,7 +17,7 @@ def replace_own(layer: Any, name: str, value: Any) -> None:
     """Put another parameter in place of the base's own, as tying weights does.
 
     Raises ExecutionError for a merged layer, and TypeError, as torch does, for what is no parameter. Warns
-    (TnpeftWarning) where an update acts on top of it, for `weight` reads as their sum.
+    (TnpeftWarning) if an update acts on it, because reading `weight` gives their sum.
     """
     if value is not None and not isinstance(value, nn.Parameter):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -37,7 +37,7 @@ def replace_own(layer: Any, name: str, value: Any) -> None:
 
 
 def taken_away(layer_name: str, name: str, gone: bool = False) -> ExecutionError:
-    """The error for who would take `name` off a layer, to compute it from something else, or has taken it."""
+    """The error if something takes, or has taken, `name` off a layer to compute it from something else."""
     expected = "to stay what it is while adapters are attached"
     found = "something that would compute it, as weight_norm, spectral_norm and pruning do"
     fix = "Take the adapters off first, with `tnpeft.detach(model, merge=True)` to keep what they learned."

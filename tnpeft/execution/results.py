@@ -28,14 +28,14 @@ _Made = TypeVar("_Made")
 
 
 class StartConstants(Generic[_Made]):
-    """The latest result of frozen copies, kept as long as these are the same tensors, and were not written to."""
+    """The latest result from frozen copies, kept as long as these are the same tensors and are not written to."""
 
     def __init__(self) -> None:
         # One tuple, so that no thread sees a part of what another one leaves here.
         self._known: tuple[object, Sequence[Tensor], list[int], _Made] | None = None
 
     def get(self, code: object, start: Sequence[Tensor], make: Callable[[Sequence[Tensor]], _Made]) -> _Made:
-        """`make(start)`, anew if it is another `code` that asks; never kept where somebody looks on."""
+        """The result of `make(start)`, computed anew for another `code`; never kept on the plain path."""
         if needs_plain_ops(*start):  # a graph holds no tensor made elsewhere
             return make(start)
         written = versions(start)
@@ -54,7 +54,7 @@ class StartConstants(Generic[_Made]):
 class ResultCache:
     """The results of one model's layers, by a key that says what each is; nothing is kept unless it is open.
 
-    Results of adapters that got other values than by training, as when they are loaded, are forgotten.
+    Results are forgotten if an adapter gets new values other than by training, as when it is loaded.
     """
 
     def __init__(self) -> None:
@@ -84,10 +84,10 @@ class ResultCache:
     def get(
         self, key: Hashable, adapters: Sequence[Adapter], others: Sequence[Tensor], inputs: Sequence[Tensor], make: Make
     ) -> tuple[Tensor, ...]:
-        """`make(inputs)`, made once as long as it is made of the same tensors: those of `adapters`, and `others`.
+        """The result of `make(inputs)`, computed once as long as the tensors of `adapters`, and `others`, are the same.
 
-        Gradients reach `inputs`. Nobody else may write to the results. Where hooks are around saved tensors, as under
-        activation checkpointing, results are made anew and not kept: what is saved belongs to that forward pass.
+        Gradients reach `inputs`. Nobody else may write to the results. If there are hooks on saved tensors, as under
+        activation checkpointing, results are computed anew and not kept: what is saved belongs to that forward pass.
         Raises ExecutionError if a tensor that trains, or one of `others`, has been written to since.
         """
         if not self.opened or needs_plain_ops() or torch.is_inference_mode_enabled() or is_split(*adapters):

@@ -2,8 +2,8 @@
 
     y[i] = base(x[i]) + update of the i-th row's adapter (x[i])
 
-The base computes all rows at once. Where a layer sees more rows than the batch has (tokens of all sequences one after
-the other, windows of images), each row of the batch stands for as many of them in a row.
+The base computes all rows at once. If a layer's input has k times as many rows as the batch (tokens of all sequences
+one after the other, windows of images), each row of the batch stands for k consecutive ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["execute_rows", "updates_of_rows"]
 
 
 def execute_rows(site: Site, x: Tensor, *rest: Any) -> Tensor:
-    """The output of a layer some of whose adapters act on rows of their own; the usual one in threads without any."""
+    """The output of a layer with adapters for single rows; the usual output in threads without rows."""
     rows = site.results.rows
     if rows is None:
         output: Tensor = site.usual.way(site.usual, x, *rest)
@@ -42,7 +42,7 @@ def execute_rows(site: Site, x: Tensor, *rest: Any) -> Tensor:
 
 
 def updates_of_rows(site: Site, layer: Layer, called: BaseCall, output: Tensor) -> Tensor:
-    """The output of an opaque layer, some of whose adapters act on rows of their own."""
+    """The output of an opaque layer with adapters for single rows."""
     rows = site.results.rows
     if rows is not None:
         return _with_rows(site, rows, layer, called, output)
@@ -69,7 +69,7 @@ def _updated(site: Site, name: str, layer: Layer, called: BaseCall) -> Tensor:
 
 
 def _rows_for_each(site: Site, rows: Rows, layer: Layer, x: Tensor) -> int:
-    """How many rows a layer sees for each of the batch's. Raises ExecutionError where they do not come out even."""
+    """How many rows of a layer's input there are for each row of the batch. Raises ExecutionError for a remainder."""
     unbatched = x.dim() < (len(layer.kernel_size) + 2 if layer.kernel_size else 2)
     if not unbatched and not x.is_nested and x.shape[0] % len(rows.names) == 0:
         return x.shape[0] // len(rows.names)

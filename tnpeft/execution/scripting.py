@@ -1,7 +1,7 @@
 """Merged layers as `torch.jit.script` compiles them: their own function with the merged weight, without adapters.
 
-TorchScript knows one number of axes for each of torch's convolutions; the function below, on which they all rest, takes
-any.
+In TorchScript each of torch's convolutions has a fixed number of axes; the function below, on which they are all based,
+takes any number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["convolution", "hidden_attributes", "margins", "missing_padding", "re
 
 
 def refuse_unmerged(layer: Any) -> None:
-    """Raises ExecutionError where the layer's weight is more than one tensor, or not the one that acts."""
+    """Raises ExecutionError if the layer's effective weight is not a single tensor in its table."""
     if layer.merged and not layer.disabled:
         return
     name = next((layer.adapter(name).layer_name for name in layer.names), "")
@@ -30,13 +30,13 @@ def refuse_unmerged(layer: Any) -> None:
 
 
 def hidden_attributes(layer: nn.Module) -> list[str]:
-    """What TorchScript need not know of a layer: its adapters, and tensors that are parked beside its own."""
+    """Attributes of a layer to hide from TorchScript: its adapters, and tensors that are parked beside its own."""
     parked = [key for table in (layer._parameters, layer._buffers) for key in table if key.startswith(MANGLED)]
     return ["adapters", "results", "site", *parked]
 
 
 def margins(base: nn.Conv3d) -> list[int]:
-    """What a convolution pads its input with before it is called, from the last axis to the first; nothing of zeros."""
+    """How much a convolution pads its input before its call, from the last axis to the first; none for zero padding."""
     if base.padding_mode == "zeros" and base.padding != "same":
         return []
     return list(base._reversed_padding_repeated_twice)

@@ -1,4 +1,4 @@
-"""An adapted layer as the modes see it: the base layer, how it is called, and what acts on it."""
+"""An adapted layer for the modes: the base layer, how it is called, and what acts on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Ways(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Where adapters act. A merged layer has none that do; one that is `idle` computes as its base layer does."""
+    """A place where adapters act. On a merged layer none do; an `idle` one computes what its base layer does."""
 
     name: str  # of the layer in its model, as its adapters know it
     base: Any  # the wrapped layer, whose `weight` and `bias` are those that act

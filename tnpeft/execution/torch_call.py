@@ -18,7 +18,7 @@ __all__ = ["add_weight", "as_autocast_has_it", "call_of", "chain_input", "convol
 
 
 def call_of(base: Any, layer: Layer, shape: Sequence[int], output_size: Any, device: str) -> Call | None:
-    """The call of `base` with an input of this shape; None where it has no elements or does not fit.
+    """The call of `base` with an input of this shape; None if the input has no elements or does not fit.
 
     Convolutions with a padding mode other than zeros are called unpadded, on their padded input.
     """
@@ -37,7 +37,7 @@ def call_of(base: Any, layer: Layer, shape: Sequence[int], output_size: Any, dev
 
 
 def chain_input(base: Any, x: Tensor) -> Tensor:
-    """What the chain of a convolution reads: its input, padded where the padding is not of zeros."""
+    """What the chain of a convolution reads: its input, padded if the padding mode is not zeros."""
     if getattr(base, "padding_mode", "zeros") == "zeros":
         return x
     return functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
@@ -52,7 +52,7 @@ def as_autocast_has_it(x: Tensor) -> Tensor:
 
 
 def convolved(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The output of a convolution whose gradients are quicker than torch's; None where torch's own are to be taken."""
+    """The output of a convolution with gradients faster than torch's; None if torch's own are to be taken."""
     if needs_plain_ops(x, weight) or base.groups != 1 or base.padding_mode != "zeros":
         return None
     befores = []

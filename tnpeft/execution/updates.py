@@ -2,8 +2,8 @@
 
     y = base(x) + sum of s chain(x) + (sum of s dW) x
 
-Chains are of the adapters that run factored, dW of all others. The base weight W has no part in it: that of an opaque
-layer cannot be read, and elsewhere the update may read another input than the base, or some of its rows.
+There are chains for the adapters that run factored, and one dW for all others. The base weight W is not used: that of
+an opaque layer cannot be read, and elsewhere the update may read another input than the base, or only some of its rows.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 
 
 def with_updates(site: Site, layer: Layer, called: BaseCall, output: Tensor) -> Tensor:
-    """The output with the updates of all that acts, rounded once for each of them; that of a plain layer is used up."""
+    """The output plus all acting updates, rounded once for each; a plain layer's `output` may be overwritten."""
     plain = needs_plain_ops(called.x)
     with nullcontext() if plain else without_inference_gradients():
         return _with_updates(site, layer, called, output, plain)

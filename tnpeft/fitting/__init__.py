@@ -1,4 +1,4 @@
-"""From data to adapters: fits, tangent spaces, an adapter of a checkpoint, the rank of a budget, ranks that shrink."""
+"""Fits, tangent spaces, an adapter from a checkpoint, the rank for a budget, and truncation."""
 
 from tnpeft.fitting.budget import Budget, BudgetRow, budget
 from tnpeft.fitting.extract import ExtractedLayer, Extraction, Unexplained, check_tensors, extract

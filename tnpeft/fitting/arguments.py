@@ -1,4 +1,4 @@
-"""What `fit` and its kin are given, checked."""
+"""Checks of the arguments of `fit`, `extract` and `truncate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`budget`: the largest rank whose adapter trains no more than so many parameters."""
+"""`budget`: the largest rank whose adapter trains at most a given number of parameters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHOWN = 3  # neighbours of the answer on each side
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """One rank: the elements of all cores, and all that trains; `share` is of the budget."""
+    """One rank: the elements of all cores, and of all that trains; `share` is relative to the budget."""
 
     value: int
     cores: int
@@ -48,9 +48,10 @@ class BudgetRow:
 class Budget:
     """The largest adapter within a budget of trainable parameters.
 
-    `value` of the param `param` is the answer, for every spec but the `fixed` ones; `cores`, `bias`, `norm` and `also`
-    add up to `total`. `specs` has the value of `param` in each spec that has it, `rows` the neighbouring ranks. Of
-    several params `values` has each by name; `param` is the first of them, `value` the rank that all have at least.
+    The answer is `value`, for the param `param` of every spec but the `fixed` ones. `cores`, `bias`, `norm` and `also`
+    add up to `total`, in elements. `specs` has the value of `param` in each spec that has it, `rows` the counts at
+    nearby ranks. If several params were solved for, `values` has each by name, `param` is the first name, and `value`
+    is the rank that all have at least.
     """
 
     what: str
@@ -70,7 +71,7 @@ class Budget:
 
     @property
     def settings(self) -> dict[str, int]:
-        """What to pass to `attach`; with fixed specs, what to write at the others in the recipe."""
+        """The params to pass to `attach`; with fixed specs, those to write for the other specs in the recipe."""
         return dict(self.values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -108,16 +109,16 @@ def budget(
 ) -> Budget:
     """The largest value of a spec's param (its rank `r`) with which at most `params` parameters train.
 
-    `what`, `match`, `exclude`, `kinds`, `layers`, `ranks`, `train`, `scopes` and `settings` are those of `attach`. All
-    specs of a recipe get the same value, but for the ones named in `fixed`, which keep the recipe's, and for layers to
-    which `ranks` gives one. Biases, norms and whatever else the recipe trains count
-    too; a core that layers share counts once.
+    `what`, `match`, `exclude`, `kinds`, `layers`, `ranks`, `parameters`, `train` and `scopes` are those of `attach`,
+    and `settings` its params. All specs of a recipe get the same value. The specs named in `fixed` keep the recipe's,
+    and layers keep what `ranks` gives them. Biases, norms and whatever else the recipe trains count too; a core that
+    layers share counts once.
 
-    Several params, the ranks of a network's bonds, say, are solved for together: all get the largest equal value, and
-    then, one after another in the order that they are named in, one more each while that fits.
-    Only sizes are worked out: the model may be on the meta device.
+    Several params, such as the ranks of a network's bonds, are solved for together: all get the largest equal value.
+    Then each in turn, in the order of their names in `param`, gets one more while that fits. Only sizes are worked out:
+    the model may be on the meta device.
 
-    Raises SpecError, BindError or AttachError, among them one for a budget that not even rank 1 meets.
+    Raises SpecError, BindError or AttachError, also for a budget that not even rank 1 meets.
     """
     if isinstance(params, bool) or not isinstance(params, int) or params < 1:
         fix = "For example `params=600_000`."
@@ -165,7 +166,7 @@ def _check_names(recipe: Recipe, param: str, fixed: Sequence[str]) -> None:
 
 
 class _Place(NamedTuple):
-    """An adapted layer: what decides on the size and the sharing of its cores."""
+    """An adapted layer: all that determines the size and the sharing of its cores."""
 
     entry: Entry
     layer: Layer
@@ -175,7 +176,7 @@ class _Place(NamedTuple):
 
 
 class _Counts:
-    """What the recipe trains on the model at each value of the param; a spec meets each kind of layer once."""
+    """What the recipe trains on the model at each value of the param; a spec is bound once to each kind of layer."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, params: tuple[str, ...], fixed: tuple[str, ...]) -> None:
         self.recipe, self.params, self.param, self.fixed = recipe, params, params[0], fixed
@@ -235,7 +236,7 @@ class _Counts:
         raise error
 
     def _largest(self, smallest: int, params: int) -> int | None:
-        """Doubling, then halving; then what lies around is looked at, in case counts fall again."""
+        """Doubling, then halving; then nearby values are tried, in case counts fall again."""
         low, high = smallest, smallest + 1
         while self._total(high) <= params:
             low, high = high, high * 2
@@ -251,7 +252,7 @@ class _Counts:
         return best
 
     def _most(self) -> int | None:
-        """Where every value fits, the smallest of those that train the most; None where all train as much."""
+        """If every value fits, the smallest of those that train the most; None if all train equally many."""
         tried = dict.fromkeys(value for value, _ in self.known)
         totals = {value: self._total(value) for value in tried if self._total(value) != float("inf")}
         most = max(totals.values())

@@ -29,8 +29,8 @@ _DIFFERENT = "Pass the change of tensors that the base has, in their shapes."
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a safetensors file, of a folder with one such file or shards and their index, or of a torch file.
 
-    A torch file must hold a state dict and nothing else; no code of it is run. A tensor is read when it is asked for
-    and not kept. Raises AdapterFileError for what cannot be read.
+    A torch file must hold a state dict and nothing else; none of its code is run. A tensor is read when it is asked
+    for, and not kept. Raises AdapterFileError for what cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -59,9 +59,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 class Changed(Mapping[str, Tensor]):
-    """A base with a change added, in float64 where there is one; what the change does not name is as it was.
+    """A base with a change added in float64; tensors that the change does not name are as they were.
 
-    Raises AdapterFileError for a change of what the base does not have.
+    Raises AdapterFileError for a change of a tensor that the base does not have.
     """
 
     def __init__(self, base: Checkpoint, change: Checkpoint) -> None:
@@ -104,7 +104,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _listed(index: Path) -> list[Path]:
-    """The shards that an index names, which must stand beside it."""
+    """The shards that an index names, which must be in its folder."""
     try:
         names = set(json.loads(index.read_bytes())["weight_map"].values())
         files = [index.parent / name for name in sorted(names)]
@@ -142,7 +142,7 @@ def _opened(file: Path) -> Any:
 def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Give a model on the meta device the checkpoint's values, in the model's own types; tied tensors stay tied.
 
-    Buffers that no checkpoint holds stay on meta: nothing here runs the model. Raises AttachError.
+    Buffers that no checkpoint holds stay on meta, because the model is not run. Raises AttachError.
     """
     check_tensors(base_tensors(model), checkpoint, parameter_groups(model), f"checkpoint {checkpoint.path}")
     found = {**slots(model), **slots(model, "_buffers")}

@@ -1,4 +1,4 @@
-"""Sums of products over labelled tensors, in an order that is found once."""
+"""Sums of products over labelled tensors, in a contraction order that is found once and cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Torch files: the state dict that one holds, or the line of Python that makes safetensors of another."""
+"""Torch files: the state dict in one, or the line of Python that turns another into safetensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LONGEST = 100  # characters of a place
 
 
 def state_dict_of(path: Path) -> Mapping[str, Tensor] | None:
-    """The tensors of a file that holds a state dict and nothing else, each whole in the file; None for any other."""
+    """The tensors of a file that holds a state dict and nothing else, with each tensor whole; None for other files."""
     content = _content(path)
     if not isinstance(content, Mapping) or not content:
         return None
@@ -28,7 +28,7 @@ def state_dict_of(path: Path) -> Mapping[str, Tensor] | None:
 
 
 def how_to_convert(path: Path) -> str:
-    """The advice for a zip of `torch.save` with one state dict or several; no code is run."""
+    """The advice for a zip file of `torch.save` with one or several state dicts; no code is run."""
     places = sorted(_places(_content(path)), key=lambda place: -place[1])
     target = path.with_suffix(_ENDING).name
     misnamed = path.suffix == _ENDING  # torch reads a path by its ending

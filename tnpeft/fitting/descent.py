@@ -1,4 +1,4 @@
-"""The two ways down: alternating least squares, and gradients of the whole network."""
+"""How a fit descends: alternating least squares, and gradients of the whole network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STIFFER, STIFFEST = 1e3, 1e-4  # the ridge grows so, and so far, where rounding 
 
 @dataclass
 class Descent:
-    """Cores on their way, the relative error after each sweep or step, and whether more would bring more."""
+    """The current cores, the relative error after each sweep or step, and whether more of them would help."""
 
     cores: Cores
     errors: list[float]
@@ -34,9 +34,9 @@ class Descent:
 def alternate(problem: Problem, descent: Descent, sweeps: int, tolerance: float) -> Descent:
     """Alternating least squares: every sweep solves for each core once; then a step is tried in the same direction.
 
-    Ends where the error no longer falls by `tolerance` of itself in a sweep. It never rises: where more parameters
-    than the network can use leave a core to rounding, the sweep is taken back and the cores are held more firmly.
-    Cores behind maps that are not linear stay as they are.
+    It ends when a sweep no longer lowers the error by a share of `tolerance`. The error never rises: if surplus
+    parameters leave a core to rounding, the sweep is undone and the ridge is raised. Cores behind nonlinear maps stay
+    as they are.
     """
     if not problem.solved_for:
         return descent
@@ -66,7 +66,7 @@ def alternate(problem: Problem, descent: Descent, sweeps: int, tolerance: float)
 
 
 def _further(problem: Problem, before: Cores, cores: Cores, error: float, sweep: int) -> tuple[Cores, float]:
-    """The cores a step further on the way they went, if that is better (Bro 1998: by the cube root of the sweep)."""
+    """The cores extrapolated along their last step, if that is better (Bro 1998: by the cube root of the sweep)."""
     factor = sweep ** (1 / 3)
     guess = {name: before[name] + factor * (core - before[name]) for name, core in cores.items()}
     guessed = problem.error(guess)
@@ -74,7 +74,7 @@ def _further(problem: Problem, before: Cores, cores: Cores, error: float, sweep:
 
 
 def balanced(problem: Problem, cores: Cores) -> Cores:
-    """The same networks of cores of about the same size: each is scaled so that every term stays what it is."""
+    """Cores scaled to about equal size, so that every term keeps its value."""
     if not problem.multilinear:
         return cores
     names = list(cores)
@@ -89,7 +89,7 @@ def balanced(problem: Problem, cores: Cores) -> Cores:
 
 
 def adam(problem: Problem, descent: Descent, steps: int, rate: float = 0.02) -> Descent:
-    """Adam on cores brought to size one each, its rate falling to zero as half a cosine; the best cores seen."""
+    """Adam on cores that are scaled to size one, with a cosine rate down to zero; returns the best cores seen."""
     scaled, parameters = _scaled(descent.cores)
     optimizer = torch.optim.Adam(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -112,7 +112,7 @@ def adam(problem: Problem, descent: Descent, steps: int, rate: float = 0.02) -> 
 
 
 def quasi_newton(problem: Problem, descent: Descent, steps: int) -> Descent:
-    """L-BFGS on cores brought to size one each, for the long flat valleys that stop alternating least squares."""
+    """L-BFGS on cores that are scaled to size one, for long flat valleys that stop alternating least squares."""
     scaled, parameters = _scaled(descent.cores)
     optimizer = torch.optim.LBFGS(
         parameters,

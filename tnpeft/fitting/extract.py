@@ -49,7 +49,7 @@ _SHOWN = 3  # tensors named in an error
 
 @dataclass(frozen=True)
 class ExtractedLayer:
-    """One layer: the norm of its full update, and what its adapter makes of it, counted from which frozen copy.
+    """One layer: the norm of its full update, and how well its adapter fits it.
 
     See `Fit`.
     """
@@ -77,10 +77,11 @@ class Unexplained:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What became of a full fine-tune.
+    """The adapter that was made of a full fine-tune, and what it leaves out.
 
-    `layers` are the adapted ones, `copied` the biases, norms and statistics that the adapter carries as they are tuned,
-    and `unexplained` what changed beside them, the largest first. `norm` is that of the whole change.
+    `layers` are the adapted ones. `copied` names the biases, norms and statistics whose tuned values the adapter
+    carries. `unexplained` has all other tensors that changed, the largest change first. `norm` is that of the whole
+    change.
     """
 
     handle: Handle
@@ -99,7 +100,7 @@ class Extraction:
 
     @property
     def missing(self) -> float:
-        """The norm of all that is unexplained."""
+        """The norm of all changes in `unexplained`."""
         return math.sqrt(sum(row.norm**2 for row in self.unexplained))
 
     def as_dict(self) -> dict[str, Any]:
@@ -148,10 +149,11 @@ def extract(
 ) -> Extraction:
     """Turn a full fine-tune of `model` into an adapter on it; `save` then writes its file.
 
-    `model` holds the base weights and `tuned` the state dict of the fine-tune, of which one tensor is read at a time.
-    The other arguments are those of `attach`, `method` and `iterations` those of `fit`. Every layer that the recipe
-    names is fitted to the change of its weight; the biases and norms that the recipe trains, and the norms' running
-    statistics, are taken as they are. `progress` is called after each layer, with its number and how many there are.
+    `model` holds the base weights, and `tuned` is the fine-tune's state dict, which is read one tensor at a time.
+    `method` and `iterations` are those of `fit`, the other arguments those of `attach`. For every layer that the recipe
+    names, an adapter is fitted to the change of its weight. The biases and norms that the recipe trains, and the norms'
+    running statistics, are copied. `progress` is called after each layer, with its result, its number and how many
+    there are.
 
     Raises SpecError, BindError or AttachError; the model is then as it was.
     """
@@ -191,7 +193,7 @@ def check_tensors(
     groups: Iterable[tuple[str, ...]],
     what: str = "tuned checkpoint",
 ) -> None:
-    """Names and shapes must be those of the model; of a tied tensor one name is enough. Raises AttachError."""
+    """Raises AttachError unless names and shapes are those of the model; for a tied tensor one name is enough."""
     tied = {name: names for names in groups for name in names}
     missing = [name for name in base if not any(other in tuned for other in tied.get(name, (name,)))]
     odd = [name for name in tuned if name not in base]
@@ -219,7 +221,7 @@ def check_tensors(
 
 
 def _prefix(missing: Sequence[str], odd: Sequence[str]) -> str:
-    """Wrappers put a prefix before every name."""
+    """The prefix that a wrapper put before every name, if there is one."""
     for name in odd[:1]:
         prefix = next((name.removesuffix(own) for own in missing if name.endswith(f".{own}")), None)
         if prefix:
@@ -254,7 +256,7 @@ def _extracted(
 
 
 def _refuse_opaque(adapters: Mapping[str, Adapter]) -> None:
-    """A checkpoint has no weight of an opaque layer that the update could be read off."""
+    """Raises AttachError for opaque layers: a checkpoint has no plain weight of theirs to read the update from."""
     hidden = [name for name, adapter in adapters.items() if adapter.network.layer.opaque]
     if hidden:
         fix = "Match other layers, or extract from the unquantised model."
@@ -290,7 +292,7 @@ def fitted_layer(
 
 
 def row_of(name: str, fitted: Fit, delta: Tensor, seconds: float) -> ExtractedLayer:
-    """What is reported of a layer that was fitted to an update."""
+    """The report's row for a layer that was fitted to an update."""
     network: Network = fitted.adapter.network
     norm = float(torch.linalg.vector_norm(delta))
     return ExtractedLayer(
@@ -309,7 +311,7 @@ def row_of(name: str, fitted: Fit, delta: Tensor, seconds: float) -> ExtractedLa
 
 
 def _copy(handle: Handle, changes: _Changes) -> Iterator[str]:
-    """Give the adapter the tuned values of all that trains beside the cores; every name of each."""
+    """Give the adapter the tuned values of all that trains beside the cores; returns all their names."""
     record = record_of(handle.model, handle.name)
     copies = {**trained_of(handle.model, handle.name), **statistics_of(handle.model, handle.name)}
     for names in (*record.trained, *record.statistics):
@@ -319,7 +321,7 @@ def _copy(handle: Handle, changes: _Changes) -> Iterator[str]:
 
 
 class _Changes:
-    """The fine-tune minus the base, one tensor at a time in float64; made before anything is attached."""
+    """The fine-tune minus the base, one tensor at a time in float64; it is made before anything is attached."""
 
     def __init__(self, model: nn.Module, tuned: Mapping[str, Tensor]) -> None:
         groups = parameter_groups(model)
@@ -342,7 +344,7 @@ class _Changes:
         return self.tuned_value(self.groups.get(name, (name,))).to(base.device, torch.float64) - base.to(torch.float64)
 
     def beside(self, adapted: Iterable[str], copied: Iterable[str]) -> tuple[tuple[Unexplained, ...], float]:
-        """What changed and nothing covers, and the norm of all changes but the adapted weights'; counters are none."""
+        """Changes that nothing covers, and the norm of all changes but the adapted weights'. Counters are left out."""
         seen = {id(self.base[name]) for name in adapted}
         covered = set(copied)
         total, left = 0.0, []

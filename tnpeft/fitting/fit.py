@@ -45,9 +45,9 @@ GOOD = 1e-6  # a relative error that needs no polishing
 class Fit:
     """An adapter fitted to a full update, `delta`.
 
-    `error` is |dW - delta| / |delta| in Frobenius norms, of the cores as the adapter holds them; `method` says what
-    found them, `sweeps` how often each core was solved for (with Adam: the steps), and `history` has the relative
-    error before the first of them and after each.
+    `error` is |dW - delta| / |delta| in Frobenius norms, with the cores as the adapter holds them. `method` says what
+    found them. `sweeps` says how often each core was solved for (with Adam: the number of steps). `history` has the
+    relative error before the first sweep and after each.
     """
 
     adapter: Adapter
@@ -58,17 +58,17 @@ class Fit:
 
     @property
     def relative_error(self) -> float:
-        """`error` by its full name."""
+        """`error` under its full name."""
         return self.error
 
     @property
     def captured(self) -> float:
-        """The share of delta's energy (its squared norm) that the adapter makes."""
+        """The share of delta's energy (its squared norm) that the adapter's update captures: 1 - error²."""
         return max(0.0, 1.0 - self.error**2)
 
     @property
     def frozen_copy(self) -> FrozenCopy | None:
-        """With `start: frozen_copy`: whether the copy that the update is counted from is zeros, or as it was drawn."""
+        """With `start: frozen_copy`: whether the frozen copy is `zeros`, or `drawn` as an init draws it; else None."""
         if self.adapter.network.start == "zero":
             return None
         return "drawn" if any(bool(core.any()) for core in self.adapter.start.values()) else "zeros"
@@ -96,17 +96,17 @@ def fit(
 ) -> Fit:
     """Fit a spec to a full update of a layer's weight, for example of a fine-tuned checkpoint minus its base.
 
-    `delta` has the shape of the layer's weight. `layer` is a `torch.nn` layer, a `Layer`, or a kind by name with its
-    numbers among `params`, as in `Spec.bind`. The work is done in float64 on delta's device: `als` alternates least
-    squares, one core at a time; `adam` takes gradient steps; `auto` polishes by L-BFGS what alternating least squares
-    leave in a flat valley. Cores behind maps that are not linear, and those that stand twice in a term, are found by
-    L-BFGS, or stay with `als`: such a fit is not convex, and `error` says how much is left. A network that is a tree
-    starts from singular vectors, so that one of two cores (LoRA) gets the best fit there is; other networks end in a
-    local minimum, the best that a few starts lead to.
+    `delta` has the shape of the layer's weight. `layer` is a `torch.nn` layer, a `Layer`, or the name of a kind of
+    layer with its sizes among `params`, as in `Spec.bind`. The work is done in float64 on delta's device. `als` is
+    alternating least squares, one core at a time. `adam` takes gradient steps. `auto` starts with alternating least
+    squares; where they slow down in a flat valley, L-BFGS goes on. Cores behind nonlinear maps, and cores that occur
+    twice in a term, are found by L-BFGS; `als` leaves them as they are. Their fit is not convex, and `error` says what
+    is left. A network that is a tree starts from singular vectors, so that one of two cores (LoRA) gets the best fit
+    there is. Other networks end in a local minimum, the best that a few starts lead to.
 
-    With `start: frozen_copy` the copy that the update is counted from is chosen as well: zeros, with which the network
-    is as free as with `start: zero`, or the copy as it was drawn, where that comes nearer. `frozen_copy="drawn"` (or
-    `"zeros"`) settles it: what of the update the adapter could make from the start that its training has.
+    With `start: frozen_copy` the frozen copy is chosen as well: zeros, with which the network is as free as with
+    `start: zero`, or the copy that inits draw, where that comes nearer. `frozen_copy="zeros"` or `"drawn"` fixes the
+    choice. With `"drawn"` the fit says how much of the update training could reach from its usual start.
 
     `iterations` bounds the sweeps (100) or Adam's steps (2000). Equal arguments give equal bits; `seed` and `name` are
     those of `compile`.
@@ -127,7 +127,7 @@ def fit(
 
 
 def _stand_in(network: Network, delta: Tensor, layer: object) -> nn.Module:
-    """A layer of the update's type and shape, for a network that needs nothing of the base weight's values."""
+    """A layer of the update's type and shape, for a network that does not need the base weight's values."""
     readers = (*SINGULAR_INITS, "largest", "smallest")
     cores = [core for core in network.cores if core.origin is not None or core.init.name in readers]
     if network.compose is not None or cores:
@@ -185,7 +185,7 @@ def fit_adapter(
 
 
 class _Trial(NamedTuple):
-    """A frozen copy that the update may be counted from (none with `start: zero`), and the way down that it gives."""
+    """A possible frozen copy (none with `start: zero`), and the descent from it."""
 
     start: Cores
     problem: fitting_problem.Problem
@@ -214,8 +214,8 @@ def _best_trial(
 ) -> _Trial:
     """The nearest of two ways, as the adapter would store it: with a frozen copy of zeros, and with the copy as it is.
 
-    A copy of zeros makes nothing, and leaves the network as free as with `start: zero`. The copy as it was drawn is
-    right for what training made from there; of any other update the network then reaches little.
+    A copy of zeros subtracts nothing, and leaves the network as free as with `start: zero`. The copy as drawn is right
+    for an update that training made from it; of any other update the network then reaches little.
     """
     drawn = {name: core.to(delta.device, torch.float64) for name, core in adapter.start.items()}
     zeros = {name: torch.zeros_like(core) for name, core in drawn.items()}
@@ -235,7 +235,7 @@ def _best_trial(
 def _with_factor(
     adapter: Adapter, weight: Tensor, delta: Tensor, trial: _Trial, method: Method, steps: int
 ) -> tuple[Descent, str, float]:
-    """`compose: dora`: first the network alone, then with a factor for each channel, which makes the magnitude."""
+    """`compose: dora`: first the network alone, then with a factor for each channel, which gives the magnitude."""
     network, magnitude, plain = adapter.network, adapter.magnitude, trial.problem
     problem = build_problem_with_factor(adapter, weight, delta, trial.start)
     assert magnitude is not None
@@ -278,14 +278,15 @@ def _held(adapter: Adapter, problem: fitting_problem.Problem) -> Cores:
 
 
 def _stored(adapter: Adapter, cores: Cores) -> Cores:
-    """The cores as they would be if the adapter had them."""
+    """The cores as the adapter would store them."""
     return {name: core.to(adapter.cores[name].dtype).to(core.dtype) for name, core in cores.items()}
 
 
 def _starts(problem: fitting_problem.Problem, own: Cores, both_ends: bool) -> Iterator[Cores]:
-    """Singular vectors, or the adapter's own start and random ones; one will do for a core that is alone.
+    """Starts: singular vectors, or the adapter's own start and random ones; one is enough for a single core.
 
-    Cores are solved for in their order, one of zeros first. `both_ends`: the own start is also tried from the last on.
+    Cores are solved for in their order, one of zeros first. With `both_ends` the adapter's own start is also tried in
+    reverse order.
     """
     tree = tree_start(problem)
     yield own if tree is None else tree
@@ -298,9 +299,9 @@ def _starts(problem: fitting_problem.Problem, own: Cores, both_ends: bool) -> It
 
 
 def _tried(problem: fitting_problem.Problem, starts: Iterable[Cores], method: Method, steps: int) -> Descent:
-    """The start that leads furthest down in a few sweeps, and these sweeps; all steps of Adam, which has one start.
+    """The start with the least error after a few sweeps, and these sweeps; for Adam, which has one start, all steps.
 
-    A few tell little behind maps that are not linear: of small targets every start is followed to its end.
+    Behind nonlinear maps a few sweeps tell little: for small targets every start is followed to its end.
     """
     if not problem.shapes:  # `compose: dora` may train its magnitude alone
         return Descent({}, [problem.error({})], done=True)
@@ -324,7 +325,7 @@ def _tried(problem: fitting_problem.Problem, starts: Iterable[Cores], method: Me
 
 
 def _few_sweeps(problem: fitting_problem.Problem, start: Descent, method: Method, sweeps: int) -> Descent:
-    """Least squares for the cores that they find; then, where there are others, some steps of all."""
+    """Least squares for the cores that they can solve for; then, if there are others, some steps of all cores."""
     descent = alternate(problem, start, sweeps, TOLERANCE)
     if method == "als" or not problem.curved or descent.error < GOOD:
         return descent
@@ -332,7 +333,7 @@ def _few_sweeps(problem: fitting_problem.Problem, start: Descent, method: Method
 
 
 def _finished(problem: fitting_problem.Problem, best: Descent, method: Method, steps: int) -> tuple[Descent, str]:
-    """The rest of the way down, and by what."""
+    """The rest of the descent, and the methods that made it."""
     if method == "adam":
         return best, "adam"
     if method == "auto" and problem.curved:
@@ -346,7 +347,7 @@ def _finished(problem: fitting_problem.Problem, best: Descent, method: Method, s
 
 
 def _in_turns(problem: fitting_problem.Problem, best: Descent, steps: int) -> tuple[Descent, str]:
-    """Steps of all cores, and least squares for those that they find, until neither brings much."""
+    """Steps of all cores, and least squares where they apply, in turn, until neither helps much."""
     for _ in range(TURNS):
         before = best.error
         best = quasi_newton(problem, best, steps)
@@ -359,13 +360,13 @@ def _in_turns(problem: fitting_problem.Problem, best: Descent, steps: int) -> tu
 
 
 def _curved(network: Network) -> tuple[str, ...]:
-    """The trained cores that least squares do not find."""
+    """The trained cores that least squares cannot solve for."""
     linear = linear_cores(network)
     return tuple(core.name for core in network.cores if not core.frozen and core.name not in linear)
 
 
 def _refuse_als(network: Network, method: Method) -> None:
-    """Raises BindError for a spec of which alternating least squares would leave every core as it is."""
+    """Raises BindError for `als` with a spec in which it would leave every core as it is."""
     if method != "als" or linear_cores(network) or not (curved := _curved(network)):
         return
     what = f"`method`, for spec '{network.spec.name}'"

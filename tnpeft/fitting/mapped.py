@@ -1,4 +1,4 @@
-"""The problem of a network with derived cores: its terms meet factors, which are made of the cores that are free."""
+"""The least-squares problem of a network with derived cores: its terms contract factors, made from the free cores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST_CORE, LARGEST_MATRIX = 512, 2**22  # elements of a core, and of all that
 
 
 def factors_of(network: Network, stored: Mapping[str, Tensor]) -> Cores:
-    """What the terms of a network name, by label, from all stored cores by name."""
+    """The factors of a network's terms, by label, from all stored cores by name."""
     derivations = build_derivations(network)
     layered = {core.name: stored[core.name].unsqueeze(0) for core in network.cores}
     derived = derivations.values(layered, network.derived)
@@ -31,12 +31,12 @@ def factors_of(network: Network, stored: Mapping[str, Tensor]) -> Cores:
 
 
 def linear_cores(network: Network) -> tuple[str, ...]:
-    """The trained cores in which T is linear: no term has one twice, or behind a map that is not."""
+    """The trained cores in which T is linear: no term has one twice, or behind a nonlinear map."""
     return tuple(core.name for core in network.cores if not core.frozen and _degree(network, core.name) <= 1)
 
 
 def _degree(network: Network, name: str) -> float:
-    """The highest power of a core in any term; infinite behind a map that is not linear."""
+    """The highest power of a core in any term; infinite behind a nonlinear map."""
     degrees = {core.name: float(core.name == name) for core in network.cores}
     for derived in network.derived:
         parts = (sum(degrees[each.core] for each in summand.references) for summand in derived.summands)
@@ -52,8 +52,8 @@ def _degree(network: Network, name: str) -> float:
 class MappedProblem(Problem):
     """`terms` name the factors that change, `shapes` the trained cores; `fixed` are all others as they are stored.
 
-    A core that a term names itself, and nothing else does, is solved for as in any network. Of the other `linear` ones
-    T is applied and transposed, but never written out: what maps make of a core may be as large as the weight.
+    A core that only terms name, directly, is solved for as in any network. For the other `linear` cores T is applied
+    and transposed, but never built: what maps make from a core may be as large as the weight.
     """
 
     network: Network
@@ -72,13 +72,13 @@ class MappedProblem(Problem):
         return self.inner.value(self.factors(cores))
 
     def factors(self, cores: Cores) -> Cores:
-        """What the terms name."""
+        """The factors that the terms name."""
         made = factors_of(self.network, {**self.fixed, **cores})
         return {**made, **{name: core for name, core in cores.items() if self._is_extra(name)}}
 
     @cached_property
     def inner(self) -> Problem:
-        """The same of factors, as if each were free."""
+        """The same problem in its factors, as if each were free."""
         shapes = {factor.label: factor.reference.shape for factor in self.network.factors}
         shapes |= {name: shape for name, shape in self.shapes.items() if self._is_extra(name)}
         used = {label for term in self.terms for label in term.free}
@@ -87,7 +87,7 @@ class MappedProblem(Problem):
 
     @cached_property
     def direct(self) -> Mapping[str, str]:
-        """The factors that are a trained core itself, by its name, where it stands nowhere else."""
+        """The factors that are a trained core itself and its only use, by the core's name."""
         named = [factor.reference.core for factor in self.network.factors]
         inside = {root for derived in self.network.derived for root in self.network.roots_of(derived.name)}
         alone = {name for name in self.shapes if named.count(name) == 1 and name not in inside}
@@ -95,7 +95,7 @@ class MappedProblem(Problem):
         return {name: labels[name] for name in self.shapes if name in alone}
 
     def stored(self, factors: Cores) -> Cores | None:
-        """The cores of factors; None where some factor is more than a core itself."""
+        """The cores that these factors are; None if some factor is not a core itself."""
         labels = {**self.direct, **{name: name for name in self.shapes if self._is_extra(name)}}
         if set(labels.values()) != set(self.inner.shapes) or set(labels) != set(self.shapes):
             return None
@@ -129,7 +129,7 @@ class MappedProblem(Problem):
 
 
 def _iterated(value: Callable[[Tensor], Tensor], target: Tensor, core: Tensor, constant: Tensor) -> Tensor:
-    """The same by conjugate gradients, which never write T out."""
+    """The same by conjugate gradients, which never build T."""
     with torch.enable_grad():
         leaf = core.clone().requires_grad_()
         made = value(leaf)

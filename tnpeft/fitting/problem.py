@@ -1,8 +1,8 @@
 """The least-squares problem behind a fit: a sum of networks against a target, linear in each core.
 
-Everything is labelled: the target's axes are the *rows*, one for each open leg where all terms build the weight's axis
-of the same legs, else one for the whole axis. Never is a matrix of weight x core built: for one core, the rest of the
-network meets a copy of itself, which leaves a matrix over the core's summed legs alone.
+Everything is labelled. The target's axes are the *rows*: one for each open leg if all terms build the weight's axis
+from the same legs, else one for the whole axis. A matrix of weight x core is never built. For one core, the rest of the
+network is contracted with a copy of itself, which leaves a matrix over the core's summed legs only.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Problem:
-    """Minimise |target - sum of the terms|; `norm` is what a relative error is relative to.
+    """Minimise |target - sum of the terms|; relative errors are relative to `norm`.
 
-    `shapes` has the free cores in the order they are solved for.
+    `shapes` has the free cores in the order in which they are solved for.
     """
 
     rows: Labels
@@ -56,17 +56,17 @@ class Problem:
 
     @property
     def solved_for(self) -> tuple[str, ...]:
-        """The cores that least squares find; the others are met through maps that are not linear."""
+        """The cores that least squares can solve for; the others are behind nonlinear maps."""
         return tuple(self.shapes)
 
     @property
     def multilinear(self) -> bool:
-        """Whether every term is a product of cores: factors may pass from one to another."""
+        """Whether every term is a product of cores, so that a factor may pass from one core to another."""
         return True
 
     @property
     def curved(self) -> bool:
-        """Whether least squares do not find all cores."""
+        """Whether there are cores that least squares cannot solve for."""
         return len(self.solved_for) < len(self.shapes)
 
     def value(self, cores: Cores) -> Tensor:
@@ -74,12 +74,12 @@ class Problem:
         return sum((term.scale * contract(term.operands(cores), self.rows) for term in self.terms), 0 * self._nothing)
 
     def error(self, cores: Cores) -> float:
-        """The relative error; infinite where the cores have left the numbers."""
+        """The relative error; infinite if the cores have overflowed."""
         error = float(torch.linalg.vector_norm(self.target - self.value(cores))) / self.norm
         return error if math.isfinite(error) else math.inf
 
     def solved(self, cores: Cores, name: str, ridge: float = RIDGE) -> Tensor:
-        """The best value of one core while all others stay; a greater ridge keeps it nearer to where it was."""
+        """The best value of one core while all others stay; a larger ridge keeps it nearer to its last value."""
         return self._sides[name].solved(cores, ridge)
 
     @property
@@ -98,10 +98,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Side:
-    """The problem as one core sees it: linear, and of its own for each value of the core's `kept` legs.
+    """The problem for one core: it is linear, and separate for each value of the core's `kept` legs.
 
-    `legs` are the core's axes by number. A kept one is a row, the same in every term; `common` kept axes stand in the
-    rest of the network too, so that each of their values has a normal matrix of its own. The others are summed.
+    `legs` are the core's axes by number. A kept one is a row, the same in every term. `common` kept axes are in the
+    rest of the network too, so that each of their values has its own normal matrix. The others are summed.
     """
 
     problem: Problem
@@ -225,7 +225,7 @@ class _Side:
 
 
 def direct(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """gram^-1 right, where the gram may be singular: what it does not see is left at zero."""
+    """gram^-1 right. The gram matrix may be singular: the result is zero in its null space."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     while ridge < 1:

@@ -23,7 +23,7 @@ FACTOR = "the factor of each output channel"  # no core can be called so
 def build_problem(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores) -> Problem:
     """The problem of the adapter's trainable cores for `delta`, on the base `weight`, both as the layer stores them.
 
-    `start` is the frozen copy, where the spec has one: the network itself must make the update and what the copy makes.
+    `start` is the frozen copy, if the spec has one: the target is then `delta` plus what the copy makes.
     """
     network = adapter.network
     axes = _Axes(network.plain, delta.device)
@@ -60,8 +60,8 @@ def _constant(network: Network, stored: Cores) -> Cores:
 def build_problem_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor, start: Cores) -> Problem:
     """The problem of `compose: dora`: W + delta is a factor of each output channel times (W + the network's update).
 
-    The factor is one more core, and all stays linear in each: it stands in every term, and in one more with the base
-    weight (less what a frozen copy makes).
+    The factor is one more core, and the problem stays linear in each: the factor is in every term, and in one more term
+    with the base weight (minus what a frozen copy makes).
     """
     network = adapter.network
     plain = build_problem(adapter, weight, delta, start)
@@ -81,15 +81,15 @@ def build_problem_with_factor(adapter: Adapter, weight: Tensor, delta: Tensor, s
 
 
 def vector_of_channels(network: Network, rows: Tensor) -> Tensor:
-    """What stands by the rows of the output channels, as one vector without padding."""
+    """A tensor over the rows of the output channels as one vector, without padding."""
     return rows.reshape(-1)[: network.layer.out_channels]
 
 
 class _Axes:
     """How the legs of each term make the rows of the target.
 
-    Where all terms build an axis of the same legs, these are the rows; a mask drops the entries of a padded axis. Else
-    the axis is one row, and a term meets it through an identity reshaped to its legs.
+    If all terms build an axis from the same legs, these are the rows; a mask drops the entries of a padded axis. Else
+    the axis is one row, and each term has an identity, reshaped to its legs, for it.
     """
 
     def __init__(self, network: Network, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""A stand-in for a model of which only the checkpoint is known: layers by the names and shapes of their weights."""
+"""A stand-in for a model of which only the checkpoint is known: layers are guessed from names and shapes of weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ _DEEPEST = 64  # modules in modules
 def skeleton_of(checkpoint: Mapping[str, Tensor]) -> nn.Module:
     """Modules on the meta device with the checkpoint's tensors, under their names.
 
-    `x.weight` with two axes makes a Linear of `x`, one with three to five a convolution without groups, if nothing but
-    `x.bias` stands beside it. Running statistics make a BatchNorm. All else is parameters, and buffers where it is not
-    floating.
-    Raises AttachError for names that no model has.
+    `x.weight` with two axes makes `x` a Linear, with three to five axes a convolution without groups, if there is
+    nothing else but `x.bias`. Running statistics make a BatchNorm. All else becomes parameters or, if not floating,
+    buffers. Raises AttachError for names that no model has.
     """
     tree: dict[str, Any] = {}
     for name in checkpoint:
@@ -42,7 +41,7 @@ def skeleton_of(checkpoint: Mapping[str, Tensor]) -> nn.Module:
 
 
 def note_layers(model: nn.Module, name: str) -> None:
-    """Let the adapter's file say as what each layer was fitted: `load` refuses a model that has another one there."""
+    """Note in the adapter's file which layer each was taken for: `load` refuses a model with another layer there."""
     _, state = adapted(model)
     record = state.adapters[name]
     layers = {layer: str(adapter.network.layer) for layer, adapter in adapters_of(model, name).items()}

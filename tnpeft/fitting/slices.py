@@ -1,4 +1,4 @@
-"""A stack of layers, fitted slice by slice: each has cores of its own, and the nearest of each is that of all."""
+"""A stack of layers, fitted slice by slice: slices have cores of their own, so their best fits are that of all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a fit starts from: singular vectors where the network is a tree, random cores elsewhere."""
+"""Where a fit starts: from singular vectors if the network is a tree, else from random cores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DENSE_SVD = 2**20  # elements up to which singular vectors come from the matrix 
 def random_start(problem: Problem, seed: int) -> Cores:
     """Normal cores, the same on any machine, scaled so that the network is about as large as the target.
 
-    Behind maps that are not linear no scale is known to do so: seeds take several in turn.
+    Behind nonlinear maps the right scale is not known: successive seeds take several.
     """
     generator = torch.Generator().manual_seed(seed)
     cores = {}
@@ -39,10 +39,10 @@ def random_start(problem: Problem, seed: int) -> Cores:
 
 
 def tree_start(problem: Problem) -> Cores | None:
-    """Singular vectors, one core after the other from the leaves in; None where the network is no tree.
+    """Singular vectors, core by core from the leaves inwards; None if the network is no tree.
 
-    Of two cores this is the best fit there is, of more the truncated higher-order decomposition, which is exact where
-    the target is such a network. Parts that no bond joins count as joined by a bond of size one.
+    For two cores this is the best fit there is. For more it is the truncated higher-order decomposition, which is exact
+    if the target is such a network. Parts that no bond joins count as joined by a bond of size one.
     """
     if isinstance(problem, MappedProblem):
         factors = tree_start(problem.inner) if problem.stored(problem.inner.zeros) is not None else None
@@ -65,7 +65,7 @@ def tree_start(problem: Problem) -> Cores | None:
 
 
 def _is_plain(problem: Problem, term: Term) -> bool:
-    """Whether each row stands in one core and every other label in two; a mask may stand beside them."""
+    """Whether each row is in one core and every other label in two, apart from masks."""
     places = Counter(label for labels in term.free.values() for label in labels)
     masks = all(set(labels) <= set(problem.rows) and _is_padding(tensor) for tensor, labels in term.fixed)
     rows = all(places[label] == 1 for label in problem.rows)
@@ -97,7 +97,7 @@ def _cut(rest: Operand, labels: Labels, bond: Labels, shape: tuple[int, ...]) ->
 
 
 def _split(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best matrix of a rank as two factors; what of the rank is too much is zero on the right."""
+    """The best matrix of a rank as two factors; surplus rank is zero in the right one."""
     rows, columns = matrix.shape
     if matrix.numel() <= DENSE_SVD:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)

@@ -1,7 +1,7 @@
 """The tangent space of an adapter: the directions in which a small change of its parameters moves the delta weight.
 
-J = d(dW)/d(parameters) is never built. What is needed of it comes from products with its transpose (gradients) and with
-itself (gradients of gradients), in float64.
+J = d(dW)/d(parameters) is never built. Products with its transpose (gradients) and with J itself (gradients of
+gradients) are used instead, in float64.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Blocks(NamedTuple):
 class TangentSpace:
     """The image of J = d(dW)/d(parameters) at the values that an adapter has, on one layer.
 
-    Of the trained `parameters`, `live` ones move the delta weight at all. The weight has `entries` entries, and `rank`
-    is J's; where `counted` is false, J is too large to tell, and the rank is at most this.
+    `parameters` train; `live` of them move the delta weight at all. The weight has `entries` entries. `rank` is the
+    rank of J; where `counted` is false, J is too large to count it, and `rank` is an upper bound.
     """
 
     layer: str
@@ -64,13 +64,13 @@ class TangentSpace:
 
     @property
     def share(self) -> float:
-        """The share of the directions, rank / entries: so much it holds of the energy of white noise."""
+        """The share of all directions, rank / entries: the expected share of white noise's energy that it captures."""
         return self.rank / self.entries
 
     def captured(self, delta: Tensor) -> float:
-        """The share of the energy of `delta` (its squared norm) that it holds; `delta` is shaped as the weight.
+        """The share of the energy of `delta` (its squared norm) in the space; `delta` has the weight's shape.
 
-        Where the rank is not counted, conjugate gradients may end early: it holds this much, or more.
+        Where the rank is not counted, conjugate gradients may end early: the share is then a lower bound.
         """
         delta = checked(delta, self._jacobian.shape).detach().double().to(self._jacobian.value.device).flatten()
         norm = float(delta.norm())
@@ -129,9 +129,9 @@ def tangent_space(
 def tangent_space_of(adapter: Adapter, weight: Tensor) -> TangentSpace:
     """The tangent space of an adapter at the values that its cores have; `weight` is its layer's base weight.
 
-    Cores that layers share count as if they were this layer's alone. The rank is counted from random combinations of
-    J's rows, a few more than it has columns: with probability one theirs is J's. Where parameters meet only some
-    slices of the weight (LoRA's second core: a row each), J is counted block by block.
+    Cores that layers share count as if they were this layer's alone. The rank is that of random combinations of J's
+    rows, a few more than J has columns: with probability one it equals J's. If parameters move only some slices of the
+    weight (in LoRA's second core, a row each), the rank is counted block by block.
     """
     with torch.inference_mode(False), torch.enable_grad():
         jacobian = _Jacobian(adapter, weight)
@@ -145,7 +145,7 @@ def tangent_space_of(adapter: Adapter, weight: Tensor) -> TangentSpace:
 
 
 def rank_on(spec: Spec, layer: Layer) -> int:
-    """In how many directions a spec's first steps move the weight of a layer with random values, or at most.
+    """In how many directions a spec's first steps can move the weight of a layer with random values, or an upper bound.
 
     Raises BindError.
     """

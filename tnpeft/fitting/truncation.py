@@ -1,4 +1,4 @@
-"""`truncate`: an attached adapter with smaller ranks, whose update is the nearest to the one it made."""
+"""`truncate`: an attached adapter gets smaller ranks, and an update that is nearest to its old one."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _NESTED = ("zeros", "ones", "eye", "constant", "largest", "smallest")
 
 @dataclass(frozen=True)
 class Truncation:
-    """What became of an adapter: its layers that shrank, with what each keeps of its update.
+    """The result of `truncate`: the layers that shrank, and how much of its update each keeps.
 
-    `before` and `after` count all that trains.
+    `before` and `after` count all elements that train.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Truncation:
 
     @property
     def captured(self) -> float:
-        """The share of the updates' energy (their squared norms) that is kept, of the layers that shrank."""
+        """The share of the energy of the updates (their squared norms) that is kept, over the layers that shrank."""
         whole = sum(row.norm**2 for row in self.layers)
         return max(0.0, 1.0 - sum((row.error * row.norm) ** 2 for row in self.layers) / whole) if whole else 1.0
 
@@ -78,19 +78,20 @@ def truncate(
     iterations: int | None = None,
     **params: float,
 ) -> Truncation:
-    """Shrink the ranks of an attached adapter and keep, in each layer, the nearest update that the smaller ones make.
+    """Shrink the ranks of an attached adapter; each layer keeps the update of smaller rank that is nearest to its own.
 
-    `params` are the new ones (`r=4`), `ranks` those of some layers, as `attach` takes them. Or `budget` says how many
-    parameters may train: the largest value of `param` is taken with which no more do; biases, norms and whatever else
-    trains count too. A layer that would grow stays as it is, and so do params that were given to `attach`; defaults
-    follow. `name` may be left out where one adapter is attached; `method` and `iterations` are those of `fit`.
+    `params` are the new values (`r=4`), `ranks` those of some layers, as `attach` takes them. Or `budget` says how many
+    parameters may train, and the largest value of `param` that meets it is taken; biases, norms and whatever else
+    trains count too. A layer that would grow stays as it is. Other params that were given to `attach` keep their
+    values, and defaults are worked out anew. `name` may be left out where one adapter is attached; `method` and
+    `iterations` are those of `fit`.
 
-    For LoRA the update that is kept is that of the truncated singular value decomposition; of other networks `fit` says
-    what it is. With `start: frozen_copy` the copy is chosen anew, as in `fit`. Cores are other parameters afterwards:
-    give them to an optimiser, and the model to DistributedDataParallel, anew.
+    For LoRA the truncated singular value decomposition gives the update that is kept; for other networks `fit` finds
+    it. With `start: frozen_copy` the copy is chosen anew, as in `fit`. The cores are new parameters: make a new
+    optimiser, and wrap the model in DistributedDataParallel anew.
 
-    Raises AttachError, among others for trained cores that layers share and frozen random ones that would have another
-    size, and BindError; the model is then as it was.
+    Raises BindError and AttachError, the latter also for trained cores that layers share and for frozen random cores
+    whose size would change; the model is then as it was.
     """
     check_method(method, iterations)
     if problems := [*model_problems(model)]:
@@ -116,7 +117,7 @@ def truncate(
 
 
 def _name(model: nn.Module, name: str | None) -> str:
-    """The adapter that is meant: the only one, or that of the name."""
+    """The adapter's name: the given one, or that of the only adapter."""
     known = names_of(model)
     if name is None and len(known) > 1:
         expected = f"one of {', '.join(map(repr, known))}"
@@ -129,7 +130,7 @@ def _size(handle: Handle) -> int:
 
 
 def _checked(handle: Handle) -> dict[str, Adapter]:
-    """The adapters of the layers, if they can be fitted one by one as the model stands. Raises AttachError."""
+    """The adapters of the layers, if each can be fitted by itself in the model's present state. Raises AttachError."""
     _, state = adapted(handle.model)
     refuse_disabled(state)
     refuse_merged(state)
@@ -148,7 +149,7 @@ def _checked(handle: Handle) -> dict[str, Adapter]:
 
 
 def _refuse_drawn(adapters: Mapping[str, Adapter], wanted: Mapping[str, Network]) -> None:
-    """Raises AttachError for frozen random cores of another size: training has made what it did for those that go."""
+    """Raises AttachError if frozen random cores would change their size: other cores were trained for the old ones."""
     problems = []
     for layer, network in wanted.items():
         shapes = {core.name: core.shape for core in adapters[layer].network.cores}
@@ -194,7 +195,7 @@ def _wanted(
 def _selection(
     handle: Handle, budget: object, param: str, ranks: Mapping[str, Mapping[str, float]], params: Mapping[str, Any]
 ) -> Selection:
-    """What `ranks` says, when all that is asked for makes sense. Raises AttachError."""
+    """The selection of `ranks`, once all arguments are checked. Raises AttachError."""
     if budget is None and not params and not ranks:
         fix = "For example `r=4`, or a number of parameters."
         raise AttachError(Problem("truncate", "a budget or smaller params", "neither", fix))
@@ -224,7 +225,7 @@ def _selection(
 
 
 def _smaller_ones(networks: Mapping[str, Network], wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Network]:
-    """The networks with other params, of the layers that shrink with them. Layers alike have one for all."""
+    """The networks with other params, for the layers that shrink with them. Equal layers share one."""
     known: dict[tuple[Any, ...], Network | None] = {}
     found: dict[str, Network] = {}
     for layer, network in networks.items():
@@ -248,7 +249,7 @@ def _smaller(network: Network, params: Mapping[str, Any]) -> Network | None:
 
 
 def _compiled(handle: Handle, wanted: Mapping[str, Network]) -> dict[str, Adapter]:
-    """Adapters of the smaller networks; where frozen cores are shared, one for every layer, for they hang together."""
+    """Adapters of the smaller networks; if frozen cores are shared, for every layer, because they are linked."""
     together = any(core.shared for adapter in handle.adapters.values() for core in adapter.network.cores)
     modules = layers_of(handle.model, handle.name)
     sharing = Sharing()

@@ -1,1 +1,1 @@
-"""What other libraries call: one module for each, named like the library, which it imports."""
+"""What other libraries call: one module for each library, named like it, which imports it."""

@@ -32,12 +32,12 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
 
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[AdapterCallback()])
 
-    Each checkpoint gets the file `file`, which `tnpeft.load` puts on the base model. `name` says which adapter, and may
-    be left out where one is attached; training does not begin where that cannot be saved. With `base=False` the
-    Trainer's own file of weights holds what adapters add and not the base: `resume_from_checkpoint` and
-    `load_best_model_at_end` read it as they read the whole one, on the same base. It is no model for
-    `from_pretrained`, which would draw the missing weights. Resuming `output_dir`'s own checkpoint warns
-    (TnpeftWarning) where the base has other values.
+    Each checkpoint gets a file named `file`, which `tnpeft.load` puts on the base model. `name` says which adapter, and
+    may be left out where one is attached. Training does not begin if that adapter cannot be saved. With `base=False`
+    the Trainer's own file of weights holds what adapters add, without the base: `resume_from_checkpoint` and
+    `load_best_model_at_end` read it as they read a whole one, on the same base. It is no model for `from_pretrained`,
+    which would draw the missing weights. Resuming from such a checkpoint in `output_dir` warns (TnpeftWarning) if the
+    base has other values.
     """
 
     def __init__(self, file: str = "adapter.safetensors", *, name: str | None = None, base: bool = True) -> None:
@@ -46,7 +46,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         self.base = base
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_others: Any) -> None:
-        """Called by the Trainer before the first step. Raises AdapterFileError for what could not be saved later."""
+        """Called by the Trainer before the first step. Raises AdapterFileError for an adapter that cannot be saved."""
         path = Path(args.output_dir) / self.file
         if not self.base and is_in_parts(model):
             found = "one of which each holds parts (FSDP)"
@@ -81,7 +81,7 @@ def _folder(args: Any, state: Any) -> Path:
 
 
 def _leave_base_out(model: nn.Module, folder: Path) -> None:
-    """Write the weights of a checkpoint anew, with those of adapters alone; then remove what held all of them."""
+    """Write the adapters' weights alone into a checkpoint; then remove the files that held all weights."""
     root, _ = adapted(model)
     state = root.state_dict()
     plain = plain_keys(root, state)

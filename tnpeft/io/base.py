@@ -1,4 +1,4 @@
-"""The base model as a file knows it: shapes, types and ties by name, and digests of what the adapter stands on."""
+"""The base model as a file knows it: shapes, types and ties by name, and digests of the adapted weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def fingerprint(root: nn.Module) -> dict[str, BaseTensor]:
 def base_digests(model: nn.Module, layers: Iterable[str], trained: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the base's own parameters of the adapted layers, and of those that train beside them, by name.
 
-    What has no values here (on the meta device, offloaded) is left out. Of a sharded model all processes must ask.
+    Tensors without values here (on the meta device, offloaded) are left out. If the model is sharded, all processes
+    must call this.
     """
     values = base_tensors(model)
     names = [name for layer in layers for name in (layer, f"{layer}.weight", f"{layer}.bias")]  # or a parameter

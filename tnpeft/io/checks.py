@@ -1,4 +1,4 @@
-"""What is wrong with tensors that are to be saved, or were read: shapes, kinds of tensors, numbers that are none."""
+"""What is wrong with tensors to save, or with those read from a file: shapes, kinds of tensors, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RESHAPED = "Give it back its shape, or attach the adapter anew."
 
 
 def stored(adapter: Adapter) -> dict[str, Tensor]:
-    """What an adapter holds that files keep, by key. Not by `state_dict`, whose hooks may shard it."""
+    """The tensors of an adapter that files keep, by key. `state_dict` is not used, because its hooks may shard them."""
     buffers = (
         (key, tensor)
         for key, tensor in adapter.named_buffers(recurse=False)
@@ -33,7 +33,7 @@ def stored(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def core_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """The shapes of what an adapter of its network holds, by key."""
+    """The shapes that an adapter's tensors must have by its network, by key."""
     network = adapter.network
     copies = network.start == "frozen_copy"
     shapes: dict[str, tuple[int, ...]] = {}
@@ -47,7 +47,7 @@ def core_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_problems(model: nn.Module, root: nn.Module, name: str, adapters: Mapping[str, Adapter]) -> Iterator[Problem]:
-    """Why what an adapter holds, or the base that it stands on, is not what its network and layers say.
+    """Where an adapter's tensors, or the base's, are not what its network and layers say.
 
     `model` holds the adapted `root`, perhaps in a wrapper.
     """
@@ -95,7 +95,7 @@ def _shape_problems(what: str, where: str, tensor: Tensor | None, shape: tuple[i
 
 
 def number_problem(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> Problem | None:
-    """What to warn of where a file's tensors, by key, have NaN or infinity among them; None where all are finite."""
+    """The warning for tensors of a file, by key, that hold NaN or infinity; None if all are finite."""
     bad = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
     if not bad:
         return None

@@ -1,4 +1,4 @@
-"""Adapter files on disk: whole or not there, and never trusted."""
+"""Adapter files on disk: written whole or not at all, and never trusted."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refuse(path: Path, what: str, expected: str, found: str, fix: str) -> Adapte
 
 
 def in_file(path: Path, problems: Iterable[Problem], where: str | None = None) -> list[Problem]:
-    """The problems, each with the file, and the layer in it, that leads to it."""
+    """The problems, each with the file, and the layer in it, that it is about."""
     problems = list(problems)
     places = [(shown(path), where, problem.where) for problem in problems]
     texts = [": ".join(str(part) for part in parts if part is not None) for parts in places]
@@ -62,7 +62,7 @@ def in_file(path: Path, problems: Iterable[Problem], where: str | None = None) -
 
 @contextmanager
 def of_file(path: Path, where: str | None = None) -> Iterator[None]:
-    """Inside, mistakes in specs, layers and tensors are told as mistakes of the file that leads to them."""
+    """Inside, mistakes in specs, layers and tensors are reported as mistakes of the file."""
     try:
         yield
     except TnpeftError as error:
@@ -70,14 +70,14 @@ def of_file(path: Path, where: str | None = None) -> Iterator[None]:
 
 
 def specs_of(path: Path, manifest: Manifest) -> list[Spec]:
-    """The specs that a file carries. Cores have their values in it: an init that was registered need not be so here."""
+    """The specs that a file carries. Their inits need not be registered here: the file has the cores' values."""
     with of_file(path):
         return [Spec.from_yaml(entry.text, entry.file, entry.tables, known_inits=False) for entry in manifest.specs]
 
 
 @contextmanager
 def safetensors_of(path: Path, **advice: Any) -> Iterator[Any]:
-    """An open safetensors file. Raises AdapterFileError with `not_safetensors`'s advice for what is none."""
+    """An open safetensors file. Raises AdapterFileError, with the advice of `not_safetensors`, for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -91,7 +91,7 @@ def safetensors_of(path: Path, **advice: Any) -> Iterator[Any]:
 
 
 def file_path(path: object) -> Path:
-    """What the caller passed as a path. Raises AdapterFileError for what no file can be called."""
+    """The caller's path. Raises AdapterFileError for what cannot be the name of a file."""
     fix = "For example `adapter.safetensors`."
     name = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(name, str):
@@ -131,10 +131,10 @@ def _unwritten(path: Path, reason: str) -> AdapterFileError:
 def not_safetensors(
     path: Path, what: str, error: Exception, damaged: str, pickled: str | None = None, or_torch: bool = False
 ) -> AdapterFileError:
-    """What is said of a file that the safetensors library does not read: what it is, where its first bytes tell.
+    """The error for a file that the safetensors library does not read: what it is, if its first bytes tell.
 
-    `damaged` is the advice for one that is broken, `pickled` that for torch's own files, if it is another;
-    with `or_torch` one of them would have done.
+    `damaged` is the advice for a broken file, `pickled` that for one of torch's own files, if it differs. With
+    `or_torch` a torch file would have been accepted too.
     """
     kind = recognise(path)
     if kind is None or kind.name in ("safetensors", "adapter", "cut"):
@@ -176,7 +176,7 @@ def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
 
 
 def _fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The metadata of an adapter file whose format is known, without the format's number."""
+    """The metadata of an adapter file of a known format, without the format's number."""
     if KEY not in metadata:
         raise refuse(path, "adapter file", "one written by tnpeft", "a safetensors file without its metadata", _OTHERS)
     try:
@@ -191,7 +191,7 @@ def _fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def what_is_at(path: Path) -> str:
-    """What a path leads to, through links. Raises AdapterFileError where that cannot be known."""
+    """What is at a path, with links followed. Raises AdapterFileError if that cannot be known."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

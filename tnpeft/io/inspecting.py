@@ -66,8 +66,9 @@ _SHOWN = 6  # names in one line
 class InspectedLayer:
     """One adapted layer of a file.
 
-    `spec` is the spec's name, in other libraries' files the method's. `weight` is the shape of the base weight, which
-    those do not tell. `trained` and `frozen` are elements in the file; `drawn` are cores that the seed gives again.
+    `spec` is the spec's name; for other libraries' files, the method's. `weight` is the shape of the base weight, which
+    those files do not have. `trained` and `frozen` count elements in the file. `drawn` are cores that the seed gives
+    again.
     """
 
     name: str
@@ -84,7 +85,7 @@ class InspectedLayer:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """It as a line of a table, cell by cell."""
+        """Its cells in a table of layers."""
         params = " ".join(f"{name}={value:g}" for name, value in self.params.items())
         weight = "" if self.weight is None else " x ".join(map(str, self.weight))
         mode = (self.mode or "") + f" ({len(self.choices)} chosen)" * bool(self.choices)
@@ -93,12 +94,12 @@ class InspectedLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file holds: its format (a key of `load_foreign`'s, "tnpeft", "cores" or "checkpoint"), layers and tensors.
+    """What a file holds: its format (one of `load_foreign`, "tnpeft", "cores" or "checkpoint"), layers and tensors.
 
-    `elements` are all of its numbers, `parameters` those that trained. `trained` has the parameters that trained beside
-    the cores, by the reason why; `others` are the tensors of other libraries' files outside the layers' updates. `base`
-    names every tensor that a model must have to load the file, with type and shape; `fingerprint` is the SHA-256 of
-    that list, `digest` that of the adapted weights' values.
+    `elements` counts all of its numbers, `parameters` those that trained. `trained` has the parameters that trained
+    beside the cores, by `bias`, `norm` and `also`. `others` are tensors of another library's file that belong to no
+    layer's update, with their shapes. `base` names every tensor that a model must have to load the file, with type and
+    shape. `fingerprint` is the SHA-256 of that list, `digest` that of the adapted weights' values.
     """
 
     path: str
@@ -125,7 +126,7 @@ class Inspection:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What is said beside the table of layers, line by line."""
+        """What is printed along with the table of layers: a text for each heading."""
         facts = {name.replace("_", " "): _text(value) for name, value in self.settings.items()}
         if self.layers:
             facts["layers"] = f"{len(self.layers)}"
@@ -153,10 +154,10 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """What an adapter file holds and needs, without a model: ours, PEFT's folder, a LyCORIS file, the paper's `.pth`.
+    """What an adapter file holds and needs: tnpeft's own, PEFT's folder, a LyCORIS file, the TenVOO paper's `.pth`.
 
-    Of other safetensors and torch files it tells the tensors. Nothing is run, and a checkpoint is not read whole.
-    Raises AdapterFileError for what is none of these, or damaged.
+    No model is needed. Of other safetensors and torch files the tensors are listed. No code of a file is run, and a
+    safetensors checkpoint is not read whole. Raises AdapterFileError for what is none of these, or damaged.
     """
     path = file_path(path)
     kind = recognise(path)
@@ -303,7 +304,7 @@ def _of_source(
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes that the header of a safetensors file tells; no tensor is read."""
+    """The shapes in the header of a safetensors file; no tensor is read."""
     with safetensors_of(path, damaged=COPY_AGAIN) as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
 

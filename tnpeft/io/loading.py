@@ -57,16 +57,17 @@ __all__ = ["hot_swap", "load", "put_on", "unlike", "without_values"]
 def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Handle:
     """Put the adapter of a file written by `save` on `model`, a fresh copy of the base it was saved from.
 
-    The adapter gets the name it was saved under, or `name`, and is the only active one, at the
-    scale it had; the model then computes what the saved one did, to the bit. Layers keep their execution
-    mode, and the choices that `autotune` made for them. Onto a name that is attached already, with the same specs,
-    params and layers, the values alone are loaded, in place: optimisers and compiled graphs stay as they are. Of a
-    model that is sharded every process must call it, with the same file. FSDP1 takes no new names.
+    The adapter gets the name it was saved under, or `name`. It is then the only active one, at the scale it had, and
+    the model computes what the saved one did, to the bit. Layers keep their execution mode, and the choices that
+    `autotune` made for them. If an adapter of this name is attached already, with the same specs, params and layers,
+    only the values are loaded, in place: optimisers and compiled graphs stay as they are. If the model is sharded,
+    every process must call `load`, with the same file. A model under FSDP1 takes no new adapters, only values for those
+    it has.
 
-    Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made
-    for a base of other shapes, and AttachError where surgery refuses (the name is that of an adapter of another kind,
-    the model is merged). The model is then as it was. Warns (TnpeftWarning) of a base of the same shapes that has other
-    values in the layers that are adapted or trained, and of NaN and infinity in the file.
+    Raises AdapterFileError for files that are no adapter, damaged, newer than this library or made for a base of other
+    shapes. Raises AttachError where the adapter cannot be attached: the name is that of an adapter of another kind, or
+    the model is merged. The model is then as it was. Warns (TnpeftWarning) of NaN and infinity in the file, and where
+    adapted or trained layers of the base have other values than those it was saved from.
     """
     path, given, holders = file_path(path), model, holders_of(model)
     flat = flat_part(model) is not None
@@ -81,12 +82,13 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 def hot_swap(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Handle:
     """Give an attached adapter the values of a file that `save` wrote, in place; nothing is compiled or planned anew.
 
-    `name` says which, and may be left out where one adapter is attached; what the file calls its own does not matter.
-    Specs, params (ranks) and layers must be the same. What acts stays, but for the scale of an adapter that acts:
-    that is the file's, and a compiled graph is made anew where it differs. Of a sharded model every process must call,
-    with the same file; each takes its own parts.
+    `name` says which adapter, and may be left out where one is attached; the name in the file does not matter. Specs,
+    params (ranks) and layers must be the same. The same adapters act as before. If this one acts, it gets the file's
+    scale, and a compiled graph is made anew where the scale differs. If the model is sharded, every process must call
+    `hot_swap`, with the same file; each takes its own parts.
 
-    Raises AdapterFileError and AttachError as `load` does; the model is then as it was.
+    Raises AdapterFileError and AttachError as `load` does, and AttachError for other specs, params or layers; the model
+    is then as it was.
     """
     path, given, holders = file_path(path), model, holders_of(model)
     model, state = adapted(model)  # in what torch.compile and others put around it
@@ -107,9 +109,9 @@ def hot_swap(model: nn.Module, path: str | os.PathLike[str], name: str | None = 
 def _content(
     model: nn.Module, path: Path, name: str | None, holders: Sequence[Any], flat: bool = False
 ) -> tuple[Manifest, tuple[dict[str, Adapter], dict[str, Tensor], dict[str, Tensor]]]:
-    """What a file says, its adapters compiled for the model, and what trained beside them, statistics by themselves.
+    """A file's manifest, its adapters compiled for the model, the parameters that trained beside them, and statistics.
 
-    Where an adapter of that name is attached, they are for it to take; a `flat` model (FSDP1) has no place for others.
+    If an adapter of that name is attached, it can take these values; a `flat` model (FSDP1) accepts no other adapters.
     """
     with in_step(holders, lambda: unlike(path)) as said:
         manifest, tensors = read(path)
@@ -146,7 +148,7 @@ def _content(
 
 
 def unlike(path: Path) -> AdapterFileError:
-    """What is said of a file that is another one in other processes."""
+    """The error for a file that differs between processes."""
     fix = "Give each process the same file: copy it to every machine, or to a folder that they share."
     return refuse(path, "adapter file", "the same in every process", "others in some", fix)
 
@@ -163,7 +165,7 @@ def put_on(
 ) -> None:
     """Attach a file's adapters, with the values of parameters and running statistics that trained beside them.
 
-    An adapter of that name takes the values in place. It alone acts then, at `scale`.
+    If an adapter of that name is attached, it takes the values in place. It is then the only active one, at `scale`.
     """
     with _of_file_too(path):
         if _attached(model, name) is not None:
@@ -179,13 +181,13 @@ def put_on(
 
 
 def _attached(model: nn.Module, name: str) -> dict[str, Adapter] | None:
-    """The adapters of that name by layer, None where there are none."""
+    """The adapters of that name by layer; None if there are none."""
     return adapters_of(model, name) if find(model) is not None and name in names_of(model) else None
 
 
 @contextmanager
 def _of_file_too(path: Path) -> Iterator[None]:
-    """What surgery refuses inside, it refuses of a file."""
+    """Inside, an AttachError also names the file."""
     try:
         yield
     except AttachError as error:
@@ -193,13 +195,13 @@ def _of_file_too(path: Path) -> Iterator[None]:
 
 
 def without_values(path: Path, layer: str) -> AdapterFileError:
-    """What is said of a base layer on the meta device."""
+    """The error for a base layer on the meta device."""
     fix = "Give the model its weights before loading an adapter."
     return refuse(path, "base model", "values", f"none in layer '{layer}' (it is on the meta device)", fix)
 
 
 def _check_names(path: Path, manifest: Manifest, model: nn.Module) -> None:
-    """What the file says was trained must be what training it here would change."""
+    """Check that the parameters which trained, by the file, are those that would train here."""
     groups = {names[0]: names for names in parameter_groups(model)}
     hidden = [names[0] for names in manifest.trained if names[0] not in groups]
     if hidden:  # quantised layers may keep their bias as a buffer, or nowhere to be seen
@@ -245,7 +247,7 @@ def _adapters(
 
 
 def _check_layers(path: Path, manifest: Manifest, networks: Mapping[str, Network]) -> None:
-    """Where no model was there when it was fitted, weights alone told the layers: they must be these."""
+    """Check the layers of a file that was fitted without a model: they were guessed from weights."""
     told = manifest.about.get(FITTED_AS)
     for name, network in networks.items():
         layer, fitted = str(replace(network.layer, opaque=False)), told.get(name) if isinstance(told, dict) else None
@@ -255,7 +257,7 @@ def _check_layers(path: Path, manifest: Manifest, networks: Mapping[str, Network
 
 
 def _require_maps(path: Path, specs: Sequence[Spec]) -> None:
-    """A map is needed at every step, unlike an init: whose it is must have registered it before the file is loaded."""
+    """Check that all maps are registered: unlike an init, a map is needed at every step."""
     names = (call.name for spec in specs for each in spec.derivations.values() for call in each.maps)
     missing = [name for name in dict.fromkeys(names) if map_kind(name) is None]
     if missing:
@@ -263,7 +265,7 @@ def _require_maps(path: Path, specs: Sequence[Spec]) -> None:
 
 
 def _bases(model: nn.Module, manifest: Manifest) -> dict[str, nn.Module | ParameterLayer]:
-    """What the adapters of a file stand on: layers, and parameters in the orientation that it says."""
+    """The bases of a file's adapters: layers, and parameters in the orientation that it says."""
     parameters = slots(model) if any(entry.orientation for entry in manifest.layers.values()) else {}
     signatures: dict[str, Layer | None] = dict.fromkeys(manifest.layers)
     for name, entry in manifest.layers.items():

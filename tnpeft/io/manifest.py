@@ -41,7 +41,7 @@ class _Entry(BaseModel):
 
 
 class SpecEntry(_Entry):
-    """A spec's text and the factor tables that it used, so that the file needs no other."""
+    """A spec's text and the factor tables that it uses, so that the file needs no other file."""
 
     text: str
     file: str
@@ -51,13 +51,12 @@ class SpecEntry(_Entry):
 class LayerEntry(_Entry):
     """How one layer's adapter was compiled; `spec` counts into the manifest's specs.
 
-    `choices` are the modes that were found quickest, call by call. `captured` says with which layers it shares cores,
-    scope by scope. `drawn` are the frozen cores that the seed gives again and the file therefore leaves out, each with
-    the SHA-256 of its bytes. `label` is the name under which the seed draws its cores, where that is not the layer's.
-    `orientation` is there for a parameter that is adapted by itself, whose name stands in the layer's place: its axes
-    as they are stored, `o i`, `i o`, or of a stack `e o i`, `e i o`. Cores of a stack have the axis of its slices
-    first, but for shared ones.
-    `dropout` has the probabilities of what is dropped when training goes on.
+    `choices` are the modes that were found fastest, call by call. `captured` has what each scope captured, which says
+    with which layers it shares cores. `drawn` are the frozen cores that the seed gives again and the file therefore
+    leaves out, each with the SHA-256 of its bytes. `label` is the name under which the seed draws its cores, if that is
+    not the layer's. `orientation` is set for a parameter that is adapted by itself, whose name takes the layer's place.
+    It gives the stored axes, `o i` or `i o`, for a stack `e o i` or `e i o`. Cores of a stack, except for shared ones,
+    have the axis of its slices first. `dropout` has the probabilities of dropout, for when training goes on.
     """
 
     spec: int
@@ -93,7 +92,7 @@ class BaseTensor(_Entry):
 
 
 class Manifest(_Entry):
-    """The metadata of an adapter file. Names are those of the plain model; tied ones stand together.
+    """The metadata of an adapter file. Names are those of the plain model; names of a tied tensor are together.
 
     `digests` has the SHA-256 of the bytes of every parameter of the base that the adapter adapts or trains.
     """
@@ -138,5 +137,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _canonical(value: object) -> str:
-    """JSON text in the order of the keys, which reading keeps: what was read writes the same text."""
+    """JSON text with its keys in their order, which reading keeps: writing what was read gives the same text."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)

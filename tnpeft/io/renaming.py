@@ -1,4 +1,4 @@
-"""Files of earlier versions name layers as `named_modules` does inside modules that only run another one."""
+"""For files of earlier versions, whose names of layers include wrappers that only run another module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["with_plain_names"]
 def with_plain_names(
     manifest: Manifest, tensors: dict[str, Tensor], known: Iterable[str]
 ) -> tuple[Manifest, dict[str, Tensor]]:
-    """A file's content under the plain model's names, where the base has parameters of these names; else as it is.
+    """A file's content under the plain model's names, if the base has parameters of these names; else as it is.
 
     Layers keep the names under which their cores were drawn.
     """

@@ -1,8 +1,8 @@
 """Whether a model is the base that a file's adapter was trained on.
 
-Its parameters and buffers have the shapes, types and ties that the file says. How a layer keeps its weight is no
-difference: quantised there and plain here (trained on 4 bits, used on bf16) or the reverse, or turned (GPT-2's Conv1D,
-and a Linear in its place).
+It is if its parameters and buffers have the file's shapes, types and ties. How a layer stores its weight makes no
+difference: it may be quantised there and plain here (trained on 4 bits, used on bf16) or the reverse, or turned
+(GPT-2's Conv1D, and a Linear in its place).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def check_base(path: Path, manifest: Manifest, model: nn.Module, here: _Tensors)
 
 
 def other_base(path: Path, manifest: Manifest, model: nn.Module) -> Problem | None:
-    """What to warn of where the base has other values than the one that a file's adapter was trained on.
+    """The warning if the base has other values than the one that a file's adapter was trained on, or None.
 
-    Quantised weights are others, which matters to the specs that are made of them.
+    Quantised weights have other values, which matters for specs that read them.
     """
     here = base_digests(model, manifest.layers, (names[0] for names in manifest.trained))
     others = [name for name, digest in manifest.digests.items() if here.get(name, digest) != digest]
@@ -73,8 +73,8 @@ def other_base(path: Path, manifest: Manifest, model: nn.Module) -> Problem | No
 class _Compared:
     """`differing` tensors make it another base.
 
-    Those `converted` are of layers that are quantised on one side alone, or were cast with such a model: their bytes
-    differ. `repacked` are those of these layers that the file adapts.
+    `converted` tensors belong to layers that are quantised on one side only, or were cast with such a model: their
+    bytes differ. `repacked` are those among them whose layers the file adapts.
     """
 
     differing: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ def _signatures(model: nn.Module) -> Iterator[tuple[str, Layer]]:
 
 
 def _owner(name: str, layers: Mapping[str, Layer]) -> str:
-    """The layer that a tensor belongs to; the name itself where it is none's."""
+    """The layer that a tensor belongs to; if there is none, the tensor's own name."""
     owner = name
     while owner not in layers and owner:
         owner = owner.rpartition(".")[0]
@@ -136,9 +136,9 @@ def _tensors_of(owner: str, tensors: _Tensors) -> dict[str, BaseTensor]:
 
 
 def _is_repacked(layer: Layer, there: _Tensors, here: _Tensors, is_adapted: bool) -> bool:
-    """Whether a layer of these sizes has a plain weight on one side at most, and is the same layer as far as is seen.
+    """Whether a layer has a plain weight on at most one side, and is the same layer as far as can be seen.
 
-    The cores of adapted layers have their sizes; of others what is packed must say so.
+    For adapted layers the cores give the sizes; for others the packed tensors must agree.
     """
     plain = [own["weight"] for own in (there, here) if "weight" in own and own["weight"].is_floating]
     sizes = (layer.stored_shape, layer.stored_shape[::-1]) if layer.kind == "Linear" else (layer.stored_shape,)
@@ -147,7 +147,7 @@ def _is_repacked(layer: Layer, there: _Tensors, here: _Tensors, is_adapted: bool
 
 
 def _is_turned_layer(layer: Layer, there: _Tensors, here: _Tensors) -> bool:
-    """Whether a Linear's weight has its axes the other way round, which the bias tells from a layer of other sizes."""
+    """Whether a Linear's weight has its axes swapped; the bias tells it from a layer of other sizes."""
     if layer.kind != "Linear" or not {"weight", "bias"} <= there.keys() & here.keys():
         return False
     old, new = there["weight"], here["weight"]
@@ -164,7 +164,7 @@ def _is_cast(there: BaseTensor | None, here: BaseTensor | None) -> bool:
 
 
 def _is_turned(tensor: Tensor, digest: str) -> bool:
-    """Whether a matrix has the values of this digest with its axes the other way round."""
+    """Whether a matrix with its axes swapped has this digest."""
     tensor = whole(tensor)
     return tensor.dim() == 2 and has_values(tensor) and digest_of(tensor.T) == digest
 

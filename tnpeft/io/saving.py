@@ -29,16 +29,15 @@ __all__ = ["chosen", "save"]
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
     """Write one adapter of `model` to a safetensors file that carries its spec.
 
-    The file holds the cores (but for frozen ones that the seed gives again), the frozen copies, whatever
-    else the adapter trained, and in its metadata all that `load` needs to put the same adapter on a
-    fresh base model. `name` may be left out where one adapter is attached. The file is replaced as a
-    whole or not at all.
+    The file holds the cores (but for frozen ones that the seed gives again), the frozen copies, and whatever else the
+    adapter trained. Its metadata have all that `load` needs to put the same adapter on a fresh base model. `name` may
+    be left out where one adapter is attached. The file is replaced as a whole or not at all.
 
-    Of a model that FSDP has sharded every process must call it: all gather, the first one writes, and all return once
+    If FSDP has sharded the model, every process must call `save`: all gather, the first one writes, and all return once
     the file is there. With DistributedDataParallel one process is enough.
 
     Raises AdapterFileError, before anything is written, where the model is not adapted or is merged, the name is
-    unknown, or a tensor has no values or another shape than its network says, and where the file cannot be written.
+    unknown, or a tensor has no values or not the shape that its network says; and where the file cannot be written.
     Warns (TnpeftWarning) of NaN and infinity.
     """
     path = file_path(path)
@@ -57,7 +56,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 def chosen(model: nn.Module, path: Path, name: str | None) -> tuple[nn.Module, AdaptedModel, str, dict[str, Adapter]]:
     """The adapted root in `model`, its state, and the adapter to write: its name and its compiled layers.
 
-    Raises AdapterFileError where there is none, or it cannot be written as it stands.
+    Raises AdapterFileError if there is none, or if it cannot be written as it is.
     """
     try:
         root, state = adapted(model)
@@ -89,7 +88,7 @@ def _which(path: Path, state: AdaptedModel, name: object) -> str:
 
 
 def _drawn(adapter: Adapter) -> dict[str, str]:
-    """The frozen cores that still are what the seed gives, with their digests; none whose value was given."""
+    """The frozen cores that are still what the seed gives, with their digests; none whose value was given."""
     found: dict[str, str] = {}
     for core in adapter.network.cores:
         if core.frozen and is_drawn(core) and core.name not in (*adapter.shared, *adapter.given):

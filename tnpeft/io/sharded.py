@@ -1,4 +1,4 @@
-"""Files of a model of which each process holds parts: all gather what adapters train, and one writes."""
+"""Files of a sharded model: all processes gather what adapters train, and one writes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["one_writer"]
 
 @contextmanager
 def one_writer(model: nn.Module) -> Iterator[bool]:
-    """Inside, what adapters train is whole in every process; yields whether this one is to write.
+    """Inside, every process has what adapters train as whole tensors; yields whether this process writes.
 
-    Where processes hold parts (FSDP), all of them must enter. They leave together, once the file is written; an error
-    of one is raised in all. A model that is whole in its process is written by each that asks.
+    If processes hold parts (FSDP), all of them must enter. They leave together, once the file is written; an error in
+    one is raised in all. If each process has the whole model, each that calls this writes.
     """
     groups = holders_of(model)
     if not groups:
@@ -38,7 +38,7 @@ def one_writer(model: nn.Module) -> Iterator[bool]:
 
 @contextmanager
 def _whole(model: nn.Module) -> Iterator[None]:
-    """Inside, whole tensors stand where adapters have DTensors; the base keeps its parts."""
+    """Inside, adapters have whole tensors in place of their DTensors; the base keeps its parts."""
     parted = [
         (module._parameters, key, tensor)
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""A spec meets a layer: every size worked out and checked."""
+"""A spec bound to a layer: every size worked out and checked."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ _SINGULAR = ("from svd_u", "from svd_s", "from svd_v", *SINGULAR_INITS)
 
 
 def _rank_problems(network: Network) -> Iterator[Problem]:
-    """Singular vectors are as many as the weight, unfolded as out x rest, has."""
+    """Cores of singular vectors may have no more of them than the weight, unfolded as out x rest, has."""
     limit = min(network.layer.out_channels, network.layer.numel // network.layer.out_channels)
     for core, declared in zip(network.cores, stored_cores(network.spec), strict=True):
         if core.init.name not in _SINGULAR:
@@ -116,9 +116,9 @@ def _check_params(spec: Declaration, given: Mapping[str, Any]) -> dict[str, int 
 
 
 def param_problems(spec: Declaration, given: Mapping[str, Any], also: Collection[str] = ()) -> Iterator[Problem]:
-    """Why `given` are no params of the spec: names it does not know, values that are no numbers.
+    """What is wrong with `given` as params of the spec: unknown names, values that are no numbers.
 
-    `also` are names that the caller takes beside params, and that may be meant.
+    `also` are names that the caller accepts besides params, and that may be meant.
     """
     yield from unknown_params(f"params of spec '{spec.name}'", given, spec.params, also)
     for name, value in given.items():
@@ -134,7 +134,7 @@ def param_problems(spec: Declaration, given: Mapping[str, Any], also: Collection
 
 
 def _layer_from(kind: str, arguments: dict[str, Any]) -> Layer:
-    """A layer from a kind's name and numbers, as `bind("Conv3d", in_channels=64, ...)` gives them."""
+    """A layer from a kind's name and its numbers, as in `bind("Conv3d", in_channels=64, ...)`."""
     if kind not in KINDS:
         fix = near_miss(kind, KINDS) or "Choose one of them."
         raise BindError(Problem("layer kind", f"one of {', '.join(KINDS)}", clip(kind), fix))

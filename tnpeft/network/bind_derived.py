@@ -18,7 +18,7 @@ __all__ = ["derived_cores", "factors_of", "stored_cores"]
 
 
 def stored_cores(spec: Declaration) -> tuple[Core, ...]:
-    """The cores of a spec that are no derived ones; those that are the base weight are among them."""
+    """The cores of a spec that are not derived, including those that are the base weight."""
     return tuple(core for core in spec.cores if core.derivation is None)
 
 
@@ -60,7 +60,7 @@ def _map(call: MapCall, arguments: dict[str, float], resolved: Resolved, spatial
 
 
 def factors_of(spec: Declaration, resolved: Resolved, layer: Layer) -> tuple[Factor, ...]:
-    """What the terms name, each text once; nothing where these are all stored cores, as they are stored."""
+    """The references in terms, each text once; none if all of them are stored cores with their own legs."""
     cores, spatial = cores_by_name(spec), KINDS[layer.kind]
     named = {reference.label: reference for term in spec.terms for reference in term.references}
     idle = {core.name for core in stored_cores(spec)} - {reference.core for reference in named.values()}

@@ -1,4 +1,4 @@
-"""Channel counts that do not factor, and the padding that mends it."""
+"""Channel counts that do not factor, and the padding that helps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALLEST = 5  # counts below it are their own best factors
 
 
 def factor_notes(network: Network) -> tuple[str, ...]:
-    """A sentence for each count whose factors but one are 1, where padding it gives better ones on this layer."""
+    """A sentence for each count of which all factors but one are 1, if padding gives better ones on this layer."""
     return tuple(note for rule in network.spec.sizes if (note := _note(network, rule)) is not None)
 
 
@@ -41,14 +41,14 @@ def _note(network: Network, rule: SizeRule) -> str | None:
 
 
 def _factorises(rule: SizeRule) -> bool:
-    """Whether several indices are `factorize(...)`, which nothing pads."""
+    """Whether several indices are an unpadded `factorize(...)`."""
     tree = rule.expression.tree
     called = isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id == "factorize"
     return called and len(rule.names) > 1 and not rule.expression.pads
 
 
 def _mended(network: Network, rule: SizeRule, call: str) -> Network | None:
-    """The network with the rule padded; None where the spec cannot take it."""
+    """The network with the padded rule; None if the spec cannot have it."""
     spec, line = network.spec, rule.node.position.line - 1
     lines = spec.text.splitlines(keepends=True)
     if lines[line].count(rule.expression.text) != 1:

@@ -1,4 +1,4 @@
-"""Derived cores of a bound spec, and its factors: what execution modes contract for references and derived cores.
+"""Derived cores of a bound spec, and its factors: the tensors that execution modes contract.
 
 turn(n x y) = cayley(skew(R(n e)))      a derived core: summands, whose legs maps change in order
 turn((c u) (q m) (v t))                 a factor: one tensor, a core under the legs of a reference
@@ -14,7 +14,7 @@ __all__ = ["BoundMap", "BoundReference", "BoundSummand", "DerivedCore", "Factor"
 
 @dataclass(frozen=True)
 class BoundReference:
-    """A core under these legs: its axes, in order, split into them."""
+    """A core with these legs: its axes, in order, are split into them."""
 
     core: str
     legs: tuple[str, ...]
@@ -48,7 +48,7 @@ class BoundSummand:
 
 @dataclass(frozen=True)
 class BoundMap:
-    """A map whose legs have sizes; `at` is its index core. A linear one acts on differences as on values."""
+    """A map whose legs have sizes; `at` is its index core. A linear map acts on differences as it does on values."""
 
     name: str
     takes: tuple[str, ...]
@@ -86,12 +86,12 @@ class DerivedCore:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The cores that it is made of, each once; index cores are none of them."""
+        """The cores that it is made of, each once, without index cores."""
         return tuple(dict.fromkeys(each.core for summand in self.summands for each in summand.references))
 
     @property
     def mapped(self) -> int:
-        """Elements that its maps make, all together."""
+        """The number of elements that all its maps make."""
         sizes = {leg: size for summand in self.summands for each in summand.references for leg, size in each.sizes}
         legs, made = list(self.before), 0
         for call in self.maps:

@@ -1,7 +1,7 @@
-"""What of an adapter is left out at random while it trains, and which of its cores a random mask is multiplied into.
+"""Dropout of an adapter in training, and the cores into which random masks are multiplied.
 
-Three kinds, each with its probability: entries of the update's own input, entries of every bond (scaled by 1 / (1 - p),
-as those of the input are), and the whole update of a layer for one call.
+There are three kinds, each with its probability: entries of the update's input, entries of every bond (both scaled by 1
+/ (1 - p)), and the whole update of a layer in one call.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["Dropout", "Mask", "dropout_problems", "masks_of"]
 
 @dataclass(frozen=True)
 class Dropout:
-    """Probabilities of what is dropped in training, at most just below 1.
+    """Probabilities of dropout in training, each below 1.
 
-    `input`: an entry of what the update reads. `bond`: an entry of a bond. `module`: the update of a layer, for a call.
+    `input`: an entry of the update's input. `bond`: an entry of a bond. `module`: the update of a layer, in one call.
     """
 
     input: float = 0.0
@@ -30,7 +30,7 @@ class Dropout:
 
     @classmethod
     def of(cls, given: Mapping[str, float] | None) -> Dropout | None:
-        """What some probabilities by name say; None where all of them are zero."""
+        """The dropout of these probabilities, by name; None if all are zero."""
         dropout = cls(**given) if given else None
         return dropout if dropout is not None and dropout.as_dict() else None
 
@@ -43,9 +43,9 @@ class Dropout:
 
 
 class Mask(NamedTuple):
-    """Random factors of one bond, or one of the whole update: drawn once a call, multiplied into some cores.
+    """Random factors of one bond, or one for the whole update: drawn once per call, multiplied into cores.
 
-    A factor is 0 with the `probability`, and else the `scale`. Every term that it concerns has one of the cores.
+    A factor is 0 with the `probability`, else the `scale`. Each affected term has one of the cores.
     """
 
     size: int
@@ -55,9 +55,9 @@ class Mask(NamedTuple):
 
 
 def masks_of(network: Network, dropout: Dropout | None) -> tuple[Mask, ...]:
-    """The masks of the bonds, if they are dropped; then that of the module, if it is.
+    """The masks of the bonds, with dropout of bonds; then that of the module, with dropout of modules.
 
-    The latter has no place where a magnitude is trained: that makes an update of its own, whatever the cores are.
+    With a trained magnitude the module has no mask: the magnitude gives an update even if the cores give none.
     """
     masks: list[Mask] = []
     if dropout is not None and dropout.bond:
@@ -71,12 +71,12 @@ def masks_of(network: Network, dropout: Dropout | None) -> tuple[Mask, ...]:
 
 
 def _shape(network: Network, core: int, leg: str | None = None) -> tuple[int, ...]:
-    """The shape of a mask of one leg that is multiplied into a core."""
+    """The shape of a mask for one leg, with which a core is multiplied."""
     return tuple(network.sizes[each] if each == leg else 1 for each in network.cores[core].legs)
 
 
 def dropout_problems(network: Network, dropout: Dropout) -> Iterator[Problem]:
-    """Why so much of a network cannot be left out."""
+    """Why a network cannot have this dropout."""
     if not dropout.bond:
         return
     what, name = "`dropout`, `bond`", network.spec.name

@@ -1,4 +1,4 @@
-"""What the compiler knows of a layer: its signature, nothing of its values."""
+"""What the compiler knows of a layer: its signature, without any values."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ __all__ = ["Layer"]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's signature.
+    """A layer's signature: its kind and sizes, without any values.
 
-    `in_channels` and `out_channels` are the layer's own numbers (`in_features` and
-    `out_features` for a Linear); `kernel_size` has one number per kernel axis, none for Linear.
-    A `turned` Linear stores its weight as (in, out), as transformers' Conv1D does. The weight of an `opaque` layer is
-    neither read nor replaced: adapters add to what the layer computes.
-    With `slices` it is a stack of so many Linear layers, whose weights are one tensor: (slices, out, in) or, `turned`,
-    (slices, in, out). The numbers are those of each of them.
+    `in_channels` and `out_channels` are the layer's own numbers (`in_features` and `out_features` for a Linear);
+    `kernel_size` has one number per kernel axis, none for Linear. A `turned` Linear stores its weight as (in, out), as
+    transformers' Conv1D does. The weight of an `opaque` layer is neither read nor replaced: adapters add to what the
+    layer computes. With `slices` it is a stack of that many Linear layers whose weights are one tensor: (slices, out,
+    in) or, `turned`, (slices, in, out). Its channels are those of each of them.
     """
 
     kind: str
@@ -31,7 +30,7 @@ class Layer:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The first axis of a stack, none of a single layer."""
+        """The first axis of a stack: (slices,); empty for a single layer."""
         return (self.slices,) if self.slices else ()
 
     @property
@@ -45,7 +44,7 @@ class Layer:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """The canonical shape (out_channels, in_channels // groups, *kernel_size), of each slice of a stack."""
+        """The canonical shape: (out_channels, in_channels // groups, *kernel_size); for a stack (slices, out, in)."""
         sides = self.out_channels, self.in_channels // self.groups
         return (self.slices, *sides) if self.slices else (*sides, *self.kernel_size)
 
@@ -58,7 +57,7 @@ class Layer:
 
     @property
     def split_shape(self) -> tuple[int, ...]:
-        """The canonical weight as (groups or slices, out, in, *kernel_size): what stores the input first swaps two."""
+        """The shape of the weight split by groups or slices: (groups or slices, out, in, *kernel_size)."""
         split = self.slices or self.groups
         outputs, inputs = self.out_channels // self.groups, self.in_channels // self.groups
         return (split, outputs, inputs, *self.kernel_size)

@@ -91,7 +91,7 @@ class BoundTerm:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A tensor network whose open legs make a layer's weight, or the sum of several such networks, its terms."""
+    """A spec bound to a layer: a tensor network whose open legs make its weight, or a sum of such networks (terms)."""
 
     spec: Declaration
     layer: Layer
@@ -114,7 +114,7 @@ class Network:
 
     @property
     def compose(self) -> str | None:
-        """`dora` where a trained magnitude scales each output channel, else None."""
+        """`dora` if a trained magnitude scales each output channel, else None."""
         return self.spec.compose
 
     @property
@@ -133,7 +133,7 @@ class Network:
 
     @cached_property
     def plain(self) -> Network:
-        """The network that is planned and contracted: each factor is a core of its own; itself where it has none."""
+        """The network to plan and contract, in which each factor is a core; without factors, this network."""
         if not self.factors:
             return self
         one = self.slice_network
@@ -145,7 +145,7 @@ class Network:
         return replace(self, cores=cores, derived=(), factors=(), evaluated=self.derived)
 
     def core_of(self, factor: Factor) -> BoundCore:
-        """A factor as a core by itself, frozen or shared where all that it is made of is."""
+        """A factor as a core by itself: frozen (or shared) if all stored cores that it is made of are."""
         stored = {core.name: core for core in self.cores}
         name, reference = factor.reference.core, factor.reference
         roots = [stored[root] for root in self.roots_of(name)]
@@ -157,7 +157,7 @@ class Network:
         return BoundCore(factor.label, reference.legs, reference.shape, made, frozen, shared, origin, changes)
 
     def roots_of(self, name: str) -> tuple[str, ...]:
-        """The stored cores that a core is made of, index cores among them; of one that is stored, itself."""
+        """The stored cores that a core is made of, index cores included; a stored core is its own root."""
         made = {core.name: core for core in self.derived}
         roots: dict[str, None] = {}
         pending = [name]
@@ -174,7 +174,7 @@ class Network:
     def parts(self) -> tuple[Network, ...]:
         """The terms as networks of their own, each with its scale; a network of one plain term is its only part.
 
-        Derived cores stand in them as the tensors that they are.
+        In them, derived cores count as plain tensors.
         """
         if self.factors:
             return self.plain.parts
@@ -192,7 +192,7 @@ class Network:
 
     @property
     def weight(self) -> tuple[tuple[str, ...], ...]:
-        """The open legs of the weight's axes, of the first term where there are several."""
+        """The open legs of each axis of the weight, in the first term."""
         return self.terms[0].weight
 
     @cached_property
@@ -201,7 +201,7 @@ class Network:
         return tuple(dict.fromkeys(leg for term in self.terms for axis in term.weight for leg in axis))
 
     def term_of(self, core: BoundCore) -> BoundTerm:
-        """The first term that names a core under its own legs; the first of all where none does."""
+        """The first term that names a core under its own legs; if none does, the first term."""
         return next((term for term in self.terms if core.name in term.cores), self.terms[0])
 
     def open_legs_of(self, core: BoundCore) -> tuple[str, ...]:
@@ -210,12 +210,12 @@ class Network:
 
     @property
     def padded_shape(self) -> tuple[int, ...]:
-        """The canonical weight of the first term before the crop of padded axes."""
+        """The shape of the canonical weight of the first term before padded axes are cropped."""
         return tuple(math.prod(self.sizes[leg] for leg in axis) for axis in self.weight)
 
     @cached_property
     def reads_weight(self) -> bool:
-        """Whether the update depends on the base weight itself: a core that is it, or `compose: dora`."""
+        """Whether the update depends on the base weight: a core is that weight, or the spec has `compose: dora`."""
         return self.compose is not None or any(core.origin == "weight" for core in self.cores)
 
     @cached_property
@@ -230,8 +230,8 @@ class Network:
     def einsum(self) -> str:
         """The network as one einsum over its cores in file order; the output is the canonical weight, leg by leg.
 
-        A sum has one for each term, joined by ` + `; letters mean the same indices in all of them. Derived cores stand
-        in it as the tensors that they are.
+        A sum has one einsum for each term, joined by ` + `; a letter means the same index in all of them. Derived cores
+        count as plain tensors.
         """
         if self.factors:
             return self.plain.einsum
@@ -245,7 +245,7 @@ class Network:
 
     @cached_property
     def signature(self) -> Hashable:
-        """All that a plan depends on; equal signatures share one plan and one program."""
+        """All that a plan depends on; networks with equal signatures share one plan and one program."""
         terms = tuple(self._signature_of(term) for term in self.terms)
         layer = self.layer
         stored = layer.weight_shape, layer.transposed, layer.groups, layer.turned, layer.opaque, layer.slices
@@ -270,11 +270,10 @@ class Network:
     def graph(self) -> networkx.Graph[tuple[str, str]]:
         """The bipartite graph of cores and indices.
 
-        Nodes are ("core", name) with `shape`, `frozen`, `shared`, `origin` and the numbers of its
-        `terms`, those of derived cores, of kind "derived", with `shape` and `sources`, and ("index", name) with `size`
-        and `open`; an edge joins a core to each of its legs.
-        Bipartite, because a plain graph merges parallel bonds and cannot hold an index that three
-        cores share.
+        Nodes of cores are ("core", name). Stored ones have `shape`, `frozen`, `shared`, `origin` and `terms` (numbers);
+        derived ones have the kind "derived", `shape` and `sources`. Nodes of indices are ("index", name), with `size`
+        and `open`. An edge joins a core to each of its legs. The graph is bipartite because a plain one merges parallel
+        bonds and cannot hold an index that three cores share.
         """
         graph: networkx.Graph[tuple[str, str]] = networkx.Graph(name=self.spec.name)
         open_legs = set(self.open_legs)

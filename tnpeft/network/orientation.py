@@ -13,12 +13,12 @@ ORIENTATIONS = ("o i", "i o", "e o i", "e i o")
 
 
 def oriented(shape: Sequence[int], orientation: str) -> Layer:
-    """The layer, or the stack of layers, whose weight has this shape; it has as many axes as the orientation."""
+    """The layer, or the stack of layers, whose weight has this shape, with as many axes as the orientation."""
     sizes = dict(zip(orientation.split(), shape, strict=True))
     turned = orientation.endswith("i o")
     return Layer("Linear", sizes["i"], sizes["o"], turned=turned, slices=sizes.get("e", 0))
 
 
 def orientation_of(layer: Layer) -> str:
-    """The axes of a layer's weight, as `ORIENTATIONS` has them."""
+    """The axes of a layer's weight, as an entry of `ORIENTATIONS`."""
     return "e " * bool(layer.slices) + ("i o" if layer.turned else "o i")

@@ -1,8 +1,8 @@
 """What a module is as a layer: its kind and sizes, and whether its weight can be read and replaced.
 
-A layer is *plain* if it computes torch's own function of a weight that is a tensor of torch's own, `turned` if that is
-stored the other way round, as transformers' Conv1D has it, and *opaque* if it is anything else that says its sizes:
-quantised, computed, or with a `forward` of its own. An opaque layer is called as it is; its weight is not looked at.
+A layer is *plain* if it computes torch's own function of a plain torch tensor as its weight. It is `turned` if that
+weight is stored as (in, out), as in transformers' Conv1D. It is *opaque* if it is anything else with known sizes:
+quantised, computed, or with a `forward` of its own. An opaque layer is called as it is; its weight is not read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FUSED = re.compile(r"ReLU|GELU|SiLU|GLU|BN|Act|Norm")
 def layer_of(module: nn.Module) -> Layer:
     """The signature of a layer, plain or opaque.
 
-    Raises BindError for every other module, and for a lazy one that has not seen an input.
+    Raises BindError for a module that cannot be adapted, and for a lazy one that has not seen an input.
     """
     kind = torch_kind(type(module)) or kind_of(module)
     if kind is None:
@@ -59,7 +59,7 @@ def layer_of(module: nn.Module) -> Layer:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The kind of a module as a layer; None for what is none, or says no sizes."""
+    """The kind of a module as a layer; None if it is no layer, or has no sizes."""
     module_class: type = type(module)
     kind = torch_kind(module_class)
     if kind is not None:
@@ -72,7 +72,7 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def _kind_by_name(module: nn.Module) -> str | None:
-    """The kind of a layer that no class of torch's tells, by its class's name and the sizes that it says."""
+    """The kind of a layer that is not derived from torch's, by its class's name and its attributes for sizes."""
     if conv1d_of(type(module)) is not None:
         weight = module._parameters.get("weight")
         return "Linear" if weight is not None and weight.dim() == 2 else None
@@ -95,14 +95,14 @@ def _is_size(number: object) -> bool:
 
 @by_class
 def torch_kind(module_class: type) -> str | None:
-    """The kind of torch's layers that a class is derived from; None for any other."""
+    """The kind of torch's layer from which a class is derived; None if there is none."""
     import torch  # only those who have a module pay for the import
 
     return next((kind for kind in KINDS if issubclass(module_class, getattr(torch.nn, kind))), None)
 
 
 def is_opaque_layer(module: nn.Module) -> bool:
-    """Whether a layer's weight cannot be read and replaced: quantised, computed, or used in a way of its own."""
+    """Whether a layer's weight cannot be read and replaced: it is quantised, computed, or used in an unknown way."""
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
         return True
@@ -126,7 +126,7 @@ def _torch_class(module_class: type) -> type | None:
 
 @lru_cache(maxsize=256)
 def _computes_as(module_class: Any, plain: Any) -> bool:
-    """Whether a class takes over all methods of the plain one; one that is known to be quantised never does."""
+    """Whether a class inherits all methods of the plain one; a class known to be quantised never counts."""
     return all(getattr(module_class, method, None) is getattr(plain, method, None) for method in _ALL)
 
 
@@ -140,13 +140,13 @@ def is_own_method(layer: nn.Module, method: str) -> bool:
 
 
 def held_class(tensor: Any) -> type:
-    """The class of a tensor; of a DTensor, that of what this process holds."""
+    """The class of a tensor; for a DTensor, that of the part that this process holds."""
     return type(getattr(tensor, "_local_tensor", tensor))
 
 
 @by_class
 def is_plain_tensor(kind: Any) -> bool:
-    """Whether tensors of this class compute as torch's own do; fake ones, which hold no values, stand in for such."""
+    """Whether tensors of this class compute as torch's own do; fake tensors, which stand in for such, count."""
     from torch import Tensor, nn
 
     if any(name.startswith("torch._subclasses.") for name in full_names(kind)):

@@ -35,8 +35,8 @@ PARSED = 256
 class Spec(Declaration):
     """An adapter's topology: cores, the indices that join them, and how open legs make the weight.
 
-    Comes from `load_spec(name_or_path)` or `Spec.from_yaml(text)`, never half checked: what does
-    not depend on a layer has been verified, and `bind` verifies the rest.
+    It comes from `load_spec(name_or_path)`, `Spec.from_yaml(text)` or `Spec.build(...)`, which check all that does not
+    depend on a layer. `bind` checks the rest.
     """
 
     @classmethod
@@ -49,25 +49,24 @@ class Spec(Declaration):
     ) -> Spec:
         """Read a spec from YAML text.
 
-        `file` names the text in errors; `tables` are factor tables that `factors: NAME` may name
-        beside the shipped ones. Without `known_inits` the text is one that was accepted before, of a saved
-        adapter, say: an init may be one that nobody has registered here, whose function is missed when a core
-        is drawn, and a param may do nothing. Raises SpecError with every mistake found,
-        each with its place.
+        `file` names the text in errors; `tables` are factor tables that `factors: NAME` may name beside the shipped
+        ones. `known_inits=False` is for text that was accepted before, that of a saved adapter, say. It may name an
+        init that is not registered here, which is an error only when a core is drawn, and have a param without effect.
+        Raises SpecError with every mistake found, each with its place.
         """
         declaration = read_declaration(text, file, {**shipped_tables(), **(tables or {})}, known_inits)
         return cls(**{each.name: getattr(declaration, each.name) for each in fields(declaration)})
 
     @classmethod
     def build(cls, *, file: str = "<spec>", tables: Mapping[str, Table] | None = None, **parts: Any) -> Spec:
-        """A spec from Python: the keys of a file with texts, numbers, lists and mappings as their values.
+        """A spec from Python: keyword arguments are the keys of a file; values are texts, numbers, lists and mappings.
 
             Spec.build(name="mine", layers="any", params={"r": 4}, sizes={"o": "out_channels", "i": "in_channels"},
                        cores={"up": {"legs": "o r", "init": "zeros"}, "down": "r i k..."}, weight="o i k...",
                        start="zero")
 
-        The language version is the lowest that has what it uses, unless `tnpeft` says one. It is checked as a file is.
-        Raises SpecError with every mistake, each with its place in the text that `to_yaml` gives.
+        The language version is the lowest that has all that is used, unless `tnpeft=` names one. The spec is checked as
+        a file is. Raises SpecError with every mistake, each with its place in the text that `to_yaml` gives.
         """
         version = {} if "tnpeft" in parts else {"tnpeft": 2}
         spec = cls.from_yaml(as_yaml({**version, **parts}), file, tables)
@@ -76,9 +75,9 @@ class Spec(Declaration):
         return cls.from_yaml(as_yaml({"tnpeft": 1, **parts}), file, tables)
 
     def to_yaml(self) -> str:
-        """The YAML text of this spec, from which `Spec.from_yaml` makes an equal one.
+        """The YAML text of this spec, from which `Spec.from_yaml` makes the same spec again.
 
-        It is the text that it was read from; a factor table that does not ship is written into it.
+        It is the text that the spec was read from; a factor table that does not ship with tnpeft is written into it.
         """
         shipped = shipped_tables()
         if all(shipped.get(name) == table for name, table in self.tables.items()):
@@ -87,25 +86,26 @@ class Spec(Declaration):
         return as_yaml({**data, "factors": {key: list(value) for key, value in (self.factors or {}).items()}})
 
     def canonical(self) -> Canonical:
-        """The form and hash that this spec has in common with those of the same network under other names.
+        """The `form` and `hash` that this spec shares with specs of the same network under other names.
 
-        Names of cores, indices, params and scopes do not matter, nor `name`, `title`, `source` and `seed`, nor the
-        order of cores, of terms, and of legs where no init cares. Layers, sizes, inits, what trains and the start do.
+        Names of cores, indices, params and scopes do not matter, nor do `name`, `title`, `source` and `seed`. The order
+        of cores and of terms does not matter, nor does that of legs where no init depends on it. Layers, sizes, inits,
+        what trains and the start do matter.
 
-        Equal forms are equal networks. Equal networks may have two forms: expressions are compared as they are written
-        (but for blanks, and indices that they read), not by algebra; legs within a group have an order; and what is
-        written in another way, a product as a derived core, say, is another form.
-        Raises SpecError for networks with too many cores alike to be told apart.
+        Equal forms mean equal networks. Equal networks may differ in form: expressions are compared as they are written
+        (but for blanks and the names of indices), not by algebra; legs within a group have an order; and a product
+        written as a derived core, say, has another form. Raises SpecError for networks with too many cores alike to be
+        told apart.
         """
         return canonical(self)
 
     def bind(self, layer: Any, /, **params: Any) -> Network:
         """The network for one layer, with every size known and checked.
 
-        `layer` is a `torch.nn` module, a `Layer`, or a kind by name; a kind takes `in_channels`,
-        `out_channels` (or `in_features`, `out_features`), `kernel_size` and `groups` beside the
-        spec's own params: `spec.bind("Conv3d", in_channels=64, out_channels=128, kernel_size=3, r=4)`.
-        Raises BindError with every mistake found.
+        `layer` is a `torch.nn` module, a `Layer`, or the name of a kind of layer. With a name, its `in_channels`,
+        `out_channels` (or `in_features`, `out_features`), `kernel_size` and `groups` are passed along with the spec's
+        own params: `spec.bind("Conv3d", in_channels=64, out_channels=128, kernel_size=3, r=4)`. Raises BindError with
+        every mistake found.
         """
         if isinstance(layer, (str, Layer)) or not {type(value) for value in params.values()} <= {int, float}:
             return bind(self, layer, params)
@@ -142,5 +142,5 @@ def load_spec(name: str | Path) -> Spec:
 
 @lru_cache(maxsize=PARSED)
 def _parsed(text: bytes, file: str, _registered: object) -> Spec:
-    """A recipe names one spec several times, a program attaches it to several models: the text is parsed once."""
+    """The spec of a text, parsed once: recipes name a spec several times, and programs attach it to several models."""
     return Spec.from_yaml(text, file)

@@ -2,8 +2,8 @@
 
     dW[e, o, i] = sum over bonds of core_1[e, ...] core_2[e, ...] ...
 
-Every core has the leg of the slices before its own, but for cores that layers share: those have no slice of their own.
-An index in every core is kept by the contraction, as any hyperedge is, and so all slices are contracted together.
+Every core gets the leg of the slices before its own legs; cores that layers share do not. The contraction keeps this
+leg as it keeps any hyperedge of the weight, and so contracts all slices together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["stacked"]
 
 
 def stacked(slice_network: Network, layer: Layer) -> Network:
-    """The network of a stack, from that of one of its slices. Raises BindError where slices would be all the same."""
+    """The network of a stack, from that of one of its slices. Raises BindError if all slices would be the same."""
     for term in slice_network.terms:
         if all(core.shared is not None for core in slice_network.plain.cores if core.name in term.cores):
             what = f"spec '{slice_network.spec.name}' on {layer}"

@@ -1,4 +1,4 @@
-"""A network's parts in words: what tables of cores hold."""
+"""A network's parts in words, for tables of cores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["axes_text", "core_rows", "declared_text"]
 
 
 def core_rows(network: Network) -> list[tuple[str, ...]]:
-    """For each core its name, legs, shape, where its values come from, and how many it has."""
+    """For each core its name, legs, shape, the origin of its values, and its number of elements."""
     rows: list[tuple[str, ...]] = []
     for core in network.cores:
         shape = " x ".join(map(str, core.shape)) or "scalar"
@@ -36,7 +36,7 @@ def axes_text(axes: Axes) -> str:
 
 
 def declared_text(core: Core) -> str:
-    """What sets a core apart where no layer is known: marks, or what it is made of."""
+    """What is special about a core, without a layer: marks, or what it is made of."""
     if core.derivation is None:
         init = core.init.text if core.is_index else ""
         return ", ".join(text for text in (init, _marks(core.frozen, core.shared, core.origin)) if text)
@@ -46,7 +46,7 @@ def declared_text(core: Core) -> str:
 
 
 def _marks(frozen: bool, shared: str | None, origin: str | None) -> str:
-    """What sets a core apart, in words."""
+    """What is special about a core, in words."""
     if origin is not None:
         return "the base weight" if origin == "weight" else f"{origin} of the base weight"
     scope = {None: None, "model": "shared by all layers"}.get(shared, f"shared within {shared}")

@@ -1,4 +1,4 @@
-"""In which order a network is contracted: to its delta weight, or cluster by cluster with its layer's input."""
+"""The order in which a network is contracted: to its delta weight, or cluster by cluster with its layer's input."""
 
 from tnpeft.planning.call import Axis, Call, nominal_call
 from tnpeft.planning.path import Path, find_path

@@ -1,7 +1,7 @@
-"""A network as a search sees it: sets of cores and sets of legs are bit sets, numbers of elements are floats.
+"""A network for a search: sets of cores and of legs are bit sets, numbers of elements are floats.
 
-Where a product of sizes exceeds 2**53 the last digits are lost, beyond what a float holds it is infinite: no order that
-makes such a tensor is worth looking at.
+A product of sizes above 2**53 loses its last digits, and beyond a float's range it is infinite. No order that makes
+such a tensor is worth trying.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Graph:
 
 
 class Bitsets:
-    """What a search asks of a network, the layer's input included."""
+    """What a search needs to know of a network with the layer's input."""
 
     def __init__(self, graph: Graph) -> None:
         self.bit = {leg: 1 << place for place, (leg, _) in enumerate(graph.sizes)}
@@ -69,7 +69,7 @@ class Bitsets:
         return found
 
     def union(self, cores: int) -> int:
-        """The legs that any of these cores has."""
+        """The legs of any of these cores."""
         legs = 0
         while cores:
             low = cores & -cores
@@ -83,12 +83,12 @@ class Bitsets:
         return self.union(cores) & (weight | self.union(self.everything & ~cores))
 
     def tensor(self, done: int) -> int:
-        """The channels' legs of the input once the cores `done` are absorbed."""
+        """The channel legs of the input once the cores `done` are absorbed."""
         later = self.outputs | self.union(self.everything & ~done)
         return (self.union(done) | self.inputs) & ~self.kernel & later
 
     def awaited(self, tensor: int, done: int) -> tuple[int, int]:
-        """Of the input's legs, those that are summed: where one core more has the leg, and where several have."""
+        """The input's legs that will be summed: those that one remaining core has, and those that several have."""
         one = several = 0
         rest = tensor & ~self.outputs
         while rest:
@@ -102,7 +102,7 @@ class Bitsets:
         return one, several
 
     def held_by(self, legs: int, cores: int) -> int:
-        """Of the legs, those that no other core has."""
+        """Those of `legs` that no core other than `cores` has."""
         found = 0
         while legs:
             low = legs & -legs
@@ -113,7 +113,7 @@ class Bitsets:
 
 
 def connected_sets(neighbours: Sequence[int], largest: int) -> Iterator[int]:
-    """Connected sets of at most `largest` cores, each once; of each core its neighbours are given.
+    """Connected sets of at most `largest` cores, each once; `neighbours` has those of each core.
 
     Those whose lowest core is `start` grow by one neighbour at a time; `banned` holds what an earlier branch has had
     already.

@@ -1,4 +1,4 @@
-"""A call of a layer: how many voxels go in and come out, and how the two are related along each kernel axis."""
+"""A call of a layer: how many voxels go in and come out, and how they are related along each kernel axis."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NOMINAL_SIDE = 16
 class Axis:
     """One kernel axis of a call.
 
-    A convolution's output at `b` reads its input at `b * stride + k * dilation - before` for the kernel's entry `k`; a
-    transposed one adds to its output at `a * stride + k * dilation - before` what it reads at `a`.
+    For the kernel's entry `k`, a convolution's output at `b` reads its input at `b * stride + k * dilation - before`. A
+    transposed convolution reads its input at `a` and adds to its output at `a * stride + k * dilation - before`.
     """
 
     inputs: int
@@ -31,7 +31,7 @@ class Axis:
     before: int = 0
 
     def slices(self, entry: int, transposed: bool) -> tuple[slice, slice] | None:
-        """The input's and the output's positions that one kernel entry joins, in step; None where there are none."""
+        """The positions of input and output that one kernel entry joins, as two slices; None if there are none."""
         offset = entry * self.dilation - self.before
         # `strided = dense * stride + offset`, with both within their axis.
         dense, strided = (self.inputs, self.outputs) if transposed else (self.outputs, self.inputs)
@@ -76,7 +76,7 @@ class Call:
 
 
 def nominal_call(layer: Layer, batch: int | None = None, space: Sequence[int] | None = None) -> Call:
-    """A call with stride 1 and an output as large as the input; of the size that plans assume where none is given.
+    """A call with stride 1 and an output as large as the input; without a size, of the size that plans assume.
 
     `batch` counts all rows of a Linear, `space` are the voxels along each kernel axis.
     """

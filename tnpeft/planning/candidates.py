@@ -1,4 +1,4 @@
-"""The clusters that may join a layer's input, and the time to contract each."""
+"""The clusters of cores that may be absorbed into a layer's input, and the time to contract each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLUSTERS = 800
 
 
 class Candidate(NamedTuple):
-    """A connected set of cores: the time to contract it, its legs but for the kernel's, and their elements.
+    """A connected set of cores: the time to contract it, its legs without the kernel's, and their elements.
 
     `axes` are the kernel axes that it has, `entries` the entries of their legs.
     """
@@ -31,9 +31,9 @@ class Candidate(NamedTuple):
 
 
 def candidates(sets: Bitsets, prices: DeviceModel) -> tuple[list[Candidate], bool]:
-    """The clusters, smaller ones first, and whether they are all that there are.
+    """The clusters, smaller ones first, and whether these are all.
 
-    A cluster has all cores of each kernel axis that it touches, or the axis could not be summed when it joins.
+    A cluster has all cores of each kernel axis that it touches: else the axis could not be summed when it is absorbed.
     """
     connected, complete = _connected(sets)
     times = _contraction_times(sets, prices, sorted(connected, key=lambda cores: (cores.bit_count(), cores)))

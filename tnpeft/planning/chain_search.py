@@ -1,13 +1,13 @@
 """The factored order: clusters of cores are absorbed into the layer's input, one after the other.
 
-The network is contracted with the input in it. A cluster is contracted to one tensor; where it joins the input, it is a
-matrix product over the channels' legs and, for the kernel axes whose legs it has, a sum over shifted copies. The input
-is either *gathered* (one shifted copy for each kernel entry, before the product) or the product is *scattered* (one for
-each kernel entry, shifted and added up afterwards), whichever moves less.
+The network is contracted together with the input. A cluster is contracted to one tensor. Absorbing it into the input is
+a matrix product over the channels' legs and, for the kernel axes whose legs it has, a sum over shifted copies. Either
+the input is *gathered* (one shifted copy for each kernel entry, before the product), or the product is *scattered* (one
+for each kernel entry, shifted and added up afterwards), whichever moves less data.
 
-The best order is the shortest way from no core to all cores, where one way leads from a set of absorbed cores to that
-set and a cluster more (Dijkstra over bit sets). Where cores can be joined in too many ways to try them all, the search
-goes on from the best sets of each size alone.
+The best order is the shortest path from no core to all cores; an edge leads from a set of absorbed cores to that set
+with one more cluster (Dijkstra over bit sets). If there are too many ways to try all, the search goes on only from the
+best sets of each size.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WHOLE_WEIGHT = "every order builds the whole weight first"
 
 @dataclass(frozen=True)
 class Absorption:
-    """One step: the cores of a cluster, the kernel axes that it has, and the channels' legs after it."""
+    """One step: the cores of a cluster, the kernel axes that it has, and the channel legs after it."""
 
     cores: tuple[int, ...]
     axes: tuple[int, ...]
@@ -62,7 +62,7 @@ class _Input(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def find_chain(graph: Graph, call: Call) -> tuple[Absorption, ...] | str:
-    """The quickest order found, or why there is none."""
+    """The fastest order found, or the reason why there is none."""
     search = _Search(graph, call)
     order = search.shortest()
     if not order and search.complete:

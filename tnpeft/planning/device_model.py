@@ -13,8 +13,8 @@ __all__ = ["DEVICE_MODELS", "DeviceModel", "device_model"]
 class DeviceModel:
     """Prices on one kind of device: ns, for fp32.
 
-    The first block holds for any operation, the second predicts the time of a mode, the third searches a chain, where
-    only ratios matter and a link stands for all that it does in both passes.
+    The first block holds for any operation, the second predicts the time of a mode. The third is for the search of a
+    chain, where only ratios matter, and the price of a link covers all that it does in both passes.
     """
 
     start: float  # of an operation, with its views
@@ -40,7 +40,7 @@ class DeviceModel:
     cluster_move: float  # of an element of its result
 
     def distance(self, elements: float) -> float:
-        """How many times as long an element of so large a tensor takes to read or write."""
+        """By what factor reading or writing an element takes longer in a tensor of that many elements."""
         return self.far if elements > self.cached else 1.0
 
 
@@ -96,5 +96,5 @@ DEVICE_MODELS: Mapping[str, DeviceModel] = MappingProxyType(
 
 
 def device_model(device: str) -> DeviceModel:
-    """Kinds of device that the table lacks are taken for the GPU that it has."""
+    """The prices on a kind of device; kinds that the table lacks get those of its GPU."""
     return DEVICE_MODELS.get(device, DEVICE_MODELS["cuda"])

@@ -1,4 +1,4 @@
-"""What dynamic programming minimises: multiplications, and a little for a last step that writes the weight badly.
+"""What dynamic programming minimises: multiplications, and a penalty for a last step that writes the weight badly.
 
 The last step writes the whole delta weight. If its operands' legs stand in the weight's memory order as rows and
 columns of matrices, perhaps of a batch of them, one matrix product writes it; otherwise, or if the matrices are narrow,
@@ -26,7 +26,7 @@ Legs = frozenset[str]
 
 
 def cost_of_paths(inputs: Sequence[Legs], output: str, sizes: Mapping[str, int]) -> Callable[..., None]:
-    """opt_einsum's hook for a cost of one's own; `output` has the weight's legs in memory order."""
+    """A cost function for opt_einsum's hook; `output` has the weight's legs in memory order."""
     everything = (1 << len(inputs)) - 1
 
     def legs_of(cores: int) -> Legs:

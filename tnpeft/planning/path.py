@@ -36,7 +36,7 @@ TRIES_TIMES_LEGS = 1000
 def find_path(inputs: tuple[str, ...], output: str, sizes: tuple[tuple[str, int], ...]) -> Path:
     """The path of fewest multiplications found, or one with up to `last_step_cost.SLACK` more for a quicker last step.
 
-    One string of index letters for each core and for the output; that has the weight's legs in memory order.
+    `inputs` has a string of index letters for each core, `output` those of the weight in memory order.
     """
     legs, kept, size = [frozenset(term) for term in inputs], frozenset(output), dict(sizes)
     if len(legs) == 1:
@@ -71,7 +71,7 @@ def _is_connected(neighbours: Sequence[int]) -> bool:
 
 
 def count_connected_subsets(neighbours: Sequence[int], bound: int) -> int:
-    """Connected subsets of two or more cores; counts no further than `bound` + 1."""
+    """The number of connected subsets of two or more cores, counted up to `bound` + 1."""
     cores = len(neighbours)
     subsets = itertools.islice(connected_sets(neighbours, cores), bound + 1 + cores)  # each core is one by itself
     return min(bound + 1, len([subset for subset in subsets if subset & (subset - 1)]))

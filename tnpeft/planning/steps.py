@@ -1,4 +1,4 @@
-"""What a plan is made of: pairwise steps, the links of a factored chain, and all that is decided of one contraction."""
+"""The parts of a plan: pairwise steps, the links of a factored chain, and all decisions on one contraction."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Link:
 
     `cluster` is the number of the cluster's tensor, `steps` make it, `kept` are its legs. `axes` are the kernel axes
     that it has, `kernel` their legs. With `gather` the input is copied once for each kernel entry before the product,
-    else the product is made for each and added up. `before` and `after` are the channels' legs of the input, `flops`
-    those of the product.
+    else there is a product for each entry, and they are added up. `before` and `after` are the input's channel legs
+    before and after, `flops` are those of the product.
     """
 
     cluster: int
@@ -63,7 +63,7 @@ class Link:
 
 @dataclass(frozen=True, eq=False)
 class Contraction:
-    """What is decided of one contraction; `Plan` says what each field means."""
+    """All decisions on one contraction; `Plan` says what each field means."""
 
     network: Network
     mode: str
@@ -77,7 +77,7 @@ class Contraction:
 
     @property
     def copies(self) -> bool:
-        """Whether there is a frozen copy of the cores."""
+        """Whether the cores have a frozen copy."""
         return self.network.start == "frozen_copy"
 
     def numbers_of(self, link: Link) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Plan to program: pairwise contractions that are laid out once and run on tensors."""
+"""From a plan to a program: pairwise contractions that are laid out once and run on tensors."""
 
 from tnpeft.program.autocast import autocast_dtype, without_autocast
 from tnpeft.program.clusters import BatchedCluster, Cluster, ClusterProgram, LayerClusters, build_clusters

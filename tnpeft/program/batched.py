@@ -1,8 +1,8 @@
-"""Contraction trees, evaluated for several layers at once: small cores cost what their operations take to start.
+"""Contraction trees, evaluated for several layers at once: with small cores, launching operations is the cost.
 
-Cores come as one flat list, the first core of every layer, then the second of every layer. `stack` concatenates them
-to one vector and brings each core to (layers, legs in the order of contraction). The changes since the frozen copies
-are one subtraction of two such vectors, the gradients of all cores one vector that is split.
+Cores come as one flat list, the first core of every layer, then the second of every layer. `stack` concatenates them to
+one vector and brings each core to (layers, legs in the order of contraction). The changes since the frozen copies are
+one subtraction of two such vectors, and the gradients of all cores are one vector that is split.
 
 With A = A0 + dA for every tensor, d(A B) = dA B0 + A dB: the difference of two networks close to each other is made
 of differences all the way, never by subtraction of large values. The A0 are constants. The VJP is that of the plain

@@ -1,4 +1,4 @@
-"""The clusters of a factored chain, each contracted for one layer, or for all layers that have such a cluster at once.
+"""The clusters of a factored chain, each contracted for one layer, or at once for all layers with an equal cluster.
 
 With a frozen copy each cluster has, beside its value C, its change dC = C - C0, made of differences, and a *dual*
 form with which a chain carries values and changes together: the pair (v, d) goes to (C v, dC v + C0 d). The first

@@ -1,4 +1,4 @@
-"""Contractions that run while a context is open, counted: for tests and benchmarks."""
+"""Counts of the contractions that run while a context is open, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ OPEN: list[dict[str, list[int]]] = []
 def counting() -> Iterator[dict[str, list[int]]]:
     """For each contraction of the body, in any thread, how many layers it was for.
 
-    `deltas` are cores to delta weights, `clusters` cores to clusters, `merges` clusters to delta weights. Those by
-    plain operations, for whoever looks on, are not counted.
+    `deltas` counts cores to delta weights, `clusters` cores to clusters, `merges` clusters to delta weights.
+    Contractions on the plain path are not counted.
     """
     found: dict[str, list[int]] = defaultdict(list)
     OPEN.append(found)

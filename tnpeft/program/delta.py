@@ -112,7 +112,7 @@ class Program:
         return self.plain_deltas(cores, start)
 
     def plain_deltas(self, cores: Sequence[Tensor], start: Starts | None) -> tuple[Tensor, ...]:
-        """`deltas` by differentiable operations of torch alone, which whoever looks on can follow."""
+        """As `deltas`, by differentiable operations of torch only, for the plain path."""
         totals: list[Tensor] = []
         with without_autocast(cores[0]):
             for place, (term, tree) in enumerate(self.terms):

@@ -1,8 +1,8 @@
 """Lowered contractions run on tensors: few operations, all of them differentiable and traceable where `plain`.
 
 Otherwise, under an autograd function of tnpeft's own, views are made by `as_strided` and sums in place: with forty
-adapted layers of small cores, what counts is the number of operations to start. For the same reason a contraction is
-turned into one function of its operands, with everything decided, the first time that it runs.
+adapted layers of small cores, the number of operations to launch is what counts. For the same reason a contraction
+becomes one function of its operands, with everything decided, the first time that it runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_lasting(found: object) -> bool:
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each was written to, as far as autograd counts."""
+    """How often each tensor was written to, as autograd counts it."""
     try:
         return [tensor._version for tensor in tensors]  # every layer of a pass asks: no call for each tensor
     except RuntimeError:  # one was made in inference mode

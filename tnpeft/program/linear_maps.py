@@ -1,4 +1,4 @@
-"""Maps that only move entries, add and subtract them: f(a + b) = f(a) + f(b).
+"""Maps that only move, add and subtract entries: f(a + b) = f(a) + f(b).
 
 Shapes are those of `maps`. Index tensors `at` are (layers, legs...); one layer of either stands for all.
 """

@@ -1,4 +1,4 @@
-"""Which spec on which layers, what else trains, and the report of it. Reading a recipe takes no torch."""
+"""Which spec goes on which layers, what else trains, and the report on it. Reading a recipe needs no torch."""
 
 from __future__ import annotations
 

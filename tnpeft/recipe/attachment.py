@@ -66,30 +66,30 @@ def attach(
 
     `what` is a spec or a recipe, or the name or path of one. With a spec, `match` says which layers: a regular
     expression (searched in full module names), a list of names, or `"all"`: every layer of the spec's kinds that can
-    carry an adapter. `exclude` leaves some out, by a regular expression or names (of layers or of what holds them),
+    carry an adapter. `exclude` leaves some out, by a regular expression or names (of layers or of modules around them),
     `kinds` says which kinds are meant ("Linear"), `layers` which numbered blocks ("0-5", {"decoder.layers": "0-5, 8"}).
-    `params` override the specs' own numbers, `ranks` those of some layers ({"q_proj$": {"r": 8}}). `parameters` are
-    adapted beside layers, or alone: regular expressions or names, or a mapping of these to the axes as they are stored
-    ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}: outputs, inputs, slices of a stack of layers).
+    `params` override the specs' own numbers, `ranks` those of some layers ({"q_proj$": {"r": 8}}). `parameters` names
+    weights that are adapted beside layers, or alone. It has expressions or names, or maps expressions to the stored
+    axes ({"mlp.w1$": "o i", "experts.down_proj$": "e o i"}: outputs, inputs, slices of a stack).
 
     `train` says what trains beside the cores ({"bias": "adapted", "norm": True, "also": [...]}); all else is frozen.
-    `dropout` says what layers leave out at random while they train ({"input": 0.05, "bond": 0.1, "module": 0.1}: of
-    what the update reads, of indices that join cores, all of it). `scopes` binds the scopes of shared cores to regular
-    expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` tells several adapters apart.
+    `dropout` has the probabilities of dropout in training ({"input": 0.05, "bond": 0.1, "module": 0.1}): of entries of
+    the update's input, of entries of a bond, of a layer's whole update. `scopes` binds the scopes of shared cores to
+    regular expressions ({"block": r"layers\\.(\\d+)\\."}), `seed` overrides the specs', `name` is the adapter's.
 
-    `init` has first values of stored cores, index cores too, in place of what inits draw: `{"layer.core": tensor}`,
-    or a function (layer, core, network) -> tensor or None, of names and a `Network`. An object that needs all layers
-    also has `prepare(layers)`, called first. Files hold such values. `tnpeft.starts` has published ones.
+    `init` gives first values of stored cores, index cores too, in place of what inits draw: `{"layer.core": tensor}`,
+    or a function (layer, core, network) -> tensor or None, of two names and a `Network`. A callable may also have
+    `prepare(layers)`, which is called first. `save` writes such values, of frozen cores too. See `tnpeft.starts`.
 
     `mode` says how layers apply their update: `dense` builds the delta weight and calls the layer once with the sum;
     `factored` contracts the cores with the layer's input; `hybrid` calls the layer with the sum and takes the cores'
-    gradients from the factored chain. All agree but for rounding. What cannot be factored (groups, DoRA, cores that are
-    the base weight, several active adapters, other scales than 1) runs dense. `auto` takes the one of least predicted
-    time; with `autotune` it times them, and remembers. Second derivatives need `dense`.
+    gradients from the factored chain. All agree but for rounding. What cannot be factored (groups, DoRA, several active
+    adapters, other scales than 1, most cores that are the base weight) runs dense. `auto` takes the mode with the least
+    predicted time; with `autotune` it times the modes once for each new kind of call. Second derivatives need `dense`.
 
-    Layers that would take more than the device's memory are refused (`tnpeft.memory_limit`). Of a model that FSDP2 has
-    sharded every process must call it; each then holds all of the new cores.
-    Raises SpecError, BindError or AttachError with every mistake found; the model is then as it was.
+    An adapter that would need more than the device's memory is refused (`tnpeft.memory_limit`). If FSDP2 has sharded
+    the model, every process must call `attach`; each then holds all of the new cores. Raises SpecError, BindError or
+    AttachError with every mistake found; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise AttachError(Problem("model", "a torch.nn.Module", clip(model), "Pass the model itself."))
@@ -118,7 +118,7 @@ def _unlike(what: str, fix: str) -> AttachError:
 
 
 class _Claims(NamedTuple):
-    """What a recipe makes of a model: whom it adapts, on what and by which networks, and what trains beside."""
+    """What a recipe does to a model: the layers it adapts, the networks on them, and what trains beside the cores."""
 
     layers: Mapping[str, Entry]
     also: Trained
@@ -134,7 +134,7 @@ class _Claims(NamedTuple):
 
 
 def _claims(model: nn.Module, recipe: Recipe, mode: str) -> _Claims:
-    """Raises AttachError for a model that nothing can be attached to, or not by this recipe."""
+    """Raises AttachError for a model to which nothing, or not this recipe, can be attached."""
     flat = flat_problem(model)
     if problems := [*model_problems(model)] if flat is None else [flat]:
         raise AttachError(*problems)
@@ -146,7 +146,7 @@ def _claims(model: nn.Module, recipe: Recipe, mode: str) -> _Claims:
 
 
 def _with(recipe: Recipe, train: Any, scopes: Mapping[str, str] | None, given: object) -> Recipe:
-    """The recipe with what `attach` says of what trains, of scopes and of dropout. Raises AttachError."""
+    """The recipe with `attach`'s arguments for what trains, for scopes and for dropout. Raises AttachError."""
     recipe = recipe if train is None else replace(recipe, train=train_from(train))
     recipe = replace(recipe, scopes=scopes_from(scopes, recipe))
     if given is None:
@@ -158,7 +158,7 @@ def _with(recipe: Recipe, train: Any, scopes: Mapping[str, str] | None, given: o
 
 
 def _about(model: nn.Module, recipe: Recipe, claimed: Mapping[str, Entry], also: Trained) -> dict[str, Any]:
-    """What the adapter's record and files say of how it was attached; JSON-like, as files give it back."""
+    """What the adapter's record and files hold on how it was attached, as JSON-like data."""
     trained_names = {reason: list(names) for reason, names in asdict(also).items()}
     about: dict[str, Any] = {"recipe": recipe.name, "trained": trained_names}
     if left_out := skipped(model, recipe):
@@ -169,7 +169,7 @@ def _about(model: nn.Module, recipe: Recipe, claimed: Mapping[str, Entry], also:
 
 
 def recipe_of(what: object, match: Match | None, params: Mapping[str, Any], **selection: Any) -> Recipe:
-    """What `attach` takes as a recipe: a spec becomes one of a single entry. Raises SpecError and AttachError."""
+    """What `attach` takes, as a recipe: a spec becomes a recipe of one entry. Raises SpecError and AttachError."""
     recipe = _recipe_of(what, match, params, {key: value for key, value in selection.items() if value is not None})
     if problems := [each for entry in recipe.entries for each in param_problems(entry.spec, entry.params, ATTACH)]:
         raise AttachError(*problems)

@@ -1,4 +1,4 @@
-"""From the layers and parameters that a recipe claims to their adapters, still on no model."""
+"""From the layers and parameters that a recipe claims to their adapters, before these go on a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bound_layers(
 ) -> dict[str, Network]:
     """One network per layer (once for a layer with two names); every layer's mistakes are collected.
 
-    Nothing is made of weights yet.
+    No weight is read yet.
     """
     check_mode(mode)
     networks: dict[str, Network] = {}
@@ -59,7 +59,7 @@ def compiled_layers(
     autotune: bool,
     start: Start | None = None,
 ) -> dict[str, Adapter]:
-    """The adapters of bound layers; every layer's mistakes are collected. `start` has first values of cores."""
+    """The adapters of bound layers; every layer's mistakes are collected. `start` gives first values of cores."""
     problems: list[Problem] = []
     given: Mapping[str, Mapping[str, Tensor]] = {}
     if start is not None:
@@ -94,7 +94,7 @@ def compiled_layers(
 def _dropout_problems(
     name: str, network: Network, layer: nn.Module | ParameterLayer, dropout: Dropout
 ) -> list[Problem]:
-    """Why calls of a layer cannot leave out so much."""
+    """Why a layer cannot have this dropout."""
     if found := never_called(layer):
         fix = "Exclude it, or adapt it by another entry of a recipe, or under another name, without `dropout`."
         return [Problem("`dropout`", "a layer whose input is seen", found, fix, layers=(name,))]

@@ -1,4 +1,4 @@
-"""What files and `attach` say under `dropout`: a probability for each of what can be dropped."""
+"""`dropout` in files and in `attach`: a probability for each kind of dropout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MEANT = {
 
 
 def dropout_of(given: object) -> tuple[Dropout | None, list[tuple[tuple[str, ...], Problem]]]:
-    """The dropout that is said, None for none; and what is wrong with it, with the keys under which that stands."""
+    """The dropout that is given, or None; and its problems, each with the keys under which it stands."""
     if given is None or isinstance(given, Dropout):
         return given or None, []
     told: list[tuple[tuple[str, ...], Problem]] = []
@@ -46,7 +46,7 @@ def dropout_of(given: object) -> tuple[Dropout | None, list[tuple[tuple[str, ...
 
 
 def dropout_advice(key: str, value: object) -> str:
-    """What to write for a key of another library's, within `dropout` (no value) or in its place; empty for others."""
+    """What to write for another library's key, inside `dropout` (no value) or in its place; empty for other keys."""
     meant = next((name for name, words in _MEANT.items() if key.casefold() in words), None)
     if meant is None or isinstance(value, bool):
         return ""

@@ -28,10 +28,10 @@ _USAGE = (
 def given_values(
     start: object, networks: Mapping[str, Network], captured: Mapping[str, Captured], aliases: Mapping[str, str]
 ) -> dict[str, dict[str, Tensor]]:
-    """The values that `start` has for each layer's own cores; `aliases` are other names of layers.
+    """The values that `start` gives for the cores of each layer; `aliases` are other names of layers.
 
-    A core that layers share is asked for once, in the name of the first of them; a mapping may name any of them.
-    Raises AttachError with everything that cannot be a core's value.
+    A core that layers share is asked for once, under the first of these layers; a mapping may name any of them. Raises
+    AttachError with everything that cannot be a core's value.
     """
     held = _Held(networks, captured)
     if isinstance(start, Mapping):
@@ -117,7 +117,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _from_function(start: Callable[..., Any], held: _Held, networks: Mapping[str, Network]) -> _Found:
-    """What a function has for each core, once it has seen all layers if it asks for that. Raises AttachError."""
+    """What a function gives for each core, after its `prepare`, if it has one, saw all layers. Raises AttachError."""
     prepare = getattr(start, "prepare", None)
     if prepare is not None:
         _called(functools.partial(prepare, dict(networks)), "`init`, `prepare(layers)`", ())
@@ -130,7 +130,7 @@ def _from_function(start: Callable[..., Any], held: _Held, networks: Mapping[str
 
 
 def _called(call: Callable[[], Any], what: str, layers: tuple[str, ...]) -> Any:
-    """What a user's function returns. Raises AttachError for what it raises; our own errors pass."""
+    """What a user's function returns. Raises AttachError for what it raises, except for tnpeft's own errors."""
     try:
         return call()
     except TnpeftError:

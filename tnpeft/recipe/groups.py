@@ -1,4 +1,4 @@
-"""What an adapter trains, sorted into the groups of an optimiser: by core, by layer and by role."""
+"""What an adapter trains, sorted into an optimiser's groups: by core, by layer and by role."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["TrainedTensor", "groups_of", "tensors_of"]
 class TrainedTensor:
     """A parameter that an adapter trains, under the name that `Handle.named_parameters` gives it.
 
-    `words` are the keys that name it whole: its core, alone and after its spec, or why it trains beside the cores.
-    `users` are its names in all the layers that share it, `ties` its other names in the model.
+    `words` are keys that name it: its core, alone and with its spec (`lora.up`), or its role (`bias`, `norm`, `also`).
+    `users` are its names in all layers that share it, `ties` its other names in the model.
     """
 
     name: str
@@ -34,7 +34,7 @@ class TrainedTensor:
     ties: tuple[str, ...] = ()
 
     def is_found_by(self, pattern: re.Pattern[str]) -> bool:
-        """Whether a pattern finds it: in the names of all layers that share it, in any name of what is tied."""
+        """Whether a pattern finds it: a shared core by its names in all layers, a tied tensor by any of its names."""
         if self.users:
             return all(pattern.search(name) for name in self.users)
         return any(pattern.search(name) for name in (self.name, *self.ties))
@@ -70,7 +70,7 @@ def groups_of(
 ) -> list[dict[str, Any]]:
     """Optimiser groups, each with its parameters, its `lr`, its `weight_decay` if one is set, and a `name`.
 
-    Raises AttachError for keys that name nothing and for what is no number, SpecError for what is no pattern.
+    Raises AttachError for keys that name nothing and for what is no number, SpecError for an invalid pattern.
     """
     tensors, spared = list(tensors), _keys(no_decay)
     numbers = {"`lr`": lr, **{f"`lr_factors` {clip(key)}": value for key, value in _factors(lr_factors).items()}}
@@ -134,7 +134,7 @@ def _found(argument: str, key: object, tensors: list[TrainedTensor], problems: l
 def _nothing(
     what: str, key: str, pattern: re.Pattern[str], tensors: list[TrainedTensor], words: Iterable[str]
 ) -> Problem:
-    """What is said of a key that names nothing, or some of the layers that share a core."""
+    """The problem of a key that names nothing, or only some of the layers that share a core."""
     cores = dict.fromkeys(tensor.words[0] for tensor in tensors)
     example = tensors[0].name if tensors else "layers.0.up"
     expected = f"one of {', '.join(dict.fromkeys([*cores, *REASONS]))}, or a regular expression on names such as "

@@ -22,7 +22,7 @@ _NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 
 
 class Handle:
-    """An attached adapter: its model and name, what trains, and the functions of the library with these filled in."""
+    """An attached adapter: what it trains, and the library's functions with its model and name filled in."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         record_of(model, name)
@@ -46,7 +46,7 @@ class Handle:
         return ((tensor.name, tensor.parameter) for tensor in tensors_of(self.model, self.name))
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What to give the optimiser."""
+        """The parameters to give the optimiser: those of `named_parameters`."""
         return (parameter for _, parameter in self.named_parameters())
 
     def parameter_groups(
@@ -57,24 +57,25 @@ class Handle:
         no_decay: Iterable[str] = (),
         weight_decay: float | None = None,
     ) -> list[dict[str, Any]]:
-        """What to give an optimiser that treats cores, layers, biases or norms differently: LoRA+ and its kin.
+        """Groups for an optimiser, with learning rates of their own for cores, layers, biases or norms, as in LoRA+.
 
-        Each key of `lr_factors` multiplies `lr` for what it names, and several multiply each other; what a key of
-        `no_decay` names has a `weight_decay` of 0. A key is a core (`up`), a core of one of several specs (`lora.up`),
-        a role (`bias`, `norm` or `also`: what trains beside the cores), or else a regular expression, searched in the
-        names of `named_parameters`. Every parameter is in one group. A core that layers share is of them all: a
-        regular expression finds it where it matches each of them. Groups have a `name` beside what torch knows.
+        Each key of `lr_factors` names parameters, and its factor multiplies their `lr`; where several name one, all
+        factors do. What a key of `no_decay` names has a `weight_decay` of 0. A key is a core (`up`), a core of one of
+        several specs (`lora.up`), a role (`bias`, `norm` or `also`: what trains beside the cores), or else a regular
+        expression, searched in the names of `named_parameters`. Every parameter is in one group. A core that layers
+        share has a name in each of them: a regular expression must match them all. Each group also has a `name`, which
+        torch passes over.
 
-        Raises AttachError for a key that names nothing and what is no number.
+        Raises AttachError for a key that names nothing, and for a value that is no finite number of zero or more.
         """
         return groups_of(tensors_of(self.model, self.name), lr, lr_factors, no_decay, weight_decay)
 
     def activate(self, scale: float = 1.0) -> None:
-        """Let this adapter act at a scale, and no other; see `tnpeft.activate`."""
+        """Let this adapter act at a scale, and no other adapter; see `tnpeft.activate`."""
         activate(self.model, {self.name: scale})
 
     def scale(self, scale: float) -> None:
-        """Let this adapter act at a scale, beside the others that act; see `tnpeft.activate`."""
+        """Let this adapter act at a scale, along with the others that act; see `tnpeft.activate`."""
         activate(self.model, {**scales_of(self.model), self.name: scale})
 
     def disabled(self) -> AbstractContextManager[None]:
@@ -82,7 +83,7 @@ class Handle:
         return disabled(self.model)
 
     def anchor(self) -> None:
-        """Let today's cores be the frozen copy, so that the update is exactly zero again; see `tnpeft.anchor`."""
+        """Make the current cores the frozen copy, so that the update is exactly zero again; see `tnpeft.anchor`."""
         anchor(self.model, self.name)
 
     def merge(self) -> None:
@@ -114,5 +115,5 @@ class Handle:
 
 
 def _room_above(room: str) -> Any:
-    """A room that imports this one, looked up when a method of its is called: files and fits know handles."""
+    """A room that imports this one. It is looked up when it is needed, because files and fits import handles."""
     return importlib.import_module(f"tnpeft.{room}")

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tnpeft.documents.json_schema import NAME, WORD, Keywords, schema_document
 from tnpeft.documents.nodes import Node, read_bytes, read_document
 from tnpeft.documents.schema import FilePart, Schema, check_shape, entries_problem, with_text_keys
 from tnpeft.errors import Position, Problem, Problems, SpecError, TnpeftError, clip, near_miss
@@ -17,14 +16,22 @@ from tnpeft.network import Spec, load_spec
 from tnpeft.network.dropout import Dropout
 from tnpeft.recipe.dropout import dropout_advice, dropout_of
 from tnpeft.recipe.parameters import Parameters, parameters_from
-from tnpeft.recipe.selection import ALL, SPANS, Selection, compiled, selection_of
-from tnpeft.spec import find_shipped, list_specs
+from tnpeft.recipe.selection import Selection, compiled, selection_of
+from tnpeft.spec import find_shipped
 from tnpeft.spec.habits import advice_on, is_word, unknown_params, value_of_param
 from tnpeft.spec.library import label_of, shipped_folder
-from tnpeft.spec.pattern import KINDS
-from tnpeft.spec.reader import SHORT_KINDS
 
-__all__ = ["SELECTION", "Entry", "Recipe", "Train", "list_recipes", "load_recipe", "recipe_schema", "train_from"]
+__all__ = [
+    "RECIPE",
+    "SELECTION",
+    "DropoutFile",
+    "Entry",
+    "Recipe",
+    "Train",
+    "list_recipes",
+    "load_recipe",
+    "train_from",
+]
 
 SELECTION = ("exclude", "kinds", "layers", "ranks")
 """The keys of an entry that narrow `match`, and give single layers params of their own."""
@@ -72,7 +79,7 @@ class RecipeFile(FilePart):
 
 
 def _advice(path: tuple[str | int, ...], key: str, value: object) -> str:
-    """What to write for a key that no recipe has, or that belongs elsewhere in it."""
+    """What to write for a key that no recipe has, or that belongs elsewhere in a recipe."""
     if path == ("train",):
         return advice_on(key, ())
     if path[-1:] == ("dropout",):
@@ -140,44 +147,6 @@ RECIPE = Schema(
 )
 
 
-def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema of recipes."""
-    shipped = list(list_specs())
-    entry = {"spec": "${1:lora}", "match": "${2:to_[qv]\\$}", "params": {"r": 4}}
-    kind = {"enum": [*KINDS, *SHORT_KINDS]}
-    number = {"type": "integer", "minimum": 0}
-    numbers = [number, {"type": "string", "pattern": SPANS}, {"type": "array", "items": number, "minItems": 1}]
-    keywords: dict[str, Keywords] = {
-        "name": {"pattern": NAME},
-        "adapters": {"minItems": 1, "defaultSnippets": [{"label": "a spec on some layers", "body": [entry]}]},
-        "adapters.*": {
-            "required": ["spec"],
-            "if": {"not": {"required": ["match"]}},
-            "then": {"required": ["parameters"]},
-        },
-        "adapters.*.spec": {"anyOf": [{"enum": shipped}, {"type": "string", "pattern": r"\.ya?ml$"}]},
-        "adapters.*.match": {"examples": [r"conv[12]\.conv$", ALL]},
-        "adapters.*.parameters": {"examples": [{r"experts\.(gate_up|down)_proj$": "e o i"}, r"\.in_proj_weight$"]},
-        "adapters.*.params": {"propertyNames": {"pattern": rf"^{WORD}$"}, "examples": [{"r": 4}]},
-        "adapters.*.exclude": {"examples": ["lm_head$", ["vision_tower", "lm_head"]]},
-        "adapters.*.kinds": {"anyOf": [kind, {"type": "array", "items": kind, "minItems": 1}]},
-        "adapters.*.layers": {
-            "anyOf": [*numbers, {"type": "object", "additionalProperties": {"anyOf": numbers}, "minProperties": 1}],
-            "examples": ["0-5, 8", "16-", {"decoder.layers": "0-5"}],
-        },
-        "adapters.*.ranks": {"examples": [{"q_proj$": {"r": 8}}]},
-        "adapters.*.dropout": {"examples": [{"input": 0.05}, {"bond": 0.1, "module": 0.1}]},
-        **{f"adapters.*.dropout.{each}": {"minimum": 0, "exclusiveMaximum": 1} for each in DropoutFile.model_fields},
-        "scopes": {
-            "propertyNames": {"pattern": rf"^{WORD}$"},
-            "examples": [{"layer": r"layers\.(\d+)\.", "matrix": r"\.([qkvo])_proj$"}],
-        },
-        "train.norm": {"examples": [True, "all"]},
-        "train.also": {"examples": [[r"^out\."]]},
-    }
-    return schema_document(RECIPE, "tnpeft recipe: which spec goes on which layers", keywords)
-
-
 _WHOLE = Selection()
 
 
@@ -185,9 +154,8 @@ _WHOLE = Selection()
 class Entry:
     """One spec of a recipe with its layers: `match` is a regular expression, exact names, or `all`.
 
-    `all` stands for every layer of the spec's kinds that can carry an adapter; nothing is matched if `match` is empty.
-    `parameters` are adapted beside layers. `selection` narrows both. `dropout` is what training leaves
-    out at random.
+    `all` stands for every layer of the spec's kinds that can carry an adapter; an empty `match` matches nothing.
+    `parameters` are weights adapted beside layers. `selection` narrows both. `dropout` acts in training.
     """
 
     spec: Spec
@@ -207,10 +175,9 @@ class Entry:
 class Train:
     """What trains beside the cores.
 
-    `bias`: `none`, `adapted` (of the adapted layers) or `all`. `norm`: the affine parameters of
-    normalisation layers; `True` takes those the model calls norm, as the paper's code does (or every
-    one, where it calls none so), `"all"` takes every one. `also`: regular expressions on parameter
-    names, for joint training.
+    `bias`: `none`, `adapted` (of the adapted layers) or `all`. `norm`: the affine parameters of normalisation layers.
+    `True` takes layers with "norm" in their names, as the TenVOO paper's code does, or all if there are none; `"all"`
+    takes all. `also`: regular expressions on the names of other parameters to train.
     """
 
     bias: Bias = "none"
@@ -222,8 +189,8 @@ class Train:
 class Recipe:
     """Which spec goes on which layers of a model, and what else trains.
 
-    `scopes` binds the scopes of shared cores to regular expressions: layers in whose names one captures
-    the same have one tensor for all.
+    `scopes` binds the scopes of shared cores to regular expressions. Layers share one tensor if the expression captures
+    the same text in their names.
     """
 
     name: str
@@ -251,8 +218,8 @@ def list_recipes() -> tuple[str, ...]:
 def load_recipe(name: str | Path) -> Recipe:
     """A shipped recipe by name (`tenvoo_l_ddpm`) or a recipe file by path.
 
-    A spec in it is a shipped name, or a path from the recipe's folder. Raises SpecError with every
-    mistake in the file and in its specs, each with file, line and column.
+    Its specs are shipped names, or paths relative to the recipe's folder. Raises SpecError with every mistake in the
+    file and in its specs, each with file, line and column.
     """
     path = find_shipped(name, "recipe", "recipes")
     file = label_of(path)
@@ -260,7 +227,7 @@ def load_recipe(name: str | Path) -> Recipe:
 
 
 def train_from(value: Train | Mapping[str, Any] | None) -> Train:
-    """`attach`'s `train` argument: what a recipe's `train` holds, as a mapping. Raises SpecError."""
+    """The `train` argument of `attach`, a mapping such as a recipe's `train`, checked. Raises SpecError."""
     if value is None or isinstance(value, Train):
         return value or Train()
     problems = Problems()

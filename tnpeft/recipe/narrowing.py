@@ -1,4 +1,4 @@
-"""What is left of the layers that an entry's `match` finds: without `exclude`, of `kinds`, in numbered `layers`."""
+"""Which of the layers that an entry's `match` finds remain: without `exclude`, of `kinds`, in numbered `layers`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kinds_of(entry: Entry) -> tuple[str, ...]:
 def narrowed(
     entry: Entry, names: Sequence[str], modules: Mapping[str, nn.Module], problems: list[Problem]
 ) -> list[str]:
-    """The names that the entry's selection leaves, in their order; what it says in vain is a problem."""
+    """The names that the entry's selection leaves, in their order; a part of it without effect is a problem."""
     selection, told = entry.selection, len(problems)
     left = list(names)
     if selection.exclude is not None and names:
@@ -68,7 +68,7 @@ def _near(pattern: str, names: Iterable[str]) -> str:
 
 
 def _excluded(entry: Entry, names: list[str], modules: Mapping[str, nn.Module], problems: list[Problem]) -> set[str]:
-    """The names that `exclude` finds: by its pattern, or by the names of layers or of what they lie in."""
+    """The names that `exclude` finds: by its pattern, or by the names of layers or of modules that hold them."""
     exclude = entry.selection.exclude
     if isinstance(exclude, str):
         parts = {exclude: {name for name in names if compiled(exclude).search(name)}}
@@ -87,7 +87,7 @@ def _excluded(entry: Entry, names: list[str], modules: Mapping[str, nn.Module], 
 
 
 def _in_blocks(entry: Entry, names: list[str], modules: Mapping[str, nn.Module], problems: list[Problem]) -> list[str]:
-    """The names in the numbered blocks that `layers` says."""
+    """The names in the numbered blocks that `layers` gives."""
     kept: set[str] = set()
     for blocks, spans in entry.selection.blocks.items():
         places = {name: block_of(name, blocks) if blocks else first_block(name) for name in names}

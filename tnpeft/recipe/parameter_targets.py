@@ -1,4 +1,4 @@
-"""The parameters that an entry matches, and the layers that they are the weights of."""
+"""The parameters that an entry matches, and the layers whose weights they are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["matched_parameters", "signatures"]
 def matched_parameters(
     entry: Entry, wanted: Parameters, parameters: Mapping[str, Slot], problems: list[Problem]
 ) -> list[str]:
-    """The parameters that an entry wants; what it says in vain, and what cannot be, is a problem."""
+    """The parameters that an entry adapts. Names without effect, and what cannot be adapted, are problems."""
     found: dict[str, None] = {}
     for given in wanted.names:
         name = given if given in parameters else plain_name(given)
@@ -57,7 +57,7 @@ def _orientation(wanted: Parameters, slot: Slot) -> str | None:
 
 
 def signatures(model: nn.Module, claimed: Mapping[str, Entry]) -> dict[str, Layer | None]:
-    """For each name that entries claim: of a parameter the layer that it is the weight of, None of a layer."""
+    """For each claimed name: if it is a parameter, the signature of the layer whose weight it is; None for a layer."""
     found: dict[str, Layer | None] = {}
     parameters: dict[str, Slot] = {}
     for name, entry in claimed.items():

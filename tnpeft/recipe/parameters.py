@@ -1,7 +1,7 @@
 """`parameters` of an entry: which parameters beside layers it adapts, and which of their axes are outputs and inputs.
 
-Files and `attach` say it alike: a regular expression searched in full parameter names, a list of names, or a mapping of
-regular expressions to orientations.
+Files and `attach` take the same: a regular expression searched in full parameter names, a list of names, or a mapping
+of regular expressions to orientations.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _EXAMPLE = r"For example `parameters: {'experts\.down_proj$': e o i}`."
 
 @dataclass(frozen=True)
 class Parameters:
-    """Regular expressions with orientations, or exact names; an orientation of None is that of a known owner."""
+    """Regular expressions with orientations, or exact names; with None the owner's type decides the orientation."""
 
     patterns: Mapping[str, str | None] = field(default_factory=dict)
     names: tuple[str, ...] = ()
 
     def orientation_of(self, name: str) -> str | None:
-        """What the patterns that find a parameter say of its axes."""
+        """The orientation that the patterns which find a parameter give it, or None."""
         return next(iter(self.told_of(name)), None)
 
     def told_of(self, name: str) -> dict[str, str]:
-        """The orientations that a parameter is given, with the first pattern of each; several contradict each other."""
+        """The orientations that a parameter is given, each with its first pattern; more than one is a contradiction."""
         told: dict[str, str] = {}
         for pattern, axes in self.patterns.items():
             if axes is not None and compiled(pattern).search(name):
@@ -41,7 +41,7 @@ class Parameters:
 
 
 def parameters_from(value: Any) -> tuple[Parameters, list[tuple[tuple[str, ...], Problem]]]:
-    """What `parameters` says, and what is wrong with it, each with the keys under which it stands."""
+    """What `parameters` gives, and its problems, each with the keys under which it stands."""
     told = [*_problems(value)]
     if told:
         return Parameters(), told

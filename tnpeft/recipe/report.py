@@ -1,4 +1,4 @@
-"""What trains: per layer, in total, and as a share of the model."""
+"""The report of what trains: per layer, in total, and as a share of the model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _ONLY_IF_ANY = ("skipped", "passed", "fused", "dropout")
 class LayerReport:
     """One adapted layer; all counts are elements.
 
-    `weight` is the base layer's weight, `cores` what trains of its update, cores that an earlier layer holds left out.
-    `mode` is the execution mode that was asked for, `chosen` the one in which the layer ran where that is another.
+    `weight` counts the base layer's weight, `cores` what trains of its update, without cores that an earlier layer
+    holds. `mode` is the execution mode that was asked for, `chosen` the mode in which the layer ran, if it is another.
     """
 
     name: str
@@ -69,10 +69,9 @@ class SharedReport:
 class Report:
     """The trainable parameters of one adapter; counts are elements, `share` is of the base model's.
 
-    `skipped` are the layers of the spec's kinds that `match="all"` left out, with what each of them is,
-    `passed` the other kinds of modules that have weights, with their numbers. `fused` are the modules of which the
-    output projection alone is adapted, for their q, k and v weights are none of a layer. `dropout` says what training
-    drops at random, and of how many layers.
+    `skipped` are the layers of the spec's kinds that `match="all"` left out, each with the reason. `passed` counts the
+    modules of other kinds that have weights, by kind. `fused` are attention modules of which only the output projection
+    is adapted: their q, k and v weights belong to no layer. `dropout` says what training drops, and in how many layers.
     """
 
     name: str
@@ -95,7 +94,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """A line for what is dropped, each tensor that layers share, layers skipped for one reason, and so on."""
+        """Lines on dropout, on each tensor that layers share, on the layers skipped for each reason, and so on."""
         reasons: dict[str, list[str]] = {}
         for layer, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(layer)
@@ -143,7 +142,7 @@ class Report:
 
 
 def printed(content: object, width: int = 140, markup: bool = True) -> str:
-    """What rich prints, as plain text."""
+    """What rich prints for `content`, as plain text."""
     stream = io.StringIO()
     Console(
         file=stream, width=width, color_system=None, force_terminal=False, force_jupyter=False, markup=markup
@@ -152,7 +151,7 @@ def printed(content: object, width: int = 140, markup: bool = True) -> str:
 
 
 def report_of(model: nn.Module, name: str) -> Report:
-    """The report of an attached adapter. Raises AttachError where there is none of that name."""
+    """The report of an attached adapter. Raises AttachError for an unknown name."""
     record = record_of(model, name)
     parameters = plain_parameters(model)
     reasons = reasons_of(record)
@@ -194,20 +193,20 @@ def report_of(model: nn.Module, name: str) -> Report:
 
 
 def _trains_whole(attention: str, names: Iterable[str]) -> bool:
-    """Whether the q, k and v weights of an attention train, adapted or beside the cores."""
+    """Whether the q, k and v weights of an attention module are adapted or train beside the cores."""
     return any(name.rpartition(".")[0] == attention and name.endswith("_weight") for name in names)
 
 
 def _counts(told: object) -> dict[str, int]:
-    """What a record tells, which may come from a file and be anything."""
+    """The counts in a record, which may come from a file and hold anything."""
     found = told if isinstance(told, Mapping) else {}
     return {key: value for key, value in found.items() if isinstance(key, str) and type(value) is int}
 
 
 def reasons_of(record: AdapterRecord) -> dict[str, list[str]]:
-    """The parameters that train beside the cores, each once, by the reason why: `bias`, `norm` or `also`.
+    """The parameters that train beside the cores, each once, by role: `bias`, `norm` or `also`.
 
-    What trains is in the record; its `about`, which may come from a file and be anything, only sorts it.
+    The record says what trains. Its `about`, which may come from a file and hold anything, only sorts it.
     """
     told = record.about.get("trained")
     sorted_: dict[str, list[str]] = {reason: [] for reason in REASONS}

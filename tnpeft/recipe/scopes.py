@@ -1,4 +1,4 @@
-"""Scopes of shared cores: which layers have one tensor for all."""
+"""Scopes of shared cores: which layers share a tensor."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SHOWN = 3  # layers named in an error
 
 
 def scopes_from(given: object, recipe: Recipe) -> dict[str, str]:
-    """The recipe's scopes with those of `attach`'s argument put over them.
+    """The recipe's scopes, overridden by those of `attach`'s argument.
 
-    Raises AttachError for one that no spec has or that is not bound, SpecError for what is no regular expression.
+    Raises AttachError for a scope that no spec has or that is not bound, SpecError for an invalid regular expression.
     """
     if given is not None and not isinstance(given, Mapping):
         fix = r"For example `scopes={'block': r'layers\.(\d+)\.'}`."
@@ -46,7 +46,7 @@ def scopes_from(given: object, recipe: Recipe) -> dict[str, str]:
 
 
 def captures(claimed: Mapping[str, Entry], scopes: Mapping[str, str]) -> Mapping[str, Captured]:
-    """For each layer, what each scope of its spec captured in its name: its groups, or all it matched if it has none.
+    """For each layer, what each scope of its spec captures in its name: its groups, or without groups the whole match.
 
     Raises AttachError for a scope that does not match a layer that needs it.
     """

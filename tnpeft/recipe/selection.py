@@ -1,6 +1,6 @@
-"""What narrows an entry's layers, and what single layers get: `exclude`, `kinds`, `layers` and `ranks`.
+"""What narrows an entry's layers (`exclude`, `kinds`, `layers`), and params of some layers (`ranks`).
 
-Files and `attach` say these alike: a problem comes with the keys under which its value stands.
+Files and `attach` take the same. A problem comes with the keys under which its value stands.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ _BLOCKS_FIX = "For example `0-5, 8`, or `{decoder.layers: 0-5}` of one of severa
 
 @dataclass(frozen=True)
 class Selection:
-    """What an entry's `match` is narrowed by, and the params that some of its layers get.
+    """What narrows an entry's `match`, and the params that some of its layers get.
 
-    `exclude` is a regular expression or names, of layers or of what holds them. `kinds` are those of the spec that are
-    meant, all if empty. `blocks` has numbers by the name of the list of blocks, or its end; under `""` those of the
-    only list. `ranks` has params by regular expressions: of each param a layer gets that of the first that finds it.
+    `exclude` is a regular expression or names, of layers or of what holds them. `kinds` are the spec's kinds that are
+    adapted, all if empty. `blocks` has numbers of blocks by the name of their list, or its end; `""` stands for the
+    only list. `ranks` has params by regular expressions: for each param, the first expression that finds a layer
+    counts.
     """
 
     exclude: str | tuple[str, ...] | None = None
@@ -59,7 +60,7 @@ class Selection:
 
 @lru_cache(maxsize=256)
 def compiled(pattern: str) -> re.Pattern[str]:
-    """A regular expression; raises SpecError that says where it breaks."""
+    """The compiled regular expression. Raises SpecError, which says where it is wrong."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "possible nested set": it means what it always meant
@@ -73,9 +74,9 @@ def compiled(pattern: str) -> re.Pattern[str]:
 def selection_of(
     given: Mapping[str, Any], spec: Spec | None, also: tuple[str, ...] = ()
 ) -> tuple[Selection, list[tuple[tuple[str, ...], Problem]]]:
-    """What some of `exclude`, `kinds`, `layers` and `ranks` say, and what is wrong with them.
+    """The selection that `exclude`, `kinds`, `layers` and `ranks` give, and what is wrong with them.
 
-    Without a `spec` nothing is said of its kinds and params. `also` are names that stand beside params.
+    Without a `spec`, kinds and params are not checked. `also` are names that may stand beside params.
     """
     known = {key: value for key, value in given.items() if value is not None}
     told: list[tuple[tuple[str, ...], Problem]] = [
@@ -100,7 +101,7 @@ def selection_of(
 
 
 def _texts(value: object) -> list[str] | None:
-    """Some texts, none of them empty; None for anything else."""
+    """A tuple of texts, none of them empty; None for anything else."""
     texts = list(value) if isinstance(value, list | tuple | set | frozenset) else []
     return texts if texts and all(isinstance(text, str) and text for text in texts) else None
 
@@ -153,7 +154,7 @@ def _rank_problems(ranks: object, spec: Spec | None, also: tuple[str, ...]) -> T
 
 
 def _read_blocks(value: object, found: dict[str, tuple[Span, ...]]) -> Told:
-    """Put the numbers of blocks that `layers` says into `found`."""
+    """Put the numbers of blocks in `layers` into `found`."""
     lists = value if isinstance(value, Mapping) else {"": value}
     if not lists or not all(isinstance(name, str) for name in lists):
         yield ("layers",), Problem("`layers`", f"{_BLOCKS} by the names of their lists", clip(value), _BLOCKS_FIX)
@@ -167,7 +168,7 @@ def _read_blocks(value: object, found: dict[str, tuple[Span, ...]]) -> Told:
 
 
 def _spans(value: object) -> tuple[list[Span], str | None]:
-    """The numbers that a text, a number, a list or a range says, or what of it says none."""
+    """The spans of numbers in a text, a number, a list or a range, or the part that is none."""
     if isinstance(value, str):
         words = value.split(",")
         matches = [_SPAN.fullmatch(word.strip()) for word in words]
@@ -193,13 +194,13 @@ def in_spans(number: int, spans: tuple[Span, ...]) -> bool:
 
 
 def first_block(layer: str) -> tuple[str, int] | None:
-    """The outermost numbered block that a layer lies in, or is: the name of its list, and its number."""
+    """The outermost numbered block that holds a layer, or is it: the name of its list, and its number."""
     parts = layer.split(".")
     place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     return None if place is None else (".".join(parts[:place]), int(parts[place]))
 
 
 def block_of(layer: str, blocks: str) -> tuple[str, int] | None:
-    """The outermost block of a list whose name is or ends with `blocks`, that a layer lies in; see `first_block`."""
+    """The outermost block that holds a layer, of a list whose name is or ends with `blocks`; see `first_block`."""
     found = re.search(rf"(?:^|\.){re.escape(blocks)}\.(\d+)(?=\.|$)", layer)
     return None if found is None else (layer[: found.start(1) - 1], int(found[1]))

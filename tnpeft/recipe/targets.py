@@ -1,4 +1,4 @@
-"""A recipe meets a model: which layers it adapts, which parameters train beside them."""
+"""A recipe meets a model: which layers it adapts, and which parameters train beside the cores."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _label(entry: Entry) -> str:
 def _matched(
     entry: Entry, modules: Mapping[str, nn.Module], parameters: Sequence[str], problems: list[Problem]
 ) -> list[str]:
-    """The layers that an entry takes, with those of the `parameters` it matches that its selection leaves."""
+    """The layers that an entry adapts, and the `parameters` it matches, both narrowed by its selection."""
     if entry.match == ALL:
         found_all = {**_of_kinds(entry, modules), **dict.fromkeys(parameters)}
         chosen = narrowed(entry, list(found_all), modules, problems)
@@ -121,7 +121,7 @@ def _matched(
 
 
 def _too_wide(problem: Problem, fits: bool, elsewhere: bool) -> Problem:
-    """A pattern that catches layers of both sorts is to be narrowed, unless all that the spec takes are meant.
+    """The problem, with advice for a pattern that finds layers which the spec does not take.
 
     `fits` says whether it catches one of the spec's kinds, `elsewhere` whether the model has any.
     """
@@ -133,9 +133,9 @@ def _too_wide(problem: Problem, fits: bool, elsewhere: bool) -> Problem:
 
 
 def _of_kinds(entry: Entry, modules: Mapping[str, nn.Module]) -> dict[str, Problem | None]:
-    """Every layer of the kinds that the entry takes, and why it cannot be adapted, where it cannot.
+    """Every layer of the entry's kinds, with the reason why it cannot be adapted, if there is one.
 
-    What lies inside layers that another library has adapted or quantised belongs to those.
+    Layers inside one that another library has adapted or quantised belong to that one.
     """
     kinds = kinds_of(entry)
     layers = [
@@ -147,19 +147,19 @@ def _of_kinds(entry: Entry, modules: Mapping[str, nn.Module]) -> dict[str, Probl
 
 
 def _outermost(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The names without those of parts of layers that another library has made its own, and that are named too."""
+    """The names without parts of another library's layers that are named themselves."""
     whole = {name for name in names if is_opaque(modules[name])}
     return [name for name in names if not whole.intersection(itertools.accumulate(_parents(name)))]
 
 
 def _parents(name: str) -> Iterator[str]:
-    """The steps of the way to a name, but for the last one."""
+    """The steps of a name before the last one: of `a.b.c`, `a` and `.b`."""
     parts = name.split(".")[:-1]
     return (f"{'.' * (number > 0)}{part}" for number, part in enumerate(parts))
 
 
 def skipped(model: nn.Module, recipe: Recipe) -> dict[str, str]:
-    """The layers that an entry for all would take and cannot, with what they are."""
+    """With `match: all`: the layers of the spec's kinds that cannot be adapted, each with the reason."""
     modules = plain_modules(model)
     found: dict[str, str] = {}
     for entry in (entry for entry in recipe.entries if entry.match == ALL):
@@ -170,7 +170,7 @@ def skipped(model: nn.Module, recipe: Recipe) -> dict[str, str]:
 
 
 def passed_over(model: nn.Module, recipe: Recipe, claimed: Iterable[str]) -> dict[str, int]:
-    """With an entry for all: the other kinds of modules that have weights of their own, and how many there are."""
+    """With `match: all`: the other kinds of modules that have weights of their own, and how many there are."""
     if all(entry.match != ALL for entry in recipe.entries):
         return {}
     modules, counts = plain_modules(model), Counter[str]()
@@ -189,7 +189,7 @@ def passed_over(model: nn.Module, recipe: Recipe, claimed: Iterable[str]) -> dic
 
 
 def fused_attention(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The `MultiheadAttention`s of which `layers` hold the output projection: q, k and v are parameters of theirs."""
+    """The `MultiheadAttention`s whose output projection is in `layers`; their q, k and v weights are no layers."""
     modules = plain_modules(model)
     parents = (name.rpartition(".")[0] for name in layers if name.rpartition(".")[2] == "out_proj")
     return [name for name in dict.fromkeys(parents) if isinstance(modules.get(name), nn.MultiheadAttention)]
@@ -238,7 +238,7 @@ def _examples(known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Trained:
-    """Names of the parameters that train beside the cores, by the reason why."""
+    """Names of the parameters that train beside the cores, by role."""
 
     bias: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
@@ -255,14 +255,14 @@ _NORMS = tuple(
 
 
 def _norms(model: nn.Module, train: Train) -> set[str]:
-    """`true`: the norms that the model calls so (the paper's choice), or all where it calls none so; `all`: all."""
+    """`true`: norms with "norm" in their names (the paper's choice), or all if there are none; `all`: all."""
     every = {name for name, module in plain_modules(model).items() if _is_norm(module)} if train.norm else set()
     called = {name for name in every if "norm" in name.lower()}
     return every if train.norm == "all" else called or every
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """torch's norms, and other people's leaf modules that say they are one."""
+    """Whether it is a norm of torch, or a leaf module of another library whose class name ends in "norm"."""
     if isinstance(module, (*_NORMS, _NormBase)):
         return True
     leaf = next(module.children(), None) is None

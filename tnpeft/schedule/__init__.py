@@ -1,4 +1,4 @@
-"""Network to plan and what it becomes: operations on tensors with an order of legs, their memory and their time."""
+"""From a network to its plan, and to operations on tensors with an order of legs, with their memory and time."""
 
 from tnpeft.schedule.memory import Memory
 from tnpeft.schedule.model import Plan

@@ -1,4 +1,4 @@
-"""A factored chain on a call: the links' sizes, and all that runs through them forward and backward."""
+"""A factored chain on a call: the sizes at its links, and the tensors that pass through them forward and backward."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["ChainRuns", "LinkSizes", "Run", "link_sizes", "runs_of"]
 class LinkSizes(NamedTuple):
     """The layer's input at one link: its voxels along each axis, and its elements before and after the link.
 
-    `copied` are elements with one copy for each kernel entry: of the input where it is gathered, else of the product.
-    `moving` are the link's axes along which voxels move. `rows` is the lesser side of the product's cluster.
+    `copied` counts elements with one copy for each kernel entry: of the input if it is gathered, else of the product.
+    `moving` are the link's axes along which voxels move. `rows` is the smaller side of the product's cluster.
     """
 
     link: Link
@@ -30,7 +30,7 @@ class LinkSizes(NamedTuple):
 
 
 def link_sizes(plan: Contraction, call: Call) -> Iterator[LinkSizes]:
-    """Of each link of a factored plan of one term in turn, for any call of its layer."""
+    """The sizes at each link of a factored plan of one term, for any call of its layer."""
     # Axes without legs move the input before the first link.
     axes = zip(call.axes, plan.network.weight[2:], strict=True)
     space = tuple(axis.inputs if legs else axis.outputs for axis, legs in axes)
@@ -103,7 +103,7 @@ class Run(NamedTuple):
 
 
 class ChainRuns(NamedTuple):
-    """All that runs through one term's chain.
+    """All tensors that pass through one term's chain.
 
     `outputs` make the update. The backward pass makes each link's input anew (`values`), then the gradients of
     `clusters` and of `inputs`, from the last link on.

@@ -1,4 +1,4 @@
-"""The execution modes of a layer side by side: what each should take for one call."""
+"""The execution modes of a layer side by side: the predicted time and memory of each for one call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Costs", "bytes_text"]
 
 @dataclass(frozen=True)
 class Costs:
-    """The plans of a network's modes for one call, those that `auto` chooses among."""
+    """The plans of a network's modes for one call, from which `auto` chooses."""
 
     call: Call
     plans: dict[str, Plan]

@@ -1,4 +1,4 @@
-"""In which order of legs each intermediate is stored, and every step of a plan lowered for it.
+"""The order of legs in which each intermediate is stored, and every step of a plan lowered for it.
 
 The order of the last result is the weight's memory order; the orders of the others follow from the last step to the
 first. A step's two operands are ordered so that it and its two gradients need few copies.
@@ -24,7 +24,7 @@ PERMUTED_LEGS = 3
 class Instruction:
     """A step to run: tensors by number (cores first, in file order), the product and the products for its gradients.
 
-    `back` reorders the result's gradient for these (None: they take it as it is stored).
+    `back` reorders the result's gradient for these gradients (None: they take it as it is stored).
     """
 
     number: int

@@ -21,13 +21,13 @@ class Plan(Contraction):
 
     `dense` has the steps to the delta weight. `factored` has `links`, whose clusters `steps` contract; its path counts
     the layer's input as one tensor more, after the cores. `hybrid` has steps to the delta weight that pass through the
-    clusters, and in `chain` the factored plan of its backward pass. With a `side` a factored plan is that of a smaller
-    network, on the layer's input or output. Both are made for one `call`. `reason` says why a
-    mode that was asked for is not the plan's.
+    clusters, and in `chain` the factored plan of its backward pass. With a `side`, `input` or `output`, a factored plan
+    is that of a smaller network, which acts there. Factored and hybrid plans are made for one `call`. `reason` says why
+    the plan has not the mode that was asked for.
 
-    Plans are equal when one program runs them both: same signature, mode and paths, whatever the names.
-    `path` is in opt_einsum's linear format. One core has no steps. A sum of several networks has none of
-    its own: `terms` holds the plans of its terms, each a network by itself.
+    Plans are equal when one program runs them both: same signature, mode and paths, whatever the names. `path` is in
+    opt_einsum's linear format. The plan of one core has no steps. That of a sum of several networks has none either:
+    `terms` holds the plans of its terms.
     """
 
     terms: tuple[Plan, ...] = field(default=(), repr=False)
@@ -85,12 +85,12 @@ class Plan(Contraction):
 
     @cached_property
     def memory(self) -> Memory:
-        """Bytes of a call, in parts."""
+        """The bytes at fp32 that a call takes, in parts."""
         return memory_of(self)
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes at fp32 that a call leaves for its backward pass, beside the layer's input.
+        """Bytes at fp32 that a call saves for its backward pass, without the layer's input.
 
         Dense: W + ΔW, and the results of steps that are small beside it. Hybrid: W + ΔW, the clusters and what they are
         made by. Factored: the clusters, the forms that carry differences too, and what they are made by.
@@ -101,9 +101,9 @@ class Plan(Contraction):
     def peak_bytes(self) -> int:
         """Bytes at fp32 that are alive at once, at most, in a call and its backward pass.
 
-        Among them are the cores and their copies, and what the call saves, but not the layer's input and output, nor
-        their gradients. A factored or hybrid plan's are those of the call that it was made for: the copies of the input
-        for each kernel entry, and pairs of values and differences, are most of them on large inputs.
+        They include the cores, their frozen copies and what the call saves, but not the layer's input and output, nor
+        their gradients. For a factored or hybrid plan they are those of the call that it was made for. On large inputs
+        most are copies of the input for each kernel entry, and pairs of values and differences.
         """
         return self.memory.peak
 
@@ -144,7 +144,7 @@ class Plan(Contraction):
 
     @property
     def maps(self) -> int:
-        """How many maps a pass evaluates before it contracts: those of derived cores, each once, in every mode."""
+        """The number of maps that a pass evaluates before it contracts: those of derived cores, in every mode."""
         return sum(len(core.maps) for core in self.network.evaluated)
 
     def map_lines(self) -> Iterator[str]:

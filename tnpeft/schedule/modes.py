@@ -35,11 +35,12 @@ def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inf
     forward and a backward pass; with `inference`, of a forward pass, to which hybrid does not add anything. Without a
     `call` one of moderate size is assumed.
 
-    An opaque layer is called as it is, and its update is added to the output: that of the chain, in `auto` and
-    `factored`, or one product with the delta weight where a network cannot be factored, in `dense` and `hybrid`.
+    An opaque layer is called as it is, and the update is added to its output. In `auto` and `factored` the chain
+    computes it. In `dense` and `hybrid`, and where a network cannot be factored, one product with the delta weight
+    does.
 
     Raises:
-        TnpeftError: `mode` is unknown, or `network` is none.
+        TnpeftError: `mode` is unknown, or `network` is no `Network`.
         BindError: the cores' sizes contradict each other, or an index dangles.
     """
     check_mode(mode)

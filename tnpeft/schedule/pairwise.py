@@ -87,12 +87,12 @@ class _Candidate(NamedTuple):
 
 
 def lower(left: str, right: str, output: str, sizes: Sizes) -> Lowered:
-    """The quickest product of tensors stored as `left` and `right` whose result is stored as `output`."""
+    """The fastest way to multiply tensors stored as `left` and `right` to a result stored as `output`."""
     return _lowered(*_signature(left, right, output, sizes))
 
 
 def lowering_time(left: str, right: str, output: str, sizes: Sizes) -> float:
-    """What `lower` would find to be the quickest, in ns."""
+    """The predicted time of what `lower` gives, in ns."""
     return _quickest(*_signature(left, right, output, sizes)).cost
 
 
@@ -102,7 +102,7 @@ def reordering(stored: str, wanted: str, sizes: Sizes) -> View:
 
 
 def copy_time(stored: str, wanted: str, sizes: Sizes) -> float:
-    """Of a copy from one order of legs to another, in ns."""
+    """The predicted time of a copy from one order of legs to another, in ns."""
     run = 1
     for leg, other in zip(reversed(stored), reversed(wanted), strict=False):
         if leg != other:

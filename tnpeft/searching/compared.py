@@ -1,4 +1,4 @@
-"""What stands beside a search: random search, and shipped specs from zero at as many parameters."""
+"""What a search is compared with: random search, and shipped specs that start from zero, with equal budgets."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LAYERS = "other layers"
 
 @dataclass(frozen=True)
 class Row:
-    """What is compared: its parameters on the searched layers, and its scores; `missing` says why it has none.
+    """One thing compared: its parameters on the searched layers and its scores, or in `missing` why it has none.
 
-    `selection_score` and `test_score` are shares of the updates' energy; `tests` splits the latter into the layers
-    that were held out, in the pairs that were searched, and each pair that was held out. `finetune_score` is the best
-    of the rates, and chose `rate`; `finetune_tests` are scores at that rate of the commands that test. `step` is the
-    time of a training step as a ratio to full fine-tuning.
+    `selection_score` and `test_score` are shares of the updates' energy. `tests` splits the latter: held-out layers in
+    the searched pairs, and each held-out pair. `finetune_score` is the best over all learning rates, and `rate` is that
+    best rate. `finetune_tests` has the test commands' scores at `rate`. `step` is the time of a training step, relative
+    to full fine-tuning.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Row:
 
 
 def compared(found: Search, storage: str | None = None, jobs: int = 1, until: float | None = None) -> list[Row]:
-    """The search, a random search with as many evaluations, and shipped specs from zero at as many parameters."""
+    """The search, a random search with as many evaluations, and shipped specs from zero, within the same budget."""
     task = found.task
     tests = _by_group(found, [*found.test_scores.values()])
     rows = [Row("found", found.best.parameters, found.best.score, found.test_score, tests=tests, spec=found.spec)]
@@ -107,7 +107,7 @@ def _said(error: TnpeftError) -> str:
 
 
 def from_zero(spec: Spec, params: Mapping[str, Any]) -> Spec:
-    """A spec with other params; one that starts from a frozen copy has zeros in its last core in place of that."""
+    """A spec with other params. If it starts from a frozen copy, it gets zeros in its last core instead."""
     data = spec.root.plain()
     data["params"] = {**data.get("params", {}), **params}
     if spec.start == "frozen_copy":
@@ -122,7 +122,7 @@ def from_zero(spec: Spec, params: Mapping[str, Any]) -> Spec:
 def finetuned(
     found: Search, rows: Sequence[Row], test_commands: Mapping[str, str], storage: str | None, until: float | None
 ) -> list[Row]:
-    """The rows with fine-tunes: each at as many rates as the networks of the search, and tested at its best one."""
+    """The rows with fine-tunes: each at the same rates as the networks of the search, and tested at its best rate."""
     from tnpeft.searching.finetunes import Case, run_cases
 
     tuning = found.tuning

@@ -35,7 +35,7 @@ TRIALS = 40  # for each evaluation, at most: a small space has few networks
 
 
 def open_study(task: Task, storage: str | None, name: str = "search") -> Study:
-    """The study of a task, new or as far as it came; a storage holds one search. Raises TnpeftError."""
+    """The study of a task, new or resumed; a storage holds one search. Raises TnpeftError."""
     sampler = SearchSampler(task.sampler, task.space, task.seed)
     try:
         study = optuna.create_study(
@@ -65,7 +65,7 @@ def open_study(task: Task, storage: str | None, name: str = "search") -> Study:
 
 
 def storage_of(text: str) -> BaseStorage:
-    """A database by its URL or by a name in .db or .sqlite; any other name is a journal, which needs no server."""
+    """A database, given by its URL or a name that ends in .db or .sqlite; any other name is a journal file."""
     if "://" in text:
         return RDBStorage(text)
     path = Path(text)
@@ -82,7 +82,7 @@ def run(
     progress: Progress | None = None,
     until: float | None = None,
 ) -> None:
-    """Evaluate networks until the task's number is reached, all processes together, or the time is `until`.
+    """Evaluate networks until all processes together reach the task's number, or until the time `until`.
 
     Raises KeyboardInterrupt.
     """
@@ -119,7 +119,7 @@ def _worker(task: Task, storage: str, name: str, threads: int, until: float | No
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Optuna's line for every trial."""
+    """Inside, Optuna prints no line for each trial."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -130,7 +130,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def shared_storage(storage: str | None, jobs: int) -> Iterator[str | None]:
-    """The storage; processes that have none get a journal that goes with them."""
+    """The storage; if there is none and several processes work, a temporary journal."""
     if storage is not None or jobs == 1:
         yield storage
         return
@@ -139,13 +139,13 @@ def shared_storage(storage: str | None, jobs: int) -> Iterator[str | None]:
 
 
 def evaluated(study: Study) -> list[FrozenTrial]:
-    """The trials that fitted a network, by number; those that a prune ended too."""
+    """The trials that fitted a network, by number, including pruned ones."""
     trials = study.get_trials(deepcopy=False)
     return [trial for trial in trials if trial.user_attrs.get("evaluated") and trial.state != TrialState.FAIL]
 
 
 def is_late(until: float | None) -> bool:
-    """Whether a time is over, in seconds as `time.time` has them."""
+    """Whether a time is past; it is in seconds, as from `time.time`."""
     return until is not None and time.time() >= until
 
 
@@ -208,12 +208,12 @@ def _is_known(trial: FrozenTrial, digest: str) -> bool:
 
 
 def name_process(trial: Trial) -> None:
-    """Say who works on a trial, for `fail_the_dead`."""
+    """Record which process works on a trial, for `fail_the_dead`."""
     trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
 
 
 def fail_the_dead(study: Study) -> None:
-    """Trials of killed processes of this machine have failed; those that were asked for are asked for again."""
+    """Mark trials of killed processes on this machine as failed, and queue again those that had been queued."""
     host = socket.gethostname()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         owner, _, number = str(trial.user_attrs.get("process", "")).rpartition(":")

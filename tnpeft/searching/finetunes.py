@@ -1,4 +1,4 @@
-"""Short fine-tunes by a command of the user's: each network at each of its rates, once, however often it is begun."""
+"""Short fine-tunes by the user's command: each network at each learning rate once, also after a resumed search."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNSTOPPED = 4  # runs before any is stopped
 
 @dataclass(frozen=True)
 class Case:
-    """A run of a `command`: the `network` by its name, its spec, and a rate."""
+    """A run of a `command`: the `network` by its name, its spec, and a learning rate."""
 
     network: str
     spec: Spec
@@ -40,15 +40,15 @@ class Case:
 
     @property
     def made_of(self) -> tuple[str, ...]:
-        """What makes it another run."""
+        """All that tells this run from another."""
         return self.network, self.spec.to_yaml(), repr(self.rate), self.command
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The score of each case that is done, by its place: None where it was stopped, or failed for a `reason`.
+    """The score of each finished case, by its place; None if it was stopped, or failed for a `reason`.
 
-    `unfinished` is true where Ctrl-C or the time ended the runs, or another process has some of them.
+    `unfinished` is true if Ctrl-C or the time limit ended the runs, or if another process runs some of them.
     """
 
     scores: Mapping[int, float | None]
@@ -59,7 +59,7 @@ class Outcomes:
 def run_cases(
     task: Task, cases: Sequence[Case], storage: str | None, until: float | None = None, stop_behind: bool = False
 ) -> Outcomes:
-    """Run what is not done yet; with `stop_behind` those that are behind the median of the earlier ones are stopped."""
+    """Run the cases not done yet; with `stop_behind`, stop those that are behind the median of earlier ones."""
     settings = hashlib.sha256(repr((task.digest, [case.made_of for case in cases])).encode()).hexdigest()
     pruner: BasePruner = MedianPruner(n_startup_trials=UNSTOPPED) if stop_behind else NopPruner()
     with quiet(), TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def run_cases(
 
 
 def _run(study: Study, cases: Sequence[Case], folder: Path, until: float | None) -> bool:
-    """Run what waits; true where Ctrl-C ended it."""
+    """Run the waiting cases; true if Ctrl-C ended them."""
 
     def objective(trial: Trial) -> float:
         name_process(trial)
@@ -103,7 +103,7 @@ def _run(study: Study, cases: Sequence[Case], folder: Path, until: float | None)
 
 
 def _valid(study: Study) -> list[FrozenTrial]:
-    """The trials that stand for their case."""
+    """The trials that count for their case."""
     trials = study.get_trials(deepcopy=False)
     return [trial for trial in trials if trial.state != TrialState.FAIL and "again" not in trial.user_attrs]
 
@@ -115,7 +115,7 @@ def _place(trial: FrozenTrial) -> int:
 
 
 def _score(trial: Trial, command: str, spec: Path, rate: float) -> float:
-    """What the command's last line says; a run that fails or is behind has none."""
+    """The score in the command's last line; a run that fails or is stopped has none."""
     values = {"{spec}": str(spec), "{rate}": repr(rate)}
     words = [_filled(word, values) for word in shlex.split(command)]
     last: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def _filled(word: str, values: Mapping[str, str]) -> str:
 
 @contextmanager
 def _process(words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that does not outlive the block; what it says on stderr is seen."""
+    """A process that ends with the block; its stderr is shown."""
     try:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     except OSError as error:

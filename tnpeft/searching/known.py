@@ -1,4 +1,4 @@
-"""Networks that are known, in the space of the search: where it may start from."""
+"""Known networks in the search's space, from which it may start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["known_topologies"]
 
 
 def known_topologies(axes: int, cores: int) -> dict[str, Topology]:
-    """LoRA, CP, Tucker with a core for each leg and with the channels' alone, and a train, as far as they have room."""
+    """LoRA, CP, Tucker with a core for each leg or for the channels only, and a tensor train, if the space has them."""
     kernel = tuple(f"k{axis}" for axis in range(axes))
     ends = ("o0",), ("i0",)
     single = (*ends, *((leg,) for leg in kernel))

@@ -17,7 +17,7 @@ def need_optuna() -> None:
 
 
 def check_target(path: Path) -> None:
-    """Raises TnpeftError for what no spec can be written to, before a search takes its time."""
+    """Raises TnpeftError, before the search runs, for a path that no spec can be written to."""
     fix = "For example -o found.yaml."
     if path.suffix not in (".yaml", ".yml"):
         raise TnpeftError(Problem("--output", "a name in .yaml", clip(path.name), fix))
@@ -32,6 +32,6 @@ def write(path: Path, text: str) -> None:
 
 
 def unwritten(path: Path, reason: str) -> TnpeftError:
-    """What is said of a file that could not be written."""
+    """The error for a file that could not be written."""
     fix = "Choose a folder that exists and can be written to."
     return TnpeftError(Problem("search", "to be written", reason, fix, shown_path(path)))

@@ -1,4 +1,4 @@
-"""The report of a search, beside what it is compared with: data, a text and a picture."""
+"""The report of a search and of what it is compared with: data, a text and a picture."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ def search_report(
     model: nn.Module | None = None,
     example: Sequence[Any] | None = None,
 ) -> list[Row]:
-    """Compare, and write `report.json`, `report.md` and `front.svg` into a folder. Raises TnpeftError.
+    """Compare the winner with random search and shipped specs; write `report.json`, `report.md` and `front.svg`.
 
-    After a search with a command what it is compared with is fine-tuned by it too, at as many rates. Then each of the
-    `test_commands`, by its name, is run for each row at the best of its rates, with `{spec}` and `{rate}` in it.
+    After a search with a command, the command also fine-tunes what the winner is compared with, at the same rates. Then
+    each of the `test_commands`, which have names, is run for each row at the best of its rates, with `{spec}` and
+    `{rate}` filled in.
 
-    Steps are measured on a `model` that is called as `model(*example)`; without both they are predicted. After
-    `minutes` the report has what is done, and goes on from there with a `storage`.
+    The time of a training step is measured on `model(*example)`; without both it is predicted. After `minutes` the
+    report holds what is done by then; with a `storage`, the next call goes on from there. Raises TnpeftError.
     """
     tests = dict(test_commands or {})
     _check(found, tests, model, example)
@@ -89,7 +90,7 @@ def _check(found: Search, tests: Mapping[str, str], model: object, example: obje
 def _steps(
     found: Search, rows: Sequence[Row], model: nn.Module | None, example: Sequence[Any] | None
 ) -> dict[str, float]:
-    """The ratios of candidates, `network 3`, and of rows, `row 0`: all predicted, or of the best measured."""
+    """The step ratios of candidates (`network 3`) and rows (`row 0`): all predicted, or the best ones measured."""
     specs: dict[str, Spec] = {f"row {number}": row.spec for number, row in enumerate(rows) if row.spec is not None}
     scored = [candidate for candidate in found.candidates if candidate.score is not None]
     if model is None or example is None:
@@ -101,7 +102,7 @@ def _steps(
 
 
 def _chosen(found: Search, steps: Mapping[str, float] | None = None) -> set[int]:
-    """The networks that none as small betters, nor any as quick where steps are known, and the best one."""
+    """The Pareto-optimal networks by parameters, and by step time where it is known, and the best one."""
     points = {
         Point(each.parameters, 1 - each.score, step=(steps or {}).get(f"network {each.number}")): each.number
         for each in reversed(found.candidates)

@@ -27,8 +27,8 @@ EQUAL = 6  # digits of scores
 class Candidate:
     """A network that was evaluated.
 
-    `score` is the mean share of the updates' energy that it captures, None where the search gave it up early;
-    `parameters` are those of all searched layers. `origin` says what drew it, or the name of a known network.
+    `score` is the mean share of the updates' energy that it captures, or None if the search gave it up early.
+    `parameters` counts those of all searched layers. `origin` is the sampler that drew it, or a known network's name.
     """
 
     number: int
@@ -44,13 +44,13 @@ class Candidate:
         return self.topology.spec(self.kinds, self.ranks, name)
 
     def as_dict(self) -> dict[str, Any]:
-        """It as plain data, ready for JSON."""
+        """The candidate as plain data, ready for JSON."""
         row = {"number": self.number, "origin": self.origin, "parameters": self.parameters, "score": self.score}
         return row | {"ranks": dict(self.ranks), "network": self.topology.key}
 
 
 class Finetune(NamedTuple):
-    """A short fine-tune of a candidate, by its number, at a rate; without a score it was stopped, or failed."""
+    """A short fine-tune of candidate `number` at a learning rate; without a score it was stopped, or failed."""
 
     number: int
     rate: float
@@ -68,10 +68,10 @@ class Tuning(NamedTuple):
 class Search:
     """What a search found: the `candidates` that were evaluated, the best first.
 
-    `best.score` is the best of many on the updates that chose it, so that it flatters. `test_score` is the mean over
-    `test_scores`, by update, of what the search never saw; None where there is none. `shared` counts drawn networks
-    that had been evaluated before, `refused` those that do not meet the budget at rank 1. `interrupted` says that it
-    was ended early, by Ctrl-C or by the time.
+    `best.score` is optimistic: it is the best of many, on the updates that chose it. `test_scores` has the winner's
+    score on each update that the search never saw, and `test_score` is their mean, or None. `shared` counts drawn
+    networks that had been evaluated before, `refused` those that exceed the budget at rank 1. `interrupted` says
+    whether Ctrl-C or the time limit ended the search.
     """
 
     task: Task
@@ -86,25 +86,25 @@ class Search:
 
     @property
     def best(self) -> Candidate:
-        """The candidate that captures most; after fine-tunes the one that ended best, at the best of its rates."""
+        """The candidate that captures most; after fine-tunes, the one with the best score at any of its rates."""
         run = self.best_finetune
         number = self.candidates[0].number if run is None else run.number
         return next(candidate for candidate in self.candidates if candidate.number == number)
 
     @property
     def best_finetune(self) -> Finetune | None:
-        """The fine-tune with the highest score; of equal ones the first."""
+        """The fine-tune with the highest score (of equal ones the first), or None."""
         scored = [run for run in self.finetunes if run.score is not None]
         return max(scored, key=lambda run: run.score or 0.0) if scored else None
 
     @property
     def spec(self) -> Spec:
-        """The best network."""
+        """The best network as a spec."""
         return self.best.spec()
 
     @property
     def score(self) -> float:
-        """The selection score, optimistic."""
+        """The best network's score on the updates that chose it, which is optimistic."""
         return self.best.score or 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""Optuna's samplers, local moves beside them, each seeded by the trial: who resumes a search draws what was due."""
+"""Optuna's samplers and local moves, each seeded by the trial: a resumed search draws what it would have drawn."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TURNS = ("local", "evolution", "local", "tpe")  # of `mixed`, after a first popu
 
 
 class SearchSampler(BaseSampler):
-    """One sampler, or several in turn, without any state but the study's.
+    """One sampler, or several in turn, whose only state is the study's.
 
-    A trial is drawn by a sampler seeded by the search's seed and how many trials came before it and did not fail.
-    So one process draws what it would have drawn without a break, and several processes never draw from one stream.
+    A trial is drawn by a sampler whose seed is the search's seed and the number of earlier trials that did not fail. So
+    one process draws what it would have drawn without a break, and several processes never draw from one stream.
     """
 
     def __init__(self, kind: str, space: Space, seed: int) -> None:
@@ -73,8 +73,8 @@ class SearchSampler(BaseSampler):
 class LocalSampler(BaseSampler):
     """Moves of one choice away from the best network so far (after TnALE: Li et al., ICML 2023, arXiv:2304.12875).
 
-    One choice after the other, in an order drawn for this best network, takes its other values in turn, until one
-    gives a network that no trial had. Where none is left, or nothing is known yet, all is drawn.
+    One choice after the other, in an order drawn for this best network, takes its other values in turn, until one gives
+    a network that no trial had. If none is left, or there is no best network yet, all choices are drawn.
     """
 
     def __init__(self, space: Space, seed: int, own_seed: int) -> None:

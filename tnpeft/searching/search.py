@@ -45,28 +45,28 @@ def search(
     minutes: float | None = None,
     progress: Callable[[Candidate | None, int], None] | None = None,
 ) -> Search:
-    """Search for the network of at most `params` parameters that captures most of full fine-tunes.
+    """Search for the network of at most `params` parameters that captures most of some full fine-tunes.
 
-    `model` says which layers there are (it may be on the meta device), `match` which of them are searched; each of
-    `pairs`, which may have names, has the state dicts of a base and of its full fine-tune. A network is worth the mean
-    share of the energy of the updates that `fit` captures from a free start, in at most `iterations` sweeps, with the
-    largest ranks at which the adapters of all searched layers train at most `params` parameters (`budget`).
+    `model` says which layers there are (it may be on the meta device), `match` which of them are searched. Each of
+    `pairs`, which may have names, holds the state dicts of a base and of its full fine-tune. A network gets the largest
+    ranks at which the adapters of all searched layers train at most `params` parameters (`budget`). Its score is the
+    mean share of the updates' energy that `fit` captures in at most `iterations` sweeps.
 
-    Drawn are networks of up to `cores` cores by `sampler`: `random`, `tpe`, `evolution`, `local` (one choice away from
-    the best) or `mixed`, the last three in turn. It begins with known networks (LoRA, CP, Tucker, a train), but for
-    `from_known=False`. Equal networks are evaluated once, and what is clearly behind is given up before the last
-    update. Layers that match `test_match`, whether `match` has them or not, and all layers of `test_pairs` are never
-    searched: the winner's test score is theirs.
+    `sampler` draws networks of up to `cores` cores: `random`, `tpe`, `evolution`, `local` (one choice away from the
+    best) or `mixed`, the last three in turn. The search begins with known networks (LoRA, CP, Tucker, a tensor train),
+    unless `from_known=False`. Equal networks are evaluated once, and what is clearly behind is given up before the last
+    update. Layers that match `test_match`, whether `match` finds them or not, and all layers of `test_pairs` take no
+    part in the search: the winner's test score is measured on them.
 
-    With a `command` the best `finalists` are fine-tuned at each of `rates`, and the one that ends best has won. In it
-    `{spec}` stands for the network's file and `{rate}` for the rate. Its last line on stdout is JSON, `{"score": ...}`,
-    the higher the better; lines `{"step": ..., "score": ...}` before let runs that are behind be stopped.
+    With a `command` the best `finalists` are fine-tuned at each of the learning `rates`, and the one that ends best
+    wins. In it `{spec}` stands for the network's file, `{rate}` for the rate. Its last line on stdout is JSON,
+    `{"score": ...}`, the higher the better. Earlier lines `{"step": ..., "score": ...}` let those behind be stopped.
 
-    `storage` is a journal's path, a `.db` file or a database's URL: several processes and machines may share it, and a
-    search that ended, by Ctrl-C or after `minutes` too, goes on from there. `jobs` processes work here. With one of
-    them, equal arguments give equal results. After each trial `progress` is told its candidate, if any, and how many.
+    `storage` is a journal's path, a `.db` file or a database's URL. Several processes and machines may share it, and a
+    search that ended, also by Ctrl-C or after `minutes`, goes on from it. `jobs` processes run here; with one, equal
+    arguments give equal results. After each trial `progress` is called with its candidate, if any, and their number.
 
-    Raises TnpeftError, among them one where Optuna is not installed.
+    Raises TnpeftError, also where Optuna is not installed.
     """
     need_optuna()
     _check(jobs, command, rates, finalists, minutes)
@@ -85,14 +85,14 @@ def search(
 
 
 def time_after(minutes: float | None) -> float | None:
-    """The time at which so many minutes are over."""
+    """The time in that many minutes."""
     return None if minutes is None else time.time() + 60 * minutes
 
 
 def _layers(
     model: nn.Module, match: str | Sequence[str], test_match: str | Sequence[str] | None
 ) -> tuple[dict[str, Layer], dict[str, Layer], tuple[str, ...]]:
-    """The layers that are searched, those that are tested on alone, and the kinds of both. Raises AttachError."""
+    """The searched layers, the held-out layers, and the kinds of both. Raises AttachError."""
     beside = {} if test_match is None else layers_matching(model, test_match)
     layers = {name: layer for name, layer in layers_matching(model, match).items() if name not in beside}
     check_kinds([*layers.values(), *beside.values()])
@@ -128,7 +128,7 @@ def searched(
     name: str = "search",
     until: float | None = None,
 ) -> Search:
-    """Run a task; nothing is tested yet."""
+    """Run a task, without testing the winner."""
     from tnpeft.searching.engine import evaluated, is_late, open_study, quiet, run, shared_storage
 
     def tell(trial: Any, count: int) -> None:
@@ -165,7 +165,7 @@ def searched(
 
 
 def _finetuned(found: Search, tuning: Tuning, finalists: int, storage: str | None, until: float | None) -> Search:
-    """With fine-tunes of the best networks. Raises TnpeftError where all are done and none gave a score."""
+    """The search with fine-tunes of its best networks. Raises TnpeftError if all are done and none gave a score."""
     from tnpeft.searching.finetunes import Case, run_cases
 
     best = [candidate for candidate in found.candidates if candidate.score is not None][:finalists]
@@ -185,7 +185,7 @@ def _finetuned(found: Search, tuning: Tuning, finalists: int, storage: str | Non
 
 
 def _tested(found: Search, tests: Sequence[Update]) -> Search:
-    """With the test scores of the best network."""
+    """The search with the test scores of its best network."""
     shares = found.task.captured(found.spec, {}, tests)
     scores = {str(update): share for update, share in zip(tests, shares, strict=True)}
     return replace(found, test_scores=scores, tests=tuple(tests))

@@ -22,7 +22,7 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Topology:
-    """A network without sizes: the open legs of each core, and its bonds, each with its cores and width.
+    """A network without sizes: the open legs of each core, and the bonds, each with its cores and its width.
 
     `sides` says into how many legs the output and the input side are split. A bond of width 2 has twice its rank.
     """
@@ -33,7 +33,7 @@ class Topology:
 
     @property
     def key(self) -> str:
-        """A text for it; cores in another order have another, unlike `Spec.canonical`, which takes longer."""
+        """A text that identifies it. It depends on the order of cores; `Spec.canonical` does not, but is slower."""
         return repr((self.sides, self.legs, self.bonds))
 
     def spec(self, kinds: Sequence[str], ranks: Mapping[str, int] | None = None, name: str = "found") -> Spec:
@@ -60,7 +60,7 @@ class Topology:
         return Spec.build(**parts, params=params, sizes=sizes, cores=cores, weight=weight, start="zero")
 
     def _core(self, number: int, zero: bool) -> dict[str, str]:
-        """A core as `Spec.build` takes it; what it is contracted over is the fan of its init."""
+        """A core as `Spec.build` takes it; the legs that it is contracted over are the fan of its init."""
         bonds = [f"b{place}" for place, (members, _) in enumerate(self.bonds) if number in members]
         fan = [*bonds, *(leg for leg in self.legs[number] if leg.startswith("i"))] or list(self.legs[number])
         init = "zeros" if zero else f"kaiming_uniform(fan=[{', '.join(fan)}])"
@@ -73,12 +73,12 @@ def _group(legs: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Space:
-    """Networks of 2 to `cores` cores on layers with so many kernel `axes`.
+    """Networks of 2 to `cores` cores on layers with `axes` kernel axes.
 
-    The channel sides have one to three legs each, which stand on any core, as the kernel's do. Each core but the first
-    may have a bond to an earlier one; up to three more bonds join any pairs, and up to two hyperedges any cores.
-    All choices are made for every network, those without effect too: a space that never changes is what samplers that
-    cross networks need.
+    The channel sides have one to three legs each. These and the kernel's legs may be on any core. Each core but the
+    first may have a bond to an earlier one; up to three more bonds join any pairs, and up to two hyperedges any cores.
+    All choices are made for every network, also those without effect, because samplers that cross networks need a fixed
+    space.
     """
 
     axes: int
@@ -86,7 +86,7 @@ class Space:
 
     @property
     def options(self) -> dict[str, tuple[int, ...]]:
-        """What can be chosen, by name."""
+        """The choices, by name, each with its options."""
         pairs = tuple(range(len(self._pairs)))
         options: dict[str, tuple[int, ...]] = {"cores": tuple(range(2, self.cores + 1))}
         options |= {side: tuple(range(1, FACTORS + 1)) for side in ("out_legs", "in_legs")}
@@ -105,7 +105,7 @@ class Space:
         return {name: choose(name, options) for name, options in self.options.items()}
 
     def topology(self, choices: Mapping[str, int]) -> Topology:
-        """The network that choices make: what hangs loose is dropped, and something always joins two cores."""
+        """The network that choices make: cores without effect are dropped, and at least one bond joins two cores."""
         count = choices["cores"]
         sides = choices["out_legs"], choices["in_legs"]
         legs: list[list[str]] = [[] for _ in range(count)]
@@ -114,7 +114,7 @@ class Space:
         return _tidy(sides, legs, self._bonds(choices, count))
 
     def choices(self, topology: Topology) -> Choices:
-        """Choices that make a network; those without effect are the first there are."""
+        """Choices that make a given network; choices without effect take their first option."""
         made = {name: options[0] for name, options in self.options.items()}
         made |= {"cores": len(topology.legs), "out_legs": topology.sides[0], "in_legs": topology.sides[1]}
         made |= {f"at_{leg}": core for core, legs in enumerate(topology.legs) for leg in legs}
@@ -156,7 +156,7 @@ class Space:
 
 
 def _tidy(sides: tuple[int, int], legs: Sequence[Sequence[str]], bonds: Mapping[tuple[int, ...], int]) -> Topology:
-    """Without cores that make nothing (no open leg, and one bond at most), numbered anew; two cores share a bond."""
+    """The network without cores of no effect (no open leg, at most one bond), renumbered; two cores share a bond."""
     kept, members = set(range(len(legs))), {frozenset(cores): width for cores, width in bonds.items()}
     while loose := [core for core in kept if not legs[core] and sum(core in bond for bond in members) < 2]:
         kept -= set(loose)
@@ -173,7 +173,7 @@ def _tidy(sides: tuple[int, int], legs: Sequence[Sequence[str]], bonds: Mapping[
 
 
 def _within(bonds: Mapping[frozenset[int], int], kept: Iterable[int]) -> dict[frozenset[int], int]:
-    """The bonds among some cores; what joins fewer than two of them is none."""
+    """The bonds among some cores; one that joins fewer than two of them is dropped."""
     cut: dict[frozenset[int], int] = {}
     for bond, width in bonds.items():
         left = bond & frozenset(kept)

@@ -1,4 +1,4 @@
-"""How long a training step takes with a network, as a ratio to full fine-tuning: measured on a model, or predicted."""
+"""The time of a training step with a network, relative to full fine-tuning: measured on a model, or predicted."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ THEIR_ERRORS = (ArithmeticError, AttributeError, IndexError, KeyError, NotImplem
 def measured_steps(
     model: nn.Module, names: Sequence[str], specs: Mapping[str, Spec], example: Sequence[Any], rounds: int = ROUNDS
 ) -> dict[str, float]:
-    """The median ratio of a step with each spec on the named layers to a step that trains the whole model.
+    """The median time of a step with each spec on the named layers, relative to a step that trains the whole model.
 
-    A step is `model(*example)`, the mean square of what it returns, its gradients and Adam. All take turns in one
-    process in every round, and a ratio is to the full step of its round, so that a slow minute slows both. `model`
-    stays as it is. Raises TnpeftError where it cannot be called.
+    A step is `model(*example)`, the mean square of the output, gradients and Adam. In every round all take turns in one
+    process, and each is compared with the full step of its round, so that a slow minute slows both. `model` stays as it
+    is. Raises TnpeftError if it cannot be called.
     """
     full, adapted = copy.deepcopy(model), copy.deepcopy(model)
     for number, spec in enumerate(specs.values()):
@@ -90,16 +90,16 @@ def _seconds(step: Callable[[], None]) -> float:
 
 
 def predicted_steps(layers: Sequence[Layer], specs: Mapping[str, Spec]) -> dict[str, float]:
-    """The same ratio for these layers alone, by the planner's cost model, for calls of the size that plans assume.
+    """The same ratio for these layers alone, predicted by the planner's cost model for calls of its assumed size.
 
-    Full fine-tuning stands for the spec `full`, one core as large as the weight.
+    Full fine-tuning is predicted as the spec `full`, one core as large as the weight.
     """
     full = _predicted(load_spec("full"), layers)
     return {key: _predicted(spec, layers) / full for key, spec in specs.items()}
 
 
 def _predicted(spec: Spec, layers: Sequence[Layer]) -> float:
-    """Seconds of a forward and a backward pass of the layers, each in the mode that `auto` takes."""
+    """Predicted seconds of a forward and a backward pass of the layers, each in the mode that `auto` chooses."""
     seconds = 0.0
     for layer in layers:
         call = nominal_call(layer)

@@ -1,4 +1,4 @@
-"""What a search is given, as one value that other processes can be handed, and what one network is worth."""
+"""What a search is given, as one value that can be passed to other processes, and the score of one network."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ LAYOUT = "1"  # of the space and of what a study notes: a study of another layou
 class Task:
     """A search: the `layers` whose adapters train at most `params` parameters in all, and the `updates` to capture.
 
-    `kinds` are those of the layers and of the held-out ones: the networks fit them all. Of each network at most
-    `iterations` sweeps are made for each update.
+    `kinds` are those of the layers and of the held-out ones: the networks fit them all. A fit makes at most
+    `iterations` sweeps for each update.
     """
 
     layers: Mapping[str, Layer]
@@ -69,7 +69,7 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """What must be equal for two processes to share one search."""
+        """A digest of all that must be equal for two processes to share one search."""
         said = hashlib.sha256()
         settings = LAYOUT, self.kinds, self.params, self.iterations, self.cores, self.sampler, self.from_known
         said.update(repr((settings, sorted((name, str(layer)) for name, layer in self.layers.items()))).encode())
@@ -83,7 +83,7 @@ class Task:
         return budget(spec, self._stand_ins, self.params, match="all", param=param)
 
     def captured(self, spec: Spec, ranks: Mapping[str, float], updates: Iterable[Update]) -> Iterator[float]:
-        """The share of each update's energy that the network captures from a free start."""
+        """The share of each update's energy that the network captures, with a frozen copy of zeros if it has one."""
         how: dict[str, Any] = {"method": "als", "iterations": self.iterations, "frozen_copy": "zeros", **ranks}
         for update in updates:
             found = fit(spec, update.delta, update.layer, **how)

@@ -26,7 +26,7 @@ Pairs = Iterable[Pair] | Mapping[str, Pair]
 class Update:
     """The update of one layer in one pair of checkpoints: the tuned weight minus the base weight.
 
-    `pair` counts the pairs, and `source` is what this one is called.
+    `pair` is the pair's number, `source` its name.
     """
 
     name: str
@@ -59,7 +59,7 @@ def layers_matching(model: nn.Module, match: str | Sequence[str]) -> dict[str, L
 
 
 def check_kinds(layers: Sequence[Layer]) -> None:
-    """One network fits layers with equally many kernel axes. Raises AttachError."""
+    """Raises AttachError unless all layers have the same number of kernel axes, which one network needs."""
     axes = {KINDS[layer.kind] for layer in layers}
     if len(axes) > 1:
         found = ", ".join(sorted({layer.kind for layer in layers}))

@@ -1,4 +1,4 @@
-"""YAML → a checked `Declaration`, source positions kept. No torch here."""
+"""From YAML to a checked `Declaration` that keeps source positions. No torch here."""
 
 from tnpeft.spec.declaration import Core, Declaration, Term
 from tnpeft.spec.inits import init_function, register_init

@@ -1,8 +1,8 @@
-"""When two specs are the same network under other names and in another order: a labelled graph of all that counts.
+"""Whether two specs are the same network under other names and in another order: a labelled graph of all that counts.
 
-Nodes are params, cores with their axes and legs, terms, references, maps and indices. Labels have no names but those of
-layers, inits and maps. Expressions stand in labels with params as numbered places, sizes with the indices that they
-read written out.
+Nodes are params, cores with their axes and legs, terms, references, maps and indices. The only names in labels are
+those of layers, inits and maps. Expressions are in labels with params as numbered places; in sizes, the indices that
+they read are written out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TUPLES = ("factorize", "kernel_size")
 
 
 class Canonical(NamedTuple):
-    """`form` is equal for equal networks, `hash` the SHA-256 of it."""
+    """The canonical `form` of a network, and `hash`, the SHA-256 of it."""
 
     form: str
     hash: str

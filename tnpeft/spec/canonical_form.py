@@ -1,8 +1,8 @@
-"""The canonical form of a labelled graph: equal for two graphs exactly where one is the other with other names.
+"""The canonical form of a labelled graph: equal for two graphs exactly if one is the other with nodes renamed.
 
-Colour refinement (Weisfeiler-Leman) splits nodes as far as labels and neighbours can. Where that leaves some alike, one
-after another is singled out, and the least of the forms found is the form. Symmetries that show up on the way spare
-branches that they map to others (McKay & Piperno, J. Symb. Comp. 2014).
+Colour refinement (Weisfeiler-Leman) splits nodes as far as labels and neighbours can. If some remain alike, one after
+another is singled out, and the least of the resulting forms is taken. Symmetries found on the way save branches that
+they map to others (McKay & Piperno, J. Symb. Comp. 2014).
 """
 
 from __future__ import annotations

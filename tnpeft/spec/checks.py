@@ -32,9 +32,9 @@ MAX_SHOWN = 20  # names of a circle
 
 
 def check(spec: Declaration, incomplete: Set[str], problems: Problems, saved: bool = False) -> None:
-    """Report every mistake between parts; checks over all of a part wait until nothing of it is missing.
+    """Report every mistake between parts; a check that needs a whole part is left out while something of it is missing.
 
-    Of a `saved` spec, which worked when it was written, params that do nothing are no mistake.
+    In a `saved` spec, which worked when it was written, params without effect are no mistake.
     """
     sized = not incomplete & {"params", "sizes"}
     if sized:
@@ -86,7 +86,7 @@ def _expressions(spec: Declaration) -> Iterator[tuple[str, Expression, Node | Po
 
 
 def _names(spec: Declaration, problems: Problems) -> None:
-    """Fine rule 2: a name is a param, else a layer name, else an index in `sizes`."""
+    """A name is a param, else a layer name, else an index in `sizes`."""
     known = {*spec.sized, *LAYER_NAMES} - {ELLIPSIS}
     for what, expression, node in _expressions(spec):
         for name in expression.names:
@@ -137,7 +137,7 @@ def _cycles(spec: Declaration, problems: Problems) -> None:
 
 
 def _ellipsis(spec: Declaration, problems: Problems) -> None:
-    """Fine rule 5: a `k` beside `k...` could not be told apart from it."""
+    """An index `k` beside `k...` could not be told apart from it."""
     legs = {leg: where for core in spec.cores for leg, where in core.places.items()}
     for term in spec.terms:
         legs |= term.places
@@ -166,7 +166,7 @@ def _inits(spec: Declaration, problems: Problems) -> None:
 
 
 def _start(spec: Declaration, problems: Problems) -> None:
-    """Fine rule 14: `zero` holds by construction, in each term through exactly one trainable core of zeros."""
+    """`start: zero` holds by construction: each term has exactly one trainable core of zeros."""
     where = spec.place("start")
     for number, term in enumerate(spec.terms):
         what = "`start: zero`" if len(spec.terms) == 1 else f"`start: zero`, term {number + 1}"
@@ -203,7 +203,7 @@ def _trained(spec: Declaration, problems: Problems) -> None:
 
 
 def _members(spec: Declaration, problems: Problems) -> None:
-    """Every core stands in a term, or another one is made of it; a trained magnitude has a name of its own."""
+    """Every core is in a term, or another core is made of it; no core has the name of a trained magnitude."""
     named = {name for term in spec.terms for name in term.cores}
     for core in spec.cores:
         named.update(core.derivation.sources if core.derivation else ())
@@ -246,7 +246,7 @@ _SINGULAR |= {"svd_v": slice(1, None), "svd_vs": slice(1, None)}
 
 
 def _singular(spec: Declaration, problems: Problems) -> None:
-    """Fine rule 10: singular vectors have the legs of one side of the weight and a bond, the values a bond alone."""
+    """Singular vectors have the legs of one side of the weight and a bond, singular values only a bond."""
     for core in spec.cores:
         kind = core.origin or core.init.name
         term = next((term for term in spec.terms if core.name in term.cores), None)
@@ -263,7 +263,7 @@ def _singular(spec: Declaration, problems: Problems) -> None:
 
 
 def _sized(spec: Declaration, problems: Problems) -> None:
-    """Fine rule 3: `bond` sizes what two cores share and `weight` has not; all else needs `sizes`."""
+    """`bond` sizes indices that two cores share and `weight` does not have; all others need `sizes`."""
     sized = spec.sized
     opened = {leg for term in spec.terms for leg in term.places}
     by_hand = sized_by_hand(spec)
@@ -354,7 +354,7 @@ def _axes(spec: Declaration, problems: Problems) -> None:
 
 
 def _kinds(spec: Declaration, problems: Problems) -> None:
-    """Fine rule 4: try every kind in `layers` without a layer."""
+    """Try the spec on sample layers of every kind in `layers`."""
     for kind in spec.layers:
         runs = []
         for sample in SAMPLES:
@@ -371,7 +371,7 @@ def _kinds(spec: Declaration, problems: Problems) -> None:
 
 
 def _shown(kind: str, sample: tuple[int, int, int, int]) -> str:
-    """The first of the layers that were tried, none of which the spec fits."""
+    """The first of the sample layers, none of which the spec fits, in words."""
     in_channels, out_channels, side, _ = sample
     return f"{kind}({in_channels}, {out_channels}{f', {side}' if KINDS[kind] else ''}), as on all layers tried"
 

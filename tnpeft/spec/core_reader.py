@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class CoreReader:
-    """Reads part by part; the names of parts of which something is missing are `incomplete`."""
+    """Reads part by part; `incomplete` has the names of parts in which something is missing."""
 
     def __init__(self, root: Node, broken: set[tuple[str | int, ...]], problems: Problems, known_inits: bool) -> None:
         self.root, self.broken, self.problems, self.known_inits = root, broken, problems, known_inits
@@ -38,7 +38,7 @@ class CoreReader:
         return None if (key,) in self.broken else self.root.get(key)
 
     def _lacks(self, part: str, where: Position, *problem: str, core: str | None = None) -> None:
-        """Report a mistake that leaves a part without something: what is checked of the whole part then waits."""
+        """Report a mistake that leaves a part incomplete: checks of the whole part are then left out."""
         self.problems.add(where, *problem, core=core)
         self.incomplete.add(part)
 
@@ -79,7 +79,7 @@ class CoreReader:
         return tuple(core for core in cores if core is not None)
 
     def _core(self, key: Node, value: Node, default: Init, named: bool) -> Core | None:
-        """One core, `named` where the file names an init for all; None where its legs cannot be told."""
+        """One core; `named` says whether the file names an init for all. None if its legs are unknown."""
         name = str(key.value)
         path = ("cores", name)
         fields: dict[str, Any] = {word.value: item for word, item in value.items()}
@@ -125,7 +125,7 @@ class CoreReader:
         return Core(name, tuple(places), init, frozen, where, shared, origin, axes, places)
 
     def _derivation(self, name: str, fields: Mapping[str, Node]) -> Derivation | None:
-        """What a core is made of by `of`, `map` and `scale`; None, with the reason reported, where that is wrong."""
+        """What a core is made of, by `of`, `map` and `scale`; None, with the reason reported, if that is wrong."""
         if any(path[:2] == ("cores", name) for path in self.broken):
             return None
         before, owner = len(self.problems), f"core '{name}'"
@@ -150,7 +150,7 @@ class CoreReader:
         return Derivation(tuple(summands), factor, tuple(call for call in maps if call is not None), where)
 
     def _references(self, node: Node | None, owner: str) -> tuple[Reference, ...]:
-        """The cores that `of` or `cores` names: at least one, each of them under its own legs once."""
+        """The cores that `of` or `cores` names: at least one, and none twice under the same legs."""
         items = () if node is None or node.value is None else node.value if node.kind == "list" else (node,)
         references: dict[str, Reference] = {}
         for item in items:
@@ -182,7 +182,7 @@ class CoreReader:
         return parse_expression("1") if node is None or node.value is None else self._expression(node, what)
 
     def _only_derived(self, name: str, fields: Mapping[str, Node]) -> None:
-        """A derived core stores nothing: what says how values are stored stands on its sources."""
+        """A derived core stores nothing: keys on stored values belong on its sources."""
         for key in ("init", "frozen", "shared", "from"):
             if key in fields and fields[key].value is not None:
                 fix = "Write it on a core that is stored, one that `of` names."
@@ -212,7 +212,7 @@ class CoreReader:
         return node.value if node is not None else None
 
     def _options(self, name: str, fields: dict[str, Node], origin: str | None, shared: str | None) -> None:
-        """What does not go together in one core."""
+        """Report keys of one core that exclude each other."""
         what = f"core '{name}'"
         if shared is not None and not is_name(shared):
             fix = "Use letters, digits and `_`, or `model`: one tensor for all layers."
@@ -283,7 +283,7 @@ class CoreReader:
 
 
 def _named_inside(cores: Sequence[Core]) -> set[str]:
-    """The cores that a derived core, a map or an init names: they stand in no term by themselves."""
+    """The cores that a derived core, a map or an init names: they are not by themselves in a term."""
     named = {source for core in cores if core.derivation is not None for source in core.derivation.sources}
     for core in cores:
         value = core.init.arguments.get("core")

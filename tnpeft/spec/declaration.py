@@ -24,9 +24,9 @@ class Core:
 
     With sizes {o: 64, a: 8}, legs=("o", "a") stores shape (64, 8); `axes` has the legs of each stored axis.
 
-    `shared` is `model`, or the scope whose layers have one tensor for all. `origin` is what is taken from the base
-    weight: `weight` itself, with the `axes` of its pattern, or `svd_u`, `svd_s`, `svd_v`; such a core is frozen. A core
-    with a `derivation` is made of others and never stored.
+    `shared` is `model`, or the scope whose layers share the tensor. `origin` says what is taken from the base weight:
+    `weight` itself, with the `axes` of its pattern, or `svd_u`, `svd_s`, `svd_v`. Such a core is frozen. A core with a
+    `derivation` is made of other cores and never stored.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Core:
 
     @property
     def is_index(self) -> bool:
-        """Whether it holds whole numbers, places for a map's `at=`."""
+        """Whether it is an index core: it holds whole numbers, the places for a map's `at=`."""
         return self.init.name in INDEX_INITS
 
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the update: `scale` times the network of some cores (in file order, as they are named there)."""
+    """One term of the update: `scale` times the network of some cores, in the order of the file."""
 
     references: tuple[Reference, ...]
     weight: Axes
@@ -100,7 +100,7 @@ class Declaration:
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        """The scopes that its shared cores name, but for `model`; `attach` binds each to a regular expression."""
+        """The scopes that its shared cores name, other than `model`; `attach` binds each to a regular expression."""
         return tuple(dict.fromkeys(core.shared for core in self.cores if core.shared not in (None, "model")))
 
     @cached_property
@@ -110,7 +110,7 @@ class Declaration:
 
     @property
     def sized(self) -> set[str]:
-        """The names that have a size of their own, in `sizes` or as params; `k...` has the kernel's."""
+        """The names that have a size of their own, in `sizes` or as params; `k...` has the kernel's sizes."""
         return {*self.params, ELLIPSIS, *(name for rule in self.sizes for name in rule.names)}
 
     def place(self, key: str) -> Position:
@@ -125,7 +125,7 @@ class Declaration:
 
     @cached_property
     def content(self) -> tuple[object, ...]:
-        """What a file says, whatever its layout and comments: keys in any order, all else in the file's."""
+        """What a file says, without layout and comments. Keys compare in any order, all else in that of the file."""
         said = {str(key.value): value.plain() for key, value in self.root.items()}
         return (*(f"{key}: {said[key]!r}" for key in sorted(said) if key != "factors"), repr(self.factors))
 

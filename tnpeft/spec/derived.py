@@ -1,4 +1,4 @@
-"""References to cores, and cores that are derived from others: what stands in `of`, `map` and in the `cores` of a term.
+"""References to cores, and cores that are derived from others: `of` and `map`, and the `cores` of a term.
 
     turn: {of: R, legs: n x y, map: [skew(e -> x y), "cayley(x y)"]}
     weight: o (n x)                         # of W(o n y) and turn
@@ -24,7 +24,7 @@ __all__ = ["Derivation", "Reference", "Summand", "arrow_legs", "index_of", "legs
 
 @dataclass(frozen=True)
 class Reference:
-    """A core as others name it: under its own legs, or with its axes, in order, under the legs of `axes`."""
+    """A core as a product names it: with its own legs, or with the legs of `axes` for its axes, in order."""
 
     core: str
     axes: Axes | None
@@ -33,7 +33,7 @@ class Reference:
 
     @property
     def label(self) -> str:
-        """Its text with single blanks: equal texts mean one tensor."""
+        """Its text with single spaces: equal texts mean the same tensor."""
         if self.axes is None:
             return self.core
         groups = (axis[0] if len(axis) == 1 else f"({' '.join(axis)})" if axis else "1" for axis in self.axes)
@@ -61,7 +61,7 @@ class Derivation:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The cores that it is made of, index cores among them, each once."""
+        """The cores that it is made of, index cores included, each once."""
         named = (reference.core for summand in self.summands for reference in summand.references)
         return tuple(dict.fromkeys((*named, *(index for call in self.maps if (index := index_of(call))))))
 
@@ -73,7 +73,7 @@ def index_of(call: MapCall) -> str | None:
 
 
 def legs_before_maps(legs: Sequence[str], maps: Sequence[MapCall]) -> tuple[str, ...]:
-    """The legs of what the maps act on, from those of their result: the arrows undone."""
+    """The legs of the tensor on which the maps act, from those of the result: arrows are undone."""
     before = list(legs)
     for call in reversed(maps):
         if call.takes != call.gives:
@@ -98,5 +98,5 @@ def parse_reference(node: Node, owner: str, problems: Problems) -> Reference | N
 
 
 def arrow_legs(call: MapCall) -> tuple[str, ...]:
-    """The legs that a map takes away or makes: their sizes are given, never a bond's."""
+    """The legs that a map removes or makes: their sizes must be given, and are never that of `bond`."""
     return () if call.takes == call.gives else (*call.takes, *call.gives)

@@ -1,4 +1,4 @@
-"""What must hold of derived cores, references and index cores, before any layer is known."""
+"""What must hold for derived cores, references and index cores, before any layer is known."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_derived(spec: Declaration, problems: Problems) -> None:
 
 
 def uses_second_half(spec: Declaration) -> bool:
-    """Whether a spec has what version 1 of the language has not."""
+    """Whether a spec uses anything that version 1 of the language does not have."""
     grouped = any(core.origin != "weight" and core.axes != tuple((leg,) for leg in core.legs) for core in spec.cores)
     renamed = any(reference.axes is not None for term in spec.terms for reference in term.references)
     new_inits = any(core.is_index or _is_new(core.init) for core in spec.cores)
@@ -56,7 +56,7 @@ def uses_second_half(spec: Declaration) -> bool:
 
 
 def _is_new(init: Init) -> bool:
-    """Whether version 1 of the language has no such init."""
+    """Whether version 1 of the language lacks this init."""
     skips = str(init.arguments.get("skip", 0)) != "0"
     return skips or init.name in ("svd_u", "svd_s", "svd_v") or not {"same", "core", "entry"}.isdisjoint(init.arguments)
 
@@ -80,7 +80,7 @@ def _graph(spec: Declaration) -> networkx.DiGraph[str]:
 
 
 def is_circular(spec: Declaration) -> bool:
-    """Whether a core is derived from itself, by way of others perhaps."""
+    """Whether a core is derived from itself, directly or through others."""
     return bool(spec.derivations) and not networkx.is_directed_acyclic_graph(_graph(spec))
 
 
@@ -107,7 +107,7 @@ def _derivation(core: Core, derivation: Derivation, cores: Mapping[str, Core], p
 
 
 def _legs_met(core: Core, derivation: Derivation, problems: Problems) -> None:
-    """Every map finds the legs that it takes, and what the last one leaves are the core's legs."""
+    """Every map finds the legs that it takes, and the legs after the last map are the core's."""
     legs = [*legs_before_maps(core.legs, derivation.maps)]
     for number, call in enumerate(derivation.maps, start=1):
         missing = [leg for leg in call.takes if leg not in legs]
@@ -135,7 +135,7 @@ def _legs_met(core: Core, derivation: Derivation, problems: Problems) -> None:
 def _summand(
     core: Core, summand: Summand, before: Sequence[str], cores: Mapping[str, Core], problems: Problems
 ) -> None:
-    """In each product an index of one core alone dangles, and the result has no leg that no core has."""
+    """In each product no index is in one core alone, and every leg of the result is in some core."""
     uses = Counter(leg for reference in summand.references for leg in legs_of(reference, cores))
     for reference in summand.references:
         for leg in legs_of(reference, cores):
@@ -185,7 +185,7 @@ def _init_legs(core: Core, known: Set[str], problems: Problems) -> None:
 
 
 def _value(core: Core, cores: Mapping[str, Core], problems: Problems) -> None:
-    """`value(NAME)`: a derived core with the legs of this one, which is no layer's alone."""
+    """`value(NAME)` names a derived core with the legs of this core, which belongs to one layer alone."""
     name = core.init.arguments.get("core")
     if core.init.name != "value" or not isinstance(name, str):
         return
@@ -204,7 +204,7 @@ def _value(core: Core, cores: Mapping[str, Core], problems: Problems) -> None:
 
 
 def _references(spec: Declaration) -> Iterator[tuple[str, Reference]]:
-    """Every reference, with what to call the place that it stands in."""
+    """Every reference, with a name for the place where it is."""
     for term in spec.terms:
         label = term.label.removesuffix(", `weight`")
         yield from ((label, reference) for reference in term.references)
@@ -238,7 +238,7 @@ def _index_outside(label: str, reference: Reference, cores: Mapping[str, Core], 
 
 
 def stored_in(spec: Declaration, term: Term) -> list[Core]:
-    """The stored cores that stand in a term, or in a derived core that does."""
+    """The stored cores in a term, directly or through its derived cores."""
     cores, found, pending = cores_by_name(spec), dict[str, None](), list(term.cores)
     while pending:
         name = pending.pop()
@@ -251,14 +251,14 @@ def stored_in(spec: Declaration, term: Term) -> list[Core]:
 
 
 def zeros_in(spec: Declaration, term: Term) -> list[Core]:
-    """The stored cores of zeros that make a term zero; beside them, none whose zeros a map turns into other numbers."""
+    """The stored cores of zeros that make a term zero, without those whose zeros a map turns into other numbers."""
     cores = cores_by_name(spec)
     zeros = [core for core in stored_in(spec, term) if core.init.name == "zeros"]
     return [core for core in zeros if any(_vanishes(each, core.name, cores) for each in term.cores)] or zeros[:1]
 
 
 def _vanishes(name: str, zeros: str, cores: Mapping[str, Core]) -> bool:
-    """Whether a core is zero while `zeros` is, as far as can be told."""
+    """Whether a core is zero while the core `zeros` is, as far as can be told."""
     derivation = cores[name].derivation
     if derivation is None:
         return name == zeros
@@ -270,7 +270,7 @@ def _vanishes(name: str, zeros: str, cores: Mapping[str, Core]) -> bool:
 def check_zero_through_maps(
     spec: Declaration, where: Position, what: str, term: Term, zeros: Core, problems: Problems
 ) -> None:
-    """The zeros reach the term: directly, or through derived cores that are zero, with a slope, where they are."""
+    """The zeros reach the term: directly, or through derived cores that are zero there with a slope other than zero."""
     cores = cores_by_name(spec)
     if zeros.name in term.cores:
         return
@@ -291,7 +291,7 @@ def check_zero_through_maps(
 
 
 def _stopped(name: str, zeros: str, cores: Mapping[str, Core]) -> tuple[str, MapCall | None] | None:
-    """None where a core is zero, with a slope, while `zeros` is; else the derived core and map that stop them."""
+    """The derived core and the map that stop the zeros; None if the core is zero, with a slope, while `zeros` is."""
     derivation = cores[name].derivation
     if derivation is None:
         return None if name == zeros else (name, None)
@@ -304,5 +304,5 @@ def _stopped(name: str, zeros: str, cores: Mapping[str, Core]) -> tuple[str, Map
 
 
 def sized_by_hand(spec: Declaration) -> set[str]:
-    """The legs that maps take or make: no bond's size is theirs."""
+    """The legs that maps take or make: `bond` does not size them."""
     return {leg for each in spec.derivations.values() for call in each.maps for leg in arrow_legs(call)}

@@ -99,7 +99,7 @@ class Expression:
     pads: bool = False  # reads factorize(..., pad=true)
 
     def evaluate(self, names: Mapping[str, Value], table: Table | None = None) -> Value:
-        """The value for these names; raises ExpressionError for what cannot be worked out."""
+        """The value for these names; raises ExpressionError if it cannot be worked out."""
         return _Evaluator(names, table).visit(self.tree)
 
     def number(self, names: Mapping[str, Value], table: Table | None = None) -> Number:
@@ -111,7 +111,7 @@ class Expression:
 
 
 def parse_expression(text: str, positions: bool = False) -> Expression:
-    """Parse `text`, of `positions` where it says each entry of a core; raises ExpressionError."""
+    """Parse `text`; with `positions` it gives each entry of a core by its position. Raises ExpressionError."""
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"at most {MAX_LENGTH} characters", str(len(text)), "Split it over several sizes.")
     if not text.isascii():
@@ -149,7 +149,7 @@ _SPELLINGS = {
 
 
 def spelling(word: str) -> str:
-    """How something that other languages, or Python or YAML, write otherwise is written here; empty for the rest."""
+    """How to write here what other languages, Python or YAML write differently; empty for all else."""
     return _SPELLINGS.get(word, "")
 
 

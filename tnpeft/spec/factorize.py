@@ -91,7 +91,7 @@ def _divisors(n: int) -> tuple[int, ...]:
 
 
 def bounded_product(sizes: Iterable[int], most: int) -> int:
-    """The product, worked out no further than beyond `most`: that of thousands of sizes has thousands of digits."""
+    """The product, worked out only until it exceeds `most`: that of thousands of sizes has thousands of digits."""
     product = 1
     for size in sizes:
         product *= size
@@ -101,6 +101,6 @@ def bounded_product(sizes: Iterable[int], most: int) -> int:
 
 
 def times(sizes: Sequence[int]) -> str:
-    """`2 x 3 x 5`, of a few sizes."""
+    """A few sizes as `2 x 3 x 5`."""
     shown = [str(size) for size in sizes[:MAX_SHOWN]]
     return " x ".join([*shown, "..."] if len(sizes) > MAX_SHOWN else shown)

@@ -1,4 +1,4 @@
-"""Names that people know from other libraries, and what they are called here."""
+"""Names from other libraries, and the names that they have here."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ _ADVICE = {word: sentence for sentence, words in _SENTENCES.items() for word in 
 
 
 def advice_on(name: str, known: Collection[str], also: Collection[str] = ()) -> str:
-    """What to write for a name that is not known: the one meant, or how its matter is settled here; may be empty.
+    """What to write for an unknown name: the name meant, or how that is done here; may be empty.
 
-    `known` are the names that can stand in its place, `also` those that can stand beside.
+    `known` are the names allowed in its place, `also` names allowed beside these.
     """
     word = name.casefold()
     meant = _MEANT.get(word)
@@ -89,14 +89,14 @@ def advice_on(name: str, known: Collection[str], also: Collection[str] = ()) -> 
 
 
 def is_word(name: str) -> bool:
-    """Whether it is a name for something that is called otherwise here."""
+    """Whether it is another library's name for something that has another name here."""
     return name.casefold() in _MEANT
 
 
 def unknown_params(
     what: str, given: Iterable[str], known: Collection[str], also: Collection[str] = ()
 ) -> Iterator[Problem]:
-    """A problem for each of the given names that is not among the known params; `what` says whose they are."""
+    """A problem for each given name that is no known param; `what` says whose params they are."""
     for name in given:
         if name not in known:
             expected = f"one of {', '.join(known)}" if known else "none"
@@ -105,7 +105,7 @@ def unknown_params(
 
 
 def value_of_param(name: str, value: object) -> str:
-    """What to write for a number that stands beside `params`, where it should stand in them; empty for others."""
+    """What to write for a number beside `params` that belongs in them; empty for others."""
     word = name.casefold()
     if isinstance(value, bool) or not isinstance(value, int | float) or word in _ADVICE or word in ATTACH:
         return ""

@@ -65,7 +65,7 @@ _registered: dict[str, InitFunction] = {}
 
 @dataclass(frozen=True)
 class Legs:
-    """`fan=[i, k...]`: the product of these legs' sizes; `same=[q]`, `choice(o i)`: the legs themselves."""
+    """Legs in an argument: for `fan=[i, k...]` the product of their sizes, for `same=[q]`, `choice(o i)` themselves."""
 
     legs: tuple[str, ...]
 
@@ -79,7 +79,7 @@ class Last:
 
 @dataclass(frozen=True)
 class Entry:
-    """`entries(x - y)`: what each entry is; the core's legs stand for its position, other names for numbers."""
+    """`entries(x - y)`: each entry by its position. The core's legs stand for the position, other names for numbers."""
 
     expression: Expression
 
@@ -108,13 +108,13 @@ class Init:
 
     @property
     def entry(self) -> Expression | None:
-        """What each entry is by its position, or None where another rule says it."""
+        """The rule that gives each entry by its position, or None for other inits."""
         entry = self.arguments.get("entry")
         return entry.expression if isinstance(entry, Entry) else None
 
     @property
     def names_legs(self) -> bool:
-        """Whether it names legs for another reason than their product."""
+        """Whether it names legs other than for the product of their sizes."""
         return self.name in INDEX_INITS or "same" in self.arguments
 
     def __str__(self) -> str:
@@ -132,9 +132,9 @@ DEFAULT_INIT = Init(
 def register_init(name: str, function: InitFunction) -> None:
     """Make `name` an init of the language: `function(shape, generator, **arguments) -> Tensor`.
 
-    `shape` is the core's shape as a tuple, `generator` a CPU `torch.Generator` of the core's own.
-    Arguments that a spec may pass are the function's further parameters. Raises SpecError for a
-    name that is built in or no ASCII word, and for what cannot be called so.
+    `shape` is the core's shape as a tuple, `generator` a CPU `torch.Generator` of the core's own. The function's
+    further parameters are arguments that a spec may pass. Raises SpecError for a name that is built in or no ASCII
+    word, and for a function that cannot be called with these.
     """
     if not isinstance(name, str) or not is_name(name) or name in _BUILT_IN:
         fix = "Choose another name."
@@ -149,7 +149,7 @@ def register_init(name: str, function: InitFunction) -> None:
 
 
 def _takes_two(function: InitFunction) -> bool:
-    """Whether a function can be called with a shape and a generator, and tells what else it takes."""
+    """Whether a function takes a shape and a generator, and has a signature that names its other parameters."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some built-in functions have none
@@ -164,7 +164,7 @@ def init_function(name: str) -> InitFunction | None:
 
 
 def registered_inits() -> tuple[tuple[str, InitFunction], ...]:
-    """What has been registered so far: a spec's meaning depends on it."""
+    """All registered inits: what a spec means depends on them."""
     return tuple(_registered.items())
 
 
@@ -174,7 +174,7 @@ def init_names() -> tuple[str, ...]:
 
 
 def _arguments(name: str) -> dict[str, bool]:
-    """What an init takes, beside shape and generator, and whether it must be given; of an unknown one, nothing."""
+    """The arguments of an init besides shape and generator, each with whether it is required; none if it is unknown."""
     if name in _BUILT_IN:
         return {key: key not in _NOT_NEEDED for key in _BUILT_IN[name]}
     if name not in _registered:
@@ -187,7 +187,7 @@ def _arguments(name: str) -> dict[str, bool]:
 def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | None:
     """`name` or `name(argument, key=argument)`; None, with the reason reported, where it is neither.
 
-    Unless it must be `known`, a name that nobody has registered is one that somebody may: whatever its arguments.
+    If it need not be `known`, an unregistered name with any arguments is accepted.
     """
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", node.text, re.ASCII | re.DOTALL)
     if match is None:
@@ -223,7 +223,7 @@ def parse_init(node: Node, problems: Problems, known: bool = True) -> Init | Non
 
 
 def _bind_arguments(name: str, parts: list[str], node: Node, problems: Problems | None) -> dict[str, str]:
-    """The text of each argument by its name; without `problems`, those that the function has not are taken too."""
+    """The text of each argument by its name; without `problems`, unknown arguments are accepted too."""
     known = tuple(_arguments(name))
     given: dict[str, str] = {}
     for place, part in enumerate(parts):

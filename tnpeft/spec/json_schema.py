@@ -67,23 +67,42 @@ _SPEC: dict[str, Keywords] = {
             }
         ],
     },
-    "name": {"pattern": NAME},
+    "name": {"pattern": NAME, "description": "The adapter's name, a word. Quote it if it looks like a number."},
     "title": {"description": "What the adapter is, in a few words."},
     "source": {"description": "Where it comes from: authors, venue, arXiv number."},
-    "start": {"description": "`zero`: one core is zeros. `frozen_copy`: the update is T(now) - T(start)."},
+    "start": {
+        "description": "`zero`: one core starts as zeros, and so does the update. `frozen_copy`: the update is "
+        "T(now) - T(start), where T is the contracted network.",
+    },
     "layers": {
+        "description": "The kinds of layers that the spec adapts: one, a list, or `any`. For example `layers: "
+        "[Linear, Conv3d]`.",
         "anyOf": [_KIND, {"type": "array", "items": _KIND, "minItems": 1}],
         "examples": ["any", "conv", ["Linear", "Conv3d"]],
     },
-    "params": {"propertyNames": {"pattern": rf"^{WORD}$"}, "examples": [{"r": 4, "alpha": "r"}]},
-    "bond": {"examples": ["r"]},
+    "params": {
+        "description": "The spec's numbers, with defaults that `attach` can override. For example `params: {r: 4, "
+        "alpha: r}`.",
+        "propertyNames": {"pattern": rf"^{WORD}$"},
+        "examples": [{"r": 4, "alpha": "r"}],
+    },
+    "bond": {
+        "description": "The size of every bond that `sizes` does not name. For example `bond: r`.",
+        "examples": ["r"],
+    },
     "sizes": {
+        "description": "The sizes of indices. For example `sizes: {o: out_channels, i: in_channels}`.",
         "propertyNames": {"pattern": _WORDS},
         "examples": [{"o": "out_channels", "i": "in_channels", "kd kh kw": "kernel_size"}],
     },
-    "factors": {"examples": ["tenvoo", {"32": [4, 4, 2]}]},
-    "init": _INIT,
+    "factors": {
+        "description": "How `factorize` splits some numbers: a table's name, or numbers with their factors. For "
+        "example `factors: {32: [4, 4, 2]}`.",
+        "examples": ["tenvoo", {"32": [4, 4, 2]}],
+    },
+    "init": {**_INIT, "description": "The init of every core that names none. For example `init: normal(0.02)`."},
     "cores": {
+        "description": "The cores by name: legs, or a mapping with `legs`. For example `cores: {up: o r, down: r i}`.",
         "minProperties": 1,
         "propertyNames": {"pattern": rf"^{WORD}$"},
         "defaultSnippets": [
@@ -110,8 +129,20 @@ _SPEC: dict[str, Keywords] = {
             "of": {"not": {"anyOf": [{"required": [key]} for key in _STORED_ONLY]}},
         },
     },
-    "cores.*.legs": {"pattern": rf"{_LEGS}|\(|(^|\s)1(\s|$)", "examples": ["o r", "r i k...", "(i k...) r", "o 1"]},
+    "cores.*.legs": {
+        "description": "The core's indices, in the order in which it is stored. For example `legs: o r`; "
+        '`legs: ""` is a scalar.',
+        "pattern": rf"{_LEGS}|\(|(^|\s)1(\s|$)",
+        "examples": ["o r", "r i k...", "(i k...) r", "o 1"],
+    },
+    "cores.*.frozen": {"description": "`true` for a core that does not train."},
+    "cores.*.from": {
+        "description": "What of the base weight the core is: `weight` itself, or `svd_u`, `svd_s`, `svd_v` of its "
+        "singular value decomposition.",
+    },
     "cores.*.of": {
+        "description": "What a derived core is made of: a core, a list of cores (their product), or a list of "
+        "products with `cores` (their sum). For example `of: R`, or `of: [A, W]`.",
         "anyOf": [
             _REFERENCE,
             _REFERENCES,
@@ -120,11 +151,8 @@ _SPEC: dict[str, Keywords] = {
                 "items": {
                     "type": "object",
                     "properties": {
-                        "cores": {**_REFERENCES, "description": "The cores of one product of the sum."},
-                        "scale": {
-                            "type": ["number", "string"],
-                            "description": "A factor. For example `scale: -1 / 2`.",
-                        },
+                        "cores": {**_REFERENCES},
+                        "scale": {"type": ["number", "string"]},
                     },
                     "required": ["cores"],
                     "additionalProperties": False,
@@ -133,16 +161,52 @@ _SPEC: dict[str, Keywords] = {
             },
         ],
     },
-    "cores.*.map": {"anyOf": [_MAP, {"type": "array", "items": _MAP}]},
-    "cores.*.init": _INIT,
+    "cores.*.of.*.cores": {"description": "The cores of one product of the sum. For example `cores: [A, W]`."},
+    "cores.*.of.*.scale": {"description": "A factor of this product. For example `scale: -1 / 2`."},
+    "cores.*.map": {
+        "description": "The maps that make a derived core, in the order in which they act. For example `map: tanh`, or "
+        "`map: [skew(e -> x y), cayley(x y)]`.",
+        "anyOf": [_MAP, {"type": "array", "items": _MAP}],
+    },
+    "cores.*.scale": {"description": "A factor of a derived core. For example `scale: -1 / 2`."},
+    "cores.*.init": {
+        **_INIT,
+        "description": "How the core's first values are drawn. For example `init: normal(0.02)`.",
+    },
     "cores.*.shared": {"pattern": rf"^{WORD}$", "examples": ["model", "layer", "matrix"]},
-    "weight": {"pattern": _PATTERN, "examples": ["o i k...", "(o1 o2) (i1 i2) k..."]},
+    "weight": {
+        "description": "The axes of the layer's weight, each with its open legs. For example `weight: o i k...`.",
+        "pattern": _PATTERN,
+        "examples": ["o i k...", "(o1 o2) (i1 i2) k..."],
+    },
     "terms": {"minItems": 1, "description": "Several networks whose sum is the update, instead of one `weight`."},
-    "terms.*.cores": {"minItems": 1, "items": _REFERENCE},
-    "terms.*.weight": {"pattern": _PATTERN, "examples": ["o i k..."]},
-    "scale": {"examples": ["alpha / r"]},
-    "compose": {"examples": ["dora"]},
-    "start_std": {"examples": [0.01]},
+    "terms.*": {"description": "One network of the sum. For example `{cores: [up, down], weight: o i}`."},
+    "terms.*.cores": {
+        "description": "The cores of this network. For example `cores: [up, down]`.",
+        "minItems": 1,
+        "items": _REFERENCE,
+    },
+    "terms.*.weight": {
+        "description": "The axes of the layer's weight, each with its open legs. For example `weight: o i k...`.",
+        "pattern": _PATTERN,
+        "examples": ["o i k..."],
+    },
+    "terms.*.scale": {"description": "A factor of this network. For example `scale: alpha / r`."},
+    "scale": {
+        "description": "A factor of the update, a number or an expression. For example `scale: alpha / r`.",
+        "examples": ["alpha / r"],
+    },
+    "compose": {
+        "description": "`dora`: the weight plus the update keeps its direction, at a trained magnitude for each output "
+        "channel. Left out, the update is added to the weight.",
+        "examples": ["dora"],
+    },
+    "start_std": {
+        "description": "With `start: frozen_copy`: the standard deviation of T(start), as a share of the weight's. "
+        "For example `start_std: 0.01`.",
+        "examples": [0.01],
+    },
+    "seed": {"description": "The seed of all inits; `attach` can override it. For example `seed: 0`."},
 }
 
 

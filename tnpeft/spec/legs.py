@@ -1,4 +1,4 @@
-"""Which legs the cores of a spec have where they are named: references have their own, maps take and make some."""
+"""The legs that the cores of a spec have where they are named: references rename them, maps remove and make some."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def legs_of(reference: Reference, cores: Mapping[str, Core]) -> tuple[str, ...]:
 
 
 def inner_legs(source: Declaration) -> Iterator[tuple[Core | Term, tuple[str, ...]]]:
-    """The legs that stand beside those of cores, with who has them: references' own, and those that maps take."""
+    """The legs that are not those of cores, each with its owner: those of references, and those that maps take."""
     cores = cores_by_name(source)
     for term in source.terms:
         for reference in term.references:
@@ -39,7 +39,7 @@ def inner_legs(source: Declaration) -> Iterator[tuple[Core | Term, tuple[str, ..
 
 
 def uses_of(source: Declaration) -> Counter[str]:
-    """How often each leg stands in a core, or in a reference to one that gives it other legs."""
+    """How often each leg occurs in a core, or in a reference that gives a core other legs."""
     uses = Counter(leg for core in source.cores for leg in core.legs)
     for _, legs in inner_legs(source):
         uses.update(legs)

@@ -43,9 +43,9 @@ def list_specs() -> tuple[str, ...]:
 
 
 def find_shipped(name: str | Path, what: str, *folders: str, beside: Path = Path()) -> Path:
-    """The file of a name shipped in one of the folders, or of a path from the folder `beside`, or from this one.
+    """The file of a name shipped in one of the folders, or of a path from the folder `beside` (the current folder).
 
-    Raises SpecError, with near misses, for what is neither.
+    Raises SpecError, with near misses, if there is no such file.
     """
     if not isinstance(name, str | Path):
         fix = f"Give the name of a shipped {what}, or the path of a file."
@@ -83,12 +83,12 @@ _MOST_FILES = 2_000  # looked at in a folder
 
 
 def _is_path(name: str | Path) -> bool:
-    """Whether a file is meant and no shipped name."""
+    """Whether it is meant as a file, not as a shipped name."""
     return isinstance(name, Path) or Path(name).name != name or Path(name).suffix in _OTHER_ENDINGS
 
 
 def _meant(path: Path, beside: Path, shipped: Sequence[str]) -> str:
-    """The sentence "Did you mean ...?" for the path of no file: a file in its folder comes before a shipped name."""
+    """The sentence "Did you mean ...?" for a path without a file: files in its folder come before shipped names."""
     stem = path.stem if path.suffix in (*_ENDINGS, *_OTHER_ENDINGS) else path.name
     files = (
         {found.stem: str(path.with_name(found.name)) for found in _yaml_files((beside / path).parent)} if stem else {}
@@ -113,12 +113,12 @@ def _yaml_files(folder: Path) -> list[Path]:
 
 
 def label_of(path: Path) -> str:
-    """What a file is called in messages: a shipped one by its name, wherever it is installed."""
+    """A file's name in messages; a shipped file has its short name, wherever it is installed."""
     return path.name if shipped_folder() in path.parents else str(path)
 
 
 def not_yaml(path: Path, what: str) -> Problem | None:
-    """What is said of a path to something else, such as an adapter file; None for text and for what is not there."""
+    """The problem of a path to another kind of file, such as an adapter file; None for text, or if nothing is there."""
     kind = recognise(path) if is_file(path) else None
     if kind is None or kind.name in ("text", "empty", "json"):
         return None

@@ -42,8 +42,8 @@ ShapeFunction = Callable[..., tuple[int, ...]]
 class MapCall:
     """One map of a derived core as a file writes it.
 
-    `takes` are its legs as written, `k...` unexpanded; none for elementwise maps. `gives` are those that an arrow
-    makes; equal to `takes` where there is none, and empty for `norm`, which removes its legs.
+    `takes` are its legs as written, `k...` unexpanded; none for elementwise maps. `gives` are the legs after the arrow.
+    Without an arrow they equal `takes`, and for `norm`, which removes its legs, there are none.
     """
 
     name: str
@@ -65,8 +65,8 @@ class MapCall:
 class MapKind:
     """What a map takes and makes.
 
-    `takes` and `gives` bound how many legs stand before and after the arrow (None: any number); `gives` is None where
-    the map has no arrow. `linear`: f(a + b) = f(a) + f(b). `zero`: f(0) = 0 with a slope there.
+    `takes` and `gives` bound how many legs are before and after the arrow (None: any number); `gives` is None if the
+    map has no arrow. `linear`: f(a + b) = f(a) + f(b). `zero`: f(0) = 0 with a slope other than 0 there.
     """
 
     usage: str
@@ -124,11 +124,12 @@ def register_map(
 ) -> None:
     """Make `name` a map of the language: `function(x, **arguments) -> Tensor`.
 
-    `x` has leading axes of any kind, then the legs that the map takes: (..., *taken) -> (..., *made). `shape` says
-    what is made: `shape(sizes taken, **arguments) -> sizes made`. Arguments that a spec may pass are the function's
-    further parameters: numbers, and words where a parameter is annotated `str`. `linear` promises f(a + b) = f(a) +
-    f(b), `zero` that f(0) = 0 with a slope there, so that zeros before it start an update of zero.
-    Raises SpecError for a name that is built in or no ASCII word, and for what cannot be called so.
+    `x` has leading axes of any kind, then the legs that the map takes: (..., *taken) -> (..., *made). `shape` gives the
+    sizes of what is made: `shape(sizes taken, **arguments) -> sizes made`. The function's further parameters are
+    arguments that a spec may pass: numbers, and words where a parameter is annotated `str`. `linear` promises f(a + b)
+    = f(a) + f(b). `zero` promises f(0) = 0 with a slope other than 0 there, so that a core of zeros before the map
+    starts an update of zero that trains. Raises SpecError for a name that is built in or no ASCII word, and for
+    functions that cannot be called so.
     """
     if not isinstance(name, str) or not is_name(name) or name in _BUILT_IN:
         raise SpecError(Problem("register_map", "a new ASCII word", clip(name), "Choose another name."))
@@ -157,7 +158,7 @@ def register_map(
 
 
 def _further_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
-    """What a function takes by name beside its first value; None if it cannot be called so, or does not tell."""
+    """The named parameters of a function after its first; None if it cannot be called so, or has no signature."""
     try:
         parameters = [*inspect.signature(function).parameters.values()]
     except (TypeError, ValueError):  # some built-in functions have none
@@ -178,13 +179,13 @@ def registered_map(name: str) -> RegisteredMap | None:
 
 
 def unregistered_map(name: str, where: str | None = None) -> Problem:
-    """What is said of a map that nobody has registered here, and whose function is needed."""
+    """The problem of a map that is not registered here, and whose function is needed."""
     fix = f'Call `tnpeft.register_map("{name}", function, shape)` first.'
     return Problem(f"map `{name}`", "a registered function", "none of that name", fix, where=where)
 
 
 def registered_maps() -> tuple[tuple[str, RegisteredMap], ...]:
-    """What has been registered so far: a spec's meaning depends on it."""
+    """All registered maps: what a spec means depends on them."""
     return tuple(_registered.items())
 
 
@@ -199,28 +200,28 @@ def map_usages() -> list[str]:
 
 
 def map_kind(name: str) -> MapKind | None:
-    """What a map takes and makes; None for one that nobody knows."""
+    """What a map takes and makes; None for an unknown map."""
     return _BUILT_IN.get(name) or (_registered[name].kind if name in _registered else None)
 
 
 def passes_zero(call: MapCall) -> bool:
-    """Whether zeros come out as zeros, and train from there; a map of a saved spec that nobody registered here did."""
+    """Whether zeros stay zeros and can train; assumed for a map of a saved spec that is not registered here."""
     kind = map_kind(call.name)
     return kind is None or kind.linear or kind.zero or (call.name == "unit" and "floor" in call.arguments)
 
 
 def place_legs(name: str, takes: Legs, gives: Legs) -> tuple[Legs, Legs]:
-    """Of a map with `at=`: the legs of its index core, in order, and those whose product of sizes bounds its places."""
+    """For a map with `at=`: the legs of its index core, in order, and the legs whose sizes multiply to its bound."""
     return (gives, takes) if name == "gather" else (takes, gives)
 
 
 def repeats_places(name: str) -> bool:
-    """Whether a place may stand twice in the index core of a map with `at=`."""
+    """Whether a place may occur twice in the index core of a map with `at=`."""
     return name == "gather"
 
 
 def places_legs(call: MapCall) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """The legs that the index core of `at=` has, in order, and those whose product of sizes bounds its places."""
+    """The legs of the index core of `at=`, in order, and the legs whose sizes' product bounds its places."""
     if "at" not in call.arguments:
         return None
     return place_legs(call.name, call.takes, call.gives)

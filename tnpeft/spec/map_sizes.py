@@ -1,4 +1,4 @@
-"""Do the sizes fit a map? They are checked, never inferred."""
+"""Whether sizes fit a map: they are checked, never inferred."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Trouble = tuple[str, str, str] | None  # expected, found, fix
 
 
 def size_problem(call: MapCall, sizes_taken: Sizes, sizes_made: Sizes, arguments: Arguments) -> Trouble:
-    """What is expected of these sizes and arguments, what was found and how to mend it; None where all is well.
+    """What is expected of these sizes and arguments, what was found and how to fix it; None if they fit.
 
     Sizes are those of the legs with `k...` expanded.
     """

@@ -55,7 +55,7 @@ _ARGUMENT = re.compile(r"([A-Za-z_]\w*)\s*=(?!=)\s*(.*)", re.ASCII | re.DOTALL)
 def parse_map(node: Node, problems: Problems, owner: str, known: bool = True) -> MapCall | None:
     """One map of `owner`; None, with the reason reported, where the text is none.
 
-    Unless it must be `known`, a name that nobody has registered is one that somebody may: whatever its arguments.
+    If it need not be `known`, an unregistered name with any arguments is accepted.
     """
     match = _CALL.fullmatch(node.text) if node.kind == "scalar" else None
     if match is None:
@@ -76,7 +76,7 @@ def parse_map(node: Node, problems: Problems, owner: str, known: bool = True) ->
 
 @dataclass(frozen=True)
 class _Call:
-    """A call being read; `kind` is None for a map that nobody has registered here."""
+    """A call being read; `kind` is None for a map that is not registered here."""
 
     node: Node
     problems: Problems
@@ -158,7 +158,7 @@ class _Call:
         return given
 
     def _value(self, key: str, text: str) -> Expression | str | None:
-        """An argument's value; what an unregistered map means by a single word is not known: the word is kept."""
+        """An argument's value; for an unregistered map a single word is kept, because its meaning is unknown."""
         if self.kind is None and is_name(text):
             return text
         if key in (WORDS if self.kind is None else self.kind.words):
@@ -185,7 +185,7 @@ class _Call:
 
 
 def _misfit(kind: MapKind, name: str, takes: tuple[str, ...], gives: tuple[str, ...] | None) -> str:
-    """How to mend the legs of a call (`gives` is None where it has no arrow); empty where they fit."""
+    """How to fix the legs of a call (`gives` is None if it has no arrow); empty if they fit."""
     if kind.takes == (0, 0):
         return f"It works entry by entry: write `{name}`." if takes or gives is not None else ""
     if name == "roll":
@@ -214,7 +214,7 @@ def _miscounted(legs: tuple[str, ...], counts: tuple[int, int | None], verb: str
 
 
 def _misfit_of_roll(takes: tuple[str, ...], gives: tuple[str, ...] | None) -> str:
-    """A vector that becomes a matrix, or a matrix whose rows are rolled."""
+    """As `_misfit`, for `roll`: a vector becomes a matrix, or the rows of a matrix are rolled."""
     named = ELLIPSIS not in takes + (gives or ())
     vector = len(takes) == 1 and gives is not None and len(gives) == 2 and gives[1] == takes[0] != gives[0]
     if named and (vector or (len(takes) == 2 and gives in (None, takes))):

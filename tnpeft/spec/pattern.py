@@ -44,7 +44,7 @@ Axes = tuple[tuple[str, ...], ...]
 
 
 def check_name(word: str, where: Position, what: str, problems: Problems) -> bool:
-    """Whether `word` may name an index or a param; reports why not (fine rule 1)."""
+    """Whether `word` may name an index or a param; reports why not."""
     if not is_name(word):
         expected = "an ASCII word that is no Python keyword"
         problems.add(where, what, expected, clip(word), "Use letters, digits and `_`, starting with a letter.")
@@ -84,8 +84,8 @@ def parse_axes(
 ) -> tuple[Axes, dict[str, Position]]:
     """A pattern's axes (a bare leg is a group of one, `1` an empty group) and each leg's place.
 
-    `k...` alone is the axis ("k...",), which `expand_axes` turns into one axis per kernel axis. `owner` says in errors
-    whose pattern it is. With `span` it is a part of the node's text.
+    `k...` alone is the axis ("k...",), which `expand_axes` turns into one axis per kernel axis. `owner` names the
+    pattern's owner in errors. With `span` the pattern is that part of the node's text.
     """
     axes: list[tuple[str, ...]] = []
     legs: dict[str, Position] = {}
@@ -124,7 +124,7 @@ def _tokens(node: Node, start: int, end: int) -> Iterator[tuple[str, Position]]:
 
 
 def kernel_indices(spatial: int) -> tuple[str, ...]:
-    """The indices that `k...` stands for; a dot keeps them apart from every name a file can write."""
+    """The indices that `k...` stands for; they contain a dot, which no name in a file can."""
     return tuple(f"k.{axis}" for axis in range(spatial))
 
 
@@ -134,7 +134,7 @@ def expand(legs: Sequence[str], spatial: int) -> tuple[str, ...]:
 
 
 def expand_axes(axes: Axes, spatial: int) -> Axes:
-    """The weight's axes with `k...` expanded: alone it makes axes of its own, in a group it multiplies out."""
+    """The weight's axes with `k...` expanded: alone into one axis per kernel axis, in a group into more legs."""
     expanded: list[tuple[str, ...]] = []
     for axis in axes:
         if axis == (ELLIPSIS,):

@@ -1,4 +1,4 @@
-"""YAML nodes → a `Declaration` whose every part is parsed, or missing with the reason reported."""
+"""From YAML nodes to a `Declaration`, of which every part is parsed, or missing with the reason reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHORT_KINDS = {
 def read_declaration(
     text: str | bytes, file: str, tables: Mapping[str, Table], known_inits: bool = True
 ) -> Declaration:
-    """What a text declares, checked as far as no layer is needed; raises SpecError with every mistake."""
+    """What a text declares, checked as far as possible without a layer; raises SpecError with every mistake."""
     if not isinstance(text, str | bytes):
         fix = "Pass the YAML itself, or use `load_spec` for a file."
         raise SpecError(Problem("spec", "YAML text", clip(text), fix))
@@ -46,7 +46,7 @@ def read_declaration(
 
 
 def _recipe_problem(root: Node) -> Problem | None:
-    """What is said of a whole recipe where a spec is expected."""
+    """The problem of a recipe where a spec is expected."""
     key = next((key for key, _ in root.items() if key.value == "adapters"), None)
     if key is None or root.get("cores") is not None:
         return None
@@ -56,7 +56,7 @@ def _recipe_problem(root: Node) -> Problem | None:
 
 
 class _Parser(CoreReader):
-    """Reads the whole file: the header here, cores and terms as `CoreReader` does."""
+    """Reads the whole file: the header here, cores and terms in `CoreReader`."""
 
     def declaration(self, text: str, file: str, tables: Mapping[str, Table]) -> Declaration:
         name = self._name()
@@ -92,7 +92,7 @@ class _Parser(CoreReader):
         )
 
     def _whole_pairs(self, node: Node | None, part: str) -> list[tuple[Node, Node]]:
-        """The pairs of a mapping but those that a comma split in two, which the shape has reported."""
+        """The pairs of a mapping without those that a comma split in two, which are reported already."""
         pairs = list(node.items()) if node is not None else []
         split = {place for place, pair in enumerate(pairs) if is_remnant(*pair)}
         if split:

@@ -27,7 +27,7 @@ MAX_PRODUCT = 10**18  # of what is multiplied out for a message
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake met while working sizes out; `structural` ones hold for every layer of the kind."""
+    """A mistake found while sizes are worked out; a `structural` one holds for every layer of the kind."""
 
     problem: Problem
     structural: bool
@@ -35,7 +35,7 @@ class Fault:
 
 @dataclass
 class Resolved:
-    """Everything the numbers decide. Incomplete where `faults` says why."""
+    """All that the numbers decide; incomplete if there are `faults`, which say why."""
 
     params: dict[str, Number] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)  # every leg, `k...` expanded, in order of appearance
@@ -53,7 +53,7 @@ class Resolved:
 
 
 def layer_names(weight_shape: Sequence[int], groups: int) -> dict[str, Value]:
-    """The layer's numbers by their names in expressions; `in_channels` is the weight's second axis (fine rule 9)."""
+    """The layer's numbers by their names in expressions; `in_channels` is the weight's second axis."""
     out_channels, in_channels, *kernel = weight_shape
     return {
         "out_channels": out_channels,
@@ -214,7 +214,7 @@ class _Resolver:
         self._size(leg, value, where, f"{what}, index '{leg}'", name)
 
     def _is_bond(self, leg: str) -> bool:
-        """Fine rule 3: `bond` sizes what two or more cores share and `weight` has not."""
+        """Whether `bond` sizes a leg: two or more cores share it, and `weight` does not have it."""
         return self.uses[leg] > 1 and leg not in self.open and leg not in self.arrows
 
     def _bond(self, leg: str) -> None:
@@ -257,7 +257,7 @@ class _Resolver:
         self._fault(where, what, error, core=core, index=leg if core else None)
 
     def _axes(self) -> None:
-        """The weight of each term, and the base weight where a core is one, axis by axis."""
+        """The weight of each term, axis by axis, and the base weight if it is a core."""
         for term in self.source.terms:
             axes = expand_axes(term.weight, self.spatial)
             self.out.weights.append(axes)
@@ -267,7 +267,7 @@ class _Resolver:
                 self._products(expand_axes(core.axes, self.spatial), f"core '{core.name}'", core.position, core.name)
 
     def _products(self, axes: Axes, label: str, where: Position, core: str | None) -> None:
-        """The legs of each axis must multiply to it; those of padded axes may exceed it, but for a core of the base."""
+        """The legs of each axis must multiply to its size. Those of padded axes, but in a base core, may exceed it."""
         shape = (self.layer["out_channels"], self.layer["in_channels"], *self._kernel())
         if len(axes) != len(shape):
             return  # checked, with the pattern's place, where the pattern is at hand

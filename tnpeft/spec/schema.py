@@ -58,7 +58,7 @@ class SpecFile(FilePart):
 
 
 def _advice(path: tuple[str | int, ...], key: str, value: object) -> str:
-    """A number beside `params` is probably meant as one of them."""
+    """What to write for an unknown key: a number beside `params` is probably meant as one of them."""
     params = value_of_param(key, value) if not path else ""
     return f"Write `{params}`." if params else ""
 

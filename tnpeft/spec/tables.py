@@ -1,4 +1,4 @@
-"""Factor tables: how numbers are split, where a file says so."""
+"""Factor tables: how a file says that numbers are split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["parse_table"]
 
 
 def parse_table(node: Node, problems: Problems) -> Table:
-    """A factor table, number → its factors; each product must be the number (fine rule 15)."""
+    """A factor table, from numbers to their factors; the product of the factors must be the number."""
     table: dict[int, tuple[int, ...]] = {}
     for key, value in node.items():
         number, factors = key.value, value.plain()

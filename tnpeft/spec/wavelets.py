@@ -1,7 +1,7 @@
 """Wavelet families: the low-pass filters of orthogonal wavelets with compact support.
 
-Daubechies' `db`, their most symmetric kin `sym` (Ten Lectures on Wavelets, 1992, tables 6.1 and 6.3) and the coiflets
-`coif` (table 8.1), to the last bits of a double, in PyWavelets' order and sign.
+They are Daubechies' `db`, the least asymmetric `sym` (Ten Lectures on Wavelets, 1992, tables 6.1 and 6.3) and the
+coiflets `coif` (table 8.1), to the last bits of a double, in PyWavelets' order and sign.
 """
 
 from __future__ import annotations

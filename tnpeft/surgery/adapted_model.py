@@ -26,9 +26,9 @@ _KEY, _OPEN = "_tnpeft", "_tnpeft_results"
 class AdapterRecord:
     """One named adapter of a model.
 
-    `targets` are the adapted layers. `trained` lists every parameter that trains beside the cores
-    with all the names it has (tied ones have several), `statistics` likewise the running statistics
-    of norms, which training changes too. `about` is the caller's own, JSON-like.
+    `targets` are the adapted layers. `trained` lists every parameter that trains beside the cores, with all of its
+    names (tied ones have several). `statistics` lists the running statistics of norms in the same way: training changes
+    them too. `about` is JSON-like data of the caller.
     """
 
     name: str
@@ -42,10 +42,9 @@ class AdapterRecord:
 class AdaptedModel:
     """All adapters of a model and which of them act.
 
-    `requires_grad` holds the flags from before the first attach, `active` the scales of the
-    adapters that act, `before` those that acted before they were merged, `disabled` how many
-    `disabled` contexts are open. `places` is a number for where copies stand; pickles of the time
-    when those that act had the plain names have none.
+    `requires_grad` holds the flags from before the first attach, `active` the scales of the adapters that act, `before`
+    those that acted before they were merged, `disabled` how many `disabled` contexts are open. `places` is a version
+    number for where copies are kept; older pickles, in which acting copies had the plain names, have none.
     """
 
     requires_grad: dict[str, bool]
@@ -59,21 +58,21 @@ class AdaptedModel:
     batching: Batching = field(default_factory=Batching)
 
     def __setstate__(self, known: dict[str, Any]) -> None:
-        """Pickles of earlier versions have no results."""
+        """Accept pickles of earlier versions, which have no results."""
         self.__dict__.update({"results": ModelResults(), "batching": Batching(), **known})
 
     def forget(self) -> None:
-        """Drop what was made, after a change of the layers, of their adapters or scales."""
+        """Drop kept results after a change of the layers, their adapters or scales."""
         self.results.forget()
         self.batching = Batching()
 
     def scale_of(self, name: str) -> float:
-        """The scale of an adapter named by itself, to save or merge it: that at which it acts, 1 if it does not."""
+        """The scale at which to save or merge one adapter: that at which it acts, or 1 if it does not act."""
         return self.active.get(name, 1.0)
 
     @classmethod
     def new(cls, root: nn.Module, requires_grad: dict[str, bool]) -> AdaptedModel:
-        """The record of a root that has none."""
+        """A new record for a root that has none."""
         return cls(requires_grad, results=root.__dict__.pop(_OPEN, None) or ModelResults())
 
     def keep_on(self, root: nn.Module) -> None:
@@ -94,7 +93,7 @@ def record_on(root: nn.Module) -> AdaptedModel | None:
 
 
 def kind_problem(model: object) -> Problem | None:
-    """Why `model` is none, or None if it is one."""
+    """Why `model` is no model, or None if it is one."""
     if isinstance(model, nn.Module):
         return None
     found = f"the class {model.__name__}" if isinstance(model, type) else clip(model)
@@ -121,7 +120,7 @@ def find(model: nn.Module) -> tuple[nn.Module, AdaptedModel] | None:
 
 
 def _check_places(root: nn.Module, state: AdaptedModel) -> None:
-    """Raises AttachError for a model that was pickled when copies that act had the plain names."""
+    """Raises AttachError for an old pickle, in which acting copies have the plain names."""
     tied = [names for record in state.adapters.values() for names in (*record.trained, *record.statistics)]
     keys = {name.rpartition(".")[2] for names in tied for name in names}
     if any(is_parked_unmade(module, keys) for module in root.modules()):

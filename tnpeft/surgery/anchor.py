@@ -1,4 +1,4 @@
-"""The frozen copy anew: today's cores become the start."""
+"""`anchor`: the current cores become the frozen copy."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ __all__ = ["anchor"]
 
 
 def anchor(model: nn.Module, name: str = "default") -> None:
-    """Let what the cores of an adapter are now be its frozen copy, in all its layers; shared cores at once for all.
+    """Make an adapter's current cores its frozen copy, in all of its layers.
 
     Its update, T(cores) - T(copy), is then exactly zero: the base keeps its values, and the model computes what it
-    computed without the adapter, whatever that had learned. So it is called after cores were written by hand, for a
-    start that no init gives; `attach(init=...)` does both in one step. To go on from what an adapter has learned, put
-    its update into the base first and begin anew with its cores:
+    computed without the adapter, whatever the adapter had learned. Call it after writing cores by hand, for a start
+    that no init gives; `attach(init=...)` does both in one step. To go on from what an adapter has learned, put its
+    update into the base first and begin anew with its cores:
 
         cores = {f"{layer}.{core}": value.detach().clone()
                  for layer, adapter in handle.adapters.items() for core, value in adapter.cores.items()}
         handle.detach(merge=True)
         handle = tnpeft.attach(model, spec, match=..., init=cores)
 
-    A trained magnitude (`compose: dora`) is relative to the one of this moment from then on. Parameters and optimisers
-    stay as they are.
+    From then on a trained magnitude (`compose: dora`) counts from its current value. Parameters and optimisers stay as
+    they are.
 
     Raises AttachError for specs with `start: zero`, which have no copy, and for merged or disabled models; the model is
     then as it was.
@@ -55,7 +55,7 @@ def anchor(model: nn.Module, name: str = "default") -> None:
 
 
 def _anchor(adapter: Adapter) -> None:
-    """What it trains itself: a core that it shares is its holder's."""
+    """Anchor the cores that this adapter itself trains: a shared core belongs to its holder."""
     with torch.no_grad():
         for name, trained in adapter.trained.items():
             write(adapter.get_buffer(START + name), whole(trained))

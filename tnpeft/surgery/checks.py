@@ -63,7 +63,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 def layer_problem(name: str, layer: nn.Module, kinds: Sequence[str] = _KINDS) -> Problem | None:
     """Why `layer` cannot carry an adapter, or None if it can; `kinds` are those that the adapter's spec takes.
 
-    One of another kind that a different spec takes has none: binding says so.
+    A layer of a kind that only other specs take has no problem here: binding reports it.
     """
     if isinstance(layer, LOOKUPS):
         problem = _table_problem(layer)
@@ -83,7 +83,7 @@ def spec_problem(name: str, layer: nn.Module, spec: Spec) -> Problem | None:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer, one that can be adapted or not; containers and what has no parameters are none."""
+    """Whether a module is a layer, adaptable or not; containers and modules without parameters are not."""
     if torch_kind(type(module)) is not None or is_opaque(module):
         return True
     return next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
@@ -96,7 +96,7 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def _table_problem(embedding: Any) -> Problem | None:
-    """Why an embedding cannot be adapted; any other is, by the weight that it reads."""
+    """Why an embedding cannot be adapted through its weight, or None if it can."""
     kind: type = type(embedding)
     if known := look_alike(kind) or opaque(kind):
         return Problem("layer type", "an embedding of torch", *known)
@@ -140,7 +140,7 @@ def _split_problem(layer: nn.Module) -> Problem | None:
 
 
 def parts_problem(owner: nn.Module, keys: Iterable[str]) -> Problem | None:
-    """What is wrong with parameters of which each process holds a part, also while their owner runs."""
+    """Why parameters cannot be adapted of which each process holds a part even while their owner runs."""
     for key in keys:
         tensor = own(owner, "_parameters", key) if owner._parameters.get(key) is not None else None
         if is_distributed(tensor) and not is_gathered(owner, tensor):
@@ -150,7 +150,7 @@ def parts_problem(owner: nn.Module, keys: Iterable[str]) -> Problem | None:
 
 
 def _forward_problem(layer: nn.Module) -> Problem | None:
-    """What is wrong where somebody has put a method of another module in place of the layer's own, as adapters do."""
+    """Why a layer cannot be adapted whose `forward` is a method of another module, as some adapters put there."""
     for method in (method for method in (*METHODS, *STATE_METHODS) if method in layer.__dict__):
         owner: type = type(getattr(layer.__dict__[method], "__self__", layer))
         if owner is not type(layer):
@@ -162,7 +162,7 @@ def _forward_problem(layer: nn.Module) -> Problem | None:
 
 
 def _tensor_problem(layer: nn.Module) -> Problem | None:
-    """What is wrong with a layer's tensors; those of an opaque one may be of any type that computes by itself."""
+    """What is wrong with a layer's tensors; those of an opaque layer may be of any type."""
     weight = layer._parameters.get("weight")
     signature = layer_of(layer)
     if not signature.opaque:
@@ -198,7 +198,7 @@ def weight_problem(weight: Tensor) -> Problem | None:
 
 
 def _shape_problem(weight: Tensor, expected: Layer) -> Problem | None:
-    """A weight that was cut in parts for several devices has another shape than its layer says."""
+    """Why a weight has not its layer's shape: it may have been cut into parts for several devices."""
     shape = tuple(weight.shape)
     if shape == expected.stored_shape:
         return None
@@ -207,7 +207,7 @@ def _shape_problem(weight: Tensor, expected: Layer) -> Problem | None:
 
 
 def _is_dense(weight: Tensor) -> bool:
-    """Whether torch can make a tensor of the same strides, which the exact start takes."""
+    """Whether torch can make a tensor of the same strides, which the exact start needs."""
     step = 1
     for stride, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
         if size > 1 and stride != step:
@@ -242,7 +242,7 @@ def model_problems(model: nn.Module) -> Iterator[Problem]:
 
 
 def flat_problem(model: nn.Module) -> Problem | None:
-    """Why nothing new can be attached to a model that FSDP1 has flattened: it takes no parameters later."""
+    """Why nothing new can be attached to a model that FSDP1 has flattened: it accepts no parameters afterwards."""
     if UNITS not in sys.modules or flat_part(model) is None:
         return None
     found = "one that FullyShardedDataParallel has flattened"
@@ -319,7 +319,7 @@ def _is_held(owner: nn.Module, table: str, key: str) -> bool:
 
 
 def other_roads(root: nn.Module, layers: Mapping[str, object]) -> Problem | None:
-    """What to warn of where a module holds a layer outside its submodules: calls on that road meet no adapter."""
+    """A warning where a module holds a layer outside its submodules: calls through it bypass the adapter."""
     names = {id(layer): name for name, layer in layers.items()}
     for place, module in root.named_modules():
         if isinstance(module, (AdaptedLayer, Adapter)):  # what they hold is theirs to call

@@ -36,17 +36,17 @@ def detach(model: nn.Module, merge: bool = False, name: str | None = None, *, de
     adapters stays: each adapted layer gets a new weight, and what was trained beside the cores is
     the model's own from now on.
 
-    `name` takes one adapter off and leaves the others. With `merge` its update stays, at the scale at
-    which it acted, at 1 if it did not: the base is another from now on, and the others stand on top of
-    it. Their cores keep their bits; their biases, norms and statistics move along with the base's.
+    `name` takes one adapter off and leaves the others. With `merge` its update stays, at the scale at which it acted,
+    or at 1 if it did not act. The base weights have then changed, and the other adapters add to the new ones. Their
+    cores keep their bits; their biases, norms and statistics change by as much as the base's.
 
-    `merge` refuses opaque layers (quantised, computed), unless `dequantise` lets plain layers with the dequantised
-    weight and the update take their places, where a layer's library can dequantise.
+    `merge` refuses opaque layers (quantised, computed). With `dequantise` plain layers take their places, with the sum
+    of the dequantised weight and the update, if a layer's library can dequantise.
 
-    Raises AttachError where nothing, or no adapter of that name, is attached, and with `merge` where
-    the update of another adapter depends on a weight that would change, or the model is merged already
-    and others are attached; and inside `tnpeft.rows`. Warns (TnpeftWarning) where a merged weight was tied to
-    another layer's.
+    Raises AttachError where nothing, or no adapter of that name, is attached, and inside `tnpeft.rows`. One of several
+    adapters cannot be taken off inside `disabled` or while it is merged. Nor can it with `merge` while the model is
+    merged, or where the update of another adapter depends on a weight that would change. Warns (TnpeftWarning) where a
+    merged weight was tied to another layer's.
     """
     root, state = adapted(model)
     refuse_rows(state)
@@ -102,7 +102,7 @@ def _restore(root: nn.Module, state: AdaptedModel, kept: dict[str, float], dequa
 
 
 def _flag_of(name: str, flags: Mapping[str, bool]) -> bool:
-    """Whether a parameter was trained before; of a weight that a plain layer has now, whether what made it was."""
+    """Whether a parameter trained before; for a new plain weight, whether the parameters that made it did."""
     if name in flags:
         return flags[name]
     place = f"{name.rpartition('.')[0]}."
@@ -135,7 +135,7 @@ def _keep(
 
 
 def _unwrap(root: nn.Module, layers: list[AdaptedLayer]) -> set[int]:
-    """Put what is left of adapted layers in their places; the `id`s of plain layers that stand for their bases."""
+    """Put plain layers back in the places of adapted ones; returns the `id`s of those that replace the bases."""
     gone = {id(layer): layer for layer in layers}
     replaced = set()
     for place in places(root):

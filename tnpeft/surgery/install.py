@@ -37,11 +37,10 @@ def install(
 ) -> AdapterRecord:
     """Put the adapter `name` on `model`: compiled adapters on the target layers, own copies of the trained parameters.
 
-    All names are those of the plain model (`plain_modules`, `plain_parameters`), whatever is adapted
-    already; a layer or parameter with several names is given once, by any of them. A target is a layer or,
-    for an adapter of a `ParameterLayer`, a parameter. Every other parameter is
-    frozen. The new adapter alone is active, at scale 1, so that the model computes what the base computes.
-    `about` is kept in the record and in saved files; it must be JSON-like.
+    All names are those of the plain model (`plain_modules`, `plain_parameters`), whatever is adapted already; a layer
+    or parameter with several names is given once, by any of them. A target is a layer or, for an adapter of a
+    `ParameterLayer`, a parameter. Every other parameter is frozen. Only the new adapter is active, at scale 1, so that
+    the model computes what the base computes. `about` is kept in the record and in saved files; it must be JSON-like.
 
     Raises AttachError with every problem found; the model is then as it was.
     """
@@ -127,7 +126,7 @@ def _record(
 def _wrappers(
     model: nn.Module, layers: Iterable[nn.Module | ParameterLayer], results: ModelResults
 ) -> dict[int, AdaptedLayer]:
-    """For each target layer, in order: its wrapper by the `id` of what hangs in the tree now."""
+    """The wrapper of each target layer, in order, by the `id` of the module in its place in the tree."""
     adapted = {id(place.module.base): place.module for place in places(model) if isinstance(place.module, AdaptedLayer)}
     wrappers: dict[int, AdaptedLayer] = {}
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Making one of several adapters part of the base, on which the others then stand."""
+"""Making one of several adapters part of the base, to which the others then add."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["merge_into_base", "merging_problems"]
 
 
 def merging_problems(root: nn.Module, state: AdaptedModel, name: str) -> Iterator[Problem]:
-    """Why other adapters would not be what they are on the base that has the update of `name`; one for each of them."""
+    """Why other adapters would compute other updates on a base with the update of `name`; one problem for each."""
     ties = all_tied(root, state)
     changed = {_place(slot.owner, slot.key) for tied in ties if name in tied.trainers for slot in tied.slots}
     told: set[str] = set()
@@ -38,7 +38,7 @@ def merging_problems(root: nn.Module, state: AdaptedModel, name: str) -> Iterato
 
 
 def _dependent(layer: AdaptedLayer, ties: list[Tied]) -> Iterator[tuple[str, str]]:
-    """The adapters for which the weight of a layer is more than what they are added to, and why."""
+    """The adapters whose update depends on a layer's weight, and why."""
     for name in layer.names:
         network = layer.adapter(name).network
         if network.layer.opaque:
@@ -61,9 +61,9 @@ def _place(owner: nn.Module, key: str) -> tuple[int, str]:
 
 
 def merge_into_base(root: nn.Module, state: AdaptedModel, name: str, dequantise: bool = False) -> None:
-    """Give the base the update of an adapter, at the scale of its own; what is left is to take it off.
+    """Add an adapter's update to the base, at its own scale. The adapter must then be taken off.
 
-    All is computed first: what follows cannot fail, and where it fails nothing has changed.
+    All is computed first. If that fails nothing has changed, and what follows cannot fail.
     """
     others = {other: scale for other, scale in state.active.items() if other != name}
     layers = [layer for layer in adapted_layers(root) if name in layer.names]

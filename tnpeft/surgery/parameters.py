@@ -1,4 +1,4 @@
-"""Parameters that carry adapters beside layers: which can, which way round they are, and the layers they stand for."""
+"""Parameters that carry adapters beside layers: which can, their orientation, and the layers they stand for."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def known_orientation(slot: Slot) -> str | None:
 
 
 def standing(slot: Slot) -> ParameterLayer | None:
-    """The layer that a parameter is the weight of for adapters that stand on it already."""
+    """The layer that stands for a parameter which is adapted already, or None."""
     for module in slot.owner._modules.values():
         if isinstance(module, AdaptedParameter) and module.base.key == slot.key:
             return module.base
@@ -53,20 +53,20 @@ def standing(slot: Slot) -> ParameterLayer | None:
 
 
 def parameter_layer(slot: Slot, signature: Any) -> ParameterLayer:
-    """The layer that a parameter is the weight of: the one that adapters stand on already, or a new one."""
+    """The layer that stands for a parameter: the one that is adapted already, or a new one."""
     known = standing(slot)
     fits = known is not None and known.signature == signature
     return known if known is not None and fits else ParameterLayer(slot.owner, slot.key, signature)
 
 
 def table_layer(name: str, embedding: Any) -> ParameterLayer:
-    """The layer that an embedding's weight is of: from one input for each row to the vector that stands there."""
+    """The layer that stands for an embedding: its inputs are one-hot rows, its outputs the rows' vectors."""
     slot = Slot(f"{name}.weight", embedding, "_parameters", "weight")
     return parameter_layer(slot, oriented(slot.tensor.shape, "i o"))
 
 
 def bases_of(root: nn.Module, signatures: Mapping[str, Layer | None]) -> dict[str, nn.Module | ParameterLayer]:
-    """What adapters stand on, by name: layers, and parameters with the signatures that they are given."""
+    """The bases of adapters, by name: layers, and parameters with the given signatures."""
     modules = plain_modules(root)
     known = slots(root) if signatures.keys() - modules.keys() else {}
     bases: dict[str, nn.Module | ParameterLayer] = {}

@@ -1,7 +1,7 @@
-"""What layers make of their cores, shared within a forward pass of the model, and kept from pass to pass.
+"""What layers compute from their cores: shared within a forward pass of the model, and kept from pass to pass.
 
 The root module has a hook before its forward pass, which opens a pass for the thread that runs it, and one after it,
-which closes it. While one is open, layers contract together what is alike of their cores. The record has the results.
+which closes it. While one is open, layers contract equal networks together. The record has the results.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def _close(root: nn.Module, _inputs: Any, _output: Any) -> None:
 
 
 def _acting_alone(root: nn.Module, record: AdaptedModel) -> list[tuple[nn.Module, Acting]]:
-    """The base layers on which one adapter acts, at scale 1, with it; disabled ones may be enabled again."""
+    """The base layers on which a single adapter acts, at scale 1, each with it; also while it is disabled."""
     pairs = [(layer.base, layer.alone) for layer in _with_results(root, record)]
     return [(base, alone) for base, alone in pairs if alone is not None]
 
 
 def _with_results(root: nn.Module, record: AdaptedModel) -> list[AdaptedLayer]:
-    """All adapted layers, made to use the model's results: those of earlier pickles have results of their own."""
+    """Make all adapted layers use the model's results: layers from earlier pickles have results of their own."""
     layers = adapted_layers(root)
     for layer in layers:
         if layer.results is not record.results:
@@ -71,20 +71,19 @@ def _with_results(root: nn.Module, record: AdaptedModel) -> list[AdaptedLayer]:
 
 @contextmanager
 def accumulating(model: nn.Module) -> Iterator[None]:
-    """Inside, delta weights and contracted cores are kept from one forward pass to the next: for gradient accumulation.
+    """For gradient accumulation: inside, delta weights and contracted cores are kept from one forward pass to the next.
 
         with tnpeft.accumulating(model):
             for x, target in micro_batches:
                 loss(model(x), target).backward()
         optimiser.step()
 
-    Each forward pass has gradients of its own, those that it would have without the context, so that `backward` may
-    be called after each or once for several, within DistributedDataParallel too. Kept are W + ΔW of dense and hybrid
-    layers and the clusters of hybrid and factored ones; all of it is dropped at the end, and when the model is moved,
+    Each forward pass has the gradients that it would have without the context. So `backward` may be called after each
+    pass or once for several, within DistributedDataParallel too. What is kept is W + ΔW of dense and hybrid layers, and
+    the contracted clusters of cores of hybrid and factored ones. It is dropped at the end, and when the model is moved,
     loaded, attached to or switched. Contexts nest. Compiled graphs keep nothing, and calls within hooks on saved
-    tensors (`checkpoint(..., use_reentrant=False)`, `save_on_cpu`) make their own. It acts on the model for all
-    threads: others that call it meanwhile use what is kept, and get what they would get without, until the last
-    context of any thread ends.
+    tensors (`checkpoint(..., use_reentrant=False)`, `save_on_cpu`) contract anew. The context holds for all threads,
+    until the last one ends: other threads use what is kept, and compute what they would without it.
 
     The cores must not change inside: a forward pass after an optimiser step raises ExecutionError. Writes by fused
     optimisers and to `.data` cannot be seen. Raises AttachError where nothing is attached.

@@ -30,12 +30,12 @@ __all__ = [
 
 
 def names_of(model: nn.Module) -> tuple[str, ...]:
-    """The names of the attached adapters, oldest first. Raises AttachError where there is none."""
+    """The names of the attached adapters, oldest first. Raises AttachError where nothing is attached."""
     return tuple(adapted(model)[1].adapters)
 
 
 def scales_of(model: nn.Module) -> dict[str, float]:
-    """The adapters that act, with their scales: what `activate` takes. Raises AttachError where nothing is attached."""
+    """The acting adapters with their scales, as `activate` takes them. Raises AttachError where nothing is attached."""
     return dict(adapted(model)[1].active)
 
 
@@ -78,12 +78,12 @@ def base_tensors(root: nn.Module) -> dict[str, Tensor]:
 
 
 def parameter_groups(root: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """The names of every parameter of the plain model; tied ones stand together."""
+    """The names of every parameter of the plain model; the names of a tied one are together."""
     return tuple(ties(slots(root)).values())
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict of the plain model: its names alone, without what adapters keep beside them.
+    """The state dict of the plain model: under the names of the model before `attach`, without adapters' tensors.
 
     The values are the base's own or, of a merged model, the effective ones. Raises AttachError where two parts of
     `model` are adapted on their own.
@@ -94,7 +94,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_keys(root: nn.Module, state: Iterable[str]) -> dict[str, str]:
-    """The keys of a state dict of `root` that are the plain model's → the names they have there."""
+    """Those keys of a state dict of `root` that belong to the plain model, each with its plain name."""
     hung = places(root)
     names = {"": ""} | {place.path: place.name for place in hung}
     layers = [(place.name, place.module) for place in hung if isinstance(place.module, AdaptedLayer)]

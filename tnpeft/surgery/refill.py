@@ -1,4 +1,4 @@
-"""Other values for an adapter that is attached: written into its tensors, which stay the same objects."""
+"""New values for an attached adapter, written into its tensors, which stay the same objects."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def refill(
 ) -> None:
     """Give the attached adapter `name` the values of other adapters of the same specs, params and layers.
 
-    `trained` and `statistics` are the values of what trains beside the cores, `about` takes the place of the record's.
-    Optimisers, compiled graphs and what acts stay as they are; a layer keeps its own execution mode. Each process of
-    several that hold parts takes its own of the values.
+    `trained` and `statistics` are the values of what trains beside the cores, `about` replaces the record's.
+    Optimisers, compiled graphs and what acts stay as they are; a layer keeps its own execution mode. If processes hold
+    parts of the tensors, each takes its part of the values.
 
     Raises AttachError where anything but a value differs; the model is then as it was.
     """
@@ -103,7 +103,7 @@ def _dtype(core: Tensor) -> str:
 
 
 def _beside_problems(name: str, here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> Iterator[Problem]:
-    """Why what trains beside the cores is not what values are there for."""
+    """Why the tensors that train beside the cores are not those that there are values for."""
     odd = [key for key in there if key not in here or here[key].shape != there[key].shape]
     missing = [key for key in here if key not in there]
     for found, names in (("also {}", odd), ("none for {}", missing)):
@@ -113,7 +113,7 @@ def _beside_problems(name: str, here: Mapping[str, Tensor], there: Mapping[str, 
 
 
 def make_sums_again(root: nn.Module, state: AdaptedModel, name: str) -> None:
-    """Sums of the base's values and of several adapters' hold the values of before; results kept by layers too."""
+    """Compute sums of base and adapters anew, and drop kept results: they have the values of before."""
     state.results.forget()
     for layer in layers_of(root, name).values():
         remake(layer.place[0])

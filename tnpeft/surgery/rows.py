@@ -22,19 +22,19 @@ __all__ = ["rows", "unhook"]
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Inside, each row of a batch gets the update of an adapter of its own; None: it gets the base alone.
+    """Inside, each row of a batch gets the update of the adapter named for it; None: the base alone.
 
         with tnpeft.rows(model, ["a", "b", None]):
             y = model(x)  # x has three rows
 
-    The base computes all rows at once. An adapter acts at the scale at which it is active, or 1. Rows are those of the
-    first axis of what layers read; a layer that sees k rows for each (all tokens, one sequence after the other) gives
-    k in a row the same adapter. Gradients reach adapters that are active, each from its own rows; backward passes of
-    checkpointed models run inside, too. It is for the thread that opens it: others go on with what acts, or with
-    rows of their own. Contexts nest; the inner one counts.
+    The base computes all rows at once. An adapter acts at the scale at which it is active, or 1. Rows are counted along
+    the first axis of a layer's input. Where a layer sees k times as many (all tokens, one sequence after the other),
+    each k consecutive ones get the same adapter. Gradients reach adapters that are active, each from its own rows.
+    Backward passes of checkpointed models must run inside, too. The context is for the thread that opens it: others go
+    on with what acts, or with rows of their own. Contexts nest; the inner one counts.
 
     Raises AttachError for unknown names, merged models, and adapters with biases, norms or statistics of their own,
-    which all rows would share; and ExecutionError, inside, for inputs of another number of rows.
+    which all rows would share; and ExecutionError, inside, for inputs with another number of rows.
     """
     root, state = adapted(model)
     refuse_merged(state)
@@ -64,14 +64,14 @@ def _count(root: nn.Module, state: AdaptedModel, step: int) -> None:
 
 
 def unhook(root: nn.Module) -> None:
-    """Check no more batches; a copy that was made inside `rows` has the hook, too."""
+    """Remove the hook that checks batches; a copy that was made inside `rows` has it, too."""
     for number in [number for number, hook in root._forward_pre_hooks.items() if hook is _check_batch]:
         del root._forward_pre_hooks[number]
         root._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def _checked(root: nn.Module, state: AdaptedModel, names: object) -> tuple[str | None, ...]:
-    """The names, all of them known. Raises AttachError for what rows cannot have."""
+    """The names, all of them known. Raises AttachError for adapters that rows cannot have."""
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, Hashable) for name in names):
         fix = 'One name for each row: `["a", "b", None]`, None for the base alone.'
         raise AttachError(Problem("rows", "a list of adapters' names", clip(names), fix))
@@ -88,7 +88,7 @@ def _checked(root: nn.Module, state: AdaptedModel, names: object) -> tuple[str |
 
 
 def _problems(root: nn.Module, state: AdaptedModel, used: Sequence[str]) -> Iterator[Problem]:
-    """What of adapters, named or active, all rows would share; and layers that nobody calls."""
+    """What all rows would share of named or active adapters; and adapted weights whose layers are not called."""
     fix = "Run its rows by themselves, with `tnpeft.activate`."
     for name in used:
         if trained := state.adapters[name].trained:
@@ -110,7 +110,7 @@ def _problems(root: nn.Module, state: AdaptedModel, used: Sequence[str]) -> Iter
 
 
 def _check_batch(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Before a forward pass of the model: its inputs have a row for each name. Raises ExecutionError."""
+    """Check, before a forward pass of the model, that its inputs have a row for each name. Raises ExecutionError."""
     record = record_on(root)
     rows = None if record is None else record.results.rows
     if rows is None:
@@ -124,7 +124,7 @@ def _check_batch(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors in arguments, and in the lists and mappings that these are."""
+    """The tensors in arguments, and in lists and mappings among them."""
     if isinstance(value, torch.Tensor):
         yield value
     elif depth and isinstance(value, Mapping | list | tuple):

@@ -42,11 +42,11 @@ __all__ = [
 def activate(model: nn.Module, scales: Mapping[str, float] | str) -> None:
     """Let the named adapters act, each at its scale, and no others; `{}` leaves the base model.
 
-    ΔW, each made for the base alone, and the trained biases and norms of several adapters add up,
-    scaled. Only active adapters train: their cores do, and what else they train while one of them
-    acts alone at scale 1. No parameter becomes another object, so that optimisers stay as they are;
-    no base weight is copied, and nothing is planned anew. Run backward passes before the switch:
-    what does not act takes no gradients. It acts on the model for all threads: none may run it meanwhile.
+    The updates ΔW of several adapters add up, scaled, each made for the base alone; so do changes of trained biases and
+    norms. Only active adapters train. Their cores always do; their biases, norms and other parameters do only while one
+    adapter acts alone at scale 1. No parameter becomes another object, so that optimisers stay as they are. No base
+    weight is copied, and nothing is planned anew. Run backward passes before the switch: what does not act takes no
+    gradients. The switch holds for all threads: none may run the model meanwhile.
 
     Raises AttachError for unknown names, scales that are not finite in fp32, and merged models.
     """
@@ -85,16 +85,16 @@ def scale_problem(name: str, scale: Any) -> Problem | None:
 def merge(model: nn.Module, name: str | None = None, *, dequantise: bool = False) -> None:
     """Compute every adapted layer's weight once, beside the base weight, for faster inference.
 
-    Merged are the active adapters or, with `name`, this one alone: at the scale at which it acts, at 1
-    if it does not. A merged model does not train, and what acts in it stays until `unmerge`. Merging
-    what is merged changes nothing. It acts on the model for all threads: none may run it meanwhile. Warns
-    (TnpeftWarning) where a merged weight was tied to another layer's.
+    The active adapters are merged or, with `name`, that one alone: at the scale at which it acts, or at 1 if it does
+    not act. A merged model does not train, and what acts in it cannot be changed until `unmerge`. Merging a merged
+    model changes nothing. The merge holds for all threads: none may run the model meanwhile. Warns (TnpeftWarning)
+    where a merged weight was tied to another layer's.
 
-    The weight of an opaque layer (quantised, computed) has no sum. With `dequantise` a plain layer with the dequantised
-    weight and the update computes in its place, where its library can dequantise.
+    Nothing can be added to the weight of an opaque layer (quantised, computed). With `dequantise` a plain layer takes
+    its place, with the sum of the dequantised weight and the update, if its library can dequantise.
 
-    Raises AttachError for unknown names, where others are merged, and for opaque layers without `dequantise`, or that
-    nobody can dequantise.
+    Raises AttachError for unknown names, where other adapters are merged, and for opaque layers without `dequantise` or
+    that cannot be dequantised.
     """
     root, state = adapted(model)
     refuse_disabled(state)
@@ -112,7 +112,7 @@ def merge(model: nn.Module, name: str | None = None, *, dequantise: bool = False
 
 
 def warn_of_ties(root: nn.Module, level: int) -> None:
-    """Warns (TnpeftWarning) of merged weights that are no longer those of the layers that they are tied to."""
+    """Warns (TnpeftWarning) of merged weights that now differ from those of the layers that they are tied to."""
     parameters = slots(root)
     for names in ties(parameters).values():
         changed = [key for key in names if is_parked(parameters[key].owner, parameters[key].table, parameters[key].key)]
@@ -133,7 +133,7 @@ def warn_of_ties(root: nn.Module, level: int) -> None:
 def unmerge(model: nn.Module) -> None:
     """Undo `merge`, to the bit: what acted before acts again. An unmerged model is left as it is.
 
-    It acts on the model for all threads: none may run it meanwhile.
+    It holds for all threads: none may run the model meanwhile.
     """
     root, state = adapted(model)
     refuse_disabled(state)
@@ -146,9 +146,9 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_layers(layers: Iterable[AdaptedLayer], dequantise: bool = False) -> None:
-    """Merge all of them or, where one cannot be merged for want of memory or values, none.
+    """Merge all layers, or none if one cannot be merged for lack of memory or values.
 
-    Raises AttachError where one is split over processes, or opaque and not to be dequantised.
+    Raises AttachError if one is split over processes, or is opaque and `dequantise` is not set.
     """
     layers, done = list(layers), []
     if problems := [*_opaque_problems(layers, dequantise)]:
@@ -170,7 +170,7 @@ def merge_layers(layers: Iterable[AdaptedLayer], dequantise: bool = False) -> No
 
 
 def _opaque_problems(layers: Iterable[AdaptedLayer], dequantise: bool) -> Iterator[Problem]:
-    """Opaque layers on which something acts that has no weight to be added to."""
+    """Problems of opaque layers on which an adapter acts: they have no weight to add to."""
     for layer in layers:
         if not isinstance(layer, AdaptedOpaque) or not layer.scales:
             continue
@@ -184,7 +184,7 @@ def _opaque_problems(layers: Iterable[AdaptedLayer], dequantise: bool) -> Iterat
 
 @contextmanager
 def acting(root: nn.Module, state: AdaptedModel, scales: dict[str, float]) -> Iterator[None]:
-    """Let other adapters act from here on; those that did act again where what is done inside fails."""
+    """Let other adapters act from here on. If the code inside fails, those that acted before act again."""
     before, state.active = state.active, scales
     try:
         apply_state(root, state)
@@ -199,7 +199,7 @@ def acting(root: nn.Module, state: AdaptedModel, scales: dict[str, float]) -> It
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, `model` computes exactly what its base computes, merged or not; contexts nest.
 
-    It acts on the model for all threads: none may run it while a context begins or ends.
+    It holds for all threads: none may run the model while a context begins or ends.
     """
     root, state = adapted(model)
     _disable(root, state, 1)
@@ -211,12 +211,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def base_shown(model: nn.Module) -> AbstractContextManager[None]:
-    """`disabled`, for models that nothing may be attached to yet."""
+    """As `disabled`, also for models to which nothing is attached."""
     return nullcontext() if find(model) is None else disabled(model)
 
 
 def apply_state(root: nn.Module, state: AdaptedModel) -> None:
-    """Bring layers and trained tensors to what the state says. Nothing in here can be refused."""
+    """Bring layers and trained tensors to what the state says. Nothing here can fail."""
     reshard(root)
     (remove_pass if state.merged else register_pass)(root)  # TorchScript would compile the hooks of a merged model too
     state.forget()
@@ -228,7 +228,7 @@ def apply_state(root: nn.Module, state: AdaptedModel) -> None:
 
 
 def refuse_rows(state: AdaptedModel) -> None:
-    """Raises AttachError inside a `rows` context, whose rows would have other adapters than they ask for."""
+    """Raises AttachError inside a `rows` context: its rows would get other adapters than those named."""
     if state.results.rows_opened:
         fix = "Leave the `rows` context first, in every thread."
         raise AttachError(Problem("model", "adapters of all rows", "some for single rows, by `tnpeft.rows`", fix))

@@ -1,4 +1,4 @@
-"""Why an adapter cannot be put where it is to go."""
+"""Why an adapter cannot be put on its targets."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def target_problems(
 
 
 def _bypassed(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> Problem | None:
-    """What is wrong where torch's attention reads the weight of an opaque layer, whose update is not in it."""
+    """The problem where torch's attention reads the weight of an opaque layer itself: the update is not in it."""
     attention = modules.get(name.rpartition(".")[0])
     if not isinstance(attention, nn.MultiheadAttention) or not is_opaque_layer(layer) or is_computed(layer):
         return None

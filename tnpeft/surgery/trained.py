@@ -1,11 +1,11 @@
 """What trains beside the cores: biases, norms, whole layers of a joint training.
 
-One mechanism for all. Each adapter has its own copy of every such tensor. All of them stand beside the base's own, in
-the same table of the same module, so that moving, copying, pickling and saving the model need to know nothing of it,
-and an optimiser's parameters stay the same objects; `modules.parked` says how one of them acts. A tensor with several
-names is one tensor at all of them.
+There is one mechanism for all. Each adapter has its own copy of every such tensor. All copies are beside the base's
+tensor, in the same table of the same module. So code that moves, copies, pickles or saves the model need not know of
+them, and an optimiser's parameters stay the same objects. `adapters.parked` says how one of them acts. A tensor with
+several names is one tensor under all of them.
 
-The running statistics of norms are handled alike: a forward in training mode changes them.
+The running statistics of norms are handled in the same way: a forward pass in training mode changes them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["Tied", "all_tied", "norm_statistics"]
 
 
 class Tied:
-    """One tensor of the plain model at all its names, with the copies of the adapters that train it."""
+    """One tensor of the plain model, under all its names, with the copies of the adapters that train it."""
 
     def __init__(self, places: Iterable[Slot], trainers: Iterable[str] = ()) -> None:
         self.slots = tuple(places)
@@ -58,38 +58,38 @@ class Tied:
         return self.slots[0].tensor
 
     def copy_of(self, name: str) -> Tensor:
-        """What adapter `name` trains, acting or not."""
+        """The copy that adapter `name` trains, whether it acts or not."""
         copy = self.slots[0].beside(copies_of(name))
         assert copy is not None
         return copy
 
     def is_like_base(self, names: Iterable[str]) -> bool:
-        """Whether the copies of some adapters have the base's values."""
+        """Whether the copies of these adapters have the base's values."""
         copies = [self.copy_of(name) for name in names if name in self.trainers]
         return all(torch.equal(copy, self.original) for copy in copies)
 
     def new_copy(self) -> Tensor:
-        """The start of an adapter's own copy: the original's bits."""
+        """A new copy for an adapter, with the original's bits."""
         with present(self.slots[0].owner), torch.inference_mode(False):
             copy = self.original.detach().clone()
         return nn.Parameter(copy, requires_grad=False) if self.is_parameter else copy
 
     def add(self, name: str, copy: Tensor) -> None:
-        """Let adapter `name` train this tensor; its copy acts no earlier than `show` says."""
+        """Let adapter `name` train this tensor; its copy does not act before `show` says so."""
         for slot in self.slots:
             slot.put_beside(copies_of(name), copy.requires_grad_(False))
             make_again(slot.owner, True)
         self.trainers.append(name)
 
     def drop(self, name: str) -> None:
-        """Forget the copy of an adapter that does not act; without trainers the original is all there is."""
+        """Forget the copy of an adapter that does not act; without any copy only the original is left."""
         self.trainers.remove(name)
         self._forget([name])
 
     def show(self, active: Mapping[str, float], original_flag: bool, training: bool, merged: bool) -> None:
-        """Let b₀ + Σ s (b - b₀) over the active trainers act: the original, or a copy where it is one.
+        """Let b₀ + Σ s (b - b₀), over the active adapters, act: the original or a copy itself, where it equals one.
 
-        Of a merged model it stands in the original's place. `active` is empty where the base is shown.
+        In a merged model the sum takes the original's place. `active` is empty if the base alone is to act.
         """
         scales = {name: active[name] for name in self.trainers if name in active}
         if self.is_parameter:
@@ -126,7 +126,7 @@ class Tied:
             return combined(slot.owner, slot.table, slot.key, scales)
 
     def moved(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """Other adapters' copies with their values once what acts is the original: b' + (bₖ - b₀)."""
+        """The other adapters' copies, with the values they get when what acts becomes the original: b' + (bₖ - b₀)."""
         with present(self.slots[0].owner):
             original, acts = self.original.detach(), self.slots[0].acting.detach()
             if not original.is_floating_point():
@@ -137,11 +137,11 @@ class Tied:
         return [(copy, self._bounded(copy.to(wide) + step).to(copy.dtype)) for copy in copies]
 
     def _bounded(self, total: Tensor) -> Tensor:
-        """A sum of differences, which may be no variance any more; written to in place."""
+        """A sum of differences, clamped in place so that a variance stays one."""
         return total.clamp_(min=0) if self.slots[0].key == "running_var" else total
 
     def merge_into_base(self, name: str) -> None:
-        """Make what acts the original; `name`, the adapter whose it is, has no copy any more."""
+        """Make what acts the original; the adapter `name`, whose copy that is, has none any more."""
         self._keep()
         self._forget([name])
         self.slots[0].tensor.requires_grad_(False)

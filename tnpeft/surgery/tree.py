@@ -32,7 +32,7 @@ _SKIPPED = (_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Place(NamedTuple):
-    """Where a module hangs: `parent._modules[key]`, reached as `name`; as `path` in `named_modules`."""
+    """A module's place, `parent._modules[key]`; `name` is its plain name, `path` that in `named_modules`."""
 
     name: str
     parent: nn.Module
@@ -41,7 +41,7 @@ class Place(NamedTuple):
     path: str
 
     def put(self, module: nn.Module | None) -> None:
-        """Hang another module there; None: no more."""
+        """Put another module in this place; with None, remove the one that is there."""
         if module is None:
             self.parent._modules.pop(self.key, None)
             return
@@ -52,7 +52,7 @@ class Place(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where a tensor hangs: in the owner's `_parameters` or `_buffers`, reached as `name`."""
+    """A tensor's place: in the owner's `_parameters` or `_buffers`; `name` is its plain name."""
 
     name: str
     owner: nn.Module
@@ -61,33 +61,33 @@ class Slot(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        """The base's own."""
+        """The base's own tensor."""
         return own(self.owner, self.table, self.key)
 
     @property
     def acting(self) -> Tensor:
-        """What the owner computes with."""
+        """The tensor that the owner computes with."""
         return acting(self.owner, self.table, self.key)
 
     def put(self, tensor: Tensor) -> None:
         self.owner.__dict__[self.table][self.key] = tensor
 
     def beside(self, who: str) -> Tensor | None:
-        """A tensor that stands beside it."""
+        """The tensor of `who` that is kept beside the base's own."""
         tensor: Tensor | None = self.owner.__dict__[self.table].get(parked_key(who, self.key))
         return tensor
 
     def put_beside(self, who: str, tensor: Tensor | None) -> None:
-        """Let a tensor stand beside it; None: no more."""
+        """Keep a tensor of `who` beside the base's own; with None, remove it."""
         store(self.owner, self.table, parked_key(who, self.key), tensor)
         note_values(self.owner, self.table, parked_key(who, self.key))
 
 
 def places(root: nn.Module) -> list[Place]:
-    """Every place below `root`, a module reached by two names at both; below adapted layers, those of their bases.
+    """Every place below `root`, for a module with two names both; below an adapted layer, the places in its base.
 
-    What adapts a parameter has that one's name, an embedding's the embedding's. A module that only runs another one
-    shares its name with it, and comes first.
+    The layer that adapts a parameter has the parameter's name, or its embedding's. A wrapper that only runs another
+    module has the same name as that one, and comes first.
     """
     below: list[Place] = []
     _add_places(root, "", "", below)
@@ -113,12 +113,12 @@ def _add_places(module: nn.Module, prefix: str, path: str, below: list[Place]) -
 
 
 def _only_runs(module: nn.Module, key: str) -> bool:
-    """Whether all that a module has is another one, under a key that says so."""
+    """Whether a module holds nothing but another one, under a wrapper's key."""
     return key in _SKIPPED and len(module._modules) == 1 and not module._parameters and not module._buffers
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in `torch.compile`'s, DistributedDataParallel's and DataParallel's wrappers, if it is in any."""
+    """The model inside wrappers of `torch.compile`, DistributedDataParallel and DataParallel, if there are any."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -129,12 +129,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """A name from `named_modules` or `named_parameters` without the modules that only run another one."""
+    """A name from `named_modules` or `named_parameters`, without the steps of wrappers that only run another module."""
     return ".".join(part for part in name.split(".") if part not in _SKIPPED)
 
 
 def plain_modules(root: nn.Module) -> dict[str, nn.Module]:
-    """Every module by name, adapted layers as their base layers; a module reached by two names stands at both."""
+    """Every module by its plain name, with base layers for adapted ones; a module with two names is under both."""
     modules = {"": root}
     for place in places(root):
         if not isinstance(place.module, AdaptedParameter):
@@ -143,7 +143,7 @@ def plain_modules(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def slots(root: nn.Module, table: str = "_parameters") -> dict[str, Slot]:
-    """Every parameter (or buffer) of the plain model by name, tied ones at each of their names."""
+    """Every parameter (or buffer) of the plain model by name, tied ones under each of their names."""
     known: dict[str, Slot] = {}
     for prefix, module in plain_modules(root).items():
         for key, tensor in module.__dict__[table].items():
@@ -163,7 +163,7 @@ def ties(known: dict[str, Slot]) -> dict[int, tuple[str, ...]]:
 
 
 def plain_parameters(root: nn.Module) -> dict[str, Tensor]:
-    """What acts as every parameter, by the name it has in the plain model, tied ones at each of their names."""
+    """The tensor that acts as each parameter, by its name in the plain model; tied ones under each of their names."""
     return {name: slot.acting for name, slot in slots(root).items()}
 
 

@@ -1,4 +1,4 @@
-"""Property tests of any spec: what to run before trusting a new adapter. Its public face is `tnpeft.testing`."""
+"""Property tests of any spec, to run before trusting a new adapter. `tnpeft.testing` has the public names."""
 
 from tnpeft.verify.case import Case, sample_input
 from tnpeft.verify.checks import CHECKS, Check

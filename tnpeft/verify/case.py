@@ -19,7 +19,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and params; the repr is the Python that makes it again.
+    """A layer and params; its repr is the Python that makes it again.
 
     `options` are torch's own keywords (`stride`, `padding`, `bias`, ...), `seed` draws the layer's weight, the input
     and the cores.
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def size(self) -> tuple[float, ...]:
-        """What makes one case simpler than another."""
+        """A key by which simpler cases sort first."""
         numbers = (self.in_channels, self.out_channels, *self.kernel_size, self.groups)
         params = sum(abs(value) for value in self.params.values())
         return (self.layer.numel, sum(numbers), len(self.options), len(self.params) + params, self.seed)
@@ -97,7 +97,7 @@ class Case:
 
 
 def sample_input(layer: nn.Module, seed: int = 0, batch: int = 2, more: int = 1) -> Tensor:
-    """A batch that the layer accepts, in its dtype; `more` is added to the fewest voxels along each axis."""
+    """A batch that the layer accepts, in its dtype; each axis has `more` voxels than the fewest that it needs."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if isinstance(layer, nn.Linear):

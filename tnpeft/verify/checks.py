@@ -1,4 +1,4 @@
-"""The checks: each takes a subject and raises Mismatch where the adapter is not what its spec says."""
+"""The checks: each takes a subject and raises Mismatch if the adapter is not what its spec says."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _modes(
 ) -> Iterator[tuple[str, Stack]]:
     """A model for every mode in which its layers run with this input; `auto` runs in one of the others.
 
-    A mode that falls back is dense once more, and no other model.
+    A mode that falls back to dense gives no further model.
     """
     found: set[str] = set()
     for mode in MODES:
@@ -165,7 +165,7 @@ def check_parameters(subject: Subject) -> None:
 
 
 def check_origin(subject: Subject) -> None:
-    """Cores of the base weight's singular value decomposition, put together again, are the weight cut to its bond."""
+    """Cores of the base weight's singular value decomposition multiply to the weight truncated to their bond."""
     network = subject.network
     origins = {core.origin: core for core in network.cores if core.origin not in (None, "weight")}
     if not origins:
@@ -187,7 +187,7 @@ def check_origin(subject: Subject) -> None:
 
 
 def check_shared(subject: Subject) -> None:
-    """One tensor for each scope, counted and saved once, of the same shape in all layers here."""
+    """A shared core is one tensor per scope, counted and saved once; all layers here have its shape."""
     shared = [core for core in subject.network.cores if core.shared is not None]
     if not shared:
         raise Skip("no core is shared")

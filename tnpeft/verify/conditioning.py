@@ -1,4 +1,4 @@
-"""Conditioning: how large the network and the first step are beside the weight that they change."""
+"""Conditioning: how large the network and the first step are, relative to the weight that they change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LAYERS = (
 class Conditioning:
     """Standard deviations at the start of one layer: of its weight W, of scale * T, and of Adam's first step in dW.
 
-    `steps` has the share of each trainable core: the update's deviation where that core alone takes the step.
+    `steps` has each trainable core's share: the update's standard deviation if that core alone takes the step.
     """
 
     layer: str
@@ -62,7 +62,7 @@ class Conditioning:
 
     @property
     def advice(self) -> str:
-        """What to change, or nothing."""
+        """What to change, or an empty text."""
         leading = max(self.steps, key=lambda name: self.steps[name], default="")
         if self.step_ratio > LARGE_STEP:
             less = LARGE_STEP / 10 / self.step_ratio
@@ -98,7 +98,7 @@ def conditioning_of(
 def rows_on(
     row: Callable[[Case], Row], params: Mapping[str, float], layer: Layer | None = None, seed: int = 0
 ) -> tuple[Row, ...]:
-    """A row for each kind of layer that is not refused (transposed ones where no other is left), or `layer` alone."""
+    """A row for each kind of layer that the spec takes (transposed ones only if there is no other), or for `layer`."""
     groups = (
         [[one for one in _LAYERS if one.transposed == kind] for kind in (False, True)] if layer is None else [[layer]]
     )

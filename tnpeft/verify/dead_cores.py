@@ -1,4 +1,4 @@
-"""Which cores training reaches, from the initial values on."""
+"""Which cores training reaches, starting from the initial values."""
 
 from __future__ import annotations
 

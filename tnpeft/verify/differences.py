@@ -1,4 +1,4 @@
-"""Slopes by differences: what a function that nobody knows the derivative of must have as its gradient."""
+"""Finite differences: the gradient of a function whose derivative is not known."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ AT_ONCE = 2**20  # numbers
 
 
 def slope_by_differences(function: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> Tensor:
-    """The gradient of (function(x) * upstream).sum(), x of (rest, *taken), whose rows the function keeps apart.
+    """The gradient of (function(x) * upstream).sum() for x of (rest, *taken); the function must keep rows apart.
 
-    Of several steps each number has the one whose difference agrees best with the next: long ones round least, and
-    only short ones stay on one side of a kink.
+    Of several step sizes each entry takes the one whose difference agrees best with the next: long steps round least,
+    and only short ones stay on one side of a kink.
     """
     rest, taken = len(x), x.shape[1:]
     numel = math.prod(taken)

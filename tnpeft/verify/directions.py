@@ -1,4 +1,4 @@
-"""Directions: in how many the first steps move, and the learning rate at which they go as far as LoRA's."""
+"""Directions: in how many the first steps move, and at which learning rate they go as far as LoRA's."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SMALL = 1e-3  # a share that is not printed
 
 @dataclass(frozen=True)
 class Directions:
-    """The share of directions, `rank` of `entries`: those of one layer's delta weight at the start, to first order.
+    """The directions in which one layer's delta weight can move at the start, to first order: `rank` of `entries`.
 
-    Where `counted` is false the rank is at most this. `rate` moves the weight as far in Adam's first ten steps along a
-    random gradient as LoRA (r=8, alpha=8) gets at 1e-3; None where no rate up to 1 does. `size` is std(T) / std(W) of
-    the frozen copy; 0 without one.
+    If `counted` is false, `rank` is an upper bound. At learning rate `rate`, Adam's first ten steps along a random
+    gradient move the weight as far as those of LoRA (r=8, alpha=8) at 1e-3; None if no rate up to 1 does. `size` is
+    std(T) / std(W) of the frozen copy, 0 without one.
     """
 
     layer: str

@@ -1,4 +1,4 @@
-"""Verifying: examples are drawn, every check runs on each, and what fails is made small."""
+"""Verifying: examples are drawn, every check runs on each, and failing examples are shrunk."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def verify(
     keep_interrupted: bool = False,
     **params: Any,
 ) -> VerifyReport:
-    """Try `spec` (or a shipped name, a path) on random layers within its reach, and report what does not hold.
+    """Try `spec` (or a shipped name, a path) on random layers that it supports, and report what does not hold.
 
-    `layer` and `params` fix what is otherwise drawn. No new example starts after `seconds`. `label` is what the spec is
-    called where counter-examples are printed; without `advice` what fails nothing is left out. `progress` is called
-    after each example, with its number and how many there are. With `keep_interrupted` Ctrl-C ends in a report of what
-    was tried so far. Raises SpecError for a spec that cannot be read; whatever else goes wrong is in the report.
+    `layer` and `params` fix what is otherwise drawn. No new example starts after `seconds`. `label` is the spec's name
+    in printed counter-examples. Without `advice` the report has only what can fail. `progress` is called after each
+    example, with its number and how many there are. With `keep_interrupted` Ctrl-C ends in a report of what was tried
+    so far. Raises SpecError for a spec that cannot be read; all other failures are in the report.
     """
     started = time.monotonic()
     if label is None:
@@ -94,7 +94,7 @@ def verify(
 
 
 class _Advice(NamedTuple):
-    """What fails nothing."""
+    """The parts of a report that cannot fail."""
 
     gauge: Gauge | None = None
     conditioning: tuple[Conditioning, ...] = ()
@@ -108,7 +108,7 @@ def _advice(spec: Spec, layer: Layer | None, params: Mapping[str, Any], accepted
 
 
 def run_check(name: str, spec: Spec | str | Path, case: Case) -> None:
-    """Run one check on one case, as a counter-example prints it. Raises AssertionError where it fails."""
+    """Run one check on one case, as a counter-example prints it. Raises AssertionError if it fails."""
     known = {check.name: check for check in CHECKS}
     if name not in known:
         fix = near_miss(str(name), known) or "Name one of them."
@@ -120,7 +120,7 @@ def run_check(name: str, spec: Spec | str | Path, case: Case) -> None:
 
 
 def failure_of(check: Check, subject: Subject) -> str | None:
-    """How the check fails, or None. Raises Skip where it has nothing to say."""
+    """How the check fails, or None. Raises Skip if it does not apply."""
     try:
         check.run(subject)
     except Mismatch as mismatch:

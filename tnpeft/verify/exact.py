@@ -1,6 +1,6 @@
 """An adapted model computed a second time in float64, with `oracle` in place of the compiler.
 
-Beside every value goes its magnitude: the same sums over absolute values, which bound what rounding can do.
+Every value has a magnitude, too: the same sums over absolute values, which bound the effect of rounding.
 """
 
 from __future__ import annotations

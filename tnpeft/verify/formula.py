@@ -20,7 +20,7 @@ _KERNEL = "every_kernel_size"  # what `k...` is called while it is evaluated
 
 
 def formula_value(formula: str, network: Network) -> float:
-    """The number that `formula` states for this network; side by side means times."""
+    """The value of `formula` for this network; factors side by side are multiplied."""
     text = before = ""
     for token in _TOKEN.findall(formula.replace(ELLIPSIS, _KERNEL)):
         ends = before == ")" or _is_value(before)

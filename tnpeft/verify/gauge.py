@@ -1,8 +1,8 @@
 """Redundancy: directions in which the cores can move without moving the update.
 
-Every network has some: a bond of size r between two trainable cores lets an invertible r x r matrix pass from one to
-the other (gauge), an index that several cores share lets a factor for each of its values pass, disconnected parts pass
-one factor. What remains beyond those is a parameter that is paid for and does nothing.
+Every network has some. Over a bond of size r between two trainable cores, an invertible r x r matrix can pass from one
+to the other (gauge). Over an index that several cores share, a factor for each of its values can pass. Between
+disconnected parts one factor can pass. Any redundancy beyond these is a parameter that costs and does nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PRECISION = 1e-9  # of singular values, relative to the largest
 
 @dataclass(frozen=True)
 class Gauge:
-    """The rank of d(T)/d(cores) at a random point of one layer, and what explains the parameters beyond it."""
+    """The rank of d(T)/d(cores) at a random point on one layer, and what explains the surplus of parameters."""
 
     layer: str
     params: Mapping[str, float]

@@ -1,4 +1,4 @@
-"""Checks of derived cores: their maps by themselves, and the difference that a frozen copy is subtracted in."""
+"""Checks of derived cores: their maps by themselves, and the difference from a frozen copy."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _check_zero(what: str, run: _Run, x: Tensor, generator: torch.Generator) -> 
 
 
 def check_difference(subject: Subject) -> None:
-    """The update after a small step from the start, which a difference of two rounded networks would not have."""
+    """After a small step from the start the update has digits that a difference of two rounded networks loses."""
     network = subject.network
     if network.start != "frozen_copy" or network.compose is not None:
         raise Skip("no frozen copy is subtracted, or a norm stands after it")

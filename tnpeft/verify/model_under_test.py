@@ -1,4 +1,4 @@
-"""A case brought to life: a small model whose layers are alike, and the spec's adapter on them."""
+"""The model of a case: a few equal layers, and the spec's adapter on them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SCOPE = r"blocks\.(\d+)\."  # what every scope of shared cores is bound to
 
 
 class Mismatch(Exception):  # noqa: N818 - a verdict, caught where it is reported
-    """What a check found wrong."""
+    """A check found something wrong."""
 
 
 class Skip(Exception):  # noqa: N818 - see above
-    """A check that has nothing to say about a case."""
+    """A check does not apply to a case."""
 
 
 class Stack(nn.Module):
@@ -60,7 +60,7 @@ class Subject:
         self.attached()
 
     def model(self) -> Stack:
-        """The model without adapters, to be done with as one likes."""
+        """A new model without adapters, which may be changed."""
         return copy.deepcopy(self.plain)
 
     def attached(self, mode: str = "dense", dtype: torch.dtype | None = None, moved: bool = False) -> Stack:
@@ -85,12 +85,12 @@ class Subject:
 
     @cached_property
     def working(self) -> torch.dtype:
-        """The dtype in which values are compared: fp32 layers as they are, all others in fp64, where nothing hides."""
+        """The dtype in which values are compared: fp32 for fp32 layers, for all others fp64, which hides nothing."""
         return torch.float32 if self.case.dtype == "float32" else torch.float64
 
     @cached_property
     def tolerance(self) -> float:
-        """Of an error, relative to the sum of the sizes of all that was added up."""
+        """The tolerance of an error, relative to the sum of the magnitudes of all that was added up."""
         if self.working == torch.float32:
             return 2e-5
         # The gradients of maps that users registered are known from differences.

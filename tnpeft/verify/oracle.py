@@ -1,7 +1,7 @@
-"""What an adapter must compute, worked out a second time in float64 from its definition.
+"""What an adapter must compute, computed a second time in float64 from its definition.
 
-Nothing here looks at plans or programs: the sums are taken index by index. `dense_delta` builds the whole update and
-can be differentiated; `entry` follows the index formula of a single number of it.
+Nothing here uses plans or programs: sums are taken index by index. `dense_delta` builds the whole update and can be
+differentiated; `entry` follows the index formula of a single entry.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Derived cores a second time in float64: products by sums over indices, maps by their definition.
+"""Derived cores, computed a second time in float64: products by sums over indices, maps by their definition.
 
-Values can be differentiated: each map has its slope from its definition, or by differences where a user registered it.
-Sizes bound what rounding does: of a map f at x, whose argument has the size m, it is |f(x)| + |f'(x)| m.
+Values can be differentiated: each map has a derivative by definition or, if a user registered it, by differences. Sizes
+bound the effect of rounding: for a map f at x, whose argument has the size m, the size is |f(x)| + |f'(x)| m.
 """
 
 from __future__ import annotations

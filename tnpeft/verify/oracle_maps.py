@@ -1,4 +1,4 @@
-"""What each built-in map must compute, worked out a second time in float64 numpy from its definition, with its slope.
+"""What each built-in map must compute, computed a second time in float64 numpy from its definition, with its slope.
 
 Each is `function(x, shape, **arguments)` as in `tnpeft.program.maps`, but for one layer: x is (rest, *taken), the
 result (rest, *made), `at` has the index core's legs. A slope is the map's derivative, transposed:

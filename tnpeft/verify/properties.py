@@ -1,4 +1,4 @@
-"""Hypothesis, which only those who verify need: where it is missing, the error says what to install."""
+"""Hypothesis, which only `verify` needs: if it is missing, the error says what to install."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 @contextmanager
 def kept_nowhere() -> Iterator[None]:
-    """Let Hypothesis keep its notes in a folder that goes, and not in `.hypothesis` where the command runs."""
+    """Inside, Hypothesis keeps its notes in a temporary folder, and not in `.hypothesis` in the current one."""
     with TemporaryDirectory() as folder:
         set_hypothesis_home_dir(folder)
         try:

@@ -1,4 +1,4 @@
-"""Random derived cores: what may stand in place of a stored core, with the same legs."""
+"""Random derived cores that may replace a stored core, with the same legs."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ _NAMED = {1: "ka", 2: "ka kb", 3: "ka kb kc"}
 
 @st.composite
 def specs(draw: st.DrawFn, *, max_cores: int = 5, kinds: Sequence[str] = tuple(KINDS), derived: bool = True) -> Spec:
-    """Specs of up to `max_cores` cores on some of `kinds`; every size of layer fits them.
+    """Specs of up to `max_cores` cores on some of `kinds`; they fit layers of every size.
 
-    Trees and cycles of bonds, indices that three cores share or that stay open in several, kernel indices on any core,
-    disconnected parts, scalars, frozen and shared cores, the base weight as a core, sums of two terms that share cores,
-    `compose: dora`, both starts. Shared cores name the scope `block`. With `derived` some have derived cores with maps
-    in place of stored ones, index cores, grouped legs, and cores that stand twice in a product.
+    They have trees and cycles of bonds, indices that three cores share or that stay open in several, kernel indices on
+    any core, disconnected parts, scalars, frozen and shared cores, the base weight as a core, sums of two terms that
+    share cores, `compose: dora` and both starts. Shared cores name the scope `block`. With `derived` some have derived
+    cores with maps in place of stored ones, index cores, grouped legs, and cores that occur twice in a product.
     """
     chosen = draw(st.lists(st.sampled_from(checked_kinds(kinds)), min_size=1, max_size=3, unique=True))
     axes = {KINDS[kind] for kind in chosen}

@@ -1,4 +1,4 @@
-"""What verifying found: counts, counter-examples, and notes on gauge, conditioning and directions."""
+"""The report of `verify`: counts, counter-examples, and notes on gauge, conditioning and directions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Counterexample:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check: on how many examples it ran, on how many it had nothing to say, and what broke it."""
+    """One check: on how many examples it ran, to how many it did not apply, and its counter-example, if it failed."""
 
     name: str
     title: str
@@ -83,11 +83,11 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The outcome of `verify`; `ok` where nothing failed.
+    """The outcome of `verify`; `ok` is true if nothing failed.
 
-    `seen` counts the examples by kind of layer, groups, dtype and options; `refused` the layers that the spec refuses,
-    by what it says of them. `notes`, `gauge`, `conditioning` and `directions` advise; they fail nothing. `interrupted`
-    says that Ctrl-C ended it before all of `planned` examples were tried: it is then not `ok`, whatever held.
+    `seen` counts the examples by kind of layer, groups, dtype and options; `refused` counts the layers that the spec
+    refuses, by the reason. `notes`, `gauge`, `conditioning` and `directions` are advice and cannot fail. `interrupted`
+    says that Ctrl-C ended the run before all `planned` examples were tried; the report is then not `ok`.
     """
 
     spec: str

@@ -28,9 +28,9 @@ def layers(
     groups: bool = True,
     dtypes: Sequence[str] = ("float32",),
 ) -> st.SearchStrategy[nn.Module]:
-    """`torch.nn` layers with random weights: every stride, dilation, padding, padding mode and bias.
+    """`torch.nn` layers with random weights, strides, dilations, paddings, padding modes and biases.
 
-    `kinds` are names such as "Conv3d". `max_channels` bounds both channel counts, 1 and primes among them.
+    `kinds` are names such as "Conv3d". `max_channels` bounds both channel counts; 1 and primes are drawn too.
     """
     chosen = checked_kinds((kinds,) if isinstance(kinds, str) else kinds)
     signature = signatures(chosen, max_channels=max_channels, max_kernel=max_kernel, groups=groups)
@@ -45,7 +45,7 @@ def inputs_for(layer: nn.Module, max_batch: int = 3, more: int = 3) -> st.Search
 
 
 def params_of(spec: Spec, fixed: Mapping[str, float] | None = None) -> st.SearchStrategy[dict[str, int | float]]:
-    """Values for the params of `spec`, some left at their defaults; those in `fixed` are as given."""
+    """Values for the params of `spec`, some of them defaults; those in `fixed` are as given."""
     given = dict(fixed or {})
     optional = {name: _numbers(rule.tree) for name, rule in spec.params.items() if name not in given}
     drawn = st.fixed_dictionaries({}, optional=optional)
@@ -64,7 +64,7 @@ def _numbers(default: ast.expr) -> st.SearchStrategy[int | float]:
 def signatures(
     draw: st.DrawFn, kinds: Sequence[str], *, max_channels: int = 24, max_kernel: int = 3, groups: bool = True
 ) -> Layer:
-    """What the compiler knows of a layer."""
+    """Signatures of layers, which are all that the compiler knows of them."""
     kind = draw(st.sampled_from(kinds))
     axes = KINDS[kind]
     number = draw(st.sampled_from([1, 1, 2, 3])) if axes and groups and max_channels > 2 else 1

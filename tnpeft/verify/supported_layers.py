@@ -25,7 +25,7 @@ _KERNELS = (1, 2, 3, 4, 5)
 
 
 def reachable(spec: Spec, layer: Layer | None, params: Mapping[str, float], seed: int = 0) -> st.SearchStrategy[Layer]:
-    """Signatures of layers to try: any where the spec takes many, else those it was found to take."""
+    """Signatures of layers to try: any if the spec takes many, else those that it was found to take."""
     if layer is not None:
         return st.just(layer)
     free = signatures(spec.layers)

@@ -1,4 +1,4 @@
-"""Adapter files of others: PEFT, diffusers, LyCORIS, kohya's sd-scripts, ComfyUI, and the code of the TenVOO paper."""
+"""Adapter files of other code: PEFT, diffusers, LyCORIS, kohya's sd-scripts, ComfyUI, and that of the TenVOO paper."""
 
 from tnpeft.io.foreign.loading import load_foreign
 from tnpeft.io.foreign.saving import save_foreign

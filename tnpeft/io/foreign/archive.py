@@ -1,7 +1,7 @@
-"""Whether a zip is one that torch wrote, before torch reads it: members are stored, apart, and as large as they say.
+"""Whether torch wrote a zip file, before torch reads it: members are uncompressed, do not overlap, and have true sizes.
 
-torch never compresses. A deflated member of a few bytes becomes gigabytes when it is read, and so do many members that
-stand on the same bytes.
+torch never compresses. A compressed member of a few bytes can become gigabytes when it is read, as can many members
+that share the same bytes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _SAVE_AGAIN = "Save it with `torch.save`, which stores its members as they are."
 
 
 class Fault(NamedTuple):
-    """What was expected of an archive, what was found, and how to mend it."""
+    """What was expected of an archive, what was found, and how to fix it."""
 
     expected: str
     found: str
@@ -57,9 +57,9 @@ class Fault(NamedTuple):
 
 
 def load_archive(path: Path, mapped: bool = False) -> Any:
-    """What a file of `torch.save` holds, tensors alone, on the CPU; `mapped`, their bytes are read when they are used.
+    """The content of a file of `torch.save`, tensors only, on the CPU; with `mapped` bytes are read when they are used.
 
-    No warning of torch's is shown: they are of pickles that are not its own, which fail or hold tensors alone.
+    No warning of torch's is shown: they are about foreign pickles, which either fail here or hold only tensors.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -70,7 +70,7 @@ def load_archive(path: Path, mapped: bool = False) -> Any:
 
 
 def archive_problem(path: Path) -> Fault | None:
-    """Why torch had better not read this zip, or None. Time and memory are bounded by the size of its directory.
+    """Why torch should not read this zip file, or None. Time and memory are bounded by the size of its directory.
 
     Raises OSError for what cannot be read.
     """

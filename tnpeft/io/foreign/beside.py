@@ -1,4 +1,4 @@
-"""What a file holds beside its updates: parameters and running statistics of the base model, as they were trained."""
+"""What a file holds besides its updates: trained parameters and running statistics of the base model."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def with_biases(
     trained: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The biases of layers whose `lora_B` has one of its own, which is scaled as the update is."""
+    """The biases of layers whose `lora_B` has a bias, which is scaled as the update is."""
     values: dict[str, Tensor] = {}
     for layer, bias in biases.items():
         name = f"{layer}.bias"

@@ -1,7 +1,7 @@
-"""The parts of a pipeline that one file may adapt: a denoiser and text encoders, each with prefixes of its own.
+"""The parts of a pipeline that one file may adapt: a denoiser and text encoders, each with its own prefixes.
 
-A file for one of them is put on that model itself; a file for several on a module that has each as a
-child, by any of the names below, such as `nn.ModuleDict({"unet": unet, "te": text_encoder})`.
+A file for one of them is put on that model itself. A file for several is put on a module with each as a child, under
+any of the names below, such as `nn.ModuleDict({"unet": unet, "te": text_encoder})`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["components", "named_parts"]
 
 @dataclass(frozen=True)
 class _Role:
-    """What a part is called: as a child of a model, before underscored names, and before dotted ones.
+    """The names of a part: as a child of a model, and as a prefix of underscored and of dotted names.
 
     The first of each is the one that is proposed and written.
     """
@@ -60,7 +60,7 @@ class _Group:
 def components(source: Source, names: Collection[str]) -> Iterator[Source]:
     """The file's parts as files of their own, each with its place in a model of these names.
 
-    Raises AdapterFileError where there are several and the model is only one of them.
+    Raises AdapterFileError if there are several parts and the model is only one of them.
     """
     groups = _groups(source, names)
     places = [_place(group, names) for group in groups]
@@ -115,9 +115,9 @@ def named_parts(
 ) -> dict[str, tuple[str, str]] | Problem:
     """For each layer the prefix of the part of a pipeline that it is in, and its name in that part.
 
-    A `ModuleDict` whose children are called as parts are is a pipeline of them; any other model is one part.
-    `denoiser` is the prefix of a denoiser, where it is not that of diffusers or kohya. Returns a Problem where two
-    parts would have one prefix.
+    A `ModuleDict` whose children have the names of parts is a pipeline of them; any other model is one part. `denoiser`
+    is the prefix of a denoiser, if it is not that of diffusers or kohya. Returns a Problem if two parts would have the
+    same prefix.
     """
     roles = {child: role for role in _ROLES for child in role.children}
     heads = {layer: layer.partition(".")[0] for layer in layers}

@@ -41,7 +41,7 @@ def diffusers_contents(
 ) -> dict[Path, bytes]:
     """The file; `names` has for each layer the prefix of its part and its name in it, `modules` all names of modules.
 
-    The scale goes into the cores: then alpha is the rank, as readers take it to be that know no header.
+    The scale is multiplied into the cores, so that alpha equals the rank, as readers assume that ignore the header.
     """
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {}
@@ -61,14 +61,14 @@ def diffusers_contents(
 
 
 def _key(prefix: str, key: str) -> str:
-    """Text encoders' keys have the spelling that diffusers recognises whatever the layer is called."""
+    """A key; for text encoders in the spelling that diffusers recognises whatever the layer's name."""
     if not prefix.startswith("text_encoder"):
         return key
     return key.replace("lora_A", "lora_linear_layer.down").replace("lora_B", "lora_linear_layer.up")
 
 
 def _config(ranks: Mapping[str, int], dora: bool, modules: Collection[str]) -> dict[str, Any]:
-    """PEFT's config, less what says nothing of the update."""
+    """PEFT's config without the options that do not concern the update."""
     options = {"lora_dropout": 0.0, "bias": "none", "init_lora_weights": True, "use_dora": dora}
     config = config_of("LORA", ranks, ranks, {**options, "target_modules": targets(list(ranks), modules)})
     return {key: value for key, value in config.items() if key not in _LEFT_OUT}

@@ -68,7 +68,7 @@ _OF_MODULES = {"weight", "bias", "running_mean", "running_var", "num_batches_tra
 
 
 def guess(keys: Collection[str], pickled: bool, has_config: bool) -> str | None:
-    """The format that tensors of these keys have, in a pickle or with PEFT's config beside it; None for none."""
+    """The format of a file with these keys, which may be a pickle or have PEFT's config beside it; None if unknown."""
     if any(_PAPER.search(key) for key in keys):
         return "tenvoo"
     if any(key.startswith("base_model.") for key in keys):
@@ -96,7 +96,7 @@ def _has_parts(keys: Iterable[str]) -> bool:
 
 
 def unsupported(path: Path, keys: Iterable[str]) -> AdapterFileError:
-    """The error for a file whose method is none that can be read."""
+    """The error for a file whose method cannot be read."""
     keys = list(keys)
     name = next((other for mark, other in _OTHERS.items() if any(mark in key for key in keys)), None)
     found = f"{name} ({_first(keys)})" if name else _first(keys)
@@ -104,14 +104,14 @@ def unsupported(path: Path, keys: Iterable[str]) -> AdapterFileError:
 
 
 def trained_problem(trained: Iterable[str], expected: str) -> Problem:
-    """What is said of parameters that train beside the cores, where a format has no place for them."""
+    """The problem of parameters that train beside the cores, for a format that has no place for them."""
     found = ", ".join(f"'{name}'" for name in islice(trained, 3))
     fix = "Train the cores alone, or merge the adapter."
     return Problem("parameters trained beside the cores", expected, found, fix)
 
 
 def unknown(path: Path, keys: Collection[str]) -> AdapterFileError:
-    """The error for a file with these keys, of which none says a format."""
+    """The error for a file whose keys are those of no known format."""
     if keys and all(key.rpartition(".")[2] in _OF_MODULES for key in keys):
         found = f"a model's own weights ({_first(keys)})"
         fix = "`tnpeft fit` makes an adapter of a fine-tuned checkpoint and its base."

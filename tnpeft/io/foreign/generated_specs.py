@@ -1,4 +1,4 @@
-"""Specs written for the purpose: a file's factor sizes need not be those that a shipped spec chooses."""
+"""Generated specs: a file's factor sizes need not be those that a shipped spec chooses."""
 
 from __future__ import annotations
 

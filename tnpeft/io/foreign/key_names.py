@@ -1,4 +1,4 @@
-"""Which layer of a model a key means: libraries wrap models, and write `_` for `.`."""
+"""Which layer of a model a key means: libraries wrap models, and write `_` instead of `.`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OUTSIDE = "tnpeft adapts no such layer and loads no part of a file: merge the a
 
 
 def dotted(name: str, known: Collection[str], place: str = "") -> str | None:
-    """`name` as the model has it, without the prefixes of wrappers around the model; None where it has none such.
+    """`name` without the prefixes of wrappers around the model, as the model has it; None if it has no such name.
 
     `place` is where in the model the names of the file belong.
     """
@@ -44,7 +44,7 @@ def _in_wrapper(name: str) -> str | None:
 
 
 def layer_named(source: Source, key: str, written: str, modules: Mapping[str, nn.Module]) -> str:
-    """The module that the tensor `key` is for, whose name the file has as `written`. Raises AdapterFileError."""
+    """The module of the tensor `key`; the file has the module's name as `written`. Raises AdapterFileError."""
     name = dotted(written, modules, source.place)
     if name is None:
         what = f"tensor '{clip_key(source.called(key))}'"
@@ -74,9 +74,9 @@ def where_to_load(written: str, known: Collection[str]) -> str:
 
 
 def check_layers(source: Source, names: Iterable[str], modules: Mapping[str, nn.Module], tables: bool = False) -> None:
-    """Refuse layers that this library does not adapt, though the file does, all of them.
+    """Raises AdapterFileError for all layers that the file adapts and tnpeft cannot.
 
-    `tables` says whether the file's library has a form of its own for embeddings.
+    `tables` says whether the file's library has a special form for embeddings.
     """
     problems = []
     for name in names:
@@ -94,7 +94,7 @@ def check_layers(source: Source, names: Iterable[str], modules: Mapping[str, nn.
 
 
 def reached_twice(root: nn.Module) -> dict[str, str]:
-    """For each name of a module that stands in several places, another one: PEFT replaces it in the first alone."""
+    """For a module with several names, from each name to another one: PEFT replaces it only under the first."""
     spots: dict[int, dict[tuple[int, str], str]] = {}
     names: dict[int, list[str]] = {}
     for place in places(root):
@@ -111,10 +111,10 @@ def reached_twice(root: nn.Module) -> dict[str, str]:
 def underscored(
     names: Iterable[str], modules: Iterable[str], place: str = ""
 ) -> dict[str, str | tuple[str, ...] | None]:
-    """For each LyCORIS name its module; several where they would be written alike, None where no prefix fits.
+    """For each LyCORIS name its module: several if they would be written in the same way, None if no prefix fits.
 
-    The prefix is the library's own or, where another was configured, the one that fits every name. A name with
-    its dots is looked for as it is before. `place` is where in the model the names of the file belong.
+    The prefix is the library's own or, if another was configured, the one that fits every name. A name with dots is
+    first looked up as it is. `place` is where in the model the names of the file belong.
     """
     names = list(names)
     known = {module[len(place) :]: module for module in modules if module.startswith(place)}

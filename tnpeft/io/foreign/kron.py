@@ -1,7 +1,7 @@
 """How PEFT and LyCORIS split channel counts for LoKr, as far as a file must meet it.
 
-Both read a LoKr file by building modules of the sizes that follow from a `factor` and a rank, and
-then copying the tensors in: a product with other sizes must not be written.
+Both read a LoKr file by building modules whose sizes follow from a `factor` and a rank, and then copying the tensors
+into them. So a product with other sizes must not be written.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Sizes(NamedTuple):
 
 
 def split(channels: int, factor: int, ordered: bool) -> tuple[int, int]:
-    """(m, n) with product `channels`: m is `factor` where that divides, else the largest divisor up to it and the root.
+    """(m, n) with product `channels`: m is `factor` if that divides, else the largest divisor up to it and the root.
 
-    -1 is no bound. `ordered` puts the smaller one first also where the factor divides: LyCORIS does, PEFT does not.
+    -1 is no bound. With `ordered` the smaller one is first even if `factor` divides, as in LyCORIS; not so in PEFT.
     """
     if factor > 0 and channels % factor == 0:
         pair = (factor, channels // factor)
@@ -47,9 +47,9 @@ def _splits(size: Sizes, factor: int, ordered: bool) -> bool:
 
 
 def lycoris_rebuilds(size: Sizes, columns: int) -> bool:
-    """Whether LyCORIS finds these sizes again from a file; `columns` is the length of the second axis of w2 or w2_b.
+    """Whether LyCORIS gets these sizes again from a file; `columns` is the length of the second axis of w2 or w2_b.
 
-    It takes `columns` for d, though a flattened kernel is in it, and guesses the factor from that.
+    LyCORIS takes `columns` for d, although it includes a flattened kernel, and guesses the factor from that.
     """
     seen = size._replace(d=columns)
     if (size.a, size.c) == (split(size.a * size.b, -1, True)[0], split(size.c * columns, -1, True)[0]):

@@ -1,4 +1,4 @@
-"""The tensors of one layer by what they are to their method, and the parts they make.
+"""The tensors of one layer by their role in the method (slot), and the updates that they make.
 
 The names are LyCORIS's. A convolution's kernel may be flattened into the last axis, and unit axes may follow.
 """
@@ -39,7 +39,7 @@ Scale = Callable[[int | None], float]  # of the rank, None where no tensor has o
 
 @dataclass
 class LayerTensors:
-    """One layer's tensors by slot, each with its key in the file, which calls the layer `written`."""
+    """One layer's tensors by slot, each with its key in the file; `written` is the layer's name there."""
 
     path: Path
     layer: str
@@ -55,7 +55,7 @@ class LayerTensors:
         self.tensors[slot], self.keys[slot] = wide(self.path, key, number), key
 
     def need(self, slot: str) -> Tensor:
-        """The tensor of a slot; a missing one is named as its neighbour in the file is."""
+        """The tensor of a slot; the error for a missing one spells its key as the file spells others."""
         tensor = self.tensors.get(slot)
         if tensor is None:
             beside = self.keys.get(_NEIGHBOURS[slot], _NEIGHBOURS[slot])
@@ -99,7 +99,7 @@ def _native(slot: str, beside: str) -> str:
 
 
 def wide(path: Path, key: str, tensor: Tensor) -> Tensor:
-    """fp32 of what a file stores narrower, as cores are; refuses what holds no real numbers."""
+    """A tensor in at least fp32, as cores are; raises for one that holds no real numbers."""
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_quantized:
         found = str(tensor.dtype).removeprefix("torch.")
         if tensor.layout != torch.strided:

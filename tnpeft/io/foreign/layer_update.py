@@ -1,4 +1,4 @@
-"""What other libraries' files say of one layer, between their keys and our specs."""
+"""What other libraries' files say of one layer: the form between their keys and tnpeft's specs."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ __all__ = ["Foreign", "LayerUpdate", "adapter_of", "silenced"]
 class LayerUpdate:
     """The update of one layer: `scale` times a topology's network.
 
-    `tensors` and `start` (the frozen copies) hold the topology's cores with their legs in its order,
-    `keys` what each core is called in its file. With a `magnitude` for each output channel it is a
-    DoRA of that update. `dropout` is what its training left out.
+    `tensors` and `start` (the frozen copies) hold the topology's cores with their legs in its order, `keys` the cores'
+    keys in the file. With a `magnitude` for each output channel it is the DoRA of that update. `dropout` is that of its
+    training.
     """
 
     topology: str
@@ -52,7 +52,7 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A whole file: the parts by layer or parameter, and what trained beside: parameters and running statistics."""
+    """A whole file: the updates by layer or parameter, and other trained parameters and running statistics."""
 
     parts: Mapping[str, LayerUpdate | TunerUpdate]
     trained: Mapping[str, Tensor] = field(default_factory=dict)
@@ -108,7 +108,7 @@ def _values(part: LayerUpdate, network: Network) -> dict[str, Tensor] | None:
 
 
 def silenced(part: LayerUpdate) -> LayerUpdate:
-    """A part without effect as one that no scale of 0 turns off, which neither a spec nor LyCORIS knows."""
+    """A part without effect, written without a scale of 0, which neither a spec nor LyCORIS can have."""
     first = next(iter(part.tensors))
     return replace(part, tensors={**part.tensors, first: torch.zeros_like(part.tensors[first])}, scale=1.0)
 

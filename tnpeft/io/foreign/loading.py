@@ -58,22 +58,21 @@ def load_foreign(
 ) -> Handle:
     """Put an adapter that another library saved on `model`, the base that it was trained on.
 
-    `path` is PEFT's folder or its safetensors file with `adapter_config.json` beside it, a file of
-    diffusers (or the folder it is in), LyCORIS, kohya's sd-scripts or ComfyUI, or a `.pth` of the TenVOO
-    paper's code; the keys say which, or `format`: "peft", "diffusers", "lycoris", "kohya", "comfyui" or
-    "tenvoo". A file for a denoiser and its text encoders goes onto a module that has them as children, such as
+    `path` is PEFT's folder or its safetensors file with `adapter_config.json` beside it, a file of diffusers (or the
+    folder it is in), LyCORIS, kohya's sd-scripts or ComfyUI, or a `.pth` of the TenVOO paper's code. The keys in the
+    file tell which, or `format` does: "peft", "diffusers", "lycoris", "kohya", "comfyui" or "tenvoo". A file for a
+    denoiser and its text encoders goes onto a module that has them as children, such as
     `nn.ModuleDict({"unet": unet, "te": text_encoder})`.
 
-    Each layer gets the shipped spec of its method, or one written for the purpose where the file's sizes are
-    not that spec's. The model then computes what the other library computed, and what that trained beside the
-    adapter (biases, saved modules) trains here. Of a model that FSDP2 has sharded every process must call it, with the
-    same file.
+    Each layer gets the shipped spec of its method, or a spec written for it where the file's sizes do not fit that one.
+    The model then computes what the other library computed. Biases and modules that were trained along with the adapter
+    train here too. If FSDP2 has sharded the model, every process must call `load_foreign`, with the same file.
 
-    `alpha` is for the paper's LoCon, LoHa and LoKr, whose files do not hold it (`rank // 4` there).
+    `alpha` is for the paper's LoCon, LoHa and LoKr, whose files do not hold it; the paper's code has `rank // 4`.
 
-    Raises AdapterFileError for files that are damaged, incomplete, of another method or made for
-    another model, and AttachError where surgery refuses. The model is then as it was. Warns (TnpeftWarning) of
-    NaN and infinity in the file.
+    Raises AdapterFileError for files that are damaged, incomplete, of another method or made for another model, and
+    AttachError where the adapter cannot be attached. The model is then as it was. Warns (TnpeftWarning) of NaN and
+    infinity in the file.
     """
     path = file_path(path)
     with in_step(holders_of(model), lambda: unlike(path)) as said:
@@ -119,7 +118,7 @@ def _read(
 
 
 def _check_places(path: Path, model: nn.Module, foreign: Foreign) -> None:
-    """Refuse a layer with two places in the model, of which PEFT adapts the first alone."""
+    """Refuse a layer with two places in the model, of which PEFT adapts only the first."""
     others = reached_twice(model)
     for name in foreign.parts:
         if name in others:
@@ -184,7 +183,7 @@ def _adapters(path: Path, foreign: Foreign, model: nn.Module, modules: Mapping[s
 
 
 def _warn(path: Path, notes: Iterable[Problem], adapters: Mapping[str, Adapter], trained: Mapping[str, Tensor]) -> None:
-    """Of what the file says and has no effect here, and of numbers that are none."""
+    """Warn of what the file says that has no effect here, and of NaN and infinity."""
     cores = {
         f"layers.{layer}.{key}": core for layer, each in adapters.items() for key, core in each.state_dict().items()
     }

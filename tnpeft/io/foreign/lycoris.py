@@ -1,4 +1,4 @@
-"""Reading LyCORIS's (and kohya's) adapters: LoCon, LoHa and LoKr, one alpha for each layer, and what trained beside."""
+"""Reading LyCORIS's (and kohya's) adapters: LoCon, LoHa and LoKr, an alpha for each layer, and what else trained."""
 
 from __future__ import annotations
 

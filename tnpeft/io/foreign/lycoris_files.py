@@ -1,4 +1,4 @@
-"""Writing LyCORIS files: for each layer what `create_lycoris_from_weights` makes the same module of again."""
+"""Writing LyCORIS files: for each layer tensors from which `create_lycoris_from_weights` makes the same module."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def lycoris_contents(path: Path, parts: Mapping[str, LayerUpdate], names: Mappin
 
 
 def one_alpha(parts: Mapping[str, LayerUpdate]) -> dict[str, LayerUpdate]:
-    """LoRAs of one alpha, the most frequent; what the others' is more or less goes into their cores.
+    """LoRAs with one alpha, the most frequent one; for others the ratio is multiplied into their cores.
 
-    diffusers loses the alpha of an attention's layer in a file of kohya's where it is not that of most layers.
+    diffusers loses an attention layer's alpha in a kohya file if it is not that of most layers.
     """
     loras = {name: part for name, part in parts.items() if part.topology == "lora" and part.scale}
     alphas = {name: part.scale * part.tensors["down"].shape[0] for name, part in loras.items()}
@@ -77,14 +77,14 @@ def one_alpha(parts: Mapping[str, LayerUpdate]) -> dict[str, LayerUpdate]:
 
 
 def comfyui_problems(parts: Mapping[str, LayerUpdate], layers: Mapping[str, Layer]) -> Iterator[Problem]:
-    """What ComfyUI would compute otherwise: its Kronecker product is of matrices and of two kernel axes alone."""
+    """What ComfyUI would compute differently: its Kronecker product takes only matrices and two kernel axes."""
     for name, layer in layers.items():
         if parts[name].topology in KRONS and layer.kind in ("Conv1d", "Conv3d"):
             yield Problem("ComfyUI's LoKr", "one of Linear, Conv2d", str(layer), MERGE, f"layer '{name}'")
 
 
 def comfyui_parts(parts: Mapping[str, LayerUpdate]) -> dict[str, LayerUpdate]:
-    """The same without cores for kernels but those of two axes, which are all that ComfyUI takes."""
+    """The same updates without kernel cores other than those of two axes, which are all that ComfyUI takes."""
     return {
         name: untuckered(part) if any(tensor.ndim in (3, 5) for tensor in part.tensors.values()) else part
         for name, part in parts.items()

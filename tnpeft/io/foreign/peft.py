@@ -1,4 +1,4 @@
-"""Reading PEFT's adapters: LoRA, LoHa and LoKr on layers, embeddings and parameters, with what trained beside."""
+"""Reading PEFT's adapters: LoRA, LoHa and LoKr on layers, embeddings and parameters, and what else trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing PEFT's folders: one method, one config, the rest by patterns."""
+"""Writing PEFT's folders: one method and one config, with patterns for layers that differ."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def beside_problems(
     modules: Mapping[str, nn.Module],
     base: Mapping[str, Tensor],
 ) -> Iterator[Problem]:
-    """Why PEFT has no place for what trains beside the cores: it knows biases beside LoRA, and whole modules."""
+    """Why PEFT has no place for what trains beside the cores: it can only have biases with LoRA, and whole modules."""
     biases = _biases(parts, trained)
     if biases and any(method_of(part) != "LORA" for part in parts.values()):
         yield trained_problem(biases, "no biases of adapted layers beside LoHa and LoKr")
@@ -133,9 +133,9 @@ def peft_contents(
     modules: Mapping[str, nn.Module],
     base: Mapping[str, Tensor],
 ) -> dict[Path, bytes]:
-    """The folder's files, the config last. Raises AdapterFileError for LoKr of sizes that one config cannot say.
+    """The folder's files, the config last. Raises AdapterFileError for LoKr sizes that one config cannot express.
 
-    `modules` are all modules by name, which PEFT looks for the targets among, `base` the base's tensors.
+    `modules` are all modules by name, among which PEFT looks for the targets; `base` has the base's tensors.
     """
     method, names = method_of(next(iter(parts.values()))), names_of_parameters(parts, modules)
     if method == "LOKR":
@@ -168,7 +168,7 @@ def peft_contents(
 
 
 def dropout_note(parts: Mapping[str, LayerUpdate], modules: Mapping[str, nn.Module]) -> Problem | None:
-    """What is said where training left out what PEFT's config has no word for."""
+    """The warning for dropout that PEFT's config cannot express."""
     left_out = [str(part.dropout) for part in parts.values() if part.dropout is not None]
     ((option, ours),) = PEFT_DROPOUTS[method_of(next(iter(parts.values())))].items()
     if not left_out or _dropout(parts, modules):
@@ -319,7 +319,7 @@ def pattern_of(name: str) -> str:
 
 
 def targets(names: list[str], modules: Collection[str]) -> list[str] | str:
-    """The layers by name, or as one expression where PEFT, which looks at the ends of names, would take others too."""
+    """The layers by name, or as one expression if PEFT, which compares the ends of names, would take others too."""
     if any(other not in names and other.endswith(f".{name}") for name in names for other in modules):
         return "|".join(re.escape(name) for name in names)
     return sorted(names)

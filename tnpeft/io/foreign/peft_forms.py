@@ -70,7 +70,7 @@ def written_names(
 
 
 def as_peft_has_it(part: LayerUpdate, layer: Layer, owner: nn.Module) -> LayerUpdate:
-    """The cores of a parameter's update the way round that PEFT takes it, those of a stack in one matrix each."""
+    """The cores of a parameter's update in PEFT's orientation; those of a stack in one matrix each."""
     up, down = part.tensors["up"], part.tensors["down"]
     if layer.turned != is_turned(layer.stored_shape, owner):
         up, down = down.mT, up.mT
@@ -86,7 +86,7 @@ def form_problems(
     modules: Mapping[str, nn.Module],
     parameters: Collection[str],
 ) -> Iterator[Problem]:
-    """Why PEFT cannot hold what stands on embeddings and parameters; `parameters` are all names of them."""
+    """Why PEFT cannot hold adapters of embeddings and parameters; `parameters` are all names of parameters."""
     those = names_of_parameters(parts, modules)
     owners = {_owner(name) for name in those}
     for name, part in parts.items():
@@ -134,9 +134,9 @@ def _parameter_fault(
 def saved_modules(
     names: Collection[str], parts: Mapping[str, LayerUpdate], modules: Mapping[str, nn.Module]
 ) -> tuple[list[str], list[Problem]]:
-    """The modules that PEFT saves whole for the sake of some tensors, and why it cannot.
+    """The modules that PEFT must save whole to save some tensors, and why it cannot.
 
-    It takes every module whose name ends with one of these, with a dot before that or none.
+    PEFT takes every module whose name ends with one of these, with or without a dot before it.
     """
     causes = {_owner(name): _owner(name) for name in names}  # of each module, the one that is meant
     more = dict(causes)

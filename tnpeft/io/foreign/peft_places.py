@@ -1,7 +1,7 @@
-"""Where PEFT's keys stand in a model: on a layer, an embedding, or a parameter of `target_parameters`.
+"""Which part of a model PEFT's keys mean: a layer, an embedding, or a parameter of `target_parameters`.
 
-PEFT wraps the module that owns such a parameter, once for each of several in the order of the module's own, so that
-`experts.lora_A` is the last one's, and `experts.base_layer.lora_A` that of the one before.
+PEFT wraps the module that owns such parameters once for each, in the order of the module's own. So `experts.lora_A`
+belongs to the last one, and `experts.base_layer.lora_A` to the one before.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _ROOT = "base_model.model."
 
 @dataclass(frozen=True)
 class Place:
-    """What one of PEFT's adapters stands on: the `name` that it has here, and the one by which PEFT looks up patterns.
+    """What one of PEFT's adapters adapts: its `name` here, and the name by which PEFT looks up patterns.
 
-    Parameters have an `orientation`. `by_parameter` is what `target_parameters` names, be it a layer's weight.
+    Parameters have an `orientation`. `by_parameter` says that `target_parameters` names it, even if it is a layer's
+    weight.
     """
 
     name: str
@@ -94,7 +95,7 @@ def _parameter(owner: str, key: str, pattern: str, module: nn.Module) -> Place:
 
 
 def orientation_in_peft(shape: Collection[int], owner: nn.Module) -> str | None:
-    """Which way round PEFT takes a parameter; None for one that it does not adapt."""
+    """The orientation in which PEFT takes a parameter; None for one that it does not adapt."""
     if len(shape) == 3:
         return "e i o" if is_turned(shape, owner) else "e o i"
     return "o i" if len(shape) == 2 else None
@@ -106,7 +107,7 @@ def is_turned(shape: Collection[int], owner: nn.Module) -> bool:
 
 
 def check_places(source: Source, places: Collection[Place], modules: Mapping[str, nn.Module]) -> None:
-    """Refuse what this library does not adapt, though the file does, all of it."""
+    """Raises AdapterFileError for all that the file adapts and tnpeft cannot."""
     problems = [*_parameter_problems((place for place in places if place.name not in modules), modules)]
     if problems:
         raise AdapterFileError(*in_file(source.path, problems))

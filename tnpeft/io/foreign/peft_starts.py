@@ -1,4 +1,4 @@
-"""LoRAs that PEFT started at a part of the weight, which it took out of the base: PiSSA and OLoRA, unconverted."""
+"""LoRAs that PEFT started at a part of the weight, which it subtracted from the base: unconverted PiSSA and OLoRA."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def started_at(
     layers: Mapping[str, Layer],
     parameters: Mapping[str, Tensor],
 ) -> dict[str, LayerUpdate]:
-    """The parts, with what PEFT subtracts from the base weight as their frozen copy where the config names a start.
+    """The parts; if the config names a start, their frozen copy is what PEFT subtracts from the base weight.
 
-    The copy is made of this model's weights, as PEFT makes it when it loads the file. The scale goes into the second
-    core: the spec has none. Raises AdapterFileError where PEFT's start is not known here.
+    The copy is made from this model's weights, as PEFT does when it loads the file. The scale is multiplied into the
+    second core, because the spec has none. Raises AdapterFileError if PEFT's start is not known here.
     """
     init = config.get("init_lora_weights")
     if config["peft_type"] != "LORA" or not isinstance(init, str) or init.lower() not in STARTS:

@@ -1,7 +1,7 @@
-"""Whether a pickle makes tuples that take for ever to hash, told from its instructions; nothing is made.
+"""Whether a pickle makes tuples that take for ever to hash, found from its instructions, without making anything.
 
-A tuple of twice the same tuple of twice the same tuple ... is a few bytes and twice the work for each storey. As a key
-of a dictionary it is hashed, which looks at every part again.
+A tuple of twice the same tuple of twice the same tuple ... takes a few bytes and doubles the work at each level. As a
+key of a dictionary it is hashed, which visits every part again.
 """
 
 from __future__ import annotations

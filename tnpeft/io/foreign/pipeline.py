@@ -26,8 +26,8 @@ def read_parts(
 ) -> Foreign:
     """What the file says of every part of the pipeline. Raises AdapterFileError.
 
-    Where diffusers' header has PEFT's config of a part, it says the scales; elsewhere the `alpha` of each layer
-    does, and without one the scale is 1.
+    If diffusers' header has PEFT's config of a part, it gives the scales; else the `alpha` of each layer does, and
+    without one the scale is 1.
     """
     parts: dict[str, LayerUpdate | TunerUpdate] = {}
     trained: dict[str, Tensor] = {}

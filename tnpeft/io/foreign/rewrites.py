@@ -1,4 +1,4 @@
-"""A part in the few shapes that another library's loader builds, computing the same update."""
+"""Rewriting a part into one of the few forms that another library's loader builds, with the same update."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def part_of(adapter: Adapter, where: str, gain: float) -> LayerUpdate | Problem:
-    """The part that an adapter is, its scale times `gain`; or why no other library has it, said of `where`."""
+    """The part that an adapter is, with its scale times `gain`; or, for `where`, why no other library has it."""
     network = adapter.network
     stack = len(network.layer.stack)  # 1 where the first axis of every core is the slices
     slices = network.slice_network or network
@@ -82,7 +82,7 @@ _WITHOUT_MID = {"locon_tucker": "lora", "loha_tucker": "loha", "lokr_tucker": "l
 
 
 def untuckered(part: LayerUpdate) -> LayerUpdate:
-    """The same without a core for the kernel: it goes into `down`, and the rank stays."""
+    """The same update without a kernel core: it is multiplied into `down`, and the rank stays."""
     if part.topology not in _WITHOUT_MID:
         return part
     tensors = dict(part.tensors)

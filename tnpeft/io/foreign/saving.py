@@ -56,21 +56,21 @@ def save_foreign(
 
     * `"peft"`: a folder for `PeftModel.from_pretrained`.
     * `"diffusers"`: a folder (or, where the path ends in `.safetensors`, a file) for a pipeline's
-      `load_lora_weights` and a model's `load_lora_adapter(path, prefix="unet", use_safetensors=True)`, whose own prefix
-      is "transformer" and own file a pickle; LoRA alone. Names begin with `unet.` for a class with UNet in its name,
+      `load_lora_weights` and a model's `load_lora_adapter(path, prefix="unet", use_safetensors=True)`, whose defaults
+      are the prefix "transformer" and a pickle. LoRA only. Names begin with `unet.` for a class with UNet in its name,
       else with `transformer.`.
     * `"lycoris"`: a safetensors file for `create_lycoris_from_weights`; names begin with `lycoris_`.
-    * `"kohya"`: the same with `lora_unet_`, which sd-scripts, LyCORIS's kohya network, ComfyUI and diffusers' pipelines
-      read, not its `load_lora_adapter`.
-    * `"comfyui"`: the same with `diffusion_model.` and the dots of the names.
+    * `"kohya"`: the same with `lora_unet_`. sd-scripts, LyCORIS's kohya network, ComfyUI and diffusers' pipelines read
+      it; diffusers' `load_lora_adapter` does not.
+    * `"comfyui"`: the same with `diffusion_model.`, and with dots in the names as the model has them.
 
-    `prefix` is another beginning of the names, "" for none. An `nn.ModuleDict` of a pipeline's parts (`unet` or
-    `transformer`, `te` or `text_encoder`, `te2`, ...) is written with the prefix of each.
+    `prefix` replaces the beginning of the names, "" for none. In an `nn.ModuleDict` of a pipeline's parts (`unet` or
+    `transformer`, `te` or `text_encoder`, `te2`, ...) each part gets the prefix of its own.
 
-    The model that the other library adapts computes what `model` computes. A spec of any name can be written
-    whose network is that of LoRA, LoCon, LoHa or LoKr, or for PEFT of a tuner of `tuner_rows`. Cores for the kernel,
-    unequal ranks and low-rank factors that the loader would not read are multiplied out; a LoRA with a frozen copy
-    becomes one of twice the rank; a scale from `activate` goes into the file's.
+    A model that the other library adapts with the file computes what `model` computes. A spec can be written, whatever
+    its name, if its network is that of LoRA, LoCon, LoHa or LoKr; for PEFT also if it is that of another tuner, listed
+    in docs/peft.md. Kernel cores, unequal ranks and low-rank factors that the loader cannot read are multiplied out. A
+    LoRA with a frozen copy becomes one of twice the rank. A scale from `activate` is multiplied into the file's.
 
     Raises AdapterFileError, before anything is written, for what the other library cannot hold.
     """

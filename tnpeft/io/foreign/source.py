@@ -50,9 +50,9 @@ _ADVICE = re.compile(r"\s*(?:Please|In order to|You can|If you)\b")
 class Source:
     """A file (or PEFT's folder) that was read, or the part of it that adapts one of several models.
 
-    `config` is PEFT's, from the file beside it or the header, `headers` those in the header by the prefix of the
-    keys that they are for. `written` has the keys that the file spells otherwise, as it has them; `place` is
-    where in the model the part belongs, with a dot behind.
+    `config` is PEFT's, from the file beside it or the header. `headers` are the configs in the header, by the prefix of
+    their keys. `written` has the file's spelling of keys that it spells differently. `place` is where in the model the
+    part belongs, with a dot at its end.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class Source:
 
 
 def open_source(path: Path, format: str | None) -> Source:  # noqa: A002 - the public argument's name
-    """Read a file; its keys say the format unless it is given. Raises AdapterFileError."""
+    """Read a file; its keys tell the format, unless it is given. Raises AdapterFileError."""
     if format is not None and format not in FORMATS:
         fix = "Leave `format` out to let the file's keys decide."
         raise refuse(path, "`format`", f"one of {', '.join(FORMATS)}", clip(format), fix)
@@ -203,7 +203,7 @@ def _some(texts: Iterable[str]) -> str:
 
 
 def tensor_problem(tensor: Tensor) -> str | None:
-    """Why a tensor of a pickle is not what its shape says; a few bytes may stand for gigabytes."""
+    """Why a tensor of a pickle has not the memory that its shape needs: a few bytes could claim to be gigabytes."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         return f"a {str(tensor.layout).removeprefix('torch.').replace('strided', 'quantised')} one"
     if tensor.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Keys as other libraries have spelled them over the years, in one spelling.
+"""The spellings of keys that other libraries have used over the years, brought to one.
 
 diffusers has written one LoRA in four ways, and ComfyUI reads all of them; PEFT's is the latest.
 """

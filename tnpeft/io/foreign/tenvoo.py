@@ -1,7 +1,7 @@
 """Reading the adapters of the TenVOO paper's code: TenVOO-L and -Q, its QuanTA, LoCon, LoHa and LoKr.
 
-A file holds the adapter alone (`save_peft`), or the whole adapted model's state dict. The alpha of
-LoCon, LoHa and LoKr is in neither; where the caller gives none it is that of the code, `rank // 4`.
+A file holds the adapter alone (`save_peft`), or the whole adapted model's state dict. Neither has the alpha of LoCon,
+LoHa and LoKr; if the caller gives none, it is that of the paper's code, `rank // 4`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The topologies that other libraries' files hold, and how to find them in a network.
 
-A core is known by what it is joined to, never by its name: a user's own spec of the same network is
-the same topology, whatever its cores and indices are called and however its cores are stored.
+A core is identified by what it is joined to, never by its name. So a user's own spec of the same network has the same
+topology, whatever the names of its cores and indices and the order of its axes.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _kron(name: str, small: str, large: str, inner: bool) -> Topology:
 def found_in(network: Network, topology: Topology) -> dict[str, tuple[str, tuple[int, ...]]] | None:
     """For each core of `topology`: the network's core and the order of its axes that gives the topology's legs.
 
-    None where the network is another one, contracts other tensors than it stores, or keeps only a part of its entries.
+    None if it is another network, contracts tensors other than those it stores, or keeps only a part of its entries.
     """
     plain = len(network.terms) == 1 and not network.factors and all(core.origin != "weight" for core in network.cores)
     if not plain or network.padded_shape != network.layer.weight_shape:

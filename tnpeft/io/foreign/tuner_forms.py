@@ -1,4 +1,4 @@
-"""How a tensor of one of PEFT's tuners lies in its file, and how the core lies that it is here."""
+"""The form of a tensor of one of PEFT's tuners in its file, and of the same core here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _INDEX = torch.int32
 
 @dataclass(frozen=True)
 class Form:
-    """The way from a file's tensor to a core's for one layer, and back; the core's own shape is given by its spec."""
+    """How to convert a file's tensor to a core of one layer, and back; the core's own shape is that of its spec."""
 
     read: Callable[[Tensor, Layer], Tensor]
     write: Callable[[Tensor, Layer], Tensor]

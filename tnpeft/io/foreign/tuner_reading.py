@@ -1,4 +1,4 @@
-"""Reading PEFT's files of the tuners that are rows of a table."""
+"""Reading PEFT's files of the tuners in the table `tuner_rows`."""
 
 from __future__ import annotations
 

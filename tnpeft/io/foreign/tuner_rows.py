@@ -1,4 +1,4 @@
-"""PEFT's tuners as rows of a table: which spec each is, and which tensor and option of its files each core and param.
+"""PEFT's tuners as rows of a table: the spec of each, and the tensors and options in its files for cores and params.
 
 A row is all that a tuner needs to be read (`tuner_reading`, `tuner_update`) and written (`tuner_writing`).
 """
@@ -357,5 +357,5 @@ METHODS = tuple(dict.fromkeys(row.method for row in TUNERS))
 
 
 def rows_of(method: object) -> tuple[Tuner, ...]:
-    """The forms of one of PEFT's methods; none of a method that is no row."""
+    """The forms of one of PEFT's methods; none for a method that is not in the table."""
     return tuple(row for row in TUNERS if row.method == method)

@@ -1,4 +1,4 @@
-"""What a row of the table of PEFT's tuners says (`tuner_rows` has the rows).
+"""The format of a row in the table of PEFT's tuners (`tuner_rows` has the rows).
 
 A row is all that a tuner needs to be read and written (`tuner_update`, `tuner_reading`, `tuner_writing`).
 """
@@ -25,8 +25,8 @@ Numbers = dict[str, float]
 class Slot:
     """A core and the end of its key in the file.
 
-    `item` is the core's place along the first axis of a tensor that holds several; `shared` says that the file has it
-    once for the model, as large as the largest layer needs it. `whole` numbers are places.
+    `item` is the core's place along the first axis of a tensor that holds several cores. `shared` says that the file
+    has it once for the model, as large as the largest layer needs. `whole` marks whole numbers, which are places.
     """
 
     core: str

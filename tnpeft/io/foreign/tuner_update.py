@@ -1,4 +1,4 @@
-"""One layer's update by one of PEFT's tuners, and the adapter that it is here."""
+"""One layer's update by one of PEFT's tuners, and the adapter that it becomes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def tuner_adapter(part: TunerUpdate, module: nn.Module | ParameterLayer, name: s
 
 
 def kind_problem(row: Tuner, layer: Layer) -> Problem | None:
-    """Why a tuner does not stand on a layer here, though PEFT's may."""
+    """Why a tuner cannot adapt a layer here, although PEFT's may."""
     plain = layer.kind in row.kinds and not layer.turned and layer.groups == 1 and not layer.slices
     if plain:
         return None
@@ -104,7 +104,7 @@ def _check_remade(part: TunerUpdate, module: nn.Module | ParameterLayer, network
 
 
 def differs(one: Tensor, other: Tensor, bound: float = 1e-4) -> bool:
-    """Whether two tensors are other numbers than rounding makes of the same."""
+    """Whether two tensors differ by more than rounding."""
     if one.shape != other.shape:
         return True
     largest = max(float(one.abs().max()), float(other.abs().max()))

@@ -1,4 +1,4 @@
-"""Writing PEFT's folders of the tuners that are rows of a table."""
+"""Writing PEFT's folders of the tuners in the table `tuner_rows`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _EXACT = 1e-6  # of the weight: how near to nothing the subtracted start must be
 
 
 def tuner_of(adapter: Adapter) -> Tuner | None:
-    """The row that an adapter's spec is, None where it is none."""
+    """The row of an adapter's spec, or None."""
     spec = adapter.network.spec
     for row in TUNERS:
         shipped = load_spec(row.spec)
@@ -142,7 +142,7 @@ def tuner_contents(
     base: Mapping[str, Tensor],
     gain: float,
 ) -> dict[Path, bytes]:
-    """The folder's files, the config last. Raises AdapterFileError for what differs where the config has one word."""
+    """The folder's files, the config last. Raises AdapterFileError if layers differ where the config has one value."""
     method = next(iter(rows.values())).method
     config: dict[str, Any] = {
         "peft_type": method,
@@ -255,7 +255,7 @@ def _plain(value: Any) -> Any:
 
 
 def tuner_dropout_note(rows: Mapping[str, Tuner | None], adapters: Mapping[str, Adapter]) -> Problem | None:
-    """What is said where training left out what PEFT's config has no word for."""
+    """The warning for dropout that PEFT's config cannot express."""
     left_out = [adapter.dropout for adapter in adapters.values() if adapter.dropout is not None]
     if not left_out or _one_dropout({name: row for name, row in rows.items() if row is not None}, adapters):
         return None
