@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import tnpeft
 from tnpeft.draw import draw_network
 from tnpeft.draw.diagram import diagram_of
 from tnpeft.draw.placing import place, place_near
@@ -295,6 +298,37 @@ def test_the_second_process_answers_refuses_and_is_replaced():
         assert str(refusal.value).startswith("the kind of layer: expected one of Linear")
         background.stop()
         assert await background.ask("costs", NEW, trial) == answer
+        await background.close()
+
+    asyncio.run(run())
+
+
+NOISY = """\
+import json, sys
+sys.stdout.write('{"number": 0}\\n[1]\\nhello')
+loads = json.loads
+def said(text):
+    print("a library's warning", end="")
+    return loads(text)
+json.loads = said
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [NOISY, "print('x' * 2**25, end='', flush=True)"], ids=["lines", "no end"])
+def test_what_a_library_prints_is_no_answer_and_ends_nothing(noise: str, tmp_path: Path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(noise)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(tnpeft.__file__).parents[1])]))
+    trial = Trial("Linear", 12, 8)
+
+    async def run() -> None:
+        background = Background()
+        if noise == NOISY:
+            expected = computed("costs", NEW, trial, LivePicture())
+            assert [await background.ask("costs", NEW, trial) for _ in range(2)] == [expected] * 2
+        else:
+            with pytest.raises(Refused, match="The process that computes it ended."):
+                await background.ask("costs", NEW, trial)
         await background.close()
 
     asyncio.run(run())
