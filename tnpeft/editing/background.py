@@ -91,7 +91,7 @@ class Background:
         try:
             while line := await process.stdout.readline():
                 found = _answer(line)
-                number = found.get("number")
+                number = found.get("number", -1)
                 self._busy.pop(number, None)
                 if (answer := self._waiting.get(number)) is not None and not answer.done():
                     answer.set_result(found)
