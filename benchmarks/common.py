@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 PACKAGES = ("tnpeft", "torch", "numpy", "cotengra", "opt_einsum", "networkx", "monai", "peft", "lycoris-lora")
+PACKAGES += ("matplotlib", "nicegui")
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from packages import packages_after
 from terminal import mistakes
 
 from tnpeft import errors
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_without_the_extra_the_line_for_pip_is_said(monkeypatch: pytest.MonkeyPatch):
@@ -43,5 +40,4 @@ def test_a_layer_for_the_language_server_is_read_first(monkeypatch: pytest.Monke
 
 
 def test_the_package_loads_no_page():
-    code = "import sys, tnpeft, tnpeft.cli.app; assert not {'nicegui', 'pygls', 'fastapi'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert not {"nicegui", "pygls", "fastapi"} & packages_after("import tnpeft, tnpeft.cli.app")

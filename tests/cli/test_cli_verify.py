@@ -232,6 +232,18 @@ def test_ctrl_c_in_a_process(tmp_path: Path):
     assert " of 5000 (interrupted) in " in said
 
 
+@pytest.mark.skipif(os.name != "posix", reason="how a process ends")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_at_the_very_end_is_no_traceback(ignored: bool):
+    """As where torch is taken down meanwhile. A caller that has interrupts ignored (`nohup`, `&`) has them so here."""
+    late = "import atexit, os, signal; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    given = "signal.signal(signal.SIGINT, signal.SIG_IGN)" if ignored else "pass"
+    command = [sys.executable, "-c", f"{late}; {given}; from tnpeft.cli import main; main()", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.stdout, done.stderr) == (f"tnpeft {tnpeft.__version__}\n", "")
+    assert done.returncode == (0 if ignored else -signal.SIGINT)
+
+
 def test_a_program_that_verifies_keeps_its_ctrl_c():
     with pytest.raises(KeyboardInterrupt):
         verify("lora", examples=3, layer=tnpeft.Layer("Linear", 4, 6), advice=False, progress=Interrupted(1))

@@ -279,6 +279,8 @@ def test_shipped_files_are_told_without_the_place_of_installation():
         ("nets.py:build(3)", "Write a function without arguments that returns `build(3)`, and name that."),
         ("/there/nets.py:build", "Run it in its folder and write `nets:build`."),
         ("../there/nets.py:build", "Run it in the folder '../there' and write `nets:build`."),
+        ("nets.build", "Write `nets:build`."),
+        ("package.nets.build()", "Write `package.nets:build`."),
         ("nets.py", "Write `nets:NAME`, NAME being the function or class that makes the model."),
         ("nets", "Write it like `my_package.models:build_unet`, or one of monai:ddpm-paper, monai:maisi, "
                  "monai:maisi-controlnet."),

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from networks import hyperedge, make_network, network_of_graph, networks
 from small import quick_if
 from terminal import data, mistakes, run, text
@@ -174,7 +176,7 @@ def test_real_text_keeps_clear(name: str):
     renderer = figure.canvas.get_renderer()
     to_inches = figure.dpi_scale_trans.inverted()
     every = [
-        (found.get_gid(), found.get_window_extent(renderer).transformed(to_inches)) for found in figure.axes[0].texts
+        (found.get_gid(), found.get_window_extent(renderer).transformed(to_inches)) for found in figure.findobj(Text)
     ]
     boxes = [box for name, box in every if name]
     assert len(boxes) == len(scene.labels)
@@ -348,7 +350,7 @@ def test_without_a_layer_labels_are_names():
 
 def test_thickness_grows_with_size():
     network = make_network({"a": "o r", "b": "r i"}, "o i", {"o": 64, "i": 2, "r": 8})
-    lines = figure_of(page_of(network, True)).axes[0].lines
+    lines = figure_of(page_of(network, True)).findobj(Line2D)
     assert [line.get_linewidth() for line in lines] == pytest.approx([2.35, 4.0, 1.25])
 
 
@@ -575,3 +577,15 @@ def test_draw_says_what_is_wrong(tmp_path: Path):
     assert mistakes("draw", "tenvool", "-o", tmp_path / "x.svg")[0].endswith("Did you mean `tenvoo_l`?")
     assert len(mistakes("draw", "lora", "-o", tmp_path / "x.svg", "--set", "rank=3")) == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "file"]
+
+
+@pytest.mark.parametrize("name", ["tenvoo_l", "loha", "hra"])
+def test_lines_are_drawn_by_few_points_and_look_the_same(name: str):
+    (scene, *_) = (panel[0] for panel in draw_network(name).page.panels)
+    for stroke in scene.strokes:
+        start, way = stroke.thinned[:-1, None], np.diff(stroke.thinned, axis=0)[:, None]
+        along = np.clip(((stroke.path - start) * way).sum(-1) / (way**2).sum(-1), 0, 1)
+        away = np.hypot(*np.moveaxis(start + along[..., None] * way - stroke.path, -1, 0)).min(0)
+        assert away.max() < 0.002, "inches"
+        straight = np.allclose(np.linspace(stroke.path[0], stroke.path[-1], len(stroke.path)), stroke.path, atol=1e-4)
+        assert (len(stroke.thinned) == 2) == straight

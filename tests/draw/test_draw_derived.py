@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from matplotlib.patches import RegularPolygon
+from matplotlib.text import Text
 
 import tnpeft
 from tnpeft.draw import Picture, Quality, draw_network
@@ -47,7 +48,7 @@ def test_a_core_with_other_legs_is_the_same_core_again():
 
 def test_derived_cores_are_hexagons_that_hold_all_lines():
     picture = draw_network("oft")
-    hexagons = [patch for patch in figure_of(picture.page).axes[0].patches if isinstance(patch, RegularPolygon)]
+    hexagons = figure_of(picture.page).findobj(RegularPolygon)
     assert all(patch.numvertices == 6 for patch in hexagons)
     (scene, _, _) = picture.page.panels[0]
     (disc,) = (disc for disc in scene.discs if disc.node.derived)
@@ -60,7 +61,7 @@ def test_index_cores_stand_below_the_arrow_of_the_map_that_reads_them():
     ((arrow, x, y),) = picture.page.arrows
     assert arrow.indices == ("places",)
     assert "index" in legend_of(picture)
-    texts = {text.get_text(): text.get_position() for text in figure_of(picture.page).axes[0].texts}
+    texts = {text.get_text(): text.get_position() for text in figure_of(picture.page).findobj(Text)}
     below, above = texts["places"], texts["scatter(n -> o i k..., at=places)"]
     assert below[0] == above[0] == pytest.approx(x + arrow.width / 2)
     assert below[1] < y < above[1]

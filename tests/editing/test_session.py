@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import tnpeft
 from tnpeft.draw import draw_network
 from tnpeft.draw.diagram import diagram_of
 from tnpeft.draw.placing import place, place_near
@@ -21,7 +24,7 @@ from tnpeft.editing.live_picture import LivePicture
 from tnpeft.editing.reading import read_spec
 from tnpeft.editing.session import Session, Slow, View
 from tnpeft.editing.tables import cores_html, costs_html, directions_html, mistakes_html, spread_html, summary_html
-from tnpeft.editing.trial import Trial, params_of, typical_trial
+from tnpeft.editing.trial import Trial, number_of, params_of, typical_trial, which_are_whole
 from tnpeft.errors import BindError, TnpeftError
 from tnpeft.network import Layer, Spec, load_spec
 from tnpeft.verify.case import Case
@@ -201,6 +204,23 @@ def test_trials_survive_json():
     assert Trial.on(trial.layer()) == Trial("Conv3d", 8, 6, "3x3x1", 2)
 
 
+def test_sliders_of_whole_params_give_whole_numbers():
+    spec = Spec.from_yaml(NEW.replace("{r: 4}", "{r: 4, alpha: 0.5, beta: r}") + "scale: alpha * beta / r\n")
+
+    def params(**tried: float) -> tuple[Any, ...]:
+        trial = Trial("Linear", 12, 8, params=tried)
+        return params_of(spec.bind(trial.layer(), **tried), trial)
+
+    whole = which_are_whole(params(), {})
+    assert whole == {"r": True, "alpha": False, "beta": True}
+    assert which_are_whole(params(beta=0.5, alpha=2), whole) == whole, "tried, not written"
+    changed = Spec.from_yaml(spec.text.replace("alpha: 0.5", "alpha: 1"))
+    network = changed.bind(Trial("Linear", 12, 8).layer())
+    assert which_are_whole(params_of(network, Trial()), whole)["alpha"]
+    assert [repr(number_of(value, True)) for value in (5, 5.0, 5.5)] == ["5", "5", "5.5"]
+    assert [repr(number_of(value, False)) for value in (5, 5.5)] == ["5.0", "5.5"]
+
+
 @pytest.mark.parametrize(
     ("trial", "said"),
     [
@@ -295,6 +315,37 @@ def test_the_second_process_answers_refuses_and_is_replaced():
         assert str(refusal.value).startswith("the kind of layer: expected one of Linear")
         background.stop()
         assert await background.ask("costs", NEW, trial) == answer
+        await background.close()
+
+    asyncio.run(run())
+
+
+NOISY = """\
+import json, sys
+sys.stdout.write('{"number": 0}\\n[1]\\nhello')
+loads = json.loads
+def said(text):
+    print("a library's warning", end="")
+    return loads(text)
+json.loads = said
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [NOISY, "print('x' * 2**25, end='', flush=True)"], ids=["lines", "no end"])
+def test_what_a_library_prints_is_no_answer_and_ends_nothing(noise: str, tmp_path: Path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(noise)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(tnpeft.__file__).parents[1])]))
+    trial = Trial("Linear", 12, 8)
+
+    async def run() -> None:
+        background = Background()
+        if noise == NOISY:
+            expected = computed("costs", NEW, trial, LivePicture())
+            assert [await background.ask("costs", NEW, trial) for _ in range(2)] == [expected] * 2
+        else:
+            with pytest.raises(Refused, match=r"The process that computes it ended\."):
+                await background.ask("costs", NEW, trial)
         await background.close()
 
     asyncio.run(run())

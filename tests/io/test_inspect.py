@@ -49,8 +49,10 @@ def test_a_file_of_ours(tmp_path, monkeypatch):
         "name              adni",
         "scale             0.5",
         "specs             lora",
+        "language          1",
         f"library           tnpeft {tnpeft.__version__}",
         "file format       4",
+        "dtype             float32",
         "layers            2",
         "parameters        152 train",
         "trained: bias     0.bias, 2.bias",
@@ -125,6 +127,66 @@ def test_other_libraries_files(tmp_path, monkeypatch):
     assert (found.format, [layer.spec for layer in found.layers]) == ("lycoris", ["LoHa"])
 
 
+def test_ranks_alphas_shapes_types_and_headers_of_other_libraries(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = adapted("lora", "line|conv2", r=2, alpha=3)
+    tnpeft.save_foreign(model, "kohya.safetensors", "kohya")
+    tensors = {key: value.bfloat16() if "up" in key else value for key, value in load_file("kohya.safetensors").items()}
+    header = {"format": "pt", "ss_network_dim": "2", "ss_tags": "x" * 99}
+    save_file(tensors, "kohya.safetensors", header)
+    assert text("inspect", "kohya.safetensors").splitlines()[1:] == [
+        "",
+        "layer            weight           spec  params       trains  frozen",
+        "lora_unet_conv2  24 x 20 x 3 x 2  LoRA  r=2 alpha=3     288       0",
+        "lora_unet_line   18 x 12          LoRA  r=2 alpha=3      60       0",
+        "",
+        "dtype             float32 (4), bfloat16 (2)",
+        "layers            2",
+        "parameters        348 train",
+        f"metadata          2: ss_network_dim=2, ss_tags={'x' * 35}...",
+    ]
+    found = tnpeft.inspect("kohya.safetensors")
+    assert (found.metadata, found.dtypes) == (
+        {key: value for key, value in header.items() if key != "format"},
+        {"bfloat16": 2, "float32": 4},
+    )
+    tnpeft.save_foreign(model, "theirs", "diffusers")
+    lines = text("inspect", "theirs").splitlines()
+    assert lines[2:9] == [
+        "layer              weight           spec  params  trains  frozen",
+        "transformer.conv2  24 x 20 x 3 x 2  LoRA  r=2        288       0",
+        "transformer.line   18 x 12          LoRA  r=2         60       0",
+        "",
+        "transformer.peft type       LORA",
+        "transformer.r               2",
+        "transformer.lora alpha      2",
+    ]
+    save_file(load_file("theirs/pytorch_lora_weights.safetensors"), "bare.safetensors")
+    assert "alpha             not told: the rank" in text("inspect", "bare.safetensors").splitlines()
+    for spec, name in (("loha", "LoHa"), ("lokr", "LoKr")):
+        tnpeft.save_foreign(adapted(spec, "line"), f"{spec}.safetensors", "lycoris")
+        (layer,) = tnpeft.inspect(f"{spec}.safetensors").layers
+        assert (layer.spec, layer.weight, "alpha" in layer.params) == (name, None, True)
+        assert layer.trained == sum(
+            tensor.numel() for key, tensor in load_file(f"{spec}.safetensors").items() if not key.endswith("alpha")
+        )
+
+
+def test_a_file_that_was_fitted_without_a_model_says_as_what(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        save_file(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(8, 6)).state_dict(), f"{name}.safetensors")
+    options = ("--spec", "lora", "--match", "0|1", "-o", "fitted.safetensors", "--quiet")
+    assert run("fit", "base.safetensors", "tuned.safetensors", *options).exit_code == 0
+    assert text("inspect", "fitted.safetensors").splitlines()[2:5] == [
+        "layer  weight         taken for          spec  params       mode  trains  frozen",
+        "0      8 x 4 x 3 x 3  Conv2d(4, 8, 3x3)  lora  r=4 alpha=4  auto     176       0",
+        "1      6 x 8          Linear(8, 6)       lora  r=4 alpha=4  auto      56       0",
+    ]
+    assert data("inspect", "fitted.safetensors")["layers"][1]["fitted_as"] == "Linear(8, 6)"
+
+
 def test_checkpoints_and_what_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_file({"a.weight": torch.ones(2, 3)}, "base.safetensors")
@@ -134,6 +196,7 @@ def test_checkpoints_and_what_is_none(tmp_path, monkeypatch):
         assert text("inspect", name).splitlines() == [
             f"{name}: a checkpoint, not an adapter, {size:,} bytes",
             "",
+            "dtype             float32",
             "other tensors     1, 6 elements: a.weight",
         ]
     Path("lora.yaml").write_text("tnpeft: 1\n")

@@ -96,7 +96,7 @@ def test_what_cannot_be_adapted_is_skipped_and_reported(model, tmp_path):
         "cores 26",
         "skipped: 'attn.out_proj', 'conv' (complex64)",
         f"skipped: 'small', 'again' ({GAPS})",
-        "passed over, of kinds that the spec does not take: 1 Embedding",
+        "passed over, of kinds that `all` does not take: 1 Embedding",
     ]
     assert json.loads(json.dumps(report.as_dict()))["skipped"] == report.skipped
     tnpeft.save(model, tmp_path / "a.safetensors")
@@ -108,7 +108,7 @@ def test_kinds_that_are_passed_over_and_fused_attention_are_told(model, tmp_path
     report = tnpeft.attach(model, "quanta", match="all").report()
     assert report.passed == {"Embedding": 1, "Conv1d": 1, "LSTM": 1}
     assert report.notes[-2:] == [
-        "passed over, of kinds that the spec does not take: 1 Embedding, 1 Conv1d, 1 LSTM",
+        "passed over, of kinds that `all` does not take: 1 Embedding, 1 Conv1d, 1 LSTM",
         "left out: q, k and v of 'attn' (MultiheadAttention: out_proj alone is adapted)",
     ]
     assert json.loads(json.dumps(report.as_dict()))["passed"] == report.passed
@@ -135,10 +135,10 @@ def test_layers_of_other_libraries_are_told_once():
         return nn.Sequential(nn.Linear(2, 2), Conv1D(), Conv1D(), nn.LayerNorm(2), nn.Bilinear(2, 2, 2))
 
     report = tnpeft.attach(model_of(__name__), "lora", match="all").report()
-    assert report.notes == [f"passed over, of kinds that the spec does not take: 2 Conv1D of {__name__}, 1 Bilinear"]
+    assert report.notes == [f"passed over, of kinds that `all` does not take: 2 Conv1D of {__name__}, 1 Bilinear"]
     report = tnpeft.attach(model_of("transformers.pytorch_utils"), "lora", match="all").report()
     assert report.notes == [
-        "passed over, of kinds that the spec does not take: 1 Bilinear",
+        "passed over, of kinds that `all` does not take: 1 Bilinear",
     ]
     assert [row.layer for row in report.layers] == ["Linear(2, 2)", *["Linear(2, 2, turned, opaque)"] * 2]
 

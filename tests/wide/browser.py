@@ -26,6 +26,23 @@ FLAGS = (
     "disable-component-update", "disable-sync", "hide-scrollbars", "force-color-profile=srgb",
 )  # fmt: skip
 ROOT = Path(__file__).parents[2]
+KEYSTROKES = """
+const [count, done] = arguments;
+const view = getElement(window.tnEditor).editor, image = document.querySelector(".tn-picture img");
+const sleep = (time) => new Promise((resolve) => setTimeout(resolve, time));
+(async () => {
+  const times = [];
+  for (let number = 0; number < count; number++) {
+    const at = view.state.doc.toString().indexOf("{r: ") + 4, before = image.src, start = performance.now();
+    view.dispatch({ changes: { from: at, to: at + 1, insert: String(2 + (number % 6)) } });
+    while (image.src === before) await sleep(2);
+    await new Promise(requestAnimationFrame);
+    times.push(performance.now() - start);
+    await sleep(400);
+  }
+  done(times);
+})();
+"""
 SECONDS = 60.0  # on a machine that others use too
 
 
@@ -152,6 +169,11 @@ class Browser:
         from selenium.webdriver.common.keys import Keys
 
         ActionChains(self.driven).key_down(Keys.CONTROL).send_keys(key).key_up(Keys.CONTROL).perform()
+
+    def keystrokes(self, count: int) -> list[float]:
+        """Milliseconds until a picture is painted, for so many changes of a digit of `{r: 4}`."""
+        self.driven.set_script_timeout(30 + 10 * count)
+        return [float(time) for time in self.driven.execute_async_script(KEYSTROKES, count)]
 
     def outside(self, address: str) -> list[str]:
         """What was asked for elsewhere than below the page's address."""

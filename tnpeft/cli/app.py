@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, ParamSpec
@@ -47,7 +48,11 @@ def main() -> None:
     columns = columns_of(sys.stdout)
     if columns is not None and columns < NARROW:
         app.rich_markup_mode = None  # frames and columns beside each other take room
-    app(terminal_width=columns)
+    try:
+        app(terminal_width=columns)
+    finally:  # another Ctrl-C ends the process, and is not told by a traceback of what torch does at its end
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _print_version(asked: bool) -> None:

@@ -9,7 +9,7 @@ __all__ = ["inspect_file"]
 
 def inspect_file(output: Output, name: str, as_json: bool) -> None:
     """Print what is in a file: a row for each adapted layer, then the rest line by line."""
-    from tnpeft.io.inspecting import COLUMNS, inspect
+    from tnpeft.io.inspecting import inspect
 
     found = inspect(name)
     if as_json:
@@ -18,9 +18,7 @@ def inspect_file(output: Output, name: str, as_json: bool) -> None:
     output.say(found.title)
     if found.layers:
         output.say()
-        output.show(table("", COLUMNS, (layer.row for layer in found.layers)))
+        output.show(table("", found.columns, found.rows))
     output.say()
-    for fact, text in found.facts.items():
-        output.say(f"{fact:<18}{text}")
-    for problem in found.problems:
-        output.say(problem)
+    for line in (*found.lines, *found.problems):
+        output.say(line)

@@ -86,8 +86,11 @@ def _factory(text: str, option: str = "--model") -> Callable[[], Any]:
 
 
 def _as_module(text: str) -> str:
-    """The path of a Python file, or a call, as `module:factory`; empty for other texts."""
-    place, _, name = text.partition(":")
+    """The path of a Python file, a dotted name or a call as `module:factory`; empty for other texts."""
+    place, colon, name = text.partition(":")
+    parts = place.removesuffix("()").split(".")
+    if not colon and len(parts) > 1 and parts[-1] != "py" and all(map(str.isidentifier, parts)):
+        return f"Write `{'.'.join(parts[:-1])}:{parts[-1]}`."
     name = name.strip(":").removesuffix("()")
     called, bracket, _ = name.partition("(")
     if bracket and called.isidentifier():
@@ -98,11 +101,11 @@ def _as_module(text: str) -> str:
         return ""
     name = name or "NAME"
     naming = ", NAME being the function or class that makes the model" if name == "NAME" else ""
-    parts = path.with_suffix("").parts if path.suffix == ".py" else path.parts
-    if path.is_absolute() or ".." in parts:
+    steps = path.with_suffix("").parts if path.suffix == ".py" else path.parts
+    if path.is_absolute() or ".." in steps:
         folder = "its folder" if path.is_absolute() else f"the folder {str(path.parent)!r}"
-        return f"Run it in {folder} and write `{parts[-1]}:{name}`{naming}."
-    return f"Write `{'.'.join(parts)}:{name}`{naming}."
+        return f"Run it in {folder} and write `{steps[-1]}:{name}`{naming}."
+    return f"Write `{'.'.join(steps)}:{name}`{naming}."
 
 
 def _import(name: str, text: str) -> object:

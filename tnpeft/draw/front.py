@@ -60,10 +60,7 @@ def draw_front(points: Sequence[Point], others: Sequence[Point] = (), step_title
         figure = Figure(figsize=(_WIDTH, _PLOT + above), facecolor="white")
         FigureCanvasAgg(figure)
         if strip is not None:
-            axes = figure.add_axes((0, _PLOT / (_PLOT + above), 1, above / (_PLOT + above)))
-            axes.set(xlim=(0, strip.width), ylim=(0, strip.height))
-            axes.axis("off")
-            draw_page(axes, strip)
+            draw_page(figure, strip, _PLOT)
         width = (_WIDTH - _LEFT - _RIGHT - _BETWEEN * (len(panels) - 1)) / len(panels)
         limits = _limits([*points, *others])
         for number, (title, cost) in enumerate(panels):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Box", "Choice", "Obstacles", "choose", "overlap"]
+__all__ = ["Box", "Choice", "Obstacles", "choose", "contains", "overlap"]
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top in inches
 Points = NDArray[np.float64]  # (n, 2)
@@ -112,7 +112,7 @@ def _own_prices(choices: Sequence[Choice], obstacles: Obstacles) -> Points:
         away_y = np.maximum(np.maximum(boxes[:, 1] - y, y - boxes[:, 3]), 0)
         price += _HARD * (np.hypot(away_x, away_y) < radius)
     for line in obstacles.lines:
-        price += _LABEL_ON_LINE * _contains(boxes, line).any(1)
+        price += _LABEL_ON_LINE * contains(boxes, line).any(1)
     if all(choice.tail is None for choice in choices):
         return price
     tails = np.array([choice.tail for choice in choices])  # an item's choices all have a tail, or none has
@@ -123,7 +123,8 @@ def _own_prices(choices: Sequence[Choice], obstacles: Obstacles) -> Points:
     return price
 
 
-def _contains(boxes: Points, points: Points) -> NDArray[np.bool_]:
+def contains(boxes: Points, points: Points) -> NDArray[np.bool_]:
+    """Which boxes have which points inside."""
     x, y = points[None, :, 0], points[None, :, 1]
     left, bottom, right, top = (boxes[:, side, None] for side in range(4))
     return (left < x) & (x < right) & (bottom < y) & (y < top)
@@ -151,21 +152,25 @@ def _pair_prices(choices: Sequence[Choice]) -> Points:
         return price
     tails = np.array([choices[number].tail for number in numbers])  # (t, samples, 2)
     low, high = tails.min(1), tails.max(1)
-    over = ((boxes[:, None, :2] < high) & (low < boxes[:, None, 2:])).all(-1)  # only these are compared point by point
+    near = (boxes[:, None, :2] < high) & (low < boxes[:, None, 2:])
+    over = near[..., 0] & near[..., 1]  # only these are compared point by point
     at, tail = np.nonzero(over)
     x, y = np.moveaxis(tails[tail], -1, 0)
     left, bottom, right, top = boxes[at].T[..., None]
-    over[at, tail] = ((left < x) & (x < right) & (bottom < y) & (y < top)).any(1)
-    price[:, numbers] += _TAIL_ON_LABEL * over
-    price[numbers, :] += _TAIL_ON_LABEL * over.T
-    price[np.ix_(numbers, numbers)] += _TAIL_ON_LINE * _close_pairs(tails)
+    inside = ((left < x) & (x < right) & (bottom < y) & (y < top)).any(1)
+    at, tail = at[inside], np.array(numbers)[tail[inside]]
+    price[at, tail] += _TAIL_ON_LABEL
+    price[tail, at] += _TAIL_ON_LABEL
+    one, other = (np.array(numbers)[ends] for ends in np.nonzero(_close_pairs(tails)))
+    price[one, other] += _TAIL_ON_LINE
     return price
 
 
 def _close_pairs(tails: Points) -> NDArray[np.bool_]:
     """Which two open legs come too near to each other; each does to itself."""
     low, high = tails.min(1), tails.max(1)
-    near = ((high[:, None] >= low - _TAIL_GAP) & (low[:, None] <= high + _TAIL_GAP)).all(-1)
+    near = (high[:, None] >= low - _TAIL_GAP) & (low[:, None] <= high + _TAIL_GAP)
+    near = near[..., 0] & near[..., 1]  # `all` over so short an axis is slow
     one, other = np.nonzero(np.triu(near))
     close = np.zeros(near.shape, dtype=bool)
     for begin in range(0, len(one), _AT_ONCE):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -11,9 +10,9 @@ import numpy as np
 
 from tnpeft.draw.crowd import quality_of_many
 from tnpeft.draw.diagram import Diagram, Node
-from tnpeft.draw.labels import Box, Choice, Obstacles, Points, choose, overlap
+from tnpeft.draw.labels import Box, Choice, Obstacles, Points, choose, contains, overlap
 from tnpeft.draw.objective import ASPECT, bulge
-from tnpeft.draw.shapes import Disc, Label, Quality, Scene, Stroke
+from tnpeft.draw.shapes import Disc, Label, Quality, Scene, Stroke, cross_product
 from tnpeft.draw.text import clean, fitted, text_size
 
 __all__ = ["LABEL_POINTS", "Disc", "Label", "Quality", "Scene", "Stroke", "scene_of"]
@@ -25,9 +24,9 @@ _SCALES = (1.0, 1.12, 1.25, 1.4, 1.6, 1.9, 2.3, 2.8, 3.4, 4.2)
 _SEVERAL, _MANY, _MOST_NAMED = 35, 120, 400
 _MOST_POINTS, _POINTS_OF_MANY = 500, 12  # of a line, and where there are many
 _ENOUGH = 1.6  # from here on labels may stand on lines, if they must
-_POINTS_OF_CURVE = 40
 _STEP = 0.03  # between two points of a line
-_TOLERANCE = 1e-6  # of a piece of a line
+_TOLERANCE = 1e-6  # of a piece of a line, at its ends
+_NEAR = 1e-4  # inches between the boxes of lines that may meet
 _STUBS, _STUB_FROM_DOT, _DIRECTIONS = (0.2, 0.45, 0.8), 0.16, 24
 _STEP_OF_FAN = math.radians(30)  # between two open legs of one core
 _WAY = {"in": math.pi, "out": 0.0, "kernel": -math.pi / 2, "inner": math.pi / 2}  # where the open legs of a role point
@@ -173,20 +172,24 @@ def _ways(diagram: Diagram) -> list[float]:
     return ways
 
 
+_ANGLES = tuple(2 * math.pi * number / _DIRECTIONS for number in range(_DIRECTIONS))
+_UNITS = tuple(np.array([math.cos(angle), math.sin(angle)]) for angle in _ANGLES)
+
+
 def _stub_choices(disc: Disc, liked: float, text: str, lengths: Sequence[float]) -> list[Choice]:
     """An open leg in any direction, with its label at the end; short, and near the direction that it likes."""
     width, height = text_size(text, LABEL_POINTS)
+    centre = np.array([disc.x, disc.y])
+    begin = max(disc.radius + 0.02, _STUB_FROM_DOT)
     choices = []
-    for rank, number in itertools.product(range(len(lengths)), range(_DIRECTIONS)):
-        angle = 2 * math.pi * number / _DIRECTIONS
-        away = abs(math.remainder(angle - liked, 2 * math.pi))
-        way = np.array([math.cos(angle), math.sin(angle)])
-        begin = max(disc.radius + 0.02, _STUB_FROM_DOT)
-        end = max(disc.radius, 0.1) + lengths[rank]
-        tail = np.array([disc.x, disc.y]) + np.linspace(begin, end, 8)[:, None] * way
-        gap = end + abs(way[0]) * width / 2 + abs(way[1]) * height / 2 + 0.03
-        box = _box(np.array([disc.x, disc.y]) + gap * way, width, height)
-        choices.append(Choice(box, tail, 2.0 * away**2 + 1.5 * rank))
+    for rank, length in enumerate(lengths):
+        end = max(disc.radius, 0.1) + length
+        along = np.linspace(begin, end, 8)[:, None]
+        for angle, way in zip(_ANGLES, _UNITS, strict=True):
+            away = abs(math.remainder(angle - liked, 2 * math.pi))
+            gap = end + abs(way[0]) * width / 2 + abs(way[1]) * height / 2 + 0.03
+            box = _box(centre + gap * way, width, height)
+            choices.append(Choice(box, centre + along * way, 2.0 * away**2 + 1.5 * rank))
     return choices
 
 
@@ -203,19 +206,27 @@ def _from_disc(tail: Points, disc: Disc) -> Points:
 
 
 def _quality(discs: Sequence[Disc], strokes: Sequence[Stroke], labels: Sequence[Label]) -> Quality:
-    through = sum(
-        bool((np.hypot(*(stroke.path - (disc.x, disc.y)).T) < disc.radius).any())
-        for stroke in strokes
-        for number, disc in enumerate(discs)
-        if number not in stroke.ends
-    )
     boxes = [label.box for label in labels]
     overlaps = sum(overlap(one, other) for number, one in enumerate(boxes) for other in boxes[number + 1 :])
     overlaps += sum(_on_disc(box, disc) for box in boxes for disc in discs)
-    crossed = sum(_inside(stroke.path, box) for stroke in strokes for box in boxes)
-    paths = [_thinned(stroke.path) for stroke in strokes]
-    crossings = sum(_cross(one, other) for number, one in enumerate(paths) for other in paths[number + 1 :])
-    return Quality(crossings, through, overlaps, crossed)
+    through, crossed = 0, 0
+    rounds, sides = np.array([(disc.x, disc.y, disc.radius) for disc in discs]), np.array(boxes).reshape(-1, 4)
+    for stroke in strokes:
+        away = stroke.path[None] - rounds[:, None, :2]
+        met = (np.hypot(away[..., 0], away[..., 1]) < rounds[:, None, 2]).any(1)
+        met[list(stroke.ends)] = False
+        through += int(met.sum())
+        crossed += int(contains(sides, stroke.path).any(1).sum())
+    return Quality(_crossings([stroke.thinned for stroke in strokes]), through, overlaps, crossed)
+
+
+def _crossings(paths: Sequence[Points]) -> int:
+    """Pairs of lines that meet; only those whose boxes do are looked at piece by piece."""
+    if not paths:
+        return 0
+    low, high = (np.array([side(path, axis=0) for path in paths]) for side in (np.min, np.max))
+    near = ((low[:, None] <= high[None] + _NEAR) & (low[None] <= high[:, None] + _NEAR)).all(-1)
+    return sum(_cross(paths[one], paths[other]) for one, other in zip(*np.nonzero(np.triu(near, 1)), strict=True))
 
 
 def _on_disc(box: Box, disc: Disc) -> bool:
@@ -224,33 +235,15 @@ def _on_disc(box: Box, disc: Disc) -> bool:
     return math.hypot(away_x, away_y) < disc.radius
 
 
-def _inside(path: Points, box: Box) -> bool:
-    x, y = path.T
-    return bool(((box[0] < x) & (x < box[2]) & (box[1] < y) & (y < box[3])).any())
-
-
-def _thinned(path: Points) -> Points:
-    """A line as its two ends where it is straight, a curve as every few of its points."""
-    way, away = path[-1] - path[0], path - path[0]
-    if (np.abs(_cross_product(way, away)) <= _TOLERANCE * np.hypot(*way)).all():
-        return path[[0, -1]]
-    thinned: Points = path[np.unique(np.linspace(0, len(path) - 1, _POINTS_OF_CURVE).round().astype(int))]
-    return thinned
-
-
 def _cross(one: Points, other: Points) -> bool:
     """Whether two lines meet between their ends (those of a dot may touch there)."""
     start, way = one[:-1, None], np.diff(one, axis=0)[:, None]
     begin, other_way = other[None, :-1], np.diff(other, axis=0)[None]
-    area = _cross_product(way, other_way)
+    area = cross_product(way, other_way)
     slanted = np.abs(area) > 1e-12  # parallel pieces do not cross
     area = np.where(slanted, area, 1.0)
     apart = begin - start
-    at, other_at = _cross_product(apart, other_way) / area, _cross_product(apart, way) / area
+    at, other_at = cross_product(apart, other_way) / area, cross_product(apart, way) / area
     # Points of both lines may coincide where they cross, as on a rectangle's diagonals: rounding must not hide it.
     within = (np.abs(at - 0.5) < 0.5 + _TOLERANCE) & (np.abs(other_at - 0.5) < 0.5 + _TOLERANCE)
     return bool((slanted & within).any())
-
-
-def _cross_product(one: Points, other: Points) -> Points:
-    return np.asarray(one[..., 0] * other[..., 1] - one[..., 1] * other[..., 0])

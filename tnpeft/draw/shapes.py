@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import cached_property
+
+import numpy as np
 
 from tnpeft.draw.diagram import Node
 from tnpeft.draw.labels import Box, Points
 
-__all__ = ["THICKEST", "Disc", "Label", "Quality", "Scene", "Stroke"]
+__all__ = ["THICKEST", "Disc", "Label", "Quality", "Scene", "Stroke", "cross_product"]
 
 THICKEST = 64  # sizes from here on have one thickness of line
+_POINTS_OF_CURVE = 40
+_TOLERANCE = 1e-6  # of a piece of a line
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,15 @@ class Stroke:
     size: int
     ends: tuple[int, ...]
     role: str | None = None
+
+    @cached_property
+    def thinned(self) -> Points:
+        """Its two ends where it is straight, every few of its points where it is a curve."""
+        way, away = self.path[-1] - self.path[0], self.path - self.path[0]
+        if (np.abs(cross_product(way, away)) <= _TOLERANCE * np.hypot(*way)).all():
+            return self.path[[0, -1]]
+        kept = np.unique(np.linspace(0, len(self.path) - 1, _POINTS_OF_CURVE).round().astype(int))
+        return np.asarray(self.path[kept])
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Scene:
     labels: tuple[Label, ...]
     quality: Quality
 
-    @property
+    @cached_property
     def bounds(self) -> Box:
         boxes = [label.box for label in self.labels]
         boxes += [
@@ -72,3 +86,8 @@ class Scene:
         boxes += [(*stroke.path.min(0), *stroke.path.max(0)) for stroke in self.strokes]
         left, bottom, right, top = zip(*boxes, strict=True)
         return min(left), min(bottom), max(right), max(top)
+
+
+def cross_product(one: Points, other: Points) -> Points:
+    """Of vectors in the plane, along the last axis."""
+    return np.asarray(one[..., 0] * other[..., 1] - one[..., 1] * other[..., 0])

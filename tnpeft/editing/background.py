@@ -88,11 +88,15 @@ class Background:
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
-        while line := await process.stdout.readline():
-            found = json.loads(line)
-            self._busy.pop(found["number"], None)
-            if (answer := self._waiting.get(found["number"])) is not None and not answer.done():
-                answer.set_result(found)
+        try:
+            while line := await process.stdout.readline():
+                found = _answer(line)
+                number = found.get("number", -1)
+                self._busy.pop(number, None)
+                if (answer := self._waiting.get(number)) is not None and not answer.done():
+                    answer.set_result(found)
+        except ValueError:  # a line without an end
+            process.kill()
         if process is self._process:
             self._give_up("The process that computes it ended.")
         if process.stdin is not None:
@@ -117,3 +121,12 @@ class Background:
         """End the process, and wait until it has."""
         self.stop()
         await asyncio.gather(*self._readers)
+
+
+def _answer(line: bytes) -> dict[str, Any]:
+    """What a line of the process answers; empty for one that a library of its printed there."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and not found.keys().isdisjoint(("answer", "refused")) else {}

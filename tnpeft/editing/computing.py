@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ from tnpeft.verify.directions import directions_on
 
 __all__ = ["computed", "serve"]
 
+_NICER = 5  # than the page, in a scheduler's steps
 _LARGEST = 2**24  # entries of a weight, or of cores, that are made, with the update, to see how it starts
 
 
@@ -42,7 +44,9 @@ def computed(stage: str, text: str, trial: Trial, picture: LivePicture) -> dict[
 
 
 def serve(source: TextIO, target: TextIO) -> None:
-    """Answer questions line by line until there are no more."""
+    """Answer questions line by line until there are no more, and leave the page its core."""
+    if hasattr(os, "nice"):
+        os.nice(_NICER)
     picture = LivePicture()
     warnings.simplefilter("ignore")
     for line in source:
@@ -55,7 +59,8 @@ def serve(source: TextIO, target: TextIO) -> None:
             answer = {"refused": str(error)}
         except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:  # torch, on layers as they may be
             answer = {"refused": in_one_line(f"{type(error).__name__}: {error}")}
-        target.write(json.dumps({"number": question["number"], **answer}) + "\n")
+        said = json.dumps({"number": question["number"], **answer})
+        target.write(f"\n{said}\n")  # on a line of its own, whatever else was printed
         target.flush()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from tnpeft.network import Layer, Network, Spec
 from tnpeft.planning import Call, nominal_call
 from tnpeft.spec.pattern import KINDS
 
-__all__ = ["Param", "Trial", "params_of", "typical_trial"]
+__all__ = ["Param", "Trial", "number_of", "params_of", "typical_trial", "which_are_whole"]
 
 _MOST = 10**9
 _SIZES = re.compile(r"\s*\d{1,9}(\s*[x,]\s*\d{1,9})*\s*", re.ASCII)
@@ -127,3 +127,16 @@ def params_of(network: Network, trial: Trial) -> tuple[Param, ...]:
         Param(name, value, name in trial.params, declared[name].text if name in declared else "")
         for name, value in network.params.items()
     )
+
+
+def which_are_whole(params: Iterable[Param], before: Mapping[str, bool]) -> dict[str, bool]:
+    """The params whose sliders go in whole numbers: by what the file says, whatever is tried meanwhile."""
+    return {
+        param.name: before[param.name] if param.is_set and param.name in before else isinstance(param.value, int)
+        for param in params
+    }
+
+
+def number_of(value: float, whole: bool) -> float:
+    """What a slider or field holds, as YAML would have it: browsers know no whole numbers of their own."""
+    return round(value) if whole and float(value).is_integer() else float(value)

@@ -9,7 +9,7 @@ from typing import Any
 from nicegui import ui
 
 from tnpeft.editing.session import View
-from tnpeft.editing.trial import Param, Trial
+from tnpeft.editing.trial import Param, Trial, number_of, which_are_whole
 from tnpeft.spec.pattern import KINDS
 
 __all__ = ["TrialFields"]
@@ -24,7 +24,7 @@ class TrialFields:
     def __init__(self, changed: Callable[[Trial], None]) -> None:
         self._changed = changed
         self._trial = Trial()
-        self._names: tuple[str, ...] = ()
+        self._whole: dict[str, bool] = {}
         self._filling = False
         with ui.element("div").classes("tn-fields"):
             self.kind = ui.select(["Linear"], value="Linear", label="layer", on_change=self._kind_chosen)
@@ -55,14 +55,13 @@ class TrialFields:
         self._filling = False
 
     def _show_params(self, params: tuple[Param, ...]) -> None:
-        names = tuple(param.name for param in params)
-        if names != self._names:
-            self._names = names
-            self._params = {}
+        whole = which_are_whole(params, self._whole)
+        if [*whole.items()] != [*self._whole.items()]:
+            self._whole, self._params = whole, {}
             self.sliders.clear()
             with self.sliders:
                 for param in params:
-                    self._build_param(param)
+                    self._build_param(param, whole[param.name])
         for param in params:
             slider, number, reset = self._params[param.name]
             if slider.value != param.value:
@@ -71,8 +70,7 @@ class TrialFields:
             _set(number, param.value)
             reset.set_visibility(param.is_set)
 
-    def _build_param(self, param: Param) -> None:
-        whole = isinstance(param.value, int)
+    def _build_param(self, param: Param, whole: bool) -> None:
         with ui.element("div").classes("tn-param"):
             ui.label(param.name).classes("tn-param-name")
             slider = ui.slider(
@@ -96,8 +94,7 @@ class TrialFields:
     def _param_moved(self, name: str, value: Any, whole: bool) -> None:
         if self._filling or value is None:
             return
-        number = round(value) if whole and float(value).is_integer() else float(value)
-        self._change(replace(self._trial, params={**self._trial.params, name: number}))
+        self._change(replace(self._trial, params={**self._trial.params, name: number_of(value, whole)}))
 
     def _reset(self, name: str) -> None:
         left = {other: value for other, value in self._trial.params.items() if other != name}

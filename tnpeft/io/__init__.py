@@ -1,7 +1,8 @@
 """Adapter files: safetensors that carry their spec."""
 
 from tnpeft.io.foreign import load_foreign, save_foreign
-from tnpeft.io.inspecting import InspectedLayer, Inspection, inspect
+from tnpeft.io.inspecting import inspect
+from tnpeft.io.inspection import InspectedLayer, Inspection
 from tnpeft.io.loading import hot_swap, load
 from tnpeft.io.saving import save
 

@@ -7,12 +7,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.table import Table
 from torch import Tensor
 
 from tnpeft.documents.recognise import recognise
@@ -20,31 +19,26 @@ from tnpeft.errors import AdapterFileError, clip
 from tnpeft.io.checks import number_problem
 from tnpeft.io.files import FOREIGN, file_path, read, refuse, safetensors_of, specs_of
 from tnpeft.io.foreign.archive import COPY_AGAIN
-from tnpeft.io.foreign.source import Source, open_source, tensors_of, weights_of
-from tnpeft.io.manifest import FORMAT, LayerEntry, Manifest
+from tnpeft.io.foreign.source import HEADER, Source, open_source, tensors_of, weights_of
+from tnpeft.io.inspection import InspectedLayer, Inspection
+from tnpeft.io.manifest import FITTED_AS, FORMAT, LayerEntry, Manifest, dtype_name
 from tnpeft.network import Spec
-from tnpeft.recipe.report import printed, reasons_of
+from tnpeft.recipe.report import reasons_of
 from tnpeft.surgery import AdapterRecord
 
-__all__ = ["COLUMNS", "InspectedLayer", "Inspection", "inspect"]
+__all__ = ["inspect"]
 
-COLUMNS = {"layer": "left", "weight": "left", "spec": "left", "params": "left", "mode": "left"}
-COLUMNS |= {"trains": "right", "frozen": "right"}
-_FORMATS = {
-    "tnpeft": "an adapter of tnpeft",
-    "peft": "an adapter of PEFT",
-    "diffusers": "an adapter of diffusers",
-    "lycoris": "an adapter of LyCORIS",
-    "kohya": "an adapter with kohya's names",
-    "comfyui": "an adapter with ComfyUI's names",
-    "tenvoo": "an adapter of the TenVOO paper's code",
-    "cores": "what adapters of tnpeft add to a model's state dict, without the base",
-    "checkpoint": "a checkpoint, not an adapter",
-}
 _METHODS = {"lora": "LoRA", "hada": "LoHa", "loha": "LoHa", "lokr": "LoKr", "tenvoo": "TenVOO", "quanta": "QuanTA"}
 _SLOT = re.compile(
     r"(?P<layer>.+?)\.(?P<slot>(?P<method>lora|hada|loha|lokr|tenvoo|quanta)_.*|alpha|dora_scale|w_norm|diff|diff_b)"
 )
+# The factors of a LoRA update, the one that meets the input first, and all whose first axis is a rank.
+_FACTORS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora_embedding_A", "lora_embedding_B"))
+_SECOND = (*(down for down, _ in _FACTORS), "hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+_DTYPES |= {
+    f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+}
 # What an adapted model's state dict has beside the base's tensors, and whose it is.
 _CORE = re.compile(
     r"(?:.+\.)?(?:adapters\._?(?P<name>[^.]+)\.(?:core|start|dora)_[^.]+|_tnpeft_of_(?P<of>[^.:]+):[^.]+)"
@@ -59,98 +53,6 @@ _CONFIG = (
     "target_parameters",
     "modules_to_save",
 )
-_SHOWN = 6  # names in one line
-
-
-@dataclass(frozen=True)
-class InspectedLayer:
-    """One adapted layer of a file.
-
-    `spec` is the spec's name; for other libraries' files, the method's. `weight` is the shape of the base weight, which
-    those files do not have. `trained` and `frozen` count elements in the file. `drawn` are cores that the seed gives
-    again.
-    """
-
-    name: str
-    spec: str
-    params: Mapping[str, float]
-    weight: tuple[int, ...] | None
-    trained: int
-    frozen: int
-    tensors: Mapping[str, tuple[int, ...]]
-    mode: str | None = None
-    choices: Mapping[str, str] = field(default_factory=dict)
-    drawn: tuple[str, ...] = ()
-    digest: str | None = None
-
-    @property
-    def row(self) -> tuple[str, ...]:
-        """Its cells in a table of layers."""
-        params = " ".join(f"{name}={value:g}" for name, value in self.params.items())
-        weight = "" if self.weight is None else " x ".join(map(str, self.weight))
-        mode = (self.mode or "") + f" ({len(self.choices)} chosen)" * bool(self.choices)
-        return self.name, weight, self.spec, params, mode, f"{self.trained:,}", f"{self.frozen:,}"
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a file holds: its format (one of `load_foreign`, "tnpeft", "cores" or "checkpoint"), layers and tensors.
-
-    `elements` counts all of its numbers, `parameters` those that trained. `trained` has the parameters that trained
-    beside the cores, by `bias`, `norm` and `also`. `others` are tensors of another library's file that belong to no
-    layer's update, with their shapes. `base` names every tensor that a model must have to load the file, with type and
-    shape. `fingerprint` is the SHA-256 of that list, `digest` that of the adapted weights' values.
-    """
-
-    path: str
-    format: str
-    bytes: int
-    elements: int
-    parameters: int
-    layers: tuple[InspectedLayer, ...]
-    settings: Mapping[str, Any]
-    trained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    base: Mapping[str, str] = field(default_factory=dict)
-    fingerprint: str | None = None
-    digest: str | None = None
-    problems: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as plain data, ready for JSON."""
-        return asdict(self)
-
-    @property
-    def title(self) -> str:
-        return f"{self.path}: {_FORMATS[self.format]}, {self.bytes:,} bytes"
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What is printed along with the table of layers: a text for each heading."""
-        facts = {name.replace("_", " "): _text(value) for name, value in self.settings.items()}
-        if self.layers:
-            facts["layers"] = f"{len(self.layers)}"
-            facts["parameters"] = f"{self.parameters:,} train"
-        facts |= {f"trained: {reason}": _names(names) for reason, names in self.trained.items() if names}
-        if self.others:
-            elements = sum(map(math.prod, self.others.values()))
-            facts["other tensors"] = f"{len(self.others)}, {elements:,} elements: {_names(self.others)}"
-        if self.base:
-            tensors = _names(f"{name} {shape}" for name, shape in self.base.items())
-            facts["to load it"] = f"a model of {len(self.base)} tensors: {tensors}"
-        facts |= {"fingerprint": self.fingerprint} if self.fingerprint else {}
-        facts |= {"digest": self.digest} if self.digest else {}
-        return facts
-
-    def __str__(self) -> str:
-        rows = Table(box=None, pad_edge=False)
-        for heading, side in COLUMNS.items():
-            rows.add_column(heading, justify="right" if side == "right" else "left", overflow="fold")
-        for layer in self.layers:
-            rows.add_row(*layer.row)
-        facts = [f"{name:<18}{fact}" for name, fact in self.facts.items()]
-        lines = [printed(rows, markup=False)] if self.layers else []
-        return "\n".join(line.rstrip() for line in [self.title, *lines, *facts, *self.problems])
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
@@ -167,19 +69,18 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         fix = "`tnpeft show` shows a spec, `tnpeft check` checks it."
         raise refuse(path, "adapter file", "a complete safetensors or torch file", "a text file", fix)
     if kind is not None and kind.name == "safetensors":
-        shapes = _shapes(path)
-        if not any(_SLOT.fullmatch(key) for key in shapes):
-            return _of_checkpoint(path, shapes)
+        headed = _headed(path)
+        if not any(_SLOT.fullmatch(key) for key in headed):
+            return _of_checkpoint(path, headed)
     try:
         source = open_source(path, None)
     except AdapterFileError as error:
         if kind is None or kind.name not in ("safetensors", "torch"):
             raise
         tensors, *_ = tensors_of(path)  # raises where it is no file of tensors at all
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        adapts = any(_SLOT.fullmatch(key) for key in shapes)
+        adapts = any(_SLOT.fullmatch(key) for key in tensors)
         problems = tuple(map(str, error.problems)) if adapts else ()
-        return _of_checkpoint(path, shapes, problems)
+        return _of_checkpoint(path, _tensors_of(tensors), problems)
     return _of_foreign(path, source)
 
 
@@ -193,6 +94,7 @@ def _of_ours(path: Path) -> Inspection:
         "name": manifest.name,
         "scale": manifest.scale,
         "specs": [spec.name for spec in specs],
+        "language": sorted({spec.version for spec in specs}),
         "library": f"tnpeft {manifest.library}",
         "file_format": FORMAT if "digests" in manifest.model_fields_set else f"before {FORMAT}",
         "statistics": [names[0] for names in manifest.statistics],
@@ -212,6 +114,7 @@ def _of_ours(path: Path) -> Inspection:
         _digest({name: entry.model_dump(mode="json") for name, entry in manifest.base.items()}),
         _digest(manifest.digests) if manifest.digests else None,
         () if problem is None else (str(problem),),
+        _counted(dtype_name(tensor.dtype) for tensor in tensors.values()),
     )
 
 
@@ -247,83 +150,149 @@ def _layer(
         entry.choices,
         tuple(entry.drawn),
         manifest.digests.get(f"{name}.weight", manifest.digests.get(name)),
+        _fitted_as(manifest, name),
     )
 
 
+def _fitted_as(manifest: Manifest, name: str) -> str | None:
+    told = manifest.about.get(FITTED_AS)
+    found = told.get(name) if isinstance(told, Mapping) else None
+    return clip(found)[1:-1] if isinstance(found, str) else None
+
+
 def _of_foreign(path: Path, source: Source) -> Inspection:
-    shapes = {key: tuple(tensor.shape) for key, tensor in source.tensors.items()}
-    config = source.config or {}
-    return _of_source(path, source.format, shapes, {key: config[key] for key in _CONFIG if _says(config.get(key))})
+    configs = source.headers if source.config is None else {"": source.config}
+    settings = {
+        f"{prefix}{key}": config[key] for prefix, config in configs.items() for key in _CONFIG if _says(config.get(key))
+    }
+    tensors = _tensors_of(source.tensors)
+    if source.format == "diffusers" and not configs and not any(map(_is_alpha, tensors)):
+        settings["alpha"] = "not told: the rank"
+    return _of_source(path, source.format, tensors, settings)
 
 
-def _of_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]], problems: tuple[str, ...] = ()) -> Inspection:
+def _of_checkpoint(path: Path, tensors: Mapping[str, _Tensor], problems: tuple[str, ...] = ()) -> Inspection:
     """A state dict: of a base, of an adapted model, or of what adapters add to it (a Trainer's without the base)."""
-    found = [match for key in shapes if (match := _CORE.fullmatch(key))]
+    found = [match for key in tensors if (match := _CORE.fullmatch(key))]
     names = list(dict.fromkeys(match["name"] or match["of"] for match in found))
-    whole = len(found) < len(shapes)
+    whole = len(found) < len(tensors)
     if names:
         how = "on a model with the same adapters attached, `load_state_dict`"
         how = how if whole else how.replace("`load_state_dict`", "`load_state_dict(..., strict=False)`")
-        return _of_source(path, "checkpoint" if whole else "cores", shapes, {"adapters": names, "to_load_it": how})
-    return _of_source(path, "checkpoint", shapes, {}, problems)
+        return _of_source(path, "checkpoint" if whole else "cores", tensors, {"adapters": names, "to_load_it": how})
+    return _of_source(path, "checkpoint", tensors, {}, problems)
 
 
 def _says(value: object) -> bool:
     return value is not None and value != [] and not (isinstance(value, float) and not math.isfinite(value))
 
 
+class _Tensor(NamedTuple):
+    """What is told of a tensor; `alpha` is the value of one that is a layer's alpha."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    alpha: float | None = None
+
+
 def _of_source(
     path: Path,
     kind: str,
-    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, _Tensor],
     settings: Mapping[str, Any],
     problems: tuple[str, ...] = (),
 ) -> Inspection:
-    slots: dict[str, dict[str, tuple[int, ...]]] = {}
+    slots: dict[str, dict[str, _Tensor]] = {}
     methods: dict[str, str] = {}
     others: dict[str, tuple[int, ...]] = {}
-    for key, shape in shapes.items():
+    for key, tensor in tensors.items():
         match = _SLOT.fullmatch(key)
         if match is None:
-            others[key] = shape
+            others[key] = tensor.shape
             continue
-        slots.setdefault(match["layer"], {})[match["slot"]] = shape
+        slots.setdefault(match["layer"], {})[match["slot"]] = tensor
         if match["method"]:
             methods.setdefault(match["layer"], _METHODS[match["method"]])
-    layers = []
-    for layer, tensors in slots.items():
-        dora = any("dora_scale" in slot or "magnitude" in slot for slot in tensors)
-        method = methods.get(layer, "a full update") + " with DoRA" * dora
-        frozen = _elements({slot: shape for slot, shape in tensors.items() if "weights2" in slot or slot == "alpha"})
-        layers.append(InspectedLayer(layer, method, {}, None, _elements(tensors) - frozen, frozen, tensors))
-    size = weights_of(path).stat().st_size
-    elements, parameters = _elements(shapes), sum(layer.trained for layer in layers)
+    layers = tuple(_foreign_layer(name, methods.get(name), found) for name, found in slots.items())
+    weights = weights_of(path)
     return Inspection(
-        str(path), kind, size, elements, parameters, tuple(layers), settings, {}, others, problems=problems
+        str(path),
+        kind,
+        weights.stat().st_size,
+        _elements(tensor.shape for tensor in tensors.values()),
+        sum(layer.trained for layer in layers),
+        layers,
+        settings,
+        others=others,
+        problems=problems,
+        dtypes=_counted(tensor.dtype for tensor in tensors.values()),
+        metadata=_metadata(weights),
     )
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes in the header of a safetensors file; no tensor is read."""
+def _foreign_layer(name: str, method: str | None, tensors: Mapping[str, _Tensor]) -> InspectedLayer:
+    shapes = {slot: tensor.shape for slot, tensor in tensors.items()}
+    dora = any("dora_scale" in slot or "magnitude" in slot for slot in shapes)
+    spec = (method or "a full update") + " with DoRA" * dora
+    into = {slot.split(".")[0]: shape for slot, shape in shapes.items() if len(shape) > 1}
+    params: dict[str, float] = {}
+    if ranks := {into[slot][0] for slot in _SECOND if slot in into}:
+        params["r"] = min(ranks)
+    if (alpha := tensors.get("alpha")) is not None and alpha.alpha is not None:
+        params["alpha"] = alpha.alpha
+    weight = next(((*into[up][:1], *into[down][1:]) for down, up in _FACTORS if {down, up} <= into.keys()), None)
+    if "lora_mid" in into:  # a core between the two has the kernel
+        weight = None
+    frozen = _elements(shape for slot, shape in shapes.items() if "weights2" in slot)
+    trained = _elements(shape for slot, shape in shapes.items() if slot != "alpha") - frozen
+    return InspectedLayer(name, spec, params, weight or shapes.get("diff"), trained, frozen, shapes)
+
+
+def _tensors_of(tensors: Mapping[str, Tensor]) -> dict[str, _Tensor]:
+    return {
+        key: _Tensor(tuple(tensor.shape), dtype_name(tensor.dtype), _number(tensor) if _is_alpha(key) else None)
+        for key, tensor in tensors.items()
+    }
+
+
+def _is_alpha(key: str) -> bool:
+    return key.rpartition(".")[2] == "alpha"
+
+
+def _number(tensor: Tensor) -> float | None:
+    """The value of a tensor that holds one finite number."""
+    value = float(tensor) if tensor.numel() == 1 else math.nan
+    return value if math.isfinite(value) else None
+
+
+def _headed(path: Path) -> dict[str, _Tensor]:
+    """What the header of a safetensors file tells; no tensor is read."""
     with safetensors_of(path, damaged=COPY_AGAIN) as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        return {
+            key: _Tensor(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype().lower()))
+            for key, part in parts.items()
+        }
 
 
-def _elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(map(math.prod, shapes.values()))
+def _metadata(path: Path) -> dict[str, str]:
+    """The texts in a file's header that say something of their own."""
+    kind = recognise(path)
+    if kind is None or kind.name != "safetensors":
+        return {}
+    with safetensors_of(path, damaged=COPY_AGAIN) as file:
+        texts = file.metadata() or {}
+    return {key: texts[key] for key in sorted(texts) if key not in ("format", HEADER)}
+
+
+def _elements(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    """How often each name is there, the most frequent first."""
+    return dict(Counter(names).most_common())
 
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _names(names: Any) -> str:
-    names = list(names)
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _text(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return _names(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

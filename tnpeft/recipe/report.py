@@ -101,7 +101,7 @@ class Report:
         lines = [f"skipped: {listed(layers)} ({reason})" for reason, layers in reasons.items()]
         if self.passed:
             counts = ", ".join(f"{number:,} {kind}" for kind, number in self.passed.items())
-            lines.append(f"passed over, of kinds that the spec does not take: {counts}")
+            lines.append(f"passed over, of kinds that `all` does not take: {counts}")
         if self.fused:
             lines.append(
                 f"left out: q, k and v of {listed(self.fused)} (MultiheadAttention: out_proj alone is adapted)"

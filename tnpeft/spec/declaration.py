@@ -99,6 +99,13 @@ class Declaration:
     start_std: Expression | None = None  # of T at the start, in standard deviations of the weight
 
     @property
+    def version(self) -> int:
+        """The language's number, which the file begins with."""
+        node = self.root.get("tnpeft")
+        assert node is not None
+        return int(node.value)
+
+    @property
     def scopes(self) -> tuple[str, ...]:
         """The scopes that its shared cores name, other than `model`; `attach` binds each to a regular expression."""
         return tuple(dict.fromkeys(core.shared for core in self.cores if core.shared not in (None, "model")))
