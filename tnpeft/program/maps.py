@@ -165,10 +165,10 @@ def neumann(x: Tensor, shape: Shape, terms: float) -> Tensor:
 
 
 def reflections(x: Tensor, shape: Shape) -> Tensor:
-    """T = (diagonal / 2 + strict upper triangle)^-1 of x = u^T u: I - u T u^T is the product of the columns' reflections.
+    """T = (diagonal / 2 + strict upper triangle)^-1 of u^T u: I - u T u^T is the product of reflections at u's columns.
 
-    A column of no length reflects nothing, and has no slope: its square is taken to be 1. The slope has fourth powers of
-    lengths, for which float32 has no room.
+    A column of no length reflects nothing, and has no slope: its square is taken to be 1. Slopes have fourth powers of
+    lengths, which are too small for float32 long before lengths are.
     """
     squares = x.diagonal(dim1=-2, dim2=-1).double()
     halves = torch.where(squares >= torch.finfo(x.dtype).tiny, squares, 1.0) / 2

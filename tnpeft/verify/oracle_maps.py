@@ -208,8 +208,10 @@ def _neumann_slope(x: Array, upstream: Array, terms: float) -> Array:
 
 
 def _reflections(x: Array, shape: Shape) -> Array:
-    """One more reflection at a time: (I - U T U^T)(I - t u u^T), t = 2 / |u|^2, has the column -t T U^T u beside T, and t
-    below it."""
+    """One more reflection at a time: (I - U T U^T)(I - t u u^T) has the column -t T U^T u beside T, and t below it.
+
+    t = 2 / |u|^2
+    """
     product = np.zeros(x.shape)
     for column, square in enumerate(np.diagonal(x)):
         twice = 2 / square if square > 0 else 2
