@@ -81,10 +81,10 @@ class _WithStart(torch.autograd.Function):
         place = max((number + 1 for number, leg in enumerate(stored) if leg not in legs), default=0) % len(stored)
         both = torch.stack((first.permute(order), change.permute(order)), place)
         pair = both, (*stored[:place], PAIR, *stored[place:])
-        start, changed = contract([(constant, constant_legs), pair], (PAIR, *legs)).unbind(0)
+        start, moved = contract([(constant, constant_legs), pair], (PAIR, *legs)).unbind(0)
         ctx.constant, ctx.writes, ctx.legs = constant, versions([constant]), (constant_legs, change_legs, legs)
         ctx.mark_non_differentiable(start)
-        return start, changed
+        return start, moved
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -224,7 +224,8 @@ def _reflections_slope(x: Array, upstream: Array) -> Array:
     """dT = -T dU T, of half the diagonal where a column has a length, and of what is above it."""
     product = _reflections(x, ())
     slope = -product.T @ upstream @ product.T
-    return np.triu(slope, 1) + np.diag(np.where(np.diagonal(x) > 0, np.diagonal(slope) / 2, 0))
+    halves: Array = np.where(np.diagonal(x) > 0, np.diagonal(slope) / 2, 0)
+    return np.triu(slope, 1) + np.diag(halves)
 
 
 _ROWS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
