@@ -34,11 +34,11 @@ def legend_of(picture: Picture) -> list[str]:
 
 def test_terms_come_first_then_each_derived_core_with_its_sources():
     picture = draw_network("hra")
-    assert panel_texts(picture) == [["U", "T", "WU"], ["u"], ["U"], ["U", "U"], ["T"], ["W", "U"], ["WU"]]
-    assert [arrow.maps for arrow, _, _ in picture.page.arrows] == [("unit(i k...)",), ("reflections(r s)",), ()]
-    assert len(picture.page.frames) == 3
+    assert panel_texts(picture) == [["u", "T", "Wu"], ["u", "u"], ["T"], ["W", "u"], ["Wu"]]
+    assert [arrow.maps for arrow, _, _ in picture.page.arrows] == [("reflections(r s)",), ()]
+    assert len(picture.page.frames) == 2
     assert legend_of(picture)[-1] == "derived"
-    assert [set(places) for places in picture.places] == [{"U(i k... s)", "T", "WU"}]
+    assert [set(places) for places in picture.places] == [{"u((i k...) s)", "T", "Wu"}]
 
 
 def test_a_core_with_other_legs_is_the_same_core_again():

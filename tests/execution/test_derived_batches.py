@@ -47,7 +47,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     ("spec", "params", "name", "times"),
     [
         ("oft", {"b": 4}, "neumann", 3),  # of the cores, of their copies, and once more for the gradients
-        ("hra", {"rank": 2}, "unit", 2),  # its change has a formula
+        ("hra", {"rank": 2}, "reflections", 3),
+        ("ether", {}, "unit", 2),  # its change has a formula
     ],
 )
 def test_a_map_is_called_once_a_pass(

@@ -48,6 +48,8 @@ class Case:
         x = torch.randn(self.layers, self.rest, *self.taken, dtype=torch.float64, generator=generator)
         if self.name in ("cayley", "neumann", "reflections"):
             x = x / (2 * x.flatten(2).norm(dim=-1)[..., None, None])
+        if self.name == "reflections":
+            x = x + torch.eye(*self.taken)  # columns have lengths
         if self.name == "qr":
             columns = self.taken[-1]
             x = (x.flatten(2, -2) + 4 * torch.eye(math.prod(self.taken[:-1]), columns)).reshape(x.shape)
@@ -293,15 +295,29 @@ def test_neumann_tends_to_cayley():
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_reflections_are_householders(rank):
+    """Of columns of any length; one of zeros reflects nothing."""
     u = torch.randn(2, 1, 7, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
-    unit = u / u.norm(dim=-2, keepdim=True)
-    product = map_function("reflections")(unit.mT @ unit, (rank, rank))
-    turn = torch.eye(7, dtype=torch.float64) - unit @ product @ unit.mT
+    u *= 10.0 ** torch.arange(-3, 2 * rank - 3, 2)
+    u[1, ..., rank // 2] = 0
+    product = map_function("reflections")(u.mT @ u, (rank, rank))
+    turn = torch.eye(7, dtype=torch.float64) - u @ product @ u.mT
     wanted = torch.eye(7, dtype=torch.float64).expand(2, 1, 7, 7)
     for column in range(rank):
-        one = unit[..., column : column + 1]
-        wanted = wanted @ (torch.eye(7) - 2 * one @ one.mT)
+        one = u[..., column : column + 1]
+        squares = (one.mT @ one).where(one.mT @ one > 0, torch.ones(()))
+        wanted = wanted @ (torch.eye(7) - 2 * one @ one.mT / squares)
     assert_close(turn, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("square", [0.0, 1e-45, 1e-39, 2e-38, 1e-20, 1.0])
+def test_reflections_at_columns_of_hardly_any_length_are_numbers(square):
+    """A float32 that has no inverse is the square of a column of zeros."""
+    x = torch.tensor([[[[square]]]], requires_grad=True)
+    product = map_function("reflections")(x, (1, 1))
+    has_length = square > 1e-38
+    assert product.item() == pytest.approx(2 / square if has_length else 2)
+    (slope,) = torch.autograd.grad(product, x, torch.full_like(x, square))  # as large as it is where u^T u meets it
+    assert slope.item() == (pytest.approx(-2 / square) if has_length else 0)
 
 
 @given(case=cases(), seed=st.integers(0, 99))

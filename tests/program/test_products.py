@@ -105,18 +105,20 @@ def test_a_factor_as_large_as_the_weight_is_never_copied(layout):
     first = columns.detach()
     with _Largest(weight) as largest:
         pair = contract_with_start(
-            (weight, (LAYERS, *"oiabc")), first, (columns, (LAYERS, *"iabcr")), (LAYERS, "o", "r")
+            (weight, (LAYERS, *"oiabc")), first, (columns, (LAYERS, *"iabcr")), False, (LAYERS, "o", "r")
         )
         pair[1].sum().backward()
     assert largest.elements == 2 * columns.numel()
 
 
-def test_a_start_and_its_change_are_made_together_and_walked_back_again():
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_start_and_its_change_are_made_together_and_walked_back_again(changed):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2, 5, 4, 3, dtype=torch.float64, generator=generator)
     first, change = torch.randn(2, 2, 4, 3, 2, dtype=torch.float64, generator=generator)
-    change = change.requires_grad_()
-    both = contract_with_start((weight, (LAYERS, *"oik")), first, (change, (LAYERS, *"ikr")), (LAYERS, *"or"))
+    now = (change if changed else first + change).requires_grad_()
+    fixed, legs = (weight, (LAYERS, *"oik")), (LAYERS, *"or")
+    both = contract_with_start(fixed, first, (now, (LAYERS, *"ikr")), changed, legs)
     arrays = [tensor.detach().numpy() for tensor in (weight, first, change)]
     for found, factor in zip(both, arrays[1:], strict=True):
         np.testing.assert_allclose(found.detach(), np.einsum("loik,likr->lor", arrays[0], factor), rtol=1e-13)
@@ -124,16 +126,16 @@ def test_a_start_and_its_change_are_made_together_and_walked_back_again():
     upstream = torch.randn(2, 5, 2, dtype=torch.float64, generator=generator)
     wanted = np.einsum("loik,lor->likr", arrays[0], upstream)
     for _ in range(2):  # nothing is freed
-        (gradient,) = torch.autograd.grad(both[1], change, upstream)
+        (gradient,) = torch.autograd.grad(both[1], now, upstream)
         np.testing.assert_allclose(gradient, wanted, rtol=1e-13)
 
-    def product(change: torch.Tensor) -> torch.Tensor:
-        return contract_with_start((weight, (LAYERS, *"oik")), first, (change, (LAYERS, *"ikr")), (LAYERS, *"or"))[1]
+    def squares(now: torch.Tensor) -> torch.Tensor:
+        return contract_with_start(fixed, first, (now, (LAYERS, *"ikr")), changed, legs)[1].square()
 
-    assert torch.autograd.gradgradcheck(lambda change: product(change).square(), [change])
+    assert torch.autograd.gradgradcheck(squares, [now])
     weight.add_(1)
     with pytest.raises(tnpeft.ExecutionError) as caught:
-        torch.autograd.grad(both[1], change, upstream)
+        torch.autograd.grad(both[1], now, upstream)
     assert str(caught.value) == (
         "a base weight of which derived cores are made: expected its values of the forward pass, "
         "found values that were written since. Write to base weights after the backward pass."

@@ -42,17 +42,19 @@ class DerivedBatch:
         names = [derivations.names[place] for place in derivations.light_roots]
         start = self._start_values(names) if derivations.copies else None
 
-        def made(flat: Sequence[Tensor]) -> list[Tensor]:
-            together = _by_name(names, flat, count)
+        def made(stacked: Sequence[Tensor]) -> list[Tensor]:
+            together = dict(zip(names, stacked, strict=True))
             if start is None:
-                return _split(derivations.values(together, derivations.light), count)
-            return _split(derivations.changes(together, start, derivations.light), count)
+                return derivations.values(together, derivations.light)
+            return derivations.changes(together, start, derivations.light)
 
-        def differentiated(flat: Sequence[Tensor]) -> list[Tensor]:
+        def differentiated(stacked: Sequence[Tensor]) -> list[Tensor]:
             assert start is not None
-            return _split(derivations.differentiated(_by_name(names, flat, count), start, derivations.light), count)
+            return derivations.differentiated(dict(zip(names, stacked, strict=True)), start, derivations.light)
 
-        flat = repeatable(made, inputs, None if start is None else differentiated)
+        # Stacking and splitting keep nothing that a backward pass frees.
+        stacked = [*_by_name(names, inputs, count).values()]
+        flat = _split(repeatable(made, stacked, None if start is None else differentiated), count)
         each = len(derivations.light)
         return {
             adapter: DerivedResults(flat[place * each : (place + 1) * each], sources_of(adapter.stored))

@@ -125,10 +125,9 @@ class Derivations:
         cores, changes = dict(start.cores), []
         with without_autocast(next(iter(now.values()))):
             for core, constant, other in self.pairs:
-                change, first = now[other.core], start.cores[other.core]
-                change = change if other.core in self._derived else change - first
-                fixed, changing = _factor(now[constant.core], constant), _factor(change, other)
-                both = contract_with_start(fixed, _under(first, other), changing, (LAYERS, *core.before))
+                fixed, changing = _factor(now[constant.core], constant), _factor(now[other.core], other)
+                first, changed = _under(start.cores[other.core], other), other.core in self._derived
+                both = contract_with_start(fixed, first, changing, changed, (LAYERS, *core.before))
                 scale = core.summands[0].scale
                 value, moved = (
                     _ordered(part if scale == 1.0 else part * scale, core.before, core.legs) for part in both

@@ -165,11 +165,17 @@ def neumann(x: Tensor, shape: Shape, terms: float) -> Tensor:
 
 
 def reflections(x: Tensor, shape: Shape) -> Tensor:
-    """T = (I / 2 + strict upper triangle)^-1: I - U T U^T is the product of the reflections of U's unit columns."""
-    identity = _identity(x)
+    """T = (diagonal / 2 + strict upper triangle)^-1 of u^T u: I - u T u^T is the product of reflections at u's columns.
+
+    A column of no length reflects nothing, and has no slope: its square is taken to be 1. Slopes have fourth powers of
+    lengths, which are too small for float32 long before lengths are.
+    """
+    squares = x.diagonal(dim1=-2, dim2=-1).double()
+    halves = torch.where(squares >= torch.finfo(x.dtype).tiny, squares, 1.0) / 2
+    triangle = x.triu(1) + halves.diag_embed()
     with without_autocast(x):
-        product: Tensor = torch.linalg.solve_triangular(identity / 2 + x.triu(1), identity, upper=True)
-    return product
+        product: Tensor = torch.linalg.solve_triangular(triangle, _identity(triangle), upper=True)
+    return product.to(x.dtype)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -48,12 +48,17 @@ def contract(factors: Sequence[Factor], legs: Sequence[str]) -> Tensor:
     return product
 
 
-def contract_with_start(constant: Factor, first: Tensor, change: Factor, legs: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """einsum(constant, first) and einsum(constant, change), for which the constant factor is read once.
+def contract_with_start(
+    constant: Factor, first: Tensor, now: Factor, changed: bool, legs: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """einsum(constant, first) and einsum(constant, now - first), for which the constant factor is read once.
 
-    `first` has the legs of `change`, which alone has a gradient. Its graph may be walked back any number of times.
+    `first` has the legs of `now`, which alone has a gradient; with `changed` that is the difference already. Its graph
+    may be walked back any number of times.
     """
-    both: tuple[Tensor, Tensor] = _WithStart.apply(constant[0], first, change[0], constant[1], change[1], tuple(legs))  # type: ignore[no-untyped-call]
+    (fixed, fixed_legs), (moving, moving_legs) = constant, now
+    arguments = fixed, first, moving, changed, fixed_legs, moving_legs, tuple(legs)
+    both: tuple[Tensor, Tensor] = _WithStart.apply(*arguments)  # type: ignore[no-untyped-call]
     return both
 
 
@@ -63,21 +68,23 @@ class _WithStart(torch.autograd.Function):
         ctx: Any,
         constant: Tensor,
         first: Tensor,
-        change: Tensor,
+        now: Tensor,
+        changed: bool,
         constant_legs: tuple[str, ...],
         change_legs: tuple[str, ...],
         legs: tuple[str, ...],
     ) -> tuple[Tensor, Tensor]:
+        change = now if changed else now - first
         stored = _as_stored((change, change_legs))
         order = [change_legs.index(leg) for leg in stored]
         # After the legs that are summed, or before all where one of these lies last: a matrix as it lies.
         place = max((number + 1 for number, leg in enumerate(stored) if leg not in legs), default=0) % len(stored)
         both = torch.stack((first.permute(order), change.permute(order)), place)
         pair = both, (*stored[:place], PAIR, *stored[place:])
-        start, changed = contract([(constant, constant_legs), pair], (PAIR, *legs)).unbind(0)
+        start, moved = contract([(constant, constant_legs), pair], (PAIR, *legs)).unbind(0)
         ctx.constant, ctx.writes, ctx.legs = constant, versions([constant]), (constant_legs, change_legs, legs)
         ctx.mark_non_differentiable(start)
-        return start, changed
+        return start, moved
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,7 +98,7 @@ class _WithStart(torch.autograd.Function):
                 )
             )
         constant_legs, change_legs, legs = ctx.legs
-        return None, None, contract([(ctx.constant, constant_legs), (gradient, legs)], change_legs), None, None, None
+        return None, None, contract([(ctx.constant, constant_legs), (gradient, legs)], change_legs), *[None] * 4
 
 
 def _is_matrix_product(first: Sequence[str], second: Sequence[str], legs: Sequence[str]) -> bool:

@@ -208,18 +208,24 @@ def _neumann_slope(x: Array, upstream: Array, terms: float) -> Array:
 
 
 def _reflections(x: Array, shape: Shape) -> Array:
-    """One more reflection at a time: (I - U T U^T)(I - 2 u u^T) has the column -2 T U^T u beside T, and 2 below it."""
+    """One more reflection at a time: (I - U T U^T)(I - t u u^T) has the column -t T U^T u beside T, and t below it.
+
+    t = 2 / |u|^2
+    """
     product = np.zeros(x.shape)
-    for column in range(len(x)):
-        product[:column, column] = -2 * product[:column, :column] @ x[:column, column]
-        product[column, column] = 2
+    for column, square in enumerate(np.diagonal(x)):
+        twice = 2 / square if square > 0 else 2
+        product[:column, column] = -twice * product[:column, :column] @ x[:column, column]
+        product[column, column] = twice
     return product
 
 
 def _reflections_slope(x: Array, upstream: Array) -> Array:
-    """dT = -T dU T, of what is above the diagonal."""
+    """dT = -T dU T, of half the diagonal where a column has a length, and of what is above it."""
     product = _reflections(x, ())
-    return -np.triu(product.T @ upstream @ product.T, 1)
+    slope = -product.T @ upstream @ product.T
+    halves: Array = np.where(np.diagonal(x) > 0, np.diagonal(slope) / 2, 0)
+    return np.triu(slope, 1) + np.diag(halves)
 
 
 _ROWS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {

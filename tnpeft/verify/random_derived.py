@@ -194,11 +194,12 @@ def turn(draw: st.DrawFn, body: Body, name: str, legs: tuple[str, str]) -> None:
         "gram": [],
     }
     way = draw(st.sampled_from([*ways]))
-    own = {"skew": [f"{name}_e"], "circulant": [second], "gram": [f"{name}_g", first]}.get(way, [first, second])
+    products = way in ("gram", "reflections")  # of columns, each with each
+    own = [f"{name}_g", first] if products else {"skew": [f"{name}_e"], "circulant": [second]}.get(way, [first, second])
     if way == "skew":
         body.sizes[f"{name}_e"] = f"{first} * ({first} - 1) // 2"
-    if way == "gram":
+    if products:
         body.sizes[f"{name}_g"] = "2"
     body.lines.append(f'  {name}_x: {{legs: "{" ".join(own)}", init: normal(0.5)}}')
-    of = f'[{name}_x, "{name}_x({name}_g {second})"]' if way == "gram" else f"{name}_x"
+    of = f'[{name}_x, "{name}_x({name}_g {second})"]' if products else f"{name}_x"
     _line(body, name, of, legs, ways[way])
