@@ -1,6 +1,7 @@
 """What is kept from one forward pass to the next, as long as the tensors that it was made of are as they were.
 
-`StartConstants` are made of frozen copies, which hardly ever change. A `ResultCache` has what is made of the cores
+`StartConstants` are made of frozen copies, which hardly ever change. `KeptWeights` has the summed weights of layers
+while `tnpeft.serving` is open, without gradients. A `ResultCache` has what is made of the cores
 while `tnpeft.accumulating` is open: results, and the small graph that made them, on leaves of its own. Every forward
 pass gets the results as new tensors from a new node of autograd, whose backward pass runs that graph: each micro-step
 has gradients of its own, those that it would have without. All threads that run the model share what is kept.
@@ -9,9 +10,9 @@ has gradients of its own, those that it would have without. All threads that run
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from tnpeft.adapters.distributed import is_split
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.program import is_lasting, needs_plain_ops, saved_tensors_are_hooked, versions
 
-__all__ = ["Make", "ResultCache", "StartConstants"]
+__all__ = ["KeptWeights", "Make", "ResultCache", "StartConstants"]
 
 Make = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 _Made = TypeVar("_Made")
@@ -49,6 +50,95 @@ class StartConstants(Generic[_Made]):
         if is_lasting(constants):
             self._known = code, start, written, constants
         return constants
+
+
+class KeptWeights:
+    """W + Σ s ΔW of one model's layers, each made when it is first asked for; nothing is kept unless it is open."""
+
+    def __init__(self) -> None:
+        self.opened = 0  # contexts of any thread
+        self._lock = threading.RLock()
+        self._known: dict[object, _KeptWeight] = {}
+
+    def __contains__(self, base: object) -> bool:
+        return base in self._known
+
+    @property
+    def bytes(self) -> int:
+        """What all of them take."""
+        return sum(known.total.untyped_storage().nbytes() for known in [*self._known.values()])
+
+    def forget(self) -> None:
+        with self._lock:
+            self._known = {}
+
+    def known(self, base: object, acting: Sequence[Any]) -> Tensor | None:
+        """The sum that a base layer has with what acts on it; None where it has none of the tensors as they are now."""
+        known = self._known.get(base)
+        return known.total if known is not None and known.acting == acting and known.is_current() else None
+
+    def get(
+        self,
+        base: object,
+        owner: nn.Module,
+        weights: Sequence[Tensor],
+        acting: Sequence[Any],
+        make: Callable[[], Tensor | None],
+    ) -> Tensor | None:
+        """The sum that `make` gives, kept from now on; None where there is none to keep.
+
+        The `owner` holds `weights`, the base weight and what acts in its place. Where one is not in its tables, or of
+        inference mode, whose writes nobody counts, no sum is kept.
+        """
+        with self._lock:  # others wait for what one of them makes
+            if not self.opened:  # another thread has closed it since this one asked
+                return None
+            total = self.known(base, acting)
+            if total is not None:
+                return total
+            self._known.pop(base, None)
+            watched = _watched(owner, weights, [each.adapter for each in acting])
+            total = None if watched is None else make()
+            if total is not None and is_lasting(total):
+                self._known[base] = _KeptWeight(total, tuple(acting), watched or ())
+            return total
+
+
+class _Watched(NamedTuple):
+    """A tensor in a module's table, with how often it was written to."""
+
+    table: Mapping[str, Tensor | None]
+    key: str
+    tensor: Tensor
+    written: int
+
+
+class _KeptWeight:
+    """A sum, what acts in it, and the tensors that it was made of."""
+
+    def __init__(self, total: Tensor, acting: Sequence[Any], watched: Sequence[_Watched]) -> None:
+        self.total, self.acting, self._watched = total, acting, watched
+        self._made = total._version
+        self._writes = [each.adapter.writes for each in acting]
+
+    def is_current(self) -> bool:
+        """Whether all tensors, of the sum and itself, are where they were, and were not written to."""
+        for table, key, tensor, written in self._watched:  # every call asks, of tensors that no cache holds any more
+            if table.get(key) is not tensor or tensor._version != written:
+                return False
+        return self.total._version == self._made and self._writes == [each.adapter.writes for each in self.acting]
+
+
+def _watched(owner: nn.Module, weights: Sequence[Tensor], adapters: Sequence[Adapter]) -> list[_Watched] | None:
+    """What a sum is made of, where it stands; None if a write to some of it would not be seen."""
+    wanted = {id(tensor) for tensor in (*weights, *(each for adapter in adapters for each in adapter.stored))}
+    holders = dict.fromkeys([holder for adapter in adapters for holder in (adapter, *adapter.shared.values())])
+    tables = [table for module in (owner, *holders) for table in (module._parameters, module._buffers)]
+    places = [(table, key, tensor) for table in tables for key, tensor in table.items() if tensor is not None]
+    found = [(table, key, tensor) for table, key, tensor in places if id(tensor) in wanted]
+    if wanted != {id(tensor) for _, _, tensor in found} or any(tensor.is_inference() for *_, tensor in found):
+        return None
+    return [_Watched(table, key, tensor, tensor._version) for table, key, tensor in found]
 
 
 class ResultCache:
