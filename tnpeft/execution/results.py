@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ from tnpeft.adapters.distributed import is_split
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.program import is_lasting, needs_plain_ops, saved_tensors_are_hooked, versions
 
-__all__ = ["KeptWeights", "Make", "ResultCache", "StartConstants"]
+__all__ = ["KeptWeight", "KeptWeights", "Make", "ResultCache", "StartConstants"]
 
 Make = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 _Made = TypeVar("_Made")
+_Table = Mapping[str, Tensor | None]
+_Sources = tuple[Sequence[_Table], Sequence[Tensor]]
 
 
 class StartConstants(Generic[_Made]):
@@ -57,35 +59,27 @@ class KeptWeights:
 
     def __init__(self) -> None:
         self.opened = 0  # contexts of any thread
+        self.known: dict[object, KeptWeight] = {}  # by the base layer
         self._lock = threading.RLock()
-        self._known: dict[object, _KeptWeight] = {}
-
-    def __contains__(self, base: object) -> bool:
-        return base in self._known
 
     @property
     def bytes(self) -> int:
         """What all of them take."""
-        return sum(known.total.untyped_storage().nbytes() for known in [*self._known.values()])
+        return sum(known.total.untyped_storage().nbytes() for known in [*self.known.values()])
 
     def forget(self) -> None:
         with self._lock:
-            self._known = {}
-
-    def known(self, base: object, acting: Sequence[Any]) -> Tensor | None:
-        """The sum that a base layer has with what acts on it; None where it has none of the tensors as they are now."""
-        known = self._known.get(base)
-        return known.total if known is not None and known.acting == acting and known.is_current() else None
+            self.known = {}
 
     def get(
         self,
         base: object,
+        acting: Sequence[Any],
         owner: nn.Module,
         weights: Sequence[Tensor],
-        acting: Sequence[Any],
         make: Callable[[], Tensor | None],
     ) -> Tensor | None:
-        """The sum that `make` gives, kept from now on; None where there is none to keep.
+        """The sum for a base layer that `make` gives, kept from now on; None where there is none to keep.
 
         The `owner` holds `weights`, the base weight and what acts in its place. Where one is not in its tables, or of
         inference mode, whose writes nobody counts, no sum is kept.
@@ -93,52 +87,56 @@ class KeptWeights:
         with self._lock:  # others wait for what one of them makes
             if not self.opened:  # another thread has closed it since this one asked
                 return None
-            total = self.known(base, acting)
-            if total is not None:
-                return total
-            self._known.pop(base, None)
-            watched = _watched(owner, weights, [each.adapter for each in acting])
-            total = None if watched is None else make()
-            if total is not None and is_lasting(total):
-                self._known[base] = _KeptWeight(total, tuple(acting), watched or ())
-            return total
+            known = self.known.pop(base, None)
+            if known is None or not known.is_current(acting):
+                del known  # before there are two
+                sources = _sources(owner, weights, [each.adapter for each in acting])
+                total = None if sources is None else make()
+                if sources is None or total is None or not is_lasting(total):
+                    return total
+                known = KeptWeight(total, acting, *sources)
+            self.known[base] = known
+            return known.total
 
 
-class _Watched(NamedTuple):
-    """A tensor in a module's table, with how often it was written to."""
+class KeptWeight:
+    """A sum, what acts in it, and what it was made of: tensors, and the tables of modules in which these stand."""
 
-    table: Mapping[str, Tensor | None]
-    key: str
-    tensor: Tensor
-    written: int
+    def __init__(
+        self, total: Tensor, acting: Sequence[Any], tables: Sequence[_Table], sources: Sequence[Tensor]
+    ) -> None:
+        self.total, self._acting = total, acting
+        self._tables = [(table, [*map(id, table.values())]) for table in tables]
+        self._tensors = [total, *sources]
+        self._versions = versions(self._tensors)
 
+    def is_current(self, acting: Sequence[Any]) -> bool:
+        """Whether these act, and all tensors, the sum too, are where they were, and were not written to.
 
-class _KeptWeight:
-    """A sum, what acts in it, and the tensors that it was made of."""
-
-    def __init__(self, total: Tensor, acting: Sequence[Any], watched: Sequence[_Watched]) -> None:
-        self.total, self.acting, self._watched = total, acting, watched
-        self._made = total._version
-        self._writes = [each.adapter.writes for each in acting]
-
-    def is_current(self) -> bool:
-        """Whether all tensors, of the sum and itself, are where they were, and were not written to."""
-        for table, key, tensor, written in self._watched:  # every call asks, of tensors that no cache holds any more
-            if table.get(key) is not tensor or tensor._version != written:
+        Every call of a layer asks, when no cache of the processor holds its tensors any more: tables are compared as a
+        whole, by addresses, and each tensor is looked at once.
+        """
+        if self._acting is not acting:
+            if self._acting != acting:
                 return False
-        return self.total._version == self._made and self._writes == [each.adapter.writes for each in self.acting]
+            self._acting = acting
+        for table, known in self._tables:
+            if [*map(id, table.values())] != known:
+                return False
+        return versions(self._tensors) == self._versions
 
 
-def _watched(owner: nn.Module, weights: Sequence[Tensor], adapters: Sequence[Adapter]) -> list[_Watched] | None:
-    """What a sum is made of, where it stands; None if a write to some of it would not be seen."""
-    wanted = {id(tensor) for tensor in (*weights, *(each for adapter in adapters for each in adapter.stored))}
-    holders = dict.fromkeys([holder for adapter in adapters for holder in (adapter, *adapter.shared.values())])
+def _sources(owner: nn.Module, weights: Sequence[Tensor], adapters: Sequence[Adapter]) -> _Sources | None:
+    """What a sum is made of, and where that stands; None if a write to some of it would not be seen."""
+    sources = {id(tensor): tensor for tensor in weights}
+    sources |= {id(tensor): tensor for adapter in adapters for tensor in adapter.stored}
+    holders = dict.fromkeys(holder for adapter in adapters for holder in (adapter, *adapter.shared.values()))
     tables = [table for module in (owner, *holders) for table in (module._parameters, module._buffers)]
-    places = [(table, key, tensor) for table in tables for key, tensor in table.items() if tensor is not None]
-    found = [(table, key, tensor) for table, key, tensor in places if id(tensor) in wanted]
-    if wanted != {id(tensor) for _, _, tensor in found} or any(tensor.is_inference() for *_, tensor in found):
+    tables = [table for table in tables if not sources.keys().isdisjoint(map(id, table.values()))]
+    seen = sources.keys() <= {id(tensor) for table in tables for tensor in table.values()}
+    if not seen or any(tensor.is_inference() for tensor in sources.values()):
         return None
-    return [_Watched(table, key, tensor, tensor._version) for table, key, tensor in found]
+    return tables, [*sources.values()]
 
 
 class ResultCache:

@@ -32,11 +32,12 @@ __all__ = ["execute_serving", "read_weight", "refuse_gradients", "updates_servin
 def execute_serving(site: Site, x: Tensor, *rest: Any) -> Tensor:
     """The output with the kept weight, in whatever mode its adapters are; the usual one where none can be kept."""
     usual: Site = site.usual
-    _refuse_training(site, x)
-    if not (needs_plain_ops(x) or (usual.every and site.results.rows is not None)):
-        weight = _kept_weight(site) if "weight" in site.base._parameters else None
-        if weight is not None and weight.device == x.device:
-            return site.call_base(site.base, x, weight, *rest)
+    if torch.is_grad_enabled() or usual.way is not execute:
+        _refuse_training(site, x)
+    rows = site.results.rows if usual.every else None
+    weight = None if rows is not None or needs_plain_ops(x) else _kept_weight(site)
+    if weight is not None and weight.device == x.device:
+        return site.call_base(site.base, x, weight, *rest)
     output: Tensor = usual.way(usual, x, *rest)
     return output
 
@@ -50,7 +51,7 @@ def updates_serving(site: Site, layer: Layer, called: BaseCall, output: Tensor) 
 
 
 def read_weight(site: Site) -> Tensor | None:
-    """The kept sum for who reads it, without a call of the layer; None where none is kept, or gradients may reach it."""
+    """The kept sum for who reads it without a call of the layer; None where none is kept, or gradients reach it."""
     if not site.results.weights.opened or not site.acting or (torch.is_grad_enabled() and _trains(site)):
         return None
     return _kept_weight(site)
@@ -59,12 +60,14 @@ def read_weight(site: Site) -> Tensor | None:
 def _kept_weight(site: Site) -> Tensor | None:
     """W + Σ s ΔW of a layer; None where that is not kept."""
     weights, base = site.results.weights, site.base
-    known = weights.known(base, site.acting)
-    if known is not None:
-        return known
-    owner = base.owner if isinstance(base, ParameterLayer) else base
+    known = weights.known.get(base)
+    if known is not None and known.is_current(site.acting):
+        return known.total
+    owner, key = (base.owner, base.key) if isinstance(base, ParameterLayer) else (base, "weight")
+    if key not in owner._parameters:  # it was taken away, as calls say
+        return None
     weight: Tensor = base.weight
-    return weights.get(base, owner, (weight, own_weight(base)), site.acting, lambda: _made(site, owner, weight))
+    return weights.get(base, site.acting, owner, (weight, own_weight(base)), lambda: _made(site, owner, weight))
 
 
 def _made(site: Site, owner: nn.Module, weight: Tensor) -> Tensor | None:

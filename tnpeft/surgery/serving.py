@@ -28,13 +28,13 @@ class Served:
     @property
     def layers(self) -> list[str]:
         """The layers whose weight is kept: those that were called since something last changed."""
-        return [layer.layer_name for layer in adapted_layers(self._root) if layer.base in self._weights]
+        return [layer.layer_name for layer in adapted_layers(self._root) if layer.base in self._weights.known]
 
     @property
     def others(self) -> list[str]:
         """The layers on which something acts and whose weight is not kept."""
         layers = adapted_layers(self._root)
-        return [layer.layer_name for layer in layers if layer.site.acting and layer.base not in self._weights]
+        return [layer.layer_name for layer in layers if layer.site.acting and layer.base not in self._weights.known]
 
     def __repr__(self) -> str:
         layers = len(self.layers)
@@ -51,9 +51,9 @@ def serving(model: nn.Module) -> Iterator[Served]:
 
     W + Σ s ΔW is made at a layer's first call, and the layer's own function called with it, whatever the mode: outputs
     are those of the merged model, to the bit. Switching stays what it is: what is kept is dropped, and made anew, when
-    adapters are activated, scaled, loaded, attached, detached, merged, disabled or moved, and when a core or a base
-    weight is written to. Writes to `.data`, by fused optimisers and to tensors of inference mode cannot be seen. The
-    end of the last context of any thread drops it all. Contexts nest; all threads that call the model use one set.
+    adapters are activated, scaled, loaded, attached, detached, merged or moved, and when a core or a base weight is
+    written to; `tnpeft.disabled` leaves it for afterwards. Writes to `.data` and by fused optimisers cannot be seen.
+    The end of the last context of any thread drops it all. Contexts nest; all threads that call the model use one set.
 
     What is yielded has the memory of it: `bytes`, and `layers`. Its `others` compute as they do without: opaque layers
     (quantised, computed), whose weight nobody can sum; weights that accelerate offloads or FSDP shards, which are whole

@@ -255,7 +255,6 @@ def _disable(root: nn.Module, state: AdaptedModel, step: int) -> None:
         return
     for layer in adapted_layers(root):
         layer.disable(bool(state.disabled))
-    state.results.weights.forget()
     if not state.disabled and list(state.active.values()) != [1.0]:  # sums are made anew, of parts
         reshard(root)
     _show(root, state)
