@@ -583,3 +583,14 @@ def test_weights_that_train_as_a_whole_act_in_the_sum(train: bool):
             with torch.no_grad():
                 copy_of.mul_(2)
             served(model)
+
+
+def test_the_first_volume_of_a_convolution_is_called_as_torch_calls_it():
+    """Without gradients nothing is cut in two: the bits are those of a plain layer with the summed weight."""
+    torch.manual_seed(0)
+    model = adapted(nn.Sequential(nn.Conv3d(16, 16, 3, padding=1)), "tenvoo_l", "a", r=2)
+    x = torch.randn(1, 16, 8, 8, 8)
+    plain = copy.deepcopy(model)
+    tnpeft.detach(plain, merge=True)
+    with torch.no_grad(), tnpeft.serving(model):
+        assert torch.equal(model(x), plain(x))

@@ -123,7 +123,7 @@ class KeptWeight:
         for table, known in self._tables:
             if [*map(id, table.values())] != known:
                 return False
-        return versions(self._tensors) == self._versions
+        return [tensor._version for tensor in self._tensors] == self._versions
 
 
 def _sources(owner: nn.Module, weights: Sequence[Tensor], adapters: Sequence[Adapter]) -> _Sources | None:
