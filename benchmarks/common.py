@@ -47,7 +47,11 @@ def environment() -> dict[str, Any]:
 
 
 def alternating(
-    functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3, synchronise: bool = False
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    synchronise: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each function, called in turn in every round, so that a slow minute of the machine slows them all."""
     for _ in range(warmup):
@@ -58,11 +62,11 @@ def alternating(
         for name, function in functions.items():
             if synchronise:
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             function()
             if synchronise:
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 

@@ -4,7 +4,6 @@
     python benchmarks/step_time.py --size 16 --specs oft hra peers
     python benchmarks/step_time.py --model paper --shape 160,224,160 --device cuda --autocast bf16
     python benchmarks/step_time.py --profile tenvoo_l_ddpm
-    python benchmarks/step_time.py --inference
 
 Methods take turns in one process, a few at a time, always with a model that trains everything (`full`) and one that
 trains only biases and norms (`floor`), both with torch's own layers. A ratio compares times of the same round, and
@@ -40,7 +39,7 @@ from methods import (
 from models import unet
 from profiling import profile
 from torch import nn
-from training import Setting, add_options, inference, setting_of, step
+from training import Setting, add_options, setting_of, step
 
 import tnpeft
 
@@ -54,8 +53,6 @@ def main() -> None:
     setting = setting_of(arguments)
     if arguments.profile:
         write(arguments.out, profile(arguments.profile, setting, arguments.rounds))
-    elif arguments.inference:
-        measure_inference(arguments, setting)
     else:
         measure_steps(arguments, setting)
 
@@ -75,7 +72,6 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--together", type=int, default=6, help="methods in memory at a time, besides full and floor")
     found.add_argument("--resume", action="store_true", help="keep what the output file has, measure the rest")
     found.add_argument("--profile", metavar="METHOD", help="where the time over the floor goes, for one method")
-    found.add_argument("--inference", action="store_true", help="merged models against the plain one instead")
     return found
 
 
@@ -177,27 +173,6 @@ def row(name: str, about: Mapping[str, Any]) -> list[str]:
         f"{about['over_floor']:.3f}",
         ", ".join(f"{ratio:.2f} {peer}" for peer, ratio in about["peers"].items()),
     ]
-
-
-def measure_inference(arguments: argparse.Namespace, setting: Setting) -> None:
-    """Calls of models with each recipe merged, and not, as ratios to the plain model."""
-    base = unet(setting.model)
-    results: dict[str, Any] = {**setting.as_json(), "rounds": arguments.rounds, "methods": {}}
-    names = [family[0] for family in chosen(arguments) if family[0] not in PEERS]
-    for name in names:
-        models = {"plain": setting.placed(copy.deepcopy(base))}
-        for label in (f"{name} merged", f"{name} attached"):
-            models[label] = adapt(setting.placed(copy.deepcopy(base)), name, setting.mode)
-        tnpeft.merge(models[f"{name} merged"])
-        calls = {label: inference(model, setting) for label, model in models.items()}
-        found = timings(alternating(calls, arguments.rounds, WARMUP, setting.on_gpu), "plain")
-        results["methods"] |= {label: vars(timing) for label, timing in found.items()}
-    rows = [
-        [label, f"{about['seconds'] * 1e3:.0f}", f"{about['ratio']:.3f}", f"{about['low']:.3f} - {about['high']:.3f}"]
-        for label, about in results["methods"].items()
-    ]
-    show(f"Inference, {setting}", ("method", "ms", "ratio to plain", "middle half"), rows)
-    write(arguments.out, results)
 
 
 def _known(path: Path, results: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A training step and an inference call of a model, with the settings that all methods have in common."""
+"""A training step of a model, with the settings that all methods have in common."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tnpeft.execution.layers
 
-__all__ = ["AUTOCAST", "OPTIMISERS", "Setting", "add_options", "inference", "optimiser_of", "setting_of", "step"]
+__all__ = ["AUTOCAST", "OPTIMISERS", "Setting", "add_options", "optimiser_of", "setting_of", "step"]
 
 # `adam` is torch's own choice: a loop over the parameters on the CPU, `foreach` on a GPU.
 OPTIMISERS: Mapping[str, Mapping[str, bool]] = {"adam": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
@@ -86,18 +86,6 @@ def optimiser_of(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
     """Adam over what trains."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.Adam(trained, lr=1e-5, **OPTIMISERS[setting.optimiser])
-
-
-def inference(model: nn.Module, setting: Setting) -> Callable[[], None]:
-    """One call without gradients, as a function."""
-    model.eval()
-    x, timesteps = setting.inputs()
-
-    def run() -> None:
-        with torch.no_grad(), setting.precision():
-            model(x, timesteps)
-
-    return run
 
 
 def add_options(options: argparse.ArgumentParser) -> None:

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         plain_state_dict,
         rows,
         scales_of,
+        serving,
         unmerge,
     )
 
@@ -132,6 +133,7 @@ __all__ = [
     "scales_of",
     "search",
     "search_report",
+    "serving",
     "tangent_space",
     "truncate",
     "unmerge",
@@ -144,7 +146,7 @@ _LAZY = {
         "adapters": "Adapter memory_limit",
         "execution": "compile",
         "surgery": "accumulating activate anchor detach disabled merge names_of plain_state_dict rows scales_of "
-        "unmerge",
+        "serving unmerge",
         "recipe": "Handle Recipe Report attach list_recipes load_recipe",
         "io": "Inspection hot_swap inspect load load_foreign save save_foreign",
         "fitting": "Budget Extraction Fit TangentSpace Truncation budget extract fit tangent_space truncate",

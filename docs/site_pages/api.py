@@ -9,7 +9,7 @@ __all__ = ["PAGES", "write_api"]
 
 PAGES = {
     "Attach and train": "attach Handle Report Adapter compile accumulating rows memory_limit anchor",
-    "Switch, merge, detach": "activate disabled merge unmerge detach names_of scales_of plain_state_dict",
+    "Switch, merge, detach": "activate serving disabled merge unmerge detach names_of scales_of plain_state_dict",
     "Files": "save load hot_swap inspect Inspection save_foreign load_foreign",
     "Specs, networks, recipes": "Spec Network Layer Recipe load_spec load_recipe list_specs list_recipes layer_of "
     "register_init register_map draw_network plan Plan",

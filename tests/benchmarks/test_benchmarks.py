@@ -124,9 +124,13 @@ def test_the_profile_has_the_parts_of_each_mode(mode, parts, script):
 
 
 @pytest.mark.slow
-def test_merged_models_are_timed_against_the_plain_one(script):
-    found = script("step_time", *tiny("--inference", "--only", "lora_ddpm"))["methods"]
-    assert list(found) == ["plain", "lora_ddpm merged", "lora_ddpm attached"]
+@pytest.mark.parametrize(("model", "method", "layers"), [("tiny", "lora_ddpm", 41), ("llama", "lora", 56)])
+def test_inference_is_timed_in_four_kinds_of_equal_outputs(model, method, layers, script):
+    found = script("inference", "--model", model, "--size", "8", "--tokens", "2", "--rounds", "1", "--methods", method)
+    about = found["methods"][method]
+    assert list(about["kinds"]) == ["plain", "attached", "serving", "merged"]
+    assert about["same_bits"]
+    assert about["kept"].startswith(f"{layers} of {layers} layers, ")
 
 
 @pytest.mark.slow

@@ -108,6 +108,18 @@ def _stays_wide(_folder: Path) -> None:
     assert {core.grad is None or core.grad.dtype for core in cores(model)} <= {True, torch.float32}
 
 
+def _serves_without_keeping(_folder: Path) -> None:
+    x, _ = rows()
+    for way in ("blocks", "FSDP1"):
+        model = sharded(changed(adapted("lora"), 3), way)
+        with torch.no_grad():
+            expected = model(x)
+            with tnpeft.serving(model) as kept:
+                for _ in range(2):
+                    torch.testing.assert_close(model(x), expected)
+                assert (kept.layers, kept.bytes, len(kept.others)) == ([], 0, 6)
+
+
 def _all(folder: Path) -> None:
     _trains_and_saves(folder)
     _refuses_in_all(folder)
@@ -115,6 +127,7 @@ def _all(folder: Path) -> None:
     _stays_wide(folder)
     _joins_late(folder)
     _is_attached_alike(folder)
+    _serves_without_keeping(folder)
 
 
 @pytest.mark.slow

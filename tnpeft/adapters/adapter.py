@@ -283,7 +283,7 @@ class Adapter(Resident, Twinned, nn.Module):
         with torch.no_grad():
             for key in self.resident_keys():
                 write(self._tensor(key), other._tensor(key))
-        self.seed, self.given = other.seed, other.given
+        self.seed, self.given = other.seed, dict(other.given)  # which can be copied
         self._written()
         self._initialised, self._empty = True, ()
 

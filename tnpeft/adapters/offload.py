@@ -25,6 +25,7 @@ __all__ = [
     "Resident",
     "hook_of",
     "is_bare",
+    "is_taken_away",
     "mark",
     "move_hook",
     "present",
@@ -125,6 +126,11 @@ def hook_of(module: nn.Module) -> Any:
     """accelerate's hook that brings a module's tensors, or None."""
     around, _ = _hooked_at(module)
     return around.__dict__.get(_HOOK)
+
+
+def is_taken_away(module: nn.Module) -> bool:
+    """Whether accelerate takes a module's tensors away between two calls."""
+    return _offloading(hook_of(module)) is not None
 
 
 def _hooked_at(module: nn.Module) -> tuple[nn.Module, str]:

@@ -35,7 +35,7 @@ from tnpeft.program import (
 )
 from tnpeft.schedule import Plan, best_plan, feasible_plans, plan
 
-__all__ = ["execute", "execute_drawn", "is_looked_on", "running_of"]
+__all__ = ["execute", "execute_drawn", "is_looked_on", "running_of", "takes_gradients"]
 
 
 def execute(site: Site, x: Tensor, *rest: Any) -> Tensor:
@@ -133,7 +133,7 @@ _plain_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def running_of(site: Site, acting: Acting, x: Tensor, rest: Sequence[Any]) -> Running:
     """How a call with this input runs; decided once, because activation checkpointing must get the same again."""
     adapter = acting.adapter
-    training = adapter.mode != "auto" or (torch.is_grad_enabled() and _takes_gradients(adapter))
+    training = adapter.mode != "auto" or (torch.is_grad_enabled() and takes_gradients(adapter))
     size = tuple(rest[0]) if rest and rest[0] is not None else None
     key = (x.shape, x.device, size, site.base.weight.stride(), training)
     return acting.calls.get(key, lambda: _planned(site, acting, x, rest, training))
@@ -176,7 +176,7 @@ def _name_of(call: Call, training: bool) -> str:
     return f"{call.device}, {call}" + ("" if training else ", inference")
 
 
-def _takes_gradients(adapter: Adapter) -> bool:
+def takes_gradients(adapter: Adapter) -> bool:
     """Whether something that it trains does; cores that are held elsewhere are looked at last, for it takes longer."""
     held = any(parameter.requires_grad for parameter in adapter._parameters.values() if parameter is not None)
     return held or any(core.requires_grad for core in adapter.cores.values())

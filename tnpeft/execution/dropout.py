@@ -28,7 +28,7 @@ from tnpeft.execution.updates import with_updates
 from tnpeft.network import Layer
 from tnpeft.program import Program
 
-__all__ = ["drawn", "execute_dropping", "on_its_own", "updates_dropping"]
+__all__ = ["drawn", "drops", "execute_dropping", "on_its_own", "updates_dropping"]
 
 # Where nothing is ever kept, and no pass is open.
 _NOWHERE = ModelResults()
@@ -40,7 +40,7 @@ def execute_dropping(site: Site, x: Tensor, *rest: Any) -> Tensor:
     An update that reads the layer's own input is added to the weight, as usual; one with another input is a separate
     product.
     """
-    if isinstance(x, torch.fx.Proxy) or not _drops(site):
+    if isinstance(x, torch.fx.Proxy) or not drops(site):
         return execute(site, x, *rest)
     plain = is_looked_on(site, x)
     pairs = [drawn(acting, x) for acting in site.acting]
@@ -58,14 +58,14 @@ def execute_dropping(site: Site, x: Tensor, *rest: Any) -> Tensor:
 
 def updates_dropping(site: Site, layer: Layer, called: BaseCall, output: Tensor) -> Tensor:
     """`with_updates` for an opaque layer, with adapters some of which drop something while they train."""
-    if not _drops(site):
+    if not drops(site):
         return with_updates(site, layer, called, output)
     for acting, read in [drawn(acting, called.x) for acting in site.acting]:
         output = with_updates(on_its_own(site, acting), layer, called._replace(x=read), output)
     return output
 
 
-def _drops(site: Site) -> bool:
+def drops(site: Site) -> bool:
     """Whether this call leaves out something."""
     return any(acting.adapter.dropout is not None and acting.adapter.training for acting in site.acting)
 

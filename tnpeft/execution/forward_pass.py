@@ -24,7 +24,7 @@ from tnpeft.execution.batch_rows import Rows
 from tnpeft.execution.batches import Batch, Batches, Member, Sources, sources_of
 from tnpeft.execution.calls import Acting
 from tnpeft.execution.derived_batches import DerivedBatch, DerivedResults, derived_batches
-from tnpeft.execution.results import ResultCache
+from tnpeft.execution.results import KeptWeights, ResultCache
 from tnpeft.program import ClusterProgram, LayerClusters, Weight, saved_tensor_hooks, saved_tensors_are_hooked
 
 __all__ = ["Batching", "ForwardPass", "ModelResults", "Sums"]
@@ -174,20 +174,22 @@ class _Anew:
 
 
 class ModelResults(_Anew):
-    """What the layers of one model have made: in the open pass of each thread, and while `accumulating` in all.
+    """What the layers of one model have made: in each thread's open pass, and while `accumulating` or `serving` in all.
 
     All layers of a model have the same object.
     """
 
     def __init__(self) -> None:
         self.cache = ResultCache()
+        self.weights = KeptWeights()
         self.rows_opened = 0  # contexts of any thread in which rows have adapters of their own
-        self.lock = threading.RLock()  # for who opens or closes one
+        self.lock = threading.RLock()  # for who opens or closes one, or one that keeps weights
         self._thread = _Thread()
 
     def forget(self) -> None:
         """Drop all results, after a change of the layers, their adapters or scales."""
         self.cache.forget()
+        self.weights.forget()
         self._thread.current = None
 
     def open_pass(self, opened: ForwardPass | None) -> None:
@@ -205,6 +207,16 @@ class ModelResults(_Anew):
             yield
         finally:
             self._thread.sums = before
+
+    @property
+    def is_opened(self) -> bool:
+        """Whether a context is open in which something is kept from pass to pass."""
+        return bool(self.cache.opened or self.weights.opened)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether this thread's calls use kept weights, and share nothing that a pass would make."""
+        return bool(self.weights.opened) and self.rows is None
 
     @property
     def sums(self) -> Sums | None:

@@ -35,10 +35,11 @@ from tnpeft.execution.calls import Acting, Calls
 from tnpeft.execution.dispatch import execute
 from tnpeft.execution.dropout import execute_dropping
 from tnpeft.execution.forward_pass import ModelResults
-from tnpeft.execution.modes import summed_weight
+from tnpeft.execution.modes import fixed_weight, summed_weight
 from tnpeft.execution.refusals import replace_own, replicated, taken_away
 from tnpeft.execution.rows import execute_rows
 from tnpeft.execution.scripting import hidden_attributes, refuse_unmerged
+from tnpeft.execution.serving import execute_serving, read_weight
 from tnpeft.execution.site import Site, Ways
 from tnpeft.program import needs_plain_ops
 
@@ -77,7 +78,7 @@ class AdaptedLayer(Resident, nn.Module):
     TorchScript takes `weight` and `bias` from the tables: those of a merged layer.
     """
 
-    _ways: ClassVar[Ways] = Ways(execute, execute_dropping, execute_rows)
+    _ways: ClassVar[Ways] = Ways(execute, execute_dropping, execute_rows, execute_serving)
     __jit_unused_properties__: ClassVar[list[str]] = [
         "__jit_ignored_attributes__", "alone", "base", "bias", "layer_name", "margins", "names", "place",
         "replaced_parts", "results", "site", "weight", "where", "zeros",
@@ -131,7 +132,9 @@ class AdaptedLayer(Resident, nn.Module):
         if self.site.idle:
             return weight
         refuse_distributed(self.layer_name, [weight])
-        return summed_weight(self.site, weight, needs_plain_ops(weight))
+        plain = needs_plain_ops(weight)
+        kept = None if plain else read_weight(self.site)
+        return summed_weight(self.site, weight, plain) if kept is None else kept
 
     @property
     def bias(self) -> Tensor | None:
@@ -162,6 +165,8 @@ class AdaptedLayer(Resident, nn.Module):
             scales = {name: self.scales.get(name, 1.0) for name in self.names}
             every = {name: Acting(self.adapter(name), scale, self.calls(name)) for name, scale in scales.items()}
             site = site._replace(way=self._ways.rows, every=every, usual=site, idle=False)
+        if self.results.weights.opened and site.acting:
+            site = site._replace(way=self._ways.serving, usual=site)
         self.__dict__["site"] = site
 
     def _site_of(self, names: Iterable[str]) -> Site:
@@ -211,8 +216,8 @@ class AdaptedLayer(Resident, nn.Module):
             scales, base_weight = acting_scales(owner, key), own(owner, table, key)
             # That of an adapter that trains the layer as a whole, or the base's own.
             weight = combined(owner, table, key, scales) if scales else base_weight.detach()
-            if self.scales:  # a clone, for the sum may be a view into something larger
-                weight = summed_weight(self._site_of(self.scales), weight, needs_plain_ops(weight)).clone()
+            if self.scales:
+                weight = fixed_weight(self._site_of(self.scales), weight)
             if self.scales or scales:
                 park(owner, table, key, scales, weight)
         self.merged = True
@@ -336,6 +341,7 @@ class AdaptedLayer(Resident, nn.Module):
         raise replicated(self.where)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
+        self.results.weights.forget()
         before = own_weight(self.base).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.merged and own_weight(self.base).dtype != before:

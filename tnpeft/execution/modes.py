@@ -32,7 +32,16 @@ from tnpeft.program import (
     needs_plain_ops,
 )
 
-__all__ = ["clusters_of", "dense", "plain_factored", "require_memory", "run", "sum_deltas", "summed_weight"]
+__all__ = [
+    "clusters_of",
+    "dense",
+    "fixed_weight",
+    "plain_factored",
+    "require_memory",
+    "run",
+    "sum_deltas",
+    "summed_weight",
+]
 
 
 def run(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
@@ -173,6 +182,12 @@ def summed_weight(site: Site, weight: Tensor, plain: bool) -> Tensor:
     adapters = [acting.adapter for acting in site.acting]
     flat = [tensor for each in inputs for tensor in each]
     return site.results.cache.get(("dense", *site.acting), adapters, (weight, base_weight), flat, summed)[0]
+
+
+def fixed_weight(site: Site, weight: Tensor) -> Tensor:
+    """The summed weight as a constant of its own: what a merged layer has, and one that keeps its sum."""
+    with torch.inference_mode(False), torch.no_grad():  # a clone, for the sum may be a view into something larger
+        return summed_weight(site, weight, needs_plain_ops(weight)).clone()
 
 
 def light_of(site: Site, adapter: Adapter) -> Light:

@@ -23,6 +23,7 @@ from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.layers import HOOKS, AdaptedLayer
 from tnpeft.execution.modes import sum_deltas
 from tnpeft.execution.rows import updates_of_rows
+from tnpeft.execution.serving import updates_serving
 from tnpeft.execution.site import Site, Ways
 from tnpeft.execution.torch_call import add_weight
 from tnpeft.execution.updates import with_updates
@@ -43,7 +44,7 @@ class AdaptedOpaque(AdaptedLayer):
     While it is merged, a plain layer with the dequantised weight and the update computes in its place.
     """
 
-    _ways: ClassVar[Ways] = Ways(with_updates, updates_dropping, updates_of_rows)
+    _ways: ClassVar[Ways] = Ways(with_updates, updates_dropping, updates_of_rows, updates_serving)
 
     def __init__(self, base: nn.Module, results: ModelResults) -> None:
         super().__init__(base, results)

@@ -23,6 +23,7 @@ from tnpeft.errors import ExecutionError, Problem
 from tnpeft.execution.forward_pass import ModelResults
 from tnpeft.execution.layers import AdaptedLayer, make_layer_again
 from tnpeft.execution.modes import summed_weight
+from tnpeft.execution.serving import read_weight, refuse_gradients
 from tnpeft.execution.site import Site
 from tnpeft.execution.torch_call import add_weight
 from tnpeft.program import needs_plain_ops
@@ -96,6 +97,9 @@ class AdaptedParameter(AdaptedLayer):
         if needs_plain_ops(weight):
             refuse_distributed(site.name, [weight])
             return summed_weight(site, weight, True)
+        kept = read_weight(site)
+        if kept is not None:
+            return kept
         sums = site.results.sums
         if sums is None:
             return summed_weight(site, weight, False)
@@ -104,6 +108,8 @@ class AdaptedParameter(AdaptedLayer):
 
     def reading(self) -> AbstractContextManager[None]:
         """Around a call of the owner."""
+        if self.site.results.weights.opened:
+            refuse_gradients(self.site)
         return nullcontext() if needs_plain_ops() else self.site.results.reading()
 
     def looked_up(self, rows: Tensor) -> Tensor | None:
@@ -116,7 +122,7 @@ class AdaptedParameter(AdaptedLayer):
         weight = base.weight
         if weight.shape[0] != embedding.num_embeddings:
             raise self._resized(weight.shape[0], embedding.num_embeddings)
-        if needs_plain_ops(rows, weight) or site.results.cache.opened or embedding.scale_grad_by_freq:
+        if needs_plain_ops(rows, weight) or site.results.is_opened or embedding.scale_grad_by_freq:
             return None
         for acting in site.acting:
             mode = acting.adapter.mode
@@ -166,6 +172,7 @@ class AdaptedParameter(AdaptedLayer):
         return f"parameter '{self.layer_name}'" if self.layer_name else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedParameter:
+        self.results.weights.forget()
         nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
         weight = own_weight(self.base)
         if self.merged and fn(weight.new_empty(0)).dtype != weight.dtype:

@@ -1,6 +1,7 @@
 """What is kept from one forward pass to the next, as long as the tensors that it was made of are as they were.
 
-`StartConstants` are made of frozen copies, which hardly ever change. A `ResultCache` has what is made of the cores
+`StartConstants` are made of frozen copies, which hardly ever change. `KeptWeights` has the summed weights of layers
+while `tnpeft.serving` is open, without gradients. A `ResultCache` has what is made of the cores
 while `tnpeft.accumulating` is open: results, and the small graph that made them, on leaves of its own. Every forward
 pass gets the results as new tensors from a new node of autograd, whose backward pass runs that graph: each micro-step
 has gradients of its own, those that it would have without. All threads that run the model share what is kept.
@@ -9,7 +10,7 @@ has gradients of its own, those that it would have without. All threads that run
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -21,10 +22,12 @@ from tnpeft.adapters.distributed import is_split
 from tnpeft.errors import ExecutionError, Problem
 from tnpeft.program import is_lasting, needs_plain_ops, saved_tensors_are_hooked, versions
 
-__all__ = ["Make", "ResultCache", "StartConstants"]
+__all__ = ["KeptWeight", "KeptWeights", "Make", "ResultCache", "StartConstants"]
 
 Make = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 _Made = TypeVar("_Made")
+_Table = Mapping[str, Tensor | None]
+_Sources = tuple[Sequence[_Table], Sequence[Tensor]]
 
 
 class StartConstants(Generic[_Made]):
@@ -49,6 +52,91 @@ class StartConstants(Generic[_Made]):
         if is_lasting(constants):
             self._known = code, start, written, constants
         return constants
+
+
+class KeptWeights:
+    """W + Σ s ΔW of one model's layers, each made when it is first asked for; nothing is kept unless it is open."""
+
+    def __init__(self) -> None:
+        self.opened = 0  # contexts of any thread
+        self.known: dict[object, KeptWeight] = {}  # by the base layer
+        self._lock = threading.RLock()
+
+    @property
+    def bytes(self) -> int:
+        """What all of them take."""
+        return sum(known.total.untyped_storage().nbytes() for known in [*self.known.values()])
+
+    def forget(self) -> None:
+        with self._lock:
+            self.known = {}
+
+    def get(
+        self,
+        base: object,
+        acting: Sequence[Any],
+        owner: nn.Module,
+        weights: Sequence[Tensor],
+        make: Callable[[], Tensor | None],
+    ) -> Tensor | None:
+        """The sum for a base layer that `make` gives, kept from now on; None where there is none to keep.
+
+        The `owner` holds `weights`, the base weight and what acts in its place. Where one is not in its tables, or of
+        inference mode, whose writes nobody counts, no sum is kept.
+        """
+        with self._lock:  # others wait for what one of them makes
+            if not self.opened:  # another thread has closed it since this one asked
+                return None
+            known = self.known.pop(base, None)
+            if known is None or not known.is_current(acting):
+                del known  # before there are two
+                sources = _sources(owner, weights, [each.adapter for each in acting])
+                total = None if sources is None else make()
+                if sources is None or total is None or not is_lasting(total):
+                    return total
+                known = KeptWeight(total, acting, *sources)
+            self.known[base] = known
+            return known.total
+
+
+class KeptWeight:
+    """A sum, what acts in it, and what it was made of: tensors, and the tables of modules in which these stand."""
+
+    def __init__(
+        self, total: Tensor, acting: Sequence[Any], tables: Sequence[_Table], sources: Sequence[Tensor]
+    ) -> None:
+        self.total, self._acting = total, acting
+        self._tables = [(table, [*map(id, table.values())]) for table in tables]
+        self._tensors = [total, *sources]
+        self._versions = versions(self._tensors)
+
+    def is_current(self, acting: Sequence[Any]) -> bool:
+        """Whether these act, and all tensors, the sum too, are where they were, and were not written to.
+
+        Every call of a layer asks, when no cache of the processor holds its tensors any more: tables are compared as a
+        whole, by addresses, and each tensor is looked at once.
+        """
+        if self._acting is not acting:
+            if self._acting != acting:
+                return False
+            self._acting = acting
+        for table, known in self._tables:
+            if [*map(id, table.values())] != known:
+                return False
+        return [tensor._version for tensor in self._tensors] == self._versions
+
+
+def _sources(owner: nn.Module, weights: Sequence[Tensor], adapters: Sequence[Adapter]) -> _Sources | None:
+    """What a sum is made of, and where that stands; None if a write to some of it would not be seen."""
+    sources = {id(tensor): tensor for tensor in weights}
+    sources |= {id(tensor): tensor for adapter in adapters for tensor in adapter.stored}
+    holders = dict.fromkeys(holder for adapter in adapters for holder in (adapter, *adapter.shared.values()))
+    tables = [table for module in (owner, *holders) for table in (module._parameters, module._buffers)]
+    tables = [table for table in tables if not sources.keys().isdisjoint(map(id, table.values()))]
+    seen = sources.keys() <= {id(tensor) for table in tables for tensor in table.values()}
+    if not seen or any(tensor.is_inference() for tensor in sources.values()):
+        return None
+    return tables, [*sources.values()]
 
 
 class ResultCache:

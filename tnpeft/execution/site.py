@@ -15,11 +15,15 @@ __all__ = ["Site", "Ways"]
 
 
 class Ways(NamedTuple):
-    """What computes the calls of a kind of layer: as a rule, with something dropped, with adapters of single rows."""
+    """What computes the calls of a kind of layer: as a rule, with something dropped, with adapters of single rows.
+
+    The last one is for calls with weights that are kept, by `tnpeft.serving`.
+    """
 
     usual: Callable[..., Tensor]
     dropping: Callable[..., Tensor]
     rows: Callable[..., Tensor]
+    serving: Callable[..., Tensor]
 
 
 class Site(NamedTuple):
@@ -32,6 +36,6 @@ class Site(NamedTuple):
     idle: bool
     results: ModelResults
     alone: Acting | None  # the only adapter that acts, if it does so at scale 1
-    way: Callable[..., Tensor]  # what computes a call: the usual way, that with dropout, or that with rows
+    way: Callable[..., Tensor]  # what computes a call, one of `Ways`
     every: Mapping[str, Acting] = MappingProxyType({})  # while rows have adapters of their own: all that there are
-    usual: Any = None  # then, the site for threads whose rows have none
+    usual: Any = None  # then, the site for threads whose rows have none; while weights are kept, the site without

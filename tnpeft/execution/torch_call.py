@@ -53,7 +53,7 @@ def as_autocast_has_it(x: Tensor) -> Tensor:
 
 def convolved(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The output of a convolution with gradients faster than torch's; None if torch's own are to be taken."""
-    if needs_plain_ops(x, weight) or base.groups != 1 or base.padding_mode != "zeros":
+    if not torch.is_grad_enabled() or needs_plain_ops(x, weight) or base.groups != 1 or base.padding_mode != "zeros":
         return None
     befores = []
     for place, (step, kernel) in enumerate(zip(base.dilation, base.kernel_size, strict=True)):

@@ -33,6 +33,7 @@ from tnpeft.surgery.queries import (
 )
 from tnpeft.surgery.refill import refill
 from tnpeft.surgery.rows import rows
+from tnpeft.surgery.serving import Served, serving
 from tnpeft.surgery.switch import activate, base_shown, disabled, merge, scale_problem, unmerge
 from tnpeft.surgery.trained import norm_statistics
 from tnpeft.surgery.tree import plain_modules, plain_name, plain_parameters
@@ -41,6 +42,7 @@ __all__ = [
     "SUPPORTED",
     "AdaptedModel",
     "AdapterRecord",
+    "Served",
     "accumulating",
     "activate",
     "adapted",
@@ -72,6 +74,7 @@ __all__ = [
     "rows",
     "scale_problem",
     "scales_of",
+    "serving",
     "statistics_of",
     "trained_of",
     "unmerge",

@@ -83,7 +83,7 @@ class AdaptedModel:
 
     def drop_from(self, root: nn.Module) -> None:
         del root.__dict__[_KEY]
-        if self.results.cache.opened:  # for whom is attached before `accumulating` ends
+        if self.results.is_opened:  # for whom is attached before `accumulating` or `serving` ends
             root.__dict__[_OPEN] = self.results
 
 

@@ -45,7 +45,8 @@ def _open(root: nn.Module, _inputs: Any) -> None:
         return
     if "deepspeed" in sys.modules and (problem := zero_problem(root.modules())):
         raise ExecutionError(problem)
-    if (record := record_on(root)) is not None:
+    record = record_on(root)
+    if record is not None and not record.results.is_serving:
         record.results.open_pass(record.batching.new_pass(lambda: _acting_alone(root, record), record.results))
 
 
