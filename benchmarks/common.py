@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -18,7 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("tnpeft", "torch", "numpy", "cotengra", "opt_einsum", "networkx", "monai", "peft", "lycoris-lora")
+PACKAGES = (
+    "tnpeft", "torch", "numpy", "cotengra", "opt_einsum", "networkx", "monai", "peft", "lycoris-lora", "transformers",
+)  # fmt: skip
+# `cpu` is the time that the process itself took, of all its threads: what else the machine does is not in it.
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -46,22 +51,32 @@ def environment() -> dict[str, Any]:
 
 
 def alternating(
-    functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3, synchronise: bool = False
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    synchronise: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+    ends: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each function, called in turn in every round, so that a slow minute of the machine slows them all."""
+    """Seconds of each function, called in turn in every round, so that a slow minute of the machine slows them all.
+
+    No round but the first begins later than at `ends`, by `time.monotonic`.
+    """
     for _ in range(warmup):
         for function in functions.values():
             function()
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number and time.monotonic() > ends:
+            break
         for name, function in functions.items():
             if synchronise:
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             function()
             if synchronise:
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 
