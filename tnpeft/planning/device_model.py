@@ -18,7 +18,9 @@ class DeviceModel:
     """
 
     start: float  # of an operation, with its views
-    move: float  # of an element that is read or written
+    overlaps: bool  # whether a product's arithmetic and its memory traffic take the longer of the two, not their sum
+    move: float  # of an element of an input or output that is read or written
+    move_weight: float  # of one of a weight or of what it is made by
     cached: float  # elements of a tensor that a cache holds
     far: float  # how many times as long an element of a larger tensor takes
 
@@ -31,7 +33,9 @@ class DeviceModel:
     linear_gradient: float  # of one in the gradient of a linear layer's weight
     weight: float  # of an element of a convolution's weight, which is put in another order
     functions: float  # of the autograd functions of a chain
+    views: float  # of what a link does beside its product, which moves nothing
     narrow: float  # rows or columns below which a product takes longer
+    saved: float  # of a byte that a call leaves for its backward pass, in time that it is worth
 
     link: float  # start of a link
     link_multiply: float  # of a multiplication in its product
@@ -49,7 +53,9 @@ DEVICE_MODELS: Mapping[str, DeviceModel] = MappingProxyType(
         # Fitted to two cores of a Xeon and of an EPYC, both with AVX-512 (benchmarks/modes.py).
         "cpu": DeviceModel(
             start=1e3,
+            overlaps=False,
             move=0.356,
+            move_weight=0.356,
             cached=1 << 22,
             far=4.0,
             shared=10.3e3,
@@ -61,33 +67,38 @@ DEVICE_MODELS: Mapping[str, DeviceModel] = MappingProxyType(
             linear_gradient=0.0134,
             weight=0.31,
             functions=85e3,
+            views=1e3,
             narrow=32.0,
+            saved=0.0,
             link=60e3,
             link_multiply=0.025,
             link_narrow=8.0,
             cluster=10e3,
             cluster_move=1.0,
         ),
-        # Fitted to an H200 in bf16 autocast, from calls that wait for their end: starting operations is most of it.
         "cuda": DeviceModel(
-            start=44e3,
+            start=5e3,
+            overlaps=True,
             move=6e-4,
+            move_weight=1.2e-3,
             cached=1 << 22,
             far=4.0,
-            shared=21e3,
-            contract=2e-6,
-            shift=1.5e3,
-            multiply=2e-6,
-            call=7e-6,
+            shared=10e3,
+            contract=4e-5,
+            shift=54e3,
+            multiply=3.5e-6,
+            call=5e-6,
             weight_gradient=8e-6,
-            linear_gradient=8e-6,
+            linear_gradient=3.5e-6,
             weight=0.0064,
-            functions=355e3,
+            functions=10e3,
+            views=0.0,
             narrow=1.0,
-            link=50e3,
+            saved=7e-3,
+            link=15e3,
             link_multiply=6e-5,
             link_narrow=8.0,
-            cluster=9e3,
+            cluster=5e3,
             cluster_move=0.005,
         ),
     }

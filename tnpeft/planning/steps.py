@@ -80,6 +80,15 @@ class Contraction:
         """Whether there is a frozen copy of the cores."""
         return self.network.start == "frozen_copy"
 
+    @property
+    def remade(self) -> bool:
+        """Whether the backward pass makes W + ΔW again: that of a hybrid Linear, where a convolution's finds it saved.
+
+        A Linear multiplies each element of its weight once for a row, of which there are hundreds, and W + ΔW takes a
+        few operations for an element.
+        """
+        return self.mode == "hybrid" and not self.network.layer.kernel_size
+
     def numbers_of(self, link: Link) -> tuple[int, ...]:
         """The cores of a link's cluster, by number."""
         numbers = {number for step in link.steps for number in step.operands} | {link.cluster}

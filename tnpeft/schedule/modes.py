@@ -8,6 +8,7 @@ from dataclasses import replace
 from tnpeft.errors import Problem, TnpeftError, clip, near_miss
 from tnpeft.network.model import Network
 from tnpeft.planning.call import Call, nominal_call
+from tnpeft.planning.device_model import device_model
 from tnpeft.schedule.memory import FLOAT_BYTES
 from tnpeft.schedule.model import Plan
 from tnpeft.schedule.plans import plan_dense, plan_factored, plan_hybrid
@@ -116,10 +117,11 @@ def _has_room(candidate: Plan, dense: Plan, call: Call, inference: bool) -> bool
 
 
 def best_plan(plans: Iterable[Plan], call: Call, inference: bool = False) -> Plan:
-    """The plan with the least predicted time; the first of equals."""
+    """The plan with the least predicted time, to which what it saves for a backward pass counts; the first of equals."""
+    worth = device_model(call.device).saved * 1e-9
 
     def seconds(plan: Plan) -> float:
         prediction = predict(plan, call)
-        return prediction.forward if inference else prediction.step
+        return prediction.forward if inference else prediction.step + worth * plan.saved_bytes
 
     return min(plans, key=seconds)
