@@ -67,7 +67,8 @@ def main() -> None:
         share = (ends - time.monotonic()) / (len(arguments.models) - number)
         results["models"][name] = found = measure(name, arguments, time.monotonic() + share)
         columns = ("method", "ms", "ratio to full", "middle half", f"of {PEER}'s", "saved MiB", "left MiB", "modes")
-        show(f"Training step, {name}, {found['rounds']} rounds", columns, [row(*each) for each in found["methods"].items()])
+        rows = [row(*about) for about in found["methods"].items()]
+        show(f"Training step, {name}, {found['rounds']} rounds", columns, rows)
     write(arguments.out, results)
 
 

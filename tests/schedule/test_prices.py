@@ -91,7 +91,8 @@ def test_a_hybrid_linear_saves_no_weight_and_a_hybrid_convolution_does() -> None
     assert plan(bound, "dense", call).saved_bytes == 4 * 512 * 256
     conv = tnpeft.load_spec("lora").bind(nn.Conv2d(64, 32, 3, device="meta"), r=8)
     of_conv = nominal_call(conv.layer)
-    assert plan(conv, "hybrid", of_conv).saved_bytes >= 4 * conv.layer.numel > plan(conv, "factored", of_conv).saved_bytes
+    weight = 4 * conv.layer.numel
+    assert plan(conv, "factored", of_conv).saved_bytes < weight <= plan(conv, "hybrid", of_conv).saved_bytes
 
 
 @given(
@@ -107,7 +108,7 @@ def test_more_rows_take_no_less_time_and_one_chain_saves_the_same(
     calls = [Call(number, device=device) for number in (rows, rows + more)]
     few, many = (plan(bound, mode, call) for call in calls)
     assert predict(few, calls[0]).step <= predict(many, calls[1]).step
-    assert few.saved_bytes == many.saved_bytes or few.path != many.path
+    assert few.saved_bytes == many.saved_bytes or (few.chain or few).path != (many.chain or many).path
 
 
 @given(

@@ -122,8 +122,8 @@ def _plain_run(
         return None
     mode = adapter.mode if adapter.mode != "auto" else adapter.choices.get(_name_of(call, training), "auto")
     if adapter.mode == "auto" and mode in ("auto", "hybrid"):
-        plans = [feasible for feasible in feasible_plans(adapter.network, call, not training) if feasible.mode != "hybrid"]
-        planned = best_plan(plans, call, not training)
+        plans = feasible_plans(adapter.network, call, not training)
+        planned = best_plan((feasible for feasible in plans if feasible.mode != "hybrid"), call, not training)
     else:
         planned = plan(adapter.network, mode, call)
     if planned.mode != "factored":

@@ -4,7 +4,8 @@ Counted are multiplications, elements moved and operations started, at the price
 forward pass and its input's gradient cost the same in every mode; what differs is
 
 * dense: the delta weight and its gradients, the sum with the weight, and the weight's gradient of one layer call;
-* hybrid: the clusters, the delta weight from them, the sum; backward the chain of values;
+* hybrid: the clusters, the delta weight from them, the sum; backward the chain of values, and in a Linear the sum
+  again;
 * factored: the clusters and the chain, with pairs where there is a frozen copy, forward and backward.
 
 `benchmarks/modes.py` holds the predictions against timings.
