@@ -100,15 +100,18 @@ def test_a_hybrid_linear_saves_no_weight_and_a_hybrid_convolution_does() -> None
     st.integers(1, 5000), st.integers(0, 5000), st.tuples(st.integers(6, 11), st.integers(6, 11)),
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
-def test_more_rows_take_no_less_time_and_one_chain_saves_the_same(
+def test_more_rows_take_no_less_time_and_one_chain_saves_no_more(
     spec: str, mode: str, device: str, rows: int, more: int, widths: tuple[int, int]
 ) -> None:
-    """The rows themselves are the layer's input, which is not counted; another chain may have other clusters."""
+    """The rows themselves are the layer's input, which is not counted; another chain may have other clusters.
+
+    For many rows a hybrid layer makes its weight again.
+    """
     bound = linear(spec, 1 << widths[0], 1 << widths[1])
     calls = [Call(number, device=device) for number in (rows, rows + more)]
     few, many = (plan(bound, mode, call) for call in calls)
     assert predict(few, calls[0]).step <= predict(many, calls[1]).step
-    assert few.saved_bytes == many.saved_bytes or (few.chain or few).path != (many.chain or many).path
+    assert few.saved_bytes >= many.saved_bytes or (few.chain or few).path != (many.chain or many).path
 
 
 @given(
