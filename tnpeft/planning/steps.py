@@ -13,8 +13,8 @@ from tnpeft.planning.path import Path
 
 __all__ = ["Contraction", "Link", "Step", "steps_of"]
 
-# W + ΔW is made again where that takes at most one in so many of the operations that use it. For LoRA of rank 8 on 256
-# rows it is one in 32, for QuanTA of rank 4 one in 2: a step with that took a tenth longer (BERT-like, 384 wide).
+# W + ΔW is made again where that takes at most one operation for so many that use it: for LoRA of rank 8 on 256 rows it
+# is one for 32, for QuanTA of rank 4 on as many one for 2.
 LITTLE = 8
 
 
