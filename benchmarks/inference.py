@@ -2,11 +2,11 @@
 
     python benchmarks/inference.py --size 16
     python benchmarks/inference.py --model llama --tokens 1
-    python benchmarks/inference.py --threads 1 --cpu-time
+    python benchmarks/inference.py --threads 1 --clock cpu
 
 The four take turns in one process. Ratios are medians over rounds of what was timed in the same round. `small` and
 `paper` are MONAI's U-Nets with the recipes, `llama` is a decoder with adapters on the seven matrices of each block.
-`--cpu-time` counts what this process computes, beside others that share the cores. Outputs of `serving` and `merged`
+`--clock cpu` counts what this process computes, beside others that share the cores. Outputs of `serving` and `merged`
 are compared by their bits.
 """
 
@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import alternating, parser, show, timings, write
+from common import CLOCKS, add_clock, alternating, parser, show, timings, write
 from methods import RECIPES, adapt
 from models import unet
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ def llama() -> nn.Module:
 def main() -> None:
     arguments = options().parse_args()
     torch.set_num_threads(arguments.threads)
-    setting = {key: getattr(arguments, key) for key in ("model", "size", "tokens", "mode", "rounds", "cpu_time")}
+    setting = {key: getattr(arguments, key) for key in ("model", "size", "tokens", "mode", "rounds", "clock")}
     results: dict[str, Any] = {**setting, "methods": {}}
     base, inputs = subject(arguments)
     for name in arguments.methods or (("lora", "dora") if arguments.model == "llama" else RECIPES):
@@ -92,7 +91,7 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--mode", default="auto", help="execution mode of the adapters")
     found.add_argument("--methods", nargs="+", help="recipes for a U-Net, specs for the decoder")
     found.add_argument("--rounds", type=int, default=15)
-    found.add_argument("--cpu-time", action="store_true", help="CPU time of this process instead of the wall's")
+    add_clock(found)
     return found
 
 
@@ -131,9 +130,10 @@ def measured(name: str, base: nn.Module, inputs: tuple[Tensor, ...], arguments: 
 
         return run
 
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
     with torch.no_grad(), tnpeft.serving(models["serving"]) as kept:
-        times = alternating({kind: call(kind) for kind in KINDS}, arguments.rounds, WARMUP, clock=clock)
+        times = alternating(
+            {kind: call(kind) for kind in KINDS}, arguments.rounds, WARMUP, clock=CLOCKS[arguments.clock]
+        )
         return {
             "kinds": {kind: vars(timing) for kind, timing in timings(times, "plain").items()},
             "kept_bytes": kept.bytes,

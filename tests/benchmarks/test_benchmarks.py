@@ -200,3 +200,21 @@ def test_switches_are_timed(script):
     assert all(value > 0 for value in about["seconds"].values())
     assert about["switch_mib"]["to one"] == 0
     assert about["switch_mib"]["to a sum"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks transformers
+def test_models_of_linear_layers_are_timed_beside_peft(script):
+    pytest.importorskip("transformers", reason="the models are its own")
+    pytest.importorskip("peft", reason="its LoRA stands beside ours")
+    found = script("linear_models", "--models", "tiny", "--rounds", "2")["models"]["tiny"]
+    methods = found["methods"]
+    assert {"full", "peft LoRA", "lora", "lora hybrid", "lora factored", "lora dense", "quanta", "tt_lora"} == {
+        *methods
+    }
+    assert methods["lora"]["trained"] == methods["peft LoRA"]["trained"]
+    assert all(about["seconds"] > 0 for about in methods.values())
+    saved = {name: about["saved"] for name, about in methods.items()}
+    assert saved["lora factored"] <= 1.05 * saved["peft LoRA"] < saved["lora dense"]
+    for name in ("lora hybrid", "lora factored"):
+        assert methods[name]["modes"] == {name.split()[1]: 7}

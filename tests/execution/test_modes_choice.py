@@ -26,6 +26,7 @@ from tnpeft.execution.modes import summed_weight
 from tnpeft.execution.site import Site
 from tnpeft.network import Layer, Network
 from tnpeft.planning import Call, nominal_call
+from tnpeft.planning.device_model import DEVICE_MODELS
 from tnpeft.schedule import feasible_plans, plan, predict
 
 DEFAULT = "default"
@@ -88,12 +89,14 @@ def network() -> Network:
 
 @pytest.mark.parametrize("side", [2, 8, 32])
 @pytest.mark.parametrize("spec", ["lora", "tenvoo_l"])
-def test_auto_takes_the_least_predicted_time(spec: str, side: int) -> None:
+def test_auto_takes_the_least_predicted_time_and_counts_what_is_saved(spec: str, side: int) -> None:
     bound = tnpeft.load_spec(spec).bind("Conv3d", in_channels=64, out_channels=128, kernel_size=3)
     call = nominal_call(bound.layer, 1, (side,) * 3)
-    costs = {mode: predict(plan(bound, mode, call), call) for mode in ("dense", "factored", "hybrid")}
-    chosen = plan(bound, "auto", call)
-    assert costs[chosen.mode].step == min(cost.step for cost in costs.values())
+    plans = {mode: plan(bound, mode, call) for mode in ("dense", "factored", "hybrid")}
+    costs = {mode: predict(found, call) for mode, found in plans.items()}
+    saved = DEVICE_MODELS["cpu"].saved * 1e-9
+    counted = {mode: cost.step + saved * plans[mode].saved_bytes for mode, cost in costs.items()}
+    assert counted[plan(bound, "auto", call).mode] == min(counted.values())
     alone = plan(bound, "auto", call, inference=True)
     assert costs[alone.mode].forward == min(costs[mode].forward for mode in ("dense", "factored"))
 

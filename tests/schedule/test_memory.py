@@ -136,6 +136,9 @@ def test_memory_by_hand():
     hybrid = plan(lora, "hybrid", call)
     assert hybrid.saved_bytes == 4 * (cores + weight)
     assert hybrid.memory.forward == 4 * (2 * cores + 2 * weight)  # the last product may be copied
+    many = plan(lora, "hybrid", Call(32))  # enough rows for making W + ΔW again
+    assert many.saved_bytes == 4 * cores
+    assert many.memory.forward == many.memory.backward == 4 * (2 * cores + 2 * weight)
     assert hybrid.memory.input == factored.memory.input
 
 

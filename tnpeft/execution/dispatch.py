@@ -114,13 +114,18 @@ def _plain_run(
 ) -> str | None:
     """The attribute of `calls` with the chain and clusters of a plain call; None: it is dense, as those of hybrid are.
 
+    `auto` does not choose hybrid here, nor what was timed as hybrid: it takes the better of the other two.
     Nothing is timed. Compilers do not trace it: they guard its arguments, and equal arguments give the same plan.
     """
     call = call_of(base, adapter.network.layer, shape, output_size, base.weight.device.type)
     if call is None or (adapter.side is not None and _pads_by_itself(base)):
         return None
     mode = adapter.mode if adapter.mode != "auto" else adapter.choices.get(_name_of(call, training), "auto")
-    planned = plan(adapter.network, mode, call, inference=not training)
+    if adapter.mode == "auto" and mode in ("auto", "hybrid"):
+        plans = feasible_plans(adapter.network, call, not training)
+        planned = best_plan((feasible for feasible in plans if feasible.mode != "hybrid"), call, not training)
+    else:
+        planned = plan(adapter.network, mode, call)
     if planned.mode != "factored":
         return None
     return calls.keep_plain(build_chain(planned), build_clusters(planned))

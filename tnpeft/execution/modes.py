@@ -25,6 +25,7 @@ from tnpeft.program import (
     ClusterGradients,
     ClusterProgram,
     Delta,
+    HybridLinear,
     LayerClusters,
     Program,
     Starts,
@@ -105,17 +106,31 @@ def _without_bias(base: Any, output: Tensor) -> Tensor:
 
 
 def _hybrid(site: Site, acting: Acting, running: Running, x: Tensor, *rest: Any) -> Tensor:
-    """The output with W + ΔW, to which the chain's gradients hang."""
+    """The output with W + ΔW, to which the chain's gradients hang.
+
+    A Linear's backward pass makes W + ΔW again; a convolution saves it, as does who keeps it while accumulating.
+    """
     clusters = clusters_of(site, acting, running)
     require_memory(acting.adapter, clusters, x)
     x = as_autocast_has_it(x)
     merge, weight = running.merge, site.base.weight
     assert merge is not None
 
-    def summed(_cores: Sequence[Tensor]) -> tuple[Tensor]:
-        return (add_weight(merge(clusters), weight.detach(), False),)
+    def summed(known: LayerClusters, stored: Tensor) -> Tensor:
+        return add_weight(merge(known), stored, False)
 
-    (total,) = site.results.cache.get((merge, acting.adapter), (acting.adapter,), (weight,), (), summed)
+    def make(_cores: Sequence[Tensor]) -> tuple[Tensor]:
+        return (summed(clusters, weight.detach()),)
+
+    (total,) = site.results.cache.get((merge, acting.adapter), (acting.adapter,), (weight,), (), make)
+    if running.plan.remade and torch.is_grad_enabled() and not site.results.cache.opened:
+        with torch.no_grad():
+            output = site.call_base(site.base, x, total, *rest)
+        turned = acting.adapter.network.layer.turned
+        made: Tensor = HybridLinear.apply(  # type: ignore[no-untyped-call]
+            output, x, site.base.bias, weight.detach(), running.chain, summed, turned, clusters.dual, *clusters.values
+        )
+        return made
     output = site.call_base(site.base, x, total, *rest)
     if not torch.is_grad_enabled():
         return output

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tnpeft.network.model import Network
 from tnpeft.planning.call import Call
 from tnpeft.planning.path import Path
 
 __all__ = ["Contraction", "Link", "Step", "steps_of"]
+
+# W + ΔW is made again where that takes at most one operation for so many that use it: for LoRA of rank 8 on 256 rows it
+# is one for 32, for QuanTA of rank 4 on as many one for 2.
+LITTLE = 8
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,17 @@ class Contraction:
         """Whether the cores have a frozen copy."""
         return self.network.start == "frozen_copy"
 
+    @cached_property
+    def remade(self) -> bool:
+        """Whether the backward pass makes W + ΔW again, rather than to find it saved: in a hybrid Linear.
+
+        That is where merging the clusters takes little beside the product with W + ΔW. A convolution saves it.
+        """
+        if self.chain is None or self.chain.call is None or self.network.layer.kernel_size:
+            return False
+        merging = (2 if self.copies else 1) * (_operations(self) - _operations(self.chain))
+        return LITTLE * merging <= 2 * self.chain.call.batch * self.network.layer.numel
+
     def numbers_of(self, link: Link) -> tuple[int, ...]:
         """The cores of a link's cluster, by number."""
         numbers = {number for step in link.steps for number in step.operands} | {link.cluster}
@@ -88,6 +104,11 @@ class Contraction:
     def elements(self, legs: tuple[str, ...]) -> int:
         """The number of elements of a tensor with these legs."""
         return math.prod(self.network.sizes[leg] for leg in legs)
+
+
+def _operations(plan: Contraction) -> int:
+    """Of all steps to the clusters of a chain, or to the delta weight."""
+    return sum(step.flops for part in plan.terms or (plan,) for step in part.steps)
 
 
 def steps_of(

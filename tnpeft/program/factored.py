@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -29,6 +29,7 @@ __all__ = [
     "ClusterGradients",
     "ClusterMerge",
     "FactoredUpdate",
+    "HybridLinear",
     "build_chain",
     "build_cluster_merge",
     "chain_dtype",
@@ -230,10 +231,60 @@ class ClusterGradients(torch.autograd.Function):
         return (gradient if needs[0] else None, None, None, *grads)
 
 
+class HybridLinear(torch.autograd.Function):
+    """A hybrid Linear's output: `out`, made with W + ΔW, which is not saved, for the backward pass makes it again.
+
+    einsum: dx = dy (W + ΔW), and the clusters' gradients by the chain
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        program: ChainProgram,
+        summed: Callable[[LayerClusters, Tensor], Tensor],
+        turned: bool,
+        dual: tuple[Tensor, ...],
+        *values: Tensor,
+    ) -> Tensor:
+        """`summed` makes W + ΔW as the layer stores it, (out, in) or `turned`, from the clusters and W."""
+        ctx.save_for_backward(x, weight, *values, *dual)
+        ctx.program, ctx.summed, ctx.dtype = program, summed, chain_dtype(x)
+        ctx.turned, ctx.bias = turned, None if bias is None else bias.dtype
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        _refuse_double_backward("hybrid")
+        _, input_needed, bias_needed, *_ = needs = ctx.needs_input_grad
+        x, weight, *clusters = ctx.saved_tensors
+        input_grad = bias_grad = None
+        if input_needed:
+            count = ctx.program.clusters
+            total = ctx.summed(LayerClusters(tuple(clusters[:count]), tuple(clusters[count:])), weight)
+            total = (total.T if ctx.turned else total).to(gradient.dtype)
+            with without_autocast(gradient):
+                input_grad = (gradient @ total).to(x.dtype)
+            del total  # what follows takes memory of its own
+        if bias_needed:
+            bias_grad = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias)
+        _, grads = _chain_gradients(ctx, x, clusters, gradient, (False, *needs[8:]))
+        return (None, input_grad, bias_grad, None, None, None, None, None, *grads)
+
+
 def _gradients(ctx: Any, gradient: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, list[Tensor | None]]:
     """The VJP of a chain on what a function saved: of the input, then of the clusters' values; `wanted` says which."""
-    program: ChainProgram = ctx.program
     x, *clusters = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
+    return _chain_gradients(ctx, x, clusters, gradient, wanted)
+
+
+def _chain_gradients(
+    ctx: Any, x: Tensor, clusters: Sequence[Tensor], gradient: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    program: ChainProgram = ctx.program
     with without_autocast(gradient):
         input_grad, grads = program.gradients(
             _flat(x, program.space).to(ctx.dtype),

@@ -30,8 +30,9 @@ DORA_SAVED, DORA_PASSING = 3, 2
 class Memory:
     """Bytes of one call at fp32.
 
-    `held` is there all the time. `saved` is what survives the forward pass: W + ΔW of dense and hybrid layers, the
-    results of contractions that the backward pass reads again, the clusters of factored ones. `input` is the layer's
+    `held` is there all the time. `saved` is what survives the forward pass: W + ΔW of dense layers and of hybrid
+    convolutions, the results of contractions that the backward pass reads again, the clusters of factored layers and
+    of hybrid Linears, which make W + ΔW again. `input` is the layer's
     input, which factored and hybrid layers save too; it is the caller's activation, a frozen convolution saves it as
     well, and it is in none of the other numbers. `forward` and `backward` are the peaks of the two passes.
     """
@@ -109,11 +110,12 @@ def _factored(plan: Contraction) -> tuple[int, ...]:
     values, dual = sum(map(_values, parts)), sum(map(_dual, parts))
     changes = max(_trained(part) + _made(part) if part.copies else 0 for part in parts)
     gradients = max(_trained(part) + _values(part) for part in parts)
-    saved = values + (numel if hybrid else dual)
+    saved = values + (numel if hybrid and not plan.remade else dual)
     passes = [_passes(part, call, hybrid) for part in parts]
-    applying = max(map(_merging, parts)) if hybrid else max(forward for forward, _ in passes)
+    merging = max(map(_merging, parts)) if hybrid else 0
+    applying = merging if hybrid else max(forward for forward, _ in passes)
     forward = held + values + dual + max(changes, applying)
-    backward = held + saved + max(gradients, *(backward for _, backward in passes))
+    backward = held + saved + max(gradients, merging if plan.remade else 0, *(backward for _, backward in passes))
     inputs = call.batch * call.inputs * plan.network.layer.in_channels
     return held, saved, forward, backward, inputs
 

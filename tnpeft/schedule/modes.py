@@ -1,4 +1,4 @@
-"""Execution modes: each plans a network for a call, and `auto` takes the one with the least predicted time."""
+"""Execution modes: each plans a network for a call; `auto` takes the one that takes least, of time and saved bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from tnpeft.errors import Problem, TnpeftError, clip, near_miss
 from tnpeft.network.model import Network
 from tnpeft.planning.call import Call, nominal_call
+from tnpeft.planning.device_model import device_model
 from tnpeft.schedule.memory import FLOAT_BYTES
 from tnpeft.schedule.model import Plan
 from tnpeft.schedule.plans import plan_dense, plan_factored, plan_hybrid
@@ -32,8 +33,8 @@ def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inf
     `dense` contracts the cores to the delta weight. `factored` contracts them with the layer's input, `hybrid` uses the
     delta weight forward and the factored chain for the cores' gradients; where a network cannot be factored the plan
     is the dense one, and its `reason` says why. `auto` is the one of the three with the least predicted time of a
-    forward and a backward pass; with `inference`, of a forward pass, to which hybrid does not add anything. Without a
-    `call` one of moderate size is assumed.
+    forward and a backward pass, where bytes saved between the two count as well; with `inference`, of a forward pass,
+    to which hybrid does not add anything. Without a `call` one of moderate size is assumed.
 
     An opaque layer is called as it is, and the update is added to its output. In `auto` and `factored` the chain
     computes it. In `dense` and `hybrid`, and where a network cannot be factored, one product with the delta weight
@@ -117,10 +118,14 @@ def _has_room(candidate: Plan, dense: Plan, call: Call, inference: bool) -> bool
 
 
 def best_plan(plans: Iterable[Plan], call: Call, inference: bool = False) -> Plan:
-    """The plan with the least predicted time; the first of equals."""
+    """The plan that takes least: predicted seconds, and what it saves for a backward pass at its price there.
+
+    The first of equals. Without a backward pass nothing is saved.
+    """
+    worth = device_model(call.device).saved * 1e-9
 
     def seconds(plan: Plan) -> float:
         prediction = predict(plan, call)
-        return prediction.forward if inference else prediction.step
+        return prediction.forward if inference else prediction.step + worth * plan.saved_bytes
 
     return min(plans, key=seconds)

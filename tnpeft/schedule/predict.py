@@ -4,7 +4,8 @@ Counted are multiplications, elements moved and operations started, at the price
 forward pass and its input's gradient cost the same in every mode; what differs is
 
 * dense: the delta weight and its gradients, the sum with the weight, and the weight's gradient of one layer call;
-* hybrid: the clusters, the delta weight from them, the sum; backward the chain of values;
+* hybrid: the clusters, the delta weight from them, the sum; backward the chain of values, and in a Linear the sum
+  again;
 * factored: the clusters and the chain, with pairs where there is a frozen copy, forward and backward.
 
 `benchmarks/modes.py` holds the predictions against timings.
@@ -55,8 +56,8 @@ def _predicted(plan: Plan, call: Call) -> Prediction:
         chain = plan.chain or plan
         more = [price.clusters(part) for part in chain.terms or (chain,)]
         if plan.mode == "hybrid":
-            more += [price.completion(part) for part in chain.terms or (chain,)]
-            more += [(price.moved(3 * plan.network.layer.numel), 0.0)]
+            merged = sum(map(price.completion, chain.terms or (chain,))) + price.summed(3 * plan.network.layer.numel)
+            more += [(merged, merged if plan.remade else 0.0)]
         more += [price.chain(part, call, plan.mode == "factored") for part in chain.terms or (chain,)]
     forward += sum(one for one, _ in more)
     backward += sum(other for _, other in more)
@@ -69,13 +70,19 @@ class _Prices:
     def __init__(self, prices: DeviceModel) -> None:
         self.prices = prices
 
-    def product(self, multiplications: float, rows: float) -> float:
+    def arithmetic(self, multiplications: float, rows: float) -> float:
+        """Of a product in a chain."""
         narrow = self.prices.narrow
         slow = 1 + (narrow / max(rows, 1)) if rows < narrow else 1.0
-        return self.prices.start + self.prices.multiply * multiplications * slow
+        return self.prices.multiply * multiplications * slow
 
     def moved(self, elements: float) -> float:
+        """Of elements of an input or output."""
         return self.prices.start + self.prices.move * elements
+
+    def summed(self, elements: float) -> float:
+        """Of elements of a weight."""
+        return self.prices.start + self.prices.move_weight * elements
 
     def copied(self, elements: float) -> float:
         """Of shifted copies, written and read."""
@@ -92,11 +99,11 @@ class _Prices:
             starts = self.prices.shared * len(part.network.cores)
             forward = sum(pairs * self._step(step) for step in part.steps) + starts
             backward = 2 * sum(self._step(step) for step in part.steps) + starts / 2
-            found.append((forward, backward + self.moved(numel)))
+            found.append((forward, backward + self.summed(numel)))
         convolution = bool(plan.network.layer.kernel_size)
         price = self.prices.weight_gradient if convolution else self.prices.linear_gradient
         gradient = self.prices.start + price * _multiplications(plan, call)
-        found.append((self.moved(3 * numel), gradient + 2 * self._weight(plan)))
+        found.append((self.summed(3 * numel), gradient + 2 * self._weight(plan)))
         return found
 
     def clusters(self, plan: Plan) -> tuple[float, float]:
@@ -105,14 +112,15 @@ class _Prices:
         own = sum(self._step(step) for step in plan.steps)
         elements = sum(plan.elements(link.kept) for link in plan.links)
         starts = self.prices.shared * len(plan.network.cores)
-        return pairs * own + starts + self.moved(2 * pairs * elements), 2 * own + starts / 2 + self.moved(elements)
+        moved = self.prices.move_weight * elements
+        return pairs * own + starts + 2 * pairs * moved, 2 * own + starts / 2 + moved
 
-    def completion(self, plan: Plan) -> tuple[float, float]:
+    def completion(self, plan: Plan) -> float:
         """From the clusters to the delta weight; the last product writes it, over the smallest bond of the chain."""
         numel = plan.network.layer.numel
         bond = min(map(plan.elements, _cuts(plan))) * (2 if plan.copies else 1)
         product = self.prices.start + self.prices.contract * numel * bond
-        return (len(plan.links) - 1) * self.prices.start + product + self.moved(numel), 0.0
+        return (len(plan.links) - 1) * self.prices.start + product + self.summed(numel)
 
     def chain(self, plan: Plan, call: Call, factored: bool) -> tuple[float, float]:
         """The products and shifted copies of a chain."""
@@ -126,19 +134,21 @@ class _Prices:
 
     def _weight(self, plan: Plan) -> float:
         """Of reading the weight in a layer call."""
-        price = self.prices.weight if plan.network.layer.kernel_size else self.prices.move
+        price = self.prices.weight if plan.network.layer.kernel_size else self.prices.move_weight
         return price * plan.network.layer.numel
 
     def _step(self, step: Step) -> float:
-        return self.prices.shared + self.prices.contract * step.flops / 2 + self.prices.move * step.elements
+        return self.prices.shared + self.prices.contract * step.flops / 2 + self.prices.move_weight * step.elements
 
     def _run(self, run: Run) -> float:
         sizes, pairs = run.sizes, run.pair_in * run.pair_out
-        product = self.product(sizes.link.flops / 2 * pairs, sizes.rows * min(pairs, 2)) + self.prices.start
-        product += self.prices.move * (sizes.before + sizes.after) * min(pairs, 2)
+        arithmetic = self.arithmetic(sizes.link.flops / 2 * pairs, sizes.rows * min(pairs, 2))
+        traffic = self.prices.move * (sizes.before + sizes.after) * min(pairs, 2)
+        longer = max(arithmetic, traffic) if self.prices.overlaps else arithmetic + traffic
+        time = self.prices.start + self.prices.views + longer
         if sizes.moving:
-            product += len(sizes.moving) * self.prices.shift + self.copied(run.copied)
-        return product
+            time += len(sizes.moving) * self.prices.shift + self.copied(run.copied)
+        return time
 
 
 def _cuts(plan: Plan) -> Iterator[tuple[str, ...]]:
