@@ -219,7 +219,8 @@ def test_what_failed_before_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_process(tmp_path: Path):
-    code = "import tnpeft.cli.verify as v; v.PAUSE = 0; from tnpeft.cli import main; main()"
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "import tnpeft.cli.verify as v; v.PAUSE = 0; from tnpeft.cli import main; main()"
     command = [sys.executable, "-c", code, "verify", "lora", "-n", "5000", "--seconds", "120"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
