@@ -71,7 +71,7 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--no-peers", action="store_true", help="leave the other libraries out")
     found.add_argument("--together", type=int, default=6, help="methods in memory at a time, besides full and floor")
     found.add_argument("--resume", action="store_true", help="keep what the output file has, measure the rest")
-    found.add_argument("--profile", metavar="METHOD", help="where the time over the floor goes, for one method")
+    found.add_argument("--profile", metavar="METHOD", help="show where one method spends its time over the floor")
     return found
 
 

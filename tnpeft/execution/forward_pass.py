@@ -174,7 +174,7 @@ class _Anew:
 
 
 class ModelResults(_Anew):
-    """What the layers of one model have made: in each thread's open pass, and while `accumulating` or `serving` in all.
+    """The results of one model's layers: in a thread's open pass; for all threads while `accumulating` or `serving`.
 
     All layers of a model have the same object.
     """

@@ -107,7 +107,7 @@ class AdaptedParameter(AdaptedLayer):
         return sums.once(self, adapters, weight, lambda: summed_weight(site, weight, False))
 
     def reading(self) -> AbstractContextManager[None]:
-        """Around a call of the owner."""
+        """A context for a call of the owner."""
         if self.site.results.weights.opened:
             refuse_gradients(self.site)
         return nullcontext() if needs_plain_ops() else self.site.results.reading()

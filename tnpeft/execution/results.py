@@ -1,10 +1,10 @@
 """What is kept from one forward pass to the next, as long as the tensors that it was made of are as they were.
 
 `StartConstants` are made of frozen copies, which hardly ever change. `KeptWeights` has the summed weights of layers
-while `tnpeft.serving` is open, without gradients. A `ResultCache` has what is made of the cores
-while `tnpeft.accumulating` is open: results, and the small graph that made them, on leaves of its own. Every forward
-pass gets the results as new tensors from a new node of autograd, whose backward pass runs that graph: each micro-step
-has gradients of its own, those that it would have without. All threads that run the model share what is kept.
+while `tnpeft.serving` is open, without gradients. A `ResultCache` has what is computed from the cores while
+`tnpeft.accumulating` is open: the results, and the small graph that made them, on leaves of its own. Every forward pass
+gets the results as new tensors from a new autograd node, whose backward pass runs that graph. So each micro-step has
+the gradients that it would have without the cache. All threads that run the model share what is kept.
 """
 
 from __future__ import annotations

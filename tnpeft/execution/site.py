@@ -15,7 +15,7 @@ __all__ = ["Site", "Ways"]
 
 
 class Ways(NamedTuple):
-    """What computes the calls of a kind of layer: as a rule, with something dropped, with adapters of single rows.
+    """The functions for calls of a kind of layer: the usual one, and those with dropout, rows and a kept weight.
 
     The last one is for calls with weights that are kept, by `tnpeft.serving`.
     """

@@ -33,8 +33,8 @@ def plan(network: Network, mode: str = "dense", call: Call | None = None, *, inf
     `dense` contracts the cores to the delta weight. `factored` contracts them with the layer's input, `hybrid` uses the
     delta weight forward and the factored chain for the cores' gradients; where a network cannot be factored the plan
     is the dense one, and its `reason` says why. `auto` is the one of the three with the least predicted time of a
-    forward and a backward pass, where bytes saved between the two count as well; with `inference`, of a forward pass,
-    to which hybrid does not add anything. Without a `call` one of moderate size is assumed.
+    forward and a backward pass, where bytes saved between the two count as well; with `inference`, of a forward pass
+    alone, where hybrid does what dense does. Without a `call` one of moderate size is assumed.
 
     An opaque layer is called as it is, and the update is added to its output. In `auto` and `factored` the chain
     computes it. In `dense` and `hybrid`, and where a network cannot be factored, one product with the delta weight

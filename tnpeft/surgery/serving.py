@@ -15,7 +15,7 @@ __all__ = ["Served", "serving"]
 
 
 class Served:
-    """What `tnpeft.serving` keeps at this moment; prints as a sentence."""
+    """What `tnpeft.serving` keeps now; prints as a sentence."""
 
     def __init__(self, root: nn.Module, state: AdaptedModel) -> None:
         self._root, self._weights = root, state.results.weights
@@ -49,18 +49,18 @@ def serving(model: nn.Module) -> Iterator[Served]:
             y = model(x)
             print(kept)  # 12 of 12 layers, 41.20 MiB kept
 
-    W + Σ s ΔW is made at a layer's first call, and the layer's own function called with it, whatever the mode: outputs
-    are those of the merged model, to the bit. Switching stays what it is: what is kept is dropped, and made anew, when
-    adapters are activated, scaled, loaded, attached, detached, merged or moved, and when a core or a base weight is
-    written to; `tnpeft.disabled` leaves it for afterwards. Writes to `.data` and by fused optimisers cannot be seen.
-    The end of the last context of any thread drops it all. Contexts nest; all threads that call the model use one set.
+    W + Σ s ΔW is made at a layer's first call. From then on the layer's own function is called with it, whatever the
+    mode: outputs are those of the merged model, bit for bit. A kept weight is dropped, and made again at the next call,
+    when adapters are activated, scaled, loaded, attached, detached, merged or moved, and when a core or a base weight
+    is written to. `tnpeft.disabled` leaves it for afterwards. Writes to `.data` and by fused optimisers cannot be seen.
+    Contexts nest; all threads that call the model use one set of weights, until the last context of any thread ends.
 
-    What is yielded has the memory of it: `bytes`, and `layers`. Its `others` compute as they do without: opaque layers
-    (quantised, computed), whose weight nobody can sum; weights that accelerate offloads or FSDP shards, which are whole
-    only while a layer runs; graphs of `torch.compile` and other tracers, `torch.func`, and calls within `tnpeft.rows`.
+    The result says the memory: `bytes`, and the names of `layers`. The layers in its `others` compute as they do
+    outside: opaque layers (quantised, computed), which have no weight to sum; layers whose weight accelerate offloads
+    or FSDP shards. So do graphs of `torch.compile` and other tracers, `torch.func`, and calls within `tnpeft.rows`.
 
-    Raises AttachError where nothing is attached and, inside, ExecutionError for a call that autograd records, or that
-    leaves something out by an adapter's dropout.
+    Raises AttachError if nothing is attached and, inside, ExecutionError for a call that autograd records, or in which
+    an adapter has dropout.
     """
     root, state = adapted(model)
     _count(root, state, 1)
