@@ -1,8 +1,9 @@
-"""Memory that operations allocate, counted storage by storage."""
+"""Memory that operations allocate, and that autograd saves, counted storage by storage."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,3 +48,20 @@ class Allocations(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
+
+
+def saved_bytes(forward: Callable[[], Tensor], *known: Tensor) -> int:
+    """Bytes that autograd saves in a forward pass, each storage once, without those of `known` tensors."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in known}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = forward()  # alive until all is counted: a storage that was freed could lie where a later one does
+    del output
+    return sum(sizes.values())

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from allocation import Allocations
+from allocation import Allocations, saved_bytes
 from common import CLOCKS, add_clock, alternating, parser, show, timings, write
 from torch import Tensor, nn
 
@@ -95,7 +95,7 @@ def measure(name: str, arguments: argparse.Namespace, ends: float) -> dict[str, 
         one()
         # On a CPU compiled code allocates unseen.
         left = None if arguments.compile else left_bytes(one.forward, arguments.device)
-        memory[method] = {"saved": saved_bytes(one.forward, model), "left": left}
+        memory[method] = {"saved": saved_bytes(one.forward, *model.parameters(), *model.buffers()), "left": left}
     on_gpu = arguments.device.startswith("cuda")
     times = alternating(steps, arguments.rounds, 2, on_gpu, CLOCKS[arguments.clock], ends)
     of_peer = timings(times, PEER) if PEER in times else {}
@@ -169,23 +169,6 @@ class Step:
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device, AUTOCAST[self.autocast]) if self.autocast else contextlib.nullcontext()
-
-
-def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes of all that autograd saves, but for what the model holds anyway."""
-    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    sizes: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = forward()  # alive until all is counted: a storage that was freed could lie where a later one does
-    del loss
-    return sum(sizes.values())
 
 
 def left_bytes(forward: Callable[[], Tensor], device: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocation import saved_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modes import adapted, calls_of, filled
@@ -22,23 +23,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4}, "lokr": {}, "loha": {"r": 2}, "tt_lora": {}, "quanta": {"r": 4}, "pissa": {"r": 4},
 }  # fmt: skip
 MODES = ("dense", "factored", "hybrid")
-
-
-def saved_by(forward: Callable[[], Tensor], *known: Tensor) -> int:
-    """Bytes that autograd saves, each storage once, but for those of tensors that are there anyway."""
-    held = {tensor.untyped_storage().data_ptr() for tensor in known}
-    sizes: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = forward()  # alive until all is counted
-    assert output.requires_grad
-    return sum(sizes.values())
 
 
 @given(
@@ -87,7 +71,7 @@ def test_what_hooks_see_is_what_the_plan_says(spec: str, mode: str) -> None:
     assert calls_of(wrapper).mode == mode or mode == "dense"
     running = calls_of(wrapper).last
     memory = (running.plan if running else wrapper.adapter("a").plan).memory
-    saved = saved_by(lambda: wrapper(x), x, wrapper.base.weight, wrapper.base.bias)
+    saved = saved_bytes(lambda: wrapper(x), x, wrapper.base.weight, wrapper.base.bias)
     assert abs(saved - memory.saved) <= memory.held + 0.04 * memory.saved
     if mode == "factored" or (running and running.plan.remade):
         assert memory.saved < 4 * wrapper.base.weight.numel()
@@ -101,7 +85,7 @@ def test_lora_saves_its_input_and_its_cores() -> None:
     for mode in ("factored", "hybrid"):
         adapting = copy.deepcopy(model)
         handle = tnpeft.attach(adapting, "lora", match=r"\d", r=2, mode=mode)
-        saved = saved_by(lambda: adapting(x), *adapting.parameters())  # noqa: B023 - called at once
+        saved = saved_bytes(lambda: adapting(x), *adapting.parameters())  # noqa: B023 - called at once
         # The inputs of three layers, which are outputs of GELU but for the first, and of two GELU.
         assert saved == 4 * 100 * (64 + 96 + 64 + 96 + 64)
         handle.detach()
