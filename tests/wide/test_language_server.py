@@ -145,7 +145,7 @@ def test_recipes_are_checked_and_other_files_left_alone(client: Client, tmp_path
     [
         (6, 8, "index r = 4 on Conv2d(8, 6, 3x3): down, up"),
         (6, 2, "core down: 4 x 8 x 3 x 3, legs r i k_1 k_2, kaiming_uniform"),
-        (9, 1, "`zero`: one core is zeros."),
+        (9, 1, "`zero`: one core starts as zeros"),
     ],
 )
 def test_hover(client: Client, tmp_path: Path, line: int, character: int, said: str):
