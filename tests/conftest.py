@@ -1,9 +1,11 @@
-"""What every test shares: one thread per process, and Hypothesis runs that can be repeated."""
+"""What every test shares: one thread per process, Ctrl-C as usual, and Hypothesis runs that can be repeated."""
 
 from __future__ import annotations
 
 import gc
 import os
+import signal
+import threading
 
 # Before torch is imported: two test processes on two cores must not fight for threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import find, settings
 from hypothesis import strategies as st
+
+# A shell has interrupts ignored by what it starts in the background, and by the processes that tests start from there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=explore
