@@ -63,5 +63,6 @@ def saved_bytes(forward: Callable[[], Tensor], *known: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = forward()  # alive until all is counted: a storage that was freed could lie where a later one does
+    assert output.requires_grad  # else nothing was to be saved
     del output
     return sum(sizes.values())

@@ -30,11 +30,11 @@ DORA_SAVED, DORA_PASSING = 3, 2
 class Memory:
     """Bytes of one call at fp32.
 
-    `held` is there all the time. `saved` is what survives the forward pass: W + ΔW of dense layers and of hybrid
-    convolutions, the results of contractions that the backward pass reads again, the clusters of factored layers and
-    of hybrid Linears, which make W + ΔW again. `input` is the layer's
-    input, which factored and hybrid layers save too; it is the caller's activation, a frozen convolution saves it as
-    well, and it is in none of the other numbers. `forward` and `backward` are the peaks of the two passes.
+    `held` is there all the time. `saved` is what survives the forward pass: W + ΔW of dense and hybrid layers (not of
+    hybrid plans that are `remade`), the results of contractions that the backward pass reads again, and the clusters of
+    factored and hybrid layers. `input` is the layer's input, which factored and hybrid layers save too; it is the
+    caller's activation, a frozen convolution saves it as well, and it is in none of the other numbers. `forward` and
+    `backward` are the peaks of the two passes.
     """
 
     held: int

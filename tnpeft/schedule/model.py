@@ -92,9 +92,9 @@ class Plan(Contraction):
     def saved_bytes(self) -> int:
         """Bytes at fp32 that a call saves for its backward pass, without the layer's input.
 
-        Dense: W + ΔW, and the results of steps that are small beside it. Factored, and hybrid on a Linear: the
-        clusters, the forms that carry differences too, and what they are made by. Hybrid on a convolution: W + ΔW in
-        place of those forms.
+        Dense: W + ΔW, and the results of steps that are small beside it. Factored, and hybrid if
+        `remade`: the clusters, the forms that carry differences too, and what they are made by. Other hybrid plans:
+        W + ΔW in place of those forms.
         """
         return self.memory.saved
 
